@@ -1,0 +1,147 @@
+"""Settings of a script: its own lower-case globals, changed on the command line with --name=value.
+
+    data = "shakespeare"  # folder under data/
+    n_layer = 6           # blocks
+    settings = overrides(globals())
+
+Errors: raise UserError for what the user can put right; it ends the script with one line instead of a traceback.
+"""
+
+import atexit
+import difflib
+import os
+import shlex
+import sys
+import textwrap
+import tokenize
+
+given: set[str] = set()  # the settings named on the command line
+
+class UserError(ValueError):
+    """An error that the user can put right. The message is one line: what is wrong, and what to do."""
+
+
+def overrides(globals_dict: dict, *positional: str) -> dict:
+    """Set a script's globals from its command line and return its settings, in the order of the source.
+
+    Settings are the lower-case globals that hold a bool, int, float or str by now; their values give the types.
+    Arguments without "--" fill the `positional` names. If the script is imported, not run, the defaults stand.
+    """
+    settings = {
+        name: value
+        for name, value in globals_dict.items()
+        if type(value) in (bool, int, float, str) and name == name.lower() and not name.startswith("_")
+    }
+    assert set(positional) <= set(settings), f"not settings: {set(positional) - set(settings)}"
+    if globals_dict["__name__"] == "__main__":
+        sys.excepthook = _excepthook
+        atexit.register(_flush)
+        if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
+            _help(globals_dict["__file__"], globals_dict["__doc__"], settings, positional)
+            raise SystemExit
+        changes = _parse(settings, positional, sys.argv[1:])  # checks all before any is set
+        given.update(changes)
+        settings.update(changes)
+        globals_dict.update(settings)
+    return settings
+
+
+def _parse(settings: dict, positional: tuple, arguments: list[str]) -> dict:
+    given, free = {}, list(positional)
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            if name not in settings:
+                raise UserError(f"unknown setting --{name}: {_nearest(name, settings)}")
+            if not equals:
+                raise UserError(f"--{name} has no value: write --{name}=VALUE")
+        elif free:
+            name, text = free.pop(0), argument
+        elif positional:
+            raise UserError(f"one argument too many, {argument!r}: it takes {' and '.join(positional)}")
+        else:
+            raise UserError(f"unexpected argument {argument!r}: settings are written --name=value")
+        if name in given:
+            raise UserError(f"{name} is given twice, the second time by {argument!r}: give it once")
+        given[name] = _convert(name, text, type(settings[name]))
+    return given
+
+
+def _convert(name: str, text: str, kind: type):
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        if value == value:  # all but nan
+            return value
+    except (ValueError, KeyError):
+        pass
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"--{name}={shlex.quote(text)}: it must be {wanted}")
+
+
+def _nearest(name: str, settings: dict) -> str:
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), settings, n=1)
+    return f"did you mean --{found[0]}=VALUE?" if found else "--help lists them all"
+
+
+def _help(path: str, doc: str | None, settings: dict, positional: tuple):
+    usage = " ".join(["usage: python", os.path.basename(path), *(f"[{name}]" for name in positional)])
+    print(f"{(doc or '').strip()}\n\n{usage} [--name=value ...]")
+    texts = {name: str(value).lower() if type(value) is bool else str(value) for name, value in settings.items()}
+    shown = {name: f"  --{name}={shlex.quote(text)}" for name, text in texts.items()}
+    column = 2 + max((len(left) for left in shown.values() if len(left) < 44), default=0)
+    comments, last = _comments(path), None
+    for name, left in shown.items():
+        group, comment = comments.get(name, (last, ""))
+        if group != last or last is None:
+            print(f"\n{group or 'settings'}")
+            last = group or ""
+        if name in positional:
+            comment = f"[argument {positional.index(name) + 1}] {comment}"
+        line = f"{left.ljust(column - 2)}  {comment}"
+        print(textwrap.fill(line, 120, subsequent_indent=" " * column, break_on_hyphens=False))
+
+
+def _comments(path: str) -> dict[str, tuple[str, str]]:
+    """For each global set in the file: its group (the one-word comment line above it) and its trailing comment."""
+    found, group, name = {}, "", ""  # name: what the statement begins with, if it begins at the left margin
+    with open(path, "rb") as file:
+        for token in tokenize.tokenize(file.readline):  # not a search for "#", which strings hold too
+            if token.type == tokenize.NEWLINE:
+                name = ""
+            elif token.type == tokenize.NAME and not name and token.start[1] == 0:
+                name = "(again)" if token.string in found else token.string  # the first assignment has the comment
+                found[name] = (group, "")
+            elif token.type == tokenize.COMMENT:
+                comment = token.string.strip("# ")
+                if name:
+                    found[name] = (found[name][0], comment)
+                elif not name and token.start[1] == 0 and len(comment.split()) == 1:
+                    group = comment
+    return found
+
+
+def _excepthook(kind, error, trace):
+    """One line for what the user can put right; a traceback for what is a bug."""
+    script = os.path.basename(sys.argv[0])
+    if issubclass(kind, KeyboardInterrupt):
+        line, status = "stopped", 130
+    elif issubclass(kind, BrokenPipeError):  # the reader of our output has left, as `| head` does
+        line, status = "", 141
+    elif issubclass(kind, UserError):
+        line, status = f"{script}: {error}", 2
+    elif issubclass(kind, OSError):
+        line = ": ".join(str(part) for part in (script, error.strerror or error, error.filename) if part is not None)
+        status = 2
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    if line:
+        print(" ".join(line.split()), file=sys.stderr)
+    raise SystemExit(status)  # raised in this hook it sets the exit status
+
+
+def _flush():
+    """Flush the output before Python does, which would complain if its reader has left."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,513 @@
+"""A GPT in MLX, and its checkpoint: one file that everything else stands on.
+
+    model = GPT(GPTConfig(n_layer=4, n_embd=256))
+    logits = model(idx)                                  # idx (B, T) token ids -> (B, T, vocab_size)
+    loss = model.loss(idx, targets)                      # mean cross-entropy in nats
+    for token in generate(model, [1, 2, 3], 100): ...    # sampling with a key/value cache
+    save_checkpoint("ckpt.safetensors", model, meta); model, meta = load_checkpoint("ckpt.safetensors")
+
+The settings of GPTConfig cover GPT-2 (Radford et al. 2019) and the Llama family (Touvron et al. 2023). The default is a
+modern small model: rotary positions, RMSNorm, relu squared (So et al. 2021), QK-norm (Henry et al. 2020), no biases.
+
+Shapes: B batch, T positions, C = n_embd, H heads, KV key/value heads, D = head_dim, V = vocab_size, S keys (cached + T).
+"""
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+
+import blas  # noqa: F401  (before mlx: a fast BLAS for the CPU on Linux)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from safetensors import SafetensorError, safe_open
+
+import cpu
+from config import UserError
+
+ON_CPU = mx.default_device() == mx.cpu
+VERSION = 1  # of the checkpoint's header
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GPTConfig:
+    """The only list of architecture settings. Every script takes them by these names."""
+    block_size: int = 256        # context length, in tokens
+    vocab_size: int = 4096       # V; train.py takes the tokenizer's, rounded up to a multiple of 64
+    n_layer: int = 4             # blocks
+    n_head: int = 4              # query heads
+    n_kv_head: int = 0           # key/value heads, each shared by n_head / n_kv_head query heads; 0: n_head
+    n_embd: int = 256            # width of the residual stream
+    head_dim: int = 0            # width of a head; 0: n_embd / n_head
+    ffn_dim: int = 0             # hidden width of the MLP; 0: 4 n_embd (swiglu: 8/3 n_embd, up to a multiple of 64)
+    pos: str = "rope"            # rope | learned | none
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_factor: float = 1.0     # Llama 3 scaling: long wavelengths grow by it (8 in Llama 3.1); 1: off
+    rope_low_freq: float = 1.0   # wavelengths over rope_original / this grow by the whole factor
+    rope_high_freq: float = 4.0  # wavelengths under rope_original / this stay
+    rope_original: int = 8192    # context length before the scaling
+    norm: str = "rms"            # rms | layer
+    norm_eps: float = 1e-5       # added to the variance
+    mlp: str = "relu2"           # relu2 | gelu | gelu_tanh | swiglu
+    bias: bool = False           # biases in all linear layers and in LayerNorm
+    qkv_bias: bool = False       # biases in q, k and v alone (Qwen2)
+    qk_norm: bool = True         # RMSNorm of every head's query and key
+    tie: bool = True             # the unembedding is the embedding's transpose
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: it must be 1 or more")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one or set head_dim")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            raise UserError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
+        if self.pos == "rope" and self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs; make it even or set pos")
+        swiglu_dim = -(-8 * self.n_embd // (3 * 64)) * 64
+        self.ffn_dim = self.ffn_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
+        choices = {"pos": ("rope", "learned", "none"), "norm": ("rms", "layer"), "mlp": tuple(ACTIVATIONS)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+
+def no_tap(site: str, layer: int, x: mx.array) -> mx.array:
+    """A tap is called at every site of every layer and returns what flows on; this one looks at nothing.
+
+    Sites, in order: "resid" (B, T, C) the residual stream entering a block; "heads" (B, H, T, D) what each head read;
+    "attn" (B, T, C) and "mlp" (B, T, C) what goes back into the residual stream; and once, with layer = n_layer,
+    "resid" (B, T, C) after the last block.
+    """
+    return x
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+
+
+def rope_wavelengths(config: GPTConfig) -> mx.array:
+    """Radians turn as position / wavelength: (D/2,), theta^(2i/D) (Su et al. 2021), stretched as Llama 3.1 does."""
+    wavelengths = config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    if config.rope_factor != 1:
+        low, high = config.rope_low_freq, config.rope_high_freq
+        turns = config.rope_original / (2 * math.pi * wavelengths)  # full turns within the original context
+        keep = np.clip((turns - low) / (high - low), 0, 1)          # 1: short wavelength, kept; 0: stretched
+        wavelengths = 1 / (keep / wavelengths + (1 - keep) / (config.rope_factor * wavelengths))
+    return mx.array(wavelengths, dtype=mx.float32)
+
+
+def rope(x: mx.array, wavelengths: mx.array, offset) -> mx.array:
+    """Rotate each head's (first half, second half) pairs by position: x (B, H, T, D) at offset, offset + 1, ..."""
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
+
+
+# ---- score: which keys a query may see, and with what bias -----------------------------------------------------------
+
+
+def score(config: GPTConfig, layer: int, T: int, offset: int):
+    """The mask of T queries that stand at positions offset, offset+1, ...: "causal", None, or an array to add to the
+    scores (B, H, T, S). The baseline never builds one: the fused causal kernels do not need it."""
+    return "causal" if T > 1 else None
+
+
+# ---- mixer: attention ------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values (B, KV, S, D) of one layer. Room grows in steps, and a token is written in place."""
+    STEP = 256  # positions
+
+    def __init__(self):
+        self.keys = self.values = None
+        self.offset = 0  # tokens seen so far = the next token's position
+
+    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Append k and v (B, KV, T, D); return all keys and values so far."""
+        start, self.offset = self.offset, self.offset + k.shape[2]
+        room = 0 if self.keys is None else self.keys.shape[2]
+        if self.offset > room:
+            more = -(-(self.offset - room) // self.STEP) * self.STEP
+            more_k, more_v = (mx.zeros((*x.shape[:2], more, x.shape[3]), x.dtype) for x in (k, v))
+            self.keys = mx.concatenate([self.keys, more_k], axis=2) if room else more_k
+            self.values = mx.concatenate([self.values, more_v], axis=2) if room else more_v
+        self.keys[..., start:self.offset, :] = k
+        self.values[..., start:self.offset, :] = v
+        return self.keys[..., :self.offset, :], self.values[..., :self.offset, :]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention (Vaswani et al. 2017) with grouped key/value heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, D, bias = config.n_embd, config.head_dim, config.bias or config.qkv_bias
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, D
+        self.q = nn.Linear(C, config.n_head * D, bias=bias)
+        self.k = nn.Linear(C, config.n_kv_head * D, bias=bias)
+        self.v = nn.Linear(C, config.n_kv_head * D, bias=bias)
+        self.out = nn.Linear(config.n_head * D, C, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
+        self._wavelengths = rope_wavelengths(config) if config.pos == "rope" else None
+
+    def __call__(self, x: mx.array, mask, cache: KVCache | None, layer: int, tap: Callable) -> mx.array:
+        B, T, _ = x.shape
+        q = self.q(x).reshape(B, T, self.n_head, self.head_dim).swapaxes(1, 2)
+        k = self.k(x).reshape(B, T, self.n_kv_head, self.head_dim).swapaxes(1, 2)
+        v = self.v(x).reshape(B, T, self.n_kv_head, self.head_dim).swapaxes(1, 2)
+        if "q_norm" in self:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self._wavelengths is not None:
+            offset = cache.offset if cache else 0
+            q, k = rope(q, self._wavelengths, offset), rope(k, self._wavelengths, offset)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        y = tap("heads", layer, attend(q, k, v, mask))
+        return self.out(y.swapaxes(1, 2).reshape(B, T, -1))
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
+    """softmax(q k^T / sqrt(D) + mask) v: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D)."""
+    scale = q.shape[-1] ** -0.5
+    if ON_CPU and q.shape[2] > 1 and q.dtype == mx.float32:
+        return cpu.attention(q, k, v, scale, mask)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+# ---- ffn: what each position computes by itself ----------------------------------------------------------------------
+
+
+def recompute(f: Callable) -> Callable:
+    """Keep only f's inputs for the backward pass. For elementwise functions, which cost less than what they store."""
+    return f if ON_CPU else mx.checkpoint(f)
+
+
+ACTIVATIONS = {
+    "relu2": recompute(lambda x: mx.square(mx.maximum(x, 0))),
+    "gelu": recompute(lambda x: x * (0.5 + 0.5 * mx.erf(x * 0.5**0.5))),
+    "gelu_tanh": recompute(lambda x: 0.5 * x * (1 + mx.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)))),
+    "swiglu": recompute(lambda gate, x: gate * mx.sigmoid(gate) * x),  # SiLU of the gate (Shazeer 2020)
+}
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.activation = config.mlp
+        if config.mlp == "swiglu":
+            self.gate = nn.Linear(config.n_embd, config.ffn_dim, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.ffn_dim, bias=config.bias)
+        self.down = nn.Linear(config.ffn_dim, config.n_embd, bias=config.bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        inputs = (self.gate(x), self.up(x)) if "gate" in self else (self.up(x),)
+        return self.down(ACTIVATIONS[self.activation](*inputs))
+
+
+# ---- route: which positions a block works on -------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), for every position."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.attn_norm = make_norm(config)
+        self.attn = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, mask, cache: KVCache | None, layer: int, tap: Callable) -> mx.array:
+        x = tap("resid", layer, x)
+        x = x + tap("attn", layer, self.attn(self.attn_norm(x), mask, cache, layer, tap))
+        return x + tap("mlp", layer, self.mlp(self.mlp_norm(x)))
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+
+
+# ---- GPT -------------------------------------------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. Parameters are float32 until model.set_dtype(...)."""
+
+    def __init__(self, config: GPTConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.pos == "learned":
+            self.pos_embed = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = [Block(config) for _ in range(config.n_layer)]
+        self.norm = make_norm(config)
+        if not config.tie:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.checkpoint_every = 0  # recompute every k-th block's activations in the backward pass; 0: store all
+        init_weights(self, seed)
+
+    def residual(self, idx: mx.array, cache: list | None = None, tap: Callable = no_tap) -> mx.array:
+        """The residual stream after the last block: (B, T) token ids -> (B, T, C)."""
+        T, offset = idx.shape[1], cache[0].offset if cache else 0
+        x = self.embed(idx)
+        if self.config.pos == "learned":
+            if offset + T > self.config.block_size:
+                raise UserError(f"{offset + T} tokens, but learned positions end at block_size={self.config.block_size}")
+            x = x + self.pos_embed(mx.arange(offset, offset + T))
+        for layer, block in enumerate(self.blocks):
+            run = block
+            if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
+                run = nn.utils.checkpoint(block)
+            x = run(x, score(self.config, layer, T, offset), cache[layer] if cache else None, layer, tap)
+        return tap("resid", self.config.n_layer, x)
+
+    def unembed(self, x: mx.array) -> mx.array:
+        """Final norm and vocabulary projection: (..., C) -> logits (..., V)."""
+        return self.project(self.norm(x))
+
+    def project(self, x: mx.array) -> mx.array:
+        return self.embed.as_linear(x) if self.config.tie else self.head(x)
+
+    def __call__(self, idx: mx.array, cache: list | None = None, tap: Callable = no_tap) -> mx.array:
+        """(B, T) token ids -> logits (B, T, V). With a cache, idx continues the tokens that it holds."""
+        return self.unembed(self.residual(idx, cache, tap))
+
+    def make_cache(self) -> list[KVCache]:
+        """An empty key/value cache: model(idx, cache=cache) fills it, any number of tokens at a time."""
+        return [KVCache() for _ in self.blocks]
+
+    def loss(self, idx: mx.array, targets: mx.array, mask: mx.array | None = None) -> mx.array:
+        """Mean cross-entropy in nats over the positions where mask (B, T) is not 0; weighted by it."""
+        x = self.norm(self.residual(idx))
+        weights = mx.ones(targets.shape) if mask is None else mask.astype(mx.float32)
+        total = chunked_loss(self, x.reshape(-1, x.shape[-1]), targets.reshape(-1), weights.reshape(-1))
+        return total / mx.maximum(weights.sum(), 1)
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """-log softmax(logits)[target] in float32: (N, V), (N,) -> (N,)."""
+    if ON_CPU:
+        return cpu.cross_entropy(logits.astype(mx.float32), targets)
+    return mx.fast.cross_entropy(logits, targets)
+
+
+LOSS_CHUNK = 2**26 if ON_CPU else 2**28  # logits that exist at a time
+
+
+def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """sum_i weights_i * cross_entropy(project(x_i), target_i), without all logits at once: x (N, C), the rest (N,).
+
+    In training each chunk's gradients are computed while its logits are there, and before the next chunk begins (as in
+    Liger kernels, Hsu et al. 2024): the logits are neither stored for the backward pass nor computed twice.
+    """
+    rows = max(1, LOSS_CHUNK // model.config.vocab_size)
+    starts = range(0, x.shape[0], rows)
+    head = model.embed if model.config.tie else model.head
+
+    def chunk_loss(parameters, x, start):
+        head.update(parameters)
+        losses = cross_entropy(model.project(x), targets[start:start + rows])
+        return (losses * weights[start:start + rows]).sum()
+
+    @mx.custom_function
+    def loss_and_gradients(parameters, x):
+        total, gradient, dx = mx.array(0.0), tree_map(lambda p: mx.zeros(p.shape), parameters), []
+        for start in starts:
+            piece = x[start:start + rows]
+            if dx:
+                piece = mx.depends([piece], [dx[-1]])[0]
+            loss, (dp, d) = mx.value_and_grad(chunk_loss, (0, 1))(parameters, piece, start)
+            total = total + loss
+            gradient = tree_map(lambda sum, g: sum + g.astype(mx.float32), gradient, dp)
+            dx.append(d)
+        return total, tree_map(lambda g, p: g.astype(p.dtype), gradient, parameters), mx.concatenate(dx)
+
+    @loss_and_gradients.vjp
+    def backward(primals, cotangents, outputs):
+        return tree_map(lambda g: (cotangents[0] * g).astype(g.dtype), outputs[1:])
+
+    parameters = head.trainable_parameters()
+    if model.training:
+        total = loss_and_gradients(parameters, x)[0]
+    else:
+        total = sum(chunk_loss(parameters, x[start:start + rows], start) for start in starts)
+    head.update(parameters)  # in place of what the tracing left there
+    return total
+
+
+# ---- init ------------------------------------------------------------------------------------------------------------
+
+
+def init_weights(model: GPT, seed: int = 0):
+    """Set every parameter. float32; the same seed gives the same weights on every device.
+
+    embed, pos_embed, head         normal, 0.02
+    q, k, v, gate, up              normal, n_embd^-0.5 (keeps the variance of a normalised input)
+    out, down                      normal, n_embd^-0.5 / sqrt(2 n_layer) (the residual stream sums 2 n_layer of them)
+    norms 1, biases 0
+    """
+    rng = np.random.default_rng(seed)
+    std = model.config.n_embd ** -0.5
+
+    def initial(path: str, p: mx.array) -> mx.array:
+        module, kind = path.split(".")[-2:]
+        if kind == "bias":
+            return mx.zeros(p.shape)
+        if "norm" in module:
+            return mx.ones(p.shape)
+        scale = 0.02 if "embed" in module or module == "head" else std
+        if module in ("out", "down"):
+            scale = std / math.sqrt(2 * model.config.n_layer)
+        return mx.array(rng.standard_normal(p.shape, dtype=np.float32) * np.float32(scale))
+
+    model.update(tree_map_with_path(initial, model.parameters()))
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                 min_p: float = 0.0) -> mx.array:
+    """Draw one token a row: logits (B, V) -> (B,). temperature 0 takes the most probable one. The filters, in order:
+    top_k (keep the k most probable; 0: all), top_p (the fewest whose probabilities sum to p; Holtzman et al. 2020),
+    min_p (those with at least min_p times the largest probability; Nguyen et al. 2024)."""
+    if temperature == 0:
+        return mx.argmax(logits, axis=-1)
+    logits = logits.astype(mx.float32) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = mx.min(mx.topk(logits, top_k, axis=-1), axis=-1, keepdims=True)
+        logits = mx.where(logits < smallest, -mx.inf, logits)
+    if top_p < 1:
+        order = mx.argsort(-logits, axis=-1)
+        p = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
+        beyond = mx.cumsum(p, axis=-1) - p >= top_p  # the tokens before it suffice; the first always stays
+        beyond = mx.put_along_axis(beyond, order, beyond, axis=-1)
+        logits = mx.where(beyond, -mx.inf, logits)
+    if min_p > 0:
+        logits = mx.where(logits < logits.max(-1, keepdims=True) + math.log(min_p), -mx.inf, logits)
+    return mx.random.categorical(logits, key=key)
+
+
+def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+             min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, n_vocab: int = 0) -> Iterator:
+    """Continue token ids (T,), yielding one int a token; or a batch of them (B, T), yielding a list of B ints.
+
+    repetition_penalty divides the positive logits of tokens seen before and multiplies the negative ones (Keskar et
+    al. 2019). n_vocab: ids from here on are padding of the vocabulary and never drawn. When the context is full, its
+    second half is read again into a new cache: a token never sees more than block_size tokens.
+    """
+    block_size, V = model.config.block_size, model.config.vocab_size
+    history = np.array(ids, dtype=np.int64)
+    single, history = history.ndim == 1, np.atleast_2d(history)
+    if history.shape[1] == 0:
+        raise UserError("nothing to continue: give at least one token")
+    key = mx.random.key(seed)
+    seen = mx.zeros((len(history), V), dtype=mx.bool_)
+    if repetition_penalty != 1:
+        seen = mx.put_along_axis(seen, mx.array(history), mx.array(True), axis=1)
+    padding = mx.arange(V) >= (n_vocab or V)
+    cache, text = model.make_cache(), [mx.array(history[:, -block_size:])]
+
+    def step(x):  # x (B, T) -> the next token (B, 1); nothing is computed yet
+        nonlocal key, seen
+        logits = model(x, cache=cache)[:, -1]
+        if repetition_penalty != 1:
+            less = mx.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = mx.where(seen, less, logits)
+        if n_vocab:
+            logits = mx.where(padding, -mx.inf, logits)
+        key, subkey = mx.random.split(key)
+        token = sample_token(logits, subkey, temperature, top_k, top_p, min_p)[:, None]
+        if repetition_penalty != 1:
+            seen = mx.put_along_axis(seen, token, mx.array(True), axis=1)
+        return token
+
+    token = step(text[0])
+    mx.async_eval(token)
+    for i in range(max_new_tokens):
+        text.append(token)
+        if i + 1 < max_new_tokens:  # start the next token before this one is read, so that the device never waits
+            if cache[0].offset == block_size:
+                half = max(1, block_size // 2)
+                recent = mx.concatenate(text, axis=1)[:, -half:]
+                cache, text = model.make_cache(), [recent]
+                token = step(recent)
+            else:
+                token = step(token)
+            mx.async_eval(token)
+        out = text[-1][:, -1].tolist()
+        yield out[0] if single else out
+
+
+# ---- checkpoint ------------------------------------------------------------------------------------------------------
+
+
+def save_arrays(path: str, arrays: dict[str, mx.array], header: dict):
+    """Write a safetensors file whose header holds `header` as JSON. The path has the old file or the whole new one."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            mx.save_safetensors(file, arrays, {"tinygpt": json.dumps(header)})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; what was there is unharmed") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def load_arrays(path: str) -> tuple[dict[str, mx.array], dict]:
+    """Read what save_arrays wrote: (arrays, header). UserError for anything else."""
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or check the name")
+    try:
+        with safe_open(path, "numpy") as file:  # checks the header against the file's length
+            header = json.loads((file.metadata() or {}).get("tinygpt", "null"))
+        arrays = mx.load(path, format="safetensors")
+        mx.eval(arrays)  # read now: the file may be replaced later
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): copy or train it again") from error
+    if not isinstance(header, dict) or "version" not in header:
+        raise UserError(f"{path} is a safetensors file, but not one of ours: its header has no `tinygpt` entry")
+    if header["version"] != VERSION:
+        raise UserError(f"{path} has version {header['version']}, this code reads {VERSION}: update the code")
+    return arrays, header
+
+
+def save_checkpoint(path: str, model: GPT, meta: dict):
+    """Write the weights and, in the header, the model's config and all of `meta` (tokenizer, script, settings, step,
+    losses, commit: whatever JSON can hold)."""
+    arrays = dict(tree_flatten(model.parameters()))
+    save_arrays(path, arrays, {**meta, "version": VERSION, "config": asdict(model.config)})
+
+
+def load_checkpoint(path: str) -> tuple[GPT, dict]:
+    """Read a checkpoint: (model, meta). Its config rules. UserError if it is missing, cut short, or not ours."""
+    arrays, meta = load_arrays(path)
+    known = {field.name for field in fields(GPTConfig)}
+    config = meta.get("config")
+    if not isinstance(config, dict) or not config.keys() <= known:
+        raise UserError(f"{path} has settings that this code does not know ({config}): update the code")
+    model = GPT(GPTConfig(**config))
+    try:
+        model.load_weights(list(arrays.items()), strict=True)
+    except ValueError as error:
+        raise UserError(f"{path} does not hold the weights that its config asks for: {error}") from error
+    model.eval()
+    return model, meta

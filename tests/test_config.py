@@ -1,0 +1,208 @@
+"""config.py, through little scripts that are run as a user runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SCRIPT = '''"""Train a thing.
+
+    python script.py --n_layer=2
+"""
+import json
+import sys
+
+from config import UserError, overrides
+
+# data
+data = "tiny # shakespeare"  # folder under data/
+prompt = ""  # what to go on from, "#" or not
+# model
+n_layer = 6  # blocks
+# Two words: no group
+dropout: float = 0.0  # 0 .. 1
+bias = False
+_hidden = 1
+UPPER = 2
+shape = (1, 2)
+settings = overrides(globals(), "data", "prompt")
+later = 3  # not a setting
+n_layer = n_layer + 0  # not the comment of n_layer
+assert all(globals()[name] == value for name, value in settings.items())
+print(json.dumps(settings))
+'''
+
+
+def run(tmp_path, *arguments, body="", script=SCRIPT, shell=""):
+    """(exit status, stdout, stderr) of a script with some more code at its end."""
+    path = tmp_path / "script.py"
+    path.write_text(script + body)
+    command = [sys.executable, str(path), *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    if shell:
+        command = ["bash", "-c", f'"{sys.executable}" "{path}" {shell}']
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def settings(tmp_path, *arguments):
+    status, out, err = run(tmp_path, *arguments)
+    assert (status, err) == (0, "")
+    return eval(out, {"true": True, "false": False})
+
+
+def refused(tmp_path, *arguments):
+    """The one line that refuses the arguments."""
+    status, out, err = run(tmp_path, *arguments)
+    assert (status, out) == (2, "")  # nothing ran
+    assert err.startswith("script.py: ") and err.count("\n") == 1, err
+    return err.strip()
+
+
+def test_defaults_in_source_order(tmp_path):
+    values = settings(tmp_path)
+    assert list(values.items()) == [
+        ("data", "tiny # shakespeare"), ("prompt", ""), ("n_layer", 6), ("dropout", 0.0), ("bias", False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "argument, name, value",
+    [
+        ("--prompt=123", "prompt", "123"),
+        ("--prompt=a=b", "prompt", "a=b"),
+        ("--data=", "data", ""),
+        ("--prompt=--help", "prompt", "--help"),
+        ("--prompt=two words", "prompt", "two words"),
+        ("--dropout=1", "dropout", 1.0),
+        ("--dropout=1e-3", "dropout", 0.001),
+        ("--n_layer=1_000", "n_layer", 1000),
+        ("--n_layer=-1", "n_layer", -1),
+        ("--bias=TRUE", "bias", True),
+        ("--bias=false", "bias", False),
+    ],
+)
+def test_values(tmp_path, argument, name, value):
+    found = settings(tmp_path, argument)[name]
+    assert found == value and type(found) is type(value)
+
+
+def test_bare_arguments_fill_names_in_order(tmp_path):
+    values = settings(tmp_path, "-1", "--n_layer=2", "-x y")
+    assert (values["data"], values["prompt"], values["n_layer"]) == ("-1", "-x y", 2)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--n_layr=6"], "did you mean --n_layer=VALUE?"),
+        (["--n-layer=6"], "did you mean --n_layer=VALUE?"),
+        (["--zzzzzz=6"], "--help"),
+        (["--_hidden=2"], "unknown"),
+        (["--UPPER=3"], "unknown"),
+        (["--later=4"], "unknown"),
+        (["--n_layer", "6"], "write --n_layer=VALUE"),
+        (["--n_layer=0.5"], "whole number"),
+        (["--n_layer=true"], "whole number"),
+        (["--dropout=nan"], "a number"),
+        (["--dropout="], "a number"),
+        (["--bias=1"], "true or false"),
+        (["a", "b", "c"], "'c'"),
+        (["--n_layer=1", "--n_layer=2"], "twice"),
+        (["a", "--data=b"], "twice"),
+    ],
+)
+def test_refused_in_one_line(tmp_path, arguments, says):
+    assert says in refused(tmp_path, *arguments)
+
+
+def test_nearest_name_takes_minus_for_underscore(tmp_path):
+    script = "from config import overrides\nnlayer = n_layer = 1\noverrides(globals())\n"
+    assert "--n_layer=VALUE" in run(tmp_path, "--n-layer=5", script=script)[2]
+
+
+def test_bare_argument_where_none_is_taken(tmp_path):
+    script = "from config import overrides\nx = 1\noverrides(globals())\n"
+    status, _, err = run(tmp_path, "5", script=script)
+    assert status == 2 and "--name=value" in err
+
+
+def test_nothing_is_set_when_one_argument_is_wrong(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    import config
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "--a=2", "--b=x"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
+    script = {"__name__": "__main__", "a": 1, "b": 1}
+    with pytest.raises(config.UserError):
+        config.overrides(script)
+    assert (script["a"], script["b"]) == (1, 1)
+
+
+def test_imported_script_ignores_arguments(tmp_path):
+    (tmp_path / "other.py").write_text("from config import overrides\nx = 1\nsettings = overrides(globals(), 'x')\n")
+    script = "import sys\nbefore = sys.excepthook\nimport other\nprint(other.settings, sys.excepthook is before)\n"
+    assert run(tmp_path, "--x=2", "--help", script=script) == (0, "{'x': 1} True\n", "")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(tmp_path, flag):
+    status, out, err = run(tmp_path, "--n_layer=2", flag)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "Train a thing." and "usage: python script.py [data] [prompt] [--name=value ...]" in lines
+    groups = [line for line in lines[lines.index("data") :] if line and line[0] != " "]
+    assert groups == ["data", "model"]
+    rows = {line.split("=")[0].strip(): line for line in lines if line.startswith("  --")}
+    assert list(rows) == ["--data", "--prompt", "--n_layer", "--dropout", "--bias"]
+    assert "'tiny # shakespeare'" in rows["--data"] and rows["--data"].endswith("[argument 1] folder under data/")
+    assert rows["--prompt"].endswith('[argument 2] what to go on from, "#" or not')
+    assert "--n_layer=6 " in rows["--n_layer"] and rows["--n_layer"].endswith(" blocks")
+    assert rows["--dropout"].endswith(" 0 .. 1") and rows["--bias"].rstrip().endswith("--bias=false")
+    assert lines.index("model") < lines.index(rows["--n_layer"])
+
+
+def test_help_fits_120_columns(tmp_path):
+    script = SCRIPT.replace("# blocks", "# " + "many words " * 30).replace('"tiny', '"' + "long default " * 12)
+    _, out, _ = run(tmp_path, "--help", script=script)
+    assert 100 < max(map(len, out.splitlines())) <= 120
+
+
+def test_help_needs_neither_mlx_nor_numpy(tmp_path):
+    body = "\nassert not {'mlx', 'mlx.core', 'numpy'} & set(sys.modules), 'slow'\n"
+    assert run(tmp_path, body=body)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "body, status, says",
+    [
+        ('raise UserError("no data: run\\nprepare.py")', 2, "script.py: no data: run prepare.py"),
+        ('open("missing/file.bin")', 2, "script.py: No such file or directory: missing/file.bin"),
+        ('raise OSError("the disk is gone")', 2, "script.py: the disk is gone"),
+        ("raise KeyboardInterrupt", 130, "stopped"),
+        ("raise BrokenPipeError", 141, ""),
+        ("raise SystemExit(7)", 7, ""),
+    ],
+)
+def test_errors_in_one_line(tmp_path, body, status, says):
+    found, _, err = run(tmp_path, body=f"\n{body}\n")
+    assert (found, err.strip()) == (status, says)
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    status, _, err = run(tmp_path, body="\n{}['key']\n")
+    assert status == 1 and err.startswith("Traceback") and "KeyError: 'key'" in err
+
+
+@pytest.mark.parametrize("body", ["\nprint('x')\n", "\nfor i in range(100000): print(i)\n"])
+def test_output_into_a_closed_pipe_is_quiet(tmp_path, body):
+    # the first body breaks at the last flush, the second within print
+    assert run(tmp_path, body="\nimport time; time.sleep(0.2)" + body, shell="| true") == (0, "", "")
+
+
+def test_unknown_positional_is_a_bug(tmp_path):
+    status, _, err = run(tmp_path, script="from config import overrides\nx = 1\noverrides(globals(), 'y')\n")
+    assert status == 1 and "AssertionError" in err
