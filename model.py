@@ -9,7 +9,7 @@
 The settings of GPTConfig cover GPT-2 (Radford et al. 2019) and the Llama family (Touvron et al. 2023). The default is a
 modern small model: rotary positions, RMSNorm, relu squared (So et al. 2021), QK-norm (Henry et al. 2020), no biases.
 
-Shapes: B batch, T positions, C = n_embd, H heads, KV key/value heads, D = head_dim, V = vocab_size, S keys (cached + T).
+Shapes: B batch, T positions, C = n_embd, H heads, KV key/value heads, D = head_dim, V = vocab_size, S keys.
 """
 import contextlib
 import json
@@ -64,7 +64,7 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be 1 or more")
         if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one or set head_dim")
+            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
@@ -77,6 +77,13 @@ class GPTConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+
+def compute_dtype(name: str) -> mx.Dtype:
+    """The dtype of a setting: float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU."""
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype={name!r} is not one of auto, float32, bfloat16, float16")
+    return getattr(mx, ("float32" if ON_CPU else "bfloat16") if name == "auto" else name)
 
 
 def no_tap(site: str, layer: int, x: mx.array) -> mx.array:
@@ -266,7 +273,7 @@ class GPT(nn.Module):
         x = self.embed(idx)
         if self.config.pos == "learned":
             if offset + T > self.config.block_size:
-                raise UserError(f"{offset + T} tokens, but learned positions end at block_size={self.config.block_size}")
+                raise UserError(f"{offset + T} tokens, but positions are learned up to {self.config.block_size}")
             x = x + self.pos_embed(mx.arange(offset, offset + T))
         for layer, block in enumerate(self.blocks):
             run = block

@@ -1,0 +1,108 @@
+"""Let a checkpoint write.
+
+    python sample.py out/ckpt.safetensors --prompt="def main"
+    python sample.py out/ckpt.safetensors                     # on a terminal: asks for prompts, one after the other
+
+Text comes as it is made. At the end of each text stands its speed: tok/s, tokens written a second, and GB/s, the bytes
+of weights and of key/value cache read for them, which is what bounds decoding.
+"""
+import codecs
+import contextlib
+import sys
+import time
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from config import UserError, overrides
+from model import compute_dtype, generate, load_checkpoint
+from tokenizer import Tokenizer
+
+# text
+checkpoint = "out/ckpt.safetensors"  # from train.py
+prompt = ""               # what the text begins with; none: asked for on a terminal, else a new document
+max_new_tokens = 200      # length of a sample
+num_samples = 1           # texts a prompt
+stop = ""                 # end a text where this appears; several are separated by |
+# sampling
+temperature = 0.8         # 0: always the most probable token; 1: the model's own distribution
+top_k = 200               # keep the k most probable tokens; 0: all
+top_p = 1.0               # keep the fewest tokens whose probabilities sum to this
+min_p = 0.0               # keep tokens with at least this share of the largest probability
+repetition_penalty = 1.0  # above 1: tokens that stand in the text already become less probable
+seed = 1337               # of the draws
+dtype = "auto"            # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
+
+settings = overrides(globals(), "checkpoint", "prompt")
+
+if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
+    raise UserError("temperature must be 0 or more, top_p over 0 and up to 1, min_p 0 to 1, repetition_penalty over 0")
+
+model, meta = load_checkpoint(checkpoint)
+if not meta.get("tokenizer"):
+    raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
+text = Tokenizer.from_dict(meta["tokenizer"])
+model.set_dtype(compute_dtype(dtype))
+mx.eval(model.parameters())
+weight_bytes = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+config = model.config
+cache_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * model.embed.weight.dtype.size  # a position
+stops = [part for part in stop.split("|") if part]
+
+
+def ask() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def end_of(new: str) -> tuple[int, int]:
+    """Where a stop string begins in `new` (-1: nowhere), and how many characters at its end may be the start of one."""
+    found = min((new.find(part) for part in stops if part in new), default=-1)
+    return found, max((n for part in stops for n in range(1, len(part)) if new.endswith(part[:n])), default=0)
+
+
+def write(prompt: str, seed: int):
+    """Continue a prompt on standard output, up to a stop string, an end-of-text token or max_new_tokens."""
+    ids = [text.eot, *text.encode(prompt).tolist()]  # a document begins after an end-of-text token
+    if len(ids) > config.block_size:
+        print(f"the prompt has {len(ids)} tokens: only the last {config.block_size} are read", file=sys.stderr)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+    print(prompt, end="", flush=True)
+    new, count, began = "", 0, time.perf_counter()
+    for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
+                          text.n_vocab):
+        count += 1
+        if count == 1:
+            first = time.perf_counter()
+        if token == text.eot:
+            break
+        new += decoder.decode(text.decode_bytes([token]))
+        found, waiting = end_of(new)
+        if found >= 0:
+            new = new[:found]
+            break
+        print(new[:len(new) - waiting], end="", flush=True)
+        new = new[len(new) - waiting:]
+    print(new + decoder.decode(b"", True), flush=True)
+    if count > 1:
+        speed = (count - 1) / (time.perf_counter() - first)
+        positions = min(len(ids) + count / 2, config.block_size)  # in the cache, on average
+        read = weight_bytes + positions * cache_bytes
+        print(f"[{count} tokens, {speed:.1f} tok/s, {read * speed / 1e9:.1f} GB/s, first after {first - began:.2f} s, "
+              f"{mx.get_peak_memory() / 2**30:.2f} GiB]", file=sys.stderr)
+
+
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401  (input() gains a history and editing)
+
+if prompt or not sys.stdin.isatty():
+    for i in range(num_samples):
+        write(prompt, seed + i)
+else:
+    print("Write the beginning of a text; an empty line ends.")
+    while prompt := ask():
+        for i in range(num_samples):
+            write(prompt, seed + i)

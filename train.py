@@ -1,0 +1,475 @@
+"""Train a GPT on your own text.
+
+    python train.py                                   # on Python's own source text: 3 minutes on two CPU cores
+    python train.py --data=book.txt --n_layer=6 --n_embd=384 --max_iters=2000
+
+It writes OUT_DIR/ckpt.safetensors (the last step), best.safetensors (the lowest validation loss), loss.csv, loss.png.
+--resume=True goes on where OUT_DIR stopped, with its settings; only those given again change. Ctrl-C saves and stops.
+Several devices: mlx.launch -n 2 -- python train.py; batch_size is shared out among them.
+
+Each line of the log: step; loss, the mean training cross-entropy of that step in nats a token; lr, the learning rate;
+norm, the gradient's length before clipping; tok/s, tokens trained on a second; mfu, the share of the device's peak
+(where it is known; counted as in PaLM, Chowdhery et al. 2022); mem, peak memory. And at every eval_interval: val, the
+loss on fixed windows of the validation split; ppl, its exponential; bpb, bits per byte of text, which compares across
+tokenizers.
+"""
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from functools import partial
+
+import blas  # before mlx
+import matplotlib
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from tqdm import tqdm
+
+from config import UserError, given, overrides
+from model import GPT, GPTConfig, compute_dtype, generate, load_arrays, load_checkpoint, save_arrays, save_checkpoint
+from tokenizer import Tokenizer
+
+# data
+data = "stdlib"         # what data.py made, or any source it takes: a text file or folder, shakespeare, hf:NAME
+tokenizer = "bpe"       # for a source not prepared yet: bpe | byte | char | a tiktoken name such as gpt2
+vocab_size = 4096       # for bpe
+out_dir = "out"         # where the checkpoint and the curves go
+resume = False          # go on with OUT_DIR/ckpt.safetensors
+seed = 1337             # of the weights and of the order of the data
+# model
+block_size = 256        # context length, tokens
+n_layer = 4             # blocks
+n_head = 4              # query heads
+n_kv_head = 0           # key/value heads; 0: n_head
+n_embd = 256            # width
+head_dim = 0            # width of a head; 0: n_embd / n_head
+ffn_dim = 0             # hidden width of the MLP; 0: 4 n_embd (swiglu: 8/3)
+pos = "rope"            # rope | learned | none
+rope_theta = 10000.0    # base of the rotary wavelengths
+norm = "rms"            # rms | layer
+norm_eps = 1e-5         # added to the variance in the norms
+mlp = "relu2"           # relu2 | gelu | gelu_tanh | swiglu
+bias = False            # biases in linear layers and LayerNorm
+qkv_bias = False        # biases in q, k, v alone
+qk_norm = True          # RMSNorm of every query and key
+tie = True              # unembedding = embedding transposed
+# optimization
+max_iters = 400         # updates
+batch_size = 16         # sequences a micro-step, over all devices
+grad_accum = 1          # micro-steps an update
+optimizer = "adamw"     # adamw | muon | lion
+learning_rate = 3e-3    # peak; for muon: of the embeddings and norms, and lion wants about a tenth
+muon_lr = 0.02          # peak, of the matrices under muon
+beta1 = 0.9             # decay of the gradient's mean
+beta2 = 0.95            # decay of the gradient's square
+weight_decay = 0.1      # of matrices, times the learning rate
+grad_clip = 1.0         # longest gradient; 0: no clipping
+schedule = "cosine"     # cosine | wsd (warmup, stable, linear decay over the last fifth)
+warmup_iters = 40       # updates of linear warmup
+decay_iters = 0         # where the schedule ends; 0: max_iters
+min_lr = 0.1            # learning rate at the end, as a share of the peak
+# run
+eval_interval = 100     # updates between evaluations, each of which saves
+eval_iters = 8          # validation batches an evaluation
+log_interval = 10       # updates between log lines
+dtype = "auto"          # of the computation: float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
+checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
+compile = True          # compile the step (mx.compile)
+sample_tokens = 200     # length of the sample at the end
+
+settings = overrides(globals())
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # dense bfloat16
+ckpt_path, best_path = os.path.join(out_dir, "ckpt.safetensors"), os.path.join(out_dir, "best.safetensors")
+world = mx.distributed.init()
+rank, n_ranks = world.rank(), world.size()
+
+
+def say(*words):
+    if rank == 0:
+        tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
+
+
+# ---- resume: the checkpoint's settings stand, except those given now -------------------------------------------------
+
+start_step, meta, model = 0, {}, None
+if resume:
+    model, meta = load_checkpoint(ckpt_path)
+    asked = {name: settings[name] for name in given & meta["config"].keys() - {"vocab_size"}}
+    for name, value in asdict(GPTConfig(**{**meta["config"], **asked})).items():
+        if value != meta["config"][name]:
+            raise UserError(f"{name} is {value}, but {meta['config'][name]} in {ckpt_path}: leave it out or train anew")
+    for name, value in meta["settings"].items():
+        if name in settings and name not in given and name not in ("resume", "out_dir"):
+            settings[name] = globals()[name] = value
+    start_step = meta["step"]
+    if start_step >= max_iters:
+        raise UserError(f"{ckpt_path} is at step {start_step} of {max_iters} already: give a larger --max_iters")
+
+for name in ("max_iters", "batch_size", "grad_accum", "eval_interval", "eval_iters", "log_interval"):
+    if globals()[name] < 1:
+        raise UserError(f"{name}={globals()[name]}: it must be 1 or more")
+if batch_size % n_ranks:
+    raise UserError(f"batch_size={batch_size} is not divisible by the {n_ranks} processes: change it")
+if schedule not in ("cosine", "wsd"):
+    raise UserError(f"schedule={schedule!r} is not one of cosine, wsd")
+working_dtype = compute_dtype(dtype)
+
+# ---- data: random windows of a flat file of tokens -------------------------------------------------------------------
+
+
+def prepared(source: str) -> str:
+    """The folder with source's tokens; data.py makes it first where it is missing or out of date."""
+    if os.path.exists(os.path.join(source, "meta.json")):
+        return source
+    stem = os.path.splitext(os.path.basename(source.rstrip("/")))[0] if os.path.exists(source) else source
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)
+    folder = os.path.join("data", f"{safe}-{tokenizer}" + (f"-{vocab_size}" if tokenizer == "bpe" else ""))
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data.py")
+    command = [f"--source={source}", f"--out={folder}", f"--tokenizer={tokenizer}", f"--vocab_size={vocab_size}"]
+    if rank == 0:
+        status = subprocess.run([sys.executable, script, *command]).returncode
+        if status:
+            sys.exit(status)  # data.py has said why
+    mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # the other processes wait here
+    return folder
+
+
+folder = prepared(data)
+with open(os.path.join(folder, "meta.json")) as file:
+    data_meta = json.load(file)
+text = Tokenizer.from_dict(data_meta["tokenizer"])
+tokens = {split: np.memmap(os.path.join(folder, f"{split}.bin"), dtype=data_meta["dtype"], mode="r")
+          for split in ("train", "val")}
+if resume and meta["tokenizer"] != data_meta["tokenizer"]:
+    raise UserError(f"{folder} has another tokenizer than {ckpt_path}: give the data that it was trained on")
+if model:
+    block_size = model.config.block_size
+if len(tokens["train"]) <= block_size:
+    raise UserError(f"{data} has {len(tokens['train'])} training tokens, fewer than block_size={block_size} and one: "
+                    "give more text or a smaller block_size")
+if len(tokens["val"]) < 2:
+    raise UserError(f"{data} has {len(tokens['val'])} validation tokens: give more text")
+
+
+def windows(split: str, T: int, key: list[int]) -> tuple[mx.array, mx.array]:
+    """batch_size random windows: tokens (B, T), and the tokens that follow each (B, T). The same key, the same windows:
+    so the order of the data needs no saved state, and every process takes its share of one global batch."""
+    starts = np.random.default_rng(key).integers(len(tokens[split]) - T, size=batch_size)
+    rows = np.stack([tokens[split][i:i + T + 1] for i in starts]).astype(np.int32)
+    return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
+
+
+# ---- model, optimizer ------------------------------------------------------------------------------------------------
+
+if not model:
+    architecture = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
+    architecture["vocab_size"] = -(-text.n_vocab // 64) * 64  # a round number suits the matrix units
+    model = GPT(GPTConfig(**architecture), seed=seed)
+model.checkpoint_every = checkpoint_every
+config = model.config
+n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
+n_matmul = n_parameters - (config.block_size * config.n_embd if config.pos == "learned" else 0)  # weights that multiply
+n_matmul -= 0 if config.tie else config.vocab_size * config.n_embd
+flops_per_token = 6 * n_matmul + 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
+
+
+
+def by_muon(path: str, p: mx.array) -> bool:
+    return optimizer == "muon" and path.startswith("blocks.") and p.ndim == 2
+
+
+# Each without its own weight decay: update() decays the matrices alone, the same way for all, which makes Adam AdamW.
+adam = optim.Adam(learning_rate, betas=[beta1, beta2], bias_correction=True)  # Kingma & Ba 2015
+lion = optim.Lion(learning_rate, betas=[beta1, beta2], weight_decay=0.0)      # Chen et al. 2023
+muon = optim.Muon(muon_lr, weight_decay=0.0)                                  # Jordan et al. 2024
+if optimizer not in ("adamw", "muon", "lion"):
+    raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon, lion")
+opt = {"adamw": adam, "lion": lion, "muon": optim.MultiOptimizer([muon, adam], [by_muon])}[optimizer]
+rest = lion if optimizer == "lion" else adam  # what Muon leaves to it, or all
+opt.init(model.trainable_parameters())
+if resume:
+    arrays, _ = load_arrays(os.path.join(out_dir, f"ckpt.optimizer-{start_step}.safetensors"))
+    try:
+        opt.state = tree_unflatten(list(arrays.items()))
+    except ValueError as error:
+        raise UserError(f"the saved optimizer is not {optimizer}: leave --optimizer out, or train anew") from error
+    opt._initialized = True
+
+
+def schedule_at(step: int) -> float:
+    """Learning rate of an update, as a share of the peak."""
+    end = decay_iters or max_iters
+    if step < warmup_iters:
+        return (step + 1) / warmup_iters
+    if step >= end:
+        return min_lr
+    if schedule == "wsd":
+        return max(min_lr, min(1.0, (end - step) / (0.2 * end)))
+    return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup_iters) / max(1, end - warmup_iters)))
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+state = [model.state, opt.state]
+compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
+
+
+def loss_in_compute_dtype(parameters, x, y):
+    model.update(tree_map(lambda p: p.astype(working_dtype), parameters))
+    return model.loss(x, y)
+
+
+@compiled
+def gradients(x, y):
+    """Loss and float32 gradients of one micro-step; the parameters stay float32."""
+    parameters = model.trainable_parameters()
+    loss, grads = mx.value_and_grad(loss_in_compute_dtype)(parameters, x, y)
+    model.update(parameters)
+    return loss, grads
+
+
+@compiled
+def update(grads):
+    """Clip, decay, and apply. Returns the gradient's norm before clipping."""
+    grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
+
+    def decay(path: str, p: mx.array) -> mx.array:
+        rate = muon.learning_rate if by_muon(path, p) else rest.learning_rate
+        return p * (1 - weight_decay * rate) if p.ndim > 1 else p
+
+    model.update(tree_map_with_path(decay, model.trainable_parameters()))
+    opt.update(model, grads)
+    return length
+
+
+@compiled
+def validation_loss(x, y):
+    parameters = model.trainable_parameters()
+    loss = loss_in_compute_dtype(parameters, x, y)
+    model.update(parameters)
+    return loss
+
+
+def evaluate() -> tuple[float, float]:
+    """Nats a token and bits a byte, over the same eval_iters batches of validation windows each time."""
+    T = min(block_size, len(tokens["val"]) - 1)
+    n_bytes, total = 0, mx.array(0.0)
+    model.eval()
+    for i in range(eval_iters):
+        x, y = windows("val", T, [seed, 2**31 + i])
+        n_bytes += int(text.token_bytes[np.array(y)].sum())
+        if i % n_ranks == rank:
+            total = total + validation_loss(x, y)
+            mx.eval(total)
+    model.train()
+    nats = mx.distributed.all_sum(total).item() / eval_iters
+    return nats, nats * eval_iters * batch_size * T / max(n_bytes, 1) / math.log(2)
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "learning_rate", "grad_norm", "tok_per_s"]
+csv_path = os.path.join(out_dir, "loss.csv")
+losses = {"train": None, "val": None, "bits_per_byte": None, "best_val": None, **meta.get("losses", {})}
+rows = []
+seconds_before = 0.0
+if rank == 0:
+    os.makedirs(out_dir, exist_ok=True)
+    for name in os.listdir(out_dir):
+        if ".tmp" in name:  # of a run that was killed while it wrote
+            os.remove(os.path.join(out_dir, name))
+    if resume and os.path.exists(csv_path):
+        with open(csv_path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start_step]
+        seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
+    with open(csv_path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def record(**row):
+    rows.append({name: row.get(name, "") for name in COLUMNS})
+    with open(csv_path, "a", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writerow(rows[-1])
+
+
+def save(step: int, is_best: bool = False):
+    """The optimizer first, under a name with the step; then the checkpoint, which points to it by its own step. So at
+    every moment the checkpoint on disk is whole, and so is the optimizer that belongs to it."""
+    if rank:
+        return
+    header = {"script": "train.py", "settings": settings, "commit": commit, "step": step,
+              "losses": losses, "tokenizer": data_meta["tokenizer"]}
+    own = f"ckpt.optimizer-{step}.safetensors"
+    save_arrays(os.path.join(out_dir, own), dict(tree_flatten(opt.state)), {"version": 1, "step": step})
+    save_checkpoint(ckpt_path, model, header)
+    for name in os.listdir(out_dir):
+        if name.startswith("ckpt.optimizer-") and name != own:
+            os.remove(os.path.join(out_dir, name))
+    if is_best:
+        save_checkpoint(best_path, model, header)
+
+
+def draw():
+    """loss.png: both losses over the steps."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for column, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(int(row["step"]), float(row[column])) for row in rows if row[column] not in ("", None)]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=f"{label}, last {points[-1][1]:.3f}", ms=4)
+    axes.axhline(math.log(text.n_vocab), color="gray", lw=0.8, ls=":", label=f"guessing, ln {text.n_vocab}")
+    axes.set(xlabel="step", ylabel="nats a token", title=f"{data}, {n_parameters / 1e6:.1f}M parameters")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    temporary = os.path.join(out_dir, "loss.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    os.replace(temporary, os.path.join(out_dir, "loss.png"))
+
+
+def git_commit() -> str:
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True)
+        return found.stdout.decode().strip()
+    except OSError:
+        return ""
+
+
+commit = git_commit()
+if rank == 0:
+    with open(os.path.join(out_dir, "run.json"), "w") as file:
+        json.dump({"commit": commit, "arguments": sys.argv[1:], "settings": settings}, file, indent=1)
+
+# ---- loop ------------------------------------------------------------------------------------------------------------
+
+interrupted = 0
+
+
+def interrupt(*_):
+    global interrupted
+    interrupted += 1
+    if interrupted > 1:
+        raise KeyboardInterrupt  # the second time: at once
+
+
+signal.signal(signal.SIGINT, interrupt)
+signal.signal(signal.SIGTERM, interrupt)
+
+info = mx.device_info()
+peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in str(info.get("device_name"))), 0)
+say(f"{n_parameters / 1e6:.2f}M parameters, {len(tokens['train']) / 1e6:.2f}M training tokens, "
+    f"{batch_size * grad_accum * block_size:,} tokens an update; {info.get('device_name')}, "
+    f"{str(working_dtype).split('.')[-1]}{', ' + blas.loaded if blas.loaded else ''}"
+    f"{f', {n_ranks} processes' if n_ranks > 1 else ''}")
+
+model.train()
+step, pending, began = start_step, None, time.perf_counter()
+lap_time, lap_steps, saved = 0.0, 0, resume
+bar = tqdm(total=max_iters, initial=start_step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
+tokens_per_step = batch_size * grad_accum * block_size
+
+
+def diverged(what: str):
+    kept = ckpt_path if saved else "none yet"
+    raise UserError(f"{what}. The last good checkpoint: {kept}. Try a smaller learning_rate or a longer warmup")
+
+
+def finish(pending) -> int:
+    """Read a step's figures, a step late; log them. Returns how many processes were asked to stop by then."""
+    global lap_time, lap_steps
+    number, figures, lr = pending
+    loss, length, stops = figures.tolist()
+    if not (math.isfinite(loss) and math.isfinite(length)):
+        diverged(f"step {number}: the loss is {loss}, the gradient's norm {length}")
+    losses["train"] = loss
+    if number % log_interval == 0 or number == max_iters:
+        speed = tokens_per_step * lap_steps / lap_time if lap_time else 0.0
+        lap_time, lap_steps = 0.0, 0
+        mfu = f" | mfu {flops_per_token * speed / peak_flops / n_ranks:5.1%}" if peak_flops else ""
+        say(f"step {number:6d} | loss {loss:7.4f} | lr {lr:.2e} | norm {length:6.2f} | {speed:9,.0f} tok/s{mfu}"
+            f" | mem {mx.get_peak_memory() / 2**30:5.2f} GiB")
+        if rank == 0:
+            record(step=number, tokens=number * tokens_per_step, train_loss=loss, learning_rate=lr, grad_norm=length,
+                   seconds=round(seconds_before + time.perf_counter() - began, 2), tok_per_s=round(speed))
+    return round(stops)
+
+
+stopping = False
+while True:
+    if step == max_iters or stopping or (step % eval_interval == 0 and (step > start_step or not resume)):
+        if pending:
+            finish(pending)
+            pending = None
+        is_best = False
+        if not stopping:
+            nats, bpb = evaluate()
+            if not math.isfinite(nats):
+                diverged(f"step {step}: the validation loss is {nats}")
+            is_best = losses["best_val"] is None or nats < losses["best_val"]
+            losses.update(val=nats, bits_per_byte=bpb, best_val=nats if is_best else losses["best_val"])
+            say(f"step {step:6d} | val  {nats:7.4f} | ppl {math.exp(min(nats, 99)):9.2f} | bpb {bpb:.4f}"
+                f"{' | best so far' if is_best and step else ''}")
+            if rank == 0:
+                record(step=step, tokens=step * tokens_per_step, val_loss=nats, val_bpb=bpb,
+                       seconds=round(seconds_before + time.perf_counter() - began, 2))
+        if step > start_step:
+            save(step, is_best)
+            saved = True
+            if rank == 0:
+                draw()
+    if step == max_iters or stopping:
+        break
+
+    lap_began = time.perf_counter()
+    scale = schedule_at(step)
+    rest.learning_rate = learning_rate * scale
+    muon.learning_rate = muon_lr * scale
+    loss, grads = 0.0, None
+    for micro in range(grad_accum):
+        x, y = windows("train", block_size, [seed, step, micro])
+        share = slice(rank * batch_size // n_ranks, (rank + 1) * batch_size // n_ranks)
+        part, new = gradients(x[share], y[share])
+        loss, grads = loss + part / grad_accum, new if grads is None else tree_map(mx.add, grads, new)
+        if micro + 1 < grad_accum:
+            mx.async_eval(loss, grads)  # before the next micro-step: only one is in memory
+    if grad_accum > 1:
+        grads = tree_map(lambda g: g / grad_accum, grads)
+    if n_ranks > 1:
+        grads = mx.nn.average_gradients(grads)
+        loss, stops = mx.distributed.all_sum(mx.array([loss, interrupted * n_ranks])) / n_ranks
+    length = update(grads)
+    figures = mx.stack([loss, length, mx.array(float(interrupted)) if n_ranks == 1 else stops])
+    mx.async_eval(figures, state)
+    step += 1
+    if pending:
+        stopping = finish(pending) > 0
+    pending = (step, figures, learning_rate * scale)
+    lap_time, lap_steps = lap_time + time.perf_counter() - lap_began, lap_steps + 1
+    bar.update(1)
+bar.close()
+
+# ---- look at it ------------------------------------------------------------------------------------------------------
+
+if stopping:
+    say(f"stopped at step {step}, saved {ckpt_path}; go on with: python train.py --out_dir={out_dir} --resume=True")
+    sys.exit(130)
+if rank == 0:
+    model.eval()
+    model.set_dtype(working_dtype)
+    ids = list(generate(model, [text.eot], sample_tokens, temperature=0.8, top_k=50, seed=seed, n_vocab=text.n_vocab))
+    say(f"\n{text.decode(ids[:ids.index(text.eot)] if text.eot in ids[1:] else ids)}\n")
+    say(f"{ckpt_path}: step {step}, validation loss {losses['val']:.4f}, {losses['bits_per_byte']:.4f} bits a byte; "
+        f"curves in {out_dir}/loss.png\nnext: python sample.py {ckpt_path} --prompt='def main'")
