@@ -25,7 +25,8 @@ def overrides(globals_dict: dict, *positional: str) -> dict:
     """Set a script's globals from its command line and return its settings, in the order of the source.
 
     Settings are the lower-case globals that hold a bool, int, float or str by now; their values give the types.
-    Arguments without "--" fill the `positional` names. If the script is imported, not run, the defaults stand.
+    Arguments without "--" fill the `positional` names. The last of several counts, so that a shell line can end in "$@".
+    If the script is imported, not run, the defaults stand. `given` tells which were set.
     """
     settings = {
         name: value
@@ -47,7 +48,7 @@ def overrides(globals_dict: dict, *positional: str) -> dict:
 
 
 def _parse(settings: dict, positional: tuple, arguments: list[str]) -> dict:
-    given, free = {}, list(positional)
+    changes, free = {}, list(positional)
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
@@ -61,10 +62,8 @@ def _parse(settings: dict, positional: tuple, arguments: list[str]) -> dict:
             raise UserError(f"one argument too many, {argument!r}: it takes {' and '.join(positional)}")
         else:
             raise UserError(f"unexpected argument {argument!r}: settings are written --name=value")
-        if name in given:
-            raise UserError(f"{name} is given twice, the second time by {argument!r}: give it once")
-        given[name] = _convert(name, text, type(settings[name]))
-    return given
+        changes[name] = _convert(name, text, type(settings[name]))
+    return changes
 
 
 def _convert(name: str, text: str, kind: type):

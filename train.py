@@ -27,6 +27,7 @@ from functools import partial
 import blas  # before mlx
 import matplotlib
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
@@ -448,7 +449,7 @@ while True:
     if grad_accum > 1:
         grads = tree_map(lambda g: g / grad_accum, grads)
     if n_ranks > 1:
-        grads = mx.nn.average_gradients(grads)
+        grads = nn.average_gradients(grads)
         loss, stops = mx.distributed.all_sum(mx.array([loss, interrupted * n_ranks])) / n_ranks
     length = update(grads)
     figures = mx.stack([loss, length, mx.array(float(interrupted)) if n_ranks == 1 else stops])

@@ -90,6 +90,16 @@ def test_values(tmp_path, argument, name, value):
     assert found == value and type(found) is type(value)
 
 
+def test_the_last_of_several_counts(tmp_path):
+    values = settings(tmp_path, "a", "--n_layer=1", "--data=b", "--n_layer=2")
+    assert (values["data"], values["n_layer"]) == ("b", 2)
+
+
+def test_given_names_what_was_set(tmp_path):
+    status, out, _ = run(tmp_path, "a", "--n_layer=6", body="from config import given\nprint(sorted(given))")
+    assert (status, out.splitlines()[-1]) == (0, "['data', 'n_layer']")
+
+
 def test_bare_arguments_fill_names_in_order(tmp_path):
     values = settings(tmp_path, "-1", "--n_layer=2", "-x y")
     assert (values["data"], values["prompt"], values["n_layer"]) == ("-1", "-x y", 2)
@@ -111,8 +121,6 @@ def test_bare_arguments_fill_names_in_order(tmp_path):
         (["--dropout="], "a number"),
         (["--bias=1"], "true or false"),
         (["a", "b", "c"], "'c'"),
-        (["--n_layer=1", "--n_layer=2"], "twice"),
-        (["a", "--data=b"], "twice"),
     ],
 )
 def test_refused_in_one_line(tmp_path, arguments, says):
