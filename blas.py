@@ -129,6 +129,15 @@ def _find() -> tuple[ctypes.CDLL, str]:
     return _scipy_openblas(), "scipy-openblas32"
 
 
+def _keep_freed_memory():
+    """MLX's CPU allocator is malloc, and glibc gives every large array back to the system when it is freed. Getting the
+    pages anew takes longer than filling them: a training step is 10 to 20% faster if they are kept."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc; not musl
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
+
+
 def _load():
     global loaded, _library
     if os.environ.get("TINYGPT_BLAS") == "off" or not sys.platform.startswith("linux"):
@@ -136,6 +145,7 @@ def _load():
     try:
         if _installed("mlx_cuda_12")[0] or _installed("mlx_cuda_13")[0]:
             return
+        _keep_freed_memory()
         if "mlx.core" in sys.modules:
             print("BLAS: too late for a fast one: write `import blas` above `import mlx.core`", file=sys.stderr)
             return

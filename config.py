@@ -25,7 +25,7 @@ def overrides(globals_dict: dict, *positional: str) -> dict:
     """Set a script's globals from its command line and return its settings, in the order of the source.
 
     Settings are the lower-case globals that hold a bool, int, float or str by now; their values give the types.
-    Arguments without "--" fill the `positional` names. The last of several counts, so that a shell line can end in "$@".
+    Arguments without "--" fill the `positional` names. The last of several counts: a shell line can end in "$@".
     If the script is imported, not run, the defaults stand. `given` tells which were set.
     """
     settings = {

@@ -39,20 +39,24 @@ def softmax_backward(x, cotangent, p):
 
 
 @mx.custom_function
+def loss_and_p(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    top = logits.max(-1, keepdims=True)
+    e = exp_minus(logits, top)
+    total = e.sum(-1, keepdims=True)
+    loss = mx.log(total) + top - mx.take_along_axis(logits, targets[:, None], -1)
+    return loss[:, 0], e * (1 / total)
+
+
+@loss_and_p.vjp
+def loss_and_p_backward(primals, cotangents, outputs):
+    gradient = outputs[1] * cotangents[0][:, None]  # p - 1 at the target, p elsewhere
+    targets = primals[1]
+    return gradient.at[mx.arange(targets.size), targets].add(-cotangents[0]), mx.zeros_like(targets)
+
+
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """-log softmax(logits)[target]: (N, V), (N,) -> (N,), float32."""
-    top = logits.max(-1, keepdims=True)
-    at_target = mx.take_along_axis(logits, targets[:, None], -1)
-    return (mx.log(exp_minus(logits, top).sum(-1, keepdims=True)) + top - at_target)[:, 0]
-
-
-@cross_entropy.vjp
-def cross_entropy_backward(primals, cotangent, loss):
-    logits, targets = primals
-    at_target = mx.take_along_axis(logits, targets[:, None], -1)[:, 0]
-    p = exp_minus(logits, (loss + at_target)[:, None])  # loss + logits[target] = log sum exp
-    gradient = p * cotangent[:, None]
-    return gradient.at[mx.arange(targets.size), targets].add(-cotangent), mx.zeros_like(targets)
+    return loss_and_p(logits, targets)[0]
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask) -> mx.array:

@@ -161,10 +161,10 @@ if len(tokens["val"]) < 2:
     raise UserError(f"{data} has {len(tokens['val'])} validation tokens: give more text")
 
 
-def windows(split: str, T: int, key: list[int]) -> tuple[mx.array, mx.array]:
-    """batch_size random windows: tokens (B, T), and the tokens that follow each (B, T). The same key, the same windows:
-    so the order of the data needs no saved state, and every process takes its share of one global batch."""
-    starts = np.random.default_rng(key).integers(len(tokens[split]) - T, size=batch_size)
+def windows(split: str, n: int, T: int, key: list[int]) -> tuple[mx.array, mx.array]:
+    """n random windows: tokens (n, T), and the tokens that follow each (n, T). The same key, the same windows: so the
+    order of the data needs no saved state, and processes and micro-steps take their shares of one global batch."""
+    starts = np.random.default_rng(key).integers(len(tokens[split]) - T, size=n)
     rows = np.stack([tokens[split][i:i + T + 1] for i in starts]).astype(np.int32)
     return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
 
@@ -266,7 +266,7 @@ def evaluate() -> tuple[float, float]:
     n_bytes, total = 0, mx.array(0.0)
     model.eval()
     for i in range(eval_iters):
-        x, y = windows("val", T, [seed, 2**31 + i])
+        x, y = windows("val", batch_size, T, [seed, 2**31 + i])
         n_bytes += int(text.token_bytes[np.array(y)].sum())
         if i % n_ranks == rank:
             total = total + validation_loss(x, y)
@@ -438,14 +438,14 @@ while True:
     scale = schedule_at(step)
     rest.learning_rate = learning_rate * scale
     muon.learning_rate = muon_lr * scale
-    loss, grads = 0.0, None
+    x, y = windows("train", grad_accum * batch_size, block_size, [seed, step])
+    loss, grads, own = 0.0, None, batch_size // n_ranks
     for micro in range(grad_accum):
-        x, y = windows("train", block_size, [seed, step, micro])
-        share = slice(rank * batch_size // n_ranks, (rank + 1) * batch_size // n_ranks)
+        share = slice((micro * n_ranks + rank) * own, (micro * n_ranks + rank + 1) * own)
         part, new = gradients(x[share], y[share])
         loss, grads = loss + part / grad_accum, new if grads is None else tree_map(mx.add, grads, new)
         if micro + 1 < grad_accum:
-            mx.async_eval(loss, grads)  # before the next micro-step: only one is in memory
+            mx.async_eval(loss, grads)  # before the next micro-step begins: only one is in memory
     if grad_accum > 1:
         grads = tree_map(lambda g: g / grad_accum, grads)
     if n_ranks > 1:

@@ -1,0 +1,8 @@
+"""What all tests share: the scripts run as a user runs them, on one thread, in folders of their own."""
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two threads on a busy machine wait for each other

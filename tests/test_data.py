@@ -1,0 +1,351 @@
+"""data.py, run as a user runs it, on little corpora of every kind."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokenizer import EOT, Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def data(folder: Path, *arguments, script=ROOT / "data.py") -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, script, *arguments], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=100)
+
+
+def prepare(folder: Path, *arguments, out="out") -> str:
+    done = data(folder, *arguments, f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def load(out: Path):
+    """(meta, train ids, val ids, the tokenizer)"""
+    assert sorted(os.listdir(out)) == ["meta.json", "train.bin", "val.bin"]
+    meta = json.loads((out / "meta.json").read_text())
+    train, val = (np.fromfile(out / f"{split}.bin", dtype=meta["dtype"]) for split in ("train", "val"))
+    assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
+    return meta, train, val, Tokenizer.from_dict(meta["tokenizer"])
+
+
+def documents(out: Path) -> tuple[list[str], list[str]]:
+    """The decoded documents of each split."""
+    meta, *ids, tokenizer = load(out)
+    splits = []
+    for split, tokens in zip(("train", "val"), ids, strict=True):
+        assert tokens[-1] == tokenizer.eot != tokens[0]
+        parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot) + 1)[:-1]
+        splits.append([tokenizer.decode(part[:-1]) for part in parts])
+        assert meta[f"{split}_bytes"] == sum(len(text.encode()) for text in splits[-1])
+    assert meta["documents"] == len(splits[0]) + len(splits[1])
+    return tuple(splits)
+
+
+def some_texts(n=60) -> list[str]:
+    rng = random.Random(3)
+    words = ["def", "return", "the", "naïve", "日本", "🙂", "x = 1", EOT, "\n", "\r\n", "    "]
+    return [f"{i}: " + " ".join(rng.choices(words, k=rng.randint(1, 80))) for i in range(n)]
+
+
+def write_jsonl(path: Path, texts, field="text"):
+    path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
+
+
+def whole(folder: Path, texts, *arguments):
+    """Prepare; the documents come back exactly, each in one split only. Returns the splits."""
+    prepare(folder, *arguments)
+    train, val = documents(folder / "out")
+    assert sorted(train + val) == sorted(texts)
+    assert train and val and not set(train) & set(val)
+    return train, val
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
+def test_jsonl(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", some_texts())
+    train, val = whole(tmp_path, some_texts(), "a.jsonl", f"--tokenizer={tokenizer}", "--vocab_size=300")
+    assert train == [text for text in some_texts() if text not in val], "the order of the file"
+    assert 1 <= len(val) <= 15
+    meta, ids, _, _ = load(tmp_path / "out")
+    assert meta["dtype"] == "uint16" and (tmp_path / "out" / "train.bin").stat().st_size == 2 * len(ids)
+    assert meta["version"] == 1 and meta["source"] == "a.jsonl" and meta["tokenizer"]["kind"] == tokenizer
+
+
+def test_jsonl_with_another_field_and_nothing_in_some(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["", *some_texts(), None], field="body")
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"body": "half a pair \ud83d"}) + "\n")
+    whole(tmp_path, [*some_texts(), "half a pair \ufffd"], "a.jsonl", "--field=body", "--tokenizer=byte")
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+    pq.write_table(pa.table({"text": [*some_texts(), None], "n": range(61)}), tmp_path / "a.parquet", row_group_size=7)
+    whole(tmp_path, some_texts(), "a.parquet", "--tokenizer=byte")
+    done = data(tmp_path, "a.parquet", "--out=b", "--field=n")
+    assert done.returncode == 2 and "is int, not text" in done.stderr
+    done = data(tmp_path, "a.parquet", "--out=b", "--field=body")
+    assert done.returncode == 2 and "'text', 'n'" in done.stderr and not (tmp_path / "b").exists()
+
+
+def test_folder_and_pattern(tmp_path):
+    texts = some_texts(30)
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / ".git").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / ("deep" if i % 2 else "") / f"{i}.md").write_bytes(text.encode())
+    (tmp_path / "in" / ".hidden").write_text("hidden")
+    (tmp_path / "in" / ".git" / "config").write_text("hidden")
+    (tmp_path / "in" / "picture").write_bytes(b"abc\0def")
+    (tmp_path / "in" / "latin1").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "in" / "p.pkl").write_bytes(b"I1\n.")
+    (tmp_path / "in" / "empty").write_bytes(b"")
+    assert "skipped 3 files that are not text" in prepare(tmp_path, "in", "--tokenizer=byte", out="other")
+    whole(tmp_path, texts, "in", "--tokenizer=byte")
+    whole(tmp_path, texts[1::2], "in/deep/*.md", "--tokenizer=byte")
+    whole(tmp_path, texts, "in/**/*.md", "--tokenizer=byte")
+    assert "up to date" not in prepare(tmp_path, ".", "--tokenizer=byte", out="in/made")
+    assert "up to date" in prepare(tmp_path, ".", "--tokenizer=byte", out="in/made"), "the output is not the input"
+
+
+def test_single_file_is_cut_at_a_line(tmp_path):
+    text = "".join(f"line {i} é\r\n" for i in range(2000))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # with a byte order mark
+    assert "1 document," in prepare(tmp_path, "a.txt", "--tokenizer=char")
+    meta, train, val, tokenizer = load(tmp_path / "out")
+    assert tokenizer.eot not in train and np.flatnonzero(val == tokenizer.eot).tolist() == [len(val) - 1]
+    assert tokenizer.decode(train) + tokenizer.decode(val[:-1]) == text
+    assert tokenizer.decode(train).endswith("\n")
+    assert 0.0995 < meta["val_bytes"] / len(text.encode()) < 0.102 and meta["documents"] == 1
+    (tmp_path / "a.txt").write_text("word " * 1000)
+    prepare(tmp_path, "a.txt", "--tokenizer=byte")
+    assert load(tmp_path / "out")[1][-1] == ord(" ")
+    (tmp_path / "a.txt").write_text("é" * 1000)
+    prepare(tmp_path, "a.txt", "--tokenizer=byte", "--val_fraction=0.2501")
+    _, train, val, tokenizer = load(tmp_path / "out")
+    assert tokenizer.decode(train) == "é" * 749 and tokenizer.decode(val[:-1]) == "é" * 251
+
+
+def test_stdlib(tmp_path):
+    said = prepare(tmp_path, "--max_bytes=300000")
+    assert "bytes a token" in said and "MB/s" in said
+    train, val = documents(tmp_path / "out")
+    sources = {path.read_text() for path in Path(sysconfig.get_path("stdlib")).rglob("*.py")
+               if "site-packages" not in path.parts and not {"test", "tests"} & set(path.parts)}
+    cut = [text for text in train + val if text not in sources]
+    assert len(cut) <= 1 and len(train) > 1 and val
+    assert any(source.startswith(cut[0]) for source in sources) if cut else True
+    assert abs(sum(len(text.encode()) for text in train + val) - 300000) < 4
+    assert load(tmp_path / "out")[3].n_vocab == 4096
+    assert data(tmp_path, "--max_bytes=30000", "--tokenizer=byte").returncode == 0
+    assert (tmp_path / "data" / "stdlib-byte" / "meta.json").exists(), "the folder's own name"
+
+
+def test_hf_from_a_file_and_a_folder(tmp_path):
+    pytest.importorskip("datasets")
+    write_jsonl(tmp_path / "a.jsonl", some_texts())
+    whole(tmp_path, some_texts(), "hf:a.jsonl", "--tokenizer=byte")
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", some_texts(20))
+    whole(tmp_path, some_texts(20), "hf:set", "--tokenizer=byte")
+    assert "up to date" in prepare(tmp_path, "hf:set", "--tokenizer=byte")
+    done = data(tmp_path, "hf:set", "--field=body", "--out=b")
+    assert done.returncode == 2 and "'id', 'text'" in done.stderr and not (tmp_path / "b").exists()
+
+
+def test_hf_without_datasets(tmp_path):
+    (tmp_path / "datasets.py").write_text("raise ImportError('not installed')")
+    (tmp_path / "data.py").write_text((ROOT / "data.py").read_text())
+    done = data(tmp_path, "hf:name", script=tmp_path / "data.py")
+    assert done.returncode == 2 and "pip install datasets" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_few_documents_and_a_tiny_share_still_fill_both_splits(tmp_path):
+    for n in (2, 9):
+        for fraction in (1e-9, 0.5, 1 - 1e-9):
+            write_jsonl(tmp_path / "a.jsonl", some_texts(n))
+            train, val = whole(tmp_path, some_texts(n), "a.jsonl", "--tokenizer=byte", f"--val_fraction={fraction}")
+            assert fraction == 0.5 or len(val if fraction < 0.5 else train) == 1
+
+
+def test_equal_documents_are_in_one_split(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", some_texts() * 3)
+    train, val = whole(tmp_path, some_texts() * 3, "a.jsonl", "--tokenizer=byte", "--val_fraction=0.3")
+    assert len(val) % 3 == 0
+
+
+def test_deterministic_whatever_the_threads(tmp_path):
+    made = set()
+    for threads in (1, 1, 5):
+        out = f"out{len(os.listdir(tmp_path))}"
+        prepare(tmp_path, "--max_bytes=1500000", "--vocab_size=600", f"--threads={threads}", out=out)
+        meta = json.loads((tmp_path / out / "meta.json").read_text())
+        made.add(hashlib.sha256(b"".join((tmp_path / out / name).read_bytes() for name in ("train.bin", "val.bin"))
+                                + json.dumps(meta, sort_keys=True).encode()).hexdigest())
+    assert len(made) == 1
+    write_jsonl(tmp_path / "a.jsonl", some_texts())
+    splits = [whole(tmp_path, some_texts(), "a.jsonl", "--tokenizer=byte", f"--seed={seed}") for seed in (1, 2, 1)]
+    assert splits[0] == splits[2] != splits[1]
+
+
+@pytest.mark.parametrize("kind", ["prose", "windows", "no blanks"])
+def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(tmp_path, kind):
+    """Exactly, where a lone blank stands before a letter or digit. Elsewhere only next to a cut may they differ."""
+    rng = random.Random(1)
+    words = ["the", "of", "naïve", "x=1;", "“日本”", "12345", "and"]
+    space, line = {"prose": (" ", "\n"), "windows": (" ", "\r\n"), "no blanks": ("", "")}[kind]
+    text = "".join(rng.choice(words) + (line if rng.random() < 0.1 else space) for _ in range(40_000))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    source = (ROOT / "data.py").read_text()
+    assert "PIECE = 4 * 2**20" in source
+    (tmp_path / "data.py").write_text(source.replace("PIECE = 4 * 2**20", "PIECE = 10_001"))
+    done = data(tmp_path, "a.txt", "--out=out", "--vocab_size=400", script=tmp_path / "data.py")
+    assert done.returncode == 0, done.stderr
+    _, train, val, tokenizer = load(tmp_path / "out")
+    assert len(text) > 12 * 10_001 and tokenizer.decode(train) + tokenizer.decode(val[:-1]) == text
+    at_once = tokenizer.encode(tokenizer.decode(train))
+    if kind == "no blanks":
+        pieces = len(text.encode()) // 10_001
+        assert 0 < len(train) - len(at_once) < 4 * pieces, "there must be cuts, and they must cost little"
+    else:
+        assert (train == at_once).all()
+
+
+def test_uint32_for_a_large_vocabulary(tmp_path):
+    text = "".join(map(chr, [*range(0x20, 0x7f), *range(0x4e00, 0x9fff), *range(0xac00, 0xd7a0),
+                             *range(0x20000, 0x2a000)]))
+    (tmp_path / "a.txt").write_text(text)
+    prepare(tmp_path, "a.txt", "--tokenizer=char")
+    meta, train, val, tokenizer = load(tmp_path / "out")
+    assert meta["dtype"] == "uint32" and tokenizer.n_vocab > 65536 < train.max()
+    assert tokenizer.decode(train) + tokenizer.decode(val[:-1]) == text
+
+
+def test_bpe_learns_from_the_training_split_only_and_not_from_more_than_it_may(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [f"{i} " + chr(0x4e00 + i) * 50 for i in range(100)])
+    _, val = whole(tmp_path, [f"{i} " + chr(0x4e00 + i) * 50 for i in range(100)], "a.jsonl", "--vocab_size=2000")
+    tokens = load(tmp_path / "out")[3].tokens
+    learned = {i for i in range(100) if any(chr(0x4e00 + i).encode() * 2 in token for token in tokens)}
+    assert learned == set(range(100)) - {int(text.split()[0]) for text in val}
+    prepare(tmp_path, "a.jsonl", "--vocab_size=2000", "--train_bytes=5000")
+    tokens = load(tmp_path / "out")[3].tokens
+    some = {i for i in range(100) if any(chr(0x4e00 + i).encode() * 2 in token for token in tokens)}
+    assert 5 < len(some) < 60 and some < learned and max(some) > 80, "a part, from all over the file"
+
+
+def test_up_to_date(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", some_texts())
+    arguments = ["a.jsonl", "--tokenizer=byte"]
+    assert "up to date" not in prepare(tmp_path, *arguments)
+    before = (tmp_path / "out" / "train.bin").stat().st_mtime_ns
+    assert prepare(tmp_path, *arguments) == "out is up to date\n"
+    assert (tmp_path / "out" / "train.bin").stat().st_mtime_ns == before
+    assert "up to date" not in prepare(tmp_path, *arguments, "--seed=4")
+    whole(tmp_path, some_texts(), *arguments)
+    write_jsonl(tmp_path / "a.jsonl", some_texts(61))
+    whole(tmp_path, some_texts(61), *arguments)
+    os.utime(tmp_path / "a.jsonl", ns=(0, 0))
+    assert "up to date" not in prepare(tmp_path, *arguments)
+    (tmp_path / "out" / "val.bin").write_bytes(b"")
+    assert "up to date" not in prepare(tmp_path, *arguments)
+
+
+def test_killed_in_the_middle(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", some_texts())
+    whole(tmp_path, some_texts(), "a.jsonl", "--tokenizer=byte")
+    before = documents(tmp_path / "out")
+    (tmp_path / "long.txt").write_text("some words of text\n" * 3_000_000)
+    process = subprocess.Popen([sys.executable, ROOT / "data.py", "long.txt", "--tokenizer=byte", "--out=out"],
+                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = tmp_path / "out" / "train.bin.tmp"
+    while process.poll() is None and not (part.exists() and part.stat().st_size):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and part.exists()
+    for name in tmp_path.glob("out/*.tmp"):
+        name.rename(tmp_path / name.name)
+    assert documents(tmp_path / "out") == before
+    for name in tmp_path.glob("*.tmp"):
+        name.rename(tmp_path / "out" / name.name)
+    whole(tmp_path, some_texts(), "a.jsonl", "--tokenizer=byte")  # removes what the other left, too
+
+
+def bad(name: str, content: bytes = b"", *arguments, message: str):
+    return pytest.param(name, content, arguments, message, id=message)
+
+
+LINES = b"".join(b'{"text": "line %d"}\n' % i for i in range(300))
+
+
+@pytest.mark.parametrize("name, content, arguments, message", [
+    bad("", message="none.txt is not a file, a folder"),
+    bad("a.txt", b"", message="holds no text"),
+    bad("in/a", b"", message="in holds no text"),
+    bad("in/b", b"\0", message="its 1 files are binary"),
+    bad("a.txt", b"abc\0def", message="a.txt is not UTF-8 text (byte 3)"),
+    bad("a.txt", b"x" * 5_000_000 + b"\xe9", message="a.txt is not UTF-8 text (byte 5000000)"),
+    bad("a.txt", b"x" * (4 * 2**20 - 1) + b"\xc3(", message=f"a.txt is not UTF-8 text (byte {4 * 2**20 - 1})"),
+    bad("a.txt", b"abc\xc3", message="a.txt is not UTF-8 text (byte 3)"),
+    bad("a.jsonl", LINES + b'{"text": \n', message="a.jsonl, line 301: not valid JSON"),
+    bad("a.jsonl", b'"text"\n', message="line 1: not a JSON object"),
+    bad("a.jsonl", b'{"messages": [], "id": 1}\n', message="has no field 'text', but 'messages', 'id'"),
+    bad("a.jsonl", b'{"messages": []}\n', "--field=messages", message="field 'messages' is list, not text"),
+    bad("a.jsonl", b'{"text": "same"}\n' * 9, message="are all the same"),
+    bad("a.parquet", b"nonsense", message="a.parquet is not a parquet file"),
+    bad("a.txt", LINES, "--tokenizer=gtp2", message="unknown tokenizer 'gtp2': did you mean gpt2?"),
+    bad("a.txt", LINES, "--tokenizer=bite", message="did you mean byte?"),
+    bad("a.txt", LINES, "--vocab_size=256", message="257 or more"),
+    bad("a.txt", LINES, "--val_fraction=1", message="between 0 and 1"),
+    bad("a.txt", LINES, "--max_bytes=-1", message="0 or more"),
+    bad("a.txt", b"a", "--tokenizer=byte", message="only 0 training"),
+    bad("a.txt", LINES, "--out=a.txt/out", message="cannot write to a.txt/out"),
+    bad("a.txt", LINES, "--out=a.txt", message="cannot write to a.txt"),
+])
+def test_bad_input(tmp_path, name, content, arguments, message):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    if name:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    done = data(tmp_path, name.split("/")[0] or "none.txt", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_shakespeare_is_checked(tmp_path):
+    (tmp_path / "wrong.txt").write_text("To be, or not to be\n" * 1000)
+    source = (ROOT / "data.py").read_text()
+    url = source.split('SHAKESPEARE_URL = "')[1].split('"')[0]
+    script = tmp_path / "data.py"
+    script.write_text(source.replace(url, (tmp_path / "wrong.txt").as_uri()))
+    before = sorted(tmp_path.rglob("*"))
+    done = data(tmp_path, "shakespeare", script=script)
+    assert done.returncode == 2 and "SHA-256 differs" in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    script.write_text(source.replace(url, (tmp_path / "missing.txt").as_uri()))
+    done = data(tmp_path, "shakespeare", script=script)
+    assert done.returncode == 2 and "save it as data/tinyshakespeare.txt" in done.stderr
+    digest = hashlib.sha256((tmp_path / "wrong.txt").read_bytes()).hexdigest()
+    right = source.split('SHAKESPEARE_SHA256 = "')[1].split('"')[0]
+    assert len(right) == 64
+    script.write_text(source.replace(url, (tmp_path / "wrong.txt").as_uri()).replace(right, digest))
+    done = data(tmp_path, "shakespeare", "--tokenizer=char", script=script)
+    assert done.returncode == 0 and (tmp_path / "data" / "tinyshakespeare.txt").exists(), done.stderr
+    load(tmp_path / "data" / "shakespeare-char")
+    (tmp_path / "data" / "tinyshakespeare.txt").write_text("changed")
+    assert "SHA-256 differs" in data(tmp_path, "shakespeare", "--tokenizer=byte", script=script).stderr

@@ -1,0 +1,167 @@
+"""tokenizer.py, against tiktoken set up apart from it and against byte pair encoding written from its definition."""
+
+import json
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+
+from config import UserError
+from tokenizer import (
+    EOT,
+    PATTERN,
+    Tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    tiktoken_tokenizer,
+    train_bpe,
+)
+
+TEXTS = [
+    "", " ", "\n", "a", "def f(x):\n    return x  # it's 12345\n", "don't WE'LL 'ok'", "a\r\nb\r\n\r\n  c\t\td   ",
+    "naïve café – ﬁn\u0301", "日本語のテキスト。中文", "🙂👩\u200d👩\u200d👧 emoji🇫🇷", "\x00\x1b\u2028\ufeff end",
+    f"x{EOT}y {EOT}{EOT}", "no  breaks\u00a0here\u3000 \u200b", "1234567890" * 3, "((((((()))))))==>>\n\n\n\nfoo",
+]
+CORPUS = [*TEXTS * 3, "the theory of the thing there: return self.value\n" * 20, "for i in range(10):\n    f(i)\n" * 20]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(iter(CORPUS), 400)
+
+
+def every_kind():
+    return [byte_tokenizer(), char_tokenizer(TEXTS), train_bpe(iter(CORPUS), 400)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(text):
+    for tokenizer in every_kind():
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.uint32 and ids.ndim == 1
+        assert tokenizer.decode(ids) == text, tokenizer.kind
+        assert tokenizer.decode_bytes(ids.tolist()) == text.encode()
+        assert tokenizer.eot not in ids and (ids < tokenizer.n_vocab).all()
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_layout_of_the_vocabularies(bpe):
+    byte, char = byte_tokenizer(), char_tokenizer(["ba", "é"])
+    assert (byte.n_vocab, byte.eot) == (257, 256) and byte.encode("aé").tolist() == [97, 0xC3, 0xA9]
+    assert (char.n_vocab, char.eot) == (4, 3) and char.encode("abé").tolist() == [0, 1, 2]
+    assert (bpe.n_vocab, bpe.eot) == (400, 399) and bpe.tokens[:256] == byte.tokens
+    assert len(set(bpe.tokens)) == 399
+    for tokenizer in (byte, char, bpe):
+        assert len(tokenizer.token_bytes) == tokenizer.n_vocab and tokenizer.token_bytes[tokenizer.eot] == 0
+        assert tokenizer.decode([tokenizer.eot]) == EOT
+        assert tokenizer.decode_bytes([0, tokenizer.eot, 1]) == tokenizer.tokens[0] + EOT.encode() + tokenizer.tokens[1]
+
+
+def naive_bpe(text: str, tokens: list[bytes]) -> list[int]:
+    """Cut into words; in each, while two neighbours together are a token, merge the pair that makes the lowest."""
+    rank = {token: i for i, token in enumerate(tokens)}
+    ids = []
+    for word in regex.findall(PATTERN, text):
+        parts = [bytes([b]) for b in word.encode()]
+        while True:
+            pairs = [(rank[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in rank]
+            if not pairs:
+                break
+            _, i = min(pairs)
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        ids += [rank[part] for part in parts]
+    return ids
+
+
+def test_bpe_is_what_its_definition_says(bpe):
+    merged = 0
+    for text in CORPUS:
+        assert bpe.encode(text).tolist() == naive_bpe(text, bpe.tokens)
+        merged += len(text.encode()) - len(bpe.encode(text))
+    assert merged > 500
+
+
+def test_bpe_is_what_tiktoken_does(bpe):
+    ranks = {token: i for i, token in enumerate(bpe.tokens)}
+    other = tiktoken.Encoding("other", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    for text in CORPUS:
+        assert bpe.encode(text).tolist() == other.encode(text, disallowed_special=())
+
+
+def test_bpe_learns_the_most_frequent_pairs_first():
+    tokenizer = train_bpe(iter(["ab ab ab ab abc abc xy"]), 260)
+    assert tokenizer.tokens[256:] == [b"ab", b" ab", b" abc"]
+
+
+def test_bpe_training_is_deterministic(bpe):
+    assert train_bpe(iter(CORPUS), 400).to_dict() == bpe.to_dict()
+
+
+def test_a_small_text_gives_a_smaller_vocabulary(capsys):
+    tokenizer = train_bpe(iter(["aaab"]), 5000)
+    assert 257 < tokenizer.n_vocab < 262 and tokenizer.eot == tokenizer.n_vocab - 1
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UserError, match="257 or more"):
+        train_bpe(iter(["aaab"]), 256)
+
+
+def test_what_the_regex_engine_or_utf8_cannot_hold(bpe):
+    for blanks in (" " * 3_000_000, "\t \u3000" * 500_000):
+        assert bpe.decode(bpe.encode(f"a{blanks}b")) == f"a{blanks}b"
+    with pytest.raises(ValueError):  # or else the code for it is not needed any more
+        bpe._bpe.encode_to_numpy(" " * 3_000_000)
+    for tokenizer in (bpe, byte_tokenizer(), char_tokenizer(["a\ufffd🙂"])):
+        assert tokenizer.decode(tokenizer.encode("a\ud83da")) == "a\ufffda"
+        assert tokenizer.decode(tokenizer.encode("a\ud83d\ude42\udc00")) == "a🙂\ufffd"
+
+
+def test_dict_and_back(bpe):
+    gaps = Tokenizer("bpe", [*bpe.tokens[:300], b"", *bpe.tokens[300:]], {EOT: 300, "<|x|>": 405}, PATTERN)
+    for tokenizer in (*every_kind(), gaps):
+        again = Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+        assert again.to_dict() == tokenizer.to_dict()
+        assert (again.kind, again.n_vocab, again.eot) == (tokenizer.kind, tokenizer.n_vocab, tokenizer.eot)
+        assert (again.token_bytes == tokenizer.token_bytes).all()
+        for text in TEXTS:
+            assert (again.encode(text) == tokenizer.encode(text)).all()
+    assert gaps.n_vocab == 406 and gaps.decode([300, 404, 405, 97]) == f"{EOT}<|x|>a"
+    with pytest.raises(UserError, match="unknown kind 'word'"):
+        Tokenizer.from_dict({**bpe.to_dict(), "kind": "word"})
+
+
+def test_char_names_what_it_lacks():
+    tokenizer = char_tokenizer(["abc\n"])
+    with pytest.raises(UserError) as error:
+        tokenizer.encode("a\tзbз🙂")
+    assert all(name in str(error.value) for name in (r"'\t'", r"'\u0437'", r"'\U0001f642'"))
+    assert "'a'" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_decoding_part_of_a_character():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
+
+
+def test_a_copy_of_tiktokens(bpe, monkeypatch):
+    special = {EOT: 398, "<|fim|>": 410}  # in the middle of the ranks, as in p50k_base, and after a gap
+    ranks = {token: i + (i >= 398) for i, token in enumerate(bpe.tokens)}
+    theirs = tiktoken.Encoding("theirs", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": theirs}.__getitem__)
+    ours = Tokenizer.from_dict(tiktoken_tokenizer("gpt2").to_dict())
+    assert (ours.n_vocab, ours.eot) == (411, 398) == (theirs.n_vocab, theirs.eot_token)
+    for text in TEXTS:
+        assert ours.encode(text).tolist() == theirs.encode(text, disallowed_special=())
+        assert ours.decode(theirs.encode(text + EOT, allowed_special="all")) == text + EOT
+
+
+def test_tiktoken_errors(monkeypatch):
+    with pytest.raises(UserError, match="did you mean gpt2"):
+        tiktoken_tokenizer("gpt-2")
+
+    def no_network(name):
+        raise ConnectionError("a long story")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(UserError, match="could not download gpt2"):
+        tiktoken_tokenizer("gpt2")

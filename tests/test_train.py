@@ -1,0 +1,305 @@
+"""train.py, run as a user runs it: learning, resuming, being killed, two processes, bad input."""
+import csv
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten
+from safetensors import safe_open
+
+from model import GPT, GPTConfig, load_checkpoint
+from tokenizer import Tokenizer
+
+TINY = ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=64", "--batch_size=8", "--max_iters=12",
+        "--warmup_iters=4", "--eval_interval=4", "--eval_iters=2", "--log_interval=1", "--sample_tokens=20",
+        "--compile=False"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of byte tokens, made by data.py from this project's own scripts."""
+    folder = tmp_path_factory.mktemp("data") / "scripts"
+    subprocess.run([sys.executable, ROOT / "data.py", f"--source={ROOT}/*.py", "--tokenizer=byte", f"--out={folder}"],
+                   check=True, capture_output=True)
+    return folder
+
+
+def command(data, out, *arguments):
+    return [sys.executable, str(ROOT / "train.py"), f"--data={data}", f"--out_dir={out}", *TINY, *arguments]
+
+
+def train(data, out, *arguments, status=0, prefix=(), **options):
+    done = subprocess.run([*prefix, *command(data, out, *arguments)], capture_output=True, text=True, timeout=300,
+                          **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory):
+    """Twelve updates without a stop."""
+    out = tmp_path_factory.mktemp("whole")
+    train(data, out)
+    return out
+
+
+def arrays(out) -> dict:
+    """All parameters and the whole optimizer state of a run."""
+    _, meta = load_checkpoint(str(out / "ckpt.safetensors"))
+    return {**mx.load(str(out / "ckpt.safetensors")),
+            **mx.load(str(out / f"ckpt.optimizer-{meta['step']}.safetensors"))}
+
+
+def assert_same(out_a, out_b):
+    a, b = arrays(out_a), arrays(out_b)
+    assert a.keys() == b.keys()
+    assert [key for key in a if not mx.array_equal(a[key], b[key]).item()] == []
+
+
+def curve(out) -> list[dict]:
+    with open(out / "loss.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(out, name) -> list[float]:
+    return [float(row[name]) for row in curve(out) if row[name]]
+
+
+# ---- it learns -------------------------------------------------------------------------------------------------------
+
+
+def test_learns_and_leaves_everything(data, tmp_path):
+    done = train(data, tmp_path, "--max_iters=60", "--eval_interval=20", "--compile=True", "--tie=False",
+                 "--mlp=swiglu")
+    losses = column(tmp_path, "train_loss")
+    assert abs(losses[0] - math.log(257)) < 0.4
+    assert losses[-1] < 0.6 * math.log(257)
+    assert re.search(r"step     60 \| loss +\d\.\d{4} \| lr .* tok/s .* mem", done.stdout)
+    assert re.search(r"step     60 \| val .* ppl .* bpb", done.stdout)
+    names = {"ckpt.safetensors", "best.safetensors", "ckpt.optimizer-60.safetensors", "loss.csv", "loss.png",
+             "run.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["mlp"] == "swiglu"
+    with safe_open(tmp_path / "ckpt.safetensors", "numpy") as file:
+        header = json.loads(file.metadata()["tinygpt"])
+    assert header["step"] == 60 and header["script"] == "train.py" and header["settings"]["max_iters"] == 60
+    assert header["config"]["tie"] is False and header["config"]["vocab_size"] == 320
+    assert header["losses"]["val"] == pytest.approx(column(tmp_path, "val_loss")[-1], rel=1e-6)
+    assert Tokenizer.from_dict(header["tokenizer"]).decode([104, 105]) == "hi"
+
+
+def test_validation_figures(whole, data):
+    """nats, perplexity and bits per byte of the last evaluation, computed again."""
+    model, meta = load_checkpoint(str(whole / "ckpt.safetensors"))
+    tokens = np.fromfile(data / "val.bin", dtype=np.uint16)
+    nats, n_bytes = [], 0
+    for i in range(2):
+        starts = np.random.default_rng([1337, 2**31 + i]).integers(len(tokens) - 32, size=8)
+        for start in starts:
+            window = tokens[start:start + 33].astype(np.int64)
+            logits = np.array(model(mx.array(window[None, :-1]))[0], dtype=np.float64)
+            p = np.exp(logits - logits.max(-1, keepdims=True))
+            nats.extend(-np.log(p[np.arange(32), window[1:]] / p.sum(-1)))
+            n_bytes += int((window[1:] < 256).sum())  # the end-of-text token is no byte
+    assert meta["losses"]["val"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert meta["losses"]["bits_per_byte"] == pytest.approx(np.sum(nats) / n_bytes / np.log(2), rel=1e-5)
+
+
+def test_first_update_is_adamw(data, tmp_path):
+    """The first update, from the formulas (Loshchilov & Hutter 2019) in float64; decay on matrices only, clipped."""
+    train(data, tmp_path, "--max_iters=1", "--warmup_iters=2", "--grad_clip=0.5", "--weight_decay=0.3")
+    after = mx.load(str(tmp_path / "ckpt.safetensors"))
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=320), seed=1337)
+    before = dict(tree_flatten(model.parameters()))
+    tokens = np.fromfile(data / "train.bin", dtype=np.uint16)
+    starts = np.random.default_rng([1337, 0]).integers(len(tokens) - 32, size=8)
+    rows = mx.array(np.stack([tokens[start:start + 33] for start in starts]).astype(np.int32))
+    gradients = mx.grad(lambda p: (model.update(p), model.loss(rows[:, :-1], rows[:, 1:]))[1])(model.parameters())
+    gradients = {name: np.array(g, dtype=np.float64) for name, g in tree_flatten(gradients)}
+    length = math.sqrt(sum((g**2).sum() for g in gradients.values()))
+    assert column(tmp_path, "grad_norm")[0] == pytest.approx(length, rel=1e-4)
+    rate = 3e-3 / 2  # the first of two warmup updates
+    for name, g in gradients.items():
+        w = np.array(before[name], dtype=np.float64)
+        g = g * min(1, 0.5 / length)
+        mean, square = 0.1 * g / (1 - 0.9), 0.05 * g**2 / (1 - 0.95)
+        wanted = w - rate * (mean / (np.sqrt(square) + 1e-8) + (0.3 * w if w.ndim > 1 else 0))
+        sure = np.abs(g) > 1e-6  # where g is rounding error alone, so is its sign
+        np.testing.assert_allclose(np.array(after[name])[sure], wanted[sure], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_schedule(data, tmp_path, schedule):
+    train(data, tmp_path, f"--schedule={schedule}", "--max_iters=20", "--learning_rate=0.01", "--eval_interval=50")
+    rates = column(tmp_path, "learning_rate")
+    np.testing.assert_allclose(rates[:4], [0.0025, 0.005, 0.0075, 0.01])
+    if schedule == "cosine":
+        wanted = [0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * i / 16)) / 2) for i in range(16)]
+    else:  # flat, then straight down over the last fifth
+        wanted = [0.01] * 13 + [0.0075, 0.005, 0.0025]
+    np.testing.assert_allclose(rates[4:], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--optimizer=muon"], ["--optimizer=lion", "--learning_rate=1e-3"], ["--dtype=bfloat16"],
+    ["--pos=learned", "--norm=layer", "--mlp=gelu", "--bias=True", "--qk_norm=False", "--n_kv_head=1"],
+], ids=lambda arguments: arguments[0][2:])
+def test_other_settings_learn(data, tmp_path, arguments):
+    train(data, tmp_path, "--max_iters=30", "--eval_interval=30", *arguments)
+    losses = column(tmp_path, "train_loss")
+    assert losses[-1] < losses[0] - 1
+    assert {array.dtype for array in mx.load(str(tmp_path / "ckpt.safetensors")).values()} == {mx.float32}
+
+
+def test_split_of_a_batch_does_not_matter(data, whole, tmp_path):
+    """Four micro-steps, recomputed activations, compiled or not: the same twelve updates."""
+    for i, arguments in enumerate([["--grad_accum=4", "--batch_size=2"], ["--checkpoint_every=1"], ["--compile=True"]]):
+        train(data, tmp_path / str(i), *arguments)
+        np.testing.assert_allclose(column(tmp_path / str(i), "train_loss"), column(whole, "train_loss"), rtol=2e-5)
+
+
+def test_two_processes_equal_one(data, whole, tmp_path):
+    launch = [os.path.join(os.path.dirname(sys.executable), "mlx.launch"), "-n", "2", "--"]
+    done = train(data, tmp_path, prefix=launch)
+    assert done.stdout.count("step     12 | loss") == 1  # rank 0 alone speaks
+    np.testing.assert_allclose(column(tmp_path, "train_loss"), column(whole, "train_loss"), rtol=2e-5)
+    np.testing.assert_allclose(column(tmp_path, "val_loss"), column(whole, "val_loss"), rtol=2e-5)
+    a, b = arrays(tmp_path), arrays(whole)
+    assert max(mx.abs(a[key].astype(mx.float32) - b[key].astype(mx.float32)).max().item() for key in a) < 1e-5
+
+
+def test_prepares_a_text_by_itself(tmp_path):
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
+    done = train("book.txt", "out", "--tokenizer=char", "--max_iters=2", cwd=tmp_path)
+    assert "data/book-char" in done.stdout and (tmp_path / "data" / "book-char" / "train.bin").exists()
+
+
+# ---- it goes on ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["--optimizer=muon", "--compile=True"]], ids=["adamw", "muon"])
+def test_interrupted_equals_uninterrupted(data, whole, tmp_path, arguments):
+    """Ctrl-C in the middle; then --resume=True, which takes all settings from the checkpoint. Bit for bit."""
+    long = ["--max_iters=40", "--eval_interval=16", *arguments]
+    train(data, tmp_path / "a", *long)
+    process = subprocess.Popen(command(data, tmp_path / "b", *long), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step      6"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "--resume=True" in rest
+    stopped = load_checkpoint(str(tmp_path / "b" / "ckpt.safetensors"))[1]["step"]
+    assert 6 <= stopped < 40
+    resume = [sys.executable, ROOT / "train.py", f"--out_dir={tmp_path / 'b'}", "--resume=True"]
+    subprocess.run(resume, check=True, capture_output=True)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    for name in ("step", "train_loss", "val_loss", "grad_norm", "learning_rate"):
+        assert column(tmp_path / "a", name) == column(tmp_path / "b", name)
+
+
+def test_killed_at_any_moment(data, tmp_path):
+    """kill -9 again and again while it saves every second step: whatever is on disk loads, and it gets there."""
+    busy = ["--max_iters=40", "--eval_interval=2"]
+    train(data, tmp_path / "a", *busy)
+    out, rng, kills = tmp_path / "b", random.Random(0), 0
+    while kills < 60:
+        path = out / "ckpt.safetensors"
+        resume = ["--resume=True"] if path.exists() else []
+        process = subprocess.Popen(command(data, out, *busy, *resume), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True)
+        process.stdout.readline()  # it is about to train
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        error = process.communicate()[1]
+        if process.returncode == 2 and "already" in error:
+            break
+        assert process.returncode in (0, -signal.SIGKILL), error
+        kills += process.returncode != 0
+        if path.exists():
+            arrays(out)
+        if (out / "best.safetensors").exists():
+            load_checkpoint(str(out / "best.safetensors"))
+    assert kills >= 5
+    assert_same(tmp_path / "a", out)
+    assert sorted(set(path.name for path in out.iterdir()) - {"loss.png"}) == [
+        "best.safetensors", "ckpt.optimizer-40.safetensors", "ckpt.safetensors", "loss.csv", "run.json"]
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def one_line(done) -> str:
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--n_layr=3"], "n_layer"),
+    (["--n_embd=65"], "n_embd"),
+    (["--n_kv_head=3"], "n_kv_head"),
+    (["--optimizer=sgd"], "adamw"),
+    (["--schedule=linear"], "cosine"),
+    (["--mlp=relu"], "relu2"),
+    (["--dtype=int8"], "bfloat16"),
+    (["--max_iters=0"], "max_iters"),
+    (["--data=nowhere.txt"], "nowhere.txt"),
+    (["--block_size=10000000"], "block_size"),
+    (["--resume=True"], "no checkpoint"),
+    (["--out_dir=/dev/null/out"], "/dev/null/out"),
+])
+def test_bad_settings(data, tmp_path, arguments, says):
+    assert says in one_line(train(data, tmp_path / "out", *arguments, status=2, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content, says", [(b"", "bad.txt"), (b"\x00\xff" * 500, "bad.txt"), (b"hi\n" * 3, "bad.txt")])
+def test_bad_data(tmp_path, content, says):
+    (tmp_path / "bad.txt").write_bytes(content)
+    assert says in one_line(train("bad.txt", "out", "--tokenizer=byte", status=2, cwd=tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_of_another_architecture(data, whole):
+    before = {path: path.read_bytes() for path in whole.iterdir()}
+    done = train(data, whole, "--resume=True", "--n_embd=128", "--max_iters=20", status=2)
+    assert "n_embd" in one_line(done)
+    assert before == {path: path.read_bytes() for path in whole.iterdir()}
+
+
+def test_resume_of_a_finished_run_or_another_optimizer(data, whole):
+    assert "max_iters" in one_line(train(data, whole, "--resume=True", status=2))
+    other = ["--resume=True", "--optimizer=muon", "--max_iters=20"]
+    assert "optimizer" in one_line(train(data, whole, *other, status=2))
+
+
+def test_loss_that_is_no_number(data, tmp_path):
+    train(data, tmp_path, "--max_iters=4")
+    good = (tmp_path / "ckpt.safetensors").read_bytes()
+    done = train(data, tmp_path, "--resume=True", "--max_iters=40", "--learning_rate=1e30", "--grad_clip=0", status=2)
+    assert "ckpt.safetensors" in one_line(done)
+    assert (tmp_path / "ckpt.safetensors").read_bytes() == good
+
+
+def test_full_disk(data, tmp_path):
+    """Files may not grow over 100 KB, as on a disk that is full: one line, and the checkpoint from before survives."""
+    train(data, tmp_path, "--max_iters=4")
+    before = (tmp_path / "ckpt.safetensors").read_bytes()
+    small = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    done = train(data, tmp_path, "--resume=True", "--max_iters=8", status=2, **small)
+    assert "cannot write" in one_line(done)
+    assert (tmp_path / "ckpt.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob("*tmp*"))
+    arrays(tmp_path)  # still resumes
