@@ -10,7 +10,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
 LN2_POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # Taylor coefficients of 2**f
-ROUND = 1.5 * 2**23  # adding it to a small float32 leaves that number, rounded, in the low bits
+ROUND = 1.5 * 2**23  # adding it to a small float32 leaves that number, rounded, in the low bits of the mantissa
 
 
 @mx.compile
@@ -22,7 +22,8 @@ def exp_minus(x: mx.array, m: mx.array) -> mx.array:
     power = LN2_POWERS[6]
     for coefficient in LN2_POWERS[5::-1]:
         power = power * f + coefficient
-    two_to_n = mx.left_shift(shifted.view(mx.int32) + 127, mx.array(23)).view(mx.float32)  # n into the exponent bits
+    # a float32 of exponent bits n + 127, above 23 bits of mantissa, is 2**n; the bits above n's fall off
+    two_to_n = mx.left_shift(shifted.view(mx.int32) + 127, mx.array(23)).view(mx.float32)
     return power * two_to_n
 
 
@@ -60,20 +61,22 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask) -> mx.array:
-    """What mx.fast.scaled_dot_product_attention computes: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D).
+    """What mx.fast.scaled_dot_product_attention computes: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D of v).
 
-    mask: "causal", None, or an additive float array that broadcasts to (B, H, T, S). A causal pass over more than 64
-    positions goes in blocks of queries that skip the keys of the blocks to their right.
+    mask: "causal", None, or an array that broadcasts to (B, H, T, S): float is added, bool says what may be seen. A
+    causal pass over more than 64 positions goes in blocks of queries that skip the keys of the blocks to their right.
     """
     B, H, T, D = q.shape
     KV, S = k.shape[1:3]
     q = (q * scale).reshape(B, KV, -1, T, D)  # the query heads that share a key head stand together
     k, v = k[:, :, None].swapaxes(-1, -2), v[:, :, None]
-    if mask is not None and not isinstance(mask, str) and mask.ndim == 4:
-        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], KV, -1, *mask.shape[2:])
+    if mask is None:
+        return (softmax(q @ k) @ v).reshape(B, H, T, -1)
     if not isinstance(mask, str):
-        scores = q @ k if mask is None else q @ k + mask
-        return (softmax(scores) @ v).reshape(B, H, T, D)
+        mask = mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask
+        mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
+        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], KV, -1, *mask.shape[2:])
+        return (softmax(q @ k + mask) @ v).reshape(B, H, T, -1)
     size = max(64, T // 4)
     rows = []
     for start in range(0, T, size):
@@ -82,4 +85,4 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask) -> mx.a
         hidden = mx.arange(seen) > mx.arange(S - T + start, seen)[:, None]
         scores = q[..., start:end, :] @ k[..., :seen] + mx.where(hidden, -mx.inf, 0.0)
         rows.append(softmax(scores) @ v[..., :seen, :])
-    return mx.concatenate(rows, axis=-2).reshape(B, H, T, D)
+    return mx.concatenate(rows, axis=-2).reshape(B, H, T, -1)

@@ -33,6 +33,8 @@ settings = overrides(globals(), "checkpoint", "data")
 
 if not data:
     raise UserError("no text to evaluate on: give --data=FILE")
+if batch_size < 1 or max_tokens < 0:
+    raise UserError("batch_size must be 1 or more, max_tokens 0 or more")
 model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
@@ -45,7 +47,7 @@ def read_tokens(path: str) -> np.ndarray:
     if os.path.exists(os.path.join(path, "meta.json")):
         with open(os.path.join(path, "meta.json")) as file:
             prepared = json.load(file)
-        if prepared["tokenizer"] != meta["tokenizer"]:
+        if prepared.get("tokenizer") != meta["tokenizer"]:
             raise UserError(f"{path} was made with another tokenizer than {checkpoint}: give a text file instead")
         return np.fromfile(os.path.join(path, "val.bin"), dtype=prepared["dtype"])
     if not os.path.isfile(path):
@@ -62,10 +64,11 @@ tokens = read_tokens(data).astype(np.int32)
 tokens = tokens[:max_tokens or None]
 if len(tokens) == 0:
     raise UserError(f"{data} is empty: there is nothing to predict")
-T = min(model.config.block_size, len(tokens))
-stride = stride or max(1, T // 2)
-if not 0 < stride <= T:
-    raise UserError(f"stride={stride}: it must be from 1 to {T}")
+block_size = model.config.block_size
+T = min(block_size, len(tokens))
+stride = stride or max(1, block_size // 2)
+if not 0 < stride <= block_size:
+    raise UserError(f"stride={stride}: it must be from 1 to {block_size}")
 
 # Window w reads tokens[w - 1], ..., and predicts tokens[w], ..., tokens[w + T - 1]; before the first token stands an
 # end-of-text token, as in training. The last window ends with the text.

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 
@@ -63,11 +64,14 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be 1 or more")
+        for name in ("n_kv_head", "head_dim", "ffn_dim"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: it must be 0, which takes the default, or more")
         if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+        if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
         if self.pos == "rope" and self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs; make it even or set pos")
@@ -86,41 +90,33 @@ def compute_dtype(name: str) -> mx.Dtype:
     return getattr(mx, ("float32" if ON_CPU else "bfloat16") if name == "auto" else name)
 
 
-def no_tap(site: str, layer: int, x: mx.array) -> mx.array:
-    """A tap is called at every site of every layer and returns what flows on; this one looks at nothing.
-
-    Sites, in order: "resid" (B, T, C) the residual stream entering a block; "heads" (B, H, T, D) what each head read;
-    "attn" (B, T, C) and "mlp" (B, T, C) what goes back into the residual stream; and once, with layer = n_layer,
-    "resid" (B, T, C) after the last block.
-    """
-    return x
-
-
 # ---- positions -------------------------------------------------------------------------------------------------------
 
 
-def rope_wavelengths(config: GPTConfig) -> mx.array:
-    """Radians turn as position / wavelength: (D/2,), theta^(2i/D) (Su et al. 2021), stretched as Llama 3.1 does."""
-    wavelengths = config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+def rope_inv_freq(config: GPTConfig) -> np.ndarray:
+    """Radians that each pair of dimensions turns from one position to the next: (D/2,), theta^(-2i/D) (Su et al. 2021),
+    with Llama 3.1's scaling: pairs that turn slowly over the original context turn slower still, by rope_factor."""
+    inv_freq = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     if config.rope_factor != 1:
         low, high = config.rope_low_freq, config.rope_high_freq
-        turns = config.rope_original / (2 * math.pi * wavelengths)  # full turns within the original context
-        keep = np.clip((turns - low) / (high - low), 0, 1)          # 1: short wavelength, kept; 0: stretched
-        wavelengths = 1 / (keep / wavelengths + (1 - keep) / (config.rope_factor * wavelengths))
-    return mx.array(wavelengths, dtype=mx.float32)
+        turns = config.rope_original * inv_freq / (2 * math.pi)  # full turns within the original context
+        keep = np.clip((turns - low) / (high - low), 0, 1)       # 1: fast, stays as it is; 0: slow, scaled
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / config.rope_factor
+    return inv_freq
 
 
-def rope(x: mx.array, wavelengths: mx.array, offset) -> mx.array:
-    """Rotate each head's (first half, second half) pairs by position: x (B, H, T, D) at offset, offset + 1, ..."""
-    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
+def rope(x: mx.array, inverse: mx.array, offset: int) -> mx.array:
+    """Turn each pair (i, i + D/2) of a head by its position: x (B, H, T, D) at positions offset, offset + 1, ...;
+    inverse: 1 / rope_inv_freq, which is what MLX calls freqs."""
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
 
 
 # ---- score: which keys a query may see, and with what bias -----------------------------------------------------------
 
 
-def score(config: GPTConfig, layer: int, T: int, offset: int):
-    """The mask of T queries that stand at positions offset, offset+1, ...: "causal", None, or an array to add to the
-    scores (B, H, T, S). The baseline never builds one: the fused causal kernels do not need it."""
+def score_mask(config: GPTConfig, layer: int, T: int, offset: int):
+    """The mask of T queries at positions offset, offset + 1, ... over all keys up to the last of them: "causal", None,
+    or an array that is added to the scores (B, H, T, S). The baseline builds none: fused causal kernels need none."""
     return "causal" if T > 1 else None
 
 
@@ -133,33 +129,45 @@ class KVCache:
 
     def __init__(self):
         self.keys = self.values = None
-        self.offset = 0  # tokens seen so far = the next token's position
+        self.length = 0  # positions filled
 
     def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Append k and v (B, KV, T, D); return all keys and values so far."""
-        start, self.offset = self.offset, self.offset + k.shape[2]
+        start, self.length = self.length, self.length + k.shape[2]
         room = 0 if self.keys is None else self.keys.shape[2]
-        if self.offset > room:
-            more = -(-(self.offset - room) // self.STEP) * self.STEP
+        if self.length > room:
+            more = -(-(self.length - room) // self.STEP) * self.STEP
             more_k, more_v = (mx.zeros((*x.shape[:2], more, x.shape[3]), x.dtype) for x in (k, v))
             self.keys = mx.concatenate([self.keys, more_k], axis=2) if room else more_k
             self.values = mx.concatenate([self.values, more_v], axis=2) if room else more_v
-        self.keys[..., start:self.offset, :] = k
-        self.values[..., start:self.offset, :] = v
-        return self.keys[..., :self.offset, :], self.values[..., :self.offset, :]
+        self.keys[..., start:self.length, :] = k
+        self.values[..., start:self.length, :] = v
+        return self.keys[..., :self.length, :], self.values[..., :self.length, :]
 
     @property
     def nbytes(self) -> int:
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
 
 
+class Cache:
+    """What generation remembers: each layer's own cache, and how many tokens the model has read."""
+
+    def __init__(self, blocks: list):
+        self.layers = [block.make_cache() for block in blocks]
+        self.offset = 0  # tokens read so far = position of the next
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention (Vaswani et al. 2017) with grouped key/value heads (Ainslie et al. 2023)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C, D, bias = config.n_embd, config.head_dim, config.bias or config.qkv_bias
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, D
+        self.config, self.layer = config, layer
         self.q = nn.Linear(C, config.n_head * D, bias=bias)
         self.k = nn.Linear(C, config.n_kv_head * D, bias=bias)
         self.v = nn.Linear(C, config.n_kv_head * D, bias=bias)
@@ -167,27 +175,33 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
-        self._wavelengths = rope_wavelengths(config) if config.pos == "rope" else None
+        if config.pos == "rope":
+            self._inverse = mx.array(1 / rope_inv_freq(config), dtype=mx.float32)  # "_": not a parameter
 
-    def __call__(self, x: mx.array, mask, cache: KVCache | None, layer: int, tap: Callable) -> mx.array:
-        B, T, _ = x.shape
-        q = self.q(x).reshape(B, T, self.n_head, self.head_dim).swapaxes(1, 2)
-        k = self.k(x).reshape(B, T, self.n_kv_head, self.head_dim).swapaxes(1, 2)
-        v = self.v(x).reshape(B, T, self.n_kv_head, self.head_dim).swapaxes(1, 2)
-        if "q_norm" in self:
+    def make_cache(self) -> KVCache:
+        return KVCache()
+
+    def __call__(self, x: mx.array, offset: int, cache: KVCache | None, tap: Callable) -> mx.array:
+        (B, T, _), config, layer = x.shape, self.config, self.layer
+        q = self.q(x).reshape(B, T, config.n_head, config.head_dim).swapaxes(1, 2)
+        k = self.k(x).reshape(B, T, config.n_kv_head, config.head_dim).swapaxes(1, 2)
+        v = self.v(x).reshape(B, T, config.n_kv_head, config.head_dim).swapaxes(1, 2)
+        if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self._wavelengths is not None:
-            offset = cache.offset if cache else 0
-            q, k = rope(q, self._wavelengths, offset), rope(k, self._wavelengths, offset)
+        if config.pos == "rope":
+            q, k = rope(q, self._inverse, offset), rope(k, self._inverse, offset)
+        q, k, v = tap("q", layer, q), tap("k", layer, k), tap("v", layer, v)
         if cache is not None:
             k, v = cache.update(k, v)
-        y = tap("heads", layer, attend(q, k, v, mask))
+        y = tap("heads", layer, attend(q, k, v, score_mask(config, layer, T, offset)))
         return self.out(y.swapaxes(1, 2).reshape(B, T, -1))
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
     """softmax(q k^T / sqrt(D) + mask) v: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D)."""
     scale = q.shape[-1] ** -0.5
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+        mask = mask.astype(q.dtype)  # the fused kernels refuse a wider one
     if ON_CPU and q.shape[2] > 1 and q.dtype == mx.float32:
         return cpu.attention(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -210,17 +224,17 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.activation = config.mlp
+        self.config, self.layer = config, layer
         if config.mlp == "swiglu":
             self.gate = nn.Linear(config.n_embd, config.ffn_dim, bias=config.bias)
         self.up = nn.Linear(config.n_embd, config.ffn_dim, bias=config.bias)
         self.down = nn.Linear(config.ffn_dim, config.n_embd, bias=config.bias)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        inputs = (self.gate(x), self.up(x)) if "gate" in self else (self.up(x),)
-        return self.down(ACTIVATIONS[self.activation](*inputs))
+    def __call__(self, x: mx.array, tap: Callable) -> mx.array:
+        inputs = (self.gate(x), self.up(x)) if self.config.mlp == "swiglu" else (self.up(x),)
+        return self.down(tap("hidden", self.layer, ACTIVATIONS[self.config.mlp](*inputs)))
 
 
 # ---- route: which positions a block works on -------------------------------------------------------------------------
@@ -229,23 +243,45 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), for every position."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.attn_norm = make_norm(config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
-    def __call__(self, x: mx.array, mask, cache: KVCache | None, layer: int, tap: Callable) -> mx.array:
-        x = tap("resid", layer, x)
-        x = x + tap("attn", layer, self.attn(self.attn_norm(x), mask, cache, layer, tap))
-        return x + tap("mlp", layer, self.mlp(self.mlp_norm(x)))
+    def make_cache(self) -> KVCache:
+        return self.attn.make_cache()
+
+    def __call__(self, x: mx.array, offset: int, cache: KVCache | None, tap: Callable) -> mx.array:
+        x = tap("resid", self.layer, x)
+        x = x + tap("attn", self.layer, self.attn(self.attn_norm(x), offset, cache, tap))
+        return x + tap("mlp", self.layer, self.mlp(self.mlp_norm(x), tap))
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "layer":
         return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
     return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+
+
+# ---- tap: looking inside ---------------------------------------------------------------------------------------------
+
+
+def no_tap(site: str, layer: int, x: mx.array) -> mx.array:
+    """A tap is called at every site of every layer, and what it returns flows on. This one changes nothing.
+
+    Sites in a layer, in order: "resid" (B, T, C) what enters the block; "q" (B, H, T, D), "k" and "v" (B, KV, T, D) as
+    attention takes them; "heads" (B, H, T, D) what each head read; "attn" (B, T, C) what attention adds to the residual
+    stream; "hidden" (B, T, ffn_dim) the neurons of the MLP; "mlp" (B, T, C) what it adds. After the last block "resid"
+    once more, with layer = n_layer. With a cache, T counts the new positions only.
+
+        def silence(site, layer, x):  # head 2 of layer 1
+            return x * (mx.arange(x.shape[1]) != 2)[:, None, None] if (site, layer) == ("heads", 1) else x
+        logits = model(idx, tap=silence)
+    """
+    return x
 
 
 # ---- GPT -------------------------------------------------------------------------------------------------------------
@@ -260,16 +296,16 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         if config.pos == "learned":
             self.pos_embed = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = [Block(config) for _ in range(config.n_layer)]
+        self.blocks = [Block(config, layer) for layer in range(config.n_layer)]
         self.norm = make_norm(config)
         if not config.tie:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.checkpoint_every = 0  # recompute every k-th block's activations in the backward pass; 0: store all
         init_weights(self, seed)
 
-    def residual(self, idx: mx.array, cache: list | None = None, tap: Callable = no_tap) -> mx.array:
+    def residual(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap) -> mx.array:
         """The residual stream after the last block: (B, T) token ids -> (B, T, C)."""
-        T, offset = idx.shape[1], cache[0].offset if cache else 0
+        T, offset = idx.shape[1], 0 if cache is None else cache.offset
         x = self.embed(idx)
         if self.config.pos == "learned":
             if offset + T > self.config.block_size:
@@ -277,9 +313,11 @@ class GPT(nn.Module):
             x = x + self.pos_embed(mx.arange(offset, offset + T))
         for layer, block in enumerate(self.blocks):
             run = block
-            if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
-                run = nn.utils.checkpoint(block)
-            x = run(x, score(self.config, layer, T, offset), cache[layer] if cache else None, layer, tap)
+            if self.checkpoint_every and self.training and tap is no_tap and layer % self.checkpoint_every == 0:
+                run = nn.utils.checkpoint(block)  # not with a tap: what that captures would get no gradient
+            x = run(x, offset, None if cache is None else cache.layers[layer], tap)
+        if cache is not None:
+            cache.offset += T
         return tap("resid", self.config.n_layer, x)
 
     def unembed(self, x: mx.array) -> mx.array:
@@ -287,22 +325,26 @@ class GPT(nn.Module):
         return self.project(self.norm(x))
 
     def project(self, x: mx.array) -> mx.array:
+        """The vocabulary projection alone."""
         return self.embed.as_linear(x) if self.config.tie else self.head(x)
 
-    def __call__(self, idx: mx.array, cache: list | None = None, tap: Callable = no_tap) -> mx.array:
+    def __call__(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap) -> mx.array:
         """(B, T) token ids -> logits (B, T, V). With a cache, idx continues the tokens that it holds."""
         return self.unembed(self.residual(idx, cache, tap))
 
-    def make_cache(self) -> list[KVCache]:
+    def make_cache(self) -> Cache:
         """An empty key/value cache: model(idx, cache=cache) fills it, any number of tokens at a time."""
-        return [KVCache() for _ in self.blocks]
+        return Cache(self.blocks)
 
-    def loss(self, idx: mx.array, targets: mx.array, mask: mx.array | None = None) -> mx.array:
-        """Mean cross-entropy in nats over the positions where mask (B, T) is not 0; weighted by it."""
-        x = self.norm(self.residual(idx))
+    def loss(self, idx: mx.array, targets: mx.array, mask: mx.array | None = None, tap: Callable = no_tap) -> mx.array:
+        """Mean cross-entropy in nats of targets (B, T), weighted by mask (B, T) if there is one.
+
+        It is cross_entropy(model(idx), targets), computed without all logits in memory at once.
+        """
+        x = self.norm(self.residual(idx, tap=tap))
         weights = mx.ones(targets.shape) if mask is None else mask.astype(mx.float32)
         total = chunked_loss(self, x.reshape(-1, x.shape[-1]), targets.reshape(-1), weights.reshape(-1))
-        return total / mx.maximum(weights.sum(), 1)
+        return total / mx.where(weights.sum() > 0, weights.sum(), 1)
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -326,7 +368,7 @@ def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) 
     head = model.embed if model.config.tie else model.head
 
     def chunk_loss(parameters, x, start):
-        head.update(parameters)
+        head.update(parameters)  # MLX differentiates by a function's arguments, not by what it captures
         losses = cross_entropy(model.project(x), targets[start:start + rows])
         return (losses * weights[start:start + rows]).sum()
 
@@ -335,7 +377,7 @@ def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) 
         total, gradient, dx = mx.array(0.0), tree_map(lambda p: mx.zeros(p.shape), parameters), []
         for start in starts:
             piece = x[start:start + rows]
-            if dx:
+            if dx:  # wait for the chunk before: else all would be in memory together
                 piece = mx.depends([piece], [dx[-1]])[0]
             loss, (dp, d) = mx.value_and_grad(chunk_loss, (0, 1))(parameters, piece, start)
             total = total + loss
@@ -365,21 +407,22 @@ def init_weights(model: GPT, seed: int = 0):
     embed, pos_embed, head         normal, 0.02
     q, k, v, gate, up              normal, n_embd^-0.5 (keeps the variance of a normalised input)
     out, down                      normal, n_embd^-0.5 / sqrt(2 n_layer) (the residual stream sums 2 n_layer of them)
-    norms 1, biases 0
+    norms 1, biases 0, anything else as its module made it
     """
-    rng = np.random.default_rng(seed)
     std = model.config.n_embd ** -0.5
+    stds = {"embed": 0.02, "pos_embed": 0.02, "head": 0.02, "q": std, "k": std, "v": std, "gate": std, "up": std}
+    stds["out"] = stds["down"] = std / math.sqrt(2 * model.config.n_layer)
 
     def initial(path: str, p: mx.array) -> mx.array:
-        module, kind = path.split(".")[-2:]
+        *_, module, kind = ["", *path.split(".")]
         if kind == "bias":
             return mx.zeros(p.shape)
-        if "norm" in module:
+        if kind == "weight" and "norm" in module:
             return mx.ones(p.shape)
-        scale = 0.02 if "embed" in module or module == "head" else std
-        if module in ("out", "down"):
-            scale = std / math.sqrt(2 * model.config.n_layer)
-        return mx.array(rng.standard_normal(p.shape, dtype=np.float32) * np.float32(scale))
+        if kind == "weight" and module in stds:  # each has a stream of its own, so that one more moves no other
+            rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+            return mx.array(rng.standard_normal(p.shape, dtype=np.float32) * np.float32(stds[module]))
+        return p  # as its module made it
 
     model.update(tree_map_with_path(initial, model.parameters()))
 
@@ -410,12 +453,13 @@ def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_
 
 
 def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, n_vocab: int = 0) -> Iterator:
+             min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, n_vocab: int = 0,
+             tap: Callable = no_tap) -> Iterator:
     """Continue token ids (T,), yielding one int a token; or a batch of them (B, T), yielding a list of B ints.
 
-    repetition_penalty divides the positive logits of tokens seen before and multiplies the negative ones (Keskar et
-    al. 2019). n_vocab: ids from here on are padding of the vocabulary and never drawn. When the context is full, its
-    second half is read again into a new cache: a token never sees more than block_size tokens.
+    repetition_penalty divides the positive logits of tokens seen before (Keskar et al. 2019) and multiplies the
+    negative ones. n_vocab: ids from here on are padding of the vocabulary and never drawn. When the context is full,
+    its second half is read again into a new cache: a token never sees more than block_size tokens.
     """
     block_size, V = model.config.block_size, model.config.vocab_size
     history = np.array(ids, dtype=np.int64)
@@ -427,11 +471,11 @@ def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top
     if repetition_penalty != 1:
         seen = mx.put_along_axis(seen, mx.array(history), mx.array(True), axis=1)
     padding = mx.arange(V) >= (n_vocab or V)
-    cache, text = model.make_cache(), [mx.array(history[:, -block_size:])]
+    cache, read = model.make_cache(), [mx.array(history[:, -block_size:])]  # read: the tokens since the cache began
 
     def step(x):  # x (B, T) -> the next token (B, 1); nothing is computed yet
         nonlocal key, seen
-        logits = model(x, cache=cache)[:, -1]
+        logits = model(x, cache=cache, tap=tap)[:, -1]
         if repetition_penalty != 1:
             less = mx.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = mx.where(seen, less, logits)
@@ -443,20 +487,18 @@ def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top
             seen = mx.put_along_axis(seen, token, mx.array(True), axis=1)
         return token
 
-    token = step(text[0])
+    token = step(read[0])
     mx.async_eval(token)
     for i in range(max_new_tokens):
-        text.append(token)
-        if i + 1 < max_new_tokens:  # start the next token before this one is read, so that the device never waits
-            if cache[0].offset == block_size:
-                half = max(1, block_size // 2)
-                recent = mx.concatenate(text, axis=1)[:, -half:]
-                cache, text = model.make_cache(), [recent]
-                token = step(recent)
+        read.append(token)
+        if i + 1 < max_new_tokens:  # start the next token before this one is looked at: the device never waits
+            if cache.offset == block_size:
+                cache, read = model.make_cache(), [mx.concatenate(read, axis=1)[:, -max(1, block_size // 2):]]
+                token = step(read[0])
             else:
                 token = step(token)
             mx.async_eval(token)
-        out = text[-1][:, -1].tolist()
+        out = read[-1][:, -1].tolist()
         yield out[0] if single else out
 
 
@@ -512,6 +554,8 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     if not isinstance(config, dict) or not config.keys() <= known:
         raise UserError(f"{path} has settings that this code does not know ({config}): update the code")
     model = GPT(GPTConfig(**config))
+    if "quantization" in meta:  # {"group_size": ..., "bits": ...}: packed where the file has scales
+        nn.quantize(model, **meta["quantization"], class_predicate=lambda path, _: f"{path}.scales" in arrays)
     try:
         model.load_weights(list(arrays.items()), strict=True)
     except ValueError as error:

@@ -36,8 +36,10 @@ dtype = "auto"            # float32 | bfloat16 | float16; auto: bfloat16 on a GP
 
 settings = overrides(globals(), "checkpoint", "prompt")
 
-if temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
+if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
     raise UserError("temperature must be 0 or more, top_p over 0 and up to 1, min_p 0 to 1, repetition_penalty over 0")
+if not 0 <= seed < 2**63:
+    raise UserError(f"seed={seed}: it must be from 0 to 2^63 - 1")
 
 model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
@@ -45,8 +47,9 @@ if not meta.get("tokenizer"):
 text = Tokenizer.from_dict(meta["tokenizer"])
 model.set_dtype(compute_dtype(dtype))
 mx.eval(model.parameters())
-weight_bytes = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
 config = model.config
+weight_bytes = sum(p.nbytes for name, p in tree_flatten(model.parameters())
+                   if config.tie or "embed" not in name)  # of an embedding that is no unembedding, one row is read
 cache_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * model.embed.weight.dtype.size  # a position
 stops = [part for part in stop.split("|") if part]
 
@@ -54,7 +57,8 @@ stops = [part for part in stop.split("|") if part]
 def ask() -> str:
     try:
         return input("> ")
-    except EOFError:
+    except EOFError:  # Ctrl-D
+        print()
         return ""
 
 
@@ -83,6 +87,7 @@ def write(prompt: str, seed: int):
         found, waiting = end_of(new)
         if found >= 0:
             new = new[:found]
+            decoder.reset()  # the beginning of a character may stand after it
             break
         print(new[:len(new) - waiting], end="", flush=True)
         new = new[len(new) - waiting:]
@@ -95,6 +100,7 @@ def write(prompt: str, seed: int):
               f"{mx.get_peak_memory() / 2**30:.2f} GiB]", file=sys.stderr)
 
 
+sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes "?"
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() gains a history and editing)
 
@@ -104,5 +110,8 @@ if prompt or not sys.stdin.isatty():
 else:
     print("Write the beginning of a text; an empty line ends.")
     while prompt := ask():
-        for i in range(num_samples):
-            write(prompt, seed + i)
+        try:
+            for i in range(num_samples):
+                write(prompt, seed + i)
+        except UserError as error:  # characters that the tokenizer lacks: ask again
+            print(error, file=sys.stderr)

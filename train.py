@@ -4,7 +4,8 @@
     python train.py --data=book.txt --n_layer=6 --n_embd=384 --max_iters=2000
 
 It writes OUT_DIR/ckpt.safetensors (the last step), best.safetensors (the lowest validation loss), loss.csv, loss.png.
---resume=True goes on where OUT_DIR stopped, with its settings; only those given again change. Ctrl-C saves and stops.
+A new run replaces them at its first save; --resume=True goes on where OUT_DIR stopped, with its settings, except those
+given on the command line. Ctrl-C saves and stops.
 Several devices: mlx.launch -n 2 -- python train.py; batch_size is shared out among them.
 
 Each line of the log: step; loss, the mean training cross-entropy of that step in nats a token; lr, the learning rate;
@@ -17,6 +18,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +36,17 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
 from config import UserError, given, overrides
-from model import GPT, GPTConfig, compute_dtype, generate, load_arrays, load_checkpoint, save_arrays, save_checkpoint
+from model import (
+    GPT,
+    VERSION,
+    GPTConfig,
+    compute_dtype,
+    generate,
+    load_arrays,
+    load_checkpoint,
+    save_arrays,
+    save_checkpoint,
+)
 from tokenizer import Tokenizer
 
 # data
@@ -78,16 +90,16 @@ decay_iters = 0         # where the schedule ends; 0: max_iters
 min_lr = 0.1            # learning rate at the end, as a share of the peak
 # run
 eval_interval = 100     # updates between evaluations, each of which saves
-eval_iters = 8          # validation batches an evaluation
+eval_windows = 64       # windows of block_size tokens an evaluation; the same ones each time, in every run
 log_interval = 10       # updates between log lines
-dtype = "auto"          # of the computation: float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
+dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
 compile = True          # compile the step (mx.compile)
 sample_tokens = 200     # length of the sample at the end
 
 settings = overrides(globals())
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # dense bfloat16
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}  # dense bfloat16
 ckpt_path, best_path = os.path.join(out_dir, "ckpt.safetensors"), os.path.join(out_dir, "best.safetensors")
 world = mx.distributed.init()
 rank, n_ranks = world.rank(), world.size()
@@ -104,22 +116,32 @@ def say(*words):
 start_step, meta, model = 0, {}, None
 if resume:
     model, meta = load_checkpoint(ckpt_path)
+    if meta.get("script") != "train.py":
+        raise UserError(f"{ckpt_path} is not from train.py: it cannot be resumed")
     asked = {name: settings[name] for name in given & meta["config"].keys() - {"vocab_size"}}
     for name, value in asdict(GPTConfig(**{**meta["config"], **asked})).items():
         if value != meta["config"][name]:
             raise UserError(f"{name} is {value}, but {meta['config'][name]} in {ckpt_path}: leave it out or train anew")
-    for name, value in meta["settings"].items():
-        if name in settings and name not in given and name not in ("resume", "out_dir"):
-            settings[name] = globals()[name] = value
+    if "optimizer" in given and optimizer != meta["settings"]["optimizer"]:
+        raise UserError(f"optimizer is {meta['settings']['optimizer']} in {ckpt_path}: leave it out or train anew")
+    for name in settings.keys() & meta["settings"].keys() - given - {"resume", "out_dir"}:
+        settings[name] = globals()[name] = meta["settings"][name]
     start_step = meta["step"]
     if start_step >= max_iters:
         raise UserError(f"{ckpt_path} is at step {start_step} of {max_iters} already: give a larger --max_iters")
 
-for name in ("max_iters", "batch_size", "grad_accum", "eval_interval", "eval_iters", "log_interval"):
-    if globals()[name] < 1:
-        raise UserError(f"{name}={globals()[name]}: it must be 1 or more")
+for name in ("max_iters", "batch_size", "grad_accum", "eval_interval", "eval_windows", "log_interval"):
+    if settings[name] < 1:
+        raise UserError(f"{name}={settings[name]}: it must be 1 or more")
+for name in ("seed", "grad_clip", "weight_decay", "warmup_iters", "decay_iters", "checkpoint_every", "sample_tokens"):
+    if settings[name] < 0:
+        raise UserError(f"{name}={settings[name]}: it must be 0 or more")
+if not out_dir:
+    raise UserError("out_dir is empty: name a folder, or . for this one")
 if batch_size % n_ranks:
     raise UserError(f"batch_size={batch_size} is not divisible by the {n_ranks} processes: change it")
+if dtype == "float16":
+    raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
 if schedule not in ("cosine", "wsd"):
     raise UserError(f"schedule={schedule!r} is not one of cosine, wsd")
 working_dtype = compute_dtype(dtype)
@@ -188,22 +210,20 @@ def by_muon(path: str, p: mx.array) -> bool:
     return optimizer == "muon" and path.startswith("blocks.") and p.ndim == 2
 
 
-# Each without its own weight decay: update() decays the matrices alone, the same way for all, which makes Adam AdamW.
-adam = optim.Adam(learning_rate, betas=[beta1, beta2], bias_correction=True)  # Kingma & Ba 2015
-lion = optim.Lion(learning_rate, betas=[beta1, beta2], weight_decay=0.0)      # Chen et al. 2023
-muon = optim.Muon(muon_lr, weight_decay=0.0)                                  # Jordan et al. 2024
+# None has its own weight decay: update() decays the matrices alone, the same way for all, which makes Adam AdamW.
 if optimizer not in ("adamw", "muon", "lion"):
     raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon, lion")
-opt = {"adamw": adam, "lion": lion, "muon": optim.MultiOptimizer([muon, adam], [by_muon])}[optimizer]
-rest = lion if optimizer == "lion" else adam  # what Muon leaves to it, or all
+if optimizer == "lion":  # Chen et al. 2023
+    opt = rest = optim.Lion(learning_rate, betas=[beta1, beta2], weight_decay=0.0)
+else:                    # Kingma & Ba 2015
+    opt = rest = optim.Adam(learning_rate, betas=[beta1, beta2], bias_correction=True)
+if optimizer == "muon":  # Jordan et al. 2024: orthogonal updates for the matrices of the blocks, Adam for the rest
+    muon = optim.Muon(muon_lr, weight_decay=0.0)
+    opt = optim.MultiOptimizer([muon, rest], [by_muon])
 opt.init(model.trainable_parameters())
 if resume:
     arrays, _ = load_arrays(os.path.join(out_dir, f"ckpt.optimizer-{start_step}.safetensors"))
-    try:
-        opt.state = tree_unflatten(list(arrays.items()))
-    except ValueError as error:
-        raise UserError(f"the saved optimizer is not {optimizer}: leave --optimizer out, or train anew") from error
-    opt._initialized = True
+    opt.state = tree_unflatten(list(arrays.items()))
 
 
 def schedule_at(step: int) -> float:
@@ -244,7 +264,7 @@ def update(grads):
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
 
     def decay(path: str, p: mx.array) -> mx.array:
-        rate = muon.learning_rate if by_muon(path, p) else rest.learning_rate
+        rate = muon.learning_rate if by_muon(path, p) else rest.learning_rate  # by_muon is never true without muon
         return p * (1 - weight_decay * rate) if p.ndim > 1 else p
 
     model.update(tree_map_with_path(decay, model.trainable_parameters()))
@@ -261,19 +281,19 @@ def validation_loss(x, y):
 
 
 def evaluate() -> tuple[float, float]:
-    """Nats a token and bits a byte, over the same eval_iters batches of validation windows each time."""
+    """Nats a token and bits a byte, over the same windows of the validation split each time."""
     T = min(block_size, len(tokens["val"]) - 1)
-    n_bytes, total = 0, mx.array(0.0)
+    x, y = windows("val", eval_windows, T, [0])
+    total, own = mx.array(0.0), batch_size // n_ranks
     model.eval()
-    for i in range(eval_iters):
-        x, y = windows("val", batch_size, T, [seed, 2**31 + i])
-        n_bytes += int(text.token_bytes[np.array(y)].sum())
-        if i % n_ranks == rank:
-            total = total + validation_loss(x, y)
-            mx.eval(total)
+    for start in range(rank * own, eval_windows, batch_size):
+        part = slice(start, start + own)
+        total = total + validation_loss(x[part], y[part]) * len(x[part])
+        mx.eval(total)
     model.train()
-    nats = mx.distributed.all_sum(total).item() / eval_iters
-    return nats, nats * eval_iters * batch_size * T / max(n_bytes, 1) / math.log(2)
+    nats = mx.distributed.all_sum(total).item() / eval_windows
+    n_bytes = int(text.token_bytes[np.array(y)].sum())
+    return nats, nats * eval_windows * T / max(n_bytes, 1) / math.log(2)
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
@@ -283,10 +303,11 @@ csv_path = os.path.join(out_dir, "loss.csv")
 losses = {"train": None, "val": None, "bits_per_byte": None, "best_val": None, **meta.get("losses", {})}
 rows = []
 seconds_before = 0.0
+saved = resume  # whether this run has a checkpoint
 if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
     for name in os.listdir(out_dir):
-        if ".tmp" in name:  # of a run that was killed while it wrote
+        if re.fullmatch(r"(ckpt.*|best)\.safetensors\.tmp\d+|loss\.tmp\.png", name):  # of a run that was killed while it wrote
             os.remove(os.path.join(out_dir, name))
     if resume and os.path.exists(csv_path):
         with open(csv_path, newline="") as file:
@@ -305,20 +326,25 @@ def record(**row):
 
 
 def save(step: int, is_best: bool = False):
-    """The optimizer first, under a name with the step; then the checkpoint, which points to it by its own step. So at
-    every moment the checkpoint on disk is whole, and so is the optimizer that belongs to it."""
-    if rank:
-        return
-    header = {"script": "train.py", "settings": settings, "commit": commit, "step": step,
-              "losses": losses, "tokenizer": data_meta["tokenizer"]}
-    own = f"ckpt.optimizer-{step}.safetensors"
-    save_arrays(os.path.join(out_dir, own), dict(tree_flatten(opt.state)), {"version": 1, "step": step})
-    save_checkpoint(ckpt_path, model, header)
-    for name in os.listdir(out_dir):
-        if name.startswith("ckpt.optimizer-") and name != own:
-            os.remove(os.path.join(out_dir, name))
-    if is_best:
-        save_checkpoint(best_path, model, header)
+    """The optimizer, under a name with the step, and the best first; then the checkpoint, which points to the optimizer
+    by its own step. So at every moment the checkpoint on disk is whole, and so is the optimizer that belongs to it."""
+    global saved
+    if rank == 0:
+        header = {"script": "train.py", "settings": settings, "commit": commit, "step": step,
+                  "losses": losses, "tokenizer": data_meta["tokenizer"]}
+        own = f"ckpt.optimizer-{step}.safetensors"
+        save_arrays(os.path.join(out_dir, own), dict(tree_flatten(opt.state)), {"version": VERSION, "step": step})
+        if is_best:
+            save_checkpoint(best_path, model, header)
+        elif not saved and os.path.exists(best_path):  # of another run
+            os.remove(best_path)
+        save_checkpoint(ckpt_path, model, header)
+        for name in os.listdir(out_dir):
+            if re.fullmatch(r"ckpt\.optimizer-\d+\.safetensors", name) and name != own:
+                os.remove(os.path.join(out_dir, name))
+        draw()
+    saved = True
+    mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # all wait: mlx.launch ends the others when one has left
 
 
 def draw():
@@ -359,11 +385,11 @@ if rank == 0:
 interrupted = 0
 
 
-def interrupt(*_):
+def interrupt(number, _):
     global interrupted
     interrupted += 1
-    if interrupted > 1:
-        raise KeyboardInterrupt  # the second time: at once
+    if interrupted > 1 and number == signal.SIGINT:
+        raise KeyboardInterrupt  # the second Ctrl-C: at once
 
 
 signal.signal(signal.SIGINT, interrupt)
@@ -371,6 +397,7 @@ signal.signal(signal.SIGTERM, interrupt)
 
 info = mx.device_info()
 peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in str(info.get("device_name"))), 0)
+peak_flops = peak_flops if working_dtype == mx.bfloat16 else 0
 say(f"{n_parameters / 1e6:.2f}M parameters, {len(tokens['train']) / 1e6:.2f}M training tokens, "
     f"{batch_size * grad_accum * block_size:,} tokens an update; {info.get('device_name')}, "
     f"{str(working_dtype).split('.')[-1]}{', ' + blas.loaded if blas.loaded else ''}"
@@ -378,7 +405,7 @@ say(f"{n_parameters / 1e6:.2f}M parameters, {len(tokens['train']) / 1e6:.2f}M tr
 
 model.train()
 step, pending, began = start_step, None, time.perf_counter()
-lap_time, lap_steps, saved = 0.0, 0, resume
+lap_time, lap_steps = 0.0, 0
 bar = tqdm(total=max_iters, initial=start_step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
 tokens_per_step = batch_size * grad_accum * block_size
 
@@ -408,36 +435,41 @@ def finish(pending) -> int:
     return round(stops)
 
 
+def evaluate_and_save(step: int):
+    nats, bpb = evaluate()
+    if not math.isfinite(nats):
+        diverged(f"step {step}: the validation loss is {nats}")
+    is_best = step > 0 and (losses["best_val"] is None or nats < losses["best_val"])
+    losses.update(val=nats, bits_per_byte=bpb, best_val=nats if is_best else losses["best_val"])
+    say(f"step {step:6d} | val  {nats:7.4f} | ppl {math.exp(min(nats, 99)):9.2f} | bpb {bpb:.4f}"
+        f"{' | best so far' if is_best else ''}")
+    if rank == 0:
+        record(step=step, tokens=step * tokens_per_step, val_loss=nats, val_bpb=bpb,
+               seconds=round(seconds_before + time.perf_counter() - began, 2))
+    if step > start_step:
+        save(step, is_best)
+
+
+# A turn: evaluate and save if it is time; queue learning rates, data, micro-steps and update on the device; then, while
+# it works, read the figures of the update before.
 stopping = False
 while True:
     if step == max_iters or stopping or (step % eval_interval == 0 and (step > start_step or not resume)):
         if pending:
-            finish(pending)
+            stopping = finish(pending) > 0 or stopping
             pending = None
-        is_best = False
-        if not stopping:
-            nats, bpb = evaluate()
-            if not math.isfinite(nats):
-                diverged(f"step {step}: the validation loss is {nats}")
-            is_best = losses["best_val"] is None or nats < losses["best_val"]
-            losses.update(val=nats, bits_per_byte=bpb, best_val=nats if is_best else losses["best_val"])
-            say(f"step {step:6d} | val  {nats:7.4f} | ppl {math.exp(min(nats, 99)):9.2f} | bpb {bpb:.4f}"
-                f"{' | best so far' if is_best and step else ''}")
-            if rank == 0:
-                record(step=step, tokens=step * tokens_per_step, val_loss=nats, val_bpb=bpb,
-                       seconds=round(seconds_before + time.perf_counter() - began, 2))
-        if step > start_step:
-            save(step, is_best)
-            saved = True
-            if rank == 0:
-                draw()
-    if step == max_iters or stopping:
-        break
+        if stopping and step < max_iters:
+            save(step)
+            break
+        evaluate_and_save(step)
+        if step == max_iters:
+            break
 
     lap_began = time.perf_counter()
     scale = schedule_at(step)
     rest.learning_rate = learning_rate * scale
-    muon.learning_rate = muon_lr * scale
+    if optimizer == "muon":
+        muon.learning_rate = muon_lr * scale
     x, y = windows("train", grad_accum * batch_size, block_size, [seed, step])
     loss, grads, own = 0.0, None, batch_size // n_ranks
     for micro in range(grad_accum):
@@ -464,13 +496,14 @@ bar.close()
 
 # ---- look at it ------------------------------------------------------------------------------------------------------
 
-if stopping:
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if step < max_iters:
     say(f"stopped at step {step}, saved {ckpt_path}; go on with: python train.py --out_dir={out_dir} --resume=True")
     sys.exit(130)
 if rank == 0:
     model.eval()
     model.set_dtype(working_dtype)
     ids = list(generate(model, [text.eot], sample_tokens, temperature=0.8, top_k=50, seed=seed, n_vocab=text.n_vocab))
-    say(f"\n{text.decode(ids[:ids.index(text.eot)] if text.eot in ids[1:] else ids)}\n")
+    say(f"\n{text.decode(ids[:ids.index(text.eot)] if text.eot in ids else ids)}\n")
     say(f"{ckpt_path}: step {step}, validation loss {losses['val']:.4f}, {losses['bits_per_byte']:.4f} bits a byte; "
         f"curves in {out_dir}/loss.png\nnext: python sample.py {ckpt_path} --prompt='def main'")

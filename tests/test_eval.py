@@ -1,0 +1,180 @@
+"""eval.py, run as a user runs it: its figures against a slow oracle, and bad input."""
+import json
+import math
+import re
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
+
+T = 16  # block_size
+
+
+def evaluate(checkpoint, data, *arguments, status=0):
+    command = [sys.executable, ROOT / "eval.py", checkpoint, f"--data={data}", "--dtype=float32", *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def figures(done) -> list[float]:
+    """Tokens, bytes, nats, perplexity, bits per byte, accuracy."""
+    found = re.fullmatch(r".*: ([\d,]+) tokens, ([\d,]+) bytes, .*\nloss ([\d.]+) nats \| perplexity ([\d.]+) \| "
+                         r"bits per byte ([\d.]+) \| accuracy ([\d.]+)%\n", done.stdout)
+    return [float(number.replace(",", "")) for number in found.groups()]
+
+
+def oracle(checkpoint, tokens, stride) -> list[float]:
+    """The same figures. Each token from a context of its own, which begins where the first window that holds it does."""
+    model, meta = load_checkpoint(str(checkpoint))
+    tokenizer = Tokenizer.from_dict(meta["tokenizer"])
+    tokens = [int(token) for token in tokens]
+    nats, hits = [], []
+    for i, token in enumerate(tokens):
+        start = 0
+        while start + T <= i:  # token i is not yet in the window
+            start = min(start + stride, len(tokens) - T)
+        context = ([tokenizer.eot] + tokens)[start:i + 1]
+        logits = np.array(model(mx.array([context]))[0, -1], dtype=np.float64)
+        nats.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token])
+        hits.append(logits.argmax() == token)
+    loss, n_bytes = np.mean(nats), len(tokenizer.decode_bytes(token for token in tokens if token != tokenizer.eot))
+    return [len(tokens), n_bytes, loss, math.exp(loss), sum(nats) / n_bytes / math.log(2), 100 * np.mean(hits)]
+
+
+def assert_close(got, wanted):
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=0.006)  # perplexity and accuracy have two decimals
+    np.testing.assert_allclose(got[:3], wanted[:3], atol=1e-4)
+    np.testing.assert_allclose(got[4], wanted[4], atol=1e-4)
+
+
+def checkpoint_of(tokenizer, folder):
+    """Random weights, sharp enough that every token of the context matters."""
+    V = -(-tokenizer.n_vocab // 64) * 64
+    model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=2, n_head=2, n_embd=32, tie=False), seed=3)
+    model.head.weight = model.head.weight * 20
+    path = folder / "ckpt.safetensors"
+    save_checkpoint(str(path), model, {"tokenizer": tokenizer.to_dict()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def chars(tmp_path_factory):
+    """A checkpoint and a text of 100 characters, of which the model itself would write about half."""
+    tokenizer = char_tokenizer(["abcdefghijklmnopqrstuvwxyz é,."])
+    checkpoint = checkpoint_of(tokenizer, tmp_path_factory.mktemp("chars"))
+    model, rng, ids = load_checkpoint(str(checkpoint))[0], np.random.default_rng(0), [tokenizer.eot]
+    while len(ids) < 101:
+        guess = int(mx.argmax(model(mx.array([ids[-T:]]))[0, -1, :tokenizer.eot]))
+        ids.append(guess if rng.random() < 0.6 else int(rng.integers(tokenizer.eot)))
+    return checkpoint, tokenizer, tokenizer.decode(ids[1:])
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length, stride, batch_size", [
+    (1, 0, 16), (T - 5, 0, 16), (T - 5, T, 16), (T, 0, 16), (T, 1, 16), (T + 1, 0, 16), (T + 1, T, 1),
+    (2 * T, T, 16), (37, 1, 4), (37, 5, 3), (61, 0, 2), (61, T, 16), (100, 0, 5),
+])
+def test_figures(chars, tmp_path, length, stride, batch_size):
+    checkpoint, tokenizer, text = chars
+    (tmp_path / "text.txt").write_text(text[:length], encoding="utf-8")
+    got = figures(evaluate(checkpoint, tmp_path / "text.txt", f"--stride={stride}", f"--batch_size={batch_size}"))
+    wanted = oracle(checkpoint, tokenizer.encode(text[:length]), stride or T // 2)
+    assert wanted[:2] == [length, len(text[:length].encode())]
+    assert_close(got, wanted)
+    assert length == 1 or 10 < got[5] < 90
+
+
+def test_bits_per_byte_of_bpe(tmp_path):
+    """Tokens of several bytes, characters of several tokens; a byte order mark is no part of the text."""
+    text = "Zoë naïvely ate a crème brûlée — 東京 🙂🙃. " * 2
+    tokenizer = train_bpe(iter([text]), 280)
+    checkpoint = checkpoint_of(tokenizer, tmp_path)
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8-sig")
+    got = figures(evaluate(checkpoint, tmp_path / "text.txt"))
+    assert got[1] == len(text.encode()) and got[0] not in (got[1], len(text))
+    assert_close(got, oracle(checkpoint, tokenizer.encode(text), T // 2))
+
+
+def test_max_tokens(chars, tmp_path):
+    checkpoint, tokenizer, text = chars
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    got = figures(evaluate(checkpoint, tmp_path / "text.txt", "--max_tokens=21"))
+    assert_close(got, oracle(checkpoint, tokenizer.encode(text)[:21], T // 2))
+    assert figures(evaluate(checkpoint, tmp_path / "text.txt", "--max_tokens=1000"))[0] == 100
+
+
+def test_dtype(chars, tmp_path):
+    checkpoint, tokenizer, text = chars
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    full, half = (figures(evaluate(checkpoint, tmp_path / "text.txt", f"--dtype={name}"))[2]
+                  for name in ("float32", "bfloat16"))
+    assert full != half == pytest.approx(full, rel=0.05)
+
+
+def prepare(folder, tokenizer, train, val):
+    """A folder as data.py makes it."""
+    np.array(train, dtype="<u2").tofile(folder / "train.bin")
+    np.array(val, dtype="<u2").tofile(folder / "val.bin")
+    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "tokenizer": tokenizer.to_dict()}))
+
+
+def test_prepared_folder(chars, tmp_path):
+    """Its validation split, in which end-of-text tokens stand: predicted like others, but no bytes."""
+    checkpoint, tokenizer, text = chars
+    ids = tokenizer.encode(text).tolist()
+    val = [*ids[:30], tokenizer.eot, *ids[30:40], tokenizer.eot]
+    prepare(tmp_path, tokenizer, ids, val)
+    assert_close(figures(evaluate(checkpoint, tmp_path)), oracle(checkpoint, val, T // 2))
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def assert_one_line(says, *arguments):
+    done = evaluate(*arguments, status=2)
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+
+
+def test_bad_text(chars, tmp_path):
+    checkpoint, bad = chars[0], tmp_path / "bad.txt"
+    assert_one_line("--data=FILE", checkpoint, "")
+    assert_one_line("bad.txt is not a text file", checkpoint, bad)
+    assert_one_line("not a text file, nor a folder", checkpoint, tmp_path)
+    for content, says in (b"", "empty"), (b"abc\xff\x00" * 9, "byte 3"), ("abcÄ".encode(), "'\\xc4'"):
+        bad.write_bytes(content)
+        assert_one_line(says, checkpoint, bad)
+
+
+def test_bad_folder(chars, tmp_path):
+    checkpoint, tokenizer, _ = chars
+    prepare(tmp_path, byte_tokenizer(), [1, 2, 3], [1, 2, 3])
+    assert_one_line("another tokenizer", checkpoint, tmp_path)
+    prepare(tmp_path, tokenizer, [1, 2, 3], [])
+    assert_one_line("empty", checkpoint, tmp_path)
+    (tmp_path / "val.bin").unlink()
+    assert_one_line("val.bin", checkpoint, tmp_path)
+
+
+def test_bad_checkpoint(chars, tmp_path):
+    (tmp_path / "text.txt").write_text("abc")
+    assert_one_line("no checkpoint", tmp_path / "none.safetensors", tmp_path / "text.txt")
+    save_checkpoint(str(tmp_path / "bare.safetensors"), load_checkpoint(str(chars[0]))[0], {})
+    assert_one_line("no tokenizer", tmp_path / "bare.safetensors", tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize("argument, says", [
+    (f"--stride={T + 1}", f"from 1 to {T}"), ("--stride=-1", f"from 1 to {T}"), ("--batch_size=0", "batch_size"),
+    ("--max_tokens=-5", "max_tokens"), ("--dtype=int8", "bfloat16"), ("--strides=3", "--stride"),
+])
+def test_bad_settings(chars, tmp_path, argument, says):
+    (tmp_path / "text.txt").write_text("abc" * 20)
+    assert_one_line(says, chars[0], tmp_path / "text.txt", argument)

@@ -1,0 +1,279 @@
+"""sample.py, run as a user runs it: what it writes, when, where it stops, on a terminal, and with bad input."""
+import fcntl
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten
+
+from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
+from tokenizer import EOT, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer
+
+BYTES = byte_tokenizer()
+
+
+def command(checkpoint, *arguments):
+    return [sys.executable, str(ROOT / "sample.py"), str(checkpoint), "--dtype=float32", *arguments]
+
+
+def sample(checkpoint, *arguments, status=0, **options) -> tuple[str, str]:
+    """Standard output and standard error."""
+    done = subprocess.run(command(checkpoint, *arguments), stdin=subprocess.DEVNULL, capture_output=True,
+                          encoding="utf-8", timeout=120, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def save(path, model, tokenizer):
+    save_checkpoint(str(path), model, {"tokenizer": tokenizer.to_dict()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """Random weights, made sharp. The rows of the vocabulary's padding are the largest: they would often win."""
+    tokenizer = char_tokenizer(["abcdefghijklmnopqrstuvwxyz ,.\n"])
+    model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=32, tie=False), seed=1)
+    model.head.weight = model.head.weight * mx.where(mx.arange(64) < tokenizer.n_vocab, 10, 30)[:, None]
+    return save(tmp_path_factory.mktemp("writer") / "ckpt.safetensors", model, tokenizer)
+
+
+def chain(folder, ids, tokenizer=BYTES):
+    """A checkpoint that writes these ids from an end-of-text token on: after each it is sure of the next."""
+    V = tokenizer.n_vocab
+    model = GPT(GPTConfig(block_size=64, vocab_size=V, n_layer=1, n_head=1, n_embd=V, head_dim=2, ffn_dim=1, tie=False))
+    follows = np.zeros((V, V), dtype=np.float32)
+    follows[list(ids), [tokenizer.eot, *ids[:-1]]] = 10
+    model.embed.weight, model.head.weight = mx.eye(V), mx.array(follows)
+    model.blocks[0].attn.out.weight *= 0
+    model.blocks[0].mlp.down.weight *= 0
+    return save(folder / "chain.safetensors", model, tokenizer)
+
+
+# ---- what it writes --------------------------------------------------------------------------------------------------
+
+
+def test_greedy_equals_a_plain_loop(writer):
+    model, meta = load_checkpoint(str(writer))
+    tokenizer = Tokenizer.from_dict(meta["tokenizer"])
+    ids, padding_won = [tokenizer.eot, *tokenizer.encode("once upon")], False
+    for _ in range(50):
+        logits = np.array(model(mx.array([ids]))[0, -1])
+        padding_won |= logits.argmax() >= tokenizer.n_vocab
+        ids.append(int(logits[:tokenizer.n_vocab].argmax()))
+    assert padding_won and tokenizer.eot not in ids[1:]
+    out, _ = sample(writer, "once upon", "--temperature=0", "--max_new_tokens=50")
+    assert out == tokenizer.decode(ids[1:]) + "\n"
+
+
+@pytest.mark.parametrize("setting", ["temperature=2.5", "top_k=3", "top_p=0.4", "min_p=0.3", "repetition_penalty=1.7",
+                                     "seed=7"])
+def test_sampling_settings(writer, setting):
+    model, meta = load_checkpoint(str(writer))
+    tokenizer = Tokenizer.from_dict(meta["tokenizer"])
+    settings = {"temperature": 0.8, "top_k": 0, "seed": 1337, "n_vocab": tokenizer.n_vocab}
+    name, value = setting.split("=")
+    texts = [tokenizer.decode(generate(model, [tokenizer.eot], 30, **s)).split(EOT)[0] + "\n"
+             for s in (settings, settings | {name: type(settings.get(name, 1.0))(value)})]
+    out, _ = sample(writer, "--max_new_tokens=30", "--top_k=0", f"--{setting}")
+    assert out == texts[1] != texts[0]
+
+
+def test_seed_and_num_samples(writer):
+    one, again, two = (sample(writer, "a", "--max_new_tokens=30", f"--seed={seed}")[0] for seed in (1, 1, 2))
+    assert one == again != two
+    out, error = sample(writer, "a", "--max_new_tokens=30", "--seed=1", "--num_samples=2")
+    assert out == one + two and error.count("tok/s") == 2
+
+
+def test_prompt(tmp_path):
+    """Bare, as a setting, with =, digits only, in any script, none. It is repeated, and the text goes on from it."""
+    checkpoint = chain(tmp_path, [*b"abc", BYTES.eot])
+    for prompt in ("a", "1a", "x=a", "héllo 🙂 a", ""):
+        wanted = (prompt or "a") + "bc\n"
+        assert sample(checkpoint, prompt)[0] == sample(checkpoint, f"--prompt={prompt}")[0] == wanted
+
+
+def test_prompt_longer_than_the_context(writer):
+    """The next token is that of the last block_size tokens."""
+    model, meta = load_checkpoint(str(writer))
+    tokenizer = Tokenizer.from_dict(meta["tokenizer"])
+    prompt = ("the quick brown fox jumps over the lazy dog. " * 3)[:100]
+    logits = np.array(model(mx.array([tokenizer.encode(prompt)[-64:]]))[0, -1, :tokenizer.n_vocab])
+    out, error = sample(writer, prompt, "--temperature=0", "--max_new_tokens=1")
+    assert out == prompt + tokenizer.decode([logits.argmax()]) + "\n"
+    assert "101 tokens" in error and "last 64" in error
+    assert "are read" not in sample(writer, prompt[:63], "--max_new_tokens=70")[1]
+
+
+def test_speed(tmp_path):
+    """GB/s: all weights but the embedding, and the cache of 51 tokens and on average half of the 100 new ones."""
+    model = GPT(GPTConfig(vocab_size=4096, n_layer=4, n_head=8, n_kv_head=4, head_dim=128, n_embd=64, tie=False))
+    _, error = sample(save(tmp_path / "ckpt.safetensors", model, BYTES), 50 * "x", "--max_new_tokens=100")
+    found = re.fullmatch(r"\[(\d+) tokens, ([\d.]+) tok/s, ([\d.]+) GB/s, first after [\d.]+ s, [\d.]+ GiB\]\n", error)
+    count, speed, bandwidth = map(float, found.groups())
+    weights = sum(p.size for name, p in tree_flatten(model.parameters()) if name != "embed.weight")
+    read = 4 * (weights + (51 + count / 2) * 4 * 2 * 4 * 128)
+    assert count == 100 and bandwidth == pytest.approx(speed * read / 1e9, abs=0.06)
+
+
+# ---- as it comes -----------------------------------------------------------------------------------------------------
+
+
+def test_text_streams(tmp_path):
+    """In many writes, and none of them holds a part of a character."""
+    text = "aé🙂z"
+    process = subprocess.Popen(command(chain(tmp_path, [*text.encode(), *b"a"]), "--max_new_tokens=1600"),
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    parts = [part.decode() for part in iter(lambda: os.read(process.stdout.fileno(), 1 << 16), b"")]
+    assert process.wait() == 0 and "".join(parts) == 200 * text + "\n"
+    assert len(parts) > 5
+
+
+def test_half_a_character_at_the_end(tmp_path):
+    checkpoint = chain(tmp_path, [*"a🙂".encode(), BYTES.eot])
+    assert sample(checkpoint, "--max_new_tokens=5")[0] == "a🙂\n"
+    assert sample(checkpoint, "--max_new_tokens=4")[0] == "a\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_output_that_cannot_hold_it(tmp_path):
+    checkpoint = chain(tmp_path, [*"ü".encode(), BYTES.eot])
+    assert sample(checkpoint, "é", env=os.environ | {"PYTHONIOENCODING": "ascii"})[0].startswith("?")
+
+
+# ---- where it stops --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop, text", [
+    ("d", "abc"),
+    ("cde", "ab"),              # comes in three tokens
+    ("f|de|zz", "abc"),         # the first that appears
+    ("|", "abcdefgh"),          # none
+    ("cdx|fghi", "abcdefgh"),   # begins, but does not come: what was held back is written
+    ("a", ""),
+])
+def test_stop(tmp_path, stop, text):
+    assert sample(chain(tmp_path, [*b"abcdefgh", BYTES.eot]), f"--stop={stop}")[0] == text + "\n"
+
+
+@pytest.mark.parametrize("stop, text", [("e", "abcd"), ("ef|cd", "ab"), ("f!", "abcde"), ("!", "abcdef"), ("🙂", "abcdef!")])
+def test_stop_within_tokens(tmp_path, stop, text):
+    """The token that holds a stop string may begin before it and go on after it, even with half a character."""
+    pieces = [b"a", b"bcdef", b"!\xf0\x9f", b"\x99\x82h"]
+    tokenizer = Tokenizer("bpe", [*BYTES.tokens, *pieces[1:]], {EOT: 259}, PATTERN)
+    checkpoint = chain(tmp_path, [ord("a"), 256, 257, 258, tokenizer.eot], tokenizer)
+    assert sample(checkpoint, f"--stop={stop}")[0] == text + "\n"
+
+
+def test_prompt_may_hold_the_stop(tmp_path):
+    assert sample(chain(tmp_path, [*b"abcd", BYTES.eot]), "d a", "--stop=d")[0] == "d abc\n"
+
+
+def test_end_of_text(tmp_path):
+    out, error = sample(chain(tmp_path, [*b"abc", BYTES.eot]))
+    assert out == "abc\n" and error.startswith("[4 tokens")
+    assert sample(chain(tmp_path, [BYTES.eot])) == ("\n", "")
+
+
+# ---- on a terminal ---------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """sample.py with a terminal of its own."""
+
+    def __init__(self, *arguments):
+        self.fd, inner = pty.openpty()
+        self.process = subprocess.Popen(
+            command(*arguments), stdin=inner, stdout=inner, stderr=inner, env=os.environ | {"TERM": "dumb"},
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(inner)
+
+    def type(self, text: str):
+        os.write(self.fd, text.encode())
+
+    def read(self, end: str = "") -> str:
+        """All that it shows up to `end`, or until it has ended."""
+        shown = b""
+        while not end or not shown.endswith(end.encode()):
+            assert select.select([self.fd], [], [], 60)[0], shown
+            try:
+                part = os.read(self.fd, 1024)
+            except OSError:  # on Linux, where the end is an error
+                part = b""
+            if not part:
+                break
+            shown += part
+        return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("last", ["\n", "\x04"], ids=["empty line", "Ctrl-D"])
+def test_terminal(tmp_path, last):
+    """Asks for prompts; a character that the tokenizer lacks does not end it, an empty line or Ctrl-D does."""
+    tokenizer = char_tokenizer(["abcé"])
+    terminal = Terminal(chain(tmp_path, [*tokenizer.encode("abcé"), tokenizer.eot], tokenizer))
+    terminal.read("\n> ")
+    for prompt, text in ("a", "abcé"), ("éb", "ébcé"):
+        terminal.type(prompt + "\n")
+        assert re.fullmatch(rf"{prompt}\n{text}\n\[\d tokens, .*\]\n> ", terminal.read("\n> "))
+    terminal.type("xyz\n")
+    assert re.fullmatch(r"xyz\n.*char tokenizer.*'x', 'y', 'z'.*\n> ", terminal.read("\n> "))
+    terminal.type(last)
+    assert terminal.read() == "\n" and terminal.process.wait() == 0
+
+
+@pytest.mark.parametrize("prompt", ["", "a\n"], ids=["asking", "writing"])
+def test_ctrl_c(tmp_path, prompt):
+    terminal = Terminal(chain(tmp_path, b"abca"), "--max_new_tokens=10000000")
+    terminal.read("\n> ")
+    terminal.type(prompt)
+    if prompt:
+        terminal.read("bc")
+    terminal.type("\x03")
+    rest = terminal.read()
+    assert terminal.process.wait() == 130 and "stopped" in rest and "Traceback" not in rest
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def assert_one_line(says, checkpoint, *arguments):
+    out, error = sample(checkpoint, *arguments, status=2)
+    assert out == "" and error.count("\n") == 1 and says in error
+
+
+def test_bad_checkpoints(writer, tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    assert_one_line("no checkpoint", bad)
+    for content in (b"", b"no checkpoint, but text", writer.read_bytes()[:1000], writer.read_bytes()[:-1000]):
+        bad.write_bytes(content)
+        assert_one_line("not a whole safetensors file", bad)
+    mx.save_safetensors(str(bad), {"x": mx.zeros(3)})
+    assert_one_line("not one of ours", bad)
+    save_checkpoint(str(bad), load_checkpoint(str(writer))[0], {})
+    assert_one_line("no tokenizer", bad)
+    assert_one_line("whole", tmp_path)  # a folder
+
+
+@pytest.mark.parametrize("argument, says", [
+    ("--prompt=Zoë", "'Z', '\\xeb'"),
+    ("--temprature=1", "--temperature"),
+    ("--temperature=hot", "a number"),
+    ("--temperature=-1", "temperature must be"),
+    ("--temperature=inf", "temperature must be"),
+    ("--top_p=0", "top_p"),
+    ("--top_p=1.5", "top_p"),
+    ("--min_p=-1", "min_p"),
+    ("--repetition_penalty=0", "repetition_penalty"),
+    ("--seed=-1", "seed"),
+    ("--dtype=int8", "bfloat16"),
+])
+def test_bad_settings(writer, argument, says):
+    assert_one_line(says, writer, argument)
