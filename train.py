@@ -74,18 +74,18 @@ qkv_bias = False        # biases in q, k, v alone
 qk_norm = True          # RMSNorm of every query and key
 tie = True              # unembedding = embedding transposed
 # optimization
-max_iters = 400         # updates
-batch_size = 16         # sequences a micro-step, over all devices
+max_iters = 300         # updates
+batch_size = 8          # sequences a micro-step, over all devices
 grad_accum = 1          # micro-steps an update
-optimizer = "adamw"     # adamw | muon | lion
-learning_rate = 3e-3    # peak; for muon: of the embeddings and norms, and lion wants about a tenth
-muon_lr = 0.02          # peak, of the matrices under muon
+optimizer = "muon"      # muon | adamw | lion
+learning_rate = 6e-3    # peak; under muon that of embeddings and norms. Larger models want less, lion a tenth
+muon_lr = 0.04          # peak, of the matrices under muon
 beta1 = 0.9             # decay of the gradient's mean
 beta2 = 0.95            # decay of the gradient's square
 weight_decay = 0.1      # of matrices, times the learning rate
 grad_clip = 1.0         # longest gradient; 0: no clipping
 schedule = "cosine"     # cosine | wsd (warmup, stable, linear decay over the last fifth)
-warmup_iters = 40       # updates of linear warmup
+warmup_iters = 20       # updates of linear warmup
 decay_iters = 0         # where the schedule ends; 0: max_iters
 min_lr = 0.1            # learning rate at the end, as a share of the peak
 # run
@@ -307,7 +307,7 @@ saved = resume  # whether this run has a checkpoint
 if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
     for name in os.listdir(out_dir):
-        if re.fullmatch(r"(ckpt.*|best)\.safetensors\.tmp\d+|loss\.tmp\.png", name):  # of a run that was killed while it wrote
+        if re.fullmatch(r"(ckpt.*|best)\.safetensors\.tmp\d+|loss\.tmp\.png", name):  # a killed run left it
             os.remove(os.path.join(out_dir, name))
     if resume and os.path.exists(csv_path):
         with open(csv_path, newline="") as file:

@@ -31,7 +31,7 @@ def figures(done) -> list[float]:
 
 
 def oracle(checkpoint, tokens, stride) -> list[float]:
-    """The same figures. Each token from a context of its own, which begins where the first window that holds it does."""
+    """The same figures. Each token from its own context, which begins where the first window that holds it does."""
     model, meta = load_checkpoint(str(checkpoint))
     tokenizer = Tokenizer.from_dict(meta["tokenizer"])
     tokens = [int(token) for token in tokens]
@@ -56,8 +56,8 @@ def assert_close(got, wanted):
 
 def checkpoint_of(tokenizer, folder):
     """Random weights, sharp enough that every token of the context matters."""
-    V = -(-tokenizer.n_vocab // 64) * 64
-    model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=2, n_head=2, n_embd=32, tie=False), seed=3)
+    config = GPTConfig(block_size=T, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=32, tie=False)
+    model = GPT(config, seed=3)
     model.head.weight = model.head.weight * 20
     path = folder / "ckpt.safetensors"
     save_checkpoint(str(path), model, {"tokenizer": tokenizer.to_dict()})

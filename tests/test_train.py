@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 
 TINY = ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=64", "--batch_size=8", "--max_iters=12",
         "--warmup_iters=4", "--eval_interval=4", "--eval_windows=16", "--log_interval=1", "--sample_tokens=20",
-        "--compile=False"]
+        "--compile=False", "--optimizer=adamw", "--learning_rate=3e-3"]
 
 
 @pytest.fixture(scope="session")

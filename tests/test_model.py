@@ -1,0 +1,879 @@
+"""model.py against a GPT written a second time, from the papers' formulas, in float64 numpy."""
+import json
+import math
+import os
+import struct
+from dataclasses import asdict, fields
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import model as core
+from config import UserError
+from model import GPT, GPTConfig, KVCache, generate, load_checkpoint, sample_token, save_checkpoint
+
+SMALL = dict(block_size=96, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+LLAMA3 = dict(rope_factor=8.0, rope_original=256)  # of head_dim 16, pairs 0 to 2 turn fast, 3 in between, 4 to 7 slowly
+FLAVOURS = {
+    "default": {},
+    "GPT-2": dict(pos="learned", norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False),
+    "Llama": dict(mlp="swiglu", ffn_dim=40, n_kv_head=2, qk_norm=False, tie=False, norm_eps=1e-6, rope_theta=500000.0),
+    "Llama 3.1": dict(mlp="swiglu", ffn_dim=40, n_kv_head=2, head_dim=16, qk_norm=False, tie=False, **LLAMA3),
+    "Qwen2": dict(mlp="swiglu", n_kv_head=2, qk_norm=False, qkv_bias=True, rope_theta=1e6, norm_eps=1e-6),
+    "Qwen3": dict(mlp="swiglu", n_kv_head=2, head_dim=12, rope_theta=1e6, tie=False),
+    "no positions": dict(pos="none", norm="layer", mlp="gelu", qk_norm=False),
+    "one key head": dict(n_kv_head=1, head_dim=6, bias=True),
+    "learned with qk_norm": dict(pos="learned", norm="layer", mlp="gelu", bias=True, tie=False),
+    "all biases": dict(mlp="swiglu", bias=True, qkv_bias=True, n_layer=1),
+    "LayerNorm of large eps": dict(norm="layer", norm_eps=0.2, mlp="relu2", head_dim=10, qk_norm=False),
+    "RMSNorm of large eps": dict(norm_eps=0.2, mlp="gelu_tanh", qkv_bias=True, rope_theta=100.0),
+    "odd width": dict(n_embd=21, head_dim=8, n_kv_head=2, pos="none", mlp="gelu_tanh", tie=False),
+    "one head": dict(n_head=1, n_layer=3, mlp="swiglu", head_dim=32, norm="layer", bias=True),
+}
+every_flavour = pytest.mark.parametrize("flavour", FLAVOURS)
+
+
+# ---- the oracle ------------------------------------------------------------------------------------------------------
+
+
+def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
+    """float64 logits (B, T, V). It takes every parameter that the config asks for, and fails if one is left over."""
+    p, H, KV, D = dict(parameters), c.n_head, c.n_kv_head, c.head_dim
+    B, T = idx.shape
+
+    def linear(name, x, bias=c.bias):
+        y = x @ p.pop(f"{name}.weight").T
+        return y + p.pop(f"{name}.bias") if bias else y
+
+    def norm(name, x, kind=c.norm):
+        if kind == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        y = x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * p.pop(f"{name}.weight")
+        return y + p.pop(f"{name}.bias") if kind == "layer" and c.bias else y
+
+    def frequencies():  # as transformers words Llama 3.1: by wavelength
+        found = []
+        for i in range(D // 2):
+            frequency = 1 / c.rope_theta ** (2 * i / D)
+            wavelength = 2 * math.pi / frequency
+            if c.rope_factor == 1 or wavelength < c.rope_original / c.rope_high_freq:
+                found.append(frequency)
+            elif wavelength > c.rope_original / c.rope_low_freq:
+                found.append(frequency / c.rope_factor)
+            else:
+                smooth = (c.rope_original / wavelength - c.rope_low_freq) / (c.rope_high_freq - c.rope_low_freq)
+                found.append((1 - smooth) * frequency / c.rope_factor + smooth * frequency)
+        return np.array(found)
+
+    def turn(x):  # (B, T, heads, D): dimensions i and i + D/2 are one complex number
+        z = x[..., :D // 2] + 1j * x[..., D // 2:]
+        z = z * np.exp(1j * np.arange(T)[:, None] * frequencies())[:, None]
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    def attention(name, x):
+        q, k, v = (linear(f"{name}.{n}", x, c.bias or c.qkv_bias).reshape(B, T, -1, D) for n in "qkv")
+        if c.qk_norm:
+            q, k = norm(f"{name}.q_norm", q, "rms"), norm(f"{name}.k_norm", k, "rms")
+        if c.pos == "rope":
+            q, k = turn(q), turn(k)
+        y = np.zeros((B, T, H, D))
+        for b, t, h in np.ndindex(B, T, H):
+            kv = h * KV // H  # H / KV query heads in a row share one key head
+            e = np.exp(k[b, :t + 1, kv] @ q[b, t, h] / math.sqrt(D))
+            y[b, t, h] = e @ v[b, :t + 1, kv] / e.sum()
+        return linear(f"{name}.out", y.reshape(B, T, H * D))
+
+    def mlp(name, x):
+        if c.mlp == "swiglu":
+            gate = linear(f"{name}.gate", x)
+            return linear(f"{name}.down", gate / (1 + np.exp(-gate)) * linear(f"{name}.up", x))
+        x = linear(f"{name}.up", x)
+        if c.mlp == "relu2":
+            x = np.where(x > 0, x, 0) ** 2
+        elif c.mlp == "gelu":
+            x = x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+        else:
+            x = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+        return linear(f"{name}.down", x)
+
+    embed = p.pop("embed.weight")
+    x = embed[idx]
+    if c.pos == "learned":
+        x = x + p.pop("pos_embed.weight")[:T]
+    for layer in range(c.n_layer):
+        x = x + attention(f"blocks.{layer}.attn", norm(f"blocks.{layer}.attn_norm", x))
+        x = x + mlp(f"blocks.{layer}.mlp", norm(f"blocks.{layer}.mlp_norm", x))
+    logits = norm("norm", x) @ (embed if c.tie else p.pop("head.weight")).T
+    assert not p, f"parameters without a use: {list(p)}"
+    return logits
+
+
+def oracle_loss(logits, targets, mask=None) -> float:
+    top = logits.max(-1, keepdims=True)
+    log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    nats = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+    return nats.mean() if mask is None else (nats * mask).sum() / mask.sum()
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def build(flavour="default", **changes) -> GPT:
+    """A small model in which nothing is 0 or 1, so that a dropped bias or weight of a norm shows."""
+    model = GPT(GPTConfig(**{**SMALL, **FLAVOURS[flavour], **changes}))
+    rng, weights = np.random.default_rng(1), []
+    for name, p in tree_flatten(model.parameters()):
+        noise = rng.standard_normal(p.shape)
+        if p.ndim == 1:
+            value = 0.3 * noise + ("norm" in name and name.endswith("weight"))
+        else:
+            value = noise if name.startswith("embed") else noise * p.shape[1] ** -0.5
+        weights.append((name, mx.array(value.astype(np.float32))))
+    model.update(tree_unflatten(weights))
+    return model
+
+
+def float64(tree) -> dict:
+    return {name: np.array(p.astype(mx.float32), np.float64) for name, p in tree_flatten(tree)}
+
+
+def tokens(*shape, seed=0, vocab=61) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab, shape)
+
+
+def close(a, b, tolerance=1e-4) -> bool:
+    """Equal but for a part of the largest number."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return a.shape == b.shape and bool(np.abs(a - b).max() <= tolerance * np.abs(b).max())
+
+
+def same_gradients(a, b, tolerance=1e-4):
+    a, b = float64(a), float64(b)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not close(a[name], b[name], tolerance)] == []
+
+
+def plain_loss(model, idx, targets, mask=None, tap=core.no_tap):
+    nats = nn.losses.cross_entropy(model(idx, tap=tap), targets)
+    return nats.mean() if mask is None else (nats * mask).sum() / mask.sum()
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@every_flavour
+def test_logits(flavour):
+    model, idx = build(flavour), tokens(2, 90)
+    assert close(model(mx.array(idx)), oracle(model.config, float64(model.parameters()), idx), 2e-4)
+
+
+@every_flavour
+@pytest.mark.parametrize("chunks", [(5, 1, 11, 3, 70, 2, 4), (1,) * 96, (96,)], ids=["chunks", "tokens", "all"])
+def test_cache(flavour, chunks, monkeypatch):
+    monkeypatch.setattr(KVCache, "STEP", 7)
+    model, idx = build(flavour), mx.array(tokens(2, 96))
+    cache, logits, start = model.make_cache(), [], 0
+    for size in chunks:
+        logits.append(model(idx[:, start:start + size], cache=cache))
+        start += size
+        assert cache.offset == start
+    assert close(mx.concatenate(logits, axis=1), model(idx))
+
+
+def test_cache_grows_in_steps(monkeypatch):
+    monkeypatch.setattr(KVCache, "STEP", 8)
+    model = build("Llama")  # 2 key heads of 8
+    cache = model.make_cache()
+    assert cache.nbytes == 0
+    for length in range(1, 40):
+        mx.eval(model(mx.array(tokens(3, 1)), cache=cache))
+        rooms = -(-length // 8) * 8
+        assert cache.nbytes == 3 * 2 * rooms * 8 * 4 * 2 * 2  # B, heads, positions, D, bytes, keys and values, layers
+
+
+def test_cache_writes_in_place():
+    cache, token = KVCache(), mx.ones((1, 4, 1, 64))
+    mx.eval(token, cache.update(*[mx.zeros((1, 4, 4000, 64))] * 2))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(10):
+        keys, values = cache.update(token, token)
+        assert (keys.sum() + values.sum()).item() == 2 * 4 * 64 * (cache.length - 4000)
+    assert mx.get_peak_memory() - before < cache.nbytes / 4
+
+
+@every_flavour
+def test_future_moves_nothing_in_the_past(flavour):
+    model, idx = build(flavour), tokens(2, 90)
+    before = np.array(model(mx.array(idx)))
+    for t in (1, 37, 64, 89):
+        changed = idx.copy()
+        changed[:, t:] = (idx[:, t:] + 1 + tokens(2, 90 - t, vocab=59)) % 61
+        after = np.array(model(mx.array(changed)))
+        assert np.array_equal(before[:, :t], after[:, :t])
+        assert (before[:, t:] != after[:, t:]).any(-1).all()
+
+
+def test_learned_positions_end():
+    model = build("GPT-2")
+    cache = model.make_cache()
+    model(mx.zeros((1, 90), mx.int32), cache=cache)
+    for call in (lambda: model(mx.zeros((1, 97), mx.int32)), lambda: model(mx.zeros((1, 7), mx.int32), cache=cache)):
+        with pytest.raises(UserError, match="97 tokens.*96"):
+            call()
+
+
+@pytest.mark.parametrize("flavour", ["default", "GPT-2", "Llama 3.1"])
+def test_bfloat16(flavour):
+    model, idx = build(flavour), mx.array(tokens(2, 40))
+    expected, loss = np.array(model(idx)), model.loss(idx, idx).item()
+    model.set_dtype(mx.bfloat16)
+    logits = model(idx)
+    assert logits.dtype == mx.bfloat16
+    assert np.abs(np.array(logits.astype(mx.float32)) - expected).mean() < 0.03 * np.abs(expected).mean()
+    half, gradients = nn.value_and_grad(model, GPT.loss)(model, idx, idx)
+    assert half.dtype == mx.float32 and abs(half.item() - loss) < 0.02 * loss
+    assert {g.dtype for _, g in tree_flatten(gradients)} == {mx.bfloat16}
+
+
+# ---- loss and gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flavour", ["default", "Llama"])  # tied, untied
+@pytest.mark.parametrize("chunk", [61 * 7, 61 * 20, 1, 2**26])  # 40 rows in parts of 7, 20, 1, 40
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_and_gradients(flavour, chunk, masked, monkeypatch):
+    monkeypatch.setattr(core, "LOSS_CHUNK", chunk)
+    model, idx, targets = build(flavour), mx.array(tokens(2, 20)), mx.array(tokens(2, 20, seed=1))
+    mask = mx.array(np.random.default_rng(2).random((2, 20)) * (tokens(2, 20) % 2)) if masked else None
+    expected = oracle_loss(oracle(model.config, float64(model.parameters()), np.array(idx)), np.array(targets),
+                           None if mask is None else np.array(mask, np.float64))
+    _, gradients = nn.value_and_grad(model, plain_loss)(model, idx, targets, mask)
+    loss, found = nn.value_and_grad(model, GPT.loss)(model, idx, targets, mask)
+    assert close(loss, expected, 1e-5)
+    same_gradients(found, gradients)
+    _, doubled = nn.value_and_grad(model, lambda m: 2 * m.loss(idx, targets, mask))(model)
+    same_gradients(tree_unflatten([(name, 2 * g) for name, g in tree_flatten(found)]), doubled, 1e-6)
+    model.eval()
+    assert close(model.loss(idx, targets, mask), expected, 1e-5)
+    same_gradients(nn.value_and_grad(model, GPT.loss)(model, idx, targets, mask)[1], gradients)
+
+
+@pytest.mark.parametrize("flavour", ["default", "Llama"])
+@pytest.mark.parametrize("frozen", ["embed", "head", "blocks", "norm"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_a_part(flavour, frozen, training, monkeypatch):
+    monkeypatch.setattr(core, "LOSS_CHUNK", 61 * 7)
+    model, idx, targets = build(flavour), mx.array(tokens(2, 20)), mx.array(tokens(2, 20, seed=1))
+    for module in getattr(model, frozen, None) if frozen == "blocks" else [getattr(model, frozen, None)]:
+        if module is None:
+            return  # tied: no head
+        module.freeze()
+    model.train(training)
+    expected, gradients = nn.value_and_grad(model, plain_loss)(model, idx, targets)
+    loss, found = nn.value_and_grad(model, GPT.loss)(model, idx, targets)
+    assert close(loss, expected, 1e-5) and not any(name.startswith(frozen) for name in float64(found))
+    same_gradients(found, gradients)
+
+
+def test_loss_leaves_the_model_as_it_was():
+    model, idx = build("Llama"), mx.array(tokens(2, 20))
+    before = float64(model.parameters())
+    gradient, state = nn.value_and_grad(model, GPT.loss), [model.state]
+    step = mx.compile(lambda idx: gradient(model, idx, idx), inputs=state, outputs=state)
+    compiled, gradients = step(idx)
+    loss, expected = nn.value_and_grad(model, GPT.loss)(model, idx, idx)
+    assert close(compiled, loss, 1e-6)
+    same_gradients(gradients, expected, 1e-5)
+    model.eval()
+    model.loss(idx, idx)
+    after = float64(model.parameters())
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_loss_without_targets():
+    model, idx = build(), mx.array(tokens(2, 20))
+    loss, gradients = nn.value_and_grad(model, GPT.loss)(model, idx, idx, mx.zeros((2, 20)))
+    assert loss.item() == 0 and not any(g.any() for g in float64(gradients).values())
+
+
+@pytest.mark.parametrize("flavour", ["GPT-2", "Qwen3"])
+def test_gradients_are_slopes(flavour):
+    model, idx, targets = build(flavour), tokens(2, 9), tokens(2, 9, seed=1)
+    gradients = float64(nn.value_and_grad(model, GPT.loss)(model, mx.array(idx), mx.array(targets))[1])
+    parameters, rng, h = float64(model.parameters()), np.random.default_rng(0), 1e-5
+    for name, p in parameters.items():
+        direction = rng.standard_normal(p.shape)
+        up, down = (oracle_loss(oracle(model.config, {**parameters, name: p + sign * h * direction}, idx), targets)
+                    for sign in (1, -1))
+        error = abs((up - down) / (2 * h) - (gradients[name] * direction).sum())
+        assert error < 1e-4 * np.linalg.norm(gradients[name]) * np.linalg.norm(direction) + 1e-7, name  # k.bias: 0
+
+
+@pytest.mark.parametrize("every, recomputed", [(0, []), (1, [0, 1, 2]), (2, [0, 2])])
+def test_activation_checkpointing(every, recomputed, monkeypatch):
+    model, idx, blocks = build("Llama", n_layer=3), mx.array(tokens(2, 20)), []
+    expected, gradients = nn.value_and_grad(model, plain_loss)(model, idx, idx)
+    checkpoint = nn.utils.checkpoint
+    monkeypatch.setattr(nn.utils, "checkpoint", lambda block: blocks.append(block.layer) or checkpoint(block))
+    model.checkpoint_every = every
+    loss, found = nn.value_and_grad(model, GPT.loss)(model, idx, idx)
+    assert blocks == recomputed
+    assert close(loss, expected, 1e-6)
+    same_gradients(found, gradients)
+    model.eval()
+    model.loss(idx, idx)
+    assert blocks == recomputed  # only what has a backward pass
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_gradient_of_what_a_tap_holds(every):
+    model, idx = build("Qwen2"), mx.array(tokens(2, 20))
+    model.checkpoint_every = every
+
+    def loss(delta, f):
+        def steer(site, layer, x):
+            return x + delta if (site, layer) == ("resid", 1) else x
+        return f(model, idx, idx, tap=steer)
+
+    delta = mx.array(np.random.default_rng(0).standard_normal(32, np.float32))
+    assert close(mx.grad(loss)(delta, GPT.loss), mx.grad(loss)(delta, plain_loss))
+
+
+# ---- tap -------------------------------------------------------------------------------------------------------------
+
+
+def test_tap_sites():
+    model = build("Qwen3")  # 4 heads of 12, 2 key heads, ffn_dim 128
+    B, T, cache = 2, 5, model.make_cache()
+    layers = [(site, layer, shape) for layer in (0, 1) for site, shape in [
+        ("resid", (B, T, 32)), ("q", (B, 4, T, 12)), ("k", (B, 2, T, 12)), ("v", (B, 2, T, 12)),
+        ("heads", (B, 4, T, 12)), ("attn", (B, T, 32)), ("hidden", (B, T, 128)), ("mlp", (B, T, 32))]]
+    idx = mx.array(tokens(B, T))
+    calls = [lambda tap: model(idx, tap=tap), lambda tap: model(idx, cache=cache, tap=tap),
+             lambda tap: model(idx, cache=cache, tap=tap), lambda tap: model.loss(idx, idx, tap=tap),
+             lambda tap: next(generate(model, idx.tolist(), 1, tap=tap))]
+    for call in calls:
+        seen = []
+        call(lambda site, layer, x, seen=seen: seen.append((site, layer, x.shape)) or x)
+        assert seen == layers + [("resid", 2, (B, T, 32))]
+
+
+@every_flavour
+def test_tap_that_changes_nothing(flavour):
+    model, idx = build(flavour), mx.array(tokens(2, 20))
+    assert np.array_equal(model(idx, tap=lambda site, layer, x: x), model(idx))
+
+
+EDITS = {  # site: (what a tap in layer 1 does, the change of weights that does the same)
+    "q": (lambda x: x * (mx.arange(4) != 2)[:, None, None], lambda b: ("attn.q.weight", np.s_[16:24])),
+    "k": (lambda x: x * (mx.arange(2) != 1)[:, None, None], lambda b: ("attn.k.weight", np.s_[8:])),
+    "v": (lambda x: x * (mx.arange(2) != 1)[:, None, None], lambda b: ("attn.v.weight", np.s_[8:])),
+    "heads": (lambda x: x * (mx.arange(4) != 2)[:, None, None], lambda b: ("attn.out.weight", np.s_[:, 16:24])),
+    "attn": (lambda x: x * (mx.arange(32) != 3), lambda b: ("attn.out.weight", np.s_[3])),
+    "hidden": (lambda x: x * (mx.arange(40) != 7), lambda b: ("mlp.down.weight", np.s_[:, 7])),
+    "mlp": (lambda x: x * 0, lambda b: ("mlp.down.weight", np.s_[:])),
+}
+
+
+@pytest.mark.parametrize("site", EDITS)
+def test_what_a_tap_returns_flows_on(site):
+    model, idx = build("Llama"), mx.array(tokens(2, 20))
+    edit, weight = EDITS[site]
+
+    def tap(s, layer, x):
+        return edit(x) if (s, layer) == (site, 1) else x
+
+    plain, cache = model(idx), model.make_cache()
+    whole = model(idx, tap=tap)
+    parts = [model(idx[:, start:end], cache=cache, tap=tap) for start, end in ((0, 12), (12, 13), (13, 20))]
+    name, where = weight(1)
+    parameters = float64(model.parameters())
+    parameters[f"blocks.1.{name}"][where] = 0
+    assert close(whole, oracle(model.config, parameters, np.array(idx)))
+    assert close(mx.concatenate(parts, axis=1), whole)
+    assert not close(whole, plain, 1e-2)
+
+
+def test_tap_of_the_residual_stream():
+    model, idx = build("Llama"), mx.array(tokens(2, 20))
+    stream = mx.random.normal((2, 20, 32), key=mx.random.key(0))
+    last = model(idx, tap=lambda site, layer, x: stream if (site, layer) == ("resid", 2) else x)
+    assert np.array_equal(last, model.unembed(stream))
+    first = model(idx, tap=lambda site, layer, x: 2 * x if (site, layer) == ("resid", 0) else x)
+    model.embed.weight = 2 * model.embed.weight
+    assert close(first, model(idx), 1e-6)
+
+
+# ---- init ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flavour", ["GPT-2", "Qwen3"])
+def test_init(flavour):
+    config = GPTConfig(**{**SMALL, **FLAVOURS[flavour], "n_embd": 64, "n_layer": 3})
+    mx.random.seed(5)
+    a, b = float64(GPT(config, seed=1).parameters()), float64(GPT(config, seed=2).parameters())
+    mx.random.seed(6)
+    again = float64(GPT(config, seed=1).parameters())
+    out = 64 ** -0.5 / math.sqrt(2 * 3)
+    stds = dict(embed=0.02, pos_embed=0.02, head=0.02, q=1 / 8, k=1 / 8, v=1 / 8, gate=1 / 8, up=1 / 8, out=out,
+                down=out)
+    for name, p in a.items():
+        assert np.array_equal(p, again[name])
+        module, kind = name.split(".")[-2:]
+        if p.ndim == 1:
+            assert (p == (kind == "weight")).all(), name
+        else:
+            assert not (p == b[name]).any(), name
+            assert abs(p.std() / stds[module] - 1) < 5 / math.sqrt(2 * p.size), name
+            assert abs(p.mean()) < 5 * stds[module] / math.sqrt(p.size), name
+            assert abs((p ** 4).mean() / stds[module] ** 4 - 3) < 1, name  # normal: kurtosis 3
+    streams = {p.flat[0] / p.std() for p in a.values() if p.ndim > 1}
+    assert len(streams) == sum(p.ndim > 1 for p in a.values())
+
+
+def test_init_of_one_parameter_depends_on_no_other():
+    small = float64(GPT(GPTConfig(**SMALL)).parameters())
+    large = float64(GPT(GPTConfig(**{**SMALL, "n_layer": 3, "mlp": "swiglu", "tie": False})).parameters())
+    for name in ("embed.weight", "blocks.0.attn.q.weight", "blocks.1.attn.v.weight"):
+        assert np.array_equal(small[name], large[name])
+
+
+def test_golden():
+    """What the seeded model says: if this moves, so does every figure that was measured with it."""
+    logits = GPT(GPTConfig(**SMALL), seed=3)(mx.arange(48).reshape(2, 24))
+    golden = [-0.004263503, -0.146667063, 0.018817695, 0.038216129]
+    assert np.abs(np.array(logits[1, -1, :4]) - golden).max() < 1e-5
+
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def test_config_defaults():
+    config = GPTConfig(n_embd=96, n_head=6)
+    assert (config.head_dim, config.n_kv_head, config.ffn_dim) == (16, 6, 384)
+    assert GPTConfig(n_embd=96, mlp="swiglu").ffn_dim == 256
+    assert GPTConfig(n_embd=97, head_dim=8, mlp="swiglu").ffn_dim == 320  # 258.7, up to a multiple of 64
+    assert GPTConfig(head_dim=7, pos="none").head_dim == 7
+    assert GPTConfig(**asdict(config)) == config
+
+
+@pytest.mark.parametrize("bad", [
+    dict(block_size=0), dict(vocab_size=0), dict(n_layer=0), dict(n_head=0), dict(n_embd=-1), dict(n_kv_head=-1),
+    dict(head_dim=-1), dict(ffn_dim=-1), dict(n_head=3), dict(n_kv_head=3), dict(n_kv_head=8), dict(head_dim=7),
+    dict(pos="alibi"), dict(norm="batch"), dict(mlp="relu")], ids=str)
+def test_bad_config(bad):
+    with pytest.raises(UserError) as error:
+        GPTConfig(**bad)
+    (name, value), = bad.items()
+    assert f"{name}={value!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_compute_dtype():
+    assert core.compute_dtype("bfloat16") == mx.bfloat16
+    assert core.compute_dtype("auto") == (mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16)
+    with pytest.raises(UserError, match="int8"):
+        core.compute_dtype("int8")
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+LOGITS = np.random.default_rng(0).standard_normal((3, 16))
+
+
+def kept(logits, top_k=0, top_p=1.0, min_p=0.0) -> set:
+    """The tokens of one row that the filters leave."""
+    ranked = sorted(range(len(logits)), key=lambda i: -logits[i])
+    ranked = ranked[:top_k] if top_k else ranked
+    p = np.exp(logits[ranked])
+    p /= p.sum()
+    count = next((n for n in range(1, len(p) + 1) if p[:n].sum() >= top_p), len(p))
+    p, ranked = p[:count] / p[:count].sum(), ranked[:count]
+    return {token for token, probability in zip(ranked, p, strict=True) if probability >= min_p * p.max()}
+
+
+def draw(logits, n=6000, seed=0, **settings) -> list[set]:
+    """For each row, the set of n tokens drawn."""
+    rows = mx.repeat(mx.array(logits.astype(np.float32)), n, axis=0)
+    return [set(row) for row in sample_token(rows, mx.random.key(seed), **settings).reshape(-1, n).tolist()]
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(top_k=1), dict(top_k=5), dict(top_k=16), dict(top_k=99), dict(top_p=0.3), dict(top_p=0.75),
+    dict(top_p=1e-9), dict(top_p=0.0), dict(min_p=0.05), dict(min_p=0.4), dict(min_p=1.0), dict(top_k=7, top_p=0.6),
+    dict(top_p=0.8, min_p=0.3), dict(top_k=9, top_p=0.9, min_p=0.2)], ids=str)
+def test_filters(settings):
+    assert draw(LOGITS, **settings) == [kept(row, **settings) for row in LOGITS]
+
+
+def test_filters_after_temperature():
+    settings = dict(top_k=12, top_p=0.7, min_p=0.35)
+    assert draw(LOGITS, temperature=0.5, **settings) == [kept(row / 0.5, **settings) for row in LOGITS]
+    assert kept(LOGITS[0] / 0.5, **settings) != kept(LOGITS[0], **settings)
+
+
+def test_filters_of_equal_logits():
+    equal, pairs = np.zeros((1, 4)), np.array([[2.0, 2.0, 0.0, 0.0]])
+    assert [len(tokens) for tokens in draw(equal, top_p=0.5) + draw(equal, top_p=1e-9)] == [2, 1]
+    assert draw(pairs, top_k=2) == draw(pairs, top_p=0.8) == draw(pairs, min_p=0.9) == [{0, 1}]
+    assert draw(pairs, top_k=3)[0] >= {0, 1}
+    assert draw(np.array([[-np.inf, 0.0, -np.inf, 1.0]]), top_k=3, top_p=0.999) == [{1, 3}]
+
+
+def test_temperature_0_is_argmax():
+    logits = mx.array(LOGITS)
+    for dtype in (mx.float32, mx.bfloat16):
+        drawn = sample_token(logits.astype(dtype), mx.random.key(0), temperature=0, top_k=3, top_p=0.5, min_p=0.5)
+        assert drawn.tolist() == LOGITS.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.6, 0), (2.0, 0), (1.5, 6)])
+def test_distribution(temperature, top_k):
+    n, row = 40000, LOGITS[0].astype(np.float32)
+    drawn = sample_token(mx.broadcast_to(mx.array(row), (n, 16)), mx.random.key(3), temperature, top_k)
+    p = np.exp(row / temperature)
+    if top_k:
+        p[np.argsort(row)[:-top_k]] = 0
+    p /= p.sum()
+    counts = np.bincount(np.array(drawn), minlength=16)
+    assert (counts[p == 0] == 0).all()
+    expected = n * p[p > 0]
+    chi_square, freedom = ((counts[p > 0] - expected) ** 2 / expected).sum(), len(expected) - 1
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+# Untied: an embedding that is its own unembedding would say the same token again and again.
+
+
+def slow_generate(model, ids, count, penalty=1.0, n_vocab=0) -> list[int]:
+    """Greedy, without a cache: each token from its window."""
+    block_size, ids, made = model.config.block_size, list(ids), []
+    window = ids[-block_size:]
+    for _ in range(count):
+        logits = np.array(model(mx.array([window]))[0, -1])[:n_vocab or None]
+        for token in set(ids + made if penalty != 1 else []):
+            if token < len(logits):
+                logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+        made.append(int(logits.argmax()))
+        window = window + made[-1:] if len(window) < block_size else (window + made[-1:])[-max(1, block_size // 2):]
+    return made
+
+
+@every_flavour
+def test_greedy(flavour):
+    model, prompt = build(flavour, tie=False), tokens(7).tolist()
+    expected = slow_generate(model, prompt, 60)
+    assert list(generate(model, prompt, 60, temperature=0)) == expected and len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("flavour", ["default", "GPT-2", "no positions"])
+@pytest.mark.parametrize("block_size, length", [(16, 5), (15, 15), (16, 40), (2, 1), (1, 3)])
+def test_beyond_the_context(flavour, block_size, length):
+    model, prompt = build(flavour, block_size=block_size, tie=False), tokens(length).tolist()
+    assert list(generate(model, prompt, 50, temperature=0)) == slow_generate(model, prompt, 50)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 3.0, 0.8])
+def test_repetition_penalty(penalty):
+    model, prompt = build(block_size=16, tie=False), tokens(20).tolist()
+    found = list(generate(model, prompt, 40, temperature=0, repetition_penalty=penalty))
+    assert found == slow_generate(model, prompt, 40, penalty) != slow_generate(model, prompt, 40)
+    batch = [prompt, prompt[::-1]]
+    rows = zip(*generate(model, batch, 40, temperature=0, repetition_penalty=penalty), strict=True)
+    assert [list(row) for row in rows] == [slow_generate(model, ids, 40, penalty) for ids in batch]
+
+
+def test_seeds():
+    model, prompt = build(tie=False), tokens(5).tolist()
+    mx.random.seed(1)
+    first = list(generate(model, prompt, 30, seed=4))
+    mx.random.seed(2)
+    assert list(generate(model, prompt, 30, seed=4)) == first != list(generate(model, prompt, 30, seed=5))
+    assert list(generate(model, np.array(prompt), 10, seed=4)) == first[:10]
+    assert len(set(first)) > 5
+
+
+def test_single_and_batch():
+    model, batch = build("Llama"), tokens(3, 8).tolist()
+    rows = list(generate(model, batch, 20, temperature=0))
+    assert all(type(row) is list and [type(token) for token in row] == [int] * 3 for row in rows)
+    for i, prompt in enumerate(batch):
+        single = list(generate(model, prompt, 20, temperature=0))
+        assert single == [row[i] for row in rows] and {type(token) for token in single} == {int}
+    assert [row[0] for row in generate(model, batch[:1], 20)] == list(generate(model, batch[0], 20))
+    same = list(generate(model, [batch[0]] * 2, 20))
+    assert any(a != b for a, b in same)  # rows draw for themselves
+    assert list(generate(model, batch, 0)) == [] and len(list(generate(model, batch, 1))) == 1
+
+
+def test_settings_reach_the_sampler():
+    model, prompt = build(tie=False), tokens(5).tolist()
+    greedy = list(generate(model, prompt, 20, temperature=0))
+    for settings in (dict(top_k=1), dict(top_p=1e-9), dict(min_p=1.0), dict(temperature=1e-6)):
+        assert list(generate(model, prompt, 20, **settings)) == greedy
+    assert list(generate(model, prompt, 20)) != greedy
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperature=0), dict(temperature=9.0), dict(top_k=20), dict(top_p=0.99), dict(repetition_penalty=5.0)],
+    ids=str)
+def test_n_vocab(settings):
+    model, prompt = build(tie=False), tokens(5).tolist()
+    drawn = list(generate(model, prompt, 80, n_vocab=7, **settings))
+    assert len(drawn) == 80 and set(drawn) <= set(range(7))
+    if settings == dict(temperature=9.0):
+        assert len(set(drawn)) == 7
+    if settings == dict(temperature=0):
+        assert drawn == slow_generate(model, prompt, 80, n_vocab=7)
+
+
+def test_tap_of_generate():
+    model, prompt = build(tie=False), tokens(5).tolist()
+    wiped = list(generate(model, prompt, 20, temperature=0,
+                          tap=lambda site, layer, x: x * 0 if site in ("attn", "mlp") else x))
+    for block in model.blocks:
+        block.attn.out.weight *= 0
+        block.mlp.down.weight *= 0
+    assert wiped == slow_generate(model, prompt, 20)
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [[], []]], ids=str)
+def test_empty_prompt(prompt):
+    with pytest.raises(UserError, match="at least one token"):
+        next(generate(build(), prompt, 5))
+
+
+# ---- checkpoint ------------------------------------------------------------------------------------------------------
+
+META = {"tokenizer": {"kind": "char", "characters": "aé\n\"🙂"}, "step": 12, "loss": 1.25, "script": None}
+
+
+@every_flavour
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+def test_round_trip(flavour, dtype, tmp_path):
+    path, model = str(tmp_path / "ckpt.safetensors"), build(flavour)
+    model.set_dtype(dtype)
+    save_checkpoint(path, model, META)
+    loaded, meta = load_checkpoint(path)
+    a, b = (dict(tree_flatten(m.parameters())) for m in (model, loaded))
+    assert a.keys() == b.keys()
+    assert all(a[name].dtype == b[name].dtype == dtype and mx.array_equal(a[name], b[name]) for name in a)
+    assert loaded.config == model.config and not loaded.training
+    assert {name: meta[name] for name in META} == META
+    assert os.listdir(tmp_path) == ["ckpt.safetensors"]
+
+
+def test_others_can_read_it(tmp_path):
+    path, model = str(tmp_path / "ckpt.safetensors"), build("Llama")
+    save_checkpoint(path, model, META)
+    weights = float64(model.parameters())
+    with safe_open(path, "numpy") as file:
+        assert set(file.keys()) == set(weights)
+        assert all(np.array_equal(file.get_tensor(name), weights[name]) for name in weights)
+        ours = json.loads(file.metadata()["tinygpt"])
+    with open(path, "rb") as file:  # as the browser does
+        size, = struct.unpack("<Q", file.read(8))
+        header, body = json.loads(file.read(size)), file.read()
+    assert json.loads(header.pop("__metadata__")["tinygpt"]) == ours == {
+        **META, "version": 1, "config": {field.name: getattr(model.config, field.name) for field in fields(GPTConfig)}}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        assert entry["dtype"] == "F32"
+        assert np.array_equal(np.frombuffer(body[start:end], "<f4").reshape(entry["shape"]), weights[name])
+
+
+def spoil_header(change):
+    def spoil(path):
+        arrays, header = core.load_arrays(path)
+        core.save_arrays(path, arrays, change(arrays, header) or header)
+    return spoil
+
+
+def config_with(**settings):
+    return spoil_header(lambda arrays, header: header["config"].update(settings))
+
+
+def spoil_bytes(change):
+    def spoil(path):
+        with open(path, "rb") as file:
+            old = file.read()
+        with open(path, "wb") as file:
+            file.write(change(old))
+    return spoil
+
+
+FOREIGN = {"x": np.zeros(3, np.float32)}
+BAD_FILES = {
+    "missing": (os.remove, "no checkpoint"),
+    "a folder": (lambda path: (os.remove(path), os.mkdir(path)), "not a whole"),
+    "empty": (spoil_bytes(lambda old: b""), "not a whole"),
+    "random bytes": (spoil_bytes(lambda old: np.random.default_rng(0).bytes(5000)), "not a whole"),
+    "text": (spoil_bytes(lambda old: b"hello world, this is no checkpoint\n" * 9), "not a whole"),
+    "bytes too many": (spoil_bytes(lambda old: old + b"\0"), "not a whole"),
+    "foreign": (lambda path: save_file(FOREIGN, path), "not one of ours"),
+    "foreign of float64": (lambda path: save_file({"x": np.zeros(3)}, path), "not one of ours"),  # MLX has none
+    "foreign with metadata": (lambda path: save_file(FOREIGN, path, {"format": "pt"}), "not one of ours"),
+    "header is a list": (lambda path: save_file(FOREIGN, path, {"tinygpt": "[1]"}), "not one of ours"),
+    "header is not JSON": (lambda path: save_file(FOREIGN, path, {"tinygpt": "{a"}), ""),
+    "other version": (spoil_header(lambda arrays, header: {**header, "version": 2}), "version 2"),
+    "no config": (spoil_header(lambda arrays, header: {"version": 1}), "settings"),
+    "unknown setting": (config_with(dropout=0.1), "dropout"),
+    "setting out of range": (config_with(n_layer=0), "n_layer"),
+    "setting of another type": (config_with(n_layer="2"), ""),
+    "tensor missing": (spoil_header(lambda arrays, header: arrays.pop("blocks.1.attn.q.weight") is None),
+                       "blocks.1.attn.q.weight"),
+    "tensor too many": (spoil_header(lambda arrays, header: arrays.update(extra=mx.zeros(3))), "extra"),
+    "wrong shape": (spoil_header(lambda arrays, header: arrays.update({"norm.weight": mx.zeros(3)})), "norm.weight"),
+}
+
+
+def user_error(path) -> str:
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert path in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_file(kind, tmp_path):
+    path = str(tmp_path / "ckpt.safetensors")
+    save_checkpoint(path, build(), META)
+    spoil, words = BAD_FILES[kind]
+    spoil(path)
+    assert words in user_error(path)
+
+
+def test_cut_short(tmp_path):
+    path = str(tmp_path / "ckpt.safetensors")
+    save_checkpoint(path, build(), META)
+    whole = (tmp_path / "ckpt.safetensors").read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    rng = np.random.default_rng(0)
+    for end in [1, 7, 8, header - 1, header, len(whole) - 1, *rng.integers(9, header, 10),
+                *rng.integers(9, len(whole), 20)]:
+        (tmp_path / "ckpt.safetensors").write_bytes(whole[:end])
+        assert "not a whole" in user_error(path)
+
+
+class file_size_limit:
+    """No file may grow over so many bytes: a full disk, for root too."""
+    def __init__(self, size):
+        self.resource, self.size = pytest.importorskip("resource"), size
+
+    def __enter__(self):
+        self.old = self.resource.getrlimit(self.resource.RLIMIT_FSIZE)
+        self.resource.setrlimit(self.resource.RLIMIT_FSIZE, (self.size, self.old[1]))
+
+    def __exit__(self, *_):
+        self.resource.setrlimit(self.resource.RLIMIT_FSIZE, self.old)
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    path = str(tmp_path / "ckpt.safetensors")
+    save_checkpoint(path, build(), META)
+    old = (tmp_path / "ckpt.safetensors").read_bytes()
+
+    def check(error):
+        assert path in str(error) and "\n" not in str(error)
+        assert (tmp_path / "ckpt.safetensors").read_bytes() == old and os.listdir(tmp_path) == ["ckpt.safetensors"]
+
+    for size in (0, 1000, len(old) - 1):
+        with pytest.raises(UserError) as error, file_size_limit(size):
+            save_checkpoint(path, build("GPT-2"), META)
+        check(error.value)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+    for function in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left") as error:
+            patch.setattr(os, function, no_space)
+            save_checkpoint(path, build("GPT-2"), META)
+        check(error.value)
+
+
+def test_saved_before_it_is_renamed(tmp_path, monkeypatch):
+    path, order = str(tmp_path / "ckpt.safetensors"), []
+    for name, f in (("fsync", os.fsync), ("replace", os.replace)):
+        monkeypatch.setattr(os, name, lambda *a, name=name, f=f: order.append(name) or f(*a))
+    save_checkpoint(path, build(), META)
+    assert order == ["fsync", "replace"]
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    path = str(folder / "ckpt.safetensors")
+    save_checkpoint(path, build(), META)
+    old = (folder / "ckpt.safetensors").read_bytes()
+    folder.chmod(0o500)
+    try:
+        if not os.access(folder, os.W_OK):  # root may write everywhere
+            with pytest.raises(UserError, match="kept"):
+                save_checkpoint(path, build("GPT-2"), META)
+            assert os.listdir(folder) == ["ckpt.safetensors"] and (folder / "ckpt.safetensors").read_bytes() == old
+    finally:
+        folder.chmod(0o700)
+    for path in (str(tmp_path / "none" / "ckpt.safetensors"), str(folder)):
+        with pytest.raises(UserError, match="cannot write") as error:
+            save_checkpoint(path, build(), META)
+        assert path in str(error.value) and "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["kept"]
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+THEIR_NAMES = {
+    ".transformer.": ".", ".model.": ".", ".h.": ".blocks.", ".layers.": ".blocks.", ".wte.": ".embed.",
+    ".wpe.": ".pos_embed.", ".embed_tokens.": ".embed.", ".ln_f.": ".norm.", ".lm_head.": ".head.",
+    ".ln_1.": ".attn_norm.", ".ln_2.": ".mlp_norm.", ".input_layernorm.": ".attn_norm.",
+    ".post_attention_layernorm.": ".mlp_norm.", ".self_attn.": ".attn.", "attn.c_proj.": "attn.out.",
+    "mlp.c_proj.": "mlp.down.", ".c_fc.": ".up.", "_proj.": ".", ".o.": ".out."}
+
+
+@pytest.mark.parametrize("flavour", ["GPT-2", "Llama", "Llama 3.1", "Qwen2", "Qwen3"])
+def test_transformers(flavour):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model, idx = build(flavour), tokens(2, 90)
+    c = model.config
+    if flavour == "GPT-2":
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head))
+    else:
+        family = flavour.split()[0]
+        rope = dict(rope_type="default", rope_theta=c.rope_theta)
+        if c.rope_factor != 1:
+            rope.update(rope_type="llama3", factor=c.rope_factor, low_freq_factor=c.rope_low_freq,
+                        high_freq_factor=c.rope_high_freq, original_max_position_embeddings=c.rope_original)
+        theirs = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(
+            vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd, head_dim=c.head_dim,
+            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+            intermediate_size=c.ffn_dim, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie, rope_parameters=rope))
+    ours, state = float64(model.parameters()), {}
+    for name in theirs.state_dict():
+        source = f".{name}"
+        for old, new in THEIR_NAMES.items():
+            source = source.replace(old, new)
+        source = source[1:]
+        if "c_attn" in source:  # GPT-2 keeps q, k and v in one matrix
+            value = np.concatenate([ours.pop(source.replace("c_attn", n)) for n in "qkv"])
+        elif source == "head.weight" and c.tie:
+            value = float64(model.parameters())["embed.weight"]
+        else:
+            value = ours.pop(source)
+        if flavour == "GPT-2" and source.startswith("blocks.") and value.ndim == 2:
+            value = value.T  # and its matrices transposed
+        state[name] = torch.tensor(value, dtype=torch.float32)
+    assert not ours
+    theirs.load_state_dict(state)
+    with torch.no_grad():
+        logits = theirs.eval()(torch.tensor(idx)).logits.numpy()
+    assert close(model(mx.array(idx)), logits, 2e-4)
