@@ -444,7 +444,7 @@ def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_
     if top_p < 1:
         order = mx.argsort(-logits, axis=-1)
         p = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
-        beyond = mx.cumsum(p, axis=-1) - p >= top_p  # the tokens before it suffice; the first always stays
+        beyond = mx.cumsum(p, axis=-1) - p >= max(top_p, 1e-9)  # the tokens before it suffice; the first always stays
         beyond = mx.put_along_axis(beyond, order, beyond, axis=-1)
         logits = mx.where(beyond, -mx.inf, logits)
     if min_p > 0:
@@ -528,14 +528,14 @@ def load_arrays(path: str) -> tuple[dict[str, mx.array], dict]:
     try:
         with safe_open(path, "numpy") as file:  # checks the header against the file's length
             header = json.loads((file.metadata() or {}).get("tinygpt", "null"))
+        if not isinstance(header, dict) or "version" not in header:
+            raise UserError(f"{path} is a safetensors file, but not one of ours: its header has no `tinygpt` entry")
+        if header["version"] != VERSION:
+            raise UserError(f"{path} has version {header['version']}, this code reads {VERSION}: update the code")
         arrays = mx.load(path, format="safetensors")
         mx.eval(arrays)  # read now: the file may be replaced later
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): copy or train it again") from error
-    if not isinstance(header, dict) or "version" not in header:
-        raise UserError(f"{path} is a safetensors file, but not one of ours: its header has no `tinygpt` entry")
-    if header["version"] != VERSION:
-        raise UserError(f"{path} has version {header['version']}, this code reads {VERSION}: update the code")
     return arrays, header
 
 
@@ -553,12 +553,15 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     config = meta.get("config")
     if not isinstance(config, dict) or not config.keys() <= known:
         raise UserError(f"{path} has settings that this code does not know ({config}): update the code")
-    model = GPT(GPTConfig(**config))
+    try:
+        model = GPT(GPTConfig(**config))
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path} has settings that make no model ({error})") from error
     if "quantization" in meta:  # {"group_size": ..., "bits": ...}: packed where the file has scales
         nn.quantize(model, **meta["quantization"], class_predicate=lambda path, _: f"{path}.scales" in arrays)
     try:
         model.load_weights(list(arrays.items()), strict=True)
     except ValueError as error:
-        raise UserError(f"{path} does not hold the weights that its config asks for: {error}") from error
+        raise UserError(f"{path} lacks weights of its config, or has others: {' '.join(str(error).split())}") from error
     model.eval()
     return model, meta
