@@ -34,7 +34,7 @@ only = "train,decode,tokenize"  # sections
 shapes = ""            # of SHAPES below, separated by commas; none: those that suit the device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # written in each round of decoding
-compile = not ON_CPU   # compile our training step; PyTorch's is compiled on a GPU
+compile = True         # compile our training step (--compile=False is train.py's default on a CPU)
 task = ""              # JSON; bench.py runs itself with it, to have our side in a process of its own
 
 settings = overrides(globals())

@@ -89,8 +89,9 @@ n_threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaf
 
 
 def find_files() -> list[str]:
-    if source == "stdlib":  # its tests are three fifths of it, and much of them is data
-        root, leave_out = sysconfig.get_path("stdlib"), ("test", "tests", "idle_test", "site-packages", "dist-packages")
+    if source == "stdlib":  # its tests are three fifths of it, and much of them is data; so are its code pages
+        root, leave_out = sysconfig.get_path("stdlib"), ("test", "tests", "idle_test", "encodings", "site-packages",
+                                                         "dist-packages")
         return shuffled(name for name in walk(root, leave_out) if name.endswith(".py"))
     if source == "shakespeare" or source.startswith("hf:"):
         return []  # fetched later, if there is need

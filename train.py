@@ -38,6 +38,7 @@ from tqdm import tqdm
 from config import UserError, given, overrides
 from model import (
     GPT,
+    ON_CPU,
     VERSION,
     GPTConfig,
     compute_dtype,
@@ -74,7 +75,7 @@ qkv_bias = False        # biases in q, k, v alone
 qk_norm = True          # RMSNorm of every query and key
 tie = True              # unembedding = embedding transposed
 # optimization
-max_iters = 300         # updates
+max_iters = 200         # updates
 batch_size = 8          # sequences a micro-step, over all devices
 grad_accum = 1          # micro-steps an update
 optimizer = "muon"      # muon | adamw | lion
@@ -89,12 +90,12 @@ warmup_iters = 20       # updates of linear warmup
 decay_iters = 0         # where the schedule ends; 0: max_iters
 min_lr = 0.1            # learning rate at the end, as a share of the peak
 # run
-eval_interval = 100     # updates between evaluations, each of which saves
+eval_interval = 50      # updates between evaluations, each of which saves
 eval_windows = 64       # windows of block_size tokens an evaluation; the same ones each time, in every run
 log_interval = 10       # updates between log lines
 dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
-compile = True          # compile the step (mx.compile)
+compile = not ON_CPU    # mx.compile the step; on a CPU a tenth faster, after half a minute of g++ the first time
 sample_tokens = 200     # length of the sample at the end
 
 settings = overrides(globals())
@@ -203,7 +204,6 @@ n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
 n_matmul = n_parameters - (config.block_size * config.n_embd if config.pos == "learned" else 0)  # weights that multiply
 n_matmul -= 0 if config.tie else config.vocab_size * config.n_embd
 flops_per_token = 6 * n_matmul + 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
-
 
 
 def by_muon(path: str, p: mx.array) -> bool:
