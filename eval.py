@@ -38,7 +38,7 @@ if batch_size < 1 or max_tokens < 0:
 model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
-text = Tokenizer.from_dict(meta["tokenizer"])
+enc = Tokenizer.from_dict(meta["tokenizer"])
 model.set_dtype(compute_dtype(dtype))
 
 
@@ -55,7 +55,7 @@ def read_tokens(path: str) -> np.ndarray:
     with open(path, "rb") as file:
         raw = file.read()
     try:
-        return text.encode(raw.decode("utf-8-sig"))
+        return enc.encode(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
 
@@ -72,11 +72,10 @@ if not 0 < stride <= block_size:
 
 # Window w reads tokens[w - 1], ..., and predicts tokens[w], ..., tokens[w + T - 1]; before the first token stands an
 # end-of-text token, as in training. The last window ends with the text.
-stream = np.concatenate([[text.eot], tokens]).astype(np.int32)
+stream = np.concatenate([[enc.eot], tokens]).astype(np.int32)
 starts = [*range(0, len(tokens) - T, stride), len(tokens) - T]
 
 
-@mx.compile
 def score(x, y):
     """Loss of each target and whether it was the most probable token: (B, T), (B, T) -> (B, T), (B, T)."""
     logits = model(x)
@@ -100,7 +99,7 @@ for i in range(0, len(starts), batch_size):
 bar.close()
 seconds = time.perf_counter() - began
 
-n_bytes = int(text.token_bytes[tokens].sum())
+n_bytes = int(enc.token_bytes[tokens].sum())
 print(f"{data}: {scored:,} tokens, {n_bytes:,} bytes, {scored / seconds:,.0f} tok/s, "
       f"{mx.get_peak_memory() / 2**30:.2f} GiB")
 print(f"loss {nats / scored:.4f} nats | perplexity {math.exp(min(nats / scored, 700)):.2f} | "

@@ -44,7 +44,7 @@ if not 0 <= seed < 2**63:
 model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
-text = Tokenizer.from_dict(meta["tokenizer"])
+enc = Tokenizer.from_dict(meta["tokenizer"])
 model.set_dtype(compute_dtype(dtype))
 mx.eval(model.parameters())
 config = model.config
@@ -70,20 +70,20 @@ def end_of(new: str) -> tuple[int, int]:
 
 def write(prompt: str, seed: int):
     """Continue a prompt on standard output, up to a stop string, an end-of-text token or max_new_tokens."""
-    ids = [text.eot, *text.encode(prompt).tolist()]  # a document begins after an end-of-text token
+    ids = [enc.eot, *enc.encode(prompt).tolist()]  # a document begins after an end-of-text token
     if len(ids) > config.block_size:
         print(f"the prompt has {len(ids)} tokens: only the last {config.block_size} are read", file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
     print(prompt, end="", flush=True)
     new, count, began = "", 0, time.perf_counter()
     for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
-                          text.n_vocab):
+                          enc.n_vocab):
         count += 1
         if count == 1:
             first = time.perf_counter()
-        if token == text.eot:
+        if token == enc.eot:
             break
-        new += decoder.decode(text.decode_bytes([token]))
+        new += decoder.decode(enc.decode_bytes([token]))
         found, waiting = end_of(new)
         if found >= 0:
             new = new[:found]

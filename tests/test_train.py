@@ -115,17 +115,24 @@ def test_validation_figures(whole, data):
     assert meta["losses"]["bits_per_byte"] == pytest.approx(np.sum(nats) / n_bytes / np.log(2), rel=1e-5)
 
 
+def gradients_at(weights: dict, data, step: int) -> dict:
+    """Of the loss over the windows that update `step` takes; MLX computes them."""
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=320))
+    model.load_weights(list(weights.items()))
+    tokens = np.fromfile(data / "train.bin", dtype=np.uint16)
+    starts = np.random.default_rng([1337, step]).integers(len(tokens) - 32, size=8)
+    rows = mx.array(np.stack([tokens[start:start + 33] for start in starts]).astype(np.int32))
+    gradients = mx.grad(lambda p: (model.update(p), model.loss(rows[:, :-1], rows[:, 1:]))[1])(model.parameters())
+    return {name: np.array(g, dtype=np.float64) for name, g in tree_flatten(gradients)}
+
+
 def test_first_update_is_adamw(data, tmp_path):
     """The first update, from the formulas (Loshchilov & Hutter 2019) in float64; decay on matrices only, clipped."""
     train(data, tmp_path, "--max_iters=1", "--warmup_iters=2", "--grad_clip=0.5", "--weight_decay=0.3")
     after = mx.load(str(tmp_path / "ckpt.safetensors"))
     model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=320), seed=1337)
     before = dict(tree_flatten(model.parameters()))
-    tokens = np.fromfile(data / "train.bin", dtype=np.uint16)
-    starts = np.random.default_rng([1337, 0]).integers(len(tokens) - 32, size=8)
-    rows = mx.array(np.stack([tokens[start:start + 33] for start in starts]).astype(np.int32))
-    gradients = mx.grad(lambda p: (model.update(p), model.loss(rows[:, :-1], rows[:, 1:]))[1])(model.parameters())
-    gradients = {name: np.array(g, dtype=np.float64) for name, g in tree_flatten(gradients)}
+    gradients = gradients_at(before, data, 0)
     length = math.sqrt(sum((g**2).sum() for g in gradients.values()))
     assert column(tmp_path, "grad_norm")[0] == pytest.approx(length, rel=1e-4)
     rate = 3e-3 / 2  # the first of two warmup updates
@@ -136,6 +143,28 @@ def test_first_update_is_adamw(data, tmp_path):
         wanted = w - rate * (mean / (np.sqrt(square) + 1e-8) + (0.3 * w if w.ndim > 1 else 0))
         sure = np.abs(g) > 1e-6  # where g is rounding error alone, so is its sign
         np.testing.assert_allclose(np.array(after[name])[sure], wanted[sure], atol=2e-5, err_msg=name)
+
+
+def test_two_updates_are_muon(data, tmp_path):
+    """Of the blocks' matrices: momentum, then the quintic of Newton and Schulz on the singular values, in float64."""
+    for n in (1, 2):
+        train(data, tmp_path / str(n), f"--max_iters={n}", "--optimizer=muon", "--muon_lr=0.1", "--warmup_iters=0",
+              "--decay_iters=10", "--grad_clip=0", "--weight_decay=0.3")
+    first, second = (mx.load(str(tmp_path / f"{n}" / "ckpt.safetensors")) for n in (1, 2))
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=320), seed=1337)
+    before = dict(tree_flatten(model.parameters()))
+    gradients = [gradients_at(before, data, 0), gradients_at(first, data, 1)]
+    rates = [0.1 * (0.1 + 0.9 * (1 + math.cos(math.pi * i / 10)) / 2) for i in range(2)]
+    for name in [name for name, p in before.items() if name.startswith("blocks.") and p.ndim == 2]:
+        w, v = np.array(before[name], dtype=np.float64), 0.0
+        for g, rate, after in zip(gradients, rates, (first, second), strict=True):
+            v = 0.95 * v + 0.05 * g[name]
+            U, S, V = np.linalg.svd(0.05 * g[name] + 0.95 * v, full_matrices=False)
+            S = S / math.sqrt((S**2).sum())
+            for _ in range(5):
+                S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+            w = w * (1 - 0.3 * rate) - rate * max(1, w.shape[0] / w.shape[1]) ** 0.5 * (U * S) @ V
+            np.testing.assert_allclose(np.array(after[name]), w, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

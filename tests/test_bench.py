@@ -1,0 +1,28 @@
+"""bench.py, tiny: every section prints its line, and the peers' absence is told, not hidden."""
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def bench(*arguments, status=0):
+    done = subprocess.run([sys.executable, ROOT / "bench.py", "--rounds=1", *arguments], capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def test_every_section():
+    lines = bench("--shapes=4x4x128", "--new_tokens=3", "--compile=False").stdout.splitlines()
+    assert "mlx" in lines[0] and "peer" in lines[1]
+    sections = ["train 4x4x128", "decode 4x4x128, batch 1,", "decode 4x4x128, batch 16,", "prefill 4x4x128", "tokenize"]
+    assert len(lines) == 2 + len(sections)
+    assert all(line.startswith(section) for line, section in zip(lines[2:], sections, strict=True))
+    for line in lines[2:]:
+        speed, peer = re.search(r"(?:tok|MB)/s +([\d,.]+) +([\d,.]+|not there)", line).groups()
+        assert float(speed.replace(",", "")) > 0
+        assert peer == "not there" or float(peer.replace(",", "")) > 0
+
+
+def test_unknown_shape():
+    assert "no shape 9x9" in bench("--shapes=9x9", status=2).stderr
