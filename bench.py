@@ -124,7 +124,7 @@ if task:
 
 # ---- the race --------------------------------------------------------------------------------------------------------
 
-WIDTHS = 7, 13, 13, 19, 11, 11, 16
+WIDTHS = 7, 13, 13, 22, 11, 11, 16
 
 
 def show(what: str, *cells: str):
@@ -188,10 +188,10 @@ def their_tokenizer(ours: Tokenizer):
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     spelled = {token: "".join(letters[byte] for byte in token) for token in ours.tokens}
     ranks, merges = {token: i for i, token in enumerate(ours.tokens)}, []
-    for token in ours.tokens[256:]:  # the two that it was merged from: of all cuts the one whose later part came first
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        best = min(cuts, key=lambda cut: max(ranks[cut[0]], ranks[cut[1]]))
-        merges.append((spelled[best[0]], spelled[best[1]]))
+    for token in ours.tokens[256:]:  # tiktoken merges any two tokens that make it, whichever it was learned from
+        for i in range(1, len(token)):
+            if token[:i] in ranks and token[i:] in ranks:
+                merges.append((spelled[token[:i]], spelled[token[i:]]))
     peer = tokenizers.Tokenizer(models.BPE({spelled[token]: i for token, i in ranks.items()}, merges))
     peer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(ours.pattern.replace("?+", "?").replace("++", "+")), "isolated"),

@@ -92,11 +92,11 @@ min_lr = 0.1            # learning rate at the end, as a share of the peak
 # run
 eval_interval = 100     # updates between evaluations, each of which saves
 eval_windows = 64       # windows of block_size tokens an evaluation; the same ones each time, in every run
-log_interval = 10       # updates between log lines
+log_interval = 25       # updates between log lines
 dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
 compile = not ON_CPU    # mx.compile the step; on a CPU a tenth faster, after half a minute of g++ the first time
-sample_tokens = 200     # length of the sample at the end
+sample_tokens = 200     # written at the end, as a sample
 
 settings = overrides(globals())
 
@@ -537,7 +537,10 @@ if step < max_iters:
 if rank == 0:
     model.eval()
     model.set_dtype(working_dtype)
-    ids = list(generate(model, [enc.eot], sample_tokens, temperature=0.8, top_k=50, seed=seed, n_vocab=enc.n_vocab))
-    say(f"\n{enc.decode(ids[:ids.index(enc.eot)] if enc.eot in ids else ids)}\n")
+    sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes "?"
+    prompt = windows("val", 1, min(max(1, block_size // 2), 64, len(tokens["val"]) - 1), [0])[0].tolist()[0]
+    ids = list(generate(model, prompt, sample_tokens, temperature=0.8, top_k=50, seed=seed, n_vocab=enc.n_vocab))
+    say("\na piece of the validation text, and after the bar how the model goes on:\n\n"
+        f"{enc.decode(prompt)}▌{enc.decode(ids[:ids.index(enc.eot)] if enc.eot in ids else ids)}\n")
     say(f"{ckpt_path}: step {step}, validation loss {losses['val']:.4f}, {losses['bits_per_byte']:.4f} bits a byte; "
         f"curves in {out_dir}/loss.png\nnext: python sample.py {ckpt_path} --prompt='def main'")

@@ -80,21 +80,21 @@ def column(out, name) -> list[float]:
 
 
 def test_learns_and_leaves_everything(data, tmp_path):
-    done = train(data, tmp_path, "--max_iters=90", "--eval_interval=30", "--compile=True", "--tie=False",
+    done = train(data, tmp_path, "--max_iters=150", "--eval_interval=50", "--compile=True", "--tie=False",
                  "--mlp=swiglu")
     losses = column(tmp_path, "train_loss")
     assert abs(losses[0] - math.log(257)) < 0.4
     assert losses[-1] < 0.6 * math.log(257)
-    assert re.search(r"step     90 \| loss +\d\.\d{4} \| lr .* tok/s .* mem", done.stdout)
-    assert re.search(r"step     90 \| val .* ppl .* bpb", done.stdout)
-    names = {"ckpt.safetensors", "best.safetensors", "ckpt.optimizer-90.safetensors", "loss.csv", "loss.png",
+    assert re.search(r"step    150 \| loss +\d\.\d{4} \| lr .* tok/s .* mem", done.stdout)
+    assert re.search(r"step    150 \| val .* ppl .* bpb", done.stdout)
+    names = {"ckpt.safetensors", "best.safetensors", "ckpt.optimizer-150.safetensors", "loss.csv", "loss.png",
              "run.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["mlp"] == "swiglu"
     with safe_open(tmp_path / "ckpt.safetensors", "numpy") as file:
         header = json.loads(file.metadata()["tinygpt"])
-    assert header["step"] == 90 and header["script"] == "train.py" and header["settings"]["max_iters"] == 90
+    assert header["step"] == 150 and header["script"] == "train.py" and header["settings"]["max_iters"] == 150
     assert header["config"]["tie"] is False and header["config"]["vocab_size"] == 320
     assert header["losses"]["val"] == pytest.approx(column(tmp_path, "val_loss")[-1], rel=1e-6)
     assert Tokenizer.from_dict(header["tokenizer"]).decode([104, 105]) == "hi"
