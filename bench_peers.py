@@ -63,7 +63,7 @@ def torch_round(task: dict):
     if task["kind"] == "train":
         groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
                   {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=device == "cuda")
         run = torch.compile(model) if device == "cuda" else model
         tokens = torch.randint(V, (B, T + 1), device=device)
 

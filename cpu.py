@@ -1,4 +1,4 @@
-"""Softmax, cross-entropy and attention for the CPU, where MLX's exp takes most of a small model's training step.
+"""Sigmoid, erf, softmax, cross-entropy and attention for the CPU, where MLX's exp takes most of a small model's step.
 
 MLX's CPU kernels call exp one number at a time (12 ns each). Here exp is a polynomial made of adds and multiplies,
 which run as vectors: three to five times faster, and within 3e-7 of the exact value. GPUs have fused kernels for all of
@@ -25,6 +25,45 @@ def exp_minus(x: mx.array, m: mx.array) -> mx.array:
     # a float32 of exponent bits n + 127, above 23 bits of mantissa, is 2**n; the bits above n's fall off
     two_to_n = mx.left_shift(shifted.view(mx.int32) + 127, mx.array(23)).view(mx.float32)
     return power * two_to_n
+
+
+@mx.compile
+def sigmoid_of(x: mx.array) -> mx.array:
+    z = exp_minus(-mx.abs(x.astype(mx.float32)), mx.array(0.0))
+    return (mx.where(x < 0, z, 1.0) / (1.0 + z)).astype(x.dtype)
+
+
+@mx.custom_function
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x))."""
+    return sigmoid_of(x)
+
+
+@sigmoid.vjp
+def sigmoid_backward(x, cotangent, y):
+    return cotangent * y * (1 - y)
+
+
+@mx.compile
+def erf_of(x: mx.array) -> mx.array:
+    size = mx.abs(x.astype(mx.float32))
+    t, polynomial = 1.0 / (1.0 + 0.3275911 * size), mx.array(0.0)
+    for coefficient in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        polynomial = (polynomial + coefficient) * t
+    y = 1.0 - polynomial * exp_minus(-size * size, mx.array(0.0))
+    return mx.where(x < 0, -y, y).astype(x.dtype)
+
+
+@mx.custom_function
+def erf(x: mx.array) -> mx.array:
+    """The error function, within 5e-7 (Abramowitz & Stegun 1964, 7.1.26)."""
+    return erf_of(x)
+
+
+@erf.vjp
+def erf_backward(x, cotangent, y):
+    slope = 2 / math.pi**0.5 * exp_minus(-mx.square(x.astype(mx.float32)), mx.array(0.0))
+    return cotangent * slope.astype(x.dtype)
 
 
 @mx.custom_function

@@ -217,11 +217,12 @@ def recompute(f: Callable) -> Callable:
     return f if ON_CPU else mx.checkpoint(f)
 
 
+erf, sigmoid = (cpu.erf, cpu.sigmoid) if ON_CPU else (mx.erf, mx.sigmoid)
 ACTIVATIONS = {
     "relu2": recompute(lambda x: mx.square(mx.maximum(x, 0))),
-    "gelu": recompute(lambda x: x * (0.5 + 0.5 * mx.erf(x * 0.5**0.5))),
-    "gelu_tanh": recompute(lambda x: 0.5 * x * (1 + mx.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)))),
-    "swiglu": recompute(lambda gate, x: gate * mx.sigmoid(gate) * x),  # SiLU of the gate (Shazeer 2020)
+    "gelu": recompute(lambda x: x * (0.5 + 0.5 * erf(x * 0.5**0.5))),
+    "gelu_tanh": recompute(lambda x: x * sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))),
+    "swiglu": recompute(lambda gate, x: gate * sigmoid(gate) * x),  # SiLU of the gate (Shazeer 2020)
 }
 
 

@@ -50,6 +50,26 @@ def test_exp_minus_keeps_nan():
     assert np.isnan(np.array(cpu.exp_minus(mx.array([math.nan, 0.0]), mx.array(0.0)))).tolist() == [True, False]
 
 
+POINTS = np.concatenate([np.linspace(-12, 12, 20001), [-math.inf, -1e4, -200, -0.0, 200, 1e4, math.inf]])
+
+
+@pytest.mark.parametrize("name, exact, slope", [
+    ("erf", math.erf, lambda x: 2 / math.pi**0.5 * math.exp(-min(x * x, 700))),
+    ("sigmoid", lambda x: 1 / (1 + math.exp(-max(x, -700))), lambda x: 1 / (2 + 2 * math.cosh(min(abs(x), 700)))),
+])
+def test_sigmoid_and_erf(name, exact, slope):
+    f = getattr(cpu, name)
+    x = POINTS.astype(np.float32)
+    assert np.abs(np.array(f(mx.array(x))) - [exact(float(v)) for v in x]).max() < 5e-7
+    gradient = np.array(mx.grad(lambda x: (3 * f(x)).sum())(mx.array(x)))
+    assert np.abs(gradient - [3 * slope(float(v)) for v in x]).max() < 2e-6
+    half = f(mx.array(x).astype(mx.bfloat16))
+    assert half.dtype == mx.bfloat16
+    finer = [exact(float(v)) for v in np.array(mx.array(x).astype(mx.bfloat16).astype(mx.float32))]
+    assert np.abs(np.array(half.astype(mx.float32)) - finer).max() < 2**-8
+    assert np.isnan(np.array(f(mx.array([math.nan]))))
+
+
 def exact_softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
