@@ -2,6 +2,8 @@
 
     python eval.py out/ckpt.safetensors --data=book.txt
     python eval.py out/ckpt.safetensors --data=data/stdlib-bpe-4096     # the validation split that data.py made
+    data/stdlib-bpe-4096: 398,605 tokens, 1,485,568 bytes, 8,706 tok/s, 0.47 GiB
+    loss 4.2234 nats | perplexity 68.26 | bits per byte 1.6349 | accuracy 26.66%
 
 Every token of the text is predicted exactly once, from at least block_size - stride tokens before it (where there are
 as many): a window of block_size tokens slides by `stride`. It prints the loss in nats a token, its exponential

@@ -1,7 +1,11 @@
 """Train a GPT on your own text.
 
     python train.py                                   # on Python's own source text: 3 minutes on two CPU cores
-    python train.py --data=book.txt --n_layer=6 --n_embd=384 --max_iters=2000
+    ...
+    step    450 | loss  4.2759 | lr 1.00e-03 | norm   0.63 |     5,213 tok/s | mem  0.35 GiB
+    step    450 | val   4.2930 | ppl     73.18 | bpb 1.6326 | best so far
+
+    python train.py --data=book.txt --n_layer=6 --n_head=6 --n_embd=384 --max_iters=2000
 
 It writes OUT_DIR/ckpt.safetensors (the last step), best.safetensors (the lowest validation loss), loss.csv, loss.png.
 A new run replaces them at its first save; --resume=True goes on where OUT_DIR stopped, with its settings, except those
@@ -538,7 +542,8 @@ if rank == 0:
     model.eval()
     model.set_dtype(working_dtype)
     sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes "?"
-    prompt = windows("val", 1, min(max(1, block_size // 2), 64, len(tokens["val"]) - 1), [0])[0].tolist()[0]
+    window = windows("val", 1, min(block_size, len(tokens["val"]) - 1), [0])[0].tolist()[0]  # of the evaluation
+    prompt = window[:max(1, min(64, block_size // 2))]
     ids = list(generate(model, prompt, sample_tokens, temperature=0.8, top_k=50, seed=seed, n_vocab=enc.n_vocab))
     say("\na piece of the validation text, and after the bar how the model goes on:\n\n"
         f"{enc.decode(prompt)}▌{enc.decode(ids[:ids.index(enc.eot)] if enc.eot in ids else ids)}\n")
