@@ -52,6 +52,8 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
 names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
 if unknown := set(names) - set(SHAPES):
     raise UserError(f"no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
+if unknown := set(only.split(",")) - {"train", "decode", "tokenize"}:
+    raise UserError(f"no section {unknown.pop()!r}: choose among train, decode, tokenize")
 rounds = rounds or (7 if ON_CPU else 20)
 dtype = compute_dtype("auto")
 

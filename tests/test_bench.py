@@ -24,5 +24,6 @@ def test_every_section():
         assert peer == "not there" or float(peer.replace(",", "")) > 0
 
 
-def test_unknown_shape():
+def test_unknown():
     assert "no shape 9x9" in bench("--shapes=9x9", status=2).stderr
+    assert "no section 'foo'" in bench("--only=foo", status=2).stderr
