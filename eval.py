@@ -26,6 +26,7 @@ from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # from train.py
 data = ""          # a text file, or a folder that data.py made
+block_size = 0     # tokens of context; 0: as in training; more shows how a model extrapolates
 stride = 0         # tokens that the window moves, each of them scored; 0: half of block_size
 batch_size = 16    # windows at a time
 max_tokens = 0     # stop after as many; 0: the whole text
@@ -35,8 +36,8 @@ settings = overrides(globals(), "checkpoint", "data")
 
 if not data:
     raise UserError("no text to evaluate on: give --data=FILE")
-if batch_size < 1 or max_tokens < 0:
-    raise UserError("batch_size must be 1 or more, max_tokens 0 or more")
+if batch_size < 1 or max_tokens < 0 or block_size < 0:
+    raise UserError("batch_size must be 1 or more, max_tokens and block_size 0 or more")
 model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
@@ -66,7 +67,7 @@ tokens = read_tokens(data).astype(np.int32)
 tokens = tokens[:max_tokens or None]
 if len(tokens) == 0:
     raise UserError(f"{data} is empty: there is nothing to predict")
-block_size = model.config.block_size
+block_size = block_size or model.config.block_size
 T = min(block_size, len(tokens))
 stride = stride or max(1, block_size // 2)
 if not 0 < stride <= block_size:

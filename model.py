@@ -61,8 +61,13 @@ class GPTConfig:
     qkv_bias: bool = False       # biases in q, k and v alone (Qwen2)
     qk_norm: bool = True         # RMSNorm of every head's query and key
     tie: bool = True             # the unembedding is the embedding's transpose
+    alibi: bool = False          # biases that grow with the distance, and no other positions  # alibi
+    sliding_window: int = 0      # keys that a query sees, itself included; 0: all  # window
+    window_pattern: str = "S"    # a letter a layer, over and over: S short (the window), L long (all keys)  # window
 
     def __post_init__(self):
+        check_alibi(self)  # alibi
+        check_window(self)  # window
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be 1 or more")
@@ -116,11 +121,146 @@ def rope(x: mx.array, inverse: mx.array, offset: int) -> mx.array:
 # ---- score: which keys a query may see, and with what bias -----------------------------------------------------------
 
 
-def score_mask(config: GPTConfig, layer: int, T: int, offset: int):
-    """The mask of T queries at positions offset, offset + 1, ... over all keys up to the last of them: "causal", None,
-    or an array that is added to the scores (B, H, T, S). The baseline builds none: fused causal kernels need none."""
-    return "causal" if T > 1 else None
+def score_mask(config: GPTConfig, layer: int, T: int, offset: int, keys: mx.array | None):
+    """What is added to the scores of T queries at positions offset, offset + 1, ...: "causal", None (all keys are
+    seen), or an array (B, H, T, S). keys (S,): the keys' positions; None: 0, 1, ..., offset + T - 1. The baseline
+    builds no array: fused causal kernels need none."""
+    mask = "causal" if T > 1 else None
+    if windowed(config, layer) and T > 1:  # window
+        mask = window_mask(config, distances(T, offset, keys))  # window
+    if config.alibi:  # alibi
+        mask = alibi_bias(config, distances(T, offset, keys)) + (mask if isinstance(mask, mx.array) else 0)  # alibi
+    return mask
 
+
+def distances(T: int, offset: int, keys: mx.array | None) -> mx.array:
+    """How far each key lies behind each query: (T, S), negative for the future."""
+    keys = mx.arange(offset + T) if keys is None else keys
+    return mx.arange(offset, offset + T)[:, None] - keys
+
+
+# ---- variant alibi: attention with linear biases (Press et al. 2022) -------------------------------------------------
+#
+#   score(i, j) = q_i k_j / sqrt(D) - slope_h (i - j)
+#
+# Far keys weigh less, by a slope of each head's own; nothing else tells positions. Costs an array (H, T, S) of biases.
+
+
+def check_alibi(config: GPTConfig):
+    if config.alibi:
+        if config.pos == "learned":
+            raise UserError("alibi=True and pos=learned both tell positions: leave one of them out")
+        config.pos = "none"
+
+
+def alibi_slopes(n_head: int) -> list[float]:
+    """2^(-8 i / n) for i = 1 ... n; where n is no power of 2, those of the power below and every second of the one
+    above."""
+    power = 2 ** (n_head.bit_length() - 1)
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return slopes + [2 ** (-4 * i / power) for i in range(1, 2 * power + 1, 2)][:n_head - power]
+
+
+def alibi_bias(config: GPTConfig, distance: mx.array) -> mx.array:
+    """-slope * distance, and -inf for the future: (T, S) -> (1, H, T, S)."""
+    slopes = mx.array(alibi_slopes(config.n_head))[:, None, None]
+    return mx.where(distance < 0, -mx.inf, -slopes * distance)[None]
+
+
+# ---- end of alibi ----------------------------------------------------------------------------------------------------
+
+# ---- variant window: sliding-window attention (Beltagy et al. 2020; Jiang et al. 2023) -------------------------------
+#
+#   query i sees keys i - W < j <= i
+#
+# Training costs T * W instead of T * T: blocks of queries see their own block of keys and the one before. The cache
+# holds W tokens, each in the place of the one that has left the window.
+
+
+def check_window(config: GPTConfig):
+    if config.sliding_window < 0:
+        raise UserError(f"sliding_window={config.sliding_window}: it must be 0, which is no window, or more")
+    if not config.window_pattern or set(config.window_pattern) - set("SL"):
+        raise UserError(f"window_pattern={config.window_pattern!r}: it must be letters S (short) and L (long)")
+
+
+def windowed(config: GPTConfig, layer: int) -> bool:
+    """Whether a layer's queries see the window only."""
+    return config.sliding_window > 0 and config.window_pattern[layer % len(config.window_pattern)] == "S"
+
+
+def window_mask(config: GPTConfig, distance: mx.array) -> mx.array:
+    return mx.where((distance >= 0) & (distance < config.sliding_window), 0.0, -mx.inf)
+
+
+def window_attention(config: GPTConfig, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """attend() under the window's mask, without scores that it hides but in a block: q (B, H, T, D), k and v
+    (B, KV, T, D) -> (B, H, T, D)."""
+    B, H, T, D = q.shape
+    size = window_block(config)
+    n = -(-T // size)
+
+    def blocks(x):  # (B, H, T, D) -> (B, n, H, size, D)
+        x = mx.pad(x, ((0, 0), (0, 0), (0, n * size - T), (0, 0)))
+        return x.reshape(B, x.shape[1], n, size, -1).swapaxes(1, 2)
+
+    def with_previous(x):  # (B, n, KV, size, D) -> (B n, KV, 2 size, D)
+        before = mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+        return mx.concatenate([before, x], axis=3).reshape(B * n, x.shape[2], 2 * size, -1)
+
+    distance = mx.arange(size)[:, None] + size - mx.arange(2 * size)
+    mask = window_mask(config, distance)
+    if config.alibi:  # alibi
+        mask = mask + alibi_bias(config, distance)[0]  # alibi
+    mask = mask.reshape(1, -1, size, 2 * size)
+    nothing_before = (mx.arange(n) == 0)[:, None, None, None] & (mx.arange(2 * size) < size)
+    mask = mx.broadcast_to(mx.where(nothing_before, -mx.inf, mask), (B, n, *mask.shape[1:])).flatten(0, 1)
+    y = attend(blocks(q).flatten(0, 1), with_previous(blocks(k)), with_previous(blocks(v)), mask)
+    return y.reshape(B, n, H, size, -1).swapaxes(1, 2).reshape(B, H, n * size, -1)[:, :, :T]
+
+
+def window_block(config: GPTConfig) -> int:
+    """Queries a block: at least the window, so that it reaches into one earlier block only, and enough for a matmul."""
+    return max(config.sliding_window, 64)
+
+
+class WindowCache:
+    """Keys and values of one layer's last W tokens: position p lies in place p % W."""
+
+    def __init__(self, window: int):
+        self.window, self.length = window, 0  # length: tokens seen
+        self.keys = self.values = None
+
+    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Append k and v (B, KV, T, D); return the keys and values that the new queries may see, and the positions."""
+        W, start, T = self.window, self.length, k.shape[2]
+        self.length += T
+        if self.keys is None:
+            self.keys, self.values = (mx.zeros((*x.shape[:2], W, x.shape[3]), x.dtype) for x in (k, v))
+        if T == 1:
+            place = start % W
+            self.keys[..., place:place + 1, :] = k
+            self.values[..., place:place + 1, :] = v
+            filled = min(self.length, W)
+            return self.keys[..., :filled, :], self.values[..., :filled, :], self.positions(self.length)
+        filled = min(start, W)
+        old_k, old_v, old = self.keys[..., :filled, :], self.values[..., :filled, :], self.positions(start)
+        new = mx.arange(max(start, self.length - W), self.length)  # what stays
+        self.keys[..., new % W, :] = k[..., -new.size:, :]
+        self.values[..., new % W, :] = v[..., -new.size:, :]
+        return (mx.concatenate([old_k, k], axis=2), mx.concatenate([old_v, v], axis=2),
+                mx.concatenate([old, mx.arange(start, self.length)]))
+
+    def positions(self, length: int) -> mx.array:
+        """Of the tokens in the cache once `length` have been seen, in the order of their places."""
+        return length - 1 - (length - 1 - mx.arange(min(length, self.window))) % self.window
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+
+# ---- end of window ---------------------------------------------------------------------------------------------------
 
 # ---- mixer: attention ------------------------------------------------------------------------------------------------
 
@@ -133,8 +273,8 @@ class KVCache:
         self.keys = self.values = None
         self.length = 0  # positions filled
 
-    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Append k and v (B, KV, T, D); return all keys and values so far."""
+    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, None]:
+        """Append k and v (B, KV, T, D); return all keys and values so far, and None: their positions are 0, 1, ..."""
         start, self.length = self.length, self.length + k.shape[2]
         room = 0 if self.keys is None else self.keys.shape[2]
         if self.length > room:
@@ -144,7 +284,7 @@ class KVCache:
             self.values = mx.concatenate([self.values, more_v], axis=2) if room else more_v
         self.keys[..., start:self.length, :] = k
         self.values[..., start:self.length, :] = v
-        return self.keys[..., :self.length, :], self.values[..., :self.length, :]
+        return self.keys[..., :self.length, :], self.values[..., :self.length, :], None
 
     @property
     def nbytes(self) -> int:
@@ -180,10 +320,12 @@ class Attention(nn.Module):
         if config.pos == "rope":
             self._inverse = mx.array(1 / rope_inv_freq(config), dtype=mx.float32)  # "_": not a parameter
 
-    def make_cache(self) -> KVCache:
+    def make_cache(self):
+        if windowed(self.config, self.layer):  # window
+            return WindowCache(self.config.sliding_window)  # window
         return KVCache()
 
-    def __call__(self, x: mx.array, offset: int, cache: KVCache | None, tap: Callable) -> mx.array:
+    def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         (B, T, _), config, layer = x.shape, self.config, self.layer
         q = self.q(x).reshape(B, T, config.n_head, config.head_dim).swapaxes(1, 2)
         k = self.k(x).reshape(B, T, config.n_kv_head, config.head_dim).swapaxes(1, 2)
@@ -193,10 +335,13 @@ class Attention(nn.Module):
         if config.pos == "rope":
             q, k = rope(q, self._inverse, offset), rope(k, self._inverse, offset)
         q, k, v = tap("q", layer, q), tap("k", layer, k), tap("v", layer, v)
+        positions = None
         if cache is not None:
-            k, v = cache.update(k, v)
-        y = tap("heads", layer, attend(q, k, v, score_mask(config, layer, T, offset)))
-        return self.out(y.swapaxes(1, 2).reshape(B, T, -1))
+            k, v, positions = cache.update(k, v)
+        y = attend(q, k, v, score_mask(config, layer, T, offset, positions))
+        if windowed(config, layer) and offset == 0 and T > 2 * window_block(config):  # window
+            y = window_attention(config, q, k, v)  # window
+        return self.out(tap("heads", layer, y).swapaxes(1, 2).reshape(B, T, -1))
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:

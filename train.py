@@ -78,6 +78,9 @@ bias = False            # biases in linear layers and LayerNorm
 qkv_bias = False        # biases in q, k, v alone
 qk_norm = True          # RMSNorm of every query and key
 tie = True              # unembedding = embedding transposed
+alibi = False           # linear biases by distance, and no other positions
+sliding_window = 0      # keys that a query sees, itself included; 0: all
+window_pattern = "S"    # a letter a layer, over and over: S short (the window), L long (all keys)
 # optimization
 max_iters = 450         # updates
 batch_size = 8          # sequences a micro-step, over all devices

@@ -35,7 +35,14 @@ FLAVOURS = {
     "RMSNorm of large eps": dict(norm_eps=0.2, mlp="gelu_tanh", qkv_bias=True, rope_theta=100.0),
     "odd width": dict(n_embd=21, head_dim=8, n_kv_head=2, pos="none", mlp="gelu_tanh", tie=False),
     "one head": dict(n_head=1, n_layer=3, mlp="swiglu", head_dim=32, norm="layer", bias=True),
+    "ALiBi": dict(alibi=True, n_head=6, n_embd=36, n_kv_head=2),
+    "window": dict(sliding_window=5),
+    "window of one": dict(sliding_window=1, n_layer=1, qk_norm=False),
+    "window over all": dict(sliding_window=500, n_layer=1),
+    "window, GPT-2": dict(sliding_window=33, window_pattern="SL", n_layer=3, pos="learned", norm="layer", bias=True),
+    "window, ALiBi": dict(sliding_window=17, window_pattern="SSL", n_layer=4, alibi=True, n_kv_head=1, mlp="swiglu"),
 }
+SLOPES = {4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]}  # of ALiBi, by heads
 every_flavour = pytest.mark.parametrize("flavour", FLAVOURS)
 
 
@@ -76,7 +83,7 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
         z = z * np.exp(1j * np.arange(T)[:, None] * frequencies())[:, None]
         return np.concatenate([z.real, z.imag], axis=-1)
 
-    def attention(name, x):
+    def attention(name, x, layer):
         q, k, v = (linear(f"{name}.{n}", x, c.bias or c.qkv_bias).reshape(B, T, -1, D) for n in "qkv")
         if c.qk_norm:
             q, k = norm(f"{name}.q_norm", q, "rms"), norm(f"{name}.k_norm", k, "rms")
@@ -85,8 +92,13 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
         y = np.zeros((B, T, H, D))
         for b, t, h in np.ndindex(B, T, H):
             kv = h * KV // H  # H / KV query heads in a row share one key head
-            e = np.exp(k[b, :t + 1, kv] @ q[b, t, h] / math.sqrt(D))
-            y[b, t, h] = e @ v[b, :t + 1, kv] / e.sum()
+            short = c.sliding_window and (c.window_pattern * c.n_layer)[layer] == "S"
+            seen = np.arange(max(0, t + 1 - c.sliding_window) if short else 0, t + 1)
+            score = k[b, seen, kv] @ q[b, t, h] / math.sqrt(D)
+            if c.alibi:
+                score = score - SLOPES[H][h] * (t - seen)
+            e = np.exp(score)
+            y[b, t, h] = e @ v[b, seen, kv] / e.sum()
         return linear(f"{name}.out", y.reshape(B, T, H * D))
 
     def mlp(name, x):
@@ -107,7 +119,7 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
     if c.pos == "learned":
         x = x + p.pop("pos_embed.weight")[:T]
     for layer in range(c.n_layer):
-        x = x + attention(f"blocks.{layer}.attn", norm(f"blocks.{layer}.attn_norm", x))
+        x = x + attention(f"blocks.{layer}.attn", norm(f"blocks.{layer}.attn_norm", x), layer)
         x = x + mlp(f"blocks.{layer}.mlp", norm(f"blocks.{layer}.mlp_norm", x))
     logits = norm("norm", x) @ (embed if c.tie else p.pop("head.weight")).T
     assert not p, f"parameters without a use: {list(p)}"
@@ -203,7 +215,7 @@ def test_cache_writes_in_place():
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     for _ in range(10):
-        keys, values = cache.update(token, token)
+        keys, values, _ = cache.update(token, token)
         assert (keys.sum() + values.sum()).item() == 2 * 4 * 64 * (cache.length - 4000)
     assert mx.get_peak_memory() - before < cache.nbytes / 4
 
