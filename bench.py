@@ -27,10 +27,10 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from config import UserError, overrides
-from model import GPT, ON_CPU, GPTConfig, compute_dtype, generate
+from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, window_attention
 from tokenizer import Tokenizer, train_bpe
 
-only = "train,decode,tokenize"  # sections
+only = "train,decode,tokenize,variants"  # sections
 shapes = ""            # of SHAPES below, separated by commas; none: those that suit the device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # written in each round of decoding
@@ -52,8 +52,8 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
 names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
 if unknown := set(names) - set(SHAPES):
     raise UserError(f"no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
-if unknown := set(only.split(",")) - {"train", "decode", "tokenize"}:
-    raise UserError(f"no section {unknown.pop()!r}: choose among train, decode, tokenize")
+if unknown := set(only.split(",")) - {"train", "decode", "tokenize", "variants"}:
+    raise UserError(f"no section {unknown.pop()!r}: choose among train, decode, tokenize, variants")
 rounds = rounds or (7 if ON_CPU else 20)
 dtype = compute_dtype("auto")
 
@@ -222,6 +222,34 @@ def bench_tokenizing():
     row("tokenize stdlib, one thread, tokenizers", "MB/s", len(text.encode()) / 1e6, *seconds)
 
 
+# ---- variants, beside what they replace ------------------------------------------------------------------------------
+
+
+def alternate(what: str, unit: str, work: float, ours, peer):
+    """Time two functions of ours in turn in this process."""
+    seconds = [], []
+    for i in tqdm(range(rounds + 1), desc=what, leave=False, disable=None):
+        for f, kept in zip((ours, peer), seconds, strict=True):
+            began = time.perf_counter()
+            mx.eval(f())
+            if i:
+                kept.append(time.perf_counter() - began)
+    row(what, unit, work, *seconds)
+
+
+def bench_window():  # window
+    """Attention alone, forward and backward, against causal attention over all keys."""
+    T, config = 4096, GPTConfig(n_head=4, n_embd=256, sliding_window=128)
+    q, k, v = (mx.random.normal((1, 4, T, 64)).astype(dtype) for _ in range(3))
+
+    def gradients(f):
+        return mx.grad(lambda q, k, v: f(q, k, v).astype(mx.float32).square().sum(), (0, 1, 2))(q, k, v)
+
+    alternate("window 128 of 4096, attention, all keys", "tok/s", T,
+              lambda: gradients(lambda *x: window_attention(config, *x)),
+              lambda: gradients(lambda *x: attend(*x, "causal")))
+
+
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 print(f"{mx.device_info().get('device_name')}, {os.cpu_count()} cores, mlx {mx.__version__}, "
@@ -239,3 +267,5 @@ for name in names:
         race(f"prefill {name}, {T - 1} tokens", "decode", name, 1, "mlx_lm" if llama else "torch", T - 1, 1)
 if "tokenize" in only:
     bench_tokenizing()
+if "variants" in only:
+    bench_window()  # window

@@ -224,6 +224,11 @@ def window_block(config: GPTConfig) -> int:
     return max(config.sliding_window, 64)
 
 
+def endless(config: GPTConfig) -> bool:
+    """Whether every distance that a query sees is one of training, however long the text: then nothing is full."""
+    return config.pos != "learned" and all(windowed(config, layer) for layer in range(config.n_layer))
+
+
 class WindowCache:
     """Keys and values of one layer's last W tokens: position p lies in place p % W."""
 
@@ -640,7 +645,10 @@ def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top
     for i in range(max_new_tokens):
         read.append(token)
         if i + 1 < max_new_tokens:  # start the next token before this one is looked at: the device never waits
-            if cache.offset == block_size:
+            full = cache.offset == block_size
+            if endless(model.config):  # window
+                full = False  # window
+            if full:
                 cache, read = model.make_cache(), [mx.concatenate(read, axis=1)[:, -max(1, block_size // 2):]]
                 token = step(read[0])
             else:

@@ -138,6 +138,23 @@ def test_window_far_beyond(settings):
     assert mx.abs(mx.concatenate(parts, axis=1) - whole[:, :start]).max() < 1e-4 * mx.abs(whole).max()
 
 
+@pytest.mark.parametrize("settings, endless", [
+    (dict(), True), (dict(alibi=True), True), (dict(pos="learned"), False), (dict(window_pattern="SL"), False),
+], ids=str)
+def test_generate_beyond_the_context(settings, endless):
+    """Where all layers have a window and positions are relative, the text goes on in the same cache: so as a whole pass
+    over everything would, and not one over the last block_size tokens."""
+    config = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32, sliding_window=9, **settings)
+    model, ids = GPT(config, seed=2), [1, 2, 3]
+    model.embed.weight = model.embed.weight * 40
+    found = list(core.generate(model, ids, 150, temperature=0))
+    if endless:
+        for token in found:
+            assert token == mx.argmax(model(mx.array([ids]))[0, -1]).item()
+            ids.append(token)
+    assert len(found) == 150
+
+
 def test_window_cache_holds_the_window():
     cache, rng = WindowCache(7), np.random.default_rng(0)
     k, v = rng.standard_normal((2, 1, 3, 60, 4)).astype(np.float32)
