@@ -64,6 +64,8 @@ class GPTConfig:
     alibi: bool = False          # biases that grow with the distance, and no other positions  # alibi
     sliding_window: int = 0      # keys that a query sees, itself included; 0: all  # window
     window_pattern: str = "S"    # a letter a layer, over and over: S short (the window), L long (all keys)  # window
+    diff_attn: bool = False      # differential attention  # diff
+    diff_attn_version: int = 1   # 1 (2024): pairs of the n_head heads; 2 (2026): n_head pairs  # diff
 
     def __post_init__(self):
         check_alibi(self)  # alibi
@@ -82,6 +84,7 @@ class GPTConfig:
             raise UserError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: change one of them")
         if self.pos == "rope" and self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs; make it even or set pos")
+        check_diff(self)  # diff
         swiglu_dim = -(-8 * self.n_embd // (3 * 64)) * 64
         self.ffn_dim = self.ffn_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
         choices = {"pos": ("rope", "learned", "none"), "norm": ("rms", "layer"), "mlp": tuple(ACTIVATIONS)}
@@ -163,7 +166,10 @@ def alibi_slopes(n_head: int) -> list[float]:
 
 def alibi_bias(config: GPTConfig, distance: mx.array) -> mx.array:
     """-slope * distance, and -inf for the future: (T, S) -> (1, H, T, S)."""
-    slopes = mx.array(alibi_slopes(config.n_head))[:, None, None]
+    slopes = alibi_slopes(config.n_head)
+    if config.diff_attn:  # diff
+        slopes = [slope for slope in alibi_slopes(diff_pairs(config)) for _ in range(2)]  # diff
+    slopes = mx.array(slopes)[:, None, None]
     return mx.where(distance < 0, -mx.inf, -slopes * distance)[None]
 
 
@@ -331,10 +337,13 @@ class Attention(nn.Module):
         return KVCache()
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
-        (B, T, _), config, layer = x.shape, self.config, self.layer
-        q = self.q(x).reshape(B, T, config.n_head, config.head_dim).swapaxes(1, 2)
-        k = self.k(x).reshape(B, T, config.n_kv_head, config.head_dim).swapaxes(1, 2)
-        v = self.v(x).reshape(B, T, config.n_kv_head, config.head_dim).swapaxes(1, 2)
+        y = tap("heads", self.layer, self.heads(x, offset, cache, tap))
+        return self.out(y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+
+    def heads(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
+        """What each head reads: (B, T, C) -> (B, H, T, D)."""
+        (B, T, _), config, layer, D = x.shape, self.config, self.layer, self.config.head_dim
+        q, k, v = (linear(x).reshape(B, T, -1, D).swapaxes(1, 2) for linear in (self.q, self.k, self.v))
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.pos == "rope":
@@ -343,10 +352,12 @@ class Attention(nn.Module):
         positions = None
         if cache is not None:
             k, v, positions = cache.update(k, v)
+        if config.diff_attn:  # diff
+            v = values_of_pairs(config, v)  # diff
         y = attend(q, k, v, score_mask(config, layer, T, offset, positions))
         if windowed(config, layer) and offset == 0 and T > 2 * window_block(config):  # window
             y = window_attention(config, q, k, v)  # window
-        return self.out(tap("heads", layer, y).swapaxes(1, 2).reshape(B, T, -1))
+        return y
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
@@ -358,6 +369,62 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
         return cpu.attention(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
+
+# ---- variant diff: differential attention (Ye et al. 2024; version 2, 2026) ------------------------------------------
+#
+#   1: norm(A1 V - lambda A2 V) (1 - lambda_0),   lambda = exp(lq1 lk1) - exp(lq2 lk2) + lambda_0, one a layer
+#   2: A1 V - sigmoid(lambda) A2 V,               lambda = W x, one a token and head
+#
+# A1 and A2 are the attention maps of two neighbouring query heads. What both look at cancels, as noise does. Version 1
+# takes neighbours among the n_head heads, so its queries, keys and values are the baseline's, and two value heads make
+# one of twice the width. Version 2 has n_head pairs: twice the queries, and the same keys and values.
+
+DIFF_LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+
+def check_diff(config: GPTConfig):
+    if config.diff_attn_version not in (1, 2):
+        raise UserError(f"diff_attn_version={config.diff_attn_version} is not one of 1, 2")
+    if config.diff_attn and config.diff_attn_version == 1 and (config.n_head % 2 or config.n_kv_head % 2):
+        raise UserError(f"n_head={config.n_head} and n_kv_head={config.n_kv_head} must be even for diff_attn, which "
+                        "pairs them")
+
+
+def diff_pairs(config: GPTConfig) -> int:
+    return config.n_head // 2 if config.diff_attn_version == 1 else config.n_head
+
+
+def values_of_pairs(config: GPTConfig, v: mx.array) -> mx.array:
+    """Version 1: value heads 2i and 2i + 1, side by side, for both key heads 2i and 2i + 1: (B, KV, S, 2 D)."""
+    if config.diff_attn_version == 2:
+        return v
+    return mx.repeat(mx.concatenate([v[:, 0::2], v[:, 1::2]], axis=-1), 2, axis=1)
+
+
+class DiffAttention(Attention):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__(config, layer)
+        C, D = config.n_embd, config.head_dim
+        if config.diff_attn_version == 1:
+            self.lambda_0 = 0.8 - 0.6 * math.exp(-0.3 * layer)
+            for name in DIFF_LAMBDAS:
+                self[name] = mx.zeros((D,))
+            self.head_norm = nn.RMSNorm(2 * D, eps=1e-5)
+        else:
+            self.q = nn.Linear(C, 2 * config.n_head * D, bias=config.bias or config.qkv_bias)
+            self.lam = nn.Linear(C, config.n_head, bias=False)
+
+    def heads(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
+        y = super().heads(x, offset, cache, tap)
+        first, second = y[:, 0::2], y[:, 1::2]
+        if self.config.diff_attn_version == 2:
+            return first - mx.sigmoid(self.lam(x)).swapaxes(1, 2)[..., None] * second
+        q1, k1, q2, k2 = (self[name].astype(mx.float32) for name in DIFF_LAMBDAS)
+        lam = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self.lambda_0
+        return self.head_norm(first - lam.astype(y.dtype) * second) * (1 - self.lambda_0)
+
+
+# ---- end of diff -----------------------------------------------------------------------------------------------------
 
 # ---- ffn: what each position computes by itself ----------------------------------------------------------------------
 
@@ -401,6 +468,8 @@ class Block(nn.Module):
         self.layer = layer
         self.attn_norm = make_norm(config)
         self.attn = Attention(config, layer)
+        if config.diff_attn:  # diff
+            self.attn = DiffAttention(config, layer)  # diff
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, layer)
 
@@ -565,9 +634,12 @@ def init_weights(model: GPT, seed: int = 0):
     std = model.config.n_embd ** -0.5
     stds = {"embed": 0.02, "pos_embed": 0.02, "head": 0.02, "q": std, "k": std, "v": std, "gate": std, "up": std}
     stds["out"] = stds["down"] = std / math.sqrt(2 * model.config.n_layer)
+    stds.update(dict.fromkeys(DIFF_LAMBDAS, 0.1), lam=std)  # diff
 
     def initial(path: str, p: mx.array) -> mx.array:
         *_, module, kind = ["", *path.split(".")]
+        if kind in DIFF_LAMBDAS:  # diff
+            module, kind = kind, "weight"  # diff
         if kind == "bias":
             return mx.zeros(p.shape)
         if kind == "weight" and "norm" in module:

@@ -81,6 +81,8 @@ tie = True              # unembedding = embedding transposed
 alibi = False           # linear biases by distance, and no other positions
 sliding_window = 0      # keys that a query sees, itself included; 0: all
 window_pattern = "S"    # a letter a layer, over and over: S short (the window), L long (all keys)
+diff_attn = False       # differential attention
+diff_attn_version = 1   # 1: pairs of the n_head heads; 2: n_head pairs
 # optimization
 max_iters = 450         # updates
 batch_size = 8          # sequences a micro-step, over all devices

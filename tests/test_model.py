@@ -36,13 +36,20 @@ FLAVOURS = {
     "odd width": dict(n_embd=21, head_dim=8, n_kv_head=2, pos="none", mlp="gelu_tanh", tie=False),
     "one head": dict(n_head=1, n_layer=3, mlp="swiglu", head_dim=32, norm="layer", bias=True),
     "ALiBi": dict(alibi=True, n_head=6, n_embd=36, n_kv_head=2),
+    "diff": dict(diff_attn=True, n_kv_head=2),
+    "diff, GPT-2": dict(diff_attn=True, pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False),
+    "diff 2": dict(diff_attn=True, diff_attn_version=2, n_kv_head=2, bias=True),
+    "diff, ALiBi": dict(diff_attn=True, alibi=True, qk_norm=False),
+    "diff 2, window, ALiBi": dict(diff_attn=True, diff_attn_version=2, alibi=True, sliding_window=5, n_kv_head=1),
+    "diff, window": dict(diff_attn=True, sliding_window=5, window_pattern="LS", n_kv_head=2),
     "window": dict(sliding_window=5),
     "window of one": dict(sliding_window=1, n_layer=1, qk_norm=False),
     "window over all": dict(sliding_window=500, n_layer=1),
     "window, GPT-2": dict(sliding_window=33, window_pattern="SL", n_layer=3, pos="learned", norm="layer", bias=True),
     "window, ALiBi": dict(sliding_window=17, window_pattern="SSL", n_layer=4, alibi=True, n_kv_head=1, mlp="swiglu"),
 }
-SLOPES = {4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]}  # of ALiBi, by heads
+SLOPES = {2: [1 / 16, 1 / 256], 4: [1 / 4, 1 / 16, 1 / 64, 1 / 256],  # of ALiBi, by the number of heads
+          6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]}
 every_flavour = pytest.mark.parametrize("flavour", FLAVOURS)
 
 
@@ -89,16 +96,31 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
             q, k = norm(f"{name}.q_norm", q, "rms"), norm(f"{name}.k_norm", k, "rms")
         if c.pos == "rope":
             q, k = turn(q), turn(k)
-        y = np.zeros((B, T, H, D))
-        for b, t, h in np.ndindex(B, T, H):
-            kv = h * KV // H  # H / KV query heads in a row share one key head
+        maps = np.zeros((q.shape[2], B, T, T))
+        pairs = c.diff_attn and q.shape[2] // 2  # version 2 has twice the query heads
+        for b, t, h in np.ndindex(B, T, len(maps)):
             short = c.sliding_window and (c.window_pattern * c.n_layer)[layer] == "S"
             seen = np.arange(max(0, t + 1 - c.sliding_window) if short else 0, t + 1)
-            score = k[b, seen, kv] @ q[b, t, h] / math.sqrt(D)
+            score = k[b, seen, h * KV // len(maps)] @ q[b, t, h] / math.sqrt(D)  # some query heads share a key head
             if c.alibi:
-                score = score - SLOPES[H][h] * (t - seen)
-            e = np.exp(score)
-            y[b, t, h] = e @ v[b, seen, kv] / e.sum()
+                score = score - (SLOPES[pairs][h // 2] if pairs else SLOPES[H][h]) * (t - seen)
+            maps[h, b, t, seen] = np.exp(score) / np.exp(score).sum()
+        if not pairs:
+            y = np.stack([maps[h] @ v[:, :, h * KV // H] for h in range(H)], axis=2)
+        elif c.diff_attn_version == 1:
+            y, start = [], 0.8 - 0.6 * math.exp(-0.3 * layer)
+            lam = [p.pop(f"{name}.lambda_{n}") for n in ("q1", "k1", "q2", "k2")]
+            lam = math.exp(lam[0] @ lam[1]) - math.exp(lam[2] @ lam[3]) + start
+            weight = p.pop(f"{name}.head_norm.weight")
+            for i in range(pairs):
+                value = v.reshape(B, T, KV // 2, 2 * D)[:, :, i * KV // H]
+                z = (maps[2 * i] - lam * maps[2 * i + 1]) @ value
+                y.append(z / np.sqrt((z * z).mean(-1, keepdims=True) + 1e-5) * weight * (1 - start))
+            y = np.stack(y, axis=2)
+        else:
+            lam = 1 / (1 + np.exp(-x @ p.pop(f"{name}.lam.weight").T))
+            y = np.stack([(maps[2 * i] - lam[:, :, i, None] * maps[2 * i + 1]) @ v[:, :, i * KV // H]
+                          for i in range(pairs)], axis=2)
         return linear(f"{name}.out", y.reshape(B, T, H * D))
 
     def mlp(name, x):

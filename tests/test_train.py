@@ -182,6 +182,7 @@ def test_schedule(data, tmp_path, schedule):
 @pytest.mark.parametrize("arguments", [
     ["--optimizer=muon"], ["--optimizer=lion", "--learning_rate=1e-3"], ["--dtype=bfloat16"],
     ["--alibi=True", "--sliding_window=8", "--window_pattern=SL"],
+    ["--diff_attn=True"], ["--diff_attn_version=2", "--diff_attn=True"],
     ["--pos=learned", "--norm=layer", "--mlp=gelu", "--bias=True", "--qk_norm=False", "--n_kv_head=1"],
 ], ids=lambda arguments: arguments[0][2:])
 def test_other_settings_learn(data, tmp_path, arguments):

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
+from mlx.utils import tree_flatten
 
 import model as core
 from config import UserError
@@ -175,3 +176,58 @@ def test_window_cache_holds_the_window():
 def test_bad_window(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         GPTConfig(**bad)
+
+
+# ---- diff ------------------------------------------------------------------------------------------------------------
+
+
+def count(model) -> int:
+    return sum(p.size for _, p in tree_flatten(model.parameters()))
+
+
+def small(**settings) -> GPT:
+    return GPT(GPTConfig(block_size=64, vocab_size=61, n_layer=3, n_head=4, n_embd=32, **settings), seed=4)
+
+
+def test_diff_parameters():
+    """As many as the paper says: four lambda vectors and a norm of twice the head's width, a layer."""
+    assert count(small(diff_attn=True)) == count(small()) + 3 * (4 * 8 + 2 * 8)
+    assert count(small(diff_attn=True, diff_attn_version=2)) == count(small()) + 3 * (32 * 32 + 4 * 32)
+    wide = GPT(GPTConfig(diff_attn=True, n_embd=1024, n_head=2))
+    lambdas = [np.array(p) for name, p in tree_flatten(wide.parameters()) if "lambda_" in name]
+    assert len(lambdas) == 16 and abs(np.std(lambdas) - 0.1) < 0.01
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_diff_gradients_reach_all(version):
+    model, idx = small(diff_attn=True, diff_attn_version=version), mx.array([[*range(60)]])
+    gradients = dict(tree_flatten(mx.grad(lambda p: (model.update(p), model.loss(idx, idx))[1])(model.parameters())))
+    assert [name for name, g in gradients.items() if not mx.abs(g).max() > 0] == []
+
+
+def test_diff_without_the_second_map():
+    """lambda = 0 is attention of one softmax, before the norm."""
+    model, seen = small(diff_attn=True, norm="layer"), {}
+    attention, idx = model.blocks[0].attn, mx.array([[*range(60)]])
+    for name in ("lambda_q1", "lambda_q2", "lambda_k2"):
+        attention[name] = mx.zeros((8,))
+    attention["lambda_q2"], attention["lambda_k2"] = mx.eye(8)[0], mx.eye(8)[0] * float(np.log(1 + attention.lambda_0))
+
+    def look(site, layer, x):
+        seen.setdefault((site, layer), x)
+        return x
+
+    model(idx, tap=look)
+    q, k, v, found = (np.array(seen[site, 0], np.float64)[0] for site in ("q", "k", "v", "heads"))
+    for pair in range(2):
+        score = np.where(np.tril(np.ones((60, 60))), q[2 * pair] @ k[2 * pair].T / 8**0.5, -np.inf)
+        p = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
+        y = p @ np.concatenate([v[2 * pair], v[2 * pair + 1]], axis=-1)
+        y = y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-5) * 0.8  # 1 - lambda_init of the first layer
+        assert np.abs(found[pair] - y).max() < 1e-5
+
+
+@pytest.mark.parametrize("bad", [dict(n_head=3, n_embd=48), dict(n_kv_head=1), dict(diff_attn_version=3)], ids=str)
+def test_bad_diff(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        GPTConfig(diff_attn=True, **bad)
