@@ -54,7 +54,7 @@ mx.eval(model.parameters())
 config = model.config
 weight_bytes = sum(p.nbytes for name, p in tree_flatten(model.parameters())
                    if config.tie or "embed" not in name)  # of an embedding that is no unembedding, one row is read
-cache_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * model.embed.weight.dtype.size  # a position
+cache_bytes = 2 * config.n_kv_head * config.head_dim * model.embed.weight.dtype.size  # of a position in a layer
 stops = [part for part in stop.split("|") if part]
 
 
@@ -99,7 +99,8 @@ def write(prompt: str, seed: int):
     if count > 1:
         speed = (count - 1) / (time.perf_counter() - first)
         positions = min(len(ids) + count / 2, config.block_size)  # in the cache, on average
-        read = weight_bytes + positions * cache_bytes
+        held = [min(positions, getattr(layer, "window", positions)) for layer in model.make_cache().layers]
+        read = weight_bytes + sum(held) * cache_bytes
         print(f"[{count} tokens, {speed:.1f} tok/s, {read * speed / 1e9:.1f} GB/s, first after {first - began:.2f} s, "
               f"{mx.get_peak_memory() / 2**30:.2f} GiB]", file=sys.stderr)
 

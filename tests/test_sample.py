@@ -114,15 +114,19 @@ def test_prompt_longer_than_the_context(writer):
     assert "are read" not in sample(writer, prompt[:63], "--max_new_tokens=70")[1]
 
 
-def test_speed(tmp_path):
-    """GB/s: all weights but the embedding, and the cache of 51 tokens and on average half of the 100 new ones."""
-    model = GPT(GPTConfig(vocab_size=4096, n_layer=4, n_head=8, n_kv_head=4, head_dim=128, n_embd=64, tie=False))
+@pytest.mark.parametrize("window", [0, 20])
+def test_speed(tmp_path, window):
+    """GB/s: all weights but the embedding, and the cache of 51 tokens and on average half of the 100 new ones; where a
+    layer has a window (here all but the fourth), no more than the window."""
+    model = GPT(GPTConfig(vocab_size=4096, n_layer=4, n_head=8, n_kv_head=4, head_dim=128, n_embd=64, tie=False,
+                          sliding_window=window, window_pattern="SSSL"))
     _, error = sample(save(tmp_path / "ckpt.safetensors", model, BYTES), 50 * "x", "--max_new_tokens=100",
                       "--temperature=0")
     found = re.fullmatch(r"\[(\d+) tokens, ([\d.]+) tok/s, ([\d.]+) GB/s, first after [\d.]+ s, [\d.]+ GiB\]\n", error)
     count, speed, bandwidth = map(float, found.groups())
     weights = sum(p.size for name, p in tree_flatten(model.parameters()) if name != "embed.weight")
-    read = 4 * (weights + (51 + count / 2) * 4 * 2 * 4 * 128)
+    whole = 51 + count / 2
+    read = 4 * (weights + (whole + 3 * (window or whole)) * 2 * 4 * 128)
     assert count == 100 and bandwidth == pytest.approx(speed * read / 1e9, abs=0.06)
 
 
