@@ -27,7 +27,7 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from config import UserError, overrides
-from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, window_attention
+from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate
 from tokenizer import Tokenizer, train_bpe
 
 only = "train,decode,tokenize,variants"  # sections
@@ -239,6 +239,7 @@ def alternate(what: str, unit: str, work: float, ours, peer):
 
 def bench_window():  # window
     """Attention alone, forward and backward, against causal attention over all keys."""
+    from model import window_attention
     T, config = 4096, GPTConfig(n_head=4, n_embd=256, sliding_window=128)
     q, k, v = (mx.random.normal((1, 4, T, 64)).astype(dtype) for _ in range(3))
 

@@ -46,7 +46,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, overrides
-from tokenizer import byte_tokenizer, char_tokenizer, tiktoken_tokenizer, train_bpe, well_formed
+from tokenizer import byte_tokenizer, char_tokenizer, tiktoken_tokenizer, tokens_folder, train_bpe, well_formed
 
 # text
 source = "stdlib"           # stdlib | shakespeare | hf:NAME | a file, a folder or a pattern
@@ -78,10 +78,7 @@ if not 0 < val_fraction < 1:
     raise UserError(f"val_fraction={val_fraction}: it must be between 0 and 1")
 if min(max_bytes, threads) < 0 or train_bytes < 1:
     raise UserError("max_bytes and threads must be 0 or more, train_bytes 1 or more")
-if not out:
-    stem = os.path.splitext(os.path.basename(source.rstrip("/")))[0] if os.path.exists(source) else source
-    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)
-    out = os.path.join("data", f"{safe}-{tokenizer}" + (f"-{vocab_size}" if tokenizer == "bpe" else ""))
+out = out or tokens_folder(source, tokenizer, vocab_size)
 path = os.path.expanduser(source.removeprefix("hf:"))
 n_threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 

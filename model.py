@@ -418,7 +418,7 @@ class DiffAttention(Attention):
         y = super().heads(x, offset, cache, tap)
         first, second = y[:, 0::2], y[:, 1::2]
         if self.config.diff_attn_version == 2:
-            return first - mx.sigmoid(self.lam(x)).swapaxes(1, 2)[..., None] * second
+            return first - sigmoid(self.lam(x)).swapaxes(1, 2)[..., None] * second
         q1, k1, q2, k2 = (self[name].astype(mx.float32) for name in DIFF_LAMBDAS)
         lam = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self.lambda_0
         return self.head_norm(first - lam.astype(y.dtype) * second) * (1 - self.lambda_0)
@@ -473,10 +473,10 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, layer)
 
-    def make_cache(self) -> KVCache:
+    def make_cache(self):
         return self.attn.make_cache()
 
-    def __call__(self, x: mx.array, offset: int, cache: KVCache | None, tap: Callable) -> mx.array:
+    def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         x = tap("resid", self.layer, x)
         x = x + tap("attn", self.layer, self.attn(self.attn_norm(x), offset, cache, tap))
         return x + tap("mlp", self.layer, self.mlp(self.mlp_norm(x), tap))

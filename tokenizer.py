@@ -10,6 +10,7 @@ Each has one more token, <|endoftext|>, which stands after every document and wh
 """
 import base64
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -117,6 +118,13 @@ def well_formed(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def tokens_folder(source: str, tokenizer: str, vocab_size: int) -> str:
+    """Where data.py writes the tokens of a source, if it is not told where, and where train.py looks for them."""
+    stem = os.path.splitext(os.path.basename(source.rstrip("/")))[0] if os.path.exists(source) else source
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)
+    return os.path.join("data", f"{safe}-{tokenizer}" + (f"-{vocab_size}" if tokenizer == "bpe" else ""))
 
 
 def byte_tokenizer() -> Tokenizer:

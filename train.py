@@ -52,7 +52,7 @@ from model import (
     save_arrays,
     save_checkpoint,
 )
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, tokens_folder
 
 # data
 data = "stdlib"         # what data.py made, or any source it takes: a text file or folder, shakespeare, hf:NAME
@@ -163,9 +163,7 @@ def prepared(source: str) -> str:
     """The folder with source's tokens; data.py makes it first where it is missing or out of date."""
     if os.path.exists(os.path.join(source, "meta.json")):
         return source
-    stem = os.path.splitext(os.path.basename(source.rstrip("/")))[0] if os.path.exists(source) else source
-    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)
-    folder = os.path.join("data", f"{safe}-{tokenizer}" + (f"-{vocab_size}" if tokenizer == "bpe" else ""))
+    folder = tokens_folder(source, tokenizer, vocab_size)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data.py")
     command = [f"--source={source}", f"--out={folder}", f"--tokenizer={tokenizer}", f"--vocab_size={vocab_size}"]
     if rank == 0:
