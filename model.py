@@ -17,7 +17,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import blas  # noqa: F401  (before mlx: a fast BLAS for the CPU on Linux)
 import mlx.core as mx
@@ -64,12 +64,24 @@ class GPTConfig:
     alibi: bool = False          # biases that grow with the distance, and no other positions  # alibi
     sliding_window: int = 0      # keys that a query sees, itself included; 0: all  # window
     window_pattern: str = "S"    # a letter a layer, over and over: S short (the window), L long (all keys)  # window
+    sinks: int = 0               # first tokens that windowed queries see besides  # window
     diff_attn: bool = False      # differential attention  # diff
     diff_attn_version: int = 1   # 1 (2024): pairs of the n_head heads; 2 (2026): n_head pairs  # diff
+    n_expert: int = 0            # MLPs of width ffn_dim to choose from; 0: one, for all tokens  # moe
+    expert_top_k: int = 2        # experts a token runs through  # moe
+    n_shared_expert: int = 0     # experts that every token runs through besides  # moe
+    expert_balance: str = "loss"  # loss (Switch) | bias (loss-free) | none: what spreads tokens over experts  # moe
+    mod: str = "none"            # none | topk | soft: which tokens a routed block works on  # mod
+    mod_capacity: float = 0.125  # topk: share of the tokens that a routed block works on  # mod
+    mod_every: int = 2           # every so many blocks, the last one is routed  # mod
+    yoco: bool = False           # the second half of the blocks attends to one set of keys and values  # yoco
 
     def __post_init__(self):
         check_alibi(self)  # alibi
+        check_yoco(self)  # yoco
         check_window(self)  # window
+        check_moe(self)  # moe
+        check_mod(self)  # mod
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be 1 or more")
@@ -118,6 +130,8 @@ def rope_inv_freq(config: GPTConfig) -> np.ndarray:
 def rope(x: mx.array, inverse: mx.array, offset: int) -> mx.array:
     """Turn each pair (i, i + D/2) of a head by its position: x (B, H, T, D) at positions offset, offset + 1, ...;
     inverse: 1 / rope_inv_freq, which is what MLX calls freqs."""
+    if not isinstance(offset, int):  # mod
+        return rope_at(x, inverse, offset)  # mod
     return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
 
 
@@ -129,17 +143,31 @@ def score_mask(config: GPTConfig, layer: int, T: int, offset: int, keys: mx.arra
     seen), or an array (B, H, T, S). keys (S,): the keys' positions; None: 0, 1, ..., offset + T - 1. The baseline
     builds no array: fused causal kernels need none."""
     mask = "causal" if T > 1 else None
-    if windowed(config, layer) and T > 1:  # window
-        mask = window_mask(config, distances(T, offset, keys))  # window
+    if crosses(config, layer) and not isinstance(offset, int):  # yoco
+        mask = seen_mask(*places(T, offset, keys))  # yoco
+    if windowed(config, layer) and (T > 1 or not isinstance(offset, int)):  # window
+        mask = window_mask(config, *places(T, offset, keys))  # window
     if config.alibi:  # alibi
-        mask = alibi_bias(config, distances(T, offset, keys)) + (mask if isinstance(mask, mx.array) else 0)  # alibi
+        mask = alibi_bias(config, layer, *places(T, offset, keys)) + (mask if isinstance(mask, mx.array) else 0)  # alibi
     return mask
 
 
-def distances(T: int, offset: int, keys: mx.array | None) -> mx.array:
-    """How far each key lies behind each query: (T, S), negative for the future."""
-    keys = mx.arange(offset + T) if keys is None else keys
-    return mx.arange(offset, offset + T)[:, None] - keys
+def places(T: int, offset: int, keys: mx.array | None) -> tuple[mx.array, mx.array]:
+    """The positions of queries and keys, for score_mask's arguments: (B, 1, T, 1) and (B, 1, 1, S); B is 1 where all
+    rows have the same."""
+    queries = positions(T, offset)
+    if keys is None and not isinstance(offset, int):  # mod
+        keys = offset  # mod
+    if keys is None:
+        keys = mx.arange(offset + T)
+    return queries[:, None, :, None], keys.reshape(-1, 1, 1, keys.shape[-1])
+
+
+def positions(T: int, offset: int) -> mx.array:
+    """offset, offset + 1, ...: (1, T)."""
+    if not isinstance(offset, int):  # mod
+        return offset  # mod
+    return mx.arange(offset, offset + T)[None]
 
 
 # ---- variant alibi: attention with linear biases (Press et al. 2022) -------------------------------------------------
@@ -164,23 +192,25 @@ def alibi_slopes(n_head: int) -> list[float]:
     return slopes + [2 ** (-4 * i / power) for i in range(1, 2 * power + 1, 2)][:n_head - power]
 
 
-def alibi_bias(config: GPTConfig, distance: mx.array) -> mx.array:
-    """-slope * distance, and -inf for the future: (T, S) -> (1, H, T, S)."""
-    slopes = alibi_slopes(config.n_head)
+def alibi_bias(config: GPTConfig, layer: int, queries: mx.array, keys: mx.array) -> mx.array:
+    """-slope * distance, and -inf for the future: (B, H, T, S), for places()."""
+    slopes, distance = alibi_slopes(config.n_head), queries - keys
     if config.diff_attn:  # diff
         slopes = [slope for slope in alibi_slopes(diff_pairs(config)) for _ in range(2)]  # diff
-    slopes = mx.array(slopes)[:, None, None]
-    return mx.where(distance < 0, -mx.inf, -slopes * distance)[None]
+    if windowed(config, layer):  # window
+        distance = mx.minimum(distance, farthest(config, keys))  # window
+    return mx.where(distance < 0, -mx.inf, -mx.array(slopes)[:, None, None] * distance)
 
 
 # ---- end of alibi ----------------------------------------------------------------------------------------------------
 
-# ---- variant window: sliding-window attention (Beltagy et al. 2020; Jiang et al. 2023) -------------------------------
+# ---- variant window: sliding windows (Beltagy et al. 2020; Jiang et al. 2023) and sinks (Xiao et al. 2024) -----------
 #
-#   query i sees keys i - W < j <= i
+#   query i sees keys i - W < j <= i, and the sinks j < S, as if at distance min(i, S + W - 1) - j
 #
 # Training costs T * W instead of T * T: blocks of queries see their own block of keys and the one before. The cache
-# holds W tokens, each in the place of the one that has left the window.
+# holds W tokens, each in the place of the one that has left the window, and the sinks, on which heads with nothing to
+# look at lay their weight. A sink is as far as its place in the cache says: no distance is new, however long the text.
 
 
 def check_window(config: GPTConfig):
@@ -188,40 +218,70 @@ def check_window(config: GPTConfig):
         raise UserError(f"sliding_window={config.sliding_window}: it must be 0, which is no window, or more")
     if not config.window_pattern or set(config.window_pattern) - set("SL"):
         raise UserError(f"window_pattern={config.window_pattern!r}: it must be letters S (short) and L (long)")
+    if config.sinks < 0 or config.sinks and not config.sliding_window:
+        raise UserError(f"sinks={config.sinks}: they stay beside a window; give sliding_window too, or sinks=0")
 
 
 def windowed(config: GPTConfig, layer: int) -> bool:
     """Whether a layer's queries see the window only."""
+    if crosses(config, layer):  # yoco
+        return False  # yoco
     return config.sliding_window > 0 and config.window_pattern[layer % len(config.window_pattern)] == "S"
 
 
-def window_mask(config: GPTConfig, distance: mx.array) -> mx.array:
-    return mx.where((distance >= 0) & (distance < config.sliding_window), 0.0, -mx.inf)
+def window_mask(config: GPTConfig, queries: mx.array, keys: mx.array) -> mx.array:
+    """0 for what is seen, -inf for the rest: (B, 1, T, S), for places()."""
+    near = (queries - keys < config.sliding_window) | (keys < config.sinks)
+    return mx.where(near & (queries >= keys), 0.0, -mx.inf)
 
 
-def window_attention(config: GPTConfig, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """attend() under the window's mask, without scores that it hides but in a block: q (B, H, T, D), k and v
-    (B, KV, T, D) -> (B, H, T, D)."""
-    B, H, T, D = q.shape
+def farthest(config: GPTConfig, keys: mx.array) -> mx.array:
+    """The largest distance at which a key is seen."""
+    return mx.where(keys < config.sinks, config.sinks + config.sliding_window - 1 - keys, FAR)
+
+
+FAR = 2**30  # a position beyond all others: where queries see nothing
+
+
+def rope_to_sinks(config: GPTConfig, q: mx.array, k: mx.array, inverse: mx.array, offset: int, keys: mx.array | None):
+    """Rotary positions for sinks: q (B, H, T, D) and k (B, KV, S, D), turned by their positions, become twice as wide;
+    the second half of a query, turned as for the last position inside the cache, meets the sinks."""
+    T, D, last = q.shape[2], q.shape[3], config.sinks + config.sliding_window - 1
+    queries, keys = places(T, offset, keys)
+    back = mx.fast.rope(q, D, traditional=False, base=None, scale=-1.0, offset=offset - last, freqs=inverse)
+    q = mx.concatenate([q, mx.where(queries > last, back, q)], axis=-1)
+    sink = (keys < config.sinks).swapaxes(2, 3)
+    k = mx.concatenate([mx.where(sink, 0, k), mx.where(sink, k, 0)], axis=-1)
+    return q * 2**0.5, k  # attend() divides by the root of the width
+
+
+def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v: mx.array, offset: int) -> mx.array:
+    """attend() of T queries and the same T keys under the window's mask, without scores that it hides but in a block:
+    q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D)."""
+    B, H, T, _ = q.shape
     size = window_block(config)
     n = -(-T // size)
 
     def blocks(x):  # (B, H, T, D) -> (B, n, H, size, D)
         x = mx.pad(x, ((0, 0), (0, 0), (0, n * size - T), (0, 0)))
-        return x.reshape(B, x.shape[1], n, size, -1).swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], n, size, -1).swapaxes(1, 2)
 
-    def with_previous(x):  # (B, n, KV, size, D) -> (B n, KV, 2 size, D)
+    def with_previous(x, first):  # and the block before each, and first of all the sinks: (B, n, KV, S + 2 size, D)
         before = mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
-        return mx.concatenate([before, x], axis=3).reshape(B * n, x.shape[2], 2 * size, -1)
+        first = mx.broadcast_to(first[:, None, :, :config.sinks], (*x.shape[:3], config.sinks, x.shape[4]))
+        return mx.concatenate([first, before, x], axis=3)
 
-    distance = mx.arange(size)[:, None] + size - mx.arange(2 * size)
-    mask = window_mask(config, distance)
+    place = positions(T, offset)[:, None, :, None] - FAR  # less FAR, so that padding with 0 means FAR
+    queries = blocks(place) + FAR
+    keys = with_previous(blocks(place), place).swapaxes(3, 4) + FAR
+    near = (queries >= keys) & (queries - keys < config.sliding_window)
+    is_sink = mx.arange(keys.shape[-1]) < config.sinks  # these columns are for queries out of whose window they are
+    mask = mx.where(mx.where(is_sink, queries - keys >= config.sliding_window, near), 0.0, -mx.inf)
     if config.alibi:  # alibi
-        mask = mask + alibi_bias(config, distance)[0]  # alibi
-    mask = mask.reshape(1, -1, size, 2 * size)
-    nothing_before = (mx.arange(n) == 0)[:, None, None, None] & (mx.arange(2 * size) < size)
-    mask = mx.broadcast_to(mx.where(nothing_before, -mx.inf, mask), (B, n, *mask.shape[1:])).flatten(0, 1)
-    y = attend(blocks(q).flatten(0, 1), with_previous(blocks(k)), with_previous(blocks(v)), mask)
+        mask = mask + alibi_bias(config, layer, queries, keys)  # alibi
+    mask = mx.broadcast_to(mask, (B, *mask.shape[1:])).flatten(0, 1)
+    y = attend(blocks(q).flatten(0, 1), with_previous(blocks(k), k).flatten(0, 1),
+               with_previous(blocks(v), v).flatten(0, 1), mask)
     return y.reshape(B, n, H, size, -1).swapaxes(1, 2).reshape(B, H, n * size, -1)[:, :, :T]
 
 
@@ -236,35 +296,41 @@ def endless(config: GPTConfig) -> bool:
 
 
 class WindowCache:
-    """Keys and values of one layer's last W tokens: position p lies in place p % W."""
+    """Keys and values of the sinks and of one layer's last W other tokens: position p lies in place S + (p - S) % W."""
 
-    def __init__(self, window: int):
-        self.window, self.length = window, 0  # length: tokens seen
+    def __init__(self, window: int, sinks: int = 0):
+        self.window, self.sinks, self.length = window, sinks, 0  # length: tokens seen
         self.keys = self.values = None
 
     def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Append k and v (B, KV, T, D); return the keys and values that the new queries may see, and the positions."""
-        W, start, T = self.window, self.length, k.shape[2]
+        size, start, T = self.window + self.sinks, self.length, k.shape[2]
         self.length += T
         if self.keys is None:
-            self.keys, self.values = (mx.zeros((*x.shape[:2], W, x.shape[3]), x.dtype) for x in (k, v))
+            self.keys, self.values = (mx.zeros((*x.shape[:2], size, x.shape[3]), x.dtype) for x in (k, v))
         if T == 1:
-            place = start % W
+            place, filled = self.place(start), min(self.length, size)
             self.keys[..., place:place + 1, :] = k
             self.values[..., place:place + 1, :] = v
-            filled = min(self.length, W)
             return self.keys[..., :filled, :], self.values[..., :filled, :], self.positions(self.length)
-        filled = min(start, W)
-        old_k, old_v, old = self.keys[..., :filled, :], self.values[..., :filled, :], self.positions(start)
-        new = mx.arange(max(start, self.length - W), self.length)  # what stays
-        self.keys[..., new % W, :] = k[..., -new.size:, :]
-        self.values[..., new % W, :] = v[..., -new.size:, :]
+        filled, old = min(start, size), self.positions(start)
+        old_k, old_v = self.keys[..., :filled, :], self.values[..., :filled, :]
+        newest = range(max(start, self.sinks, self.length - self.window), self.length)
+        stay = [*range(start, min(self.sinks, self.length)), *newest]
+        place, new = mx.array([self.place(p) for p in stay]), mx.array(stay) - start
+        self.keys[..., place, :] = k[..., new, :]
+        self.values[..., place, :] = v[..., new, :]
         return (mx.concatenate([old_k, k], axis=2), mx.concatenate([old_v, v], axis=2),
                 mx.concatenate([old, mx.arange(start, self.length)]))
 
+    def place(self, position: int) -> int:
+        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.window
+
     def positions(self, length: int) -> mx.array:
         """Of the tokens in the cache once `length` have been seen, in the order of their places."""
-        return length - 1 - (length - 1 - mx.arange(min(length, self.window))) % self.window
+        S, W, last = self.sinks, self.window, length - 1
+        place = mx.arange(min(length, S + W))
+        return mx.where(place < S, place, last - (last - place) % W)
 
     @property
     def nbytes(self) -> int:
@@ -306,7 +372,11 @@ class Cache:
     """What generation remembers: each layer's own cache, and how many tokens the model has read."""
 
     def __init__(self, blocks: list):
-        self.layers = [block.make_cache() for block in blocks]
+        self.blocks = blocks
+        self.clear()
+
+    def clear(self):
+        self.layers = [block.make_cache() for block in self.blocks]
         self.offset = 0  # tokens read so far = position of the next
 
     @property
@@ -333,7 +403,7 @@ class Attention(nn.Module):
 
     def make_cache(self):
         if windowed(self.config, self.layer):  # window
-            return WindowCache(self.config.sliding_window)  # window
+            return WindowCache(self.config.sliding_window, self.config.sinks)  # window
         return KVCache()
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
@@ -342,22 +412,33 @@ class Attention(nn.Module):
 
     def heads(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         """What each head reads: (B, T, C) -> (B, H, T, D)."""
-        (B, T, _), config, layer, D = x.shape, self.config, self.layer, self.config.head_dim
-        q, k, v = (linear(x).reshape(B, T, -1, D).swapaxes(1, 2) for linear in (self.q, self.k, self.v))
+        (B, T, _), config, layer = x.shape, self.config, self.layer
+        q = self.q(x).reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
         if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
         if config.pos == "rope":
-            q, k = rope(q, self._inverse, offset), rope(k, self._inverse, offset)
-        q, k, v = tap("q", layer, q), tap("k", layer, k), tap("v", layer, v)
-        positions = None
-        if cache is not None:
-            k, v, positions = cache.update(k, v)
+            q = rope(q, self._inverse, offset)
+        q = tap("q", layer, q)
+        k, v, keys = self.keys_values(x, offset, cache, tap)
         if config.diff_attn:  # diff
             v = values_of_pairs(config, v)  # diff
-        y = attend(q, k, v, score_mask(config, layer, T, offset, positions))
-        if windowed(config, layer) and offset == 0 and T > 2 * window_block(config):  # window
-            y = window_attention(config, q, k, v)  # window
-        return y
+        if windowed(config, layer) and config.sinks and config.pos == "rope":  # window
+            q, k = rope_to_sinks(config, q, k, self._inverse, offset, keys)  # window
+        if windowed(config, layer) and k.shape[2] == T > 2 * window_block(config):  # window
+            return window_attention(config, layer, q, k, v, offset)  # window
+        return attend(q, k, v, score_mask(config, layer, T, offset, keys))
+
+    def keys_values(self, x: mx.array, offset: int, cache, tap: Callable):
+        """Keys and values (B, KV, S, D) of x (B, T, C) and of what the cache holds, and the keys' positions (S,), or
+        None where they are 0, 1, ..."""
+        (B, T, _), config, layer = x.shape, self.config, self.layer
+        k, v = (linear(x).reshape(B, T, -1, config.head_dim).swapaxes(1, 2) for linear in (self.k, self.v))
+        if config.qk_norm:
+            k = self.k_norm(k)
+        if config.pos == "rope":
+            k = rope(k, self._inverse, offset)
+        k, v = tap("k", layer, k), tap("v", layer, v)
+        return (k, v, None) if cache is None else cache.update(k, v)
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
@@ -429,6 +510,18 @@ class DiffAttention(Attention):
 # ---- ffn: what each position computes by itself ----------------------------------------------------------------------
 
 
+@mx.custom_function
+def with_loss(x: mx.array, loss: mx.array) -> mx.array:
+    """x as it is; in the backward pass the gradient of `loss`, a scalar, joins that of the model's own loss, whose
+    value stays the cross-entropy."""
+    return x + 0
+
+
+@with_loss.vjp
+def with_loss_backward(primals, cotangent, _):
+    return cotangent, mx.ones_like(primals[1])
+
+
 def recompute(f: Callable) -> Callable:
     """Keep only f's inputs for the backward pass. For elementwise functions, which cost less than what they store."""
     return f if ON_CPU else mx.checkpoint(f)
@@ -457,6 +550,170 @@ class MLP(nn.Module):
         return self.down(tap("hidden", self.layer, ACTIVATIONS[self.config.mlp](*inputs)))
 
 
+# ---- variant moe: mixture of experts (Shazeer et al. 2017; Fedus et al. 2022; Jiang et al. 2024) ---------------------
+#
+#   y = sum over the k experts of largest p_e of g_e MLP_e(x),   p = softmax(W x),   g = p_e / (sum of the k chosen)
+#
+# A token runs through its own k experts only. Its k (token, expert) pairs are sorted by expert into blocks of 64 rows
+# of one expert each, so that all experts are one matmul of blocks. Costs what k MLPs of width ffn_dim cost, the rows
+# that the last block of an expert leaves empty, and two copies of the rows.
+#
+# What keeps the experts equally busy: "loss", E sum_e f_e P_e, where f is the share of pairs and P the mean p (Fedus);
+# or "bias", a number that is added to p where experts are chosen, and grows while an expert has too little to do (Wang
+# et al. 2024, after DeepSeek-V3). Beside either, the router's logsumexp squared (Zoph et al. 2022) keeps logits small.
+
+ROWS = 64  # of a block
+SWITCH_LOSS, Z_LOSS, BIAS_STEP = 0.01, 0.001, 0.001
+
+
+def check_moe(config: GPTConfig):
+    if config.n_expert < 0 or config.n_shared_expert < 0:
+        raise UserError(f"n_expert={config.n_expert}, n_shared_expert={config.n_shared_expert}: they must be 0 or more")
+    if config.n_expert and not 1 <= config.expert_top_k <= config.n_expert:
+        raise UserError(f"expert_top_k={config.expert_top_k}: it must be 1 to n_expert={config.n_expert}")
+    if config.n_shared_expert and not config.n_expert:
+        raise UserError(f"n_shared_expert={config.n_shared_expert} needs others beside: give n_expert too")
+    if config.expert_balance not in ("loss", "bias", "none"):
+        raise UserError(f"expert_balance={config.expert_balance!r} is not one of loss, bias, none")
+
+
+def dispatch(chosen: mx.array, n_expert: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Lay the pairs of N tokens and their k experts, chosen (N, k), in rows. Returns the pair in each row (-1: none),
+    the row of each pair (N k,), the expert of each block of rows, and where each expert's rows begin and end (E, 2)."""
+    pairs = chosen.reshape(-1)
+    order = mx.argsort(pairs)
+    count = mx.zeros((n_expert,), dtype=mx.int32).at[pairs].add(1)
+    blocks = (count + ROWS - 1) // ROWS
+    last = mx.cumsum(blocks)
+    n = pairs.size // ROWS + n_expert  # enough, whatever the counts
+    expert = mx.minimum((mx.arange(n)[:, None] >= last).sum(1), n_expert - 1)
+    empty_before = (last - blocks) * ROWS - (mx.cumsum(count) - count)  # rows, by the expert
+    rows_in_order = mx.arange(pairs.size) + empty_before[pairs[order]]
+    pair = mx.put_along_axis(mx.full((n * ROWS,), -1), rows_in_order, order.astype(mx.int32), axis=0)
+    row = mx.put_along_axis(mx.zeros(pairs.shape, dtype=mx.int32), order, rows_in_order, axis=0)
+    return pair, row, expert.astype(mx.uint32), mx.stack([last - blocks, last], axis=1).astype(mx.uint32) * ROWS
+
+
+@mx.custom_function
+def to_rows(x: mx.array, pair: mx.array, row: mx.array) -> mx.array:
+    """Tokens (N, C) -> rows (n, C). Forward and backward only gather: a scatter-add is slow on a CPU."""
+    return x[mx.maximum(pair, 0) // (row.size // len(x))]
+
+
+@to_rows.vjp
+def to_rows_backward(primals, cotangent, _):
+    x, pair, row = primals
+    return cotangent[row].reshape(len(x), -1, x.shape[1]).sum(1), mx.zeros_like(pair), mx.zeros_like(row)
+
+
+@mx.custom_function
+def from_rows(y: mx.array, pair: mx.array, row: mx.array) -> mx.array:
+    """Rows (n, C) -> pairs (N k, C)."""
+    return y[row]
+
+
+@from_rows.vjp
+def from_rows_backward(primals, cotangent, _):
+    _, pair, row = primals
+    return mx.where(pair[:, None] < 0, 0, cotangent[mx.maximum(pair, 0)]), mx.zeros_like(pair), mx.zeros_like(row)
+
+
+@mx.custom_function
+def blocks_by_experts(x: mx.array, weight: mx.array, expert: mx.array, ends: mx.array) -> mx.array:
+    """Rows (n, in), in blocks of ROWS, each by the weight of its expert (E, out, in) -> (n, out)."""
+    x = x.reshape(-1, ROWS, x.shape[-1])
+    return mx.gather_mm(x, weight.swapaxes(1, 2), rhs_indices=expert, sorted_indices=True).flatten(0, 1)
+
+
+@blocks_by_experts.vjp
+def blocks_by_experts_backward(primals, cotangent, _):
+    x, weight, expert, ends = primals
+    g = cotangent.reshape(-1, ROWS, cotangent.shape[-1])
+    dx = mx.gather_mm(g, weight, rhs_indices=expert, sorted_indices=True).flatten(0, 1)
+    return dx, mx.segmented_mm(cotangent.T, x, ends), mx.zeros_like(expert), mx.zeros_like(ends)
+
+
+class Experts(nn.Module):
+    """A linear layer of each expert."""
+
+    def __init__(self, n_expert: int, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.weight = mx.zeros((n_expert, outputs, inputs))
+        if bias:
+            self.bias = mx.zeros((n_expert, outputs))
+
+    def __call__(self, x: mx.array, expert: mx.array, ends: mx.array | None) -> mx.array:
+        """Rows (n, in) -> (n, out): in blocks as dispatch() lays them, or, without ends, each with its own expert."""
+        if ends is None:
+            y = mx.gather_mm(x[:, None], self.weight.swapaxes(1, 2), rhs_indices=expert)[:, 0]
+        else:
+            y, expert = blocks_by_experts(x, self.weight, expert, ends), mx.repeat(expert, ROWS)
+        return y + self.bias[expert] if "bias" in self else y
+
+
+class MoE(nn.Module):
+    """Taps the site "router": (B, T, n_expert), the logits."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        E, C, F = config.n_expert, config.n_embd, config.ffn_dim
+        self.router = nn.Linear(C, E, bias=False)
+        if config.mlp == "swiglu":
+            self.gate = Experts(E, C, F, config.bias)
+        self.up = Experts(E, C, F, config.bias)
+        self.down = Experts(E, F, C, config.bias)
+        if config.n_shared_expert:  # their sum is one MLP of their joint width
+            self.shared = MLP(replace(config, ffn_dim=F * config.n_shared_expert), layer)
+        if config.expert_balance == "bias":
+            self.balance = mx.zeros((E,))
+            self.freeze(keys=["balance"], recurse=False)  # rebalance() moves it, no gradient does
+        self._count = mx.zeros((E,))  # pairs of each expert since rebalance()
+
+    def __call__(self, x: mx.array, tap: Callable) -> mx.array:
+        config, k = self.config, self.config.expert_top_k
+        flat = x.reshape(-1, x.shape[-1])
+        logits = tap("router", self.layer, self.router(x)).reshape(len(flat), -1).astype(mx.float32)
+        p = mx.softmax(logits, axis=-1)
+        score = p + self.balance if "balance" in self else p
+        chosen = mx.argpartition(mx.stop_gradient(-score), k - 1, axis=-1)[:, :k]
+        gates = mx.softmax(mx.take_along_axis(logits, chosen, axis=-1), axis=-1).astype(x.dtype)
+        if chosen.size < ROWS:  # too few to sort
+            rows, expert, ends = mx.repeat(flat, k, axis=0), chosen.reshape(-1), None
+        else:
+            pair, row, expert, ends = dispatch(chosen, config.n_expert)
+            rows = to_rows(flat, pair, row)
+        inputs = (self.gate(rows, expert, ends),) if config.mlp == "swiglu" else ()
+        rows = self.down(ACTIVATIONS[config.mlp](*inputs, self.up(rows, expert, ends)), expert, ends)
+        pairs = rows if ends is None else from_rows(rows, pair, row)
+        y = (gates[:, :, None] * pairs.reshape(len(flat), k, -1)).sum(1).reshape(x.shape)
+        if config.n_shared_expert:
+            y = y + self.shared(x, tap)
+        if self.training:
+            count = mx.zeros((config.n_expert,)).at[chosen.reshape(-1)].add(1)
+            self._count = self._count + count
+            loss = Z_LOSS * mx.logsumexp(logits, axis=-1).square().mean()
+            if config.expert_balance == "loss":
+                loss = loss + SWITCH_LOSS * config.n_expert * (count / chosen.size * p.mean(0)).sum()
+            y = with_loss(y, loss)
+        return y
+
+
+def rebalance(model) -> mx.array:
+    """After an update: what each expert had to do in it, over the mean, (layers, E), 1 being balanced; and, under
+    expert_balance=bias, a step of what is added to p. Counts are summed over processes."""
+    loads = []
+    for moe in (block.mlp for block in model.blocks):
+        count = mx.distributed.all_sum(moe._count)
+        moe._count = mx.zeros_like(count)
+        loads.append(count / mx.maximum(count.mean(), 1e-9))
+        if "balance" in moe:
+            moe.balance = moe.balance + BIAS_STEP * mx.sign(1 - loads[-1])
+    return mx.stack(loads)
+
+
+# ---- end of moe ------------------------------------------------------------------------------------------------------
+
 # ---- route: which positions a block works on -------------------------------------------------------------------------
 
 
@@ -470,14 +727,20 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         if config.diff_attn:  # diff
             self.attn = DiffAttention(config, layer)  # diff
+        if crosses(config, layer):  # yoco
+            self.attn = cross_attention(config, layer)  # yoco
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, layer)
+        if config.n_expert:  # moe
+            self.mlp = MoE(config, layer)  # moe
 
     def make_cache(self):
         return self.attn.make_cache()
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
-        x = tap("resid", self.layer, x)
+        return self.add(tap("resid", self.layer, x), offset, cache, tap)
+
+    def add(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         x = x + tap("attn", self.layer, self.attn(self.attn_norm(x), offset, cache, tap))
         return x + tap("mlp", self.layer, self.mlp(self.mlp_norm(x), tap))
 
@@ -487,6 +750,183 @@ def make_norm(config: GPTConfig) -> nn.Module:
         return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
     return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
 
+
+# ---- variant mod: Mixture of Depths (Raposo et al. 2024) -------------------------------------------------------------
+#
+#   topk: x_t + r_t (block(x)_t - x_t) for the tokens of the largest r_t, x_t for the others,   r = w x
+#   soft: x_t + sigmoid(r_t) (block(x)_t - x_t) for all: it learns what to skip and saves nothing
+#
+# A routed block works on a share mod_capacity of a sequence's tokens, taken out in their order, with their positions;
+# they attend to one another only. Which r_t are the largest depends on the future, so while sampling, and whenever the
+# model is not in training, a second router tells from the token alone whether it would be among them.
+
+
+def check_mod(config: GPTConfig):
+    if config.mod not in ("none", "topk", "soft"):
+        raise UserError(f"mod={config.mod!r} is not one of none, topk, soft")
+    if not 0 < config.mod_capacity <= 1:
+        raise UserError(f"mod_capacity={config.mod_capacity}: it must be over 0 and up to 1")
+    if config.mod != "none" and not 1 <= config.mod_every <= config.n_layer:
+        raise UserError(f"mod_every={config.mod_every}: it must be 1 to n_layer={config.n_layer}, or none is routed")
+    if config.mod == "topk" and config.sinks:  # window
+        raise UserError("sinks and mod=topk: routed blocks skip some of the first tokens; leave one out")  # window
+
+
+class RoutedBlock(Block):
+    """Taps the site "depth": (B, T), r."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__(config, layer)
+        self.config = config
+        self.router = nn.Linear(config.n_embd, 1, bias=False)
+        if config.mod == "topk":
+            self.predictor = nn.Linear(config.n_embd, 1, bias=False)
+            self.predictor.weight = mx.zeros((1, config.n_embd))
+            self.threshold = mx.array([math.log(1 / min(config.mod_capacity, 0.999) - 1)])
+
+    def make_cache(self):
+        if self.config.mod == "soft":
+            return super().make_cache()
+        if crosses(self.config, self.layer):  # yoco
+            return super().make_cache()  # yoco
+        return RoutedCache(super().make_cache)
+
+    def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
+        x = tap("resid", self.layer, x)
+        r = tap("depth", self.layer, self.router(x)[..., 0])
+        if self.config.mod == "soft":
+            return x + sigmoid(r)[..., None] * (self.add(x, offset, cache, tap) - x)
+        likely = self.predictor(mx.stop_gradient(x))[..., 0].astype(mx.float32) - self.threshold
+        if isinstance(cache, RoutedCache):
+            return self.continued(x, r, likely, offset, cache, tap)
+        place = mx.broadcast_to(mx.arange(x.shape[1]), r.shape)
+        if self.training:
+            k = max(1, round(self.config.mod_capacity * x.shape[1]))
+            order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
+            chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
+            positions = order + offset
+            miss = mx.logaddexp(likely, 0) - likely * chosen  # cross-entropy of the second router
+            x = with_loss(x, 0.01 * miss.mean())  # little, lest clipping shorten the model's own gradient
+        else:  # the chosen tokens first, the others after them, where no chosen one sees them
+            chosen = likely > 0
+            order = mx.argsort(mx.where(chosen, place, place + x.shape[1]), axis=1)
+            positions = mx.where(mx.take_along_axis(chosen, order, axis=1), order + offset, 2**30)
+            r = mx.where(chosen, r, 0)
+        selected = mx.take_along_axis(x, order[..., None], axis=1)
+        change = self.add(selected, positions, cache, tap) - selected
+        change = change * mx.take_along_axis(r, order, axis=1)[..., None]
+        return x.at[mx.arange(len(x))[:, None], order].add(change)
+
+    def continued(self, x: mx.array, r: mx.array, likely: mx.array, offset: int, cache, tap: Callable) -> mx.array:
+        """The same with a cache: what is computed, and what the cache gains, are the chosen tokens alone. Their number
+        is a shape, so the device is waited for; each row of the batch has its own."""
+        for row, chosen in enumerate(np.array(likely > 0)):
+            if chosen.any():
+                place = mx.array(np.flatnonzero(chosen))
+                selected = x[row:row + 1, place]
+                of_row = cache.row(row, place + offset)
+                change = self.add(selected, place[None] + offset, of_row, tap) - selected
+                x = x.at[row, place].add(change[0] * r[row, place, None])
+        return x
+
+
+class RoutedCache:
+    """A cache for each row of the batch, which holds the tokens that were chosen there, and their positions."""
+
+    def __init__(self, make: Callable):
+        self.make, self.rows = make, {}
+
+    def row(self, number: int, positions: mx.array):
+        """The row's cache, now that tokens at these positions are about to be appended."""
+        if number not in self.rows:
+            self.rows[number] = RowCache(self.make())
+        row = self.rows[number]
+        row.positions = mx.concatenate([row.positions, positions])
+        return row
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.cache.nbytes for row in self.rows.values())
+
+
+class RowCache:
+    def __init__(self, cache):
+        self.cache, self.positions = cache, mx.array([], dtype=mx.int32)
+
+    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        keys, values, order = self.cache.update(k, v)
+        return keys, values, self.positions if order is None else self.positions[order]
+
+
+def rope_at(x: mx.array, inverse: mx.array, positions: mx.array) -> mx.array:
+    """rope() for positions (B, T) in any order."""
+    angle = positions[:, None, :, None] / inverse
+    cos, sin = mx.cos(angle).astype(x.dtype), mx.sin(angle).astype(x.dtype)
+    a, b = mx.split(x, 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+# ---- end of mod ------------------------------------------------------------------------------------------------------
+
+# ---- variant yoco: You Only Cache Once (Sun et al. 2024) -------------------------------------------------------------
+#
+#   blocks 0 ... L/2 - 1 attend in windows;   K, V = keys and values of norm(x), once;   blocks L/2 ... L - 1 have
+#   queries only, all to K and V
+#
+# The cache is L/2 windows and one K, V, instead of L of them. The second half leaves nothing behind, so that to read a
+# prompt only its last token needs to pass through it.
+
+
+def check_yoco(config: GPTConfig):
+    if config.yoco:
+        if config.n_layer < 2:
+            raise UserError("yoco=True has two halves: give n_layer=2 or more")
+        config.sliding_window = config.sliding_window or max(1, config.block_size // 4)  # window
+
+
+def crosses(config: GPTConfig, layer: int) -> bool:
+    """Whether a block attends to the common keys and values."""
+    return config.yoco and layer >= config.n_layer // 2
+
+
+class SharedKeysValues(Attention):
+    """The keys and values of attention alone, and the norm before them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, config.n_layer // 2)
+        for name in {"q", "out", "q_norm"} & self.keys():
+            del self[name]
+        self.norm = make_norm(config)
+
+    def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> tuple:
+        k, v, _ = self.keys_values(self.norm(x), offset, cache, tap)
+        return k, v, mx.arange(k.shape[2])
+
+
+class CrossAttention(Attention):
+    """The queries of attention alone; its `cache` is what SharedKeysValues gave."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__(config, layer)
+        for name in {"k", "v", "k_norm"} & self.keys():
+            del self[name]
+
+    def keys_values(self, x: mx.array, offset: int, cache, tap: Callable):
+        return cache
+
+
+def cross_attention(config: GPTConfig, layer: int) -> Attention:
+    if config.diff_attn:  # diff
+        return type("CrossDiffAttention", (CrossAttention, DiffAttention), {})(config, layer)  # diff
+    return CrossAttention(config, layer)
+
+
+def seen_mask(queries: mx.array, keys: mx.array) -> mx.array:
+    """0 for what is seen, -inf for the future: (B, 1, T, S), for places()."""
+    return mx.where(queries >= keys, 0.0, -mx.inf)
+
+
+# ---- end of yoco -----------------------------------------------------------------------------------------------------
 
 # ---- tap: looking inside ---------------------------------------------------------------------------------------------
 
@@ -519,28 +959,42 @@ class GPT(nn.Module):
         if config.pos == "learned":
             self.pos_embed = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = [Block(config, layer) for layer in range(config.n_layer)]
+        for layer in range(config.mod_every - 1, config.n_layer, config.mod_every):  # mod
+            if config.mod != "none":  # mod
+                self.blocks[layer] = RoutedBlock(config, layer)  # mod
+        if config.yoco:  # yoco
+            self.shared = SharedKeysValues(config)  # yoco
         self.norm = make_norm(config)
         if not config.tie:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.checkpoint_every = 0  # recompute every k-th block's activations in the backward pass; 0: store all
         init_weights(self, seed)
 
-    def residual(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap) -> mx.array:
-        """The residual stream after the last block: (B, T) token ids -> (B, T, C)."""
+    def residual(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap,
+                 last: bool = False) -> mx.array:
+        """The residual stream after the last block: (B, T) token ids -> (B, T, C); of the last position alone, (B, 1,
+        C), if that is all that is asked for."""
         T, offset = idx.shape[1], 0 if cache is None else cache.offset
+        if cache is not None:
+            cache.offset += T
         x = self.embed(idx)
         if self.config.pos == "learned":
             if offset + T > self.config.block_size:
                 raise UserError(f"{offset + T} tokens, but positions are learned up to {self.config.block_size}")
             x = x + self.pos_embed(mx.arange(offset, offset + T))
         for layer, block in enumerate(self.blocks):
+            memory = None if cache is None else cache.layers[layer]
+            if crosses(self.config, layer):  # yoco
+                if layer == self.config.n_layer // 2:  # yoco
+                    shared = self.shared(x, offset, memory, tap)  # yoco
+                    x, offset = (x[:, -1:], offset + T - 1) if last else (x, offset)  # yoco
+                memory = shared  # yoco
             run = block
             if self.checkpoint_every and self.training and tap is no_tap and layer % self.checkpoint_every == 0:
                 run = nn.utils.checkpoint(block)  # not with a tap: what that captures would get no gradient
-            x = run(x, offset, None if cache is None else cache.layers[layer], tap)
-        if cache is not None:
-            cache.offset += T
-        return tap("resid", self.config.n_layer, x)
+            x = run(x, offset, memory, tap)
+        x = tap("resid", self.config.n_layer, x)
+        return x[:, -1:] if last else x
 
     def unembed(self, x: mx.array) -> mx.array:
         """Final norm and vocabulary projection: (..., C) -> logits (..., V)."""
@@ -550,9 +1004,11 @@ class GPT(nn.Module):
         """The vocabulary projection alone."""
         return self.embed.as_linear(x) if self.config.tie else self.head(x)
 
-    def __call__(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap) -> mx.array:
-        """(B, T) token ids -> logits (B, T, V). With a cache, idx continues the tokens that it holds."""
-        return self.unembed(self.residual(idx, cache, tap))
+    def __call__(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap,
+                 last: bool = False) -> mx.array:
+        """(B, T) token ids -> logits (B, T, V); with last=True of the last position alone, (B, 1, V). With a cache, idx
+        continues the tokens that it holds."""
+        return self.unembed(self.residual(idx, cache, tap, last))
 
     def make_cache(self) -> Cache:
         """An empty key/value cache: model(idx, cache=cache) fills it, any number of tokens at a time."""
@@ -635,6 +1091,8 @@ def init_weights(model: GPT, seed: int = 0):
     stds = {"embed": 0.02, "pos_embed": 0.02, "head": 0.02, "q": std, "k": std, "v": std, "gate": std, "up": std}
     stds["out"] = stds["down"] = std / math.sqrt(2 * model.config.n_layer)
     stds.update(dict.fromkeys(DIFF_LAMBDAS, 0.1), lam=std)  # diff
+    stds.update(router=std)  # moe
+    stds.update(router=std)  # mod
 
     def initial(path: str, p: mx.array) -> mx.array:
         *_, module, kind = ["", *path.split(".")]
@@ -679,12 +1137,13 @@ def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_
 
 def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, n_vocab: int = 0,
-             tap: Callable = no_tap) -> Iterator:
+             tap: Callable = no_tap, cache: Cache | None = None) -> Iterator:
     """Continue token ids (T,), yielding one int a token; or a batch of them (B, T), yielding a list of B ints.
 
     repetition_penalty divides the positive logits of tokens seen before (Keskar et al. 2019) and multiplies the
     negative ones. n_vocab: ids from here on are padding of the vocabulary and never drawn. When the context is full,
-    its second half is read again into a new cache: a token never sees more than block_size tokens.
+    the cache is cleared and the second half read again: a token never sees more than block_size tokens. cache: an empty
+    one of model.make_cache(), for a caller who wants to see it.
     """
     block_size, V = model.config.block_size, model.config.vocab_size
     history = np.array(ids, dtype=np.int64)
@@ -696,11 +1155,11 @@ def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top
     if repetition_penalty != 1:
         seen = mx.put_along_axis(seen, mx.array(history), mx.array(True), axis=1)
     padding = mx.arange(V) >= (n_vocab or V)
-    cache, read = model.make_cache(), [mx.array(history[:, -block_size:])]  # read: the tokens since the cache began
+    cache, read = cache or model.make_cache(), [mx.array(history[:, -block_size:])]  # read: what the cache is of
 
     def step(x):  # x (B, T) -> the next token (B, 1); nothing is computed yet
         nonlocal key, seen
-        logits = model(x, cache=cache, tap=tap)[:, -1]
+        logits = model(x, cache=cache, tap=tap, last=True)[:, -1]
         if repetition_penalty != 1:
             less = mx.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = mx.where(seen, less, logits)
@@ -721,7 +1180,8 @@ def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top
             if endless(model.config):  # window
                 full = False  # window
             if full:
-                cache, read = model.make_cache(), [mx.concatenate(read, axis=1)[:, -max(1, block_size // 2):]]
+                cache.clear()
+                read = [mx.concatenate(read, axis=1)[:, -max(1, block_size // 2):]]
                 token = step(read[0])
             else:
                 token = step(token)

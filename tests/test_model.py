@@ -42,6 +42,31 @@ FLAVOURS = {
     "diff, ALiBi": dict(diff_attn=True, alibi=True, qk_norm=False),
     "diff 2, window, ALiBi": dict(diff_attn=True, diff_attn_version=2, alibi=True, sliding_window=5, n_kv_head=1),
     "diff, window": dict(diff_attn=True, sliding_window=5, window_pattern="LS", n_kv_head=2),
+    "sinks": dict(sliding_window=6, sinks=4, n_kv_head=2),
+    "sinks, in blocks": dict(sliding_window=9, sinks=3, n_layer=1),
+    "sinks, ALiBi": dict(sliding_window=3, sinks=5, alibi=True),
+    "sinks, diff, pattern": dict(sliding_window=4, sinks=1, diff_attn=True, window_pattern="SL"),
+    "sinks, learned": dict(sliding_window=4, sinks=2, pos="learned", qk_norm=False),
+    "MoE": dict(n_expert=5, expert_top_k=2, ffn_dim=24),
+    "MoE, Mixtral": dict(n_expert=4, mlp="swiglu", ffn_dim=40, n_kv_head=2, qk_norm=False, tie=False),
+    "MoE, all biases": dict(n_expert=3, expert_top_k=1, mlp="gelu", ffn_dim=24, bias=True, norm="layer"),
+    "MoE, shared, loss-free": dict(n_expert=6, expert_top_k=3, ffn_dim=16, n_shared_expert=2, expert_balance="bias",
+                                   mlp="swiglu", bias=True),
+    "MoD": dict(mod="topk", n_layer=4),
+    "MoD, each": dict(mod="topk", mod_every=1, pos="learned", norm="layer", mlp="gelu", bias=True),
+    "MoD, no positions": dict(mod="topk", mod_every=1, pos="none"),
+    "MoD, ALiBi": dict(mod="topk", mod_every=1, alibi=True),
+    "MoD, window": dict(mod="topk", mod_every=1, sliding_window=7),
+    "MoD, window, ALiBi": dict(mod="topk", mod_every=2, sliding_window=11, alibi=True, diff_attn=True),
+    "MoD, MoE": dict(mod="topk", mod_every=1, n_expert=4, ffn_dim=24),
+    "MoD, soft": dict(mod="soft", n_layer=3),
+    "MoD, soft, window": dict(mod="soft", mod_every=1, sliding_window=5, sinks=2),
+    "YOCO": dict(yoco=True, sliding_window=7, n_kv_head=2),
+    "YOCO, GPT-2": dict(yoco=True, sliding_window=20, n_layer=3, pos="learned", norm="layer", mlp="gelu", bias=True),
+    "YOCO, diff": dict(yoco=True, sliding_window=9, diff_attn=True, window_pattern="LS", n_layer=4),
+    "YOCO, diff 2, ALiBi": dict(yoco=True, sliding_window=9, diff_attn=True, diff_attn_version=2, alibi=True, sinks=2),
+    "YOCO, MoD": dict(yoco=True, sliding_window=9, mod="topk", mod_every=1, n_layer=4),
+    "YOCO, MoD, MoE, ALiBi": dict(yoco=True, sliding_window=9, mod="topk", n_layer=4, alibi=True, n_expert=3),
     "window": dict(sliding_window=5),
     "window of one": dict(sliding_window=1, n_layer=1, qk_norm=False),
     "window over all": dict(sliding_window=500, n_layer=1),
@@ -58,18 +83,22 @@ every_flavour = pytest.mark.parametrize("flavour", FLAVOURS)
 
 def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
     """float64 logits (B, T, V). It takes every parameter that the config asks for, and fails if one is left over."""
-    p, H, KV, D = dict(parameters), c.n_head, c.n_kv_head, c.head_dim
-    B, T = idx.shape
+    used = set()
+    H, KV, D = c.n_head, c.n_kv_head, c.head_dim
+
+    def weight(name):
+        used.add(name)
+        return parameters[name]
 
     def linear(name, x, bias=c.bias):
-        y = x @ p.pop(f"{name}.weight").T
-        return y + p.pop(f"{name}.bias") if bias else y
+        y = x @ weight(f"{name}.weight").T
+        return y + weight(f"{name}.bias") if bias else y
 
     def norm(name, x, kind=c.norm):
         if kind == "layer":
             x = x - x.mean(-1, keepdims=True)
-        y = x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * p.pop(f"{name}.weight")
-        return y + p.pop(f"{name}.bias") if kind == "layer" and c.bias else y
+        y = x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * weight(f"{name}.weight")
+        return y + weight(f"{name}.bias") if kind == "layer" and c.bias else y
 
     def frequencies():  # as transformers words Llama 3.1: by wavelength
         found = []
@@ -85,66 +114,114 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
                 found.append((1 - smooth) * frequency / c.rope_factor + smooth * frequency)
         return np.array(found)
 
-    def turn(x):  # (B, T, heads, D): dimensions i and i + D/2 are one complex number
+    def turn(x, at):  # (T, heads, D), positions (T,): dimensions i and i + D/2 are one complex number
+        if c.pos != "rope":
+            return x
         z = x[..., :D // 2] + 1j * x[..., D // 2:]
-        z = z * np.exp(1j * np.arange(T)[:, None] * frequencies())[:, None]
+        z = z * np.exp(1j * at[:, None] * frequencies())[:, None]
         return np.concatenate([z.real, z.imag], axis=-1)
 
-    def attention(name, x, layer):
-        q, k, v = (linear(f"{name}.{n}", x, c.bias or c.qkv_bias).reshape(B, T, -1, D) for n in "qkv")
+    def keys_values(name, x, at):
+        k, v = (linear(f"{name}.{n}", x, c.bias or c.qkv_bias).reshape(len(x), KV, D) for n in "kv")
+        return turn(norm(f"{name}.k_norm", k, "rms") if c.qk_norm else k, at), v, at
+
+    def attention(name, x, layer, at, shared):  # x (T, C) at the positions (T,)
+        T = len(x)
+        k, v, at_k = shared or keys_values(name, x, at)
+        q = linear(f"{name}.q", x, c.bias or c.qkv_bias).reshape(T, -1, D)
         if c.qk_norm:
-            q, k = norm(f"{name}.q_norm", q, "rms"), norm(f"{name}.k_norm", k, "rms")
-        if c.pos == "rope":
-            q, k = turn(q), turn(k)
-        maps = np.zeros((q.shape[2], B, T, T))
-        pairs = c.diff_attn and q.shape[2] // 2  # version 2 has twice the query heads
-        for b, t, h in np.ndindex(B, T, len(maps)):
-            short = c.sliding_window and (c.window_pattern * c.n_layer)[layer] == "S"
-            seen = np.arange(max(0, t + 1 - c.sliding_window) if short else 0, t + 1)
-            score = k[b, seen, h * KV // len(maps)] @ q[b, t, h] / math.sqrt(D)  # some query heads share a key head
+            q = norm(f"{name}.q_norm", q, "rms")
+        short = c.sliding_window and (c.window_pattern * c.n_layer)[layer] == "S" and not shared
+        within = np.minimum(at, c.sinks + c.sliding_window - 1) if short else at  # positions inside the cache
+        maps = np.zeros((q.shape[1], T, len(k)))
+        pairs = c.diff_attn and q.shape[1] // 2  # version 2 has twice the query heads
+        q, q_within = turn(q, at), turn(q, within)
+        for t, h, j in np.ndindex(T, len(maps), len(k)):
+            sink = short and at_k[j] < c.sinks
+            if at_k[j] > at[t] or short and not sink and at[t] - at_k[j] >= c.sliding_window:
+                continue
+            score = (q_within if sink else q)[t, h] @ k[j, h * KV // len(maps)] / math.sqrt(D)
             if c.alibi:
-                score = score - (SLOPES[pairs][h // 2] if pairs else SLOPES[H][h]) * (t - seen)
-            maps[h, b, t, seen] = np.exp(score) / np.exp(score).sum()
+                distance = (within if sink else at)[t] - at_k[j]
+                score = score - (SLOPES[pairs][h // 2] if pairs else SLOPES[H][h]) * distance
+            maps[h, t, j] = np.exp(score)
+        maps = maps / maps.sum(-1, keepdims=True)
         if not pairs:
-            y = np.stack([maps[h] @ v[:, :, h * KV // H] for h in range(H)], axis=2)
+            y = np.stack([maps[h] @ v[:, h * KV // H] for h in range(H)], axis=1)
         elif c.diff_attn_version == 1:
             y, start = [], 0.8 - 0.6 * math.exp(-0.3 * layer)
-            lam = [p.pop(f"{name}.lambda_{n}") for n in ("q1", "k1", "q2", "k2")]
+            lam = [weight(f"{name}.lambda_{n}") for n in ("q1", "k1", "q2", "k2")]
             lam = math.exp(lam[0] @ lam[1]) - math.exp(lam[2] @ lam[3]) + start
-            weight = p.pop(f"{name}.head_norm.weight")
+            scale = weight(f"{name}.head_norm.weight")
             for i in range(pairs):
-                value = v.reshape(B, T, KV // 2, 2 * D)[:, :, i * KV // H]
+                value = v.reshape(len(k), KV // 2, 2 * D)[:, i * KV // H]
                 z = (maps[2 * i] - lam * maps[2 * i + 1]) @ value
-                y.append(z / np.sqrt((z * z).mean(-1, keepdims=True) + 1e-5) * weight * (1 - start))
-            y = np.stack(y, axis=2)
+                y.append(z / np.sqrt((z * z).mean(-1, keepdims=True) + 1e-5) * scale * (1 - start))
+            y = np.stack(y, axis=1)
         else:
-            lam = 1 / (1 + np.exp(-x @ p.pop(f"{name}.lam.weight").T))
-            y = np.stack([(maps[2 * i] - lam[:, :, i, None] * maps[2 * i + 1]) @ v[:, :, i * KV // H]
-                          for i in range(pairs)], axis=2)
-        return linear(f"{name}.out", y.reshape(B, T, H * D))
+            lam = 1 / (1 + np.exp(-x @ weight(f"{name}.lam.weight").T))
+            y = np.stack([(maps[2 * i] - lam[:, i, None] * maps[2 * i + 1]) @ v[:, i * KV // H]
+                          for i in range(pairs)], axis=1)
+        return linear(f"{name}.out", y.reshape(T, H * D))
+
+    def activation(up, gate):
+        if c.mlp == "swiglu":
+            return gate / (1 + np.exp(-gate)) * up
+        if c.mlp == "relu2":
+            return np.where(up > 0, up, 0) ** 2
+        if c.mlp == "gelu":
+            return up * (1 + np.vectorize(math.erf)(up / math.sqrt(2))) / 2
+        return up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up ** 3)))
 
     def mlp(name, x):
-        if c.mlp == "swiglu":
-            gate = linear(f"{name}.gate", x)
-            return linear(f"{name}.down", gate / (1 + np.exp(-gate)) * linear(f"{name}.up", x))
-        x = linear(f"{name}.up", x)
-        if c.mlp == "relu2":
-            x = np.where(x > 0, x, 0) ** 2
-        elif c.mlp == "gelu":
-            x = x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
-        else:
-            x = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
-        return linear(f"{name}.down", x)
+        gate = linear(f"{name}.gate", x) if c.mlp == "swiglu" else None
+        return linear(f"{name}.down", activation(linear(f"{name}.up", x), gate))
 
-    embed = p.pop("embed.weight")
-    x = embed[idx]
-    if c.pos == "learned":
-        x = x + p.pop("pos_embed.weight")[:T]
-    for layer in range(c.n_layer):
-        x = x + attention(f"blocks.{layer}.attn", norm(f"blocks.{layer}.attn_norm", x), layer)
-        x = x + mlp(f"blocks.{layer}.mlp", norm(f"blocks.{layer}.mlp_norm", x))
-    logits = norm("norm", x) @ (embed if c.tie else p.pop("head.weight")).T
-    assert not p, f"parameters without a use: {list(p)}"
+    def experts(name, x):  # every token through every expert, weighed
+        logits = x @ weight(f"{name}.router.weight").T
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        score = p + (weight(f"{name}.balance") if c.expert_balance == "bias" else 0)
+        gates = np.where(score >= np.sort(score)[:, -c.expert_top_k, None], p, 0)
+        gates = gates / gates.sum(-1, keepdims=True)
+
+        def expert_linear(part, x, e):
+            y = x @ weight(f"{name}.{part}.weight")[e].T
+            return y + weight(f"{name}.{part}.bias")[e] if c.bias else y
+
+        y = mlp(f"{name}.shared", x) if c.n_shared_expert else 0
+        for e in range(c.n_expert):
+            gate = expert_linear("gate", x, e) if c.mlp == "swiglu" else None
+            hidden = activation(expert_linear("up", x, e), gate)
+            y = y + gates[:, e, None] * expert_linear("down", hidden, e)
+        return y
+
+    def block(x, layer, at, shared):
+        name = f"blocks.{layer}"
+        x = x + attention(f"{name}.attn", norm(f"{name}.attn_norm", x), layer, at, shared)
+        return x + (experts if c.n_expert else mlp)(f"{name}.mlp", norm(f"{name}.mlp_norm", x))
+
+    def row(idx):
+        x, at, shared = weight("embed.weight")[idx], np.arange(len(idx)), None
+        if c.pos == "learned":
+            x = x + weight("pos_embed.weight")[at]
+        for layer in range(c.n_layer):
+            if c.yoco and layer == c.n_layer // 2:
+                shared = keys_values("shared", norm("shared.norm", x), at)
+            if c.mod == "none" or layer % c.mod_every < c.mod_every - 1:
+                x = block(x, layer, at, shared)
+                continue
+            r = x @ weight(f"blocks.{layer}.router.weight")[0]
+            if c.mod == "soft":
+                x = x + (block(x, layer, at, shared) - x) / (1 + np.exp(-r[:, None]))
+            else:
+                likely = x @ weight(f"blocks.{layer}.predictor.weight")[0] - weight(f"blocks.{layer}.threshold")
+                chosen, = np.nonzero(likely > 0)
+                x = x.copy()
+                x[chosen] += r[chosen, None] * (block(x[chosen], layer, at[chosen], shared) - x[chosen])
+        return norm("norm", x) @ weight("embed.weight" if c.tie else "head.weight").T
+
+    logits = np.stack([row(ids) for ids in idx])
+    assert used == set(parameters), f"parameters without a use: {set(parameters) - used}"
     return logits
 
 
@@ -167,10 +244,10 @@ def build(flavour="default", **changes) -> GPT:
         if p.ndim == 1:
             value = 0.3 * noise + ("norm" in name and name.endswith("weight"))
         else:
-            value = noise if name.startswith("embed") else noise * p.shape[1] ** -0.5
+            value = noise if name.startswith("embed") else noise * p.shape[-1] ** -0.5
         weights.append((name, mx.array(value.astype(np.float32))))
     model.update(tree_unflatten(weights))
-    return model
+    return model.eval() if model.config.mod == "topk" else model  # in training it looks ahead
 
 
 def float64(tree) -> dict:

@@ -114,13 +114,13 @@ def test_window_in_blocks(T, W, alibi):
         e = np.exp(score)
         wanted[b, h, t] = e @ v[b, h // 2, seen] / e.sum()
     q, k, v = (mx.array(x.astype(np.float32)) for x in (q, k, v))
-    assert np.abs(np.array(window_attention(config, q, k, v)) - wanted).max() < 1e-5
+    assert np.abs(np.array(window_attention(config, 0, q, k, v, 0)) - wanted).max() < 1e-5
 
     def whole(q, k, v):
         return core.attend(q, k, v, core.score_mask(config, 0, T, 0, None))
 
     a, b = (mx.grad(lambda q, k, v, f=f: (f(q, k, v) * q).sum(), (0, 1, 2))(q, k, v)
-            for f in (lambda *x: window_attention(config, *x), whole))
+            for f in (lambda *x: window_attention(config, 0, *x, 0), whole))
     assert all(mx.abs(x - y).max() < 1e-4 for x, y in zip(a, b, strict=True))
 
 
