@@ -231,7 +231,8 @@ def alternate(what: str, unit: str, work: float, ours, peer):
     for i in tqdm(range(rounds + 1), desc=what, leave=False, disable=None):
         for f, kept in zip((ours, peer), seconds, strict=True):
             began = time.perf_counter()
-            mx.eval(f())
+            done = f()
+            mx.eval([] if done is None else done)
             if i:
                 kept.append(time.perf_counter() - began)
     row(what, unit, work, *seconds)
@@ -249,6 +250,46 @@ def bench_window():  # window
     alternate("window 128 of 4096, attention, all keys", "tok/s", T,
               lambda: gradients(lambda *x: window_attention(config, *x)),
               lambda: gradients(lambda *x: attend(*x, "causal")))
+
+
+def bench_moe():  # moe
+    """A training step of 8 experts, 2 a token, of half the width, against the dense model of the same active weights."""
+    shape = dict(n_layer=4, n_embd=256, n_head=4, block_size=256, vocab_size=4096) if ON_CPU else dict(
+        n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=50304)
+    batch = 8 if ON_CPU else 16
+    half = 2 * shape["n_embd"]
+    dense, sparse = (our_training(GPT(GPTConfig(**shape, **own)), dict(batch=batch, steps=1))
+                     for own in (dict(ffn_dim=2 * half), dict(ffn_dim=half, n_expert=8)))
+    alternate("8 experts, 2 a token; dense, as many active", "tok/s", batch * shape["block_size"], sparse, dense)
+
+
+def bench_mod():  # mod
+    """A training step where every other block works on an eighth of the tokens, against one of whole blocks."""
+    shape = dict(n_layer=4, n_embd=256, n_head=4, vocab_size=4096) if ON_CPU else dict(
+        n_layer=12, n_embd=768, n_head=12, vocab_size=50304)
+    batch = 2 if ON_CPU else 16
+    dense, routed = (our_training(GPT(GPTConfig(**shape, **own, block_size=1024)), dict(batch=batch, steps=1))
+                     for own in (dict(), dict(mod="topk")))
+    alternate("MoD, 1/8 every other block, T 1024; dense", "tok/s", batch * 1024, routed, dense)
+
+
+def bench_yoco():  # yoco
+    """Bytes of the cache at 32768 tokens and 12 layers, and the time to read them as a prompt."""
+    T = 32768 if not ON_CPU else 4096
+    shape = dict(n_layer=12, n_embd=128, n_head=2, block_size=T, vocab_size=256)
+    models = [GPT(GPTConfig(**shape, **own)).eval() for own in (dict(yoco=True, sliding_window=128), dict())]
+    prompt, bytes_of = mx.zeros((1, T), dtype=mx.int32), []
+    for model in models:
+        model.set_dtype(dtype)
+
+    def read(model):
+        cache = model.make_cache()
+        mx.eval(model(prompt, cache=cache, last=True))
+        bytes_of.append(cache.nbytes)
+
+    alternate(f"YOCO, 12 layers, prompt of {T}; full cache", "tok/s", T, *(lambda m=m: read(m) for m in models))
+    show(f"YOCO, 12 layers, cache of {T}; full cache", "MB", *(f"{n / 1e6:.2f}" for n in bytes_of[:2]),
+         f"{bytes_of[1] / bytes_of[0]:.2f}", "", "", "")
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -270,3 +311,6 @@ if "tokenize" in only:
     bench_tokenizing()
 if "variants" in only:
     bench_window()  # window
+    bench_moe()  # moe
+    bench_mod()  # mod
+    bench_yoco()  # yoco

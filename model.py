@@ -148,7 +148,7 @@ def score_mask(config: GPTConfig, layer: int, T: int, offset: int, keys: mx.arra
     if windowed(config, layer) and (T > 1 or not isinstance(offset, int)):  # window
         mask = window_mask(config, *places(T, offset, keys))  # window
     if config.alibi:  # alibi
-        mask = alibi_bias(config, layer, *places(T, offset, keys)) + (mask if isinstance(mask, mx.array) else 0)  # alibi
+        mask = alibi_mask(config, layer, mask, *places(T, offset, keys))  # alibi
     return mask
 
 
@@ -192,14 +192,15 @@ def alibi_slopes(n_head: int) -> list[float]:
     return slopes + [2 ** (-4 * i / power) for i in range(1, 2 * power + 1, 2)][:n_head - power]
 
 
-def alibi_bias(config: GPTConfig, layer: int, queries: mx.array, keys: mx.array) -> mx.array:
-    """-slope * distance, and -inf for the future: (B, H, T, S), for places()."""
+def alibi_mask(config: GPTConfig, layer: int, mask, queries: mx.array, keys: mx.array) -> mx.array:
+    """-slope * distance, and -inf for the future, beside what another mask hides: (B, H, T, S), for places()."""
     slopes, distance = alibi_slopes(config.n_head), queries - keys
     if config.diff_attn:  # diff
         slopes = [slope for slope in alibi_slopes(diff_pairs(config)) for _ in range(2)]  # diff
     if windowed(config, layer):  # window
         distance = mx.minimum(distance, farthest(config, keys))  # window
-    return mx.where(distance < 0, -mx.inf, -mx.array(slopes)[:, None, None] * distance)
+    bias = mx.where(distance < 0, -mx.inf, -mx.array(slopes)[:, None, None] * distance)
+    return bias + mask if isinstance(mask, mx.array) else bias
 
 
 # ---- end of alibi ----------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v:
     is_sink = mx.arange(keys.shape[-1]) < config.sinks  # these columns are for queries out of whose window they are
     mask = mx.where(mx.where(is_sink, queries - keys >= config.sliding_window, near), 0.0, -mx.inf)
     if config.alibi:  # alibi
-        mask = mask + alibi_bias(config, layer, queries, keys)  # alibi
+        mask = alibi_mask(config, layer, mask, queries, keys)  # alibi
     mask = mx.broadcast_to(mask, (B, *mask.shape[1:])).flatten(0, 1)
     y = attend(blocks(q).flatten(0, 1), with_previous(blocks(k), k).flatten(0, 1),
                with_previous(blocks(v), v).flatten(0, 1), mask)
@@ -552,7 +553,8 @@ class MLP(nn.Module):
 
 # ---- variant moe: mixture of experts (Shazeer et al. 2017; Fedus et al. 2022; Jiang et al. 2024) ---------------------
 #
-#   y = sum over the k experts of largest p_e of g_e MLP_e(x),   p = softmax(W x),   g = p_e / (sum of the k chosen)
+#   y = sum over the k experts of largest p_e of g_e MLP_e(x),   p = softmax(W x),   g = p_e / (sum of the k chosen);
+#   g = p_e where k = 1, or the router would learn nothing
 #
 # A token runs through its own k experts only. Its k (token, expert) pairs are sorted by expert into blocks of 64 rows
 # of one expert each, so that all experts are one matmul of blocks. Costs what k MLPs of width ffn_dim cost, the rows
@@ -677,7 +679,8 @@ class MoE(nn.Module):
         p = mx.softmax(logits, axis=-1)
         score = p + self.balance if "balance" in self else p
         chosen = mx.argpartition(mx.stop_gradient(-score), k - 1, axis=-1)[:, :k]
-        gates = mx.softmax(mx.take_along_axis(logits, chosen, axis=-1), axis=-1).astype(x.dtype)
+        gates = mx.take_along_axis(p, chosen, axis=-1)
+        gates = (gates / gates.sum(-1, keepdims=True) if k > 1 else gates).astype(x.dtype)
         if chosen.size < ROWS:  # too few to sort
             rows, expert, ends = mx.repeat(flat, k, axis=0), chosen.reshape(-1), None
         else:
@@ -758,7 +761,7 @@ def make_norm(config: GPTConfig) -> nn.Module:
 #
 # A routed block works on a share mod_capacity of a sequence's tokens, taken out in their order, with their positions;
 # they attend to one another only. Which r_t are the largest depends on the future, so while sampling, and whenever the
-# model is not in training, a second router tells from the token alone whether it would be among them.
+# model is not in training, a predictor tells from the token alone whether it would be among them.
 
 
 def check_mod(config: GPTConfig):
@@ -778,22 +781,18 @@ class RoutedBlock(Block):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)
         self.config = config
-        self.router = nn.Linear(config.n_embd, 1, bias=False)
+        self.depth_router = nn.Linear(config.n_embd, 1, bias=False)
         if config.mod == "topk":
             self.predictor = nn.Linear(config.n_embd, 1, bias=False)
             self.predictor.weight = mx.zeros((1, config.n_embd))
             self.threshold = mx.array([math.log(1 / min(config.mod_capacity, 0.999) - 1)])
 
     def make_cache(self):
-        if self.config.mod == "soft":
-            return super().make_cache()
-        if crosses(self.config, self.layer):  # yoco
-            return super().make_cache()  # yoco
-        return RoutedCache(super().make_cache)
+        return super().make_cache() if self.config.mod == "soft" else RoutedCache(super().make_cache)
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         x = tap("resid", self.layer, x)
-        r = tap("depth", self.layer, self.router(x)[..., 0])
+        r = tap("depth", self.layer, self.depth_router(x)[..., 0])
         if self.config.mod == "soft":
             return x + sigmoid(r)[..., None] * (self.add(x, offset, cache, tap) - x)
         likely = self.predictor(mx.stop_gradient(x))[..., 0].astype(mx.float32) - self.threshold
@@ -805,7 +804,7 @@ class RoutedBlock(Block):
             order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
             chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
             positions = order + offset
-            miss = mx.logaddexp(likely, 0) - likely * chosen  # cross-entropy of the second router
+            miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
             x = with_loss(x, 0.01 * miss.mean())  # little, lest clipping shorten the model's own gradient
         else:  # the chosen tokens first, the others after them, where no chosen one sees them
             chosen = likely > 0
@@ -986,6 +985,7 @@ class GPT(nn.Module):
             memory = None if cache is None else cache.layers[layer]
             if crosses(self.config, layer):  # yoco
                 if layer == self.config.n_layer // 2:  # yoco
+                    memory = None if cache is None else cache.layers[-1]  # yoco
                     shared = self.shared(x, offset, memory, tap)  # yoco
                     x, offset = (x[:, -1:], offset + T - 1) if last else (x, offset)  # yoco
                 memory = shared  # yoco
@@ -1012,6 +1012,8 @@ class GPT(nn.Module):
 
     def make_cache(self) -> Cache:
         """An empty key/value cache: model(idx, cache=cache) fills it, any number of tokens at a time."""
+        if self.config.yoco:  # yoco
+            return Cache([*self.blocks, self.shared])  # yoco
         return Cache(self.blocks)
 
     def loss(self, idx: mx.array, targets: mx.array, mask: mx.array | None = None, tap: Callable = no_tap) -> mx.array:
@@ -1092,7 +1094,7 @@ def init_weights(model: GPT, seed: int = 0):
     stds["out"] = stds["down"] = std / math.sqrt(2 * model.config.n_layer)
     stds.update(dict.fromkeys(DIFF_LAMBDAS, 0.1), lam=std)  # diff
     stds.update(router=std)  # moe
-    stds.update(router=std)  # mod
+    stds.update(depth_router=std)  # mod
 
     def initial(path: str, p: mx.array) -> mx.array:
         *_, module, kind = ["", *path.split(".")]

@@ -60,7 +60,7 @@ FLAVOURS = {
     "MoD, window, ALiBi": dict(mod="topk", mod_every=2, sliding_window=11, alibi=True, diff_attn=True),
     "MoD, MoE": dict(mod="topk", mod_every=1, n_expert=4, ffn_dim=24),
     "MoD, soft": dict(mod="soft", n_layer=3),
-    "MoD, soft, window": dict(mod="soft", mod_every=1, sliding_window=5, sinks=2),
+    "MoD, soft, window": dict(mod="soft", sliding_window=5, sinks=2),
     "YOCO": dict(yoco=True, sliding_window=7, n_kv_head=2),
     "YOCO, GPT-2": dict(yoco=True, sliding_window=20, n_layer=3, pos="learned", norm="layer", mlp="gelu", bias=True),
     "YOCO, diff": dict(yoco=True, sliding_window=9, diff_attn=True, window_pattern="LS", n_layer=4),
@@ -182,7 +182,7 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         score = p + (weight(f"{name}.balance") if c.expert_balance == "bias" else 0)
         gates = np.where(score >= np.sort(score)[:, -c.expert_top_k, None], p, 0)
-        gates = gates / gates.sum(-1, keepdims=True)
+        gates = gates / (gates.sum(-1, keepdims=True) if c.expert_top_k > 1 else 1)
 
         def expert_linear(part, x, e):
             y = x @ weight(f"{name}.{part}.weight")[e].T
@@ -210,7 +210,7 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
             if c.mod == "none" or layer % c.mod_every < c.mod_every - 1:
                 x = block(x, layer, at, shared)
                 continue
-            r = x @ weight(f"blocks.{layer}.router.weight")[0]
+            r = x @ weight(f"blocks.{layer}.depth_router.weight")[0]
             if c.mod == "soft":
                 x = x + (block(x, layer, at, shared) - x) / (1 + np.exp(-r[:, None]))
             else:

@@ -33,6 +33,16 @@ def without(source: str, *variants: str) -> str:
     return source
 
 
+def words(variant: str) -> set[str]:
+    """What the variant alone brings: its name, its settings, and what its section defines."""
+    kept = without(SOURCE, variant)
+    own = "".join(line for line in SOURCE.splitlines(keepends=True) if line not in kept.splitlines(keepends=True))
+    defined = re.findall(r"^(?:def|class|@mx.custom_function\ndef) (\w+)|^([A-Z_]+)\b.* = |self\.(\w+) = ", own, re.M)
+    settings = re.findall(rf"^    (\w+): .*# {variant}$", own, re.M)
+    found = {word for group in defined for word in group if word} | {*settings}
+    return {variant} | {word for word in found if not re.search(rf"\b{word}\b", kept)}
+
+
 def module(source: str) -> types.ModuleType:
     made = types.ModuleType("model_without")
     sys.modules[made.__name__] = made  # dataclasses look their module up
@@ -52,8 +62,10 @@ def logits(made, **settings) -> np.ndarray:
 
 def assert_gone(source: str, *variants: str):
     """No word of the variants is left, and the baseline's numbers are the same to the last bit."""
+    brought = {variant: words(variant) for variant in variants}
     left = [line for line in source.splitlines() for variant in variants
-            if re.search(rf"(?<![a-z]){variant}(?![a-z])", line, re.I)]
+            if re.search(rf"(?<![a-z]){variant}(?![a-z])", line, re.I)
+            or brought[variant] & {*re.findall(r"\w+", line)}]
     assert not left, f"these lines are left of it: {left}"
     made = module(source)
     for settings in ({}, dict(pos="learned", norm="layer", mlp="gelu", bias=True), dict(n_kv_head=2, mlp="swiglu")):
@@ -231,3 +243,344 @@ def test_diff_without_the_second_map():
 def test_bad_diff(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         GPTConfig(diff_attn=True, **bad)
+
+
+# ---- moe -------------------------------------------------------------------------------------------------------------
+
+
+def experts(E=5, k=2, **settings) -> GPT:
+    """With routers far from even, so that experts differ in load and one may have none."""
+    model = small(n_expert=E, expert_top_k=k, **settings)
+    for block in model.blocks:
+        block.mlp.router.weight = block.mlp.router.weight * 5
+    return model
+
+
+def loop_over_experts(moe, x: mx.array) -> mx.array:
+    """Each token by each of its experts, one matrix at a time, by nothing that MoE uses; differentiable."""
+    k, names = moe.config.expert_top_k, ("gate", "up", "down")
+    logits = x @ moe.router.weight.T
+    p = mx.softmax(logits, axis=-1)
+    score = p + (moe.balance if "balance" in moe else 0)
+    gates = mx.where(score >= mx.sort(score, axis=-1)[:, -k, None], p, 0)
+    gates = gates / gates.sum(-1, keepdims=True) if k > 1 else gates
+    y = mx.zeros(x.shape)
+    for e in range(moe.config.n_expert):
+        gate, up, down = (moe[name].weight[e].T if name in moe else None for name in names)
+        hidden = mx.square(mx.maximum(x @ up, 0)) if gate is None else (x @ gate) * mx.sigmoid(x @ gate) * (x @ up)
+        y = y + gates[:, e, None] * (hidden @ down)
+    return y
+
+
+@pytest.mark.parametrize("n", [1, 20, 31, 32, 200, 999], ids="{} tokens".format)
+@pytest.mark.parametrize("settings", [
+    dict(), dict(k=1), dict(E=3, k=3, mlp="swiglu"), dict(E=70, k=4, expert_balance="bias")], ids=str)
+def test_moe_is_a_loop_over_experts(n, settings):
+    """Forward and backward; sorted, from 32 tokens of two experts on, and unsorted."""
+    moe = experts(**settings, ffn_dim=24).blocks[0].mlp.eval()
+    if "balance" in moe:
+        moe.balance = mx.random.normal(moe.balance.shape, key=mx.random.key(3)) * 0.3
+    x = mx.random.normal((n, 32), key=mx.random.key(n))
+
+    def both(f):
+        return mx.value_and_grad(lambda p, x: (moe.update(p), (f(x) * mx.sin(x)).sum())[1], (0, 1))(
+            moe.trainable_parameters(), x)
+
+    a, b = both(lambda x: moe(x[None], core.no_tap)[0]), both(lambda x: loop_over_experts(moe, x))
+    for (name, found), (_, wanted) in zip(tree_flatten(a), tree_flatten(b), strict=True):
+        assert mx.abs(found - wanted).max() <= 1e-4 * mx.abs(wanted).max() + 1e-6, name
+
+
+def test_moe_of_one_expert_is_the_mlp():
+    model, moe = small(), experts(E=1, k=1)
+    for ours, its in zip(model.blocks, moe.blocks, strict=True):
+        for name in ("up", "down"):
+            its.mlp[name].weight = ours.mlp[name].weight[None]
+    moe.update({name: p for name, p in model.parameters().items() if name != "blocks"})
+    for ours, its in zip(model.blocks, moe.blocks, strict=True):
+        its.attn.update(ours.attn.parameters())
+    idx = mx.array([[*range(60)]])
+    assert mx.abs(moe(idx) - model(idx)).max() < 1e-5
+
+
+def test_an_unused_expert_has_no_gradient():
+    moe = experts(E=6, k=2).blocks[0].mlp
+    x, noise = (mx.random.normal((1, n, 32), key=mx.random.key(n)) for n in (1, 100))
+    x = x + 0.1 * noise  # all alike, so that most experts have nothing to do
+    used = {*np.argsort(-np.array(x[0] @ moe.router.weight.T))[:, :2].ravel()}
+    gradients = dict(tree_flatten(mx.grad(lambda p: (moe.update(p), moe(x, core.no_tap).sum())[1])(
+        moe.trainable_parameters())))
+    for name in ("up.weight", "down.weight"):
+        reached = (gradients[name] != 0).any((1, 2))
+        assert reached.tolist() == [e in used for e in range(6)] and False in reached.tolist()
+
+
+def numpy_balance(logits: np.ndarray, k: int, switch: bool) -> float:
+    """Equations of Fedus et al. 2022 (f over all k assignments) and Zoph et al. 2022, float64."""
+    E = logits.shape[1]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    f = np.bincount(np.argsort(-logits)[:, :k].ravel(), minlength=E) / (k * len(logits))
+    z = np.log(np.exp(logits).sum(-1))
+    return 0.01 * E * (f * p.mean(0)).sum() * switch + 0.001 * (z * z).mean()
+
+
+@pytest.mark.parametrize("balance", ["loss", "none", "bias"])
+def test_moe_balance_loss(balance):
+    """It changes no output, and its gradient, beside the model's own, is that of the papers' formulas."""
+    moe = experts(expert_balance=balance).blocks[0].mlp
+    x = mx.random.normal((1, 90, 32), key=mx.random.key(7))
+    weight = np.array(moe.router.weight, np.float64)
+
+    def gradient(training):
+        moe.train(training)
+        return mx.grad(lambda w: (moe.router.update({"weight": w}), moe(x, core.no_tap).square().sum())[1])(
+            mx.array(weight.astype(np.float32)))
+
+    found, wanted, h = np.array(gradient(True) - gradient(False)), np.zeros(weight.shape), 1e-6
+    for i in np.ndindex(weight.shape):
+        up, down = weight.copy(), weight.copy()
+        up[i], down[i] = up[i] + h, down[i] - h
+        values = [numpy_balance(np.array(x[0], np.float64) @ w.T, 2, balance == "loss") for w in (up, down)]
+        wanted[i] = (values[0] - values[1]) / (2 * h)
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
+    assert mx.array_equal(moe.train()(x, core.no_tap), moe.eval()(x, core.no_tap))
+
+
+def test_a_balanced_router_has_a_switch_loss_of_one():
+    p = np.full((1000, 8), 1 / 8) + 1e-9 * np.random.default_rng(0).standard_normal((1000, 8))
+    value = numpy_balance(np.log(p), 2, True) - numpy_balance(np.log(p), 2, False)
+    assert abs(value - 0.01) < 1e-5
+
+
+def test_loss_free_balance(monkeypatch):
+    """The bias chooses and weighs nothing, no gradient reaches it, and it evens the load out."""
+    model, idx = experts(E=4, k=1, expert_balance="bias"), mx.array(np.random.default_rng(0).integers(0, 61, (4, 64)))
+    assert "blocks.0.mlp.balance" not in dict(tree_flatten(model.trainable_parameters()))
+    assert "blocks.0.mlp.balance" in dict(tree_flatten(model.parameters()))
+    model.train()
+    model(idx)
+    model(idx)
+    loads = core.rebalance(model)
+    moe = model.blocks[0].mlp
+    assert loads.shape == (3, 4) and np.allclose(loads.mean(1), 1) and loads.max() > 1.3
+    assert np.allclose(moe.balance, 0.001 * np.sign(1 - np.array(loads[0])))
+    monkeypatch.setattr(core, "BIAS_STEP", 0.005)
+    for _ in range(100):
+        model(idx)
+        after = core.rebalance(model)
+        mx.eval(model.state)
+    assert (mx.abs(after - 1).max(1) < 0.4 * mx.abs(loads - 1).max(1)).all()
+    model.eval()
+    model(idx)
+    assert mx.array_equal(core.rebalance(model), mx.zeros((3, 4)))  # only training counts
+
+
+def test_moe_with_checkpointing_and_compile():
+    """The counts and the loss's gradient survive mx.compile and recomputation."""
+    idx = mx.array(np.random.default_rng(0).integers(0, 61, (2, 64)))
+    found = []
+    for every, wrap in ((0, False), (1, False), (0, True)):
+        model = GPT(GPTConfig(vocab_size=61, n_layer=1, n_embd=32, n_expert=4), seed=1)
+        model.checkpoint_every = every
+
+        def gradients(x, model=model):
+            parameters = model.trainable_parameters()
+            grads = mx.grad(lambda p: (model.update(p), model.loss(x, x))[1])(parameters)
+            model.update(parameters)
+            return grads
+
+        f = mx.compile(gradients, inputs=model.state, outputs=model.state) if wrap else gradients
+        found.append((dict(tree_flatten(f(idx))), core.rebalance(model)))
+    for grads, loads in found[1:]:
+        assert np.allclose(loads, found[0][1])
+        for name, g in grads.items():
+            assert mx.abs(g - found[0][0][name]).max() <= 1e-5 * mx.abs(g).max() + 1e-8, name
+
+
+@pytest.mark.parametrize("bad", [
+    dict(n_expert=-1), dict(n_expert=2, expert_top_k=3), dict(n_expert=2, expert_top_k=0), dict(n_shared_expert=1),
+    dict(n_expert=4, expert_balance="even")], ids=str)
+def test_bad_moe(bad):
+    with pytest.raises(UserError, match=[*bad][-1]):
+        GPTConfig(**bad)
+
+
+# ---- mod -------------------------------------------------------------------------------------------------------------
+
+
+def test_mod_at_full_capacity_is_the_dense_block():
+    """All tokens, r = 1."""
+    dense, routed = small(), small(mod="topk", mod_capacity=1.0, mod_every=1)
+    mx.random.seed(0)
+    x = mx.random.normal((2, 50, 32))
+    for block, its in zip(dense.blocks, routed.blocks, strict=True):
+        one = lambda site, layer, y: mx.ones(y.shape) if site == "depth" else y  # noqa: E731
+        assert mx.abs(its(x, 0, None, one) - block(x, 0, None, core.no_tap)).max() < 1e-5
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(alibi=True), dict(sliding_window=6), dict(pos="learned")], ids=str)
+def test_mod_top_k_in_numpy(settings):
+    """Training: the k tokens of the largest r, in order, alone, at their positions; the others bit for bit."""
+    model = small(mod="topk", mod_capacity=0.2, mod_every=1, **settings)
+    block, dense = model.blocks[1], small(**settings).blocks[1]
+    dense.update({name: p for name, p in block.parameters().items() if name in dense})
+    x = mx.random.normal((3, 40, 32), key=mx.random.key(1))
+    found, r = np.array(block(x, 0, None, core.no_tap)), np.array(x) @ np.array(block.depth_router.weight[0])
+    for row in range(3):
+        chosen = np.sort(np.argsort(-r[row])[:8])
+        others = np.setdiff1d(np.arange(40), chosen)
+        assert np.array_equal(found[row, others], np.array(x)[row, others])
+        selected = x[row:row + 1, mx.array(chosen)]
+        y = dense(selected, mx.array(chosen[None]), None, core.no_tap) - selected
+        wanted = np.array(selected[0]) + r[row, chosen, None] * np.array(y[0])
+        assert np.abs(found[row, chosen] - wanted).max() < 1e-5
+
+
+def test_mod_predictor():
+    """It learns who is among the top k, and neither its loss nor its gradient touches the model's."""
+    model, idx = small(mod="topk", mod_capacity=0.25, mod_every=2), mx.array([[*range(60)]])
+
+    def gradients(model):
+        return dict(tree_flatten(mx.grad(lambda p: (model.update(p), model.loss(idx, idx))[1])(model.parameters())))
+
+    before, loss = gradients(model), model.loss(idx, idx)
+    block = model.blocks[1]
+    block.predictor.weight, block.threshold = mx.ones((1, 32)), mx.array([0.3])
+    after = gradients(model)
+    assert mx.array_equal(loss, model.loss(idx, idx))
+    assert {name for name in after if not mx.array_equal(after[name], before[name])} == {
+        "blocks.1.predictor.weight", "blocks.1.threshold"}
+    x = model.embed(idx)
+    r, chosen = (x @ block.depth_router.weight.T)[0, :, 0], np.zeros(60)
+    chosen[np.argsort(-np.array(r))[:15]] = 1
+    x = np.array(x[0], np.float64)
+    seen = {}
+    model(idx, tap=lambda site, layer, y: seen.setdefault((site, layer), y))
+    x = np.array(seen["resid", 1][0], np.float64)
+    chosen = np.zeros(60)
+    chosen[np.argsort(-(x @ np.array(block.depth_router.weight[0])))[:15]] = 1
+    likely = 1 / (1 + np.exp(-(x.sum(-1) - 0.3)))
+    wanted = 0.01 * ((likely - chosen)[:, None] * x).mean(0)  # the gradient of the mean binary cross-entropy
+    assert np.abs(np.array(after["blocks.1.predictor.weight"][0]) - wanted).max() < 1e-5 * np.abs(wanted).max() + 1e-8
+
+
+def test_mod_cache_grows_with_chosen_tokens_alone():
+    model = small(mod="topk", mod_every=2).eval()
+    block, idx = model.blocks[1], mx.array(np.random.default_rng(0).integers(0, 61, (3, 64)))
+    block.predictor.weight = mx.random.normal((1, 32), key=mx.random.key(0)) * 9
+    cache, seen = model.make_cache(), {}
+    model(idx, tap=lambda site, layer, y: seen.setdefault((site, layer), y))
+    for t in range(64):
+        model(idx[:, t:t + 1], cache=cache)
+    likely = (seen["resid", 1] @ block.predictor.weight.T)[..., 0] - block.threshold > 0
+    counts = likely.sum(1).tolist()
+    assert {row: cache.layers[1].rows[row].cache.length for row in cache.layers[1].rows} == {
+        row: n for row, n in enumerate(counts) if n}
+    assert 0 < sum(counts) < 150
+
+
+@pytest.mark.parametrize("bad", [
+    dict(mod="hard"), dict(mod="topk", mod_capacity=0.0), dict(mod="topk", mod_capacity=1.5),
+    dict(mod="soft", mod_every=5), dict(mod="topk", mod_every=0)], ids=str)
+def test_bad_mod(bad):
+    with pytest.raises(UserError, match=[*bad][-1]):
+        GPTConfig(**bad)
+
+
+# ---- yoco ------------------------------------------------------------------------------------------------------------
+
+
+def test_yoco_cache():
+    """(L/2) windows and one global cache, not L of them; only the first have keys and values of their own."""
+    model = GPT(GPTConfig(block_size=512, vocab_size=61, n_layer=6, n_head=2, n_embd=32, yoco=True, sliding_window=64))
+    cache = model.make_cache()
+    mx.eval(model(mx.zeros((1, 512), mx.int32), cache=cache))
+    assert cache.nbytes == (3 * 64 + 512) * 2 * 32 * 4
+    own = {name.split(".")[1] for name, _ in tree_flatten(model.parameters()) if ".attn.k." in name}
+    assert own == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(diff_attn=True), dict(alibi=True), dict(n_expert=3)], ids=str)
+def test_yoco_prompt_stops_early(settings):
+    """Only the last token passes the second half, and the next token's logits are the same."""
+    model, idx = small(yoco=True, sliding_window=9, **settings), mx.array([[*range(60)], [*range(60, 0, -1)]])
+    seen, cache = {}, model.make_cache()
+    last = model(idx[:, :50], cache=cache, last=True, tap=lambda site, layer, x: seen.setdefault((site, layer), x))
+    whole = model(idx)
+    assert last.shape == (2, 1, 61) and mx.abs(last - whole[:, 49:50]).max() < 1e-4
+    assert seen["resid", 0].shape[1] == 50 and seen["resid", 1].shape[1] == seen["resid", 2].shape[1] == 1
+    assert mx.abs(model(idx[:, 50:], cache=cache) - whole[:, 50:]).max() < 1e-4
+
+
+def test_yoco_needs_two_halves():
+    with pytest.raises(UserError, match="n_layer"):
+        GPTConfig(yoco=True, n_layer=1)
+    assert GPTConfig(yoco=True, block_size=256).sliding_window == 64
+
+
+# ---- all pairs -------------------------------------------------------------------------------------------------------
+
+IDEAS = {
+    "window": dict(sliding_window=11), "sinks": dict(sliding_window=11, sinks=3),
+    "pattern": dict(sliding_window=11, window_pattern="SL"), "alibi": dict(alibi=True),
+    "learned": dict(pos="learned"), "no positions": dict(pos="none"), "grouped": dict(n_kv_head=2),
+    "no qk_norm": dict(qk_norm=False), "diff": dict(diff_attn=True),
+    "diff 2": dict(diff_attn=True, diff_attn_version=2), "moe": dict(n_expert=4, ffn_dim=24),
+    "moe, bias": dict(n_expert=4, ffn_dim=24, expert_balance="bias", n_shared_expert=1),
+    "mod": dict(mod="topk", mod_capacity=0.4), "mod soft": dict(mod="soft"), "yoco": dict(yoco=True, sliding_window=11),
+}
+REFUSED = {("sinks", "mod"): "sinks.*mod=topk", ("alibi", "learned"): "alibi=True.*pos=learned"}
+
+
+def combine(*names) -> dict:
+    return {name: value for idea in names for name, value in IDEAS[idea].items()}
+
+
+PAIRS = [(a, b) for i, a in enumerate(IDEAS) for b in [*IDEAS][i + 1:]
+         if all(IDEAS[a].get(name, value) == value for name, value in IDEAS[b].items())]  # not two of one setting
+ALL = [*PAIRS, ("alibi", "diff", "moe", "mod", "yoco"), ("sinks", "diff 2", "moe, bias", "mod soft", "grouped"),
+       ("alibi", "pattern", "diff", "mod", "moe, bias", "no qk_norm")]
+
+
+@pytest.mark.parametrize("names", ALL, ids=" + ".join)
+def test_pair(names, tmp_path):
+    """It is refused in one line that names both; or cached equals uncached by token and in chunks, to seven windows and
+    in a batch, the future moves nothing, gradients reach every parameter, and the checkpoint keeps it."""
+    settings = dict(block_size=96, vocab_size=61, n_layer=4, n_head=4, n_embd=32, **combine(*names))
+    if names in REFUSED:
+        with pytest.raises(UserError, match=REFUSED[names]) as error:
+            GPTConfig(**settings)
+        assert "\n" not in str(error.value)
+        return
+    model = GPT(GPTConfig(**settings), seed=3)
+    for block in model.blocks[1::2]:
+        if "predictor" in block:  # so that it chooses about half
+            block.predictor.weight = mx.random.normal((1, 32), key=mx.random.key(0)) * 9
+            block.threshold = mx.zeros((1,))
+    idx = mx.array(np.random.default_rng(0).integers(0, 61, (2, 80)))
+
+    def loss(p):
+        model.update(p)
+        return model.loss(idx, idx)
+
+    parameters = model.trainable_parameters()
+    gradients = dict(tree_flatten(mx.grad(loss)(parameters)))
+    model.update(parameters)
+    assert [name for name, g in gradients.items() if not 0 < mx.abs(g).max() < mx.inf] == []
+
+    model.eval()
+    whole = model(idx)
+    for chunks in ((1,) * 80, (33, 1, 1, 20, 25)):
+        cache, logits, start = model.make_cache(), [], 0
+        for size in chunks:
+            logits.append(model(idx[:, start:start + size], cache=cache))
+            start += size
+        assert mx.abs(mx.concatenate(logits, axis=1) - whole).max() < 1e-4 * mx.abs(whole).max()
+    changed = mx.concatenate([idx[:, :40], (idx[:, 40:] + 7) % 61], axis=1)
+    after = model(changed)
+    assert mx.abs(after[:, :40] - whole[:, :40]).max() < 1e-5 * mx.abs(whole).max()
+    assert (mx.abs(after[:, 40:] - whole[:, 40:]).max(-1) > 1e-3).all()
+
+    core.save_checkpoint(str(tmp_path / "c.safetensors"), model, {})
+    loaded, _ = core.load_checkpoint(str(tmp_path / "c.safetensors"))
+    assert loaded.config == model.config and mx.array_equal(loaded(idx), whole)
