@@ -16,7 +16,9 @@ Each line of the log: step; loss, the mean training cross-entropy of that step i
 norm, the gradient's length before clipping; tok/s, tokens trained on a second; mfu, the share of the device's peak
 (where it is known; counted as in PaLM, Chowdhery et al. 2022); mem, peak memory. And at every eval_interval: val, the
 loss on fixed windows of the validation split; ppl, its exponential; bpb, bits per byte of text, which compares across
-tokenizers.
+tokenizers. With experts also load, what the busiest one had to do over the mean of its layer, in the worst layer (1 is
+balanced); experts.csv has them all, and experts.png draws them. With mod=topk the training loss looks ahead, as its
+paper's does; val does not.
 """
 import csv
 import json
@@ -49,6 +51,7 @@ from model import (
     generate,
     load_arrays,
     load_checkpoint,
+    rebalance,  # moe
     save_arrays,
     save_checkpoint,
 )
@@ -81,8 +84,17 @@ tie = True              # unembedding = embedding transposed
 alibi = False           # linear biases by distance, and no other positions
 sliding_window = 0      # keys that a query sees, itself included; 0: all
 window_pattern = "S"    # a letter a layer, over and over: S short (the window), L long (all keys)
+sinks = 0               # first tokens that windowed queries see besides
 diff_attn = False       # differential attention
 diff_attn_version = 1   # 1: pairs of the n_head heads; 2: n_head pairs
+n_expert = 0            # experts, MLPs of width ffn_dim of which a token takes some; 0: one MLP for all
+expert_top_k = 2        # experts a token runs through
+n_shared_expert = 0     # experts that every token runs through besides
+expert_balance = "loss"  # loss (Switch) | bias (loss-free) | none
+mod = "none"            # Mixture of Depths: none | topk | soft
+mod_capacity = 0.125    # topk: share of the tokens that a routed block works on
+mod_every = 2           # every so many blocks, the last one is routed
+yoco = False            # the second half of the blocks shares one set of keys and values
 # optimization
 max_iters = 450         # updates
 batch_size = 8          # sequences a micro-step, over all devices
@@ -208,9 +220,16 @@ if not model:
 model.checkpoint_every = checkpoint_every
 config = model.config
 n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
-n_matmul = n_parameters - (config.block_size * config.n_embd if config.pos == "learned" else 0)  # weights that multiply
+n_active = n_parameters  # weights that a token passes
+n_active -= sum(p.size for _, p in tree_flatten(model.parameters()) if p.ndim == 3) * (  # moe
+    1 - config.expert_top_k / max(1, config.n_expert))  # moe
+n_matmul = n_active - (config.block_size * config.n_embd if config.pos == "learned" else 0)  # weights that multiply
 n_matmul -= 0 if config.tie else config.vocab_size * config.n_embd
 flops_per_token = 6 * n_matmul + 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
+if config.mod == "topk":  # mod
+    routed = config.n_layer // config.mod_every / config.n_layer  # of the blocks  # mod
+    in_blocks = flops_per_token - 6 * config.vocab_size * config.n_embd  # mod
+    flops_per_token -= in_blocks * routed * (1 - config.mod_capacity)  # mod
 
 
 class Muon(optim.Muon):
@@ -226,11 +245,14 @@ class Muon(optim.Muon):
 
         updates, by_shape = dict(tree_flatten(tree_map(momentum, gradients, self.state))), {}
         for name, update in updates.items():
-            by_shape.setdefault(update.shape, []).append(name)
+            by_shape.setdefault(update.shape[-2:], []).append(name)
         for (rows, columns), names in by_shape.items():
-            X = orthogonalized(mx.stack([updates[name] for name in names]).astype(working_dtype), self.ns_steps)
+            parts = [updates[name].reshape(-1, rows, columns) for name in names]  # experts are many matrices each
+            X = orthogonalized(mx.concatenate(parts).astype(working_dtype), self.ns_steps)
             X = X * (max(1, rows / columns) ** 0.5 * self.learning_rate)
-            updates.update(zip(names, X, strict=True))
+            ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
+            for name, part in zip(names, mx.split(X, ends) if ends else [X], strict=True):
+                updates[name] = part.reshape(updates[name].shape)
         return tree_map(lambda update, p: p - update, tree_unflatten(list(updates.items())), parameters)
 
 
@@ -246,7 +268,8 @@ def orthogonalized(X: mx.array, steps: int) -> mx.array:
 
 
 def by_muon(path: str, p: mx.array) -> bool:
-    return optimizer == "muon" and path.startswith("blocks.") and p.ndim == 2
+    chooses = "router" in path or "predictor" in path  # few rows, each a direction of its own
+    return optimizer == "muon" and path.startswith("blocks.") and p.ndim > 1 and not chooses
 
 
 # None has its own weight decay: update() decays the matrices alone, the same way for all, which makes Adam AdamW.
@@ -346,7 +369,7 @@ saved = resume  # whether this run has a checkpoint
 if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
     for name in os.listdir(out_dir):
-        if re.fullmatch(r"(ckpt.*|best)\.safetensors\.tmp\d+|loss\.tmp\.png", name):  # a killed run left it
+        if re.fullmatch(r"(ckpt.*|best)\.safetensors\.tmp\d+|(loss|experts)\.tmp\.png", name):  # a killed run left it
             os.remove(os.path.join(out_dir, name))
     if resume and os.path.exists(csv_path):
         with open(csv_path, newline="") as file:
@@ -382,6 +405,8 @@ def save(step: int, is_best: bool = False):
             if re.fullmatch(r"ckpt\.optimizer-\d+\.safetensors", name) and name != own:
                 os.remove(os.path.join(out_dir, name))
         draw()
+        if load_rows:  # moe
+            draw_load()  # moe
     saved = True
     mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # all wait: mlx.launch ends the others when one has left
 
@@ -414,6 +439,44 @@ def git_commit() -> str:
         return ""
 
 
+# ---- variant moe: what each expert had to do, over the mean of its layer: experts.csv, experts.png -------------------
+
+load_path, load_rows = os.path.join(out_dir, "experts.csv"), []
+if config.n_expert and resume and os.path.exists(load_path):
+    with open(load_path, newline="") as file:
+        load_rows = [row for row in [*csv.reader(file)][1:] if int(row[0]) <= start_step]
+
+
+def record_load(step: int, load: np.ndarray):
+    """Of all layers and experts (L, E), at a log line."""
+    load_rows.extend([step, layer, *np.round(of_layer, 4)] for layer, of_layer in enumerate(load))
+
+
+def draw_load():
+    with open(f"{load_path}.tmp", "w", newline="") as file:
+        csv.writer(file).writerows([["step", "layer", *(f"expert{e}" for e in range(config.n_expert))], *load_rows])
+    os.replace(f"{load_path}.tmp", load_path)
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    L, E = config.n_layer, config.n_expert
+    steps = [int(row[0]) for row in load_rows[::L]]
+    load = np.array([row[2:] for row in load_rows], dtype=float).reshape(len(steps), L * E).T
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.1 * L * E), layout="constrained")
+    edges = [0, *steps]  # a column stands for the steps since the line before
+    image = axes.pcolormesh(edges, np.arange(L * E + 1), load, cmap="RdBu_r", vmin=0, vmax=2)
+    axes.set(xlabel="step", ylabel="layer", yticks=[E * (layer + 0.5) for layer in range(L)], yticklabels=range(L),
+             title=f"{E} experts, {config.expert_top_k} a token: load of each over the mean")
+    axes.hlines([E * layer for layer in range(1, L)], 0, steps[-1], color="black", lw=1)
+    axes.invert_yaxis()
+    figure.colorbar(image, ax=axes, extend="max")
+    temporary = os.path.join(out_dir, "experts.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    os.replace(temporary, os.path.join(out_dir, "experts.png"))
+
+
+# ---- end of moe ------------------------------------------------------------------------------------------------------
+
 commit = git_commit()
 if rank == 0:
     path = os.path.join(out_dir, "run.json")
@@ -439,7 +502,8 @@ signal.signal(signal.SIGTERM, interrupt)
 info = mx.device_info()
 peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in str(info.get("device_name"))), 0)
 peak_flops = peak_flops if working_dtype == mx.bfloat16 else 0
-say(f"{n_parameters / 1e6:.2f}M parameters, {len(tokens['train']) / 1e6:.2f}M training tokens, "
+active = f" ({n_active / 1e6:.2f}M active)" if n_active < n_parameters else ""
+say(f"{n_parameters / 1e6:.2f}M parameters{active}, {len(tokens['train']) / 1e6:.2f}M training tokens, "
     f"{batch_size * grad_accum * block_size:,} tokens an update; {info.get('device_name')}, "
     f"{str(working_dtype).split('.')[-1]}{', ' + blas.loaded if blas.loaded else ''}"
     f"{f', {n_ranks} processes' if n_ranks > 1 else ''}")
@@ -460,7 +524,7 @@ def finish(pending) -> int:
     """Read a step's figures, a step late; log them. Returns how many processes were asked to stop by then."""
     global lap_time, lap_steps
     number, figures, lr = pending
-    loss, length, stops = figures.tolist()
+    loss, length, stops, *load = figures.tolist()
     if not (math.isfinite(loss) and math.isfinite(length)):
         diverged(f"step {number}: the loss is {loss}, the gradient's norm {length}")
     losses["train"] = loss
@@ -468,8 +532,12 @@ def finish(pending) -> int:
         speed = tokens_per_step * lap_steps / lap_time if lap_time else 0.0
         lap_time, lap_steps = 0.0, 0
         mfu = f" | mfu {flops_per_token * speed / peak_flops / n_ranks:5.1%}" if peak_flops else ""
+        more = ""
+        if load:  # moe
+            record_load(number, np.array(load).reshape(config.n_layer, -1))  # moe
+            more = f" | load {max(load):4.2f}"  # moe
         say(f"step {number:6d} | loss {loss:7.4f} | lr {lr:.2e} | norm {length:6.2f} | {speed:9,.0f} tok/s{mfu}"
-            f" | mem {mx.get_peak_memory() / 2**30:5.2f} GiB")
+            f" | mem {mx.get_peak_memory() / 2**30:5.2f} GiB{more}")
         if rank == 0:
             record(step=number, tokens=number * tokens_per_step, train_loss=loss, learning_rate=lr, grad_norm=length,
                    seconds=round(seconds_before + time.perf_counter() - began, 2), tok_per_s=round(speed))
@@ -526,6 +594,8 @@ while True:
         loss, stops = mx.distributed.all_sum(mx.array([loss, interrupted * n_ranks])) / n_ranks
     length = update(grads)
     figures = mx.stack([loss, length, mx.array(float(interrupted)) if n_ranks == 1 else stops])
+    if config.n_expert:  # moe
+        figures = mx.concatenate([figures, rebalance(model).flatten()])  # moe
     mx.async_eval(figures, state)
     step += 1
     if pending:
