@@ -3,12 +3,13 @@
     python sample.py out/ckpt.safetensors --prompt="def main"
     def main(from):
         ...
-    [200 tokens, 269.9 tok/s, 1.5 GB/s, first after 0.02 s, 0.01 GiB]
+    [200 tokens, 269.9 tok/s, 1.5 GB/s, first after 0.02 s, 0.01 GiB, cache 1.05 MB]
 
     python sample.py out/ckpt.safetensors                     # on a terminal: asks for prompts, one after the other
 
 Text comes as it is made. At the end of each text stands its speed: tok/s, tokens written a second, and GB/s, the bytes
-of weights and of key/value cache read for them, which is what bounds decoding.
+of weights and of key/value cache read for them, which is what bounds decoding; then the peak of all memory, and the
+bytes of the key/value cache, which has room for a multiple of 256 tokens in a layer that sees them all.
 """
 import codecs
 import contextlib
@@ -52,7 +53,8 @@ enc = Tokenizer.from_dict(meta["tokenizer"])
 model.set_dtype(compute_dtype(dtype))
 mx.eval(model.parameters())
 config = model.config
-weight_bytes = sum(p.nbytes for name, p in tree_flatten(model.parameters())
+idle = 1 - config.expert_top_k / max(1, config.n_expert)  # share of the experts that a token leaves alone
+weight_bytes = sum(p.nbytes * (1 - idle * (p.ndim == 3)) for name, p in tree_flatten(model.parameters())
                    if config.tie or "embed" not in name)  # of an embedding that is no unembedding, one row is read
 cache_bytes = 2 * config.n_kv_head * config.head_dim * model.embed.weight.dtype.size  # of a position in a layer
 stops = [part for part in stop.split("|") if part]
@@ -79,9 +81,9 @@ def write(prompt: str, seed: int):
         print(f"the prompt has {len(ids)} tokens: only the last {config.block_size} are read", file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
     print(prompt, end="", flush=True)
-    new, count, began = "", 0, time.perf_counter()
+    new, count, cache, began = "", 0, model.make_cache(), time.perf_counter()
     for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
-                          enc.n_vocab):
+                          enc.n_vocab, cache=cache):
         count += 1
         if count == 1:
             first = time.perf_counter()
@@ -99,10 +101,10 @@ def write(prompt: str, seed: int):
     if count > 1:
         speed = (count - 1) / (time.perf_counter() - first)
         positions = min(len(ids) + count / 2, config.block_size)  # in the cache, on average
-        held = [min(positions, getattr(layer, "window", positions)) for layer in model.make_cache().layers]
+        held = [min(positions, getattr(layer, "window", positions)) for layer in cache.layers[:config.n_layer]]
         read = weight_bytes + sum(held) * cache_bytes
         print(f"[{count} tokens, {speed:.1f} tok/s, {read * speed / 1e9:.1f} GB/s, first after {first - began:.2f} s, "
-              f"{mx.get_peak_memory() / 2**30:.2f} GiB]", file=sys.stderr)
+              f"{mx.get_peak_memory() / 2**30:.2f} GiB, cache {cache.nbytes / 1e6:.2f} MB]", file=sys.stderr)
 
 
 sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes "?"

@@ -360,7 +360,8 @@ def evaluate() -> tuple[float, float]:
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
-COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "learning_rate", "grad_norm", "tok_per_s"]
+COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "learning_rate", "grad_norm", "tok_per_s",
+           "peak_gib"]
 csv_path = os.path.join(out_dir, "loss.csv")
 losses = {"train": None, "val": None, "bits_per_byte": None, "best_val": None, **meta.get("losses", {})}
 rows = []
@@ -441,15 +442,18 @@ def git_commit() -> str:
 
 # ---- variant moe: what each expert had to do, over the mean of its layer: experts.csv, experts.png -------------------
 
-load_path, load_rows = os.path.join(out_dir, "experts.csv"), []
+load_path, load_rows, loads = os.path.join(out_dir, "experts.csv"), [], []  # loads: of the steps since a log line
 if config.n_expert and resume and os.path.exists(load_path):
     with open(load_path, newline="") as file:
         load_rows = [row for row in [*csv.reader(file)][1:] if int(row[0]) <= start_step]
 
 
-def record_load(step: int, load: np.ndarray):
-    """Of all layers and experts (L, E), at a log line."""
+def record_load(step: int) -> str:
+    """Keep the mean load of all layers and experts since the last log line; return what the log says of it."""
+    load = np.mean(loads, axis=0).reshape(config.n_layer, -1)
+    loads.clear()
     load_rows.extend([step, layer, *np.round(of_layer, 4)] for layer, of_layer in enumerate(load))
+    return f" | load {load.max():4.2f}"
 
 
 def draw_load():
@@ -528,19 +532,20 @@ def finish(pending) -> int:
     if not (math.isfinite(loss) and math.isfinite(length)):
         diverged(f"step {number}: the loss is {loss}, the gradient's norm {length}")
     losses["train"] = loss
+    loads.append(load)  # moe
     if number % log_interval == 0 or number == max_iters:
         speed = tokens_per_step * lap_steps / lap_time if lap_time else 0.0
         lap_time, lap_steps = 0.0, 0
         mfu = f" | mfu {flops_per_token * speed / peak_flops / n_ranks:5.1%}" if peak_flops else ""
         more = ""
-        if load:  # moe
-            record_load(number, np.array(load).reshape(config.n_layer, -1))  # moe
-            more = f" | load {max(load):4.2f}"  # moe
+        if config.n_expert:  # moe
+            more = record_load(number)  # moe
         say(f"step {number:6d} | loss {loss:7.4f} | lr {lr:.2e} | norm {length:6.2f} | {speed:9,.0f} tok/s{mfu}"
             f" | mem {mx.get_peak_memory() / 2**30:5.2f} GiB{more}")
         if rank == 0:
             record(step=number, tokens=number * tokens_per_step, train_loss=loss, learning_rate=lr, grad_norm=length,
-                   seconds=round(seconds_before + time.perf_counter() - began, 2), tok_per_s=round(speed))
+                   seconds=round(seconds_before + time.perf_counter() - began, 2), tok_per_s=round(speed),
+                   peak_gib=round(mx.get_peak_memory() / 2**30, 3))
     return round(stops)
 
 
