@@ -10,8 +10,8 @@ set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=out-architectures
-shape="--n_layer=8 --n_embd=256 --n_head=4 --block_size=512 --batch_size=32 --max_iters=600 --eval_interval=200
-    --eval_windows=256 --learning_rate=5e-3 --muon_lr=0.03 --sample_tokens=0"
+shape="--n_layer=8 --n_embd=256 --n_head=4 --block_size=512 --batch_size=32 --max_iters=400 --eval_interval=200
+    --eval_windows=256 --sample_tokens=0"
 
 run() {
     name=$1
