@@ -32,7 +32,8 @@ with open(os.path.join(here, "model.py")) as file:
 
 def lines_of(flags: dict) -> int:
     lines = source.splitlines()
-    variants = {match[1] for name in flags if (match := re.search(rf"^    {name}: .*# (\w+)$", source, re.M))}
+    variants = {match[1] for name in flags if (match := re.search(rf"^    {name}: .*  # (\w+)$", source, re.M))
+                and f"\n# ---- variant {match[1]}:" in source}
     counted = set()
     for variant in variants:
         first, last = (next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {rule} {variant}"))

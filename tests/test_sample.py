@@ -122,11 +122,13 @@ def test_speed(tmp_path, window):
                           sliding_window=window, window_pattern="SSSL"))
     _, error = sample(save(tmp_path / "ckpt.safetensors", model, BYTES), 50 * "x", "--max_new_tokens=100",
                       "--temperature=0")
-    found = re.fullmatch(r"\[(\d+) tokens, ([\d.]+) tok/s, ([\d.]+) GB/s, first after [\d.]+ s, [\d.]+ GiB\]\n", error)
-    count, speed, bandwidth = map(float, found.groups())
+    found = re.fullmatch(r"\[(\d+) tokens, ([\d.]+) tok/s, ([\d.]+) GB/s, first after [\d.]+ s, [\d.]+ GiB, "
+                         r"cache ([\d.]+) MB\]\n", error)
+    count, speed, bandwidth, cache = map(float, found.groups())
     weights = sum(p.size for name, p in tree_flatten(model.parameters()) if name != "embed.weight")
     whole = 51 + count / 2
     read = 4 * (weights + (whole + 3 * (window or whole)) * 2 * 4 * 128)
+    assert cache == pytest.approx(4 * (256 + 3 * (window or 256)) * 2 * 4 * 128 / 1e6, abs=0.01)
     assert count == 100 and bandwidth == pytest.approx(speed * read / 1e9, abs=0.06)
 
 

@@ -115,9 +115,9 @@ def test_validation_figures(whole, data):
     assert meta["losses"]["bits_per_byte"] == pytest.approx(np.sum(nats) / n_bytes / np.log(2), rel=1e-5)
 
 
-def gradients_at(weights: dict, data, step: int) -> dict:
+def gradients_at(weights: dict, data, step: int, **settings) -> dict:
     """Of the loss over the windows that update `step` takes; MLX computes them."""
-    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=320))
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=320, **settings))
     model.load_weights(list(weights.items()))
     tokens = np.fromfile(data / "train.bin", dtype=np.uint16)
     starts = np.random.default_rng([1337, step]).integers(len(tokens) - 32, size=8)
@@ -145,25 +145,29 @@ def test_first_update_is_adamw(data, tmp_path):
         np.testing.assert_allclose(np.array(after[name])[sure], wanted[sure], atol=2e-5, err_msg=name)
 
 
-def test_two_updates_are_muon(data, tmp_path):
-    """Of the blocks' matrices: momentum, then the quintic of Newton and Schulz on the singular values, in float64."""
+@pytest.mark.parametrize("settings", [dict(), dict(n_expert=3, ffn_dim=96)], ids=["dense", "experts"])
+def test_two_updates_are_muon(data, tmp_path, settings):
+    """Of the blocks' matrices, each expert's alone: momentum, then the quintic of Newton and Schulz on the singular
+    values, in float64."""
     for n in (1, 2):
         train(data, tmp_path / str(n), f"--max_iters={n}", "--optimizer=muon", "--muon_lr=0.1", "--warmup_iters=0",
-              "--decay_iters=10", "--grad_clip=0", "--weight_decay=0.3")
+              "--decay_iters=10", "--grad_clip=0", "--weight_decay=0.3", *(f"--{k}={v}" for k, v in settings.items()))
     first, second = (mx.load(str(tmp_path / f"{n}" / "ckpt.safetensors")) for n in (1, 2))
-    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=320), seed=1337)
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=320, **settings), seed=1337)
     before = dict(tree_flatten(model.parameters()))
-    gradients = [gradients_at(before, data, 0), gradients_at(first, data, 1)]
+    gradients = [gradients_at(before, data, 0, **settings), gradients_at(first, data, 1, **settings)]
     rates = [0.1 * (0.1 + 0.9 * (1 + math.cos(math.pi * i / 10)) / 2) for i in range(2)]
-    for name in [name for name, p in before.items() if name.startswith("blocks.") and p.ndim == 2]:
+    names = [name for name, p in before.items() if name.startswith("blocks.") and p.ndim > 1 and "router" not in name]
+    assert len(names) == 12
+    for name in names:
         w, v = np.array(before[name], dtype=np.float64), 0.0
         for g, rate, after in zip(gradients, rates, (first, second), strict=True):
             v = 0.95 * v + 0.05 * g[name]
             U, S, V = np.linalg.svd(0.05 * g[name] + 0.95 * v, full_matrices=False)
-            S = S / math.sqrt((S**2).sum())
+            S = S / np.sqrt((S**2).sum(-1, keepdims=True))
             for _ in range(5):
                 S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
-            w = w * (1 - 0.3 * rate) - rate * max(1, w.shape[0] / w.shape[1]) ** 0.5 * (U * S) @ V
+            w = w * (1 - 0.3 * rate) - rate * max(1, w.shape[-2] / w.shape[-1]) ** 0.5 * (U * S[..., None, :]) @ V
             np.testing.assert_allclose(np.array(after[name]), w, atol=1e-4, err_msg=name)
 
 
@@ -182,7 +186,9 @@ def test_schedule(data, tmp_path, schedule):
 @pytest.mark.parametrize("arguments", [
     ["--optimizer=muon"], ["--optimizer=lion", "--learning_rate=1e-3"], ["--dtype=bfloat16"],
     ["--alibi=True", "--sliding_window=8", "--window_pattern=SL"],
-    ["--diff_attn=True"], ["--diff_attn_version=2", "--diff_attn=True"],
+    ["--diff_attn=True"], ["--diff_attn_version=2", "--diff_attn=True"], ["--sinks=2", "--sliding_window=8"],
+    ["--n_expert=4", "--ffn_dim=64", "--n_shared_expert=1", "--checkpoint_every=2"], ["--mod=topk", "--compile=True"],
+    ["--mod_every=1", "--mod=soft"], ["--yoco=True", "--checkpoint_every=1", "--grad_accum=2"],
     ["--pos=learned", "--norm=layer", "--mlp=gelu", "--bias=True", "--qk_norm=False", "--n_kv_head=1"],
 ], ids=lambda arguments: arguments[0][2:])
 def test_other_settings_learn(data, tmp_path, arguments):
@@ -200,15 +206,40 @@ def test_split_of_a_batch_does_not_matter(data, whole, tmp_path):
             np.testing.assert_allclose(column(tmp_path / str(i), name), column(whole, name), rtol=5e-5)
 
 
-def test_two_processes_equal_one(data, whole, tmp_path):
+@pytest.mark.parametrize("settings", [[], ["--n_expert=4", "--expert_balance=bias"]], ids=["dense", "experts"])
+def test_two_processes_equal_one(data, whole, tmp_path, settings):
     launch = [os.path.join(os.path.dirname(sys.executable), "mlx.launch"), "-n", "2", "--"]
-    done = train(data, tmp_path, prefix=launch)
+    done = train(data, tmp_path / "two", *settings, prefix=launch)
+    if settings:
+        whole = tmp_path / "one"
+        train(data, whole, *settings)
+        assert (tmp_path / "two" / "experts.csv").read_text() == (whole / "experts.csv").read_text()
     assert done.stdout.count("step     12 | loss") == 1  # rank 0 alone speaks
     for name in ("train_loss", "grad_norm"):
-        np.testing.assert_allclose(column(tmp_path, name), column(whole, name), rtol=5e-5)
-    np.testing.assert_allclose(column(tmp_path, "val_loss"), column(whole, "val_loss"), rtol=2e-5)
-    a, b = arrays(tmp_path), arrays(whole)
+        np.testing.assert_allclose(column(tmp_path / "two", name), column(whole, name), rtol=5e-5)
+    np.testing.assert_allclose(column(tmp_path / "two", "val_loss"), column(whole, "val_loss"), rtol=2e-5)
+    a, b = arrays(tmp_path / "two"), arrays(whole)
     assert max(mx.abs(a[key].astype(mx.float32) - b[key].astype(mx.float32)).max().item() for key in a) < 1e-5
+
+
+def test_expert_load_is_kept_and_drawn(data, tmp_path):
+    """experts.csv, of the first update: how often each expert is among a token's two of the largest logits."""
+    done = train(data, tmp_path, "--n_expert=4", "--max_iters=2", "--log_interval=1", "--eval_interval=9")
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "experts.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [(row["step"], row["layer"]) for row in rows] == [("1", "0"), ("1", "1"), ("2", "0"), ("2", "1")]
+    load = np.array([[float(row[f"expert{e}"]) for e in range(4)] for row in rows])
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=320, n_expert=4), seed=1337)
+    tokens, routers = np.fromfile(data / "train.bin", dtype=np.uint16), {}
+    starts = np.random.default_rng([1337, 0]).integers(len(tokens) - 32, size=8)
+    model(mx.array(np.stack([tokens[i:i + 32] for i in starts]).astype(np.int32)),
+          tap=lambda site, layer, x: routers.setdefault(layer, x) if site == "router" else x)
+    for layer in (0, 1):
+        top = np.argsort(-np.array(routers[layer]).reshape(-1, 4))[:, :2]
+        np.testing.assert_allclose(load[layer], np.bincount(top.ravel(), minlength=4) / (8 * 32 / 2), atol=1e-4)
+    said = [float(number) for number in re.findall(r"\| load (\S+)", done.stdout)]
+    np.testing.assert_allclose(said, [load[:2].max(), load[2:].max()], atol=0.006)
 
 
 def test_prepares_a_text_by_itself(tmp_path):
@@ -220,7 +251,9 @@ def test_prepares_a_text_by_itself(tmp_path):
 # ---- it goes on ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["--optimizer=muon", "--compile=True"]], ids=["adamw", "muon"])
+@pytest.mark.parametrize("arguments", [
+    [], ["--optimizer=muon", "--compile=True"], ["--n_expert=4", "--expert_balance=bias", "--mod=topk"],
+], ids=["adamw", "muon", "experts"])
 def test_interrupted_equals_uninterrupted(data, whole, tmp_path, arguments):
     """Ctrl-C in the middle; then --resume=True, which takes all settings from the checkpoint. Bit for bit."""
     long = ["--max_iters=40", "--eval_interval=16", *arguments]
@@ -239,6 +272,8 @@ def test_interrupted_equals_uninterrupted(data, whole, tmp_path, arguments):
     assert_same(tmp_path / "a", tmp_path / "b")
     for name in ("step", "train_loss", "val_loss", "grad_norm", "learning_rate"):
         assert column(tmp_path / "a", name) == column(tmp_path / "b", name)
+    for path in (tmp_path / "a").glob("experts.csv"):
+        assert path.read_text() == (tmp_path / "b" / "experts.csv").read_text()
 
 
 def test_killed_at_any_moment(data, tmp_path):
