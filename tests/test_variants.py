@@ -138,10 +138,18 @@ def test_window_in_blocks(T, W, alibi):
 
 @pytest.mark.parametrize("settings", [
     dict(sliding_window=20), dict(sliding_window=20, alibi=True), dict(sliding_window=70, window_pattern="SL"),
+    dict(sliding_window=20, sinks=4), dict(sliding_window=70, sinks=9, alibi=True),
+    dict(sliding_window=9, sinks=1, diff_attn=True), dict(sliding_window=20, sinks=30, pos="learned"),
+    dict(sliding_window=20, mod="topk", alibi=True), dict(sliding_window=20, mod="topk", mod_every=1),
+    dict(sliding_window=30, yoco=True, mod="topk", mod_every=1),
 ], ids=str)
 def test_window_far_beyond(settings):
     """Cached, in chunks and by token, as the blocks of a whole pass, over ten windows."""
-    model = GPT(GPTConfig(block_size=400, vocab_size=61, n_layer=2, n_head=4, n_embd=32, **settings), seed=1)
+    model = GPT(GPTConfig(block_size=400, vocab_size=61, n_layer=2, n_head=4, n_embd=32, **settings), seed=1).eval()
+    for block in model.blocks:
+        if "predictor" in block:  # so that it chooses about half
+            block.predictor.weight = mx.random.normal((1, 32), key=mx.random.key(0)) * 9
+            block.threshold = mx.zeros((1,))
     idx = mx.array(np.random.default_rng(0).integers(0, 61, (2, 300)))
     whole = model(idx)
     cache, parts, start = model.make_cache(), [], 0
@@ -153,6 +161,7 @@ def test_window_far_beyond(settings):
 
 @pytest.mark.parametrize("settings, endless", [
     (dict(), True), (dict(alibi=True), True), (dict(pos="learned"), False), (dict(window_pattern="SL"), False),
+    (dict(sinks=4), True), (dict(sinks=2, alibi=True), True), (dict(yoco=True), False),
 ], ids=str)
 def test_generate_beyond_the_context(settings, endless):
     """Where all layers have a window and positions are relative, the text goes on in the same cache: so as a whole pass
@@ -160,16 +169,19 @@ def test_generate_beyond_the_context(settings, endless):
     config = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32, sliding_window=9, **settings)
     model, ids = GPT(config, seed=2), [1, 2, 3]
     model.embed.weight = model.embed.weight * 40
-    found = list(core.generate(model, ids, 150, temperature=0))
-    if endless:
+    cache = model.make_cache()
+    found = list(core.generate(model, ids, 150, temperature=0, cache=cache))
+    if endless:  # the sinks and the window, of two layers, keys and values, in float32
+        assert cache.nbytes == (9 + settings.get("sinks", 0)) * 2 * 2 * 32 * 4
         for token in found:
             assert token == mx.argmax(model(mx.array([ids]))[0, -1]).item()
             ids.append(token)
     assert len(found) == 150
 
 
-def test_window_cache_holds_the_window():
-    cache, rng = WindowCache(7), np.random.default_rng(0)
+@pytest.mark.parametrize("sinks", [0, 1, 4, 30])
+def test_window_cache_holds_the_window(sinks):
+    cache, rng = WindowCache(7, sinks), np.random.default_rng(0)
     k, v = rng.standard_normal((2, 1, 3, 60, 4)).astype(np.float32)
     start = 0
     for size in (1, 2, 1, 1, 1, 1, 1, 1, 5, 20, 1, 1, 3, 7, 1, 8, 1, 1):
@@ -177,14 +189,17 @@ def test_window_cache_holds_the_window():
         keys, values, positions = cache.update(new_k, new_v)
         start += size
         positions = np.array(positions)
-        assert {*range(max(0, start - 7), start)} <= {*positions} <= {*range(start)}
-        assert len(positions) == keys.shape[2] <= 7 + (size if size > 1 else 0)
+        wanted = {*range(max(0, start - 7), start)} | {*range(min(start, sinks))}
+        assert wanted <= {*positions} <= {*range(start)} and len({*positions}) == len(positions) == keys.shape[2]
+        assert len(positions) <= 7 + sinks + (size if size > 1 else 0)
         for found, all_of_them in ((keys, k), (values, v)):
             assert np.array_equal(np.array(found), all_of_them[:, :, positions])
-        assert cache.nbytes == 2 * 3 * 7 * 4 * 4
+        assert cache.nbytes == 2 * 3 * (7 + sinks) * 4 * 4
 
 
-@pytest.mark.parametrize("bad", [dict(sliding_window=-1), dict(window_pattern="SX"), dict(window_pattern="")], ids=str)
+@pytest.mark.parametrize("bad", [
+    dict(sliding_window=-1), dict(window_pattern="SX"), dict(window_pattern=""), dict(sinks=4),
+    dict(sinks=-1, sliding_window=8)], ids=str)
 def test_bad_window(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         GPTConfig(**bad)
