@@ -798,9 +798,9 @@ class RoutedBlock(Block):
         likely = self.predictor(mx.stop_gradient(x))[..., 0].astype(mx.float32) - self.threshold
         if isinstance(cache, RoutedCache):
             return self.continued(x, r, likely, offset, cache, tap)
-        place = mx.broadcast_to(mx.arange(x.shape[1]), r.shape)
+        T, rows = x.shape[1], mx.arange(len(x))[:, None]
         if self.training:
-            k = max(1, round(self.config.mod_capacity * x.shape[1]))
+            k = max(1, round(self.config.mod_capacity * T))
             order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
             chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
             positions = order + offset
@@ -808,13 +808,12 @@ class RoutedBlock(Block):
             x = with_loss(x, 0.01 * miss.mean())  # little, lest clipping shorten the model's own gradient
         else:  # the chosen tokens first, the others after them, where no chosen one sees them
             chosen = likely > 0
-            order = mx.argsort(mx.where(chosen, place, place + x.shape[1]), axis=1)
-            positions = mx.where(mx.take_along_axis(chosen, order, axis=1), order + offset, 2**30)
+            order = mx.argsort(mx.arange(T) + mx.where(chosen, 0, T), axis=1)
+            positions = mx.where(chosen[rows, order], order + offset, 2**30)
             r = mx.where(chosen, r, 0)
-        selected = mx.take_along_axis(x, order[..., None], axis=1)
+        selected = x[rows, order]
         change = self.add(selected, positions, cache, tap) - selected
-        change = change * mx.take_along_axis(r, order, axis=1)[..., None]
-        return x.at[mx.arange(len(x))[:, None], order].add(change)
+        return x.at[rows, order].add(change * r[rows, order][..., None])
 
     def continued(self, x: mx.array, r: mx.array, likely: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         """The same with a cache: what is computed, and what the cache gains, are the chosen tokens alone. Their number
