@@ -68,6 +68,13 @@ def ask() -> str:
         return ""
 
 
+def held(layer, positions: float) -> float:
+    """Positions in a layer's cache, of so many that were read."""
+    if hasattr(layer, "rows"):  # mod
+        return positions * config.mod_capacity  # mod
+    return min(positions, getattr(layer, "window", positions))
+
+
 def end_of(new: str) -> tuple[int, int]:
     """Where a stop string begins in `new` (-1: nowhere), and how many characters at its end may be the start of one."""
     found = min((new.find(part) for part in stops if part in new), default=-1)
@@ -101,8 +108,7 @@ def write(prompt: str, seed: int):
     if count > 1:
         speed = (count - 1) / (time.perf_counter() - first)
         positions = min(len(ids) + count / 2, config.block_size)  # in the cache, on average
-        held = [min(positions, getattr(layer, "window", positions)) for layer in cache.layers[:config.n_layer]]
-        read = weight_bytes + sum(held) * cache_bytes
+        read = weight_bytes + sum(held(layer, positions) for layer in cache.layers[:config.n_layer]) * cache_bytes
         print(f"[{count} tokens, {speed:.1f} tok/s, {read * speed / 1e9:.1f} GB/s, first after {first - began:.2f} s, "
               f"{mx.get_peak_memory() / 2**30:.2f} GiB, cache {cache.nbytes / 1e6:.2f} MB]", file=sys.stderr)
 

@@ -89,7 +89,7 @@ for name in names:
         f"| {name}", " ".join(f"`--{key}={value}`" for key, value in flags.items()),
         f"{total:.1f}M" + (f" ({active:.1f}M)" if active < total else ""),
         f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
-        f"{statistics.median(run['speed'] for run in runs):,.0f}", f"{max(run['memory'] for run in runs):.2f}",
+        f"{statistics.median(run['speed'] for run in runs) / 1e3:,.0f} k", f"{max(run['memory'] for run in runs):.2f}",
         f"{cache_bytes(model, meta) / 1e6:.2f}", f"{lines_of(flags) or ''} |"]))
 if len(table) == 2:
     raise UserError(f"no run in {out}: start runs/architectures.sh")
