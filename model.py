@@ -560,9 +560,10 @@ class MLP(nn.Module):
 # of one expert each, so that all experts are one matmul of blocks. Costs what k MLPs of width ffn_dim cost, the rows
 # that the last block of an expert leaves empty, and two copies of the rows.
 #
-# What keeps the experts equally busy: "loss", E sum_e f_e P_e, where f is the share of pairs and P the mean p (Fedus);
-# or "bias", a number that is added to p where experts are chosen, and grows while an expert has too little to do (Wang
-# et al. 2024, after DeepSeek-V3). Beside either, the router's logsumexp squared (Zoph et al. 2022) keeps logits small.
+# What keeps the experts equally busy: "loss", E sum_e f_e P_e over the tokens of a pass, where f is the share of pairs
+# and P the mean p (Fedus); or "bias", a number that is added to p where experts are chosen, and grows while an expert
+# has too little to do (Wang et al. 2024). Beside either, the router's logsumexp squared (Zoph et al. 2022) keeps logits
+# small.
 
 ROWS = 64  # of a block
 SWITCH_LOSS, Z_LOSS, BIAS_STEP = 0.01, 0.001, 0.001
@@ -759,9 +760,10 @@ def make_norm(config: GPTConfig) -> nn.Module:
 #   topk: x_t + r_t (block(x)_t - x_t) for the tokens of the largest r_t, x_t for the others,   r = w x
 #   soft: x_t + sigmoid(r_t) (block(x)_t - x_t) for all: it learns what to skip and saves nothing
 #
-# A routed block works on a share mod_capacity of a sequence's tokens, taken out in their order, with their positions;
-# they attend to one another only. Which r_t are the largest depends on the future, so while sampling, and whenever the
-# model is not in training, a predictor tells from the token alone whether it would be among them.
+# A routed block works on a share mod_capacity of a sequence's tokens, taken out in order; they attend to one another
+# only, at their own positions, which stand in place of the offset as an array (B, T). Which r_t are the largest depends
+# on the future, so while sampling, and whenever the model is not in training, a predictor tells from the token alone
+# whether it would be among them.
 
 
 def check_mod(config: GPTConfig):

@@ -375,9 +375,16 @@ def test_loss_free_balance(monkeypatch):
     assert "blocks.0.mlp.balance" not in dict(tree_flatten(model.trainable_parameters()))
     assert "blocks.0.mlp.balance" in dict(tree_flatten(model.parameters()))
     model.train()
-    model(idx)
-    model(idx)
+    monkeypatch.setattr(core, "BIAS_STEP", 0.0)
+    single = []
+    for part in (idx[:1], idx[1:]):
+        model(part)
+        single.append(core.rebalance(model) * part.size)
+    monkeypatch.setattr(core, "BIAS_STEP", 0.001)
+    model(idx[:1])
+    model(idx[1:])  # two micro-steps of one update
     loads = core.rebalance(model)
+    assert np.allclose(loads, (single[0] + single[1]) / idx.size)
     moe = model.blocks[0].mlp
     assert loads.shape == (3, 4) and np.allclose(loads.mean(1), 1) and loads.max() > 1.3
     assert np.allclose(moe.balance, 0.001 * np.sign(1 - np.array(loads[0])))
