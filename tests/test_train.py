@@ -187,7 +187,7 @@ def test_schedule(data, tmp_path, schedule):
     ["--optimizer=muon"], ["--optimizer=lion", "--learning_rate=1e-3"], ["--dtype=bfloat16"],
     ["--alibi=True", "--sliding_window=8", "--window_pattern=SL"],
     ["--diff_attn=True"], ["--diff_attn_version=2", "--diff_attn=True"], ["--sinks=2", "--sliding_window=8"],
-    ["--n_expert=4", "--ffn_dim=64", "--n_shared_expert=1", "--checkpoint_every=2"], ["--mod=topk", "--compile=True"],
+    ["--n_expert=4", "--ffn_dim=64", "--n_shared_expert=1", "--checkpoint_every=2"], ["--mod=topk"],
     ["--mod_every=1", "--mod=soft"], ["--yoco=True", "--checkpoint_every=1", "--grad_accum=2"],
     ["--pos=learned", "--norm=layer", "--mlp=gelu", "--bias=True", "--qk_norm=False", "--n_kv_head=1"],
 ], ids=lambda arguments: arguments[0][2:])
