@@ -959,8 +959,8 @@ class GPT(nn.Module):
         if config.pos == "learned":
             self.pos_embed = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = [Block(config, layer) for layer in range(config.n_layer)]
-        for layer in range(config.mod_every - 1, config.n_layer, config.mod_every):  # mod
-            if config.mod != "none":  # mod
+        if config.mod != "none":  # mod
+            for layer in range(config.mod_every - 1, config.n_layer, config.mod_every):  # mod
                 self.blocks[layer] = RoutedBlock(config, layer)  # mod
         if config.yoco:  # yoco
             self.shared = SharedKeysValues(config)  # yoco

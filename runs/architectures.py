@@ -21,6 +21,7 @@ from tokenizer import tokens_folder  # noqa: E402
 
 out = "out-architectures"  # the runs
 length = 4096              # tokens in the cache that is measured
+readme = ""                # where the table goes; none: README.md
 
 settings = overrides(globals(), "out")
 
@@ -65,7 +66,8 @@ def cache_bytes(model, meta: dict) -> int:
     return cache.nbytes
 
 
-names = [line.split()[1] for line in open(os.path.join(here, "runs", "architectures.sh")) if line.startswith("run ")]
+with open(os.path.join(here, "runs", "architectures.sh")) as file:
+    names = [line.split()[1] for line in file if line.startswith("run ")]
 own = {"out_dir", "seed"}
 table = ["| | settings | parameters (active) | validation loss (lowest to highest) | tok/s | peak GiB "
          f"| cache MB at {length} | lines |", "|---|---|---|---|---|---|---|---|"]
@@ -79,6 +81,8 @@ for name in names:
     model, meta = load_checkpoint(os.path.join(folders[0], "ckpt.safetensors"))
     if name == "baseline":
         baseline = meta["settings"]
+    elif len(table) == 2:
+        raise UserError(f"{out} has no run of the baseline: start runs/architectures.sh")
     flags = {key: value for key, value in meta["settings"].items() if value != baseline[key] and key not in own}
     model.set_dtype(compute_dtype("auto"))
     sizes = [(p.size, p.size * (model.config.expert_top_k / model.config.n_expert if p.ndim == 3 else 1))
@@ -95,12 +99,12 @@ if len(table) == 2:
     raise UserError(f"no run in {out}: start runs/architectures.sh")
 print("\n".join(table))
 
-path = os.path.join(here, "README.md")
+path = readme or os.path.join(here, "README.md")
 with open(path) as file:
     text = file.read()
 first, last = "<!-- runs/architectures.sh writes this table -->\n", "<!-- end of the table -->"
 if text.count(first) != 1 or text.count(last) != 1:
-    raise UserError("README.md has lost the two marks of the table: nothing was written there")
+    raise UserError(f"{path} has lost the two marks of the table: nothing was written there")
 text = text[:text.index(first) + len(first)] + "\n".join(table) + "\n" + text[text.index(last):]
 with open(f"{path}.tmp", "w") as file:
     file.write(text)

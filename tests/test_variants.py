@@ -255,6 +255,19 @@ def test_diff_without_the_second_map():
         assert np.abs(found[pair] - y).max() < 1e-5
 
 
+def test_rows_of_diff_2_sum_to_one_less_lambda():
+    """Where all values are 1, each head reads 1 - sigmoid(lambda)."""
+    model, seen = small(diff_attn=True, diff_attn_version=2), {}
+
+    def look(site, layer, x):
+        return seen.setdefault((site, layer), mx.ones(x.shape) if site == "v" else x)
+
+    model(mx.array([[*range(60)]]), tap=look)
+    x = np.array(model.blocks[0].attn_norm(seen["resid", 0])[0], np.float64)
+    lam = 1 / (1 + np.exp(-x @ np.array(model.blocks[0].attn.lam.weight, np.float64).T))
+    assert np.abs(np.array(seen["heads", 0][0]) - (1 - lam).T[:, :, None]).max() < 1e-5
+
+
 @pytest.mark.parametrize("bad", [dict(n_head=3, n_embd=48), dict(n_kv_head=1), dict(diff_attn_version=3)], ids=str)
 def test_bad_diff(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
