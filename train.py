@@ -445,7 +445,7 @@ def git_commit() -> str:
 load_path, load_rows, loads = os.path.join(out_dir, "experts.csv"), [], []  # loads: of the steps since a log line
 if config.n_expert and resume and os.path.exists(load_path):
     with open(load_path, newline="") as file:
-        load_rows = [row for row in [*csv.reader(file)][1:] if int(row[0]) <= start_step]
+        load_rows = [*csv.reader(file)][1:]  # written with each save: up to the checkpoint's step
 
 
 def record_load(step: int) -> str:
