@@ -581,8 +581,9 @@ def check_moe(config: GPTConfig):
 
 
 def dispatch(chosen: mx.array, n_expert: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Lay the pairs of N tokens and their k experts, chosen (N, k), in rows. Returns the pair in each row (-1: none),
-    the row of each pair (N k,), the expert of each block of rows, and where each expert's rows begin and end (E, 2)."""
+    """Lay the pairs of N tokens and their k experts, chosen (N, k), in rows. Returns the pair in each row (0 in empty
+    ones), the row of each pair (N k,), the expert of each block of rows, and the rows where each expert's pairs begin
+    and end (E, 2). What is computed in empty rows goes nowhere, forward or backward."""
     pairs = chosen.reshape(-1)
     order = mx.argsort(pairs)
     count = mx.zeros((n_expert,), dtype=mx.int32).at[pairs].add(1)
@@ -592,15 +593,16 @@ def dispatch(chosen: mx.array, n_expert: int) -> tuple[mx.array, mx.array, mx.ar
     expert = mx.minimum((mx.arange(n)[:, None] >= last).sum(1), n_expert - 1)
     empty_before = (last - blocks) * ROWS - (mx.cumsum(count) - count)  # rows, by the expert
     rows_in_order = mx.arange(pairs.size) + empty_before[pairs[order]]
-    pair = mx.put_along_axis(mx.full((n * ROWS,), -1), rows_in_order, order.astype(mx.int32), axis=0)
+    pair = mx.put_along_axis(mx.zeros((n * ROWS,), dtype=mx.int32), rows_in_order, order.astype(mx.int32), axis=0)
     row = mx.put_along_axis(mx.zeros(pairs.shape, dtype=mx.int32), order, rows_in_order, axis=0)
-    return pair, row, expert.astype(mx.uint32), mx.stack([last - blocks, last], axis=1).astype(mx.uint32) * ROWS
+    begin = (last - blocks) * ROWS
+    return pair, row, expert.astype(mx.uint32), mx.stack([begin, begin + count], axis=1).astype(mx.uint32)
 
 
 @mx.custom_function
 def to_rows(x: mx.array, pair: mx.array, row: mx.array) -> mx.array:
     """Tokens (N, C) -> rows (n, C). Forward and backward only gather: a scatter-add is slow on a CPU."""
-    return x[mx.maximum(pair, 0) // (row.size // len(x))]
+    return x[pair // (row.size // len(x))]
 
 
 @to_rows.vjp
@@ -618,7 +620,7 @@ def from_rows(y: mx.array, pair: mx.array, row: mx.array) -> mx.array:
 @from_rows.vjp
 def from_rows_backward(primals, cotangent, _):
     _, pair, row = primals
-    return mx.where(pair[:, None] < 0, 0, cotangent[mx.maximum(pair, 0)]), mx.zeros_like(pair), mx.zeros_like(row)
+    return cotangent[pair], mx.zeros_like(pair), mx.zeros_like(row)
 
 
 @mx.custom_function
@@ -649,9 +651,13 @@ class Experts(nn.Module):
         """Rows (n, in) -> (n, out): in blocks as dispatch() lays them, or, without ends, each with its own expert."""
         if ends is None:
             y = mx.gather_mm(x[:, None], self.weight.swapaxes(1, 2), rhs_indices=expert)[:, 0]
-        else:
-            y, expert = blocks_by_experts(x, self.weight, expert, ends), mx.repeat(expert, ROWS)
-        return y + self.bias[expert] if "bias" in self else y
+            return y + self.bias[expert] if "bias" in self else y
+        y = blocks_by_experts(x, self.weight, expert, ends)
+        if "bias" in self:
+            expert = mx.repeat(expert, ROWS)
+            empty = mx.arange(len(x)) >= ends[expert, 1]
+            y = y + mx.where(empty[:, None], 0, self.bias[expert])
+        return y
 
 
 class MoE(nn.Module):

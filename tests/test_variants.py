@@ -287,7 +287,7 @@ def experts(E=5, k=2, **settings) -> GPT:
 
 def loop_over_experts(moe, x: mx.array) -> mx.array:
     """Each token by each of its experts, one matrix at a time, by nothing that MoE uses; differentiable."""
-    k, names = moe.config.expert_top_k, ("gate", "up", "down")
+    k = moe.config.expert_top_k
     logits = x @ moe.router.weight.T
     p = mx.softmax(logits, axis=-1)
     score = p + (moe.balance if "balance" in moe else 0)
@@ -295,18 +295,27 @@ def loop_over_experts(moe, x: mx.array) -> mx.array:
     gates = gates / gates.sum(-1, keepdims=True) if k > 1 else gates
     y = mx.zeros(x.shape)
     for e in range(moe.config.n_expert):
-        gate, up, down = (moe[name].weight[e].T if name in moe else None for name in names)
-        hidden = mx.square(mx.maximum(x @ up, 0)) if gate is None else (x @ gate) * mx.sigmoid(x @ gate) * (x @ up)
-        y = y + gates[:, e, None] * (hidden @ down)
+        def linear(name, x, e=e):
+            y = x @ moe[name].weight[e].T
+            return y + moe[name].bias[e] if "bias" in moe[name] else y
+
+        hidden = mx.square(mx.maximum(linear("up", x), 0))
+        if "gate" in moe:
+            hidden = linear("gate", x) * mx.sigmoid(linear("gate", x)) * linear("up", x)
+        y = y + gates[:, e, None] * linear("down", hidden)
     return y
 
 
 @pytest.mark.parametrize("n", [1, 20, 31, 32, 200, 999], ids="{} tokens".format)
 @pytest.mark.parametrize("settings", [
-    dict(), dict(k=1), dict(E=3, k=3, mlp="swiglu"), dict(E=70, k=4, expert_balance="bias")], ids=str)
+    dict(bias=True), dict(k=1), dict(E=3, k=3, mlp="swiglu", bias=True), dict(E=70, k=4, expert_balance="bias"),
+], ids=str)
 def test_moe_is_a_loop_over_experts(n, settings):
     """Forward and backward; sorted, from 32 tokens of two experts on, and unsorted."""
     moe = experts(**settings, ffn_dim=24).blocks[0].mlp.eval()
+    for name in {"gate", "up", "down"} & moe.keys():
+        if "bias" in moe[name]:
+            moe[name].bias = mx.random.normal(moe[name].bias.shape, key=mx.random.key(2))
     if "balance" in moe:
         moe.balance = mx.random.normal(moe.balance.shape, key=mx.random.key(3)) * 0.3
     x = mx.random.normal((n, 32), key=mx.random.key(n))
