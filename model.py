@@ -127,47 +127,56 @@ def rope_inv_freq(config: GPTConfig) -> np.ndarray:
     return inv_freq
 
 
-def rope(x: mx.array, inverse: mx.array, offset: int) -> mx.array:
-    """Turn each pair (i, i + D/2) of a head by its position: x (B, H, T, D) at positions offset, offset + 1, ...;
-    inverse: 1 / rope_inv_freq, which is what MLX calls freqs."""
-    if not isinstance(offset, int):  # mod
-        return rope_at(x, inverse, offset)  # mod
-    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
+# Where tokens are is told by an offset: the position of the first, the others following; or, an array (B, T), the place
+# of each: its position, plus DOCUMENT for each document before its own in the row. A token sees its own document only.
+DOCUMENT, NOWHERE = 2**20, 2**30  # a token that is nowhere is seen by none, and sees all, lest it divide by nothing
+
+
+def places(T: int, offset: int | mx.array) -> mx.array:
+    """The places of T tokens: (B, T), or (1, T) where all rows have the same."""
+    return mx.arange(offset, offset + T)[None] if isinstance(offset, int) else offset
+
+
+def rope(x: mx.array, inverse: mx.array, offset: int | mx.array) -> mx.array:
+    """Turn each pair (i, i + D/2) of a head by its position: x (B, H, T, D); inverse: 1 / rope_inv_freq, which is what
+    MLX calls freqs."""
+    if isinstance(offset, int):
+        return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
+    angle = (offset % DOCUMENT)[:, None, :, None] / inverse
+    cos, sin = mx.cos(angle).astype(x.dtype), mx.sin(angle).astype(x.dtype)
+    a, b = mx.split(x, 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
 # ---- score: which keys a query may see, and with what bias -----------------------------------------------------------
 
 
-def score_mask(config: GPTConfig, layer: int, T: int, offset: int, keys: mx.array | None):
-    """What is added to the scores of T queries at positions offset, offset + 1, ...: "causal", None (all keys are
-    seen), or an array (B, H, T, S). keys (S,): the keys' positions; None: 0, 1, ..., offset + T - 1. The baseline
-    builds no array: fused causal kernels need none."""
+def score_mask(config: GPTConfig, layer: int, T: int, offset: int | mx.array, keys: mx.array | None):
+    """What is added to the scores of T queries: "causal", None (all keys are seen), or an array (B, H, T, S). keys: the
+    places of the keys, (S,) or (B, S); None: 0, 1, ..., offset + T - 1, or those of the queries where offset is an
+    array. The baseline builds no array: fused causal kernels need none."""
     mask = "causal" if T > 1 else None
-    if crosses(config, layer) and not isinstance(offset, int):  # yoco
-        mask = seen_mask(*places(T, offset, keys))  # yoco
+    if not isinstance(offset, int):
+        mask = seen_mask(*score_places(T, offset, keys))
     if windowed(config, layer) and (T > 1 or not isinstance(offset, int)):  # window
-        mask = window_mask(config, *places(T, offset, keys))  # window
+        mask = window_mask(config, *score_places(T, offset, keys))  # window
     if config.alibi:  # alibi
-        mask = alibi_mask(config, layer, mask, *places(T, offset, keys))  # alibi
+        mask = alibi_mask(config, layer, mask, *score_places(T, offset, keys))  # alibi
     return mask
 
 
-def places(T: int, offset: int, keys: mx.array | None) -> tuple[mx.array, mx.array]:
-    """The positions of queries and keys, for score_mask's arguments: (B, 1, T, 1) and (B, 1, 1, S); B is 1 where all
-    rows have the same."""
-    queries = positions(T, offset)
-    if keys is None and not isinstance(offset, int):  # mod
-        keys = offset  # mod
+def score_places(T: int, offset: int | mx.array, keys: mx.array | None) -> tuple[mx.array, mx.array]:
+    """For score_mask's arguments: (B, 1, T, 1) and (B, 1, 1, S)."""
+    queries = places(T, offset)
     if keys is None:
-        keys = mx.arange(offset + T)
+        keys = mx.arange(offset + T) if isinstance(offset, int) else queries
     return queries[:, None, :, None], keys.reshape(-1, 1, 1, keys.shape[-1])
 
 
-def positions(T: int, offset: int) -> mx.array:
-    """offset, offset + 1, ...: (1, T)."""
-    if not isinstance(offset, int):  # mod
-        return offset  # mod
-    return mx.arange(offset, offset + T)[None]
+def seen_mask(queries: mx.array, keys: mx.array) -> mx.array:
+    """0 for what is seen, -inf for the future and for other documents: (B, 1, T, S)."""
+    near = (queries // DOCUMENT == keys // DOCUMENT) | (queries >= NOWHERE)
+    return mx.where(near & (queries >= keys), 0.0, -mx.inf)
 
 
 # ---- variant alibi: attention with linear biases (Press et al. 2022) -------------------------------------------------
@@ -193,7 +202,7 @@ def alibi_slopes(n_head: int) -> list[float]:
 
 
 def alibi_mask(config: GPTConfig, layer: int, mask, queries: mx.array, keys: mx.array) -> mx.array:
-    """-slope * distance, and -inf for the future, beside what another mask hides: (B, H, T, S), for places()."""
+    """-slope * distance, and -inf for the future, beside what another mask hides: (B, H, T, S), for score_places()."""
     slopes, distance = alibi_slopes(config.n_head), queries - keys
     if config.diff_attn:  # diff
         slopes = [slope for slope in alibi_slopes(diff_pairs(config)) for _ in range(2)]  # diff
@@ -231,24 +240,21 @@ def windowed(config: GPTConfig, layer: int) -> bool:
 
 
 def window_mask(config: GPTConfig, queries: mx.array, keys: mx.array) -> mx.array:
-    """0 for what is seen, -inf for the rest: (B, 1, T, S), for places()."""
+    """0 for what is seen, -inf for the rest: (B, 1, T, S), for score_places()."""
     near = (queries - keys < config.sliding_window) | (keys < config.sinks)
     return mx.where(near & (queries >= keys), 0.0, -mx.inf)
 
 
 def farthest(config: GPTConfig, keys: mx.array) -> mx.array:
     """The largest distance at which a key is seen."""
-    return mx.where(keys < config.sinks, config.sinks + config.sliding_window - 1 - keys, FAR)
-
-
-FAR = 2**30  # a position beyond all others: where queries see nothing
+    return mx.where(keys < config.sinks, config.sinks + config.sliding_window - 1 - keys, NOWHERE)
 
 
 def rope_to_sinks(config: GPTConfig, q: mx.array, k: mx.array, inverse: mx.array, offset: int, keys: mx.array | None):
     """Rotary positions for sinks: q (B, H, T, D) and k (B, KV, S, D), turned by their positions, become twice as wide;
     the second half of a query, turned as for the last position inside the cache, meets the sinks."""
     T, D, last = q.shape[2], q.shape[3], config.sinks + config.sliding_window - 1
-    queries, keys = places(T, offset, keys)
+    queries, keys = score_places(T, offset, keys)
     back = mx.fast.rope(q, D, traditional=False, base=None, scale=-1.0, offset=offset - last, freqs=inverse)
     q = mx.concatenate([q, mx.where(queries > last, back, q)], axis=-1)
     sink = (keys < config.sinks).swapaxes(2, 3)
@@ -272,9 +278,9 @@ def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v:
         first = mx.broadcast_to(first[:, None, :, :config.sinks], (*x.shape[:3], config.sinks, x.shape[4]))
         return mx.concatenate([first, before, x], axis=3)
 
-    place = positions(T, offset)[:, None, :, None] - FAR  # less FAR, so that padding with 0 means FAR
-    queries = blocks(place) + FAR
-    keys = with_previous(blocks(place), place).swapaxes(3, 4) + FAR
+    place = places(T, offset)[:, None, :, None] - NOWHERE  # so that padding with 0 means nowhere
+    queries = blocks(place) + NOWHERE
+    keys = with_previous(blocks(place), place).swapaxes(3, 4) + NOWHERE
     near = (queries >= keys) & (queries - keys < config.sliding_window)
     is_sink = mx.arange(keys.shape[-1]) < config.sinks  # these columns are for queries out of whose window they are
     mask = mx.where(mx.where(is_sink, queries - keys >= config.sliding_window, near), 0.0, -mx.inf)
@@ -767,9 +773,8 @@ def make_norm(config: GPTConfig) -> nn.Module:
 #   soft: x_t + sigmoid(r_t) (block(x)_t - x_t) for all: it learns what to skip and saves nothing
 #
 # A routed block works on a share mod_capacity of a sequence's tokens, taken out in order; they attend to one another
-# only, at their own positions, which stand in place of the offset as an array (B, T). Which r_t are the largest depends
-# on the future, so while sampling, and whenever the model is not in training, a predictor tells from the token alone
-# whether it would be among them.
+# only, at their own places. Which r_t are the largest depends on the future, so while sampling, and whenever the model
+# is not in training, a predictor tells from the token alone whether it would be among them.
 
 
 def check_mod(config: GPTConfig):
@@ -807,20 +812,21 @@ class RoutedBlock(Block):
         if isinstance(cache, RoutedCache):
             return self.continued(x, r, likely, offset, cache, tap)
         T, rows = x.shape[1], mx.arange(len(x))[:, None]
+        at = mx.broadcast_to(places(T, offset), r.shape)
         if self.training:
             k = max(1, round(self.config.mod_capacity * T))
             order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
             chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
-            positions = order + offset
+            at = at[rows, order]
             miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
             x = with_loss(x, 0.01 * miss.mean())  # little, lest clipping shorten the model's own gradient
         else:  # the chosen tokens first, the others after them, where no chosen one sees them
             chosen = likely > 0
             order = mx.argsort(mx.arange(T) + mx.where(chosen, 0, T), axis=1)
-            positions = mx.where(chosen[rows, order], order + offset, 2**30)
+            at = mx.where(chosen[rows, order], at[rows, order], NOWHERE)
             r = mx.where(chosen, r, 0)
         selected = x[rows, order]
-        change = self.add(selected, positions, cache, tap) - selected
+        change = self.add(selected, at, cache, tap) - selected
         return x.at[rows, order].add(change * r[rows, order][..., None])
 
     def continued(self, x: mx.array, r: mx.array, likely: mx.array, offset: int, cache, tap: Callable) -> mx.array:
@@ -864,14 +870,6 @@ class RowCache:
         return keys, values, self.positions if order is None else self.positions[order]
 
 
-def rope_at(x: mx.array, inverse: mx.array, positions: mx.array) -> mx.array:
-    """rope() for positions (B, T) in any order."""
-    angle = positions[:, None, :, None] / inverse
-    cos, sin = mx.cos(angle).astype(x.dtype), mx.sin(angle).astype(x.dtype)
-    a, b = mx.split(x, 2, axis=-1)
-    return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-
-
 # ---- end of mod ------------------------------------------------------------------------------------------------------
 
 # ---- variant yoco: You Only Cache Once (Sun et al. 2024) -------------------------------------------------------------
@@ -906,7 +904,7 @@ class SharedKeysValues(Attention):
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> tuple:
         k, v, _ = self.keys_values(self.norm(x), offset, cache, tap)
-        return k, v, mx.arange(k.shape[2])
+        return k, v, mx.arange(k.shape[2]) if isinstance(offset, int) else offset
 
 
 class CrossAttention(Attention):
@@ -925,11 +923,6 @@ def cross_attention(config: GPTConfig, layer: int) -> Attention:
     if config.diff_attn:  # diff
         return type("CrossDiffAttention", (CrossAttention, DiffAttention), {})(config, layer)  # diff
     return CrossAttention(config, layer)
-
-
-def seen_mask(queries: mx.array, keys: mx.array) -> mx.array:
-    """0 for what is seen, -inf for the future: (B, 1, T, S), for places()."""
-    return mx.where(queries >= keys, 0.0, -mx.inf)
 
 
 # ---- end of yoco -----------------------------------------------------------------------------------------------------
@@ -976,18 +969,21 @@ class GPT(nn.Module):
         self.checkpoint_every = 0  # recompute every k-th block's activations in the backward pass; 0: store all
         init_weights(self, seed)
 
-    def residual(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap,
-                 last: bool = False) -> mx.array:
+    def residual(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,
+                 packed: mx.array | None = None) -> mx.array:
         """The residual stream after the last block: (B, T) token ids -> (B, T, C); of the last position alone, (B, 1,
-        C), if that is all that is asked for."""
+        C), if that is all that is asked for. packed (B, T): the tokens' places, where rows hold several documents."""
         T, offset = idx.shape[1], 0 if cache is None else cache.offset
         if cache is not None:
             cache.offset += T
+        if packed is not None and self.config.sinks:  # window
+            raise UserError("sinks and packing: a row has one set of first tokens; leave one of them out")  # window
         x = self.embed(idx)
         if self.config.pos == "learned":
             if offset + T > self.config.block_size:
                 raise UserError(f"{offset + T} tokens, but positions are learned up to {self.config.block_size}")
-            x = x + self.pos_embed(mx.arange(offset, offset + T))
+            x = x + self.pos_embed(places(T, offset if packed is None else packed) % DOCUMENT)
+        offset = offset if packed is None else packed
         for layer, block in enumerate(self.blocks):
             memory = None if cache is None else cache.layers[layer]
             if crosses(self.config, layer):  # yoco
@@ -1011,11 +1007,11 @@ class GPT(nn.Module):
         """The vocabulary projection alone."""
         return self.embed.as_linear(x) if self.config.tie else self.head(x)
 
-    def __call__(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap,
-                 last: bool = False) -> mx.array:
+    def __call__(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,
+                 packed: mx.array | None = None) -> mx.array:
         """(B, T) token ids -> logits (B, T, V); with last=True of the last position alone, (B, 1, V). With a cache, idx
-        continues the tokens that it holds."""
-        return self.unembed(self.residual(idx, cache, tap, last))
+        continues the tokens that it holds. packed: see residual."""
+        return self.unembed(self.residual(idx, cache, tap, last, packed))
 
     def make_cache(self) -> Cache:
         """An empty key/value cache: model(idx, cache=cache) fills it, any number of tokens at a time."""
@@ -1023,12 +1019,13 @@ class GPT(nn.Module):
             return Cache([*self.blocks, self.shared])  # yoco
         return Cache(self.blocks)
 
-    def loss(self, idx: mx.array, targets: mx.array, mask: mx.array | None = None, tap: Callable = no_tap) -> mx.array:
+    def loss(self, idx: mx.array, targets: mx.array, mask: mx.array | None = None, tap: Callable = no_tap,
+             packed: mx.array | None = None) -> mx.array:
         """Mean cross-entropy in nats of targets (B, T), weighted by mask (B, T) if there is one.
 
         It is cross_entropy(model(idx), targets), computed without all logits in memory at once.
         """
-        x = self.norm(self.residual(idx, tap=tap))
+        x = self.norm(self.residual(idx, tap=tap, packed=packed))
         weights = mx.ones(targets.shape) if mask is None else mask.astype(mx.float32)
         total = chunked_loss(self, x.reshape(-1, x.shape[-1]), targets.reshape(-1), weights.reshape(-1))
         return total / mx.where(weights.sum() > 0, weights.sum(), 1)

@@ -627,6 +627,17 @@ def test_pair(names, tmp_path):
     assert mx.abs(after[:, :40] - whole[:, :40]).max() < 1e-5 * mx.abs(whole).max()
     assert (mx.abs(after[:, 40:] - whole[:, 40:]).max(-1) > 1e-3).all()
 
+    # documents of 13, 30, 1 and 36 tokens in one row, as if each were alone
+    ends = np.cumsum([0, 13, 30, 1, 36])
+    packed = np.concatenate([n * core.DOCUMENT + np.arange(size) for n, size in enumerate(np.diff(ends))])
+    if model.config.sinks:
+        with pytest.raises(UserError, match="sinks.*packing"):
+            model(idx, packed=mx.array(packed[None]))
+    else:
+        alone = [model(idx[:, a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        found = model(idx, packed=mx.array(np.stack([packed, packed])))
+        assert mx.abs(found - mx.concatenate(alone, axis=1)).max() < 1e-4 * mx.abs(whole).max()
+
     core.save_checkpoint(str(tmp_path / "c.safetensors"), model, {})
     loaded, _ = core.load_checkpoint(str(tmp_path / "c.safetensors"))
     assert loaded.config == model.config and mx.array_equal(loaded(idx), whole)
