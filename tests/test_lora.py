@@ -1,0 +1,198 @@
+"""lora.py: against the formulas in float64 numpy, on dense and packed bases, through files."""
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import lora
+from config import UserError
+from lora import Adapter, attach, base_fingerprint, load_adapter, merge, quantize_base, save_adapter
+from model import GPT, GPTConfig, save_checkpoint
+
+every_kind = pytest.mark.parametrize("kind", lora.KINDS)
+
+
+def base(bits=0, seed=0, **settings) -> GPT:
+    settings = {**dict(block_size=64, vocab_size=61, n_layer=2, n_head=2, n_embd=64, bias=True), **settings}
+    model = GPT(GPTConfig(**settings), seed=seed)
+    for name, p in tree_flatten(model.parameters()):
+        if name.endswith("bias"):
+            *path, _ = name.split(".")
+            module = model
+            for part in path:
+                module = module[int(part)] if part.isdigit() else module[part]
+            module.bias = mx.random.normal(p.shape, key=mx.random.key(len(name)))
+    quantize_base(model, bits)
+    return model
+
+
+def shake(model: GPT, seed=1):
+    """Give the adapter parameters as training would."""
+    rng = np.random.default_rng(seed)
+    for module in lora.linear_layers(model).values():
+        if isinstance(module, Adapter):
+            module.b = mx.array(0.2 * rng.standard_normal(module.b.shape).astype(np.float32))
+            if "m" in module:
+                module.m = module.m * mx.array(rng.uniform(0.5, 1.5, module.m.shape).astype(np.float32))
+
+
+IDX = mx.array(np.random.default_rng(0).integers(0, 61, (2, 40)))
+
+
+@every_kind
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_starts_as_nothing(kind, bits):
+    model = base(bits)
+    before = model(IDX)
+    paths = attach(model, "attn, mlp", rank=4, kind=kind)
+    assert len(paths) == 12 and mx.abs(model(IDX) - before).max() < 1e-4
+    trained = {name.rpartition(".")[2] for name, _ in tree_flatten(model.trainable_parameters())}
+    assert trained == ({"a", "b", "m"} if kind == "dora" else {"a", "b"})
+
+
+@every_kind
+@pytest.mark.parametrize("bits", [0, 4])
+def test_one_layer_is_its_formula(kind, bits):
+    """float64, with the whole matrix; on a packed base with the matrix that its integers stand for."""
+    model = base(bits)
+    layer = model.blocks[0].mlp.up
+    W, bias = np.array(lora.dense_weight(layer), np.float64), np.array(layer.bias)
+    x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    attach(model, "mlp.up", rank=3, alpha=5, kind=kind)
+    shake(model)
+    adapter = model.blocks[0].mlp.up
+    a, b = (np.array(adapter[name], np.float64) for name in "ab")
+    W2 = W + 5 / (3**0.5 if kind == "rslora" else 3) * b @ a
+    if kind == "dora":
+        W2 = np.array(adapter.m, np.float64)[:, None] * W2 / np.linalg.norm(W2, axis=1, keepdims=True)
+    wanted = x @ W2.T + bias
+    for found in (adapter(mx.array(x)), adapter.merged()(mx.array(x))):
+        assert np.abs(np.array(found) - wanted).max() < 2e-5 * np.abs(wanted).max()
+
+
+def test_dora_norm_is_a_constant_for_the_gradient():
+    """As the paper proposes: the gradient of b, from the formula with the norms held."""
+    model = base()
+    attach(model, "mlp.up", rank=3, alpha=3, kind="dora")
+    shake(model)
+    adapter, x = model.blocks[0].mlp.up, mx.random.normal((7, 64), key=mx.random.key(5))
+    found = mx.grad(lambda b: (adapter.update({"b": b}), mx.sin(adapter(x)).sum())[1])(adapter.b)
+    a, b, m, W, bias = (np.array(p, np.float64) for p in (adapter.a, adapter.b, adapter.m, adapter.base.weight,
+                                                         adapter.base.bias))
+    V, x = W + b @ a, np.array(x, np.float64)
+    scale = m / np.linalg.norm(V, axis=1)
+    wanted = (np.cos(x @ V.T * scale + bias) * scale).T @ (x @ a.T)
+    assert np.abs(np.array(found) - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+@every_kind
+@pytest.mark.parametrize("bits", [0, 4])
+def test_merged_equals_unmerged(kind, bits):
+    model = base(bits)
+    attach(model, "attn.(q|v)$, mlp", rank=4, kind=kind)
+    shake(model)
+    before = model(IDX)
+    merge(model)
+    assert not any(isinstance(module, Adapter) for module in model.modules())
+    assert mx.abs(model(IDX) - before).max() < 1e-4 * mx.abs(before).max()
+
+
+@every_kind
+@pytest.mark.parametrize("bits", [0, 4])
+def test_through_a_file(kind, bits, tmp_path):
+    """The same logits on a fresh base; the base itself is quantized as it was in training."""
+    model, path = base(), str(tmp_path / "adapter.safetensors")
+    fingerprint = base_fingerprint(model)
+    quantize_base(model, bits)
+    attach(model, "attn", rank=4, alpha=6, kind=kind)
+    shake(model)
+    save_adapter(path, model, fingerprint, dict(rank=4, alpha=6, kind=kind, base_bits=bits))
+    fresh = base()
+    meta = load_adapter(fresh, path, base_fingerprint(fresh))
+    assert mx.array_equal(fresh(IDX), model(IDX)) and meta["kind"] == kind
+    cache = fresh.make_cache()
+    parts = [fresh(IDX[:, a:b], cache=cache) for a, b in ((0, 30), (30, 31), (31, 40))]
+    assert mx.abs(mx.concatenate(parts, axis=1) - model(IDX)).max() < 1e-4
+
+
+def test_several_add_up(tmp_path):
+    changes, plain = [], base()
+    W = plain.blocks[1].attn.q.weight
+    for i, target in enumerate(("attn.q", "attn")):
+        model = base()
+        attach(model, target, rank=2 + i)
+        shake(model, seed=i)
+        changes.append(lora.dense_weight(model.blocks[1].attn.q) - W)
+        save_adapter(str(tmp_path / f"{i}"), model, base_fingerprint(base()), dict(rank=2 + i, alpha=16, kind="lora"))
+    model = base()
+    fingerprint = base_fingerprint(model)
+    load_adapter(model, str(tmp_path / "0"), fingerprint, weight=0.5)
+    load_adapter(model, str(tmp_path / "1"), fingerprint, weight=-2)
+    wanted = W + 0.5 * changes[0] - 2 * changes[1]
+    assert mx.abs(lora.dense_weight(model.blocks[1].attn.q) - wanted).max() < 1e-4
+    before = model(IDX)
+    merge(model)
+    assert mx.abs(model(IDX) - before).max() < 1e-4 * mx.abs(before).max()
+
+
+@pytest.mark.parametrize("bits, share", [(4, 0.29), (8, 0.54)])
+def test_qlora_trains_the_adapter_alone(bits, share):
+    """The base stays packed, bit for bit, in `share` of float16's bytes with its scales, and the loss falls."""
+    model = base(n_embd=128, bias=False)
+    dense = sum(module.weight.nbytes / 2 for module in lora.linear_layers(model).values())
+    quantize_base(model, bits)
+    model.set_dtype(mx.bfloat16)
+    layers = lora.linear_layers(model)
+    assert sum(p.nbytes for module in layers.values() for _, p in tree_flatten(module.parameters())) < share * dense
+    attach(model, rank=8)
+    before = {name: np.array(p.view(mx.uint8)) for name, p in tree_flatten(model.parameters()) if ".base." in name}
+    optimizer, losses = optim.Adam(1e-2), []
+    step = nn.value_and_grad(model, lambda: model.loss(IDX[:, :-1], IDX[:, 1:]))
+    for _ in range(100):
+        loss, gradients = step()
+        optimizer.update(model, gradients)
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    after = dict(tree_flatten(model.parameters()))
+    assert all(np.array_equal(before[name], np.array(after[name].view(mx.uint8))) for name in before)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(n_expert=4), dict(yoco=True, n_layer=4), dict(mod="topk"), dict(diff_attn=True, tie=False),
+    dict(mlp="swiglu", n_kv_head=1)], ids=str)
+def test_on_every_architecture(settings):
+    model = base(**settings).eval()
+    attach(model, "." if "n_expert" not in settings else "attn", rank=2, kind="dora")
+    shake(model)
+    model.train()
+    gradients = dict(tree_flatten(nn.value_and_grad(model, lambda: model.loss(IDX, IDX))()[1]))
+    assert gradients and all(0 < mx.abs(g).max() < mx.inf for g in gradients.values())
+    before = model.eval()(IDX)
+    merge(model)
+    assert mx.abs(model(IDX) - before).max() < 1e-3 * mx.abs(before).max()
+
+
+def test_mistakes(tmp_path):
+    path, model = str(tmp_path / "adapter.safetensors"), base()
+    for bad, says in ((dict(targets="atn"), "target 'atn' .*attn.q"), (dict(targets=" ,"), "no targets"),
+                      (dict(targets="attn.("), "no regular expression"), (dict(rank=0), "rank=0"),
+                      (dict(kind="vera"), "vera")):
+        with pytest.raises(UserError, match=says):
+            attach(base(), **bad)
+    attach(model, "attn", rank=4)
+    save_adapter(path, model, base_fingerprint(base()), dict(rank=4, alpha=16, kind="lora"))
+    other = base(seed=1)
+    with pytest.raises(UserError, match="another base"):
+        load_adapter(other, path, base_fingerprint(other))
+    with pytest.raises(UserError, match="attn.k has not|adapts blocks.1"):
+        load_adapter(base(n_layer=1), path, base_fingerprint(base()))
+    with pytest.raises(UserError, match=r"attn.[kv].b has shape \(64, 4\), but \(32, 4\)"):
+        load_adapter(base(n_kv_head=1), path, base_fingerprint(base()))
+    save_checkpoint(path, base(), {})
+    with pytest.raises(UserError, match="checkpoint, not an adapter"):
+        load_adapter(base(), path, "")
+    with pytest.raises(UserError, match="base_bits=7"):
+        quantize_base(base(), 7)
