@@ -25,13 +25,15 @@ def overrides(globals_dict: dict, *positional: str) -> dict:
     """Set a script's globals from its command line and return its settings, in the order of the source.
 
     Settings are the lower-case globals that hold a bool, int, float or str by now; their values give the types.
-    Arguments without "--" fill the `positional` names. The last of several counts: a shell line can end in "$@".
+    Arguments without "--" fill the `positional` names. The last of several counts: a shell line can end in "$@". Where
+    the default is (), all of them are collected as texts.
     If the script is imported, not run, the defaults stand. `given` tells which were set.
     """
     settings = {
         name: value
         for name, value in globals_dict.items()
-        if type(value) in (bool, int, float, str) and name == name.lower() and not name.startswith("_")
+        if (type(value) in (bool, int, float, str) or type(value) is tuple and not value)
+        and name == name.lower() and not name.startswith("_")
     }
     assert set(positional) <= set(settings), f"not settings: {set(positional) - set(settings)}"
     if globals_dict["__name__"] == "__main__":
@@ -62,7 +64,10 @@ def _parse(settings: dict, positional: tuple, arguments: list[str]) -> dict:
             raise UserError(f"one argument too many, {argument!r}: it takes {' and '.join(positional)}")
         else:
             raise UserError(f"unexpected argument {argument!r}: settings are written --name=value")
-        changes[name] = _convert(name, text, type(settings[name]))
+        if type(settings[name]) is tuple:
+            changes[name] = (*changes.get(name, ()), text)
+        else:
+            changes[name] = _convert(name, text, type(settings[name]))
     return changes
 
 
@@ -86,6 +91,7 @@ def _help(path: str, doc: str | None, settings: dict, positional: tuple):
     usage = " ".join(["usage: python", os.path.basename(path), *(f"[{name}]" for name in positional)])
     print(f"{(doc or '').strip()}\n\n{usage} [--name=value ...]")
     texts = {name: str(value).lower() if type(value) is bool else str(value) for name, value in settings.items()}
+    texts.update({name: "" for name, value in settings.items() if value == ()})
     shown = {name: f"  --{name}={shlex.quote(text)}" for name, text in texts.items()}
     column = 2 + max((len(left) for left in shown.values() if len(left) < 44), default=0)
     comments, last = _comments(path), None

@@ -6,7 +6,11 @@
     [200 tokens, 269.9 tok/s, 1.5 GB/s, first after 0.02 s, 0.01 GiB, cache 1.05 MB]
 
     python sample.py out/ckpt.safetensors                     # on a terminal: asks for prompts, one after the other
+    python sample.py out/ckpt.safetensors --adapter=out-sft/sft.safetensors --prompt="Name three birds."
 
+What sft.py has tuned is talked to by its template: a prompt is a message, the text an answer, and on a terminal the
+conversation goes on until an empty line. --template=none continues the text instead. --adapter may be given several
+times, each with a weight (--adapter=a.safetensors:0.5); --merge=True folds them into the weights, which is faster.
 Text comes as it is made. At the end of each text stands its speed: tok/s, tokens written a second, and GB/s, the bytes
 of weights and of key/value cache read for them, which is what bounds decoding; then the peak of all memory, and the
 bytes of the key/value cache, which has room for a multiple of 256 tokens in a layer that sees them all.
@@ -20,16 +24,24 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from chat import check_template, encode_prompt, end_of_answer
 from config import UserError, overrides
+from lora import base_fingerprint, load_adapter
+from lora import merge as merge_adapters
 from model import compute_dtype, generate, load_checkpoint
 from tokenizer import Tokenizer
 
+# model
+checkpoint = "out/ckpt.safetensors"  # from train.py or sft.py
+adapter = ()              # adapters of it, each PATH or PATH:WEIGHT; may be given several times
+merge = False             # fold the adapters into the weights
 # text
-checkpoint = "out/ckpt.safetensors"  # from train.py
 prompt = ""               # what the text begins with; none: asked for on a terminal, else a new document
 max_new_tokens = 200      # length of a sample
 num_samples = 1           # texts a prompt
 stop = ""                 # end a text where this appears; several are separated by |
+template = ""             # plain | alpaca | chatml | llama3: talk by it; none: continue the text. "": the checkpoint's
+system = ""               # with a template: what the conversation begins with
 # sampling
 temperature = 0.8         # 0: always the most probable token; 1: the model's own distribution
 top_k = 200               # keep the k most probable tokens; 0: all
@@ -50,6 +62,19 @@ model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
 enc = Tokenizer.from_dict(meta["tokenizer"])
+fingerprint = base_fingerprint(model) if adapter else ""
+for part in adapter:
+    path, colon, weight = part.rpartition(":")
+    try:
+        path, weight = (path, float(weight)) if colon else (part, 1.0)
+    except ValueError:  # the colon belongs to the path
+        path, weight = part, 1.0
+    meta["template"] = load_adapter(model, path, fingerprint, weight).get("template", meta.get("template"))
+if merge:
+    merge_adapters(model)
+template = template or meta.get("template") or "none"
+if template != "none":
+    check_template(template)
 model.set_dtype(compute_dtype(dtype))
 mx.eval(model.parameters())
 config = model.config
@@ -81,20 +106,25 @@ def end_of(new: str) -> tuple[int, int]:
     return found, max((n for part in stops for n in range(1, len(part)) if new.endswith(part[:n])), default=0)
 
 
-def write(prompt: str, seed: int):
-    """Continue a prompt on standard output, up to a stop string, an end-of-text token or max_new_tokens."""
-    ids = [enc.eot, *enc.encode(prompt).tolist()]  # a document begins after an end-of-text token
+def write(prompt: str, seed: int, before: list[dict]) -> str:
+    """Continue a prompt on standard output, or answer it as the next message after those before; up to a stop string,
+    an end-of-text token or max_new_tokens. Returns the new text."""
+    ids, ends = [enc.eot, *enc.encode(prompt).tolist()], {enc.eot}  # a document begins after an end-of-text token
+    if template != "none":
+        ids = encode_prompt(enc, [*before, {"role": "user", "content": prompt}], template)
+        ends.add(end_of_answer(enc, template))
     if len(ids) > config.block_size:
         print(f"the prompt has {len(ids)} tokens: only the last {config.block_size} are read", file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
-    print(prompt, end="", flush=True)
-    new, count, cache, began = "", 0, model.make_cache(), time.perf_counter()
+    if template == "none":
+        print(prompt, end="", flush=True)
+    text, new, count, cache, began = "", "", 0, model.make_cache(), time.perf_counter()
     for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
                           enc.n_vocab, cache=cache):
         count += 1
         if count == 1:
             first = time.perf_counter()
-        if token == enc.eot:
+        if token in ends:
             break
         new += decoder.decode(enc.decode_bytes([token]))
         found, waiting = end_of(new)
@@ -103,28 +133,35 @@ def write(prompt: str, seed: int):
             decoder.reset()  # the beginning of a character may stand after it
             break
         print(new[:len(new) - waiting], end="", flush=True)
+        text += new[:len(new) - waiting]
         new = new[len(new) - waiting:]
-    print(new + decoder.decode(b"", True), flush=True)
+    new += decoder.decode(b"", True)
+    print(new, flush=True)
     if count > 1:
         speed = (count - 1) / (time.perf_counter() - first)
         positions = min(len(ids) + count / 2, config.block_size)  # in the cache, on average
         read = weight_bytes + sum(held(layer, positions) for layer in cache.layers[:config.n_layer]) * cache_bytes
         print(f"[{count} tokens, {speed:.1f} tok/s, {read * speed / 1e9:.1f} GB/s, first after {first - began:.2f} s, "
               f"{mx.get_peak_memory() / 2**30:.2f} GiB, cache {cache.nbytes / 1e6:.2f} MB]", file=sys.stderr)
+    return text + new
 
 
 sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes "?"
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() gains a history and editing)
 
+opening = [{"role": "system", "content": system}] if system else []
 if prompt or not sys.stdin.isatty():
     for i in range(num_samples):
-        write(prompt, seed + i)
+        write(prompt, seed + i, opening)
 else:
-    print("Write the beginning of a text; an empty line ends.")
+    print("Write the beginning of a text; an empty line ends." if template == "none" else
+          "Write a message; an empty line ends the conversation.")
     while prompt := ask():
         try:
             for i in range(num_samples):
-                write(prompt, seed + i)
+                answer = write(prompt, seed + i, opening)
+            if template != "none":  # the conversation goes on
+                opening += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         except UserError as error:  # characters that the tokenizer lacks: ask again
             print(error, file=sys.stderr)

@@ -214,3 +214,11 @@ def test_output_into_a_closed_pipe_is_quiet(tmp_path, body):
 def test_unknown_positional_is_a_bug(tmp_path):
     status, _, err = run(tmp_path, script="from config import overrides\nx = 1\noverrides(globals(), 'y')\n")
     assert status == 1 and "AssertionError" in err
+
+
+def test_a_setting_that_collects(tmp_path):
+    script = SCRIPT.replace('settings =', 'adapter = ()  # may be given several times\nsettings =', 1)
+    assert '"adapter": []' in run(tmp_path, script=script)[1]
+    assert '"adapter": ["a:0.5", "b=c"]' in run(tmp_path, "--adapter=a:0.5", "--adapter=b=c", script=script)[1]
+    line, = [line for line in run(tmp_path, "--help", script=script)[1].splitlines() if "--adapter" in line]
+    assert line.split(maxsplit=1) == ["--adapter=''", "may be given several times"]

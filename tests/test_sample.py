@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
 
+from chat import encode_prompt
+from lora import attach, base_fingerprint, linear_layers, load_adapter, save_adapter
 from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
 from tokenizer import EOT, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer
 
@@ -289,3 +291,61 @@ def test_bad_checkpoints(writer, tmp_path):
 ])
 def test_bad_settings(writer, argument, says):
     assert_one_line(says, writer, argument)
+
+
+# ---- adapters, conversations -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A base of random weights, and two adapters of it that were shaken, as training would."""
+    folder, rng = tmp_path_factory.mktemp("tuned"), np.random.default_rng(0)
+
+    def base():
+        return GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=64, tie=False), seed=1)
+
+    save(folder / "base.safetensors", base(), BYTES)
+    for name, kind in (("a", "lora"), ("b", "rslora")):
+        model = base()
+        for path in attach(model, "attn", rank=3, kind=kind):
+            linear_layers(model)[path].b = mx.array(rng.standard_normal((64, 3)).astype(np.float32))
+        save_adapter(str(folder / f"{name}.safetensors"), model, base_fingerprint(base()),
+                     dict(rank=3, alpha=16, kind=kind, template="alpaca" if name == "b" else None))
+    return folder
+
+
+@pytest.mark.parametrize("adapters", [[("a", 1)], [("a", 0.5)], [("a", 0.5), ("b", -1)]], ids=str)
+def test_adapters(tuned, adapters):
+    model, _ = load_checkpoint(str(tuned / "base.safetensors"))
+    fingerprint = base_fingerprint(model)
+    for name, weight in adapters:
+        load_adapter(model, str(tuned / f"{name}.safetensors"), fingerprint, weight)
+    ids = list(generate(model, [BYTES.eot, *b"ab"], 20, temperature=0, n_vocab=257))
+    wanted = "ab" + BYTES.decode(ids[:ids.index(256)] if 256 in ids else ids)
+    given = [f"--adapter={tuned / name}.safetensors" + f":{weight}" * (weight != 1) for name, weight in adapters]
+    for merge in ("False", "True"):
+        out, _ = sample(tuned / "base.safetensors", "ab", *given, f"--merge={merge}", "--temperature=0",
+                        "--max_new_tokens=20", "--template=none")
+        assert out == wanted + "\n"
+    plain, _ = sample(tuned / "base.safetensors", "ab", "--temperature=0", "--max_new_tokens=20")
+    assert plain != wanted + "\n"
+
+
+def test_an_adapter_of_another_base(tuned, tmp_path):
+    other = save(tmp_path / "other.safetensors", GPT(GPTConfig(vocab_size=320, n_embd=64), seed=2), BYTES)
+    _, error = sample(other, "x", f"--adapter={tuned / 'a.safetensors'}", status=2)
+    assert "a.safetensors was trained on another base" in error
+    _, error = sample(other, "x", "--adapter=nothing.safetensors:0.5", status=2)
+    assert "no checkpoint at nothing.safetensors:" in error
+
+
+def test_answer_by_the_template(tuned):
+    """Of the adapter; the prompt is a message, and is not printed."""
+    model, _ = load_checkpoint(str(tuned / "base.safetensors"))
+    load_adapter(model, str(tuned / "b.safetensors"), base_fingerprint(model))
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    ids = list(generate(model, encode_prompt(BYTES, talk, "alpaca"), 9, temperature=0, n_vocab=257))
+    out, _ = sample(tuned / "base.safetensors", "Hi", f"--adapter={tuned / 'b.safetensors'}", "--system=Be kind.",
+                    "--temperature=0", "--max_new_tokens=9")
+    assert out == BYTES.decode(ids[:ids.index(256)] if 256 in ids else ids) + "\n"
+    assert "template='vicuna'" in sample(tuned / "base.safetensors", "x", "--template=vicuna", status=2)[1]

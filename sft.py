@@ -1,0 +1,321 @@
+"""Fine-tune a checkpoint on instructions: all of its weights, or an adapter.
+
+    python sft.py out/ckpt.safetensors --data=tasks.jsonl
+    python sft.py out/ckpt.safetensors --data=tasks.jsonl --kind=dora --base_bits=4
+
+A line of the file is {"messages": [{"role", "content"}, ...]}, {"instruction", "input", "output"}, or {"prompt",
+"response"}. Only the responses are learned. Examples are packed, several to a row of block_size tokens; each sees
+itself only, at its own positions. What is longer is cut; an example of which no response would be left is skipped, and
+told.
+
+It writes OUT_DIR/sft.safetensors, the step of the lowest validation loss (with kind=full a checkpoint, else an adapter
+for the checkpoint it came from), loss.csv and loss.png. Each line of the log: step; loss, the mean cross-entropy of the
+step's response tokens in nats; lr, the learning rate; norm, the gradient's length before clipping; tok/s, tokens a
+second, padding excluded; mem, peak memory. And at every evaluation val, the loss on the examples held out.
+
+Kinds: full; lora (Hu et al. 2021); rslora (Kalajdzievski 2023); dora (Liu et al. 2024). --base_bits packs the base
+first, as in QLoRA (Dettmers et al. 2023). --neftune adds noise to embeddings (Jain et al. 2023).
+"""
+import csv
+import math
+import os
+import time
+from functools import partial
+
+import blas  # noqa: F401  (before mlx)
+import matplotlib
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from tqdm import tqdm
+
+from chat import check_template, encode, encode_prompt, end_of_answer, pack, read_conversations, shorten
+from config import UserError, overrides
+from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter
+from model import NOWHERE, ON_CPU, compute_dtype, generate, load_checkpoint, no_tap, save_checkpoint
+from tokenizer import Tokenizer
+
+checkpoint = "out/ckpt.safetensors"  # from train.py, or an earlier sft.py
+# data
+data = ""               # jsonl
+val_data = ""           # jsonl held out; none: val_share of data
+val_share = 0.1         # of the examples
+template = ""           # plain | alpaca | chatml | llama3; none: the checkpoint's, else chatml
+packing = True          # several examples a row
+out_dir = "out-sft"     # where the result goes
+seed = 1337             # of the split, the order and the adapter
+# adapter
+kind = "lora"           # full | lora | rslora | dora
+rank = 8                # of the adapter
+alpha = 16.0            # its scale is alpha / rank (rslora: / sqrt(rank))
+targets = "attn, mlp"   # linear layers, regular expressions separated by commas: "attn.(q|v)$"
+base_bits = 0           # pack the base to 2 | 3 | 4 | 5 | 6 | 8 bits before; 0: leave it
+# optimization
+epochs = 3              # times every example is seen
+batch_size = 4          # rows an update
+learning_rate = 1e-3    # peak; full fine-tuning wants a tenth
+warmup_share = 0.05     # of all updates, linear
+min_lr = 0.1            # learning rate at the end of the cosine, as a share of the peak
+weight_decay = 0.0      # of matrices, times the learning rate
+grad_clip = 1.0         # longest gradient; 0: no clipping
+neftune = 0.0           # noise of the embeddings, over sqrt(tokens * width); 5 is usual; 0: none
+# run
+eval_interval = 20      # updates between evaluations
+log_interval = 5        # updates between log lines
+dtype = "auto"          # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
+compile = not ON_CPU    # mx.compile the step
+samples = 2             # held-out prompts answered before and after
+sample_tokens = 60      # of an answer
+
+settings = overrides(globals(), "checkpoint", "data")
+
+if not data:
+    raise UserError("no examples: give --data=FILE.jsonl")
+if kind not in ("full", *KINDS):
+    raise UserError(f"kind={kind!r} is not one of full, {', '.join(KINDS)}")
+if kind == "full" and base_bits:
+    raise UserError(f"base_bits={base_bits} with kind=full: packed weights do not train; take kind=lora")
+for name in ("epochs", "batch_size", "eval_interval", "log_interval"):
+    if settings[name] < 1:
+        raise UserError(f"{name}={settings[name]}: it must be 1 or more")
+if not 0 < val_share < 1:
+    raise UserError(f"val_share={val_share}: it must be between 0 and 1")
+if dtype == "float16":
+    raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+conversations = read_conversations(data)
+held_out = read_conversations(val_data) if val_data else []
+model, meta = load_checkpoint(checkpoint)
+if not meta.get("tokenizer"):
+    raise UserError(f"{checkpoint} holds no tokenizer: it cannot read conversations")
+enc = Tokenizer.from_dict(meta["tokenizer"])
+template = check_template(template or meta.get("template") or "chatml")
+block_size, rng = model.config.block_size, np.random.default_rng(seed)
+if not held_out:
+    order = rng.permutation(len(conversations))
+    n_val = max(1, round(val_share * len(conversations)))
+    if n_val == len(conversations):
+        raise UserError(f"{data} has {n_val} example: give two or more, or --val_data")
+    held_out = [conversations[i] for i in order[:n_val]]
+    conversations = [conversations[i] for i in order[n_val:]]
+
+
+def rows_of(conversations: list, what: str) -> dict[str, np.ndarray]:
+    examples, cut, skipped = shorten([encode(enc, messages, template) for messages in conversations], block_size)
+    if not examples:
+        raise UserError(f"no {what} example has a response within {block_size} tokens: train a longer context")
+    rows = pack(examples, block_size, packing)
+    print(f"{what}: {len(examples)} examples, {sum(len(ids) for ids, _ in examples):,} tokens, "
+          f"{int(rows['mask'].sum()):,} to learn, in {len(rows['idx'])} rows of {block_size}"
+          f"{f'; {cut} cut at {block_size} tokens' if cut else ''}"
+          f"{f'; {skipped} SKIPPED, since no response was left' if skipped else ''}")
+    return rows
+
+
+train_rows, val_rows = rows_of(conversations, "training"), rows_of(held_out, "held out")
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+working_dtype = compute_dtype(dtype)
+fingerprint = base_fingerprint(model)
+bytes_before = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+if kind == "full":
+    model.set_dtype(mx.float32)
+else:
+    model.set_dtype(working_dtype)
+    quantize_base(model, base_bits)
+    paths = attach(model, targets, rank, alpha, kind, seed)
+trainable = sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
+total = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+print(f"{trainable / 1e6:.2f}M parameters train{'' if kind == 'full' else f' in {len(paths)} layers'}; "
+      f"the model takes {total / 1e6:.1f} MB, the checkpoint {bytes_before / 1e6:.1f}")
+
+steps_an_epoch = math.ceil(len(train_rows["idx"]) / batch_size)
+max_iters = epochs * steps_an_epoch
+opt = optim.Adam(learning_rate, betas=[0.9, 0.95], bias_correction=True)
+opt.init(model.trainable_parameters())
+
+
+def learning_rate_at(step: int) -> float:
+    warmup = max(1, round(warmup_share * max_iters))
+    if step < warmup:
+        return learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, max_iters - warmup)
+    return learning_rate * (min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+state = [model.state, opt.state, mx.random.state]
+compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
+
+
+def noise(site: str, layer: int, x: mx.array) -> mx.array:
+    """NEFTune: embeddings (B, T, C) plus uniform noise in neftune / sqrt(T C)."""
+    if (site, layer) != ("resid", 0):
+        return x
+    size = neftune / math.sqrt(x.shape[1] * x.shape[2])
+    return x + mx.random.uniform(-size, size, x.shape).astype(x.dtype)
+
+
+def loss_in_compute_dtype(parameters, batch, tap=no_tap):
+    model.update(tree_map(lambda p: p.astype(working_dtype), parameters))
+    return model.loss(batch["idx"], batch["targets"], batch["mask"], tap, batch["places"] if packing else None)
+
+
+@compiled
+def step(batch):
+    """One update. Returns the loss and the gradient's norm before clipping."""
+    parameters = model.trainable_parameters()
+    loss, grads = mx.value_and_grad(loss_in_compute_dtype)(parameters, batch, noise if neftune else no_tap)
+    model.update(parameters)
+    grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
+
+    def decay(path: str, p: mx.array) -> mx.array:
+        return p * (1 - weight_decay * opt.learning_rate) if p.ndim > 1 else p
+
+    model.update(tree_map_with_path(decay, model.trainable_parameters()))
+    opt.update(model, grads)
+    return loss, length
+
+
+@compiled
+def validation_loss(batch):
+    parameters = model.trainable_parameters()
+    loss = loss_in_compute_dtype(parameters, batch)
+    model.update(parameters)
+    return loss
+
+
+def batch_of(rows: dict, which) -> dict[str, mx.array]:
+    return {name: mx.array(array[which]) for name, array in rows.items()}
+
+
+def evaluate() -> float:
+    """Nats a response token of the examples held out."""
+    model.eval()
+    nats, count = 0.0, val_rows["mask"].sum()
+    for start in range(0, len(val_rows["idx"]), batch_size):
+        part = slice(start, start + batch_size)
+        nats += validation_loss(batch_of(val_rows, part)).item() * val_rows["mask"][part].sum()
+    model.train()
+    return float(nats / count)
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+result = os.path.join(out_dir, "sft.safetensors")
+rows = []
+
+
+def save(step: int, val: float):
+    header = {"script": "sft.py", "settings": settings, "step": step, "losses": {"val": val}, "template": template,
+              "tokenizer": meta["tokenizer"]}
+    if kind == "full":
+        save_checkpoint(result, model, header)
+    else:
+        del header["tokenizer"]
+        save_adapter(result, model, fingerprint, {**header, "rank": rank, "alpha": alpha, "kind": kind,
+                                                  "targets": targets, "base_bits": base_bits})
+
+
+def record(**row):
+    rows.append(row)
+    columns = ["step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tok_per_s"]
+    with open(os.path.join(out_dir, "loss.csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw():
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for column, label, style in (("train_loss", "training", "-"), ("val_loss", "held out", "o-")):
+        points = [(row["step"], row[column]) for row in rows if column in row]
+        axes.plot(*zip(*points, strict=True), style, label=f"{label}, last {points[-1][1]:.3f}", ms=4)
+    axes.set(xlabel="step", ylabel="nats a response token", title=f"{os.path.basename(data)}, {kind}")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    temporary = os.path.join(out_dir, "loss.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    os.replace(temporary, os.path.join(out_dir, "loss.png"))
+
+
+def answers() -> list[str]:
+    """Greedy answers to the first prompts held out."""
+    model.eval()
+    found = []
+    for messages in held_out[:samples]:
+        prompt, end = encode_prompt(enc, messages[:-1], template), end_of_answer(enc, template)
+        ids = list(generate(model, prompt, sample_tokens, temperature=0, n_vocab=enc.n_vocab))
+        found.append(enc.decode(ids[:ids.index(end)] if end in ids else ids))
+    model.train()
+    return found
+
+
+# ---- loop ------------------------------------------------------------------------------------------------------------
+
+os.makedirs(out_dir, exist_ok=True)
+before, best, pending = answers(), math.inf, None
+model.train()
+bar = tqdm(total=max_iters, unit="step", disable=None, dynamic_ncols=True)
+
+
+def finish(number: int, loss: mx.array, length: mx.array, rate: float):
+    """Read a step's figures, a step late; log them."""
+    global lap_time, lap_tokens
+    loss, length = loss.item(), length.item()
+    if not (math.isfinite(loss) and math.isfinite(length)):
+        raise UserError(f"step {number}: the loss is {loss}, the gradient's norm {length}; {result} is of the best step"
+                        " before, if there was one. Try a smaller learning_rate")
+    if number % log_interval == 0 or number == max_iters:
+        speed = lap_tokens / lap_time if lap_time else 0.0
+        lap_time, lap_tokens = 0.0, 0
+        tqdm.write(f"step {number:6d} | loss {loss:7.4f} | lr {rate:.2e} | norm {length:6.2f} | {speed:9,.0f} tok/s"
+                   f" | mem {mx.get_peak_memory() / 2**30:5.2f} GiB")
+        record(step=number, train_loss=loss, learning_rate=rate, grad_norm=length, tok_per_s=round(speed))
+
+
+number, lap_time, lap_tokens = 0, 0.0, 0
+while True:
+    if number % eval_interval == 0 or number == max_iters:
+        if pending:
+            finish(*pending)
+            pending = None
+        val = evaluate()
+        is_best = val < best
+        tqdm.write(f"step {number:6d} | val  {val:7.4f}{' | best so far' if is_best and number else ''}")
+        record(step=number, val_loss=val)
+        if is_best and number:
+            best = val
+            save(number, val)
+        if number == max_iters:
+            break
+    epoch, i = divmod(number, steps_an_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(len(train_rows["idx"]))
+    which = order[i * batch_size:(i + 1) * batch_size]
+    began, rate = time.perf_counter(), learning_rate_at(number)
+    opt.learning_rate = rate
+    loss, length = step(batch_of(train_rows, which))
+    mx.async_eval(loss, length, state)
+    number += 1
+    if pending:
+        finish(*pending)
+    pending = number, loss, length, rate
+    lap_time += time.perf_counter() - began
+    lap_tokens += int((train_rows["places"][which] < NOWHERE).sum())
+    bar.update(1)
+bar.close()
+draw()
+
+# ---- look at it ------------------------------------------------------------------------------------------------------
+
+for messages, old, new in zip(held_out, before, answers(), strict=False):
+    print(f"\n> {messages[-2]['content'] if len(messages) > 1 else ''}\nbefore: {old}\nafter:  {new}")
+print(f"\n{result}: the step of the lowest loss held out, {best:.4f}; curves in {out_dir}/loss.png")

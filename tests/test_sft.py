@@ -1,0 +1,145 @@
+"""sft.py, run as a user runs it: adapters and whole models learn; what it writes does what it says; bad input."""
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten
+
+import lora
+from chat import encode, read_conversations
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from tokenizer import byte_tokenizer
+
+ENC = byte_tokenizer()
+FAST = ["--epochs=25", "--batch_size=2", "--eval_interval=5", "--log_interval=1", "--samples=1", "--sample_tokens=5",
+        "--learning_rate=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, and examples that answer with the question's last word."""
+    folder = tmp_path_factory.mktemp("sft")
+    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=64), seed=1)
+    text, optimizer = np.frombuffer((ROOT / "README.md").read_bytes(), np.uint8).astype(np.int32), optim.Adam(5e-3)
+    step = nn.value_and_grad(model, lambda x: model.loss(x[:, :-1], x[:, 1:]))
+    for i in range(100):
+        starts = np.random.default_rng(i).integers(len(text) - 65, size=8)
+        _, gradients = step(mx.array(np.stack([text[start:start + 65] for start in starts])))
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters())
+    save_checkpoint(str(folder / "base.safetensors"), model, {"tokenizer": ENC.to_dict(), "script": "train.py"})
+    with open(folder / "tasks.jsonl", "w") as file:
+        for i in range(40):
+            word = "abcdefgh"[i % 8] * 3
+            print(json.dumps({"prompt": f"{i} {word}", "response": word}), file=file)
+    return folder
+
+
+def sft(folder, out, *arguments, status=0):
+    done = subprocess.run([sys.executable, ROOT / "sft.py", folder / "base.safetensors",
+                           f"--data={folder / 'tasks.jsonl'}", f"--out_dir={out}", *FAST, *arguments],
+                          capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def column(out, name) -> list[float]:
+    with open(out / "loss.csv", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def tuned(folder, out) -> GPT:
+    """The model that sft.py left."""
+    if "--adapter" in out.name:
+        model, _ = load_checkpoint(str(folder / "base.safetensors"))
+        lora.load_adapter(model, str(out / "sft.safetensors"), lora.base_fingerprint(model))
+        return model
+    return load_checkpoint(str(out / "sft.safetensors"))[0]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--kind=lora"], ["--kind=dora", "--base_bits=8"], ["--kind=full", "--learning_rate=3e-3", "--compile=True"],
+    ["--kind=rslora", "--packing=False", "--neftune=1", "--epochs=6"],
+], ids=lambda arguments: arguments[0][2:])
+def test_learns(folder, tmp_path, arguments):
+    """The loss falls; and the last validation figure that was saved is, computed again, that of the file."""
+    out = tmp_path / ("full" if "--kind=full" in arguments else "--adapter")
+    done = sft(folder, out, *arguments, "--template=plain")
+    losses, held_out = column(out, "train_loss"), column(out, "val_loss")
+    assert losses[-1] < 0.6 * losses[0] and held_out[-1] < 0.7 * held_out[0]
+    assert re.search(r"step +\d+ \| loss .* tok/s .* GiB", done.stdout) and "before:" in done.stdout
+    assert {path.name for path in out.iterdir()} == {"sft.safetensors", "loss.csv", "loss.png"}
+    model, talks = tuned(folder, out), read_conversations(str(folder / "tasks.jsonl"))
+    nats, count = 0.0, 0
+    for i in np.random.default_rng(1337).permutation(40)[:4]:
+        ids, learned = encode(ENC, talks[i], "plain")
+        logits = np.array(model(mx.array([ids[:-1]]))[0], np.float64)
+        for t, row in enumerate(logits):
+            if learned[t + 1]:
+                nats, count = nats + np.log(np.exp(row).sum()) - row[ids[t + 1]], count + 1
+    assert min(held_out) == pytest.approx(nats / count, rel=1e-3)
+
+
+def test_an_adapter_is_small_and_names_its_base(folder, tmp_path):
+    sft(folder, tmp_path, "--rank=2", "--targets=attn.q", "--epochs=1")
+    arrays, meta = mx.load(str(tmp_path / "sft.safetensors"), return_metadata=True)
+    meta = json.loads(meta["tinygpt"])
+    model, _ = load_checkpoint(str(folder / "base.safetensors"))
+    assert meta["base"] == lora.base_fingerprint(model) and meta["template"] == "chatml"
+    assert (meta["rank"], meta["alpha"], meta["kind"], meta["targets"]) == (2, 16.0, "lora", "attn.q")
+    assert {name: array.shape for name, array in arrays.items()} == {
+        f"blocks.{i}.attn.q.{part}": shape for i in (0, 1) for part, shape in (("a", (2, 64)), ("b", (64, 2)))}
+
+
+def test_full_continues_from_full(folder, tmp_path):
+    """What kind=full wrote is a checkpoint like any other, and keeps its template."""
+    sft(folder, tmp_path / "a", "--kind=full", "--epochs=1", "--template=alpaca")
+    done = subprocess.run([sys.executable, ROOT / "sft.py", tmp_path / "a" / "sft.safetensors",
+                           f"--data={folder / 'tasks.jsonl'}", f"--out_dir={tmp_path / 'b'}", *FAST, "--epochs=1"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0
+    _, meta = load_checkpoint(str(tmp_path / "a" / "sft.safetensors"))
+    adapter = json.loads(mx.load(str(tmp_path / "b" / "sft.safetensors"), return_metadata=True)[1]["tinygpt"])
+    assert meta["template"] == adapter["template"] == "alpaca"
+    assert all(p.dtype == mx.float32 for _, p in tree_flatten(load_checkpoint(
+        str(tmp_path / "a" / "sft.safetensors"))[0].parameters()))
+
+
+def test_long_examples_are_cut_or_skipped_and_told(folder, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text((folder / "tasks.jsonl").read_text() + "".join(
+        json.dumps(talk) + "\n" for talk in [{"prompt": "x" * 90, "response": "y"}] * 3
+        + [{"prompt": "x", "response": "y" * 90}] * 2))
+    done = sft(folder, tmp_path / "out", f"--data={path}", f"--val_data={folder / 'tasks.jsonl'}", "--template=plain",
+               "--epochs=1")
+    assert re.search(r"training: 42 examples.*; 5 cut at 64 tokens; 3 SKIPPED", done.stdout)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--data="], "give --data"), (["--data=nothing.jsonl"], "nothing.jsonl"), (["--kind=prefix"], "kind='prefix'"),
+    (["--targets=atn"], "target 'atn'"), (["--template=vicuna"], "template='vicuna'"),
+    (["--base_bits=5x"], "base_bits"), (["--base_bits=7"], "base_bits=7"),
+    (["--kind=full", "--base_bits=4"], "packed weights do not train"), (["--val_share=1"], "val_share"),
+    (["--epochs=0"], "epochs=0"), (["--rank=0"], "rank=0"), (["--dtype=float16"], "float16"),
+], ids=lambda argument: str(argument)[:40])
+def test_mistakes(folder, tmp_path, arguments, says):
+    done = sft(folder, tmp_path / "out", *arguments, status=2)
+    assert says in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_bad_lines(folder, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "x", "response": ""}\n{"prompt": "x"\n')
+    done = sft(folder, tmp_path / "out", f"--data={path}", status=2)
+    assert "line 1: an empty response" in done.stderr and "line 2: no JSON" in done.stderr
+    assert not (tmp_path / "out").exists()
