@@ -16,6 +16,7 @@ with MLX's affine integers in place of NF4: the integers stay packed and frozen,
 import hashlib
 import math
 import re
+from dataclasses import asdict
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -176,6 +177,18 @@ def save_adapter(path: str, model: GPT, fingerprint: str, meta: dict):
     """Write the adapter alone. meta: rank, alpha, kind, and whatever else JSON can hold; base_bits: what the base was
     quantized to before it was attached, 0: not at all."""
     save_arrays(path, adapter_arrays(model), {**meta, "version": VERSION, "adapter": True, "base": fingerprint})
+
+
+def save_merged(path: str, model: GPT, meta: dict):
+    """Write the whole model as a checkpoint, its adapters folded in; the model keeps them."""
+    layers = linear_layers(model)
+    adapted = {path: module.merged() for path, module in layers.items() if isinstance(module, Adapter)}
+    arrays = {name: p for name, p in tree_flatten(model.parameters())
+              if not any(name.startswith(f"{layer}.") for layer in adapted)}
+    arrays |= {f"{layer}.{name}": p for layer, linear in adapted.items() for name, p in linear.parameters().items()}
+    packed = [module for module in layers.values() if isinstance(module, nn.QuantizedLinear)]
+    more = {"quantization": {"group_size": packed[0].group_size, "bits": packed[0].bits}} if packed else {}
+    save_arrays(path, arrays, {**meta, **more, "version": VERSION, "config": asdict(model.config)})
 
 
 def load_adapter(model: GPT, path: str, fingerprint: str, weight: float = 1.0) -> dict:

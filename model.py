@@ -1243,6 +1243,8 @@ def save_checkpoint(path: str, model: GPT, meta: dict):
 def load_checkpoint(path: str) -> tuple[GPT, dict]:
     """Read a checkpoint: (model, meta). Its config rules. UserError if it is missing, cut short, or not ours."""
     arrays, meta = load_arrays(path)
+    if meta.get("adapter"):
+        raise UserError(f"{path} is an adapter: give the checkpoint it belongs to, and this file as --adapter")
     known = {field.name for field in fields(GPTConfig)}
     config = meta.get("config")
     if not isinstance(config, dict) or not config.keys() <= known:

@@ -8,10 +8,11 @@ A line of the file is {"messages": [{"role", "content"}, ...]}, {"instruction", 
 itself only, at its own positions. What is longer is cut; an example of which no response would be left is skipped, and
 told.
 
-It writes OUT_DIR/sft.safetensors, the step of the lowest validation loss (with kind=full a checkpoint, else an adapter
-for the checkpoint it came from), loss.csv and loss.png. Each line of the log: step; loss, the mean cross-entropy of the
-step's response tokens in nats; lr, the learning rate; norm, the gradient's length before clipping; tok/s, tokens a
-second, padding excluded; mem, peak memory. And at every evaluation val, the loss on the examples held out.
+It writes OUT_DIR/sft.safetensors, the step of the lowest validation loss (with kind=full or merge=True a checkpoint,
+else an adapter for the checkpoint it came from), loss.csv and loss.png. Each line of the log: step; loss, the mean
+cross-entropy of the step's response tokens in nats; lr, the learning rate; norm, the gradient's length before clipping;
+tok/s, tokens a second, padding excluded; mem, peak memory. And at every evaluation val, the loss on the examples held
+out.
 
 Kinds: full; lora (Hu et al. 2021); rslora (Kalajdzievski 2023); dora (Liu et al. 2024). --base_bits packs the base
 first, as in QLoRA (Dettmers et al. 2023). --neftune adds noise to embeddings (Jain et al. 2023).
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from chat import check_template, encode, encode_prompt, end_of_answer, pack, read_conversations, shorten
 from config import UserError, overrides
-from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter
+from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged
 from model import NOWHERE, ON_CPU, compute_dtype, generate, load_checkpoint, no_tap, save_checkpoint
 from tokenizer import Tokenizer
 
@@ -51,6 +52,7 @@ rank = 8                # of the adapter
 alpha = 16.0            # its scale is alpha / rank (rslora: / sqrt(rank))
 targets = "attn, mlp"   # linear layers, regular expressions separated by commas: "attn.(q|v)$"
 base_bits = 0           # pack the base to 2 | 3 | 4 | 5 | 6 | 8 bits before; 0: leave it
+merge = False           # write a whole checkpoint, with the adapter folded in, in place of the adapter alone
 # optimization
 epochs = 3              # times every example is seen
 batch_size = 4          # rows an update
@@ -212,12 +214,12 @@ rows = []
 
 
 def save(step: int, val: float):
-    header = {"script": "sft.py", "settings": settings, "step": step, "losses": {"val": val}, "template": template,
-              "tokenizer": meta["tokenizer"]}
+    header = {"script": "sft.py", "settings": settings, "step": step, "losses": {"val": val}, "template": template}
     if kind == "full":
-        save_checkpoint(result, model, header)
+        save_checkpoint(result, model, {**header, "tokenizer": meta["tokenizer"]})
+    elif merge:
+        save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
     else:
-        del header["tokenizer"]
         save_adapter(result, model, fingerprint, {**header, "rank": rank, "alpha": alpha, "kind": kind,
                                                   "targets": targets, "base_bits": base_bits})
 

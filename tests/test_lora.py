@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 import lora
 from config import UserError
 from lora import Adapter, attach, base_fingerprint, load_adapter, merge, quantize_base, save_adapter
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 every_kind = pytest.mark.parametrize("kind", lora.KINDS)
 
@@ -98,6 +98,20 @@ def test_merged_equals_unmerged(kind, bits):
     merge(model)
     assert not any(isinstance(module, Adapter) for module in model.modules())
     assert mx.abs(model(IDX) - before).max() < 1e-4 * mx.abs(before).max()
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_merged_into_a_file(bits, tmp_path):
+    """A checkpoint like any other; layers without an adapter stay packed, and the model keeps its adapters."""
+    model = base(bits)
+    attach(model, "attn.q", rank=4, kind="dora")
+    shake(model)
+    before = model(IDX)
+    lora.save_merged(str(tmp_path / "whole"), model, {"script": "sft.py"})
+    loaded, meta = load_checkpoint(str(tmp_path / "whole"))
+    assert mx.abs(loaded(IDX) - before).max() < 1e-4 * mx.abs(before).max() and meta["script"] == "sft.py"
+    assert mx.array_equal(model(IDX), before)
+    assert isinstance(loaded.blocks[0].attn.k, nn.QuantizedLinear) == (bits > 0)
 
 
 @every_kind
@@ -191,6 +205,8 @@ def test_mistakes(tmp_path):
         load_adapter(base(n_layer=1), path, base_fingerprint(base()))
     with pytest.raises(UserError, match=r"attn.[kv].b has shape \(64, 4\), but \(32, 4\)"):
         load_adapter(base(n_kv_head=1), path, base_fingerprint(base()))
+    with pytest.raises(UserError, match="is an adapter: give the checkpoint"):
+        load_checkpoint(path)
     save_checkpoint(path, base(), {})
     with pytest.raises(UserError, match="checkpoint, not an adapter"):
         load_adapter(base(), path, "")

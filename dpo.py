@@ -1,0 +1,396 @@
+"""Learn from preferences: of two answers to a prompt, make the chosen one likelier than the rejected one.
+
+    python dpo.py out-sft/sft.safetensors --data=pairs.jsonl
+    python dpo.py out/ckpt.safetensors --data=pairs.jsonl --loss=simpo --kind=full --learning_rate=1e-5
+
+A line of the file is {"prompt", "chosen", "rejected"}: texts, or the prompt as a list of messages. The reference is the
+model as it was at the start; its log-probabilities are computed once, so there is no second copy of the weights.
+
+It writes OUT_DIR/dpo.safetensors, the step of the lowest loss held out (with kind=full a checkpoint, else an adapter),
+loss.csv and loss.png. Each line of the log: step; loss; acc, the share of pairs whose chosen answer has the larger
+reward; margin, the mean of chosen less rejected reward; chosen and rejected, the mean log-probabilities of the answers
+in nats, which can both fall while their difference grows; lr; norm; and the same of the pairs held out. The reward is
+beta times the log-probability over the reference's (dpo, ipo, kto), or beta times the mean log-probability of a token
+(simpo, orpo).
+
+Losses: dpo (Rafailov et al. 2023; label_smoothing: Mitchell 2023), ipo (Azar et al. 2023), simpo (Meng et al. 2024),
+orpo (Hong et al. 2024), kto (Ethayarajh et al. 2024).
+"""
+import csv
+import math
+import os
+from functools import partial
+
+import blas  # noqa: F401  (before mlx)
+import matplotlib
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from tqdm import tqdm
+
+from chat import check_messages, check_template, encode, encode_prompt, read_jsonl, text_of
+from config import UserError, overrides
+from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged
+from model import GPT, ON_CPU, compute_dtype, cross_entropy, load_checkpoint, save_checkpoint
+from tokenizer import Tokenizer
+
+checkpoint = "out-sft/sft.safetensors"  # a checkpoint, best one that sft.py has tuned
+# data
+data = ""               # jsonl
+val_data = ""           # jsonl held out; none: val_share of data
+val_share = 0.1         # of the pairs
+template = ""           # plain | alpaca | chatml | llama3; none: the checkpoint's, else chatml
+out_dir = "out-dpo"     # where the result goes
+seed = 1337             # of the split, the order and the adapter
+# loss
+loss = "dpo"            # dpo | ipo | simpo | orpo | kto
+beta = 0.1              # scale of the reward; orpo: weight of the odds (simpo: 2 is usual)
+gamma = 1.0             # simpo: the margin asked for
+label_smoothing = 0.0   # dpo: share of the pairs that are labelled the wrong way round
+# adapter
+kind = "lora"           # full | lora | rslora | dora
+rank = 8                # of the adapter
+alpha = 16.0            # its scale is alpha / rank (rslora: / sqrt(rank))
+targets = "attn, mlp"   # linear layers, regular expressions separated by commas
+base_bits = 0           # pack the base to 2 | 3 | 4 | 5 | 6 | 8 bits before; 0: leave it
+merge = False           # write a whole checkpoint, with the adapter folded in, in place of the adapter alone
+# optimization
+epochs = 3              # times every pair is seen
+batch_size = 8          # pairs an update
+learning_rate = 2e-4    # peak; full fine-tuning wants a hundredth
+warmup_share = 0.1      # of all updates, linear
+min_lr = 0.1            # learning rate at the end of the cosine, as a share of the peak
+grad_clip = 1.0         # longest gradient; 0: no clipping
+# run
+eval_interval = 20      # updates between evaluations
+log_interval = 5        # updates between log lines
+dtype = "auto"          # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
+compile = not ON_CPU    # mx.compile the step
+
+settings = overrides(globals(), "checkpoint", "data")
+
+# ---- losses: a number a pair, from the log-probabilities of its answers ----------------------------------------------
+#
+# pi_c, pi_r: summed over the tokens of the chosen and of the rejected answer; ref_c, ref_r: the reference's; n_c, n_r:
+# how many tokens they have.
+
+
+def log_sigmoid(x: mx.array) -> mx.array:
+    return -mx.logaddexp(-x, 0)
+
+
+def dpo(pi_c, pi_r, ref_c, ref_r, beta: float, label_smoothing: float = 0.0) -> mx.array:
+    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h),   h = (pi_c - pi_r) - (ref_c - ref_r)."""
+    h = (pi_c - pi_r) - (ref_c - ref_r)
+    return -(1 - label_smoothing) * log_sigmoid(beta * h) - label_smoothing * log_sigmoid(-beta * h)
+
+
+def ipo(pi_c, pi_r, ref_c, ref_r, beta: float) -> mx.array:
+    """(h - 1 / (2 beta))^2,   h as in dpo."""
+    return mx.square((pi_c - pi_r) - (ref_c - ref_r) - 1 / (2 * beta))
+
+
+def simpo(pi_c, pi_r, n_c, n_r, beta: float, gamma: float) -> mx.array:
+    """-log sigmoid(beta pi_c / n_c - beta pi_r / n_r - gamma)."""
+    return -log_sigmoid(beta * (pi_c / n_c - pi_r / n_r) - gamma)
+
+
+def orpo(pi_c, pi_r, n_c, n_r, beta: float) -> mx.array:
+    """-pi_c / n_c - beta log sigmoid(log odds_c - log odds_r),   odds = p / (1 - p),   p = exp(pi / n)."""
+    mean_c, mean_r = (mx.minimum(pi / n, -1e-6) for pi, n in ((pi_c, n_c), (pi_r, n_r)))
+    log_odds = mean_c - mean_r - (mx.log(-mx.expm1(mean_c)) - mx.log(-mx.expm1(mean_r)))
+    return -mean_c - beta * log_sigmoid(log_odds)
+
+
+def kto(pi_c, pi_r, ref_c, ref_r, pi_other, ref_other, beta: float) -> mx.array:
+    """The mean of 1 - sigmoid(beta (pi_c - ref_c) - z) and 1 - sigmoid(z - beta (pi_r - ref_r)),   z = beta max(0, mean
+    of pi - ref over answers to other prompts): how far the model is from the reference, not differentiated."""
+    z = mx.stop_gradient(beta * mx.maximum((pi_other - ref_other).mean(), 0))
+    return (mx.sigmoid(z - beta * (pi_c - ref_c)) + mx.sigmoid(beta * (pi_r - ref_r) - z)) / 2
+
+
+def answer_log_probs(model: GPT, ids: mx.array, learned: mx.array) -> mx.array:
+    """Log-probability of each row's answer, summed over its tokens: ids (N, T + 1), learned (N, T + 1) -> (N,)."""
+    logits = model(ids[:, :-1])
+    nats = cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)).reshape(len(ids), -1)
+    return -(nats * learned[:, 1:]).sum(1)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+if not data:
+    raise UserError("no pairs: give --data=FILE.jsonl")
+if loss not in ("dpo", "ipo", "simpo", "orpo", "kto"):
+    raise UserError(f"loss={loss!r} is not one of dpo, ipo, simpo, orpo, kto")
+if kind not in ("full", *KINDS):
+    raise UserError(f"kind={kind!r} is not one of full, {', '.join(KINDS)}")
+if kind == "full" and base_bits:
+    raise UserError(f"base_bits={base_bits} with kind=full: packed weights do not train; take kind=lora")
+for name in ("epochs", "batch_size", "eval_interval", "log_interval", "beta"):
+    if settings[name] <= 0:
+        raise UserError(f"{name}={settings[name]}: it must be more than 0")
+if not 0 < val_share < 1 or not 0 <= label_smoothing < 0.5:
+    raise UserError("val_share must be between 0 and 1, label_smoothing from 0 up to 0.5")
+if dtype == "float16":
+    raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
+
+
+def to_pair(line) -> tuple[list[dict], str, str]:
+    """The prompt's messages, the chosen and the rejected answer. ValueError says what is wrong."""
+    if not isinstance(line, dict):
+        raise ValueError("not an object of fields in { }")
+    if isinstance(line.get("prompt"), list):
+        prompt = check_messages(line["prompt"])
+    else:
+        prompt = [{"role": "user", "content": text_of(line, "prompt")}]
+    answers = []
+    for field in ("chosen", "rejected"):
+        given = line.get(field)
+        if isinstance(given, list):  # messages: the answer is the last of them
+            given = {field: ([{"content": ""}, *check_messages(given)])[-1]["content"]}
+        answers.append(text_of(given if isinstance(given, dict) else line, field))
+        if not answers[-1].strip():
+            raise ValueError(f"an empty {field} answer")
+    if answers[0] == answers[1]:
+        raise ValueError("chosen and rejected are the same")
+    return prompt, *answers
+
+
+pairs = read_jsonl(data, to_pair)
+held_out = read_jsonl(val_data, to_pair) if val_data else []
+model, meta = load_checkpoint(checkpoint)
+if not meta.get("tokenizer"):
+    raise UserError(f"{checkpoint} holds no tokenizer: it cannot read pairs")
+enc = Tokenizer.from_dict(meta["tokenizer"])
+template = check_template(template or meta.get("template") or "chatml")
+block_size = model.config.block_size
+if not held_out:
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    n_val = max(1, round(val_share * len(pairs)))
+    if n_val == len(pairs):
+        raise UserError(f"{data} has {n_val} pair: give two or more, or --val_data")
+    held_out, pairs = [pairs[i] for i in order[:n_val]], [pairs[i] for i in order[n_val:]]
+N_PARTS = 3 if loss == "kto" else 2  # rows of a pair: chosen, rejected, and the answer to another prompt
+
+
+def rows_of(pairs: list, what: str) -> dict[str, np.ndarray]:
+    """"ids" and "learned" (pairs, N_PARTS, T + 1), padded to the longest. What is longer than the context is left out:
+    an answer that is cut would be judged by its beginning."""
+    found = []
+    for i, (prompt, chosen, rejected) in enumerate(pairs):
+        answers = [chosen, rejected, pairs[(i + 1) % len(pairs)][1]][:N_PARTS]
+        given = len(encode_prompt(enc, prompt, template))
+        rows = [encode(enc, [*prompt, {"role": "assistant", "content": answer}], template)[0] for answer in answers]
+        if max(map(len, rows)) <= block_size + 1:
+            found.append((given, rows))
+    if not found:
+        raise UserError(f"no {what} pair fits into {block_size} tokens: train a longer context")
+    T, skipped = max(len(ids) for _, rows in found for ids in rows), len(pairs) - len(found)
+    ids, learned = np.zeros((len(found), N_PARTS, T), np.int32), np.zeros((len(found), N_PARTS, T), np.float32)
+    for i, (given, rows) in enumerate(found):
+        for part, row in enumerate(rows):
+            ids[i, part, :len(row)], learned[i, part, given:len(row)] = row, 1
+    print(f"{what}: {len(found)} pairs, at most {T - 1} tokens"
+          f"{f'; {skipped} SKIPPED, longer than {block_size} tokens' if skipped else ''}")
+    return {"ids": ids, "learned": learned}
+
+
+train_rows, val_rows = rows_of(pairs, "training"), rows_of(held_out, "held out")
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+working_dtype = compute_dtype(dtype)
+fingerprint = base_fingerprint(model)
+if kind == "full":
+    model.set_dtype(mx.float32)
+else:
+    model.set_dtype(working_dtype)
+    quantize_base(model, base_bits)
+    attach(model, targets, rank, alpha, kind, seed)
+print(f"{sum(p.size for _, p in tree_flatten(model.trainable_parameters())) / 1e6:.2f}M parameters train")
+max_iters = epochs * math.ceil(len(train_rows["ids"]) / batch_size)
+opt = optim.Adam(learning_rate, betas=[0.9, 0.95], bias_correction=True)
+opt.init(model.trainable_parameters())
+
+
+def learning_rate_at(step: int) -> float:
+    warmup = max(1, round(warmup_share * max_iters))
+    if step < warmup:
+        return learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, max_iters - warmup)
+    return learning_rate * (min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+state = [model.state, opt.state]
+compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
+
+
+def figures_of(parameters, batch) -> tuple[mx.array, mx.array]:
+    """The mean loss of a batch, and (accuracy, margin, chosen, rejected)."""
+    model.update(tree_map(lambda p: p.astype(working_dtype), parameters))
+    B = batch["ids"].shape[0]
+    flat = {name: batch[name].swapaxes(0, 1).flatten(0, 1) for name in ("ids", "learned")}  # all chosen, all rejected
+    pi = answer_log_probs(model, flat["ids"], flat["learned"]).reshape(N_PARTS, B)
+    ref, n = batch["reference"].T, flat["learned"][:, 1:].sum(1).reshape(N_PARTS, B)
+    if loss == "dpo":
+        losses = dpo(pi[0], pi[1], ref[0], ref[1], beta, label_smoothing)
+    elif loss == "ipo":
+        losses = ipo(pi[0], pi[1], ref[0], ref[1], beta)
+    elif loss == "simpo":
+        losses = simpo(pi[0], pi[1], n[0], n[1], beta, gamma)
+    elif loss == "orpo":
+        losses = orpo(pi[0], pi[1], n[0], n[1], beta)
+    else:
+        losses = kto(pi[0], pi[1], ref[0], ref[1], pi[2], ref[2], beta)
+    rewards = beta * (pi / n if loss in ("simpo", "orpo") else pi - ref)
+    margin = rewards[0] - rewards[1]
+    return losses.mean(), mx.stack([(margin > 0).mean(), margin.mean(), pi[0].mean(), pi[1].mean()])
+
+
+@compiled
+def step(batch):
+    """One update. Returns the loss, its figures, and the gradient's norm before clipping."""
+    parameters = model.trainable_parameters()
+    (value, figures), grads = mx.value_and_grad(figures_of)(parameters, batch)
+    model.update(parameters)
+    grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
+    opt.update(model, grads)
+    return value, figures, length
+
+
+@compiled
+def without_update(batch):
+    parameters = model.trainable_parameters()
+    found = figures_of(parameters, batch)
+    model.update(parameters)
+    return found
+
+
+@compiled
+def log_probs(ids, learned):
+    return answer_log_probs(model, ids, learned)
+
+
+def add_reference(rows: dict):
+    """"reference" (pairs, N_PARTS): the log-probabilities before the first update."""
+    parts = []
+    for start in tqdm(range(0, len(rows["ids"]), batch_size), desc="reference", leave=False, disable=None):
+        ids, learned = (mx.array(rows[name][start:start + batch_size]) for name in ("ids", "learned"))
+        parts.append(np.array(log_probs(ids.flatten(0, 1), learned.flatten(0, 1))).reshape(-1, N_PARTS))
+    rows["reference"] = np.concatenate(parts)
+
+
+def batch_of(rows: dict, which) -> dict[str, mx.array]:
+    return {name: mx.array(array[which]) for name, array in rows.items()}
+
+
+def evaluate() -> list[float]:
+    """Loss and figures of the pairs held out."""
+    model.eval()
+    total, n = np.zeros(5), len(val_rows["ids"])
+    for start in range(0, n, batch_size):
+        batch = batch_of(val_rows, slice(start, start + batch_size))
+        value, figures = without_update(batch)
+        total += np.array([value.item(), *figures.tolist()]) * len(batch["ids"])
+    model.train()
+    return (total / n).tolist()
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+result, NAMES = os.path.join(out_dir, "dpo.safetensors"), ["loss", "accuracy", "margin", "chosen", "rejected"]
+rows = []
+
+
+def save(step: int, held_out: list[float]):
+    header = {"script": "dpo.py", "settings": settings, "step": step, "template": template,
+              "losses": dict(zip(NAMES, held_out, strict=True))}
+    if kind == "full":
+        save_checkpoint(result, model, {**header, "tokenizer": meta["tokenizer"]})
+    elif merge:
+        save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
+    else:
+        save_adapter(result, model, fingerprint, {**header, "rank": rank, "alpha": alpha, "kind": kind,
+                                                  "targets": targets, "base_bits": base_bits})
+
+
+def log(step: int, what: str, figures: list[float], more: str = ""):
+    tqdm.write(f"step {step:6d} | {what:5} {figures[0]:7.4f} | acc {figures[1]:6.1%} | margin {figures[2]:7.3f} | "
+               f"chosen {figures[3]:8.2f} | rejected {figures[4]:8.2f}{more}")
+    rows.append({"step": step, "split": what, **dict(zip(NAMES, figures, strict=True))})
+    with open(os.path.join(out_dir, "loss.csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "split", *NAMES])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw():
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axes, names in zip(panels, (["loss"], ["accuracy"], ["chosen", "rejected"]), strict=True):
+        for name in names:
+            for split, label, style in (("loss", "training", "-"), ("val", "held out", "o-")):
+                points = [(row["step"], row[name]) for row in rows if row["split"] == split]
+                axes.plot(*zip(*points, strict=True), style, label=f"{name}, {label}", ms=4)
+        axes.set(xlabel="step", ylabel="nats" if "chosen" in names else names[0])
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{os.path.basename(data)}, {loss}, {kind}")
+    temporary = os.path.join(out_dir, "loss.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    os.replace(temporary, os.path.join(out_dir, "loss.png"))
+
+
+# ---- loop ------------------------------------------------------------------------------------------------------------
+
+os.makedirs(out_dir, exist_ok=True)
+model.eval()
+add_reference(train_rows)
+add_reference(val_rows)
+model.train()
+bar = tqdm(total=max_iters, unit="step", disable=None, dynamic_ncols=True)
+number, best, pending = 0, math.inf, None
+
+
+def finish(number: int, value: mx.array, figures: mx.array, length: mx.array, rate: float):
+    """Read a step's figures, a step late; log them."""
+    found = [value.item(), *figures.tolist()]
+    if not (math.isfinite(found[0]) and math.isfinite(length.item())):
+        raise UserError(f"step {number}: the loss is {found[0]}, the gradient's norm {length.item()}; {result} is of"
+                        " the best step before, if there was one. Try a smaller learning_rate")
+    if number % log_interval == 0 or number in (1, max_iters):
+        log(number, "loss", found, f" | lr {rate:.1e} | norm {length.item():6.2f}")
+
+
+while True:
+    if number % eval_interval == 0 or number == max_iters:
+        if pending:
+            finish(*pending)
+            pending = None
+        figures = evaluate()
+        is_best = number > 0 and figures[0] < best
+        log(number, "val", figures, " | best so far" if is_best else "")
+        if is_best:
+            best = figures[0]
+            save(number, figures)
+        if number == max_iters:
+            break
+    epoch, i = divmod(number, max_iters // epochs)
+    order = np.random.default_rng([seed, epoch]).permutation(len(train_rows["ids"]))
+    rate = learning_rate_at(number)
+    opt.learning_rate = rate
+    found = step(batch_of(train_rows, order[i * batch_size:(i + 1) * batch_size]))
+    mx.async_eval(found, state)
+    number += 1
+    if pending:
+        finish(*pending)
+    pending = number, *found, rate
+    bar.update(1)
+bar.close()
+draw()
+print(f"{result}: the step of the lowest loss held out, {best:.4f}; curves in {out_dir}/loss.png")
