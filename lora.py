@@ -14,7 +14,9 @@ B starts at 0 and m at ||W||, so an adapter starts as nothing. On a packed base 
 with MLX's affine integers in place of NF4: the integers stay packed and frozen, and gradients flow past them.
 """
 import hashlib
+import json
 import math
+import os
 import re
 from dataclasses import asdict
 
@@ -192,26 +194,34 @@ def save_merged(path: str, model: GPT, meta: dict):
 
 
 def load_adapter(model: GPT, path: str, fingerprint: str, weight: float = 1.0) -> dict:
-    """Put a saved adapter on the model whose base_fingerprint this is, its change times `weight`. Returns its meta."""
-    arrays, meta = load_arrays(path)
-    if not meta.get("adapter"):
-        raise UserError(f"{path} is a checkpoint, not an adapter: give it as the checkpoint")
-    if meta["base"] != fingerprint:
-        raise UserError(f"{path} was trained on another base than this checkpoint: give the checkpoint it belongs to")
+    """Put a saved adapter, a file of ours or a folder of PEFT's, on a model, its change times `weight`. A file of ours
+    must belong to the base of this fingerprint; PEFT's do not tell. Returns its meta."""
+    if os.path.isdir(path):
+        modules, meta = read_peft(path)
+    else:
+        arrays, meta = load_arrays(path)
+        if not meta.get("adapter"):
+            raise UserError(f"{path} is a checkpoint, not an adapter: give it as the checkpoint")
+        if meta["base"] != fingerprint:
+            raise UserError(f"{path} was trained on another base than this checkpoint: give the one it belongs to")
+        modules = {}
+        for name, array in arrays.items():
+            target, _, part = name.rpartition(".")
+            modules.setdefault(target, {"alpha": meta["alpha"]})[part] = array
     if meta["kind"] == "dora" and weight != 1:
         raise UserError(f"{path} is of kind dora, which has no weight but 1: its norms do not add up")
     quantize_base(model, meta.get("base_bits", 0))
     layers = linear_layers(model)
-    paths = dict.fromkeys(name.rpartition(".")[0] for name in arrays)
-    for target in paths:
+    for target, found in modules.items():
         if target not in layers:
             raise UserError(f"{path} adapts {target}, which this model has not")
         if meta["kind"] == "dora" and isinstance(layers[target], Adapter):
             raise UserError(f"{path} is of kind dora, which goes on no other adapter: {target} has one; load it first")
-        adapter = Adapter(layers[target], meta["rank"], meta["alpha"] * weight, meta["kind"], [0])
+        rank = found["a"].shape[0] if "a" in found else meta["rank"]
+        adapter = Adapter(layers[target], rank, found["alpha"] * weight, meta["kind"], [0])
         for name in ("a", "b", "m"):
             if name in adapter:
-                array = arrays.get(f"{target}.{name}")
+                array = found.get(name)
                 if array is None or array.shape != adapter[name].shape:
                     shape = "no array" if array is None else f"shape {array.shape}"
                     raise UserError(f"{path}: {target}.{name} has {shape}, but {adapter[name].shape} fits this model")
@@ -230,3 +240,105 @@ def quantize_base(model: GPT, bits: int):
     nn.quantize(model, group_size=64, bits=bits, class_predicate=lambda path, module: (
         path in linear_layers(model) and path != "head" and type(module) is nn.Linear
         and module.weight.shape[1] % 64 == 0))
+
+
+# ---- PEFT's folders: adapter_config.json, adapter_model.safetensors --------------------------------------------------
+
+LLAMA_NAMES = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
+               "attn.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
+               "mlp.down": "mlp.down_proj"}
+GPT2_NAMES = {"attn.out": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}  # and attn.c_attn: q, k and v
+PREFIXES = {"model.layers.": LLAMA_NAMES, "transformer.h.": GPT2_NAMES}
+
+
+def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
+    """For each of our linear layers a, b, m and alpha, and a meta like that of our own files."""
+    config_path, path = (os.path.join(folder, name) for name in ("adapter_config.json", "adapter_model.safetensors"))
+    for wanted in (config_path, path):
+        if not os.path.exists(wanted):
+            raise UserError(f"{wanted} is missing: PEFT's folders hold adapter_config.json and "
+                            "adapter_model.safetensors (a .bin is a pickle, and is not read)")
+    try:
+        with open(config_path) as file:
+            config = json.load(file)
+        arrays = mx.load(path)
+        mx.eval(arrays)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{folder} is not a whole adapter ({error}): copy it again") from error
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise UserError(f"{config_path}: peft_type {config.get('peft_type')}, bias {config.get('bias')}; only LORA "
+                        "with bias none is read")
+    kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    if kind == "dora" and config.get("use_rslora"):
+        raise UserError(f"{config_path} has both use_dora and use_rslora: not supported")
+    modules = {}
+    parts = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "m"}
+    for name, array in arrays.items():
+        match = re.fullmatch(r"base_model\.model\.(?:(model\.layers\.|transformer\.h\.)(\d+)\.(.+)|(lm_head))"
+                             rf"\.({'|'.join(map(re.escape, parts))})", name)
+        theirs = match and (match[3] or match[4])
+        ours = {new: old for old, new in PREFIXES[match[1]].items()} if match and match[1] else {"lm_head": "head"}
+        if not match or theirs not in ours and theirs != "attn.c_attn":
+            raise UserError(f"{path} holds {name}, which has no place in GPT-2 or the Llama family here")
+        key = f"{match[1]}{match[2]}.{theirs}" if match[1] else theirs
+        alpha = next((value for pattern, value in config.get("alpha_pattern", {}).items()
+                      if re.fullmatch(rf"(.*\.)?({pattern})", key)), config["lora_alpha"])
+        part, block = parts[match[5]], f"blocks.{match[2]}." if match[1] else ""
+        if theirs == "attn.c_attn":  # one matrix: the three share A, and B's rows are theirs in turn
+            pieces = zip("qkv", [array] * 3 if part == "a" else mx.split(array, 3), strict=True)
+            targets = {f"{block}attn.{letter}": piece for letter, piece in pieces}
+        else:
+            targets = {block + ours[theirs]: array}
+        for target, piece in targets.items():
+            modules.setdefault(target, {"alpha": alpha})[part] = piece
+    return modules, {"kind": kind, "rank": config["r"], "alpha": config["lora_alpha"]}
+
+
+def save_peft(folder: str, model: GPT):
+    """Write the model's adapters, all of one kind, as PEFT's folder: for GPT-2's architecture or the Llama family's."""
+    adapters = {path: module for path, module in linear_layers(model).items() if isinstance(module, Adapter)}
+    prefix = "transformer.h." if model.config.norm == "layer" else "model.layers."
+    names, kinds = PREFIXES[prefix], {module.kind for module in adapters.values()}
+    if len(kinds) != 1 or any(isinstance(module.base, Adapter) for module in adapters.values()):
+        raise UserError("PEFT's folders hold adapters of one kind, one a layer: save others as a file")
+    arrays, ranks, alphas = {}, {}, {}
+
+    def add(key: str, a: mx.array, b: mx.array, m: mx.array | None, scale: float):
+        start, rank = f"base_model.model.{key}", len(a)
+        arrays.update({f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b})
+        if m is not None:
+            arrays[f"{start}.lora_magnitude_vector"] = m
+        ranks[key], alphas[key] = rank, scale * (math.sqrt(rank) if "rslora" in kinds else rank)
+
+    for path, module in adapters.items():
+        layer, _, name = path.removeprefix("blocks.").partition(".")
+        if path == "head":
+            add("lm_head", module.a, module.b, module.get("m"), module.scale)
+        elif name in names:
+            add(f"{prefix}{layer}.{names[name]}", module.a, module.b, module.get("m"), module.scale)
+        elif prefix == "model.layers." or name not in ("attn.q", "attn.k", "attn.v"):
+            raise UserError(f"{path} has no name in PEFT's folders: save the adapter as a file")
+    if prefix == "transformer.h.":
+        for layer in range(model.config.n_layer):  # q, k, v are one matrix there: A stacked, B block-diagonal
+            three = [linear_layers(model)[f"blocks.{layer}.attn.{letter}"] for letter in "qkv"]
+            adapted = [module for module in three if isinstance(module, Adapter)]
+            if adapted:
+                columns = [[module.b if module is other else mx.zeros((dense_shape(module)[0], len(other.a)))
+                            for other in adapted] for module in three]
+                m = [module.get("m", row_norms(module)) if "dora" in kinds else None for module in three]
+                add(f"{prefix}{layer}.attn.c_attn", mx.concatenate([module.a for module in adapted]),
+                    mx.concatenate([mx.concatenate(row, axis=1) for row in columns]),
+                    mx.concatenate(m) if "dora" in kinds else None, adapted[0].scale)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": max(ranks.values()), "rank_pattern": ranks,
+              "lora_alpha": max(alphas.values()), "alpha_pattern": alphas, "target_modules": sorted(ranks),
+              "lora_dropout": 0.0, "bias": "none", "use_dora": "dora" in kinds, "use_rslora": "rslora" in kinds,
+              "fan_in_fan_out": prefix == "transformer.h.", "inference_mode": True, "base_model_name_or_path": None}
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "adapter_model")
+    mx.save_safetensors(f"{path}.tmp.safetensors", arrays, {"format": "pt"})
+    with open(f"{path}.tmp.json", "w") as file:
+        json.dump(config, file, indent=1)
+    for temporary, name in (("safetensors", "adapter_model.safetensors"), ("json", "adapter_config.json")):
+        with open(f"{path}.tmp.{temporary}", "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp.{temporary}", os.path.join(folder, name))

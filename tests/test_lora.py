@@ -1,4 +1,6 @@
 """lora.py: against the formulas in float64 numpy, on dense and packed bases, through files."""
+import json
+
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
@@ -6,6 +8,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from test_model import build, in_transformers
 
 import lora
 from config import UserError
@@ -212,3 +215,88 @@ def test_mistakes(tmp_path):
         load_adapter(base(), path, "")
     with pytest.raises(UserError, match="base_bits=7"):
         quantize_base(base(), 7)
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+THEIR_TARGETS = {"GPT-2": ["c_attn", "c_fc", "mlp.c_proj"], "Llama": ["q_proj", "o_proj", "down_proj"],
+                 "Qwen2": ["k_proj", "v_proj", "gate_proj", "up_proj"]}
+
+
+@every_kind
+@pytest.mark.parametrize("flavour, targets", [
+    ("GPT-2", "attn, mlp"), ("GPT-2", "attn.v"), ("Llama", "attn, mlp, head"), ("Qwen2", "attn.[qk]$, mlp.down")])
+def test_folder_of_peft_and_back(flavour, targets, kind, tmp_path):
+    """What we write, we read."""
+    model = build(flavour)
+    attach(model, targets, rank=3, alpha=7, kind=kind)
+    shake(model)
+    lora.save_peft(str(tmp_path / "peft"), model)
+    assert {path.name for path in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    fresh = build(flavour)
+    load_adapter(fresh, str(tmp_path / "peft"), "")
+    assert mx.abs(fresh(IDX) - model(IDX)).max() < 1e-4 * mx.abs(model(IDX)).max()
+    assert mx.abs(build(flavour)(IDX) - model(IDX)).max() > 1e-2
+
+
+@every_kind
+@pytest.mark.parametrize("flavour", THEIR_TARGETS)
+def test_peft_reads_what_we_write(flavour, kind, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    model = build(flavour)
+    theirs = in_transformers(flavour, model)
+    attach(model, "attn, mlp", rank=3, alpha=7, kind=kind)
+    shake(model)
+    lora.save_peft(str(tmp_path), model)
+    adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path)).eval()
+    with torch.no_grad():
+        logits = adapted(torch.tensor(np.array(IDX))).logits.numpy()
+    assert np.abs(np.array(model(IDX)) - logits).max() < 2e-4 * np.abs(logits).max()
+
+
+@every_kind
+@pytest.mark.parametrize("flavour", THEIR_TARGETS)
+def test_we_read_what_peft_writes(flavour, kind, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    model = build(flavour)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=THEIR_TARGETS[flavour], use_dora=kind == "dora",
+                             use_rslora=kind == "rslora", task_type="CAUSAL_LM", fan_in_fan_out=flavour == "GPT-2")
+    adapted = peft.get_peft_model(in_transformers(flavour, model), config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.2)
+            elif "magnitude" in name:
+                p.mul_(torch.rand_like(p) + 0.5)
+        logits = adapted(torch.tensor(np.array(IDX))).logits.numpy()
+    adapted.save_pretrained(str(tmp_path))
+    load_adapter(model, str(tmp_path), "")
+    assert np.abs(np.array(model(IDX)) - logits).max() < 2e-4 * np.abs(logits).max()
+
+
+def test_bad_folders_of_peft(tmp_path):
+    with pytest.raises(UserError, match="adapter_config.json is missing.*pickle"):
+        load_adapter(base(), str(tmp_path), "")
+    model = base(norm="layer")
+    attach(model, "attn")
+    lora.save_peft(str(tmp_path), model)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    with pytest.raises(UserError, match=r"attn.\w+.a has shape \((8|24), 64\), but \((8|24), 128\)"):
+        load_adapter(base(n_embd=128), str(tmp_path), "")
+    for change, says in ((dict(bias="all"), "bias all"), (dict(peft_type="LOHA"), "LOHA")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=says):
+            load_adapter(base(), str(tmp_path), "")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    whole = (tmp_path / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-50])
+    with pytest.raises(UserError, match="not a whole adapter"):
+        load_adapter(base(), str(tmp_path), "")
+    mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), {"base_model.model.wte.lora_A.weight": mx.ones(3)})
+    with pytest.raises(UserError, match="wte.lora_A.weight, which has no place"):
+        load_adapter(base(), str(tmp_path), "")
+    moe = base(diff_attn=True, diff_attn_version=2)
+    attach(moe, "attn.lam")
+    with pytest.raises(UserError, match="attn.lam has no name"):
+        lora.save_peft(str(tmp_path), moe)

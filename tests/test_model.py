@@ -949,11 +949,9 @@ THEIR_NAMES = {
     "mlp.c_proj.": "mlp.down.", ".c_fc.": ".up.", "_proj.": ".", ".o.": ".out."}
 
 
-@pytest.mark.parametrize("flavour", ["GPT-2", "Llama", "Llama 3.1", "Qwen2", "Qwen3"])
-def test_transformers(flavour):
+def in_transformers(flavour: str, model: GPT):
+    """The same model, made by transformers."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model, idx = build(flavour), tokens(2, 90)
     c = model.config
     if flavour == "GPT-2":
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -985,6 +983,14 @@ def test_transformers(flavour):
         state[name] = torch.tensor(value, dtype=torch.float32)
     assert not ours
     theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("flavour", ["GPT-2", "Llama", "Llama 3.1", "Qwen2", "Qwen3"])
+def test_transformers(flavour):
+    torch = pytest.importorskip("torch")
+    model, idx = build(flavour), tokens(2, 90)
+    theirs = in_transformers(flavour, model)
     with torch.no_grad():
-        logits = theirs.eval()(torch.tensor(idx)).logits.numpy()
+        logits = theirs(torch.tensor(idx)).logits.numpy()
     assert close(model(mx.array(idx)), logits, 2e-4)
