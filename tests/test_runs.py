@@ -1,4 +1,5 @@
-"""runs/: the table of architectures, from tiny runs."""
+"""runs/: the table of architectures, from tiny runs; tasks and pairs."""
+import json
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_variants import SOURCE, without
+
+from chat import read_conversations
 
 TINY = ["--n_layer=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--max_iters=2", "--eval_windows=4",
         "--warmup_iters=1", "--sample_tokens=0", "--compile=False"]
@@ -56,3 +59,27 @@ def test_table(out, tmp_path):
 
 def test_no_runs(tmp_path):
     assert "no run in" in table(tmp_path, tmp_path / "README.md", status=2).stderr
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_tasks(tmp_path):
+    """Everything that sft.py and dpo.py read, and what is held out is not trained on."""
+    tasks = [{"instruction": f"do {i}", "instances": [{"input": "it" * (i % 2), "output": f"done {i}"}]}
+             for i in range(25)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    command = [sys.executable, ROOT / "runs" / "tasks.py", tmp_path / "tasks.jsonl", tmp_path / "out"]
+    subprocess.run(command, check=True, capture_output=True)
+
+    def read(name):
+        return [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+
+    assert read("tasks-val") == [{"prompt": f"do {i}", "response": f"done {i}"} for i in (0, 10, 20)]
+    assert read("tasks")[:2] == [{"prompt": "do 1\n\nit", "response": "done 1"}, {"prompt": "do 2", "response": "done 2"}]
+    assert len(read("tasks")) == len(read("pairs")) == 22
+    assert read("pairs")[-1] == {"prompt": "do 24", "chosen": "done 24", "rejected": "done 1"}
+    assert len(read_conversations(str(tmp_path / "out" / "tasks.jsonl"))) == 22
+    (tmp_path / "tasks.jsonl").write_text('{"instruction": "x"}')
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "line 1 is no task" in done.stderr and "Traceback" not in done.stderr

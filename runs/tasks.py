@@ -1,0 +1,41 @@
+"""Written tasks into what sft.py and dpo.py read: python runs/tasks.py seed_tasks.jsonl OUT_DIR
+
+A line of the input is {"instruction", "instances": [{"input", "output"}]}, as in Self-Instruct (Wang et al. 2023); the
+first instance is taken. Every tenth task is held out. The rule of the pairs: the chosen answer is the task's own, the
+rejected one that of the next task of the same file.
+"""
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from config import UserError, overrides  # noqa: E402
+
+source = ""            # the tasks
+out_dir = "out-tasks"  # where tasks.jsonl, tasks-val.jsonl, pairs.jsonl and pairs-val.jsonl go
+
+settings = overrides(globals(), "source", "out_dir")
+
+if not source:
+    raise UserError("no tasks: give a jsonl file")
+tasks = []
+with open(source, encoding="utf-8") as file:
+    for number, line in enumerate(file, 1):
+        try:
+            task = json.loads(line)
+            instance = task["instances"][0]
+            prompt = "\n\n".join(part for part in (task["instruction"], instance["input"]) if part)
+            tasks.append({"prompt": prompt, "response": instance["output"]})
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{source}, line {number} is no task ({error!r})") from error
+tasks = [task for task in tasks if task["response"].strip()]
+os.makedirs(out_dir, exist_ok=True)
+for name, part in (("", [task for i, task in enumerate(tasks) if i % 10]), ("-val", tasks[::10])):
+    with open(os.path.join(out_dir, f"tasks{name}.jsonl"), "w") as file:
+        file.writelines(json.dumps(task) + "\n" for task in part)
+    with open(os.path.join(out_dir, f"pairs{name}.jsonl"), "w") as file:
+        for task, other in zip(part, [*part[1:], part[0]], strict=True):
+            if task["response"] != other["response"]:
+                pair = {"prompt": task["prompt"], "chosen": task["response"], "rejected": other["response"]}
+                file.write(json.dumps(pair) + "\n")
+print(f"{len(tasks)} tasks, {len(tasks[::10])} of them held out, in {out_dir}")
