@@ -76,7 +76,7 @@ def test_tasks(tmp_path):
         return [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
 
     assert read("tasks-val") == [{"prompt": f"do {i}", "response": f"done {i}"} for i in (0, 10, 20)]
-    assert read("tasks")[:2] == [{"prompt": "do 1\n\nit", "response": "done 1"}, {"prompt": "do 2", "response": "done 2"}]
+    assert [task["prompt"] for task in read("tasks")[:2]] == ["do 1\n\nit", "do 2"]
     assert len(read("tasks")) == len(read("pairs")) == 22
     assert read("pairs")[-1] == {"prompt": "do 24", "chosen": "done 24", "rejected": "done 1"}
     assert len(read_conversations(str(tmp_path / "out" / "tasks.jsonl"))) == 22
