@@ -146,10 +146,11 @@ def encode(enc: Tokenizer, messages: list[dict], template: str) -> tuple[list[in
     return ids, learned
 
 
-def encode_prompt(enc: Tokenizer, messages: list[dict], template: str) -> list[int]:
-    """Tokens of a conversation up to where the assistant's next answer begins."""
-    ids, _ = encode(enc, [*messages, {"role": "assistant", "content": ""}], template)
-    return ids[:-1]
+def encode_prompt(enc: Tokenizer, messages: list[dict], template: str, role: str = "assistant") -> list[int]:
+    """Tokens of a conversation up to where the next message, of this role, begins."""
+    ids, _ = encode(enc, [*messages, {"role": role, "content": ""}], template)
+    end = 1 if role == "assistant" else len(encode_marked(enc, TEMPLATES[template][role][1]))
+    return ids[:len(ids) - end]
 
 
 def shorten(examples: list, block_size: int) -> tuple[list, int, int]:

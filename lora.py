@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import blas  # noqa: F401  (before mlx)
@@ -228,6 +229,19 @@ def load_adapter(model: GPT, path: str, fingerprint: str, weight: float = 1.0) -
                 adapter[name] = array
         replace_module(model, target, adapter)
     model.freeze()
+    return meta
+
+
+def load_adapters(model: GPT, adapters: Sequence[str]) -> dict:
+    """Put several on a model, each PATH or PATH:WEIGHT. Returns the last one's meta; none: {}."""
+    fingerprint, meta = base_fingerprint(model) if adapters else "", {}
+    for adapter in adapters:
+        path, colon, weight = adapter.rpartition(":")
+        try:
+            path, weight = (path, float(weight)) if colon else (adapter, 1.0)
+        except ValueError:  # the colon belongs to the path
+            path, weight = adapter, 1.0
+        meta = load_adapter(model, path, fingerprint, weight)
     return meta
 
 

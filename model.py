@@ -1144,18 +1144,26 @@ def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_
 def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, n_vocab: int = 0,
              tap: Callable = no_tap, cache: Cache | None = None) -> Iterator:
-    """Continue token ids (T,), yielding one int a token; or a batch of them (B, T), yielding a list of B ints.
+    """Continue token ids (T,), yielding one int a token; or a batch of B rows of them, yielding a list of B.
 
-    repetition_penalty divides the positive logits of tokens seen before (Keskar et al. 2019) and multiplies the
-    negative ones. n_vocab: ids from here on are padding of the vocabulary and never drawn. When the context is full,
-    the cache is cleared and the second half read again: a token never sees more than block_size tokens. cache: an empty
-    one of model.make_cache(), for a caller who wants to see it.
+    Rows may differ in length: all are read to the end of the shortest, then each goes on with its own tokens, yielding
+    None, until they end; max_new_tokens more follow on the longest. repetition_penalty divides the positive logits of
+    tokens seen before (Keskar et al. 2019) and multiplies the negative ones. n_vocab: ids from here on are padding of
+    the vocabulary and never drawn. When the context is full, the cache is cleared and the second half read again: a
+    token never sees more than block_size tokens. cache: an empty one of model.make_cache(), for a caller who wants to
+    see it.
     """
     block_size, V = model.config.block_size, model.config.vocab_size
-    history = np.array(ids, dtype=np.int64)
-    single, history = history.ndim == 1, np.atleast_2d(history)
-    if history.shape[1] == 0:
+    single = len(ids) == 0 or np.ndim(ids[0]) == 0
+    prompts = [ids] if single else ids
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if lengths.min() == 0:
         raise UserError("nothing to continue: give at least one token")
+    given = np.full((len(prompts), lengths.max()), -1)
+    for row, prompt in zip(given, prompts, strict=True):
+        row[:len(prompt)] = prompt
+    history, own = given[:, :lengths.min()], mx.array(given[:, lengths.min():])  # own: where not -1, not drawn
+    waiting, max_new_tokens = lengths - lengths.min(), max_new_tokens + own.shape[1]
     key = mx.random.key(seed)
     seen = mx.zeros((len(history), V), dtype=mx.bool_)
     if repetition_penalty != 1:
@@ -1163,7 +1171,7 @@ def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top
     padding = mx.arange(V) >= (n_vocab or V)
     cache, read = cache or model.make_cache(), [mx.array(history[:, -block_size:])]  # read: what the cache is of
 
-    def step(x):  # x (B, T) -> the next token (B, 1); nothing is computed yet
+    def step(x, i):  # x (B, T) -> the next token (B, 1), the i-th; nothing is computed yet
         nonlocal key, seen
         logits = model(x, cache=cache, tap=tap, last=True)[:, -1]
         if repetition_penalty != 1:
@@ -1173,11 +1181,13 @@ def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top
             logits = mx.where(padding, -mx.inf, logits)
         key, subkey = mx.random.split(key)
         token = sample_token(logits, subkey, temperature, top_k, top_p, min_p)[:, None]
+        if i < own.shape[1]:
+            token = mx.where(own[:, i:i + 1] < 0, token, own[:, i:i + 1])
         if repetition_penalty != 1:
             seen = mx.put_along_axis(seen, token, mx.array(True), axis=1)
         return token
 
-    token = step(read[0])
+    token = step(read[0], 0)
     mx.async_eval(token)
     for i in range(max_new_tokens):
         read.append(token)
@@ -1188,12 +1198,12 @@ def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top
             if full:
                 cache.clear()
                 read = [mx.concatenate(read, axis=1)[:, -max(1, block_size // 2):]]
-                token = step(read[0])
+                token = step(read[0], i + 1)
             else:
-                token = step(token)
+                token = step(token, i + 1)
             mx.async_eval(token)
         out = read[-1][:, -1].tolist()
-        yield out[0] if single else out
+        yield out[0] if single else [None if i < wait else token for token, wait in zip(out, waiting, strict=True)]
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------------------

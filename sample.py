@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten
 
 from chat import check_template, encode_prompt, end_of_answer
 from config import UserError, overrides
-from lora import base_fingerprint, load_adapter
+from lora import load_adapters
 from lora import merge as merge_adapters
 from model import compute_dtype, generate, load_checkpoint
 from tokenizer import Tokenizer
@@ -62,17 +62,10 @@ model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
 enc = Tokenizer.from_dict(meta["tokenizer"])
-fingerprint = base_fingerprint(model) if adapter else ""
-for part in adapter:
-    path, colon, weight = part.rpartition(":")
-    try:
-        path, weight = (path, float(weight)) if colon else (part, 1.0)
-    except ValueError:  # the colon belongs to the path
-        path, weight = part, 1.0
-    meta["template"] = load_adapter(model, path, fingerprint, weight).get("template", meta.get("template"))
+adapted = load_adapters(model, adapter)
 if merge:
     merge_adapters(model)
-template = template or meta.get("template") or "none"
+template = template or adapted.get("template") or meta.get("template") or "none"
 if template != "none":
     check_template(template)
 model.set_dtype(compute_dtype(dtype))

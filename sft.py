@@ -4,9 +4,9 @@
     python sft.py out/ckpt.safetensors --data=tasks.jsonl --kind=dora --base_bits=4
 
 A line of the file is {"messages": [{"role", "content"}, ...]}, {"instruction", "input", "output"}, or {"prompt",
-"response"}. Only the responses are learned. Examples are packed, several to a row of block_size tokens; each sees
-itself only, at its own positions. What is longer is cut; an example of which no response would be left is skipped, and
-told.
+"response"}. Only the responses are learned, unless --learn_prompts=True. Examples are packed, several to a row of
+block_size tokens; each sees itself only, at its own positions. What is longer is cut; an example of which no response
+would be left is skipped, and told.
 
 It writes OUT_DIR/sft.safetensors, the step of the lowest validation loss (with kind=full or merge=True a checkpoint,
 else an adapter for the checkpoint it came from), loss.csv and loss.png. Each line of the log: step; loss, the mean
@@ -43,6 +43,7 @@ data = ""               # jsonl
 val_data = ""           # jsonl held out; none: val_share of data
 val_share = 0.1         # of the examples
 template = ""           # plain | alpaca | chatml | llama3; none: the checkpoint's, else chatml
+learn_prompts = False   # learn the user's turns too, which lets magpie.py write more of them
 packing = True          # several examples a row
 out_dir = "out-sft"     # where the result goes
 seed = 1337             # of the split, the order and the adapter
@@ -107,6 +108,8 @@ if not held_out:
 
 def rows_of(conversations: list, what: str) -> dict[str, np.ndarray]:
     examples, cut, skipped = shorten([encode(enc, messages, template) for messages in conversations], block_size)
+    if learn_prompts:
+        examples = [(ids, [True] * len(ids)) for ids, _ in examples]
     if not examples:
         raise UserError(f"no {what} example has a response within {block_size} tokens: train a longer context")
     rows = pack(examples, block_size, packing)

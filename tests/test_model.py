@@ -725,6 +725,18 @@ def test_single_and_batch():
     assert list(generate(model, batch, 0)) == [] and len(list(generate(model, batch, 1))) == 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5}])
+def test_rows_of_different_lengths(settings):
+    """Each row goes on as it would alone, wherever the others end."""
+    model, lengths = build("Llama"), (4, 9, 5, 4)
+    batch = [tokens(length).tolist()[::-1] for length in lengths]
+    rows = list(zip(*generate(model, batch, 12, temperature=0, **settings), strict=True))
+    for prompt, row in zip(batch, rows, strict=True):
+        waiting = len(prompt) - 4
+        assert row[:waiting] == (None,) * waiting and len(row) == 12 + 5
+        assert list(row[waiting:]) == slow_generate(model, prompt, 17 - waiting, settings.get("repetition_penalty", 1))
+
+
 def test_settings_reach_the_sampler():
     model, prompt = build(tie=False), tokens(5).tolist()
     greedy = list(generate(model, prompt, 20, temperature=0))

@@ -1,0 +1,236 @@
+"""Make instruction data from a chat-tuned checkpoint: it writes the user's turn, and then answers it.
+
+    python magpie.py out-sft/sft.safetensors --n=1000
+    python magpie.py out/ckpt.safetensors --adapter=out-sft/sft.safetensors --n=1000 --resume=True
+    python sft.py out/ckpt.safetensors --data=magpie.jsonl
+
+Magpie (Xu et al. 2024): given its template up to where the user's turn begins, a tuned model writes a user's turn. The
+paper's models had seen such turns in training; one that sft.py has tuned has learned to write them if it was tuned with
+--learn_prompts=True.
+
+Each line of the file is {"messages": [...], "batch": number of the batch that made it}. Of the conversations made are
+left out, counted by reason: unended (no end mark within the context, in either turn); short (a prompt of fewer than
+min_words words, or an answer of none); repetitive (of the word triples of a turn, more than max_repetition stand in it
+before); known (its prompt is nearly one that the file, or --avoid, has: of the runs of five characters that stand in
+either, more than max_similarity stand in both). A batch draws from its own seed, so a run that is stopped and resumed
+writes the same file as one that is not.
+"""
+import json
+import os
+import re
+import textwrap
+from collections import Counter
+
+import blas  # noqa: F401  (before mlx)
+from tqdm import tqdm
+
+from chat import TEMPLATES, check_template, encode_prompt, end_of_answer, read_conversations, turns
+from config import UserError, overrides
+from lora import load_adapters
+from lora import merge as merge_adapters
+from model import compute_dtype, generate, load_checkpoint
+from tokenizer import Tokenizer
+
+# model
+checkpoint = "out-sft/sft.safetensors"  # a checkpoint that was tuned on conversations
+adapter = ()              # or adapters of it, each PATH or PATH:WEIGHT; may be given several times
+template = ""             # plain | alpaca | chatml | llama3; none: what it was tuned with
+system = ""               # what every conversation begins with
+# output
+out = "magpie.jsonl"      # for sft.py --data
+n = 100                   # conversations wanted
+resume = False            # go on with the file
+# sampling
+batch_size = 32           # conversations at a time
+temperature = 1.0         # of the user's turn
+top_p = 0.98              # of the user's turn
+answer_temperature = 0.0  # 0: the most probable token
+repetition_penalty = 1.0  # of the answer, above 1: less of what stands there
+seed = 1337               # of the draws
+dtype = "auto"            # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
+# filters
+min_words = 3             # of a prompt
+max_repetition = 0.3      # share of word triples that stand in the turn before
+max_similarity = 0.7      # of two prompts: Jaccard index of their runs of five characters
+avoid = ""                # jsonl whose prompts are not to be made again, such as what the model was tuned on
+patience = 20             # batches without a single find, until it gives up
+
+settings = overrides(globals(), "checkpoint", "out")
+
+for name in ("n", "batch_size", "patience"):
+    if settings[name] < 1:
+        raise UserError(f"{name}={settings[name]}: it must be 1 or more")
+if temperature < 0 or answer_temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
+    raise UserError("temperatures must be 0 or more, top_p over 0 and up to 1, repetition_penalty over 0")
+if not resume and os.path.exists(out):
+    raise UserError(f"{out} exists: go on with it by --resume=True, or give another --out")
+
+# ---- filters ---------------------------------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def repetition(text: str) -> float:
+    """Share of the word triples that stand in the text before: 0 to 1; of fewer than three words, 0."""
+    found = words(text)
+    triples = list(zip(found, found[1:], found[2:], strict=False))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+def runs_of_five(text: str) -> set[str]:
+    plain = f" {' '.join(words(text))} ".ljust(5)
+    return {plain[i:i + 5] for i in range(len(plain) - 4)}
+
+
+class Known:
+    """Prompts, and which of them hold a run of five characters."""
+
+    def __init__(self):
+        self.sizes, self.holders = [], {}
+
+    def add(self, text: str):
+        runs = runs_of_five(text)
+        for run in runs:
+            self.holders.setdefault(run, []).append(len(self.sizes))
+        self.sizes.append(len(runs))
+
+    def similarity(self, text: str) -> float:
+        """The largest Jaccard index of this text with one of them."""
+        runs = runs_of_five(text)
+        common = Counter(number for run in runs for number in self.holders.get(run, ()))
+        return max((both / (len(runs) + self.sizes[number] - both) for number, both in common.items()), default=0.0)
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+model, meta = load_checkpoint(checkpoint)
+if not meta.get("tokenizer"):
+    raise UserError(f"{checkpoint} holds no tokenizer: it cannot write conversations")
+enc = Tokenizer.from_dict(meta["tokenizer"])
+adapted = load_adapters(model, adapter)
+template = template or adapted.get("template") or meta.get("template") or "none"
+if template == "none":
+    raise UserError(f"{checkpoint} was not tuned on conversations: give what sft.py made of it, or a --template")
+form = TEMPLATES[check_template(template)]
+merge_adapters(model)
+model.set_dtype(compute_dtype(dtype))
+opening = [{"role": "system", "content": system}] if system else []
+beginning = encode_prompt(enc, opening, template, "user")
+# What ends a user's turn: the mark after it; where that is blank, also what the answer opens with.
+after, before = form["user"][1], form["assistant"][0]
+mark = (after.strip() or after + before).encode()
+ends = {enc.eot, end_of_answer(enc, template)}
+prompt_room = model.config.block_size // 2  # tokens of the context for all up to the answer
+answer_room = model.config.block_size - prompt_room
+if len(beginning) >= prompt_room:
+    raise UserError(f"the template and the system message take {len(beginning)} tokens, and half of the context has "
+                    f"{prompt_room}: train a longer context")
+
+known, kept, batch = Known(), 0, 0
+if avoid:
+    for messages in read_conversations(avoid):
+        known.add(next((message["content"] for message in messages if message["role"] == "user"), ""))
+if resume and os.path.exists(out):
+    with open(out, "rb") as file:
+        lines = [line for line in file if line.endswith(b"\n")]  # the last one may have been cut by a crash
+    try:
+        rows = [json.loads(line) for line in lines]
+        batch = rows[-1]["batch"] if rows else 0
+        lines = [line for line, row in zip(lines, rows, strict=True) if row["batch"] < batch]  # it may not be whole
+        for row in rows[:len(lines)]:
+            known.add(row["messages"][-2]["content"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{out} is not a file of magpie.py ({error!r}): give another --out") from error
+    kept = len(lines)
+    temporary = f"{out}.tmp{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, out)
+
+# ---- write -----------------------------------------------------------------------------------------------------------
+
+
+def continued(prompts: list[list[int]], room: int, seed: int, mark: bytes = b"", **sampling) -> list[str | None]:
+    """The text that goes on each prompt, up to an end token or the mark; None where none comes within `room` tokens."""
+    texts, ended, counts = [b""] * len(prompts), [False] * len(prompts), [0] * len(prompts)
+    for tokens in generate(model, prompts, room, seed=seed, n_vocab=enc.n_vocab, **sampling):
+        for row, token in enumerate(tokens):
+            if ended[row] or token is None or counts[row] == room:
+                continue
+            counts[row] += 1
+            if token in ends:
+                ended[row] = True
+            else:
+                texts[row] += enc.decode_bytes([token])
+                if mark and mark in texts[row]:
+                    texts[row], ended[row] = texts[row][:texts[row].index(mark)], True
+        if all(done or count == room for done, count in zip(ended, counts, strict=True)):
+            break
+    return [text.decode("utf-8", "replace").strip() if done else None
+            for text, done in zip(texts, ended, strict=True)]
+
+
+def conversations(batch: int) -> list[list[dict]]:
+    """Those of a batch that pass the filters; `dropped` counts the others."""
+    asked = continued([beginning] * batch_size, prompt_room - len(beginning), seed + 2 * batch, mark,
+                      temperature=temperature, top_p=top_p)
+    prompts = []
+    for text in asked:
+        reason = ("unended" if text is None else "short" if len(words(text)) < min_words else
+                  "repetitive" if repetition(text) > max_repetition else
+                  "known" if known.similarity(text) > max_similarity else "")
+        if reason:
+            dropped[reason] += 1
+        else:
+            prompts.append(text)
+    ids = [encode_prompt(enc, [*opening, {"role": "user", "content": text}], template) for text in prompts]
+    fitting = [i for i, row in enumerate(ids) if len(row) <= prompt_room]
+    dropped["unended"] += len(ids) - len(fitting)
+    answers = continued([ids[i] for i in fitting], answer_room, seed + 2 * batch + 1, temperature=answer_temperature,
+                        repetition_penalty=repetition_penalty) if fitting else []
+    found = []
+    for i, answer in zip(fitting, answers, strict=True):
+        reason = ("unended" if answer is None else "short" if not words(answer) else
+                  "repetitive" if repetition(answer) > max_repetition else
+                  "known" if known.similarity(prompts[i]) > max_similarity else "")  # by another of this batch
+        if reason:
+            dropped[reason] += 1
+        else:
+            known.add(prompts[i])
+            found.append([*opening, *turns(prompts[i], answer)])
+    return found
+
+
+# ---- loop ------------------------------------------------------------------------------------------------------------
+
+dropped, without, began_with, made = Counter(), 0, kept, 0
+bar = tqdm(total=n, initial=min(kept, n), unit=" conversations", disable=None, dynamic_ncols=True)
+last = []
+with open(out, "a", encoding="utf-8") as file:
+    while kept < n:
+        found = conversations(batch)[:n - kept]
+        made += batch_size
+        file.write("".join(json.dumps({"messages": messages, "batch": batch}) + "\n" for messages in found))
+        file.flush()
+        os.fsync(file.fileno())
+        kept, batch, without, last = kept + len(found), batch + 1, 0 if found else without + 1, found or last
+        bar.update(len(found))
+        bar.set_postfix_str(f"{(kept - began_with) / made:.0%} kept")
+        if without == patience:
+            bar.close()
+            raise UserError(f"nothing of {patience * batch_size} conversations passed ("
+                            f"{', '.join(f'{count} {reason}' for reason, count in dropped.most_common())}); {kept} are "
+                            f"in {out}. Tune with sft.py --learn_prompts=True, or loosen the filters")
+bar.close()
+
+# ---- look at it ------------------------------------------------------------------------------------------------------
+
+for messages in last[:3]:
+    for message in messages[-2:]:
+        print(textwrap.fill(f"{message['role']}: {message['content']}", 120, subsequent_indent="    "))
+print(f"{made} made, {kept - began_with} kept"
+      + "".join(f", {count} {reason}" for reason, count in dropped.most_common()) + f"; {out} holds {kept}")
