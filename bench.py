@@ -27,10 +27,11 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from config import UserError, overrides
+from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate
 from tokenizer import Tokenizer, train_bpe
 
-only = "train,decode,tokenize,variants"  # sections
+only = "train,decode,tokenize,variants,adapters"  # sections
 shapes = ""            # of SHAPES below, separated by commas; none: those that suit the device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # written in each round of decoding
@@ -52,8 +53,8 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
 names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
 if unknown := set(names) - set(SHAPES):
     raise UserError(f"no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
-if unknown := set(only.split(",")) - {"train", "decode", "tokenize", "variants"}:
-    raise UserError(f"no section {unknown.pop()!r}: choose among train, decode, tokenize, variants")
+if unknown := set(only.split(",")) - {"train", "decode", "tokenize", "variants", "adapters"}:
+    raise UserError(f"no section {unknown.pop()!r}: choose among train, decode, tokenize, variants, adapters")
 rounds = rounds or (7 if ON_CPU else 20)
 dtype = compute_dtype("auto")
 
@@ -291,6 +292,64 @@ def bench_yoco():  # yoco
     show("YOCO, 12 layers, cache of 32768; all keys", "MB", *sizes, "", "", "")
 
 
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def bench_adapters():
+    """A step's gradients with LoRA of rank 8 on all layers, against those of the frozen model with regard to what its
+    first block reads and, on their own, the matmuls that the adapters add; against all weights' gradients; and with the
+    model packed to 4 bits, against itself."""
+    shape = dict(n_layer=4, n_embd=256, n_head=4, block_size=256, vocab_size=4096) if ON_CPU else dict(
+        n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=50304)
+    batch, rank, compiled = 8 if ON_CPU else 16, 8, mx.compile if compile else lambda f: f
+    T = shape["block_size"]
+    tokens = mx.random.randint(0, shape["vocab_size"], (batch, T + 1))
+
+    def model_of(bits: int | None) -> GPT:
+        """None: without an adapter."""
+        model = GPT(GPTConfig(**shape))
+        model.set_dtype(dtype)
+        if bits is not None:
+            quantize_base(model, bits)
+            attach(model, rank=rank)
+            model.set_dtype(dtype, lambda kind: mx.issubdtype(kind, mx.floating))
+        mx.eval(model.parameters())
+        return model
+
+    def gradients(model: GPT):
+        def loss(parameters):
+            model.update(parameters)
+            return model.loss(tokens[:, :-1], tokens[:, 1:])
+        return compiled(lambda parameters: mx.grad(loss)(parameters)), model.trainable_parameters()
+
+    whole, adapted, packed = (gradients(model_of(bits)) for bits in (None, 0, 4))
+    frozen = model_of(None)
+
+    def past_the_weights(change):
+        def add(site, layer, x):
+            return x + change if (site, layer) == ("resid", 0) else x
+        return frozen.loss(tokens[:, :-1], tokens[:, 1:], tap=add)
+
+    sizes = [dense_shape(linear) for linear in linear_layers(frozen).values()]
+    extra = [tuple(mx.random.normal(size).astype(dtype) for size in
+                   ((batch * T, inputs), (batch * T, outputs), (rank, inputs), (outputs, rank)))
+             for outputs, inputs in sizes]
+    change = mx.zeros((batch, T, shape["n_embd"]), dtype=dtype)
+    mx.eval(extra, change)
+
+    def matmuls(x, g, a, b):  # forward, then backward
+        down, back = x @ a.T, g @ b
+        return down @ b.T, back @ a, back.T @ x, g.T @ down
+
+    base = compiled(mx.grad(past_the_weights))
+    alone = compiled(lambda extra: [matmuls(*arrays) for arrays in extra])
+    alternate("LoRA 8; the base, and the matmuls alone", "tok/s", batch * T, lambda: adapted[0](adapted[1]),
+              lambda: (base(change), alone(extra)))
+    alternate("LoRA 8; all weights", "tok/s", batch * T, lambda: adapted[0](adapted[1]), lambda: whole[0](whole[1]))
+    alternate("LoRA 8 on 4 bits; on a dense base", "tok/s", batch * T, lambda: packed[0](packed[1]),
+              lambda: adapted[0](adapted[1]))
+
+
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 print(f"{mx.device_info().get('device_name')}, {os.cpu_count()} cores, mlx {mx.__version__}, "
@@ -313,3 +372,5 @@ if "variants" in only:
     bench_moe()  # moe
     bench_mod()  # mod
     bench_yoco()  # yoco
+if "adapters" in only:
+    bench_adapters()

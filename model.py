@@ -535,6 +535,8 @@ def recompute(f: Callable) -> Callable:
 
 
 erf, sigmoid = (cpu.erf, cpu.sigmoid) if ON_CPU else (mx.erf, mx.sigmoid)
+if ON_CPU:
+    nn.QuantizedLinear.__call__ = nn.QuantizedEmbedding.as_linear = cpu.packed_linear
 ACTIVATIONS = {
     "relu2": recompute(lambda x: mx.square(mx.maximum(x, 0))),
     "gelu": recompute(lambda x: x * (0.5 + 0.5 * erf(x * 0.5**0.5))),

@@ -16,7 +16,8 @@ def test_every_section():
     lines = bench("--shapes=4x4x128", "--new_tokens=3", "--compile=False").stdout.splitlines()
     assert "mlx" in lines[0] and "peer" in lines[1]
     sections = ["train 4x4x128", "decode 4x4x128, batch 1,", "decode 4x4x128, batch 16,", "prefill 4x4x128", "tokenize",
-                "window 128", "8 experts", "MoD, 1/8", "YOCO, 12 layers, prompt", "YOCO, 12 layers, cache"]
+                "window 128", "8 experts", "MoD, 1/8", "YOCO, 12 layers, prompt", "YOCO, 12 layers, cache",
+                "LoRA 8; the base", "LoRA 8; all", "LoRA 8 on 4 bits"]
     assert len(lines) == 2 + len(sections)
     assert all(line.startswith(section) for line, section in zip(lines[2:], sections, strict=True))
     for line in lines[2:]:
