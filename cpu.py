@@ -1,5 +1,4 @@
-"""Sigmoid, erf, softmax, cross-entropy and attention for the CPU, where MLX's exp takes most of a small model's step; and
-packed layers, whose kernel there knows one row at a time.
+"""Sigmoid, erf, softmax, cross-entropy and attention for the CPU, where MLX's exp takes most of a small model's step.
 
 MLX's CPU kernels call exp one number at a time (12 ns each). Here exp is a polynomial made of adds and multiplies,
 which run as vectors: three to five times faster, and within 3e-7 of the exact value. GPUs have fused kernels for all of
@@ -9,7 +8,6 @@ import math
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
-import mlx.nn as nn
 
 LN2_POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # Taylor coefficients of 2**f
 ROUND = 1.5 * 2**23  # adding it to a small float32 leaves that number, rounded, in the low bits of the mantissa
@@ -127,29 +125,3 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask) -> mx.a
         scores = q[..., start:end, :] @ k[..., :seen] + mx.where(hidden, -mx.inf, 0.0)
         rows.append(softmax(scores) @ v[..., :seen, :])
     return mx.concatenate(rows, axis=-2).reshape(B, H, T, -1)
-
-
-packed_row_by_row = nn.QuantizedLinear.__call__
-
-
-def packed_linear(layer: nn.QuantizedLinear, x: mx.array) -> mx.array:
-    """x (..., in) through a packed layer -> (..., out). MLX's kernel unpacks the weights again for every row: for more
-    than four rows they are unpacked once and multiplied by the BLAS. They are unpacked again in the backward pass, so
-    that no more than a few layers are dense at a time."""
-    if x.size <= 4 * x.shape[-1]:
-        return packed_row_by_row(layer, x)
-
-    def weight(after: mx.array) -> mx.array:
-        packed = mx.depends([layer.weight], [after])[0]  # else all layers would be unpacked ahead
-        return mx.dequantize(packed, layer.scales, layer.get("biases"), layer.group_size, layer.bits,
-                             layer.mode).astype(x.dtype)
-
-    @mx.custom_function
-    def product(x):
-        return x @ weight(x).T
-
-    @product.vjp
-    def product_backward(x, cotangent, _):
-        return cotangent @ weight(cotangent)
-
-    return product(x) + layer.bias if "bias" in layer else product(x)

@@ -8,10 +8,10 @@ model as it was at the start; its log-probabilities are computed once, so there 
 
 It writes OUT_DIR/dpo.safetensors, the step of the lowest loss held out (with kind=full a checkpoint, else an adapter),
 loss.csv and loss.png. Each line of the log: step; loss; acc, the share of pairs whose chosen answer has the larger
-reward; margin, the mean of chosen less rejected reward; chosen and rejected, the mean log-probabilities of the answers
-in nats, which can both fall while their difference grows; lr; norm; and the same of the pairs held out. The reward is
-beta times the log-probability over the reference's (dpo, ipo, kto), or beta times the mean log-probability of a token
-(simpo, orpo).
+reward (equal ones count half); margin, the mean of chosen less rejected reward; chosen and rejected, the mean
+log-probabilities of the answers in nats, which can both fall while their difference grows; lr; norm; and the same of
+the pairs held out. The reward is beta times the log-probability over the reference's (dpo, ipo, kto), or beta times the
+mean log-probability of a token (simpo, orpo).
 
 Losses: dpo (Rafailov et al. 2023; label_smoothing: Mitchell 2023), ipo (Azar et al. 2023), simpo (Meng et al. 2024),
 orpo (Hong et al. 2024), kto (Ethayarajh et al. 2024).
@@ -228,13 +228,18 @@ state = [model.state, opt.state]
 compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
 
 
+def side_by_side(x: mx.array) -> mx.array:
+    """(B, N_PARTS, T) -> (N_PARTS B, T): all chosen answers, then all rejected ones."""
+    return x.swapaxes(0, 1).flatten(0, 1)
+
+
 def figures_of(parameters, batch) -> tuple[mx.array, mx.array]:
     """The mean loss of a batch, and (accuracy, margin, chosen, rejected)."""
     model.update(tree_map(lambda p: p.astype(working_dtype), parameters))
     B = batch["ids"].shape[0]
-    flat = {name: batch[name].swapaxes(0, 1).flatten(0, 1) for name in ("ids", "learned")}  # all chosen, all rejected
-    pi = answer_log_probs(model, flat["ids"], flat["learned"]).reshape(N_PARTS, B)
-    ref, n = batch["reference"].T, flat["learned"][:, 1:].sum(1).reshape(N_PARTS, B)
+    ids, learned = side_by_side(batch["ids"]), side_by_side(batch["learned"])
+    pi = answer_log_probs(model, ids, learned).reshape(N_PARTS, B)
+    ref, n = batch["reference"].T, learned[:, 1:].sum(1).reshape(N_PARTS, B)
     if loss == "dpo":
         losses = dpo(pi[0], pi[1], ref[0], ref[1], beta, label_smoothing)
     elif loss == "ipo":
@@ -247,7 +252,8 @@ def figures_of(parameters, batch) -> tuple[mx.array, mx.array]:
         losses = kto(pi[0], pi[1], ref[0], ref[1], pi[2], ref[2], beta)
     rewards = beta * (pi / n if loss in ("simpo", "orpo") else pi - ref)
     margin = rewards[0] - rewards[1]
-    return losses.mean(), mx.stack([(margin > 0).mean(), margin.mean(), pi[0].mean(), pi[1].mean()])
+    accuracy = ((mx.sign(margin) + 1) / 2).mean()
+    return losses.mean(), mx.stack([accuracy, margin.mean(), pi[0].mean(), pi[1].mean()])
 
 
 @compiled
@@ -278,8 +284,8 @@ def add_reference(rows: dict):
     """"reference" (pairs, N_PARTS): the log-probabilities before the first update."""
     parts = []
     for start in tqdm(range(0, len(rows["ids"]), batch_size), desc="reference", leave=False, disable=None):
-        ids, learned = (mx.array(rows[name][start:start + batch_size]) for name in ("ids", "learned"))
-        parts.append(np.array(log_probs(ids.flatten(0, 1), learned.flatten(0, 1))).reshape(-1, N_PARTS))
+        ids, learned = (side_by_side(mx.array(rows[name][start:start + batch_size])) for name in ("ids", "learned"))
+        parts.append(np.array(log_probs(ids, learned)).reshape(N_PARTS, -1).T)
     rows["reference"] = np.concatenate(parts)
 
 

@@ -27,6 +27,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+import quantized
 from config import UserError
 from model import GPT, VERSION, load_arrays, save_arrays
 
@@ -80,21 +81,15 @@ class Adapter(nn.Module):
 
 
 def dense_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer, packed or not."""
-    if isinstance(linear, Adapter):
-        return dense_shape(linear.base)
-    outputs, inputs = linear.weight.shape
-    return outputs, inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs
+    """(out, in) of a linear layer: adapted, packed or dense."""
+    return quantized.dense_shape(linear) if not isinstance(linear, Adapter) else dense_shape(linear.base)
 
 
 def dense_weight(linear: nn.Module) -> mx.array:
     """(out, in), float32."""
     if isinstance(linear, Adapter):
         return linear.merged().weight.astype(mx.float32)
-    if isinstance(linear, nn.QuantizedLinear):
-        return mx.dequantize(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits).astype(
-            mx.float32)
-    return linear.weight.astype(mx.float32)
+    return quantized.dense_weight(linear)
 
 
 def row_norms(linear: nn.Module) -> mx.array:

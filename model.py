@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
 import cpu
+import quantized  # noqa: F401  (faster products with quantized layers)
 from config import UserError
 
 ON_CPU = mx.default_device() == mx.cpu
@@ -535,8 +536,6 @@ def recompute(f: Callable) -> Callable:
 
 
 erf, sigmoid = (cpu.erf, cpu.sigmoid) if ON_CPU else (mx.erf, mx.sigmoid)
-if ON_CPU:
-    nn.QuantizedLinear.__call__ = nn.QuantizedEmbedding.as_linear = cpu.packed_linear
 ACTIVATIONS = {
     "relu2": recompute(lambda x: mx.square(mx.maximum(x, 0))),
     "gelu": recompute(lambda x: x * (0.5 + 0.5 * erf(x * 0.5**0.5))),

@@ -2,6 +2,8 @@
 # From a text to a model that prefers: pretrain, learn written instructions in five ways, learn preferences.
 #
 #     bash runs/finetune.sh book.txt seed_tasks.jsonl        # tasks as runs/tasks.py reads them
+#
+# At the end it prints a table: runs/finetune.py.
 set -eu
 text=$(realpath "$1")
 tasks=$(realpath "$2")
@@ -9,23 +11,28 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=out-finetune
 
-timed() {
+timed() {  # NAME SCRIPT ARGUMENTS: runs it, and leaves the seconds it took
+    name=$1
+    shift
     echo "== $*"
     start=$SECONDS
-    "$python" "$@"
-    echo "== $((SECONDS - start)) s"
+    "$python" "$@" "--out_dir=$out/$name"
+    echo $((SECONDS - start)) > "$out/$name/seconds"
 }
 
-timed train.py --data="$text" --out_dir=$out/base --max_iters=500 --sample_tokens=0
-timed runs/tasks.py "$tasks" $out
-sft="--data=$out/tasks.jsonl --val_data=$out/tasks-val.jsonl --epochs=6"
-# shellcheck disable=SC2086  # sft is several words
-{
-    timed sft.py $out/base/best.safetensors $sft --out_dir=$out/full --kind=full --learning_rate=1e-3
-    timed sft.py $out/base/best.safetensors $sft --out_dir=$out/lora --learning_rate=3e-3
-    timed sft.py $out/base/best.safetensors $sft --out_dir=$out/dora --learning_rate=3e-3 --kind=dora
-    timed sft.py $out/base/best.safetensors $sft --out_dir=$out/qlora8 --learning_rate=3e-3 --base_bits=8
-    timed sft.py $out/base/best.safetensors $sft --out_dir=$out/qlora4 --learning_rate=3e-3 --base_bits=4
+tuned() {  # NAME ARGUMENTS
+    name=$1
+    shift
+    timed "$name" sft.py $out/base/best.safetensors --data=$out/tasks.jsonl --val_data=$out/tasks-val.jsonl --epochs=6 "$@"
 }
-timed dpo.py $out/full/sft.safetensors --data=$out/pairs.jsonl --val_data=$out/pairs-val.jsonl --out_dir=$out/dpo \
-    --learning_rate=1e-3 --epochs=6
+
+timed base train.py --data="$text" --max_iters=500 --sample_tokens=0
+"$python" runs/tasks.py "$tasks" $out
+tuned full --kind=full --learning_rate=1e-3
+tuned lora --learning_rate=3e-3
+tuned dora --learning_rate=3e-3 --kind=dora
+tuned qlora8 --learning_rate=3e-3 --base_bits=8
+tuned qlora4 --learning_rate=3e-3 --base_bits=4
+timed dpo dpo.py $out/full/sft.safetensors --data=$out/pairs.jsonl --val_data=$out/pairs-val.jsonl \
+    --learning_rate=5e-4 --epochs=4
+"$python" runs/finetune.py $out

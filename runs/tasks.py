@@ -1,11 +1,12 @@
 """Written tasks into what sft.py and dpo.py read: python runs/tasks.py seed_tasks.jsonl OUT_DIR
 
 A line of the input is {"instruction", "instances": [{"input", "output"}]}, as in Self-Instruct (Wang et al. 2023); the
-first instance is taken. Every tenth task is held out. The rule of the pairs: the chosen answer is the task's own, the
-rejected one that of the next task of the same file.
+first instance is taken. Every fifth task is held out. The rule of the pairs: the chosen answer is the task's own, the
+rejected one the same words in another order; answers of fewer than four words make no pair.
 """
 import json
 import os
+import random
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -30,12 +31,15 @@ with open(source, encoding="utf-8") as file:
             raise UserError(f"{source}, line {number} is no task ({error!r})") from error
 tasks = [task for task in tasks if task["response"].strip()]
 os.makedirs(out_dir, exist_ok=True)
-for name, part in (("", [task for i, task in enumerate(tasks) if i % 10]), ("-val", tasks[::10])):
+rng = random.Random(1337)
+for name, part in (("", [task for i, task in enumerate(tasks) if i % 5]), ("-val", tasks[::5])):
     with open(os.path.join(out_dir, f"tasks{name}.jsonl"), "w") as file:
         file.writelines(json.dumps(task) + "\n" for task in part)
     with open(os.path.join(out_dir, f"pairs{name}.jsonl"), "w") as file:
-        for task, other in zip(part, [*part[1:], part[0]], strict=True):
-            if task["response"] != other["response"]:
-                pair = {"prompt": task["prompt"], "chosen": task["response"], "rejected": other["response"]}
+        for task in part:
+            words = task["response"].split()
+            shuffled = rng.sample(words, len(words))
+            if len(words) >= 4 and shuffled != words:
+                pair = {"prompt": task["prompt"], "chosen": " ".join(words), "rejected": " ".join(shuffled)}
                 file.write(json.dumps(pair) + "\n")
-print(f"{len(tasks)} tasks, {len(tasks[::10])} of them held out, in {out_dir}")
+print(f"{len(tasks)} tasks, {len(tasks[::5])} of them held out, in {out_dir}")

@@ -3,7 +3,6 @@ import math
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -205,42 +204,3 @@ def test_masked_keys_weigh_nothing():
     k[:, :, 50:], v[:, :, 50:] = 1e4, 1e30
     after = np.array(cpu.attention(*map(mx.array, (q, k, v)), 0.3, "causal"))
     assert np.array_equal(before[:, :, :30], after[:, :, :30]) and (before[:, :, 30:] != after[:, :, 30:]).all()
-
-
-# ---- packed layers ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(1, 128), (2, 2, 128), (5, 128), (3, 11, 128)])
-@pytest.mark.parametrize(("bits", "group_size", "bias"), [(2, 32, False), (3, 64, True), (4, 64, True), (8, 128, False)])
-def test_packed_linear(bits, group_size, bias, shape):
-    """As MLX's kernel, for few rows and many, and its gradient that of a dense matmul."""
-    dense = nn.Linear(128, 40, bias=bias)
-    layer, x, g = nn.QuantizedLinear.from_linear(dense, group_size, bits), numbers(*shape), numbers(*shape[:-1], 40)
-    weight = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, group_size, bits), np.float64)
-    expected = x @ weight.T + (np.array(dense.bias, np.float64) if bias else 0)
-    y, (gradient,) = mx.vjp(lambda x: cpu.packed_linear(layer, x), [mx.array(x)], [mx.array(g)])
-    assert near(y[0], expected) and near(gradient, g @ weight)
-    assert near(y[0], cpu.packed_row_by_row(layer, mx.array(x)))
-
-
-def test_packed_embedding():
-    layer, x = nn.QuantizedEmbedding.from_embedding(nn.Embedding(40, 128), 64, 4), numbers(3, 7, 128)
-    weight = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, 64, 4), np.float64)
-    assert near(cpu.packed_linear(layer, mx.array(x)), x @ weight.T)
-
-
-def test_packed_layers_stay_packed():
-    """Of 64 layers, a few are dense at a time, forward and backward."""
-    layers = [nn.QuantizedLinear.from_linear(nn.Linear(256, 256, bias=False), 64, 4) for _ in range(64)]
-    x = mx.array(numbers(8, 256))
-    mx.eval(x, [layer.parameters() for layer in layers])
-
-    def through_all(x):
-        for layer in layers:
-            x = cpu.packed_linear(layer, x)
-        return x.sum()
-
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    mx.eval(mx.grad(through_all)(x))
-    assert mx.get_peak_memory() - before < 64 * 256 * 256 * 4 / 3

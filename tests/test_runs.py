@@ -66,8 +66,9 @@ def test_no_runs(tmp_path):
 
 def test_tasks(tmp_path):
     """Everything that sft.py and dpo.py read, and what is held out is not trained on."""
-    tasks = [{"instruction": f"do {i}", "instances": [{"input": "it" * (i % 2), "output": f"done {i}"}]}
-             for i in range(25)]
+    outputs = [f"{i} is done" + " now" * (i > 20) for i in range(25)]
+    tasks = [{"instruction": f"do {i}", "instances": [{"input": "it" * (i % 2), "output": output}]}
+             for i, output in enumerate(outputs)]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     command = [sys.executable, ROOT / "runs" / "tasks.py", tmp_path / "tasks.jsonl", tmp_path / "out"]
     subprocess.run(command, check=True, capture_output=True)
@@ -75,11 +76,28 @@ def test_tasks(tmp_path):
     def read(name):
         return [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
 
-    assert read("tasks-val") == [{"prompt": f"do {i}", "response": f"done {i}"} for i in (0, 10, 20)]
+    assert [task["prompt"].split("\n")[0] for task in read("tasks-val")] == [f"do {i}" for i in (0, 5, 10, 15, 20)]
+    assert read("tasks-val")[0] == {"prompt": "do 0", "response": "0 is done"}
     assert [task["prompt"] for task in read("tasks")[:2]] == ["do 1\n\nit", "do 2"]
-    assert len(read("tasks")) == len(read("pairs")) == 22
-    assert read("pairs")[-1] == {"prompt": "do 24", "chosen": "done 24", "rejected": "done 1"}
-    assert len(read_conversations(str(tmp_path / "out" / "tasks.jsonl"))) == 22
+    assert len(read("tasks")) == 20
+    assert [pair["prompt"][:5] for pair in read("pairs")] == [f"do {i}" for i in (21, 22, 23, 24)]
+    for pair in read("pairs"):
+        assert pair["chosen"] != pair["rejected"] and sorted(pair["chosen"].split()) == sorted(pair["rejected"].split())
+    assert len(read_conversations(str(tmp_path / "out" / "tasks.jsonl"))) == 20
     (tmp_path / "tasks.jsonl").write_text('{"instruction": "x"}')
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "line 1 is no task" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_finetune_table(tmp_path):
+    """The first and the lowest loss held out, of a run of each kind."""
+    for name, rows in (("lora", "step,train_loss,val_loss\n0,,8.0\n5,7.0,\n9,,6.5\n12,,6.75\n"),
+                       ("dpo", "step,split,loss,accuracy\n0,val,0.6931,0.5\n1,loss,0.1,1\n9,val,0.25,0.875\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "loss.csv").write_text(rows)
+        (tmp_path / name / "seconds").write_text("90\n")
+    command = [sys.executable, ROOT / "runs" / "finetune.py", tmp_path]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[2:] == ["| lora | 8.000 to 6.500 |  | 1.5 |", "| dpo | 0.693 to 0.250 | 50% to 88% | 1.5 |"]
+    command[-1] = tmp_path / "lora"
+    assert "no run in" in subprocess.run(command, capture_output=True, text=True).stderr
