@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from chat import check_messages, check_template, encode, encode_prompt, read_jsonl, text_of
 from config import UserError, overrides
-from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged
+from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged, save_peft
 from model import GPT, ON_CPU, compute_dtype, cross_entropy, load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer
 
@@ -55,6 +55,7 @@ alpha = 16.0            # its scale is alpha / rank (rslora: / sqrt(rank))
 targets = "attn, mlp"   # linear layers, regular expressions separated by commas
 base_bits = 0           # pack the base to 2 | 3 | 4 | 5 | 6 | 8 bits before; 0: leave it
 merge = False           # write a whole checkpoint, with the adapter folded in, in place of the adapter alone
+peft = False            # write the adapter also as OUT_DIR/peft, the folder that Hugging Face's PEFT reads
 # optimization
 epochs = 3              # times every pair is seen
 batch_size = 8          # pairs an update
@@ -319,8 +320,9 @@ def save(step: int, held_out: list[float]):
     elif merge:
         save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
     else:
-        save_adapter(result, model, fingerprint, {**header, "rank": rank, "alpha": alpha, "kind": kind,
-                                                  "targets": targets, "base_bits": base_bits})
+        save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint)
+        if peft:
+            save_peft(os.path.join(out_dir, "peft"), model)
 
 
 def log(step: int, what: str, figures: list[float], more: str = ""):
@@ -355,6 +357,8 @@ def draw():
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
 os.makedirs(out_dir, exist_ok=True)
+if peft and kind != "full":
+    save_peft(os.path.join(out_dir, "peft"), model)  # if it cannot be, that is told now
 model.eval()
 add_reference(train_rows)
 add_reference(val_rows)

@@ -1,10 +1,9 @@
 """Adapters: LoRA, rsLoRA and DoRA on any linear layer, dense or packed.
 
-    fingerprint = base_fingerprint(model)
-    attach(model, "attn, mlp", rank=8, alpha=16)           # the base is frozen, the adapter trains
-    save_adapter("adapter.safetensors", model, fingerprint, dict(rank=8, alpha=16, kind="lora"))
-    load_adapter(model, "adapter.safetensors", fingerprint, weight=0.5)  # onto the same base; several add up
-    merge(model)                                           # dense layers again
+    attach(model, "attn, mlp", rank=8, alpha=16)               # the base is frozen, the adapter trains
+    save_adapter("adapter.safetensors", model)
+    load_adapter(model, "adapter.safetensors", weight=0.5)     # onto the same base; several add up
+    merge(model)                                               # dense layers again
 
     lora    W x + s B A x                       s = alpha / rank        (Hu et al. 2021)
     rslora  the same                            s = alpha / sqrt(rank)  (Kalajdzievski 2023)
@@ -40,7 +39,7 @@ class Adapter(nn.Module):
     def __init__(self, base: nn.Module, rank: int, alpha: float, kind: str, seed: list[int]):
         super().__init__()
         outputs, inputs = dense_shape(base)
-        self.base, self.kind = base, kind
+        self.base, self.kind, self.alpha = base, kind, alpha
         self.scale = alpha / (math.sqrt(rank) if kind == "rslora" else rank)
         bound = inputs ** -0.5  # Kaiming's uniform, as PEFT has it
         self.a = mx.array(np.random.default_rng(seed).uniform(-bound, bound, (rank, inputs)).astype(np.float32))
@@ -157,9 +156,12 @@ def replace_module(model: nn.Module, path: str, module: nn.Module):
 
 
 def base_fingerprint(model: GPT) -> str:
-    """A hash of the model's weights, before anything is attached or quantized: what tells one base from another."""
-    digest = hashlib.sha256()
-    for name, p in sorted(tree_flatten(model.parameters())):
+    """A hash of the model's weights, adapters left out: what tells one base from another. Take it before a change of
+    dtype and quantize_base, which change them."""
+    digest, own = hashlib.sha256(), adapter_arrays(model)
+    arrays = {name.replace(".base", ""): p for name, p in tree_flatten(model.parameters())
+              if name not in own and not re.search(r"\.base\.[abm]$", name)}
+    for name, p in sorted(arrays.items()):
         digest.update(f"{name} {p.dtype} {p.shape} ".encode())
         digest.update(np.array(p.view(mx.uint8)).tobytes())
     return digest.hexdigest()
@@ -171,10 +173,18 @@ def adapter_arrays(model: GPT) -> dict[str, mx.array]:
             if isinstance(module, Adapter) for name in ("a", "b", "m") if name in module}
 
 
-def save_adapter(path: str, model: GPT, fingerprint: str, meta: dict):
-    """Write the adapter alone. meta: rank, alpha, kind, and whatever else JSON can hold; base_bits: what the base was
-    quantized to before it was attached, 0: not at all."""
-    save_arrays(path, adapter_arrays(model), {**meta, "version": VERSION, "adapter": True, "base": fingerprint})
+def save_adapter(path: str, model: GPT, meta: dict | None = None, fingerprint: str | None = None):
+    """Write the adapter alone, all of its layers of one kind, rank and alpha. fingerprint: the base's, None: as it is
+    now. meta: whatever else JSON can hold; base_bits: what the base was quantized to before the adapter was attached,
+    0: not at all."""
+    adapters = [module for module in linear_layers(model).values() if isinstance(module, Adapter)]
+    facts = {(module.kind, len(module.a), module.alpha) for module in adapters}
+    if len(facts) != 1 or any(isinstance(module.base, Adapter) for module in adapters):
+        raise UserError("a file holds adapters of one kind, rank and alpha, one a layer: merge first")
+    kind, rank, alpha = facts.pop()
+    save_arrays(path, adapter_arrays(model), {"kind": kind, "rank": rank, "alpha": alpha, **(meta or {}),
+                                              "version": VERSION, "adapter": True,
+                                              "base": fingerprint or base_fingerprint(model)})
 
 
 def save_merged(path: str, model: GPT, meta: dict):
@@ -189,16 +199,16 @@ def save_merged(path: str, model: GPT, meta: dict):
     save_arrays(path, arrays, {**meta, **more, "version": VERSION, "config": asdict(model.config)})
 
 
-def load_adapter(model: GPT, path: str, fingerprint: str, weight: float = 1.0) -> dict:
+def load_adapter(model: GPT, path: str, weight: float = 1.0, fingerprint: str | None = None) -> dict:
     """Put a saved adapter, a file of ours or a folder of PEFT's, on a model, its change times `weight`. A file of ours
-    must belong to the base of this fingerprint; PEFT's do not tell. Returns its meta."""
+    must belong to the base of this fingerprint, None: the model as it is now; PEFT's do not tell. Returns its meta."""
     if os.path.isdir(path):
         modules, meta = read_peft(path)
     else:
         arrays, meta = load_arrays(path)
         if not meta.get("adapter"):
             raise UserError(f"{path} is a checkpoint, not an adapter: give it as the checkpoint")
-        if meta["base"] != fingerprint:
+        if meta["base"] != (fingerprint or base_fingerprint(model)):
             raise UserError(f"{path} was trained on another base than this checkpoint: give the one it belongs to")
         modules = {}
         for name, array in arrays.items():
@@ -236,7 +246,7 @@ def load_adapters(model: GPT, adapters: Sequence[str]) -> dict:
             path, weight = (path, float(weight)) if colon else (adapter, 1.0)
         except ValueError:  # the colon belongs to the path
             path, weight = adapter, 1.0
-        meta = load_adapter(model, path, fingerprint, weight)
+        meta = load_adapter(model, path, weight, fingerprint)
     return meta
 
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from chat import check_template, encode, encode_prompt, end_of_answer, pack, read_conversations, shorten
 from config import UserError, overrides
-from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged
+from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged, save_peft
 from model import NOWHERE, ON_CPU, compute_dtype, generate, load_checkpoint, no_tap, save_checkpoint
 from tokenizer import Tokenizer
 
@@ -54,6 +54,7 @@ alpha = 16.0            # its scale is alpha / rank (rslora: / sqrt(rank))
 targets = "attn, mlp"   # linear layers, regular expressions separated by commas: "attn.(q|v)$"
 base_bits = 0           # pack the base to 2 | 3 | 4 | 5 | 6 | 8 bits before; 0: leave it
 merge = False           # write a whole checkpoint, with the adapter folded in, in place of the adapter alone
+peft = False            # write the adapter also as OUT_DIR/peft, the folder that Hugging Face's PEFT reads
 # optimization
 epochs = 3              # times every example is seen
 batch_size = 4          # rows an update
@@ -223,8 +224,9 @@ def save(step: int, val: float):
     elif merge:
         save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
     else:
-        save_adapter(result, model, fingerprint, {**header, "rank": rank, "alpha": alpha, "kind": kind,
-                                                  "targets": targets, "base_bits": base_bits})
+        save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint)
+        if peft:
+            save_peft(os.path.join(out_dir, "peft"), model)
 
 
 def record(**row):
@@ -267,6 +269,8 @@ def answers() -> list[str]:
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
 os.makedirs(out_dir, exist_ok=True)
+if peft and kind != "full":
+    save_peft(os.path.join(out_dir, "peft"), model)  # if it cannot be, that is told now
 before, best, pending = answers(), math.inf, None
 model.train()
 bar = tqdm(total=max_iters, unit="step", disable=None, dynamic_ncols=True)

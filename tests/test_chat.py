@@ -121,6 +121,11 @@ def test_special_tokens_in_a_text_are_text():
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
+def test_shorten_counts_what_is_cut():
+    for length, cut in ((10, 0), (11, 0), (12, 1)):  # 11 tokens are 10 inputs and 10 targets
+        assert shorten([([1] * length, [True] * length)], 10)[1:] == (cut, 0)
+
+
 def test_shorten():
     short, cut, skipped = shorten([([1] * 5, [False] * 3 + [True] * 2), ([2] * 30, [False] * 8 + [True] * 22),
                                    ([3] * 30, [False] * 25 + [True] * 5), ([4], [True])], 10)

@@ -60,7 +60,8 @@ def test_formula(name, beta):
 
 
 def test_divergence_of_kto_is_a_constant():
-    pi, ref = mx.array(PI.astype(np.float32)), mx.array(PI.astype(np.float32) - 3)
+    pi = mx.array(PI.astype(np.float32))
+    ref = pi - mx.array([[1.0], [9.0], [3.0]])  # with equal ones, the two halves of its gradient would cancel
     gradient = mx.grad(lambda other: made["kto"](pi[0], pi[1], ref[0], ref[1], other, ref[2], 0.1).sum())(pi[2])
     assert mx.array_equal(gradient, mx.zeros(16))
 
@@ -130,16 +131,29 @@ def test_learns(folder, pairs, tmp_path, arguments, first):  # noqa: F811
         model, meta = load_checkpoint(str(tmp_path / "dpo.safetensors"))
     else:
         model, _ = load_checkpoint(str(folder / "base.safetensors"))
-        meta = lora.load_adapter(model, str(tmp_path / "dpo.safetensors"), lora.base_fingerprint(model))
+        meta = lora.load_adapter(model, str(tmp_path / "dpo.safetensors"))
     best = min(held_out[1:], key=lambda row: row["loss"])
     with open(pairs) as file:
         lines = [json.loads(line) for line in file]
-    sums = []
+    sums, margins = [], []
+    reference, _ = load_checkpoint(str(folder / "base.safetensors"))
+    lora.quantize_base(reference, 8 if "--base_bits=8" in arguments else 0)
     for i in np.random.default_rng(1337).permutation(40)[:4]:
-        talk = [{"role": "user", "content": lines[i]["prompt"]}, {"role": "assistant", "content": lines[i]["chosen"]}]
-        ids, learned = (mx.array([x]) for x in encode(ENC, talk, "plain"))
-        sums.append(made["answer_log_probs"](model, ids, learned).item())
-    assert np.mean(sums) == pytest.approx(best["chosen"], rel=1e-3) and meta["losses"]["chosen"] == best["chosen"]
+        rewards = []
+        for answer in ("chosen", "rejected"):
+            talk = [{"role": "user", "content": lines[i]["prompt"]}, {"role": "assistant", "content": lines[i][answer]}]
+            ids, learned = (mx.array([x]) for x in encode(ENC, talk, "plain"))
+            pi, ref = (made["answer_log_probs"](m, ids, learned).item() for m in (model, reference))
+            if "--loss=simpo" in arguments or "--loss=orpo" in arguments:
+                pi_by_token, beta = pi / learned.sum().item(), 2 if "--beta=2" in arguments else 0.1
+                rewards.append(beta * pi_by_token)
+            else:
+                rewards.append(0.1 * (pi - ref))
+            sums.append(pi)
+        margins.append(rewards[0] - rewards[1])
+    assert np.mean(sums[::2]) == pytest.approx(best["chosen"], rel=1e-3) and meta["losses"]["chosen"] == best["chosen"]
+    assert np.mean(sums[1::2]) == pytest.approx(best["rejected"], rel=1e-3)
+    assert np.mean(margins) == pytest.approx(best["margin"], rel=1e-3)
 
 
 def test_merged(folder, pairs, tmp_path):  # noqa: F811

@@ -54,6 +54,8 @@ def test_starts_as_nothing(kind, bits):
     assert len(paths) == 12 and mx.abs(model(IDX) - before).max() < 1e-4
     trained = {name.rpartition(".")[2] for name, _ in tree_flatten(model.trainable_parameters())}
     assert trained == ({"a", "b", "m"} if kind == "dora" else {"a", "b"})
+    starts = [module.a for module in lora.linear_layers(model).values()][:3]  # of one shape, each with draws of its own
+    assert all(not mx.array_equal(starts[0], other) for other in starts[1:])
 
 
 @every_kind
@@ -126,13 +128,28 @@ def test_through_a_file(kind, bits, tmp_path):
     quantize_base(model, bits)
     attach(model, "attn", rank=4, alpha=6, kind=kind)
     shake(model)
-    save_adapter(path, model, fingerprint, dict(rank=4, alpha=6, kind=kind, base_bits=bits))
+    save_adapter(path, model, dict(base_bits=bits), fingerprint)
     fresh = base()
-    meta = load_adapter(fresh, path, base_fingerprint(fresh))
-    assert mx.array_equal(fresh(IDX), model(IDX)) and meta["kind"] == kind
+    meta = load_adapter(fresh, path)
+    assert mx.array_equal(fresh(IDX), model(IDX))
+    assert (meta["kind"], meta["rank"], meta["alpha"], meta["base"]) == (kind, 4, 6, fingerprint)
     cache = fresh.make_cache()
     parts = [fresh(IDX[:, a:b], cache=cache) for a, b in ((0, 30), (30, 31), (31, 40))]
     assert mx.abs(mx.concatenate(parts, axis=1) - model(IDX)).max() < 1e-4
+
+
+def test_fingerprint():
+    """Of the base alone, whatever stands on it; of every number in it."""
+    model = base()
+    before = base_fingerprint(model)
+    for _ in range(2):
+        attach(model, "attn", rank=2)
+        shake(model)
+        assert base_fingerprint(model) == before == base_fingerprint(base())
+    model.blocks[1].mlp.up.weight[3, 5] += 1e-6
+    assert base_fingerprint(model) != before
+    with pytest.raises(UserError, match="one a layer: merge first"):
+        save_adapter("nowhere", model)
 
 
 def test_several_add_up(tmp_path):
@@ -143,11 +160,10 @@ def test_several_add_up(tmp_path):
         attach(model, target, rank=2 + i)
         shake(model, seed=i)
         changes.append(lora.dense_weight(model.blocks[1].attn.q) - W)
-        save_adapter(str(tmp_path / f"{i}"), model, base_fingerprint(base()), dict(rank=2 + i, alpha=16, kind="lora"))
+        save_adapter(str(tmp_path / f"{i}"), model)
     model = base()
-    fingerprint = base_fingerprint(model)
-    load_adapter(model, str(tmp_path / "0"), fingerprint, weight=0.5)
-    load_adapter(model, str(tmp_path / "1"), fingerprint, weight=-2)
+    load_adapter(model, str(tmp_path / "0"), weight=0.5)
+    load_adapter(model, str(tmp_path / "1"), weight=-2)
     wanted = W + 0.5 * changes[0] - 2 * changes[1]
     assert mx.abs(lora.dense_weight(model.blocks[1].attn.q) - wanted).max() < 1e-4
     before = model(IDX)
@@ -200,19 +216,19 @@ def test_mistakes(tmp_path):
         with pytest.raises(UserError, match=says):
             attach(base(), **bad)
     attach(model, "attn", rank=4)
-    save_adapter(path, model, base_fingerprint(base()), dict(rank=4, alpha=16, kind="lora"))
+    save_adapter(path, model)
     other = base(seed=1)
     with pytest.raises(UserError, match="another base"):
-        load_adapter(other, path, base_fingerprint(other))
+        load_adapter(other, path)
     with pytest.raises(UserError, match="attn.k has not|adapts blocks.1"):
-        load_adapter(base(n_layer=1), path, base_fingerprint(base()))
+        load_adapter(base(n_layer=1), path, fingerprint=base_fingerprint(base()))
     with pytest.raises(UserError, match=r"attn.[kv].b has shape \(64, 4\), but \(32, 4\)"):
-        load_adapter(base(n_kv_head=1), path, base_fingerprint(base()))
+        load_adapter(base(n_kv_head=1), path, fingerprint=base_fingerprint(base()))
     with pytest.raises(UserError, match="is an adapter: give the checkpoint"):
         load_checkpoint(path)
     save_checkpoint(path, base(), {})
     with pytest.raises(UserError, match="checkpoint, not an adapter"):
-        load_adapter(base(), path, "")
+        load_adapter(base(), path)
     with pytest.raises(UserError, match="base_bits=7"):
         quantize_base(base(), 7)
 
@@ -234,7 +250,7 @@ def test_folder_of_peft_and_back(flavour, targets, kind, tmp_path):
     lora.save_peft(str(tmp_path / "peft"), model)
     assert {path.name for path in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     fresh = build(flavour)
-    load_adapter(fresh, str(tmp_path / "peft"), "")
+    load_adapter(fresh, str(tmp_path / "peft"))
     assert mx.abs(fresh(IDX) - model(IDX)).max() < 1e-4 * mx.abs(model(IDX)).max()
     assert mx.abs(build(flavour)(IDX) - model(IDX)).max() > 1e-2
 
@@ -271,31 +287,31 @@ def test_we_read_what_peft_writes(flavour, kind, tmp_path):
                 p.mul_(torch.rand_like(p) + 0.5)
         logits = adapted(torch.tensor(np.array(IDX))).logits.numpy()
     adapted.save_pretrained(str(tmp_path))
-    load_adapter(model, str(tmp_path), "")
+    load_adapter(model, str(tmp_path))
     assert np.abs(np.array(model(IDX)) - logits).max() < 2e-4 * np.abs(logits).max()
 
 
 def test_bad_folders_of_peft(tmp_path):
     with pytest.raises(UserError, match="adapter_config.json is missing.*pickle"):
-        load_adapter(base(), str(tmp_path), "")
+        load_adapter(base(), str(tmp_path))
     model = base(norm="layer")
     attach(model, "attn")
     lora.save_peft(str(tmp_path), model)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     with pytest.raises(UserError, match=r"attn.\w+.a has shape \((8|24), 64\), but \((8|24), 128\)"):
-        load_adapter(base(n_embd=128), str(tmp_path), "")
+        load_adapter(base(n_embd=128), str(tmp_path))
     for change, says in ((dict(bias="all"), "bias all"), (dict(peft_type="LOHA"), "LOHA")):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=says):
-            load_adapter(base(), str(tmp_path), "")
+            load_adapter(base(), str(tmp_path))
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     whole = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-50])
     with pytest.raises(UserError, match="not a whole adapter"):
-        load_adapter(base(), str(tmp_path), "")
+        load_adapter(base(), str(tmp_path))
     mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), {"base_model.model.wte.lora_A.weight": mx.ones(3)})
     with pytest.raises(UserError, match="wte.lora_A.weight, which has no place"):
-        load_adapter(base(), str(tmp_path), "")
+        load_adapter(base(), str(tmp_path))
     moe = base(diff_attn=True, diff_attn_version=2)
     attach(moe, "attn.lam")
     with pytest.raises(UserError, match="attn.lam has no name"):

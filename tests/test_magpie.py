@@ -42,13 +42,14 @@ def magpie(checkpoint, out, *arguments, status=0):
 def test_makes_conversations(folder, tuned, tmp_path):  # noqa: F811
     """As many as asked for, all different, in the form of what it learned; sft.py takes them."""
     out = tmp_path / "made.jsonl"
-    done = magpie(tuned, out)
+    done = magpie(tuned, out, "--n=24")
     found = read_conversations(str(out))
-    assert len(found) == 12 and "12 kept" in done.stdout and "user:" in done.stdout
+    assert len(found) == 24 and "24 kept" in done.stdout and "user:" in done.stdout
     assert [message["role"] for message in found[0]] == ["user", "assistant"]
     prompts = [messages[0]["content"] for messages in found]
-    assert all(made["runs_of_five"](a) != made["runs_of_five"](b) for a, b in itertools.combinations(prompts, 2))
-    assert sum(bool(re.match(r"\d+ [a-h]+", prompt)) for prompt in prompts) >= 9  # "17 bbb", as it learned
+    for a, b in itertools.combinations(map(made["runs_of_five"], prompts), 2):
+        assert len(a & b) / len(a | b) <= 0.7
+    assert sum(bool(re.match(r"\d+ [a-h]+", prompt)) for prompt in prompts) >= 16  # "17 bbb", as it learned
     sft(folder, tmp_path / "again", f"--data={out}", "--template=plain", "--epochs=1")
 
 
@@ -72,12 +73,13 @@ def test_answers_are_the_model_s_own(tuned, tmp_path):
 def test_resume_is_exact(tuned, tmp_path):
     """Stopped in the middle of a line, or asked for more later: the file of one run."""
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
-    magpie(tuned, whole, "--n=20", "--batch_size=8")
-    magpie(tuned, part, "--n=7", "--batch_size=8")
+    settings = "--batch_size=8", "--max_similarity=1"
+    magpie(tuned, whole, "--n=20", *settings)
+    magpie(tuned, part, "--n=7", *settings)
     assert whole.read_bytes().startswith(part.read_bytes())
     with open(part, "ab") as file:
         file.write(whole.read_bytes()[part.stat().st_size:][:25])  # the beginning of a line
-    magpie(tuned, part, "--n=20", "--batch_size=8", "--resume=True")
+    magpie(tuned, part, "--n=20", *settings, "--resume=True")
     assert part.read_bytes() == whole.read_bytes()
     batches = [json.loads(line)["batch"] for line in whole.read_text().splitlines()]
     assert batches == sorted(batches) and batches[-1] > 0

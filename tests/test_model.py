@@ -729,7 +729,7 @@ def test_single_and_batch():
 def test_rows_of_different_lengths(settings):
     """Each row goes on as it would alone, wherever the others end."""
     model, lengths = build("Llama"), (4, 9, 5, 4)
-    batch = [tokens(length).tolist()[::-1] for length in lengths]
+    batch = [[*tokens(length - 1).tolist()[::-1], 0] for length in lengths]
     rows = list(zip(*generate(model, batch, 12, temperature=0, **settings), strict=True))
     for prompt, row in zip(batch, rows, strict=True):
         waiting = len(prompt) - 4

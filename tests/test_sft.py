@@ -1,6 +1,7 @@
 """sft.py, run as a user runs it: adapters and whole models learn; what it writes does what it says; bad input."""
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def tuned(folder, out) -> GPT:
     """The model that sft.py left."""
     if "--adapter" in out.name:
         model, _ = load_checkpoint(str(folder / "base.safetensors"))
-        lora.load_adapter(model, str(out / "sft.safetensors"), lora.base_fingerprint(model))
+        lora.load_adapter(model, str(out / "sft.safetensors"))
         return model
     return load_checkpoint(str(out / "sft.safetensors"))[0]
 
@@ -88,6 +89,44 @@ def test_learns(folder, tmp_path, arguments):
             if learned[t + 1]:
                 nats, count = nats + np.log(np.exp(row).sum()) - row[ids[t + 1]], count + 1
     assert min(held_out) == pytest.approx(nats / count, rel=1e-3)
+
+
+def test_keeps_the_best_step(folder, tmp_path):
+    """Where answers cannot be guessed, what is learned by heart makes the loss held out grow again."""
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "random.jsonl", "w") as file:
+        for i in range(24):
+            print(json.dumps({"prompt": str(i), "response": "".join(rng.choice([*"abcd"], 8))}), file=file)
+    sft(folder, tmp_path, f"--data={tmp_path / 'random.jsonl'}", "--kind=full", "--epochs=60", "--template=plain")
+    held_out, meta = column(tmp_path, "val_loss"), load_checkpoint(str(tmp_path / "sft.safetensors"))[1]
+    assert held_out[-1] > 1.1 * min(held_out) and meta["losses"]["val"] == min(held_out)
+    assert meta["step"] == 5 * int(np.argmin(held_out))
+
+
+def test_noise_of_neftune():
+    """Uniform, within neftune / sqrt(T C) of the embeddings, and nowhere else (Jain et al. 2023)."""
+    source = (ROOT / "sft.py").read_text()
+    made = {"mx": mx, "math": math, "neftune": 5.0}
+    exec(source[source.index("def noise"):source.index("def loss_in_compute_dtype")], made)
+    x = mx.zeros((4, 16, 64))
+    found, size = np.array(made["noise"]("resid", 0, x)), 5 / 32
+    assert 0.99 * size < np.abs(found).max() <= size and found.std() == pytest.approx(size / 3**0.5, rel=0.05)
+    assert made["noise"]("resid", 1, x) is x and made["noise"]("attn", 0, x) is x
+
+
+def test_folder_for_peft(folder, tmp_path):
+    """--peft=True writes the same adapter once more; what has no such form is told before any training."""
+    sft(folder, tmp_path / "a", "--epochs=1", "--peft=True")
+    models = [load_checkpoint(str(folder / "base.safetensors"))[0] for _ in range(2)]
+    for model, path in zip(models, ("sft.safetensors", "peft"), strict=True):
+        lora.load_adapter(model, str(tmp_path / "a" / path))
+    ids = mx.arange(40)[None]
+    assert mx.abs(models[0](ids) - models[1](ids)).max() < 1e-5
+    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=64, norm="layer", n_kv_head=1,
+                          mlp="swiglu"))
+    save_checkpoint(str(tmp_path / "odd.safetensors"), model, {"tokenizer": ENC.to_dict()})
+    done = sft(folder, tmp_path / "b", f"--checkpoint={tmp_path / 'odd.safetensors'}", "--peft=True", status=2)
+    assert "has no name in PEFT's folders" in done.stderr and "step" not in done.stdout
 
 
 def test_an_adapter_is_small_and_names_its_base(folder, tmp_path):
