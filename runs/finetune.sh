@@ -23,7 +23,8 @@ timed() {  # NAME SCRIPT ARGUMENTS: runs it, and leaves the seconds it took
 tuned() {  # NAME ARGUMENTS
     name=$1
     shift
-    timed "$name" sft.py $out/base/best.safetensors --data=$out/tasks.jsonl --val_data=$out/tasks-val.jsonl --epochs=6 "$@"
+    timed "$name" sft.py $out/base/best.safetensors --data=$out/tasks.jsonl --val_data=$out/tasks-val.jsonl \
+        --epochs=6 "$@"
 }
 
 timed base train.py --data="$text" --max_iters=500 --sample_tokens=0

@@ -121,6 +121,12 @@ def test_special_tokens_in_a_text_are_text():
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
+def test_byte_order_mark(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "response": "b"}\r\n')  # as Windows writes it
+    assert read_conversations(str(path)) == [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
+
+
 def test_shorten_counts_what_is_cut():
     for length, cut in ((10, 0), (11, 0), (12, 1)):  # 11 tokens are 10 inputs and 10 targets
         assert shorten([([1] * length, [True] * length)], 10)[1:] == (cut, 0)
