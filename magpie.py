@@ -42,9 +42,9 @@ n = 100                   # conversations wanted
 resume = False            # go on with the file
 # sampling
 batch_size = 32           # conversations at a time
-temperature = 1.0         # of the user's turn
+temperature = 0.8         # of the user's turn; the paper's is 1, which suits large models
 top_p = 0.98              # of the user's turn
-answer_temperature = 0.0  # 0: the most probable token
+answer_temperature = 0.6  # 0: the most probable token, as the paper has it; small models then run in circles
 repetition_penalty = 1.0  # of the answer, above 1: less of what stands there
 seed = 1337               # of the draws
 dtype = "auto"            # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
@@ -180,23 +180,23 @@ def conversations(batch: int) -> list[list[dict]]:
                       temperature=temperature, top_p=top_p)
     prompts = []
     for text in asked:
-        reason = ("unended" if text is None else "short" if len(words(text)) < min_words else
-                  "repetitive" if repetition(text) > max_repetition else
-                  "known" if known.similarity(text) > max_similarity else "")
+        reason = ("prompt unended" if text is None else "prompt short" if len(words(text)) < min_words else
+                  "prompt repetitive" if repetition(text) > max_repetition else
+                  "prompt known" if known.similarity(text) > max_similarity else "")
         if reason:
             dropped[reason] += 1
         else:
             prompts.append(text)
     ids = [encode_prompt(enc, [*opening, {"role": "user", "content": text}], template) for text in prompts]
     fitting = [i for i, row in enumerate(ids) if len(row) <= prompt_room]
-    dropped["unended"] += len(ids) - len(fitting)
+    dropped["prompt unended"] += len(ids) - len(fitting)
     answers = continued([ids[i] for i in fitting], answer_room, seed + 2 * batch + 1, temperature=answer_temperature,
                         repetition_penalty=repetition_penalty) if fitting else []
     found = []
     for i, answer in zip(fitting, answers, strict=True):
-        reason = ("unended" if answer is None else "short" if not words(answer) else
-                  "repetitive" if repetition(answer) > max_repetition else
-                  "known" if known.similarity(prompts[i]) > max_similarity else "")  # by another of this batch
+        reason = ("answer unended" if answer is None else "answer short" if not words(answer) else
+                  "answer repetitive" if repetition(answer) > max_repetition else
+                  "prompt known" if known.similarity(prompts[i]) > max_similarity else "")  # by another of this batch
         if reason:
             dropped[reason] += 1
         else:
@@ -222,9 +222,10 @@ with open(out, "a", encoding="utf-8") as file:
         bar.set_postfix_str(f"{(kept - began_with) / made:.0%} kept")
         if without == patience:
             bar.close()
-            raise UserError(f"nothing of {patience * batch_size} conversations passed ("
-                            f"{', '.join(f'{count} {reason}' for reason, count in dropped.most_common())}); {kept} are "
-                            f"in {out}. Tune with sft.py --learn_prompts=True, or loosen the filters")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in (+dropped).most_common())
+            raise UserError(f"nothing of {patience * batch_size} conversations passed ({reasons}); {kept} are in {out}. "
+                            "Tune with sft.py --learn_prompts=True, lower the temperature of unended prompts, raise "
+                            "that of unended or repetitive answers")
 bar.close()
 
 # ---- look at it ------------------------------------------------------------------------------------------------------
@@ -233,4 +234,4 @@ for messages in last[:3]:
     for message in messages[-2:]:
         print(textwrap.fill(f"{message['role']}: {message['content']}", 120, subsequent_indent="    "))
 print(f"{made} made, {kept - began_with} kept"
-      + "".join(f", {count} {reason}" for reason, count in dropped.most_common()) + f"; {out} holds {kept}")
+      + "".join(f", {count} {reason}" for reason, count in (+dropped).most_common()) + f"; {out} holds {kept}")

@@ -18,4 +18,4 @@ then
         mesa-vulkan-drivers; } >/dev/null 2>&1 || echo "no browser or Vulkan driver could be installed"
 fi
 
-exec "$python" -m pytest -q tests "$@"
+exec "$python" -m pytest -q -n 2 --dist worksteal tests "$@"  # each test runs on one thread

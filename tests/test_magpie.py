@@ -32,8 +32,9 @@ def tuned(folder, tmp_path_factory):  # noqa: F811
 
 
 def magpie(checkpoint, out, *arguments, status=0):
-    done = subprocess.run([sys.executable, ROOT / "magpie.py", checkpoint, f"--out={out}", "--batch_size=16", "--n=12",
-                           "--min_words=2", *arguments], capture_output=True, text=True)
+    usual = "--batch_size=16", "--n=12", "--min_words=2", "--temperature=1", "--answer_temperature=0"
+    done = subprocess.run([sys.executable, ROOT / "magpie.py", checkpoint, f"--out={out}", *usual, *arguments],
+                          capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
