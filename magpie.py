@@ -223,7 +223,7 @@ with open(out, "a", encoding="utf-8") as file:
         if without == patience:
             bar.close()
             reasons = ", ".join(f"{count} {reason}" for reason, count in (+dropped).most_common())
-            raise UserError(f"nothing of {patience * batch_size} conversations passed ({reasons}); {kept} are in {out}. "
+            raise UserError(f"nothing of {patience * batch_size} conversations passed ({reasons}); {out} holds {kept}. "
                             "Tune with sft.py --learn_prompts=True, lower the temperature of unended prompts, raise "
                             "that of unended or repetitive answers")
 bar.close()
