@@ -9,7 +9,7 @@ paper's models had seen such turns in training; one that sft.py has tuned has le
 --learn_prompts=True.
 
 Each line of the file is {"messages": [...], "batch": number of the batch that made it}. Of the conversations made are
-left out, counted by reason: unended (no end mark within the context, in either turn); short (a prompt of fewer than
+left out, counted by turn and reason: unended (no end mark within the context); short (a prompt of fewer than
 min_words words, or an answer of none); repetitive (of the word triples of a turn, more than max_repetition stand in it
 before); known (its prompt is nearly one that the file, or --avoid, has: of the runs of five characters that stand in
 either, more than max_similarity stand in both). A batch draws from its own seed, so a run that is stopped and resumed

@@ -92,7 +92,7 @@ def test_avoid(tuned, tmp_path):
     magpie(tuned, first)
     done = magpie(tuned, second, f"--avoid={first}", "--max_similarity=0.99")
     prompts = [{messages[0]["content"] for messages in read_conversations(str(path))} for path in (first, second)]
-    assert not prompts[0] & prompts[1] and re.search(r"\d+ known", done.stdout)
+    assert not prompts[0] & prompts[1] and re.search(r"\d+ prompt known", done.stdout)
 
 
 def test_system_message(tuned, tmp_path):
