@@ -29,7 +29,7 @@ from tqdm import tqdm
 from config import UserError, overrides
 from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate
-from tokenizer import Tokenizer, train_bpe
+from tokenizer import Tokenizer, letters_of_bytes, train_bpe
 
 only = "train,decode,tokenize,variants,adapters"  # sections
 shapes = ""            # of SHAPES below, separated by commas; none: those that suit the device
@@ -186,9 +186,7 @@ def their_tokenizer(ours: Tokenizer):
         from tokenizers import Regex, models, pre_tokenizers
     except ImportError:
         return None
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # other bytes are written as letters from 256 on
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letters = letters_of_bytes()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ours.tokens}
     ranks, merges = {token: i for i, token in enumerate(ours.tokens)}, []
     for token in ours.tokens[256:]:  # tiktoken merges any two tokens that make it, whichever it was learned from

@@ -130,10 +130,10 @@ def end_of_answer(enc: Tokenizer, template: str) -> int:
 
 
 def encode(enc: Tokenizer, messages: list[dict], template: str) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation, and which of them are an answer or end one. It begins with the template's start, or, as
-    documents in training do, after an end-of-text token."""
+    """Tokens of a conversation, and which of them are an answer or end one. It begins with the template's start, or as
+    documents in training do."""
     form = TEMPLATES[template]
-    ids = encode_marked(enc, form["start"]) if form["start"] in enc.special else [enc.eot]
+    ids = encode_marked(enc, form["start"]) if form["start"] in enc.special else [enc.bos]
     learned = [False] * len(ids)
     for i, message in enumerate(messages):
         before, after = (encode_marked(enc, mark) for mark in form[message["role"]])

@@ -75,7 +75,7 @@ if not 0 < stride <= block_size:
 
 # Window w reads tokens[w - 1], ..., and predicts tokens[w], ..., tokens[w + T - 1]; before the first token stands an
 # end-of-text token, as in training. The last window ends with the text.
-stream = np.concatenate([[enc.eot], tokens]).astype(np.int32)
+stream = np.concatenate([[enc.bos], tokens]).astype(np.int32)
 starts = [*range(0, len(tokens) - T, stride), len(tokens) - T]
 
 

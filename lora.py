@@ -28,6 +28,7 @@ from mlx.utils import tree_flatten
 
 import quantized
 from config import UserError
+from hub import GPT2, LLAMA, NAMES, OURS, PREFIX
 from model import GPT, VERSION, load_arrays, save_arrays
 
 KINDS = ("lora", "rslora", "dora")
@@ -194,9 +195,7 @@ def save_merged(path: str, model: GPT, meta: dict):
     arrays = {name: p for name, p in tree_flatten(model.parameters())
               if not any(name.startswith(f"{layer}.") for layer in adapted)}
     arrays |= {f"{layer}.{name}": p for layer, linear in adapted.items() for name, p in linear.parameters().items()}
-    packed = [module for module in layers.values() if isinstance(module, nn.QuantizedLinear)]
-    more = {"quantization": {"group_size": packed[0].group_size, "bits": packed[0].bits}} if packed else {}
-    save_arrays(path, arrays, {**meta, **more, "version": VERSION, "config": asdict(model.config)})
+    save_arrays(path, arrays, {**meta, "version": VERSION, "config": asdict(model.config)})
 
 
 def load_adapter(model: GPT, path: str, weight: float = 1.0, fingerprint: str | None = None) -> dict:
@@ -263,11 +262,8 @@ def quantize_base(model: GPT, bits: int):
 
 # ---- PEFT's folders: adapter_config.json, adapter_model.safetensors --------------------------------------------------
 
-LLAMA_NAMES = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
-               "attn.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
-               "mlp.down": "mlp.down_proj"}
-GPT2_NAMES = {"attn.out": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}  # and attn.c_attn: q, k and v
-PREFIXES = {"model.layers.": LLAMA_NAMES, "transformer.h.": GPT2_NAMES}
+PREFIXES = {PREFIX[column]: {row[OURS]: row[column] for row in NAMES if row[column] and "norm" not in row[column]}
+            for column in (LLAMA, GPT2)}  # GPT-2 besides: attn.c_attn, q, k and v in one
 
 
 def read_peft(folder: str) -> tuple[dict[str, dict], dict]:

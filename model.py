@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
 import cpu
-import quantized  # noqa: F401  (faster products with quantized layers)
+import quantized
 from config import UserError
 
 ON_CPU = mx.default_device() == mx.cpu
@@ -950,9 +950,10 @@ def no_tap(site: str, layer: int, x: mx.array) -> mx.array:
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Parameters are float32 until model.set_dtype(...)."""
+    """A decoder-only transformer. Parameters are float32 until model.set_dtype(...). seed None: they are not made, as
+    they will be loaded."""
 
-    def __init__(self, config: GPTConfig, seed: int = 0):
+    def __init__(self, config: GPTConfig, seed: int | None = 0):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
@@ -968,7 +969,8 @@ class GPT(nn.Module):
         if not config.tie:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.checkpoint_every = 0  # recompute every k-th block's activations in the backward pass; 0: store all
-        init_weights(self, seed)
+        if seed is not None:
+            init_weights(self, seed)
 
     def residual(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,
                  packed: mx.array | None = None) -> mx.array:
@@ -1261,14 +1263,13 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     if not isinstance(config, dict) or not config.keys() <= known:
         raise UserError(f"{path} has settings that this code does not know ({config}): update the code")
     try:
-        model = GPT(GPTConfig(**config))
+        model = GPT(GPTConfig(**config), seed=None)
     except (UserError, TypeError) as error:
         raise UserError(f"{path} has settings that make no model ({error})") from error
-    if "quantization" in meta:  # {"group_size": ..., "bits": ...}: packed where the file has scales
-        nn.quantize(model, **meta["quantization"], class_predicate=lambda path, _: f"{path}.scales" in arrays)
     try:
+        quantized.pack_like(model, arrays)
         model.load_weights(list(arrays.items()), strict=True)
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path} lacks weights of its config, or has others: {' '.join(str(error).split())}") from error
     model.eval()
     return model, meta

@@ -15,12 +15,14 @@ row_by_row = nn.QuantizedLinear.__call__
 def few_rows(x: mx.array) -> bool:
     """Whether MLX's own product is the faster one. On CUDA, MLX 0.32's is wrong for two or more rows of float32."""
     most = 4 if mx.default_device() == mx.cpu else 1 if x.dtype == mx.float32 else 512
-    return x.size <= most * x.shape[-1]
+    return mx.metal.is_available() or x.size <= most * x.shape[-1]
 
 
 def quantized_linear(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.array) -> mx.array:
     """x (..., in) through a quantized layer -> (..., out). What is unpacked is unpacked again in the backward pass, so
-    that no more than a few layers are dense at a time."""
+    that no more than a few layers are dense at a time. A layer with an `order` holds its columns in that order."""
+    if "order" in layer:
+        x = x[..., layer.order]
     if few_rows(x):
         return row_by_row(layer, x)
 
@@ -40,8 +42,7 @@ def quantized_linear(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.ar
     return product(x) + layer.bias if "bias" in layer else product(x)
 
 
-if not mx.metal.is_available():
-    nn.QuantizedLinear.__call__ = nn.QuantizedEmbedding.as_linear = quantized_linear
+nn.QuantizedLinear.__call__ = nn.QuantizedEmbedding.as_linear = quantized_linear
 
 
 def dense_shape(linear: nn.Module) -> tuple[int, int]:
@@ -52,7 +53,27 @@ def dense_shape(linear: nn.Module) -> tuple[int, int]:
 
 def dense_weight(linear: nn.Module) -> mx.array:
     """(out, in) of a linear layer, packed or not; float32."""
+    weight = linear.weight
     if isinstance(linear, nn.QuantizedLinear):
-        return mx.dequantize(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits).astype(
-            mx.float32)
-    return linear.weight.astype(mx.float32)
+        weight = mx.dequantize(weight, linear.scales, linear.biases, linear.group_size, linear.bits)
+        if "order" in linear:
+            weight = weight[:, mx.argsort(linear.order)]
+    return weight.astype(mx.float32)
+
+
+def pack_like(model: nn.Module, arrays: dict[str, mx.array]):
+    """Make the layers of a model packed that are so in `arrays` (by name): those with scales. Bits and group size
+    follow from the shapes."""
+
+    def settings(path: str, module: nn.Module):
+        scales = arrays.get(f"{path}.scales")
+        if scales is None:
+            return False
+        inputs = module.weight.shape[-1]
+        return {"group_size": inputs // scales.shape[-1], "bits": arrays[f"{path}.weight"].shape[-1] * 32 // inputs}
+
+    nn.quantize(model, class_predicate=settings)
+    for path, module in model.named_modules():
+        if f"{path}.order" in arrays:
+            module.order = arrays[f"{path}.order"]
+            module.freeze()

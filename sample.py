@@ -102,7 +102,7 @@ def end_of(new: str) -> tuple[int, int]:
 def write(prompt: str, seed: int, before: list[dict]) -> str:
     """Continue a prompt on standard output, or answer it as the next message after those before; up to a stop string,
     an end-of-text token or max_new_tokens. Returns the new text."""
-    ids, ends = [enc.eot, *enc.encode(prompt).tolist()], {enc.eot}  # a document begins after an end-of-text token
+    ids, ends = [enc.bos, *enc.encode(prompt).tolist()], {enc.eot}
     if template != "none":
         ids = encode_prompt(enc, [*before, {"role": "user", "content": prompt}], template)
         ends.add(end_of_answer(enc, template))

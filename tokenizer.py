@@ -1,15 +1,18 @@
 """From text to token ids and back.
 
-A tokenizer is a list of byte strings, tokens[id], and a way to choose among them. Three kinds:
+A tokenizer is a list of byte strings, tokens[id], and a way to choose among them. Four kinds:
     byte    the 256 bytes
     char    the characters of one corpus
     bpe     byte pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): a regex cuts the text into words, and in
             each word the neighbours whose union has the lowest id are merged, until there are none. Trained here by
-            rustbpe, or copied from tiktoken; run by tiktoken.
-Each has one more token, <|endoftext|>, which stands after every document and which no text can produce.
+            rustbpe, or copied from tiktoken or a tokenizer.json; run by tiktoken.
+    hf      any other tokenizer.json, kept as it is and run by the tokenizers package.
+Each has special tokens, which no text can produce: one ends a document (<|endoftext|>), one begins it (the same, if
+nothing else is said).
 """
 import base64
 import difflib
+import json
 import os
 import re
 import sys
@@ -21,7 +24,7 @@ import numpy as np
 from config import UserError
 
 EOT = "<|endoftext|>"
-KINDS = ("byte", "char", "bpe")
+KINDS = ("byte", "char", "bpe", "hf")
 # As GPT-4's: contractions; letters with one character before them; up to three digits; punctuation with the newlines
 # after it; lines that are blank; spaces, of which the last goes to the next word.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -30,19 +33,24 @@ LONGEST_BLANK = 50_000  # where runs of blanks are cut that are too long for the
 
 
 class Tokenizer:
-    def __init__(self, kind: str, tokens: list[bytes], special: dict[str, int], pattern: str = ""):
-        self.kind = kind        # byte | char | bpe
+    def __init__(self, kind: str, tokens: list[bytes], special: dict[str, int], pattern: str = "",
+                 bos: int | None = None, eot: int | None = None, source: str = ""):
+        self.kind = kind        # byte | char | bpe | hf
         self.tokens = tokens    # by id, special tokens excluded; b"" where there is none
         self.special = special  # their text -> id
         self.pattern = pattern  # bpe: the regex that cuts text into words
-        self.n_vocab = max(len(tokens), 1 + max(special.values()))
-        self.eot = special[EOT]
+        self.source = source    # hf: the text of tokenizer.json
+        self.n_vocab = max(len(tokens), 1 + max(special.values(), default=0))
+        self.eot = special[EOT] if eot is None else eot  # what ends a document
+        self.bos = self.eot if bos is None else bos      # what begins it
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (n,), uint32. The text of a special token is encoded like any other text."""
         if self.kind == "bpe":
             return self._encode_bpe(text)
         text = well_formed(text)
+        if self.kind == "hf":
+            return np.array(self._hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         if self.kind == "char":
             return self._encode_chars(text)
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
@@ -62,14 +70,18 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """For JSON: what a checkpoint carries and the browser reads."""
+        more = {"source": self.source} if self.source else {}
+        if (self.bos, self.eot) != (self.special.get(EOT),) * 2:
+            more |= {"bos": self.bos, "eot": self.eot}
         return {"kind": self.kind, "tokens": [base64.b64encode(token).decode() for token in self.tokens],
-                "special": self.special, "pattern": self.pattern}
+                "special": self.special, "pattern": self.pattern, **more}
 
     @classmethod
     def from_dict(cls, d: dict) -> "Tokenizer":
         if d["kind"] not in KINDS:
             raise UserError(f"a tokenizer of the unknown kind {d['kind']!r}: it must be one of {', '.join(KINDS)}")
-        return cls(d["kind"], [base64.b64decode(token) for token in d["tokens"]], d["special"], d["pattern"])
+        return cls(d["kind"], [base64.b64decode(token) for token in d["tokens"]], d["special"], d["pattern"],
+                   d.get("bos"), d.get("eot"), d.get("source", ""))
 
     @cached_property
     def _pieces(self) -> list[bytes]:
@@ -83,6 +95,17 @@ class Tokenizer:
         import tiktoken
         ranks = {token: i for i, token in enumerate(self.tokens) if token}
         return tiktoken.Encoding("tinygpt", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special)
+
+    @cached_property
+    def _hf(self):
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError("this checkpoint's tokenizer is run by the tokenizers package: pip install tokenizers"
+                            ) from error
+        found = tokenizers.Tokenizer.from_str(self.source)
+        found.encode_special_tokens = True  # as the text that they are
+        return found
 
     @cached_property
     def _char_ids(self) -> np.ndarray:
@@ -173,3 +196,116 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
 def nearest(name: str, names: Sequence[str]) -> str:
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {found[0]}?" if found else f"choose one of {', '.join(names)}"
+
+
+# ---- tokenizer.json, of Hugging Face ---------------------------------------------------------------------------------
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def from_tokenizer_json(text: str, bos: str = "", eos: str = "") -> Tokenizer:
+    """A tokenizer.json: of kind bpe, where byte pair encoding by ids is exactly what it does, else of kind hf. bos and
+    eos: the tokens that begin and end a document; without them, the special token whose name says so."""
+    try:
+        found = json.loads(text)
+        model, added = found["model"], {token["content"]: token["id"] for token in found.get("added_tokens") or ()}
+        vocab = model["vocab"]
+        if not isinstance(vocab, dict):  # Unigram: pairs of a piece and its score
+            vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
+        byte_level = "ByteLevel" in json.dumps(found.get("decoder") or found.get("pre_tokenizer"))
+        tokens = [b""] * (1 + max(vocab.values()))
+        for piece, i in vocab.items():
+            if piece not in added:
+                tokens[i] = bytes_of_letters(piece) if byte_level else bytes_of_piece(piece)
+        ends = [eos, EOT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"]
+        eot = next((added[name] for name in ends if name in added), None)
+        if eot is None:
+            raise UserError("tokenizer.json names no token that ends a document: there is no eos_token")
+        start = next((added[name] for name in (bos, "<s>", "<|begin_of_text|>") if name in added), eot)
+        pattern = bpe_pattern(found)
+        exact = pattern is not None and byte_level and merges_go_by_ids(model["merges"], vocab)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"tokenizer.json is none that can be read ({error!r}): copy it again") from error
+    if tokens[:256] == [bytes([i]) for i in range(256)] and not any(tokens[256:]) and not model.get("merges"):
+        return Tokenizer("byte", tokens[:256], added, "", start, eot)
+    if exact:
+        return Tokenizer("bpe", tokens, added, pattern, start, eot)
+    return Tokenizer("hf", tokens, added, "", start, eot, text)
+
+
+def bpe_pattern(found: dict) -> str | None:
+    """The regex that cuts text into words, if nothing else happens to the text than byte pair encoding."""
+    model, pre = found["model"], found.get("pre_tokenizer") or {}
+    plain = model.get("type", "BPE") == "BPE" and not found.get("normalizer") and not any(
+        model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    if not plain or not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space", True):
+        return None
+    if len(steps) == 1 and steps[0].get("use_regex", True):
+        return GPT2_PATTERN
+    split = steps[0]
+    alone = len(steps) == 2 and split.get("type") == "Split" and split.get("behavior") == "Isolated"
+    if alone and not split.get("invert") and not steps[1].get("use_regex", True):
+        return split["pattern"].get("Regex")
+    return None
+
+
+def merges_go_by_ids(merges: list, vocab: dict[str, int]) -> bool:
+    """Whether each merge makes a token of a higher id than the merges before, as tiktoken takes for granted. (Where a
+    token may come of several pairs, all that are its first are listed in one run.)"""
+    last = -1
+    for merge in merges:
+        i = vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)]
+        if i < last:
+            return False
+        last = i
+    return True
+
+
+def letters_of_bytes() -> dict[int, str]:
+    """GPT-2's way to write bytes as letters: printable ones as they are, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTES_OF_LETTERS = {letter: byte for byte, letter in letters_of_bytes().items()}
+
+
+def bytes_of_letters(piece: str) -> bytes:
+    if any(letter not in BYTES_OF_LETTERS for letter in piece):
+        return piece.encode()
+    return bytes(BYTES_OF_LETTERS[letter] for letter in piece)
+
+
+def bytes_of_piece(piece: str) -> bytes:
+    """SentencePiece's way: a lower one-eighth block is a blank, <0x0A> a byte."""
+    match = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    return bytes([int(match[1], 16)]) if match else piece.replace("\u2581", " ").encode()
+
+
+def to_tokenizer_json(enc: Tokenizer) -> dict | None:
+    """The same tokenizer as a tokenizer.json, for kinds byte, bpe and hf; None for others."""
+    if enc.kind == "hf":
+        return json.loads(enc.source)
+    if enc.kind not in ("byte", "bpe"):
+        return None
+    letters, ranks = letters_of_bytes(), {token: i for i, token in enumerate(enc.tokens) if token}
+    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):  # tiktoken merges any two tokens that make it
+        merges += [[spelled[token[:i]], spelled[token[i:]]] for i in range(1, len(token))
+                   if token[:i] in ranks and token[i:] in ranks]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    pattern = enc.pattern.replace("?+", "?").replace("++", "+")  # possessive quantifiers only save time
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": True} for name, i in sorted(enc.special.items(), key=lambda pair: pair[1])]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]} if pattern else level,
+            "post_processor": None, "decoder": level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                      "vocab": {spelled[token]: i for token, i in ranks.items()}, "merges": merges}}

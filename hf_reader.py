@@ -1,0 +1,201 @@
+"""A Hugging Face folder into a checkpoint of this collection, and back.
+
+    python hf_reader.py Llama-3.2-1B llama.safetensors
+    python hf_reader.py out/ckpt.safetensors --export=my-gpt2
+
+Read: GPT-2, Llama (with its rope scaling), Mistral (with its window), Qwen2, Qwen3 and Mixtral, from config.json and
+.safetensors, one file or several; numbers stay in the dtype they have. The tokenizer comes along (tokenizer.json), and
+the chat template, by its name where chat.py has it. Models packed by AWQ or GPTQ have readers of their own.
+
+Written: the same folder, which transformers and mlx-lm load, for every checkpoint whose architecture is one of these;
+layers that are packed are unpacked.
+"""
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+from tqdm import tqdm
+
+from config import UserError, overrides
+from hub import (
+    EXPERTS,
+    GPT2,
+    LLAMA,
+    PREFIX,
+    model_config,
+    open_folder,
+    read_model,
+    skeleton,
+    their_name,
+    tokenizer_of,
+    write_checkpoint,
+)
+from model import GPT, GPTConfig, load_checkpoint
+from quantized import dense_weight
+from tokenizer import EOT, Tokenizer, to_tokenizer_json
+
+source = ""  # a folder with config.json; with --export: a checkpoint
+out = "model.safetensors"  # the checkpoint to be written
+export = ""  # a folder to be written, in place of `out`
+
+settings = overrides(globals(), "source", "out")
+
+# ---- write a folder --------------------------------------------------------------------------------------------------
+
+
+def their_config(config: GPTConfig) -> dict:
+    """config.json, in the spellings of transformers 4 and 5. UserError names the setting that no architecture has."""
+    gpt2 = config.pos == "learned"
+    wanted = dict(pos="learned", norm="layer", bias=True, qk_norm=False, qkv_bias=False, n_kv_head=config.n_head,
+                  head_dim=config.n_embd // config.n_head, n_expert=0, sliding_window=0) if gpt2 else dict(
+                      pos="rope", norm="rms", bias=False, mlp="swiglu", n_shared_expert=0)
+    wanted = dict(alibi=False, sinks=0, diff_attn=False, mod="none", yoco=False) | wanted
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            family = "GPT-2" if gpt2 else "the Llama family"
+            raise UserError(f"{name}={getattr(config, name)!r} has no counterpart in {family}, which has {value!r}: "
+                            "the model cannot be written there")
+    if gpt2:
+        if config.mlp not in ("gelu", "gelu_tanh"):
+            raise UserError(f"mlp={config.mlp!r} has no counterpart in GPT-2, which has 'gelu': the model cannot be "
+                            "written there")
+        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
+                "n_ctx": config.block_size,
+                "vocab_size": config.vocab_size, "n_layer": config.n_layer, "n_head": config.n_head,
+                "n_embd": config.n_embd, "n_inner": config.ffn_dim, "layer_norm_epsilon": config.norm_eps,
+                "activation_function": "gelu" if config.mlp == "gelu" else "gelu_new",
+                "tie_word_embeddings": config.tie}
+    kinds = {"Mixtral": config.n_expert > 0, "Qwen3": config.qk_norm, "Qwen2": config.qkv_bias,
+             "Mistral": config.sliding_window > 0 and config.window_pattern == "S"}
+    own = [name for name in ("Mixtral", "Qwen3", "Qwen2") if kinds[name]]
+    if len(own) > 1:
+        raise UserError(f"no architecture has what {' and '.join(own)} have: the model cannot be written there")
+    name = next((name for name, has in kinds.items() if has), "Llama")
+    if name == "Qwen2" and config.head_dim * config.n_head != config.n_embd:
+        raise UserError(f"head_dim={config.head_dim} has no counterpart in Qwen2, where heads share n_embd")
+    found = {"model_type": name.lower(), "architectures": [f"{name}ForCausalLM"], "hidden_act": "silu",
+             "max_position_embeddings": config.block_size, "vocab_size": config.vocab_size,
+             "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+             "num_key_value_heads": config.n_kv_head, "hidden_size": config.n_embd, "head_dim": config.head_dim,
+             "intermediate_size": config.ffn_dim, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tie,
+             "attention_bias": False, "mlp_bias": False, "rope_theta": config.rope_theta, **their_rope(config)}
+    if name == "Mixtral":
+        if config.expert_top_k < 2:
+            raise UserError("expert_top_k=1 has no counterpart in Mixtral, whose gates sum to 1")
+        found |= {"num_local_experts": config.n_expert, "num_experts_per_tok": config.expert_top_k}
+    letters = (config.window_pattern * config.n_layer)[:config.n_layer]
+    long = letters.count("L")
+    if not config.sliding_window:
+        return found | {"sliding_window": None}
+    if name in ("Qwen2", "Qwen3") and letters == "L" * long + "S" * (config.n_layer - long):
+        kinds = ["full_attention"] * long + ["sliding_attention"] * (config.n_layer - long)
+        return found | {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": long,
+                        "layer_types": kinds}
+    if name in ("Mistral", "Mixtral") and not long:
+        return found | {"sliding_window": config.sliding_window}
+    raise UserError(f"window_pattern={config.window_pattern!r} has no counterpart in {name}: the model cannot be "
+                    "written there")
+
+
+def their_rope(config: GPTConfig) -> dict:
+    if config.rope_factor == 1:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "rope_scaling": None}
+    scaling = {"rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": config.rope_low_freq,
+               "high_freq_factor": config.rope_high_freq, "original_max_position_embeddings": config.rope_original}
+    if config.rope_original / config.rope_low_freq < 2 * math.pi:  # no wavelength is short enough to stay
+        scaling = {"rope_type": "linear", "type": "linear", "factor": config.rope_factor}
+    return {"rope_parameters": {**scaling, "rope_theta": config.rope_theta}, "rope_scaling": scaling}
+
+
+def their_arrays(model: GPT) -> Iterator[tuple[str, mx.array]]:
+    """Their names and arrays, unpacked."""
+    config, modules = model.config, dict(model.named_modules())
+    column = GPT2 if config.pos == "learned" else LLAMA
+    for path in skeleton(config):
+        module, theirs = modules[path], their_name(path, column)
+        layer, _, inner = path.removeprefix("blocks.").partition(".")
+        number, parts = f"{PREFIX[column]}{layer}", {}
+        if isinstance(module, nn.QuantizedEmbedding):
+            parts["weight"] = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+        elif isinstance(module, nn.QuantizedLinear):
+            parts = {"weight": dense_weight(module).astype(module.scales.dtype)}
+            parts |= {"bias": module.bias} if "bias" in module else {}
+        else:
+            parts = module.parameters()
+        for part, array in parts.items():
+            linear = isinstance(module, (nn.Linear, nn.QuantizedLinear)) and path != "head"
+            if column == GPT2 and linear and part == "weight":
+                array = array.T
+            if column == GPT2 and inner in ("attn.q", "attn.k", "attn.v"):
+                if inner == "attn.q":
+                    three = [modules[path[:-1] + letter] for letter in "qkv"]
+                    pieces = [other.bias if part == "bias" else dense_weight(other).astype(array.dtype).T
+                              for other in three]
+                    yield f"{number}.attn.c_attn.{part}", mx.concatenate(pieces, axis=-1)
+            elif inner in EXPERTS and config.n_expert:
+                for expert, piece in enumerate(array):
+                    yield f"{number}.block_sparse_moe.experts.{expert}.{EXPERTS[inner]}.{part}", piece
+            else:
+                yield f"{theirs}.{part}", array
+
+
+def write_folder(folder: str, model: GPT, meta: dict):
+    if os.path.exists(folder):
+        raise UserError(f"{folder} exists: give another --export, or remove it")
+    config = their_config(model.config)
+    temporary = f"{folder.rstrip('/')}.tmp{os.getpid()}"
+    os.makedirs(temporary)
+    try:
+        arrays = {}
+        for name, array in tqdm(their_arrays(model), unit=" tensors", disable=None, dynamic_ncols=True):
+            arrays[name] = mx.contiguous(array)
+            mx.eval(arrays[name])
+        dtype = str(next(array for name, array in arrays.items() if "norm" in name or "ln_f" in name).dtype)[9:]
+        mx.save_safetensors(os.path.join(temporary, "model.safetensors"), arrays, {"format": "pt"})
+        files = {"config.json": {**config, "torch_dtype": dtype, "dtype": dtype}}
+        if meta.get("tokenizer"):
+            enc = Tokenizer.from_dict(meta["tokenizer"])
+            names = {i: name for name, i in enc.special.items()}
+            files["config.json"] |= {"bos_token_id": enc.bos, "eos_token_id": enc.eot}
+            files["tokenizer.json"] = to_tokenizer_json(enc)
+            files["tokenizer_config.json"] = {
+                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(enc.bos, EOT),
+                "eos_token": names.get(enc.eot, EOT), "clean_up_tokenization_spaces": False,
+                **({"chat_template": meta["chat_template"]} if meta.get("chat_template") else {})}
+        for name, content in files.items():
+            if content is None:
+                print(f"no {name}: this tokenizer (kind {enc.kind}) has no counterpart there")
+                continue
+            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=2, ensure_ascii=False)
+                file.flush()
+                os.fsync(file.fileno())
+        with open(os.path.join(temporary, "model.safetensors"), "rb") as file:
+            os.fsync(file.fileno())
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{folder}: {config['architectures'][0]}, {len(arrays)} tensors, "
+          f"{sum(array.nbytes for array in arrays.values()) / 1e6:,.1f} MB, {dtype}")
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+if not source:
+    raise UserError("nothing to read: give a folder with config.json, or a checkpoint and --export=FOLDER")
+if export:
+    write_folder(export, *load_checkpoint(source))
+else:
+    folder = open_folder(source)
+    if folder.raw.get("quantization_config"):
+        method = folder.raw["quantization_config"].get("quant_method")
+        raise UserError(f"{source} is packed by {method}: read it with {method}_reader.py" if method in ("awq", "gptq")
+                        else f"{source} is packed by {method!r}, which has no reader here: take the original model")
+    config = model_config(folder.raw, os.path.join(source, "config.json"))
+    tokenizer, more = tokenizer_of(folder)
+    write_checkpoint(out, config, read_model(config, folder), tokenizer, {"script": "hf_reader.py", **more})

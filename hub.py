@@ -1,0 +1,336 @@
+"""Other people's models: Hugging Face folders read tensor by tensor, the names and settings of their architectures.
+
+    source = open_folder("Llama-3.2-1B")
+    config = model_config(source.raw, source.folder)
+    write_checkpoint("llama.safetensors", config, read_model(config, source), *tokenizer_of(source))
+
+Pickled weights (.bin, .pt) are refused, since unpickling runs whatever code they hold; and no code of a folder is run.
+"""
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from config import UserError
+from model import GPT, VERSION, GPTConfig, save_arrays
+from tokenizer import Tokenizer, from_tokenizer_json
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+OURS, LLAMA, GPT2, GGUF = range(4)
+PREFIX = ("blocks.", "model.layers.", "transformer.h.", "blk.")  # of a layer, before its number
+NAMES = [  # modules of a layer: ours, the Llama family's, GPT-2's, GGUF's
+    ("attn_norm", "input_layernorm", "ln_1", "attn_norm"),
+    ("attn.q", "self_attn.q_proj", None, "attn_q"),  # GPT-2 has attn.c_attn: q, k and v in one
+    ("attn.k", "self_attn.k_proj", None, "attn_k"),
+    ("attn.v", "self_attn.v_proj", None, "attn_v"),
+    ("attn.out", "self_attn.o_proj", "attn.c_proj", "attn_output"),
+    ("attn.q_norm", "self_attn.q_norm", None, "attn_q_norm"),
+    ("attn.k_norm", "self_attn.k_norm", None, "attn_k_norm"),
+    ("mlp_norm", "post_attention_layernorm", "ln_2", "ffn_norm"),
+    ("mlp.gate", "mlp.gate_proj", None, "ffn_gate"),
+    ("mlp.up", "mlp.up_proj", "mlp.c_fc", "ffn_up"),
+    ("mlp.down", "mlp.down_proj", "mlp.c_proj", "ffn_down"),
+    ("mlp.router", "block_sparse_moe.gate", None, "ffn_gate_inp"),
+]
+OUTSIDE = [
+    ("embed", "model.embed_tokens", "transformer.wte", "token_embd"),
+    ("pos_embed", None, "transformer.wpe", "position_embd"),
+    ("norm", "model.norm", "transformer.ln_f", "output_norm"),
+    ("head", "lm_head", "lm_head", "output"),
+]
+EXPERTS = {"mlp.gate": "w1", "mlp.up": "w3", "mlp.down": "w2"}  # Mixtral: block_sparse_moe.experts.{expert}.w1
+
+
+def their_name(ours: str, column: int) -> str | None:
+    """blocks.3.attn.q -> model.layers.3.self_attn.q_proj, or as GPT-2 or GGUF calls it; None where they have none."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", ours)
+    for row in NAMES if match else OUTSIDE:
+        if row[OURS] == (match[2] if match else ours):
+            return row[column] and (f"{PREFIX[column]}{match[1]}.{row[column]}" if match else row[column])
+    return None
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def model_config(raw: dict, where: str) -> GPTConfig:
+    """Our settings for a config.json, in the spelling of transformers 4 or 5. UserError names what we do not have."""
+    family = raw.get("model_type")
+    if family not in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"):
+        raise UserError(f"{where}: architecture {family!r} is not one of gpt2, llama, mistral, qwen2, qwen3, mixtral")
+
+    def refuse(name: str, *allowed):
+        if raw.get(name, allowed[0]) not in allowed:
+            raise UserError(f"{where}: {name}={raw[name]!r} is not supported, only {' or '.join(map(repr, allowed))}")
+
+    try:
+        if family == "gpt2":
+            refuse("scale_attn_weights", True)
+            refuse("scale_attn_by_inverse_layer_idx", False)
+            refuse("activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu")
+            mlp = "gelu" if raw.get("activation_function") == "gelu" else "gelu_tanh"
+            return GPTConfig(
+                block_size=raw["n_positions"], vocab_size=raw["vocab_size"], n_layer=raw["n_layer"],
+                n_head=raw["n_head"], n_embd=raw["n_embd"], ffn_dim=raw.get("n_inner") or 0, pos="learned",
+                norm="layer", norm_eps=raw.get("layer_norm_epsilon", 1e-5), mlp=mlp, bias=True, qk_norm=False,
+                tie=raw.get("tie_word_embeddings", True))
+        refuse("hidden_act", "silu")
+        refuse("attention_bias", False)
+        refuse("mlp_bias", False)
+        refuse("partial_rotary_factor", 1, None)
+        n_layer = raw["num_hidden_layers"]
+        moe = dict(n_expert=raw["num_local_experts"], expert_top_k=raw["num_experts_per_tok"],
+                   expert_balance="none") if family == "mixtral" else {}
+        return GPTConfig(
+            block_size=raw["max_position_embeddings"], vocab_size=raw["vocab_size"], n_layer=n_layer,
+            n_head=raw["num_attention_heads"], n_embd=raw["hidden_size"], head_dim=raw.get("head_dim") or 0,
+            n_kv_head=raw.get("num_key_value_heads") or 0, ffn_dim=raw["intermediate_size"], mlp="swiglu",
+            norm_eps=raw.get("rms_norm_eps", 1e-6), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+            tie=raw.get("tie_word_embeddings", False), **rope_settings(raw, where), **window_settings(raw), **moe)
+    except KeyError as error:
+        raise UserError(f"{where} lacks {error}: it is no config.json of {family}") from error
+    except TypeError as error:
+        raise UserError(f"{where} has a setting of the wrong type ({error}): copy it again") from error
+
+
+def rope_settings(raw: dict, where: str) -> dict:
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    found, kind = {"rope_theta": float(rope.get("rope_theta") or raw.get("rope_theta", 10000.0))}, "default"
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "llama3":
+        found |= {"rope_factor": float(rope["factor"]), "rope_low_freq": float(rope["low_freq_factor"]),
+                  "rope_high_freq": float(rope["high_freq_factor"]),
+                  "rope_original": int(rope["original_max_position_embeddings"])}
+    elif kind == "linear":  # all wavelengths grow: none is short enough to stay
+        found |= {"rope_factor": float(rope["factor"]), "rope_low_freq": 1e9, "rope_high_freq": 2e9}
+    elif kind != "default":
+        raise UserError(f"{where}: rope scaling {kind!r} is not one of default, linear, llama3")
+    return found
+
+
+def window_settings(raw: dict) -> dict:
+    window = raw.get("sliding_window")
+    if not window or raw["model_type"].startswith("qwen") and not raw.get("use_sliding_window"):
+        return {}
+    n_layer, first = raw["num_hidden_layers"], raw.get("max_window_layers", 0)
+    kinds = raw.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (n_layer - first)
+    pattern = "".join("S" if kind == "sliding_attention" else "L" for kind in kinds[:n_layer])
+    if "S" not in pattern:
+        return {}
+    return {"sliding_window": window, "window_pattern": pattern if "L" in pattern else "S"}
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+class Folder:
+    """A Hugging Face folder: `raw`, its config.json; `names`, of its tensors; folder[name], an array."""
+
+    def __init__(self, folder: str):
+        self.folder, self.raw, self.files, self.open = folder, read_json(folder, "config.json"), {}, {}
+        found = sorted(os.listdir(folder))
+        index = next((name for name in found if name.endswith(".safetensors.index.json")), None)
+        shards = [name for name in found if name.endswith(".safetensors")]
+        pickled = [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if not shards and pickled:
+            raise UserError(f"{os.path.join(folder, pickled[0])} is a pickle, which can run code when it is read: take "
+                            "the model's safetensors files, or convert it where you trust it")
+        if index:
+            shards = sorted(set(read_json(folder, index).get("weight_map", {}).values()))
+        if not shards:
+            raise UserError(f"{folder} holds no .safetensors file: copy the whole model")
+        for shard in shards:
+            path = os.path.join(folder, os.path.basename(shard))
+            if not os.path.exists(path):
+                raise UserError(f"{path} is missing, though {index} names it: copy the whole model")
+            try:
+                with safe_open(path, "numpy") as file:  # checks the header against the file's length
+                    self.files.update(dict.fromkeys(file.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
+        self.names = set(self.files)
+
+    def file_of(self, name: str) -> str:
+        if name not in self.files and name.startswith("transformer."):  # some of GPT-2's files leave it out
+            name = name.removeprefix("transformer.")
+        if name not in self.files:
+            raise UserError(f"{self.folder} holds no tensor {name}: the files do not fit config.json; copy them again")
+        return self.files[name]
+
+    def __getitem__(self, name: str) -> mx.array:
+        """It is read from the file now, and not kept here."""
+        path = self.file_of(name)
+        name = name if name in self.files else name.removeprefix("transformer.")
+        try:
+            if name not in self.open.get(path, {}):
+                self.open[path] = mx.load(path, format="safetensors")  # read when they are computed
+            found = self.open[path].pop(name)
+            mx.eval(found)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: tensor {name} cannot be read ({error}): copy the file again") from error
+        return found
+
+
+def open_folder(folder: str) -> Folder:
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is no folder: give the one that holds config.json and the .safetensors files")
+    return Folder(folder)
+
+
+def read_json(folder: str, name: str) -> dict:
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: copy the whole model") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): copy it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not an object of settings: copy it again")
+    return found
+
+
+def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
+    """weight (out, in), and bias (out,) if there is one, of their module. GPT-2 keeps its matrices transposed."""
+    found = {"weight": source[f"{name}.weight"]}
+    if name.startswith("transformer.h."):
+        found["weight"] = found["weight"].T
+    if f"{name}.bias" in source.names or f"{name.removeprefix('transformer.')}.bias" in source.names:
+        found["bias"] = source[f"{name}.bias"]
+    return found
+
+
+def read_model(config: GPTConfig, source: Folder,
+               linear: Callable[[Folder, str], dict[str, mx.array]] = dense_linear) -> Iterator[tuple[str, mx.array]]:
+    """All arrays of our model, one at a time, under our names. linear(source, their name) reads a linear layer: weight,
+    perhaps bias; where it is packed also scales and biases, and `order` (see quantized.py)."""
+    column = GPT2 if source.raw.get("model_type") == "gpt2" else LLAMA
+    for path, module in skeleton(config).items():
+        theirs = their_name(path, column)
+        layer = path.rpartition(".attn.")[0] or path.rpartition(".mlp.")[0]
+        if column == GPT2 and path.endswith("attn.q"):
+            fused = linear(source, f"{PREFIX[GPT2]}{layer.removeprefix('blocks.')}.attn.c_attn")
+            for part, array in fused.items():
+                for letter, piece in zip("qkv", mx.split(array, 3), strict=True):
+                    yield f"{layer}.attn.{letter}.{part}", mx.contiguous(piece)
+        elif column == GPT2 and path.endswith((".attn.k", ".attn.v")):
+            continue  # came with q
+        elif theirs is not None and path.partition(".mlp.")[2] in ("gate", "up", "down") and config.n_expert:
+            name = f"mlp.{path.partition('.mlp.')[2]}"
+            number = layer.removeprefix("blocks.")
+            experts = [linear(source, f"{PREFIX[LLAMA]}{number}.block_sparse_moe.experts.{expert}.{EXPERTS[name]}")
+                       for expert in range(config.n_expert)]
+            for part in experts[0]:
+                yield f"{path}.{part}", mx.stack([found[part] for found in experts])
+        elif isinstance(module, nn.Linear):
+            for part, array in linear(source, theirs).items():
+                yield f"{path}.{part}", array
+        else:
+            for part in module.parameters():
+                yield f"{path}.{part}", source[f"{theirs}.{part}"]
+
+
+def skeleton(config: GPTConfig) -> dict[str, nn.Module]:
+    """The modules of a model that have parameters of their own, by path; nothing of them is computed."""
+    modules = GPT(config, seed=None).named_modules()
+    return {path: module for path, module in sorted(modules, key=lambda pair: natural(pair[0]))
+            if any(isinstance(value, mx.array) for value in module.parameters().values())}
+
+
+def natural(path: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(source: Folder) -> tuple[Tokenizer | None, dict]:
+    """The folder's tokenizer, and what else a checkpoint keeps: chat_template, as it is, and `template`, our name for
+    it, where chat.py has it."""
+    path = os.path.join(source.folder, "tokenizer.json")
+    if not os.path.exists(path):
+        print(f"{path} is missing: the checkpoint can compute, but not read text")
+        return None, {}
+    settings = {}
+    if os.path.exists(os.path.join(source.folder, "tokenizer_config.json")):
+        settings = read_json(source.folder, "tokenizer_config.json")
+
+    def text_of(name: str) -> str | None:
+        given = settings.get(name)
+        return given.get("content") if isinstance(given, dict) else given
+
+    read_json(source.folder, "tokenizer.json")
+    with open(path, encoding="utf-8") as file:
+        tokenizer = from_tokenizer_json(file.read(), text_of("bos_token") or "", text_of("eos_token") or "")
+    template = settings.get("chat_template")
+    jinja = os.path.join(source.folder, "chat_template.jinja")
+    if template is None and os.path.exists(jinja):
+        with open(jinja, encoding="utf-8") as file:
+            template = file.read()
+    return tokenizer, template_settings(template)
+
+
+def template_settings(template) -> dict:
+    """Of a Jinja template, which is kept and never run."""
+    if not isinstance(template, str):
+        return {}
+    for name, mark in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
+        if mark in template:
+            return {"chat_template": template, "template": name}
+    return {"chat_template": template}
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator[tuple[str, mx.array]], tokenizer: Tokenizer | None,
+                     meta: dict):
+    """Write our checkpoint of (our name, array) pairs, computed one at a time, with a progress bar. UserError for a
+    shape that does not fit the config, a number that is none, and what is missing; then nothing is written."""
+    modules, found = skeleton(config), {}
+    wanted = {f"{path}.{part}": p.shape for path, module in modules.items() for part, p in module.parameters().items()}
+    bar = tqdm(arrays, total=len(wanted), unit=" tensors", disable=None, dynamic_ncols=True)
+    for name, array in bar:
+        mx.eval(array)
+        check_array(name, array, wanted)
+        found[name] = array
+    if missing := [name for name in wanted if name not in found]:
+        raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more: copy the whole model")
+    for name in found:
+        if name.endswith(".scales"):
+            check_packed(name.removesuffix(".scales"), found, wanted)
+    header = {"script": "hub.py", **meta, "version": VERSION, "config": asdict(config)}
+    save_arrays(out, found, header if tokenizer is None else {**header, "tokenizer": tokenizer.to_dict()})
+    print(f"{out}: {len(found)} tensors, {sum(array.nbytes for array in found.values()) / 1e6:,.1f} MB")
+
+
+def check_array(name: str, array: mx.array, wanted: dict):
+    path, _, part = name.rpartition(".")
+    if part in ("scales", "biases", "order") or part == "weight" and array.dtype == mx.uint32:
+        if f"{path}.weight" not in wanted:
+            raise UserError(f"{name} has no place in this architecture: config.json and the weights do not fit")
+    elif name not in wanted:
+        raise UserError(f"{name} has no place in this architecture: config.json and the weights do not fit")
+    elif array.shape != wanted[name]:
+        raise UserError(f"{name} has shape {array.shape}, but by config.json it is {wanted[name]}: they do not fit")
+    if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+        raise UserError(f"{name} holds numbers that are infinite or none: copy the file again")
+
+
+def check_packed(path: str, found: dict, wanted: dict):
+    *_, outputs, inputs = wanted[f"{path}.weight"]
+    weight, scales, biases = (found.get(f"{path}.{part}") for part in ("weight", "scales", "biases"))
+    fits = weight is not None and biases is not None and biases.shape == scales.shape
+    fits = fits and weight.shape[-2] == scales.shape[-2] == outputs and inputs % scales.shape[-1] == 0
+    if not fits or weight.shape[-1] * 32 % inputs or inputs // scales.shape[-1] not in (32, 64, 128):
+        shapes = [None if array is None else array.shape for array in (weight, scales, biases)]
+        raise UserError(f"{path} is packed in shapes {shapes}, which do not fit ({outputs}, {inputs}) by config.json")

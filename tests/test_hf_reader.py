@@ -1,0 +1,288 @@
+"""hf_reader.py: folders that transformers wrote, and their logits (fixtures/make_hf.py); there and back; bad input."""
+import json
+import shutil
+import subprocess
+import sys
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import hub
+from config import UserError
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from tokenizer import EOT, Tokenizer, byte_tokenizer, from_tokenizer_json, to_tokenizer_json, train_bpe
+
+FOLDERS = ROOT / "tests" / "fixtures" / "hf"
+NAMES = ["gpt2", "llama", "llama3", "linear", "mistral", "qwen2", "qwen3", "mixtral"]
+IDX = np.load(FOLDERS / "idx.npy")
+
+
+def read(*arguments, status=0):
+    done = subprocess.run([sys.executable, ROOT / "hf_reader.py", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
+    return done
+
+
+def near(model, logits, tolerance=2e-6):
+    return np.abs(np.array(model(mx.array(IDX)).astype(mx.float32)) - logits).max() <= tolerance * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_transformers(name, tmp_path):
+    """And the same once more through a folder of our own."""
+    out = tmp_path / "model.safetensors"
+    assert "tensors" in read(FOLDERS / name, out).stdout
+    logits = np.load(FOLDERS / name / "logits.npy")
+    assert near(load_checkpoint(str(out))[0], logits)
+    read(out, f"--export={tmp_path / 'folder'}")
+    theirs, ours = (hub.open_folder(str(folder)) for folder in (FOLDERS / name, tmp_path / "folder"))
+    assert ours.names == theirs.names and hub.model_config(ours.raw, "") == hub.model_config(theirs.raw, "")
+    for tensor in ours.names:
+        assert mx.array_equal(ours[tensor], theirs[tensor])
+    for key in ours.raw.keys() & theirs.raw.keys():
+        assert ours.raw[key] == theirs.raw[key] or key in ("architectures", "rope_parameters", "head_dim", "n_inner")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_reads_what_we_write(name, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    read(FOLDERS / name, tmp_path / "model.safetensors")
+    read(tmp_path / "model.safetensors", f"--export={tmp_path / 'folder'}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(IDX)).logits.numpy()
+    expected = np.load(FOLDERS / name / "logits.npy")
+    assert np.abs(logits - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama3", "qwen2", "qwen3", "mixtral"])
+def test_mlx_lm_reads_what_we_write(name, tmp_path):
+    mlx_lm = pytest.importorskip("mlx_lm.utils")
+    read(FOLDERS / name, tmp_path / "model.safetensors")
+    read(tmp_path / "model.safetensors", f"--export={tmp_path / 'folder'}")
+    model, _ = mlx_lm.load_model(tmp_path / "folder")
+    short = IDX[:, :5]  # it has no window for Qwen2
+    expected = np.load(FOLDERS / name / "logits.npy")[:, :5]
+    assert np.abs(np.array(model(mx.array(short))) - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+def test_bfloat16_is_kept(tmp_path):
+    """In the file, bit for bit, and back."""
+    shutil.copytree(FOLDERS / "qwen3", tmp_path / "half")
+    arrays = {name: p.astype(mx.bfloat16) for name, p in mx.load(str(FOLDERS / "qwen3/model.safetensors")).items()}
+    mx.save_safetensors(str(tmp_path / "half" / "model.safetensors"), arrays, {"format": "pt"})
+    read(tmp_path / "half", tmp_path / "model.safetensors")
+    model, _ = load_checkpoint(str(tmp_path / "model.safetensors"))
+    assert {p.dtype for p in mx.load(str(tmp_path / "model.safetensors")).values()} == {mx.bfloat16}
+    assert near(model, np.load(FOLDERS / "qwen3" / "logits.npy"), 0.1)
+    read(tmp_path / "model.safetensors", f"--export={tmp_path / 'back'}")
+    found = mx.load(str(tmp_path / "back" / "model.safetensors"))
+    assert all(mx.array_equal(found[name], arrays[name]) for name in arrays) and found.keys() == arrays.keys()
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_prefix_may_be_missing(tmp_path):
+    """Some of GPT-2's files name no `transformer.`, and hold masks."""
+    shutil.copytree(FOLDERS / "gpt2", tmp_path / "short")
+    arrays = mx.load(str(FOLDERS / "gpt2" / "model.safetensors"))
+    arrays = {name.removeprefix("transformer."): p for name, p in arrays.items()}
+    arrays["h.0.attn.bias"] = mx.ones((1, 1, 8, 8))
+    mx.save_safetensors(str(tmp_path / "short" / "model.safetensors"), arrays)
+    read(tmp_path / "short", tmp_path / "model.safetensors")
+    assert near(load_checkpoint(str(tmp_path / "model.safetensors"))[0], np.load(FOLDERS / "gpt2" / "logits.npy"))
+
+
+def test_packed_is_unpacked(tmp_path):
+    """On export; the weights are those that the integers stand for."""
+    model = GPT(GPTConfig(block_size=64, vocab_size=40, n_layer=1, n_head=1, n_embd=64, mlp="swiglu", qk_norm=False))
+    nn.quantize(model, 64, 4)
+    save_checkpoint(str(tmp_path / "packed.safetensors"), model, {})
+    logits = np.array(model(mx.array(IDX)))
+    read(tmp_path / "packed.safetensors", f"--export={tmp_path / 'folder'}")
+    read(tmp_path / "folder", tmp_path / "dense.safetensors")
+    assert near(load_checkpoint(str(tmp_path / "dense.safetensors"))[0], logits)
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(mlp="relu2"), "mlp='relu2'"), (dict(alibi=True), "alibi=True"), (dict(yoco=True), "yoco=True"),
+    (dict(norm="layer"), "norm='layer'"), (dict(qkv_bias=True), "what Qwen3 and Qwen2 have"),
+    (dict(pos="learned"), "norm='rms' has no counterpart in GPT-2"), (dict(n_shared_expert=1, n_expert=4), "n_shared"),
+    (dict(qk_norm=False, sliding_window=8, window_pattern="SL"), "window_pattern='SL' has no counterpart in Llama"),
+    (dict(qk_norm=False, n_expert=4, expert_top_k=1), "expert_top_k=1"),
+], ids=str)
+def test_what_has_no_counterpart(settings, says, tmp_path):
+    path, folder = str(tmp_path / "model.safetensors"), tmp_path / "folder"
+    usual = dict(block_size=64, vocab_size=40, n_layer=2, n_head=2, n_embd=32, mlp="swiglu")
+    save_checkpoint(path, GPT(GPTConfig(**usual | settings)), {})
+    assert says in read(path, f"--export={folder}", status=2).stderr and not folder.exists()
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+TEXTS = ["def f(x):\n    return x  # grüße, 世界 1234567", "  leading, trailing  \n\n\t", "I'll don't WE'VE", "",
+         "<|endoftext|> is text", "\u00e9\u0301 \U0001f600 \x00\x7f", "a" * 300, "....!!!???   \r\n\r\n x"]
+
+
+def tokenizers():
+    text = (ROOT / "README.md").read_text() + (ROOT / "model.py").read_text()
+    return {"byte": byte_tokenizer(), "bpe": train_bpe(iter([text]), 700)}
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_our_tokenizer_there_and_back(kind):
+    """The tokenizers package gives the same ids from what we write, and so do we from reading it again."""
+    ours = tokenizers()[kind]
+    written = json.dumps(to_tokenizer_json(ours))
+    back = from_tokenizer_json(written, EOT, EOT)
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_str(written)
+    assert (back.eot, back.bos, back.special, back.tokens) == (ours.eot, ours.bos, ours.special, ours.tokens)
+    for text in TEXTS:
+        ids = ours.encode(text).tolist()
+        if EOT not in text:  # there, a special token in a text is one
+            assert theirs.encode(text, add_special_tokens=False).ids == ids
+        assert back.encode(text).tolist() == ids and back.decode(ids) == text
+
+
+def test_gpt2s_tokenizer_is_run_as_our_own():
+    """Byte-level with GPT-2's regex, trained here by the tokenizers package: kind bpe, and the same ids."""
+    package = pytest.importorskip("tokenizers")
+    theirs = package.ByteLevelBPETokenizer()
+    theirs.train_from_iterator([(ROOT / "model.py").read_text()], vocab_size=800, special_tokens=[EOT])
+    found = from_tokenizer_json(theirs.to_str())
+    assert found.kind == "bpe" and found.eot == 0
+    for text in (*TEXTS, (ROOT / "train.py").read_text()):
+        if EOT not in text:
+            ids = theirs.encode(text).ids
+            assert found.encode(text).tolist() == ids and found.decode(ids) == text
+    again = Tokenizer.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert (again.eot, again.bos) == (0, 0) and again.encode("a b").tolist() == found.encode("a b").tolist()
+
+
+def test_other_tokenizers_are_run_by_their_package():
+    """SentencePiece's way, with blanks as letters and bytes where a character is unknown (Llama 2, Mistral)."""
+    package = pytest.importorskip("tokenizers")
+    theirs = package.SentencePieceBPETokenizer()
+    theirs.train_from_iterator(["the cat sat on the mat"] * 3, vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"])
+    found = from_tokenizer_json(theirs.to_str())
+    assert found.kind == "hf" and (found.bos, found.eot) == (1, 2)
+    ids = theirs.encode("the cat", add_special_tokens=False).ids
+    again = Tokenizer.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.encode("the cat").tolist() == ids and (again.bos, again.eot) == (1, 2)
+    assert again.decode(ids).strip() == "the cat"
+
+
+def test_the_tokenizer_travels(tmp_path):
+    """From a folder into the checkpoint, with the chat template's name, to sample.py, and back."""
+    shutil.copytree(FOLDERS / "llama", tmp_path / "folder")
+    raw = json.loads((FOLDERS / "llama" / "config.json").read_text())
+    enc = byte_tokenizer()
+    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, ffn_dim=24,
+                          mlp="swiglu", qk_norm=False, tie=False))
+    meta = {"tokenizer": enc.to_dict(), "chat_template": "{{ '<|im_start|>' }}"}
+    save_checkpoint(str(tmp_path / "a.safetensors"), model, meta)
+    read(tmp_path / "a.safetensors", f"--export={tmp_path / 'b'}")
+    read(tmp_path / "b", tmp_path / "c.safetensors")
+    _, found = load_checkpoint(str(tmp_path / "c.safetensors"))
+    assert Tokenizer.from_dict(found["tokenizer"]).encode("ab").tolist() == [97, 98]
+    assert found["template"] == "chatml" and found["chat_template"] == "{{ '<|im_start|>' }}"
+    done = subprocess.run([sys.executable, ROOT / "sample.py", tmp_path / "c.safetensors", "--prompt=ab",
+                           "--max_new_tokens=5", "--template=none"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("ab") and raw["model_type"] == "llama"
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def refused(folder, says):
+    """One line that says it, and no file."""
+    out = folder.parent / "out.safetensors"
+    error = read(folder, out, status=2).stderr
+    assert says in error, error
+    assert not list(folder.parent.glob("out*"))
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("model_type", "rwkv", "architecture 'rwkv'"), ("hidden_act", "gelu", "hidden_act='gelu'"),
+    ("attention_bias", True, "attention_bias"), ("rope_parameters", {"rope_type": "yarn"}, "'yarn'"),
+    ("vocab_size", 41, "embed.weight has shape (40, 16), but by config.json it is (41, 16)"),
+    ("num_hidden_layers", 3, "holds no tensor model.layers.2"), ("hidden_size", "16", "setting of the wrong type"),
+    ("num_attention_heads", 3, "not divisible"), ("quantization_config", {"quant_method": "awq"}, "awq_reader.py"),
+    ("quantization_config", {"quant_method": "bitsandbytes"}, "'bitsandbytes', which has no reader"),
+], ids=str)
+def test_bad_config(name, value, says, tmp_path):
+    shutil.copytree(FOLDERS / "qwen3", tmp_path / "bad")
+    path = tmp_path / "bad" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    refused(tmp_path / "bad", says)
+
+
+def test_bad_folders(tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(FOLDERS / "llama", bad)
+    (bad / "model-00002-of-00002.safetensors").rename(bad / "elsewhere")
+    refused(bad, "model-00002-of-00002.safetensors is missing")
+    for part in bad.glob("model*"):
+        part.unlink()
+    refused(bad, "no .safetensors file")
+    (bad / "pytorch_model.bin").write_bytes(b"x")
+    refused(bad, "is a pickle")
+    (bad / "config.json").write_text("{")
+    refused(bad, "not JSON")
+    (bad / "config.json").unlink()
+    refused(bad, "config.json is missing")
+    assert "no folder" in read(tmp_path / "nothing", tmp_path / "out", status=2).stderr
+    assert "nothing to read" in read(status=2).stderr
+
+
+def test_numbers_that_are_none(tmp_path):
+    shutil.copytree(FOLDERS / "qwen3", tmp_path / "bad")
+    arrays = mx.load(str(FOLDERS / "qwen3" / "model.safetensors"))
+    arrays["model.norm.weight"] = arrays["model.norm.weight"] * mx.inf
+    mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays)
+    refused(tmp_path / "bad", "norm.weight holds numbers")
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_fuzz(seed, tmp_path, monkeypatch):
+    """A file cut anywhere, or with bits of its header flipped: UserError, or the same numbers as before."""
+    rng = np.random.default_rng(seed)
+    bad = tmp_path / "bad"
+    shutil.copytree(FOLDERS / "qwen3", bad)
+    path = bad / ("config.json" if seed % 3 == 0 else "model.safetensors")
+    data = bytearray(path.read_bytes())
+    if seed % 2:
+        del data[rng.integers(len(data)):]
+    else:
+        header = len(data) if path.suffix == ".json" else 8 + int.from_bytes(data[:8], "little")
+        for place in rng.integers(0, header, 3):
+            data[place] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+    out = str(tmp_path / "out.safetensors")
+    try:
+        source = hub.open_folder(str(bad))
+        config = hub.model_config(source.raw, "config.json")
+        hub.write_checkpoint(out, config, hub.read_model(config, source), None, {})
+    except UserError as error:
+        assert "\n" not in str(error) and not (tmp_path / "out.safetensors").exists()
+    else:
+        model, _ = load_checkpoint(out)
+        assert mx.isfinite(model(mx.array(IDX))).all()
+
+
+def test_one_tensor_at_a_time(tmp_path):
+    """The memory that reading takes is the output's and a tensor's, not the input's besides."""
+    model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=24, n_head=4, n_embd=256, mlp="swiglu", qk_norm=False))
+    save_checkpoint(str(tmp_path / "a.safetensors"), model, {})
+    size = (tmp_path / "a.safetensors").stat().st_size
+    read(tmp_path / "a.safetensors", f"--export={tmp_path / 'folder'}")
+    source = hub.open_folder(str(tmp_path / "folder"))
+    config = hub.model_config(source.raw, "")
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    hub.write_checkpoint(str(tmp_path / "b.safetensors"), config, hub.read_model(config, source), None, {})
+    assert mx.get_peak_memory() - before < 1.15 * size
