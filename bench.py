@@ -9,14 +9,18 @@ A training step is forward, backward, clipping and AdamW. Peak memory is what ML
 stand in bench_peers.py: a nanoGPT-like GPT-2 in PyTorch, which trains and decodes the same shape with its own
 architecture; mlx-lm's Llama, for the shapes that end in "-llama"; and the tokenizers package, on our vocabulary.
 """
+import contextlib
 import datetime
 import glob
+import io
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from functools import partial
 
@@ -26,12 +30,13 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 from tqdm import tqdm
 
+import hub
 from config import UserError, overrides
 from lora import attach, dense_shape, linear_layers, quantize_base
-from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate
-from tokenizer import Tokenizer, letters_of_bytes, train_bpe
+from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, save_checkpoint
+from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
-only = "train,decode,tokenize,variants,adapters"  # sections
+only = "train,decode,tokenize,variants,adapters,convert"  # sections
 shapes = ""            # of SHAPES below, separated by commas; none: those that suit the device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # written in each round of decoding
@@ -53,8 +58,9 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
 names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
 if unknown := set(names) - set(SHAPES):
     raise UserError(f"no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
-if unknown := set(only.split(",")) - {"train", "decode", "tokenize", "variants", "adapters"}:
-    raise UserError(f"no section {unknown.pop()!r}: choose among train, decode, tokenize, variants, adapters")
+SECTIONS = "train", "decode", "tokenize", "variants", "adapters", "convert"
+if unknown := set(only.split(",")) - set(SECTIONS):
+    raise UserError(f"no section {unknown.pop()!r}: choose among {', '.join(SECTIONS)}")
 rounds = rounds or (7 if ON_CPU else 20)
 dtype = compute_dtype("auto")
 
@@ -225,10 +231,12 @@ def bench_tokenizing():
 
 
 def alternate(what: str, unit: str, work: float, ours, peer):
-    """Time two functions of ours in turn in this process."""
+    """Time two functions in turn in this process; peer None: ours alone."""
     seconds = [], []
     for i in tqdm(range(rounds + 1), desc=what, leave=False, disable=None):
         for f, kept in zip((ours, peer), seconds, strict=True):
+            if f is None:
+                continue
             began = time.perf_counter()
             done = f()
             mx.eval([] if done is None else done)
@@ -348,6 +356,40 @@ def bench_adapters():
               lambda: adapted[0](adapted[1]))
 
 
+# ---- reading models --------------------------------------------------------------------------------------------------
+
+
+def bench_convert():
+    """A Hugging Face folder of a Llama of 134M parameters in bfloat16: into our checkpoint, and by mlx-lm into its."""
+    try:
+        from mlx_lm import convert
+    except ImportError:
+        convert = None
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: os.path.join(folder, name) for name in ("a.safetensors", "hf", "b.safetensors", "mlx")}
+        model = GPT(GPTConfig(n_layer=8, n_head=16, n_embd=1024, vocab_size=16384, mlp="swiglu", qk_norm=False), None)
+        model.set_dtype(mx.bfloat16)
+        save_checkpoint(paths["a.safetensors"], model, {"tokenizer": byte_tokenizer().to_dict()})
+        here = os.path.dirname(os.path.abspath(__file__))
+        subprocess.run([sys.executable, os.path.join(here, "hf_reader.py"), paths["a.safetensors"],
+                        f"--export={paths['hf']}"], check=True, capture_output=True)
+
+        def ours():
+            source = hub.open_folder(paths["hf"])
+            config = hub.model_config(source.raw, "")
+            with contextlib.redirect_stdout(io.StringIO()):
+                hub.write_checkpoint(paths["b.safetensors"], config, hub.read_model(config, source),
+                                     *hub.tokenizer_of(source))
+
+        def theirs():
+            shutil.rmtree(paths["mlx"], ignore_errors=True)
+            with contextlib.redirect_stdout(io.StringIO()):
+                convert(paths["hf"], paths["mlx"])
+
+        size = os.path.getsize(paths["a.safetensors"]) / 1e9
+        alternate("convert a Llama of bfloat16, mlx_lm", "GB/s", size, ours, theirs if convert else None)
+
+
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 print(f"{mx.device_info().get('device_name')}, {os.cpu_count()} cores, mlx {mx.__version__}, "
@@ -372,3 +414,5 @@ if "variants" in only:
     bench_yoco()  # yoco
 if "adapters" in only:
     bench_adapters()
+if "convert" in only:
+    bench_convert()

@@ -153,6 +153,7 @@ def write_folder(folder: str, model: GPT, meta: dict):
     try:
         arrays = {}
         for name, array in tqdm(their_arrays(model), unit=" tensors", disable=None, dynamic_ncols=True):
+            name = name.removeprefix("transformer.")  # as in GPT-2's own files; mlx-lm reads no other
             arrays[name] = mx.contiguous(array)
             mx.eval(arrays[name])
         dtype = str(next(array for name, array in arrays.items() if "norm" in name or "ln_f" in name).dtype)[9:]

