@@ -213,7 +213,8 @@ def test_two_processes_equal_one(data, whole, tmp_path, settings):
     if settings:
         whole = tmp_path / "one"
         train(data, whole, *settings)
-        assert (tmp_path / "two" / "experts.csv").read_text() == (whole / "experts.csv").read_text()
+        loads = [np.loadtxt(out / "experts.csv", delimiter=",", skiprows=1) for out in (tmp_path / "two", whole)]
+        np.testing.assert_allclose(*loads, atol=0.02)  # a token of 128 may fall the other way where two experts tie
     assert done.stdout.count("step     12 | loss") == 1  # rank 0 alone speaks
     for name in ("train_loss", "grad_norm"):
         np.testing.assert_allclose(column(tmp_path / "two", name), column(whole, name), rtol=5e-5)
