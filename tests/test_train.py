@@ -216,11 +216,11 @@ def test_two_processes_equal_one(data, whole, tmp_path, settings):
         loads = [np.loadtxt(out / "experts.csv", delimiter=",", skiprows=1) for out in (tmp_path / "two", whole)]
         np.testing.assert_allclose(*loads, atol=0.02)  # a token of 128 may fall the other way where two experts tie
     assert done.stdout.count("step     12 | loss") == 1  # rank 0 alone speaks
-    for name in ("train_loss", "grad_norm"):
-        np.testing.assert_allclose(column(tmp_path / "two", name), column(whole, name), rtol=5e-5)
-    np.testing.assert_allclose(column(tmp_path / "two", "val_loss"), column(whole, "val_loss"), rtol=2e-5)
+    for name in ("train_loss", "grad_norm", "val_loss"):  # such a token moves them, too
+        np.testing.assert_allclose(column(tmp_path / "two", name), column(whole, name), rtol=1e-3 if settings else 2e-5)
     a, b = arrays(tmp_path / "two"), arrays(whole)
-    assert max(mx.abs(a[key].astype(mx.float32) - b[key].astype(mx.float32)).max().item() for key in a) < 1e-5
+    most = max(mx.abs(a[key].astype(mx.float32) - b[key].astype(mx.float32)).max().item() for key in a)
+    assert most < (1e-3 if settings else 1e-5)
 
 
 def test_expert_load_is_kept_and_drawn(data, tmp_path):
