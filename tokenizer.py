@@ -224,15 +224,16 @@ def from_tokenizer_json(text: str, bos: str = "", eos: str = "") -> Tokenizer:
         start = next((added[name] for name in (bos, "<s>", "<|begin_of_text|>") if name in added), eot)
         pattern = bpe_pattern(found)
         exact = pattern is not None and byte_level and merges_go_by_ids(model["merges"], vocab)
+        exact = exact and {bytes([i]) for i in range(256)} <= set(tokens)  # tiktoken cannot do without
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"tokenizer.json is none that can be read ({error!r}): copy it again") from error
     if tokens[:256] == [bytes([i]) for i in range(256)] and not any(tokens[256:]) and not model.get("merges"):
         return Tokenizer("byte", tokens[:256], added, "", start, eot)
-    if exact:
-        return Tokenizer("bpe", tokens, added, pattern, start, eot)
-    return Tokenizer("hf", tokens, added, "", start, eot, text)
+    theirs = Tokenizer("hf", tokens, added, "", start, eot, text)
+    ours = Tokenizer("bpe", tokens, added, pattern or "", start, eot)
+    return ours if exact and same_ids(ours, theirs) else theirs
 
 
 def bpe_pattern(found: dict) -> str | None:
@@ -262,6 +263,16 @@ def merges_go_by_ids(merges: list, vocab: dict[str, int]) -> bool:
             return False
         last = i
     return True
+
+
+def same_ids(ours: Tokenizer, theirs: Tokenizer) -> bool:
+    """Of a text that holds every token twice, in both orders; True where the tokenizers package is not installed."""
+    pieces = [token.decode("utf-8", "ignore") for token in ours.tokens]
+    text = "".join(pieces) + " ".join(reversed(pieces))
+    try:
+        return np.array_equal(ours.encode(text), theirs.encode(text))
+    except UserError:
+        return True
 
 
 def letters_of_bytes() -> dict[int, str]:

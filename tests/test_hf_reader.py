@@ -14,7 +14,15 @@ from conftest import ROOT
 import hub
 from config import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from tokenizer import EOT, Tokenizer, byte_tokenizer, from_tokenizer_json, to_tokenizer_json, train_bpe
+from tokenizer import (
+    EOT,
+    Tokenizer,
+    byte_tokenizer,
+    from_tokenizer_json,
+    letters_of_bytes,
+    to_tokenizer_json,
+    train_bpe,
+)
 
 FOLDERS = ROOT / "tests" / "fixtures" / "hf"
 NAMES = ["gpt2", "llama", "llama3", "linear", "mistral", "qwen2", "qwen3", "mixtral"]
@@ -162,6 +170,21 @@ def test_gpt2s_tokenizer_is_run_as_our_own():
             assert found.encode(text).tolist() == ids and found.decode(ids) == text
     again = Tokenizer.from_dict(json.loads(json.dumps(found.to_dict())))
     assert (again.eot, again.bos) == (0, 0) and again.encode("a b").tolist() == found.encode("a b").tolist()
+
+
+def test_merges_that_are_no_ranks():
+    """b + c is merged before a + b, and a + bc is no merge: "abc" stays two tokens, which tiktoken would make one."""
+    package = pytest.importorskip("tokenizers")
+    vocab = {letter: i for i, letter in enumerate(sorted(letters_of_bytes().values()))}
+    vocab |= {"bc": 256, "ab": 257, "abc": 258}
+    model = package.models.BPE(vocab, [("b", "c"), ("a", "b"), ("ab", "c")])
+    theirs = package.Tokenizer(model)
+    theirs.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = package.decoders.ByteLevel()
+    theirs.add_special_tokens([EOT])
+    found = from_tokenizer_json(theirs.to_str())
+    assert found.kind == "hf" and found.encode("abc").tolist() == theirs.encode("abc").ids == [vocab["a"], 256]
+    assert found.encode(EOT).tolist() != [found.eot]  # a text cannot make a special token
 
 
 def test_other_tokenizers_are_run_by_their_package():
