@@ -1,0 +1,130 @@
+"""A folder that AutoAWQ packed, into a checkpoint of this collection that stays packed.
+
+    python awq_reader.py Llama-3.2-1B-AWQ llama.safetensors
+    python awq_reader.py Llama-3.2-1B-AWQ llama.safetensors --dense=True
+
+AWQ (Lin et al. 2024) stores integers q of 4 bits with a scale and a zero point for each group of inputs: w = (q - zero)
+scale. They are repacked into MLX's layout, w = scale q + bias with bias = -scale zero, integer by integer: nothing is
+rounded, and no layer becomes dense on the way. Both of AutoAWQ's layouts are read, GEMM and GEMV. Layers that it left
+alone, often the unembedding, stay as they are.
+"""
+import os
+from collections.abc import Callable
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+
+import hub
+from config import UserError, overrides
+
+source = ""  # a folder with config.json
+out = "model.safetensors"  # the checkpoint to be written
+scale_dtype = "float32"  # of scales and biases: float32 | float16, which rounds the biases
+dense = False  # unpack to float16
+
+settings = overrides(globals(), "source", "out")
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]  # GEMM: nibble i of a word, from the low bits on, belongs to this column
+
+
+def nibbles(words: np.ndarray, columns: list[int]) -> np.ndarray:
+    """int32 (n, m) -> uint8 (n, 8 m): the nibbles of each word, the i-th going to columns[i]."""
+    words = words.view(np.uint32)
+    found = np.empty((*words.shape, 8), np.uint8)
+    for i, column in enumerate(columns):
+        found[:, :, column] = words >> (4 * i) & 15
+    return found.reshape(len(words), -1)
+
+
+def pack(q: np.ndarray) -> np.ndarray:
+    """uint8 (n, m) of 4 bits -> uint32 (n, m / 8), low bits first: MLX's layout."""
+    return np.ascontiguousarray(q[:, ::2] | q[:, 1::2] << 4).view("<u4")
+
+
+def from_gemm(qweight, qzeros, scales) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """qweight (in, out / 8), qzeros (groups, out / 8), scales (groups, out) -> words (out, in / 8), zeros and scales
+    (out, groups)."""
+    q, zeros = nibbles(qweight, COLUMN_OF_NIBBLE), nibbles(qzeros, COLUMN_OF_NIBBLE)
+    return pack(q.T), zeros.T, scales.T
+
+
+def from_gemv(qweight, qzeros, scales, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """qweight (out, in / 8), which is MLX's layout already; qzeros (out, words) and scales (out, 8 words), padded."""
+    return qweight.view(np.uint32), nibbles(qzeros, range(8))[:, :groups], scales[:, :groups]
+
+
+def to_mlx(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weight, scales and biases (float32) as MLX has them; a group wider than 128 becomes several."""
+    inputs = words.shape[1] * 8
+    scales = scales.astype(np.float32)
+    biases = -scales * zeros
+    width = inputs // scales.shape[1]
+    if width > 128:
+        narrow = next((narrow for narrow in (128, 64, 32) if width % narrow == 0), width)
+        scales, biases = (np.repeat(x, width // narrow, axis=1) for x in (scales, biases))
+    return words, scales, biases
+
+
+# ---- a layer of a folder ---------------------------------------------------------------------------------------------
+
+
+def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, mx.array]]:
+    """What hub.read_model calls for each linear layer. settings: quantization_config."""
+    version, bits = str(settings.get("version", "gemm")).lower(), settings.get("bits", settings.get("w_bit", 4))
+    if settings.get("quant_method", "awq") != "awq":
+        raise UserError(f"{where}: quant_method is {settings['quant_method']!r}, not awq: take the reader of that name")
+    if bits != 4 or version not in ("gemm", "gemv"):
+        raise UserError(f"{where}: {bits} bits in the layout {version!r}; AutoAWQ's gemm and gemv of 4 bits are read")
+    group_size = settings.get("group_size", settings.get("q_group_size", 128))
+
+    def linear(source: hub.Folder, name: str) -> dict[str, mx.array]:
+        if f"{name}.qweight" not in source.names:
+            return hub.dense_linear(source, name)
+        qweight, qzeros = (np.array(source[f"{name}.{part}"]) for part in ("qweight", "qzeros"))
+        scales = np.array(source[f"{name}.scales"].astype(mx.float32))
+        file = source.file_of(f"{name}.qweight")
+        if any(array.ndim != 2 for array in (qweight, qzeros, scales)) or qweight.dtype != np.int32 != qzeros.dtype:
+            raise UserError(f"{file}: {name}.qweight, qzeros and scales are not matrices of int32 and floats")
+        if version == "gemm":
+            (inputs, outputs), shapes = qweight.shape, (qzeros.shape, scales.shape)
+            outputs *= 8
+            groups = 1 if group_size == -1 else inputs // group_size
+            fits = shapes == ((groups, outputs // 8), (groups, outputs))
+        else:
+            (outputs, inputs), words = qweight.shape, qzeros.shape[1]
+            inputs *= 8
+            groups = 1 if group_size == -1 else inputs // group_size
+            fits = words * 8 >= groups and qzeros.shape[0] == outputs and scales.shape == (outputs, 8 * words)
+        if not fits or not groups or inputs % groups:
+            raise UserError(f"{file}: {name} has qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape},"
+                            f" which do not fit one another in groups of {group_size}, layout {version}")
+        parts = from_gemm(qweight, qzeros, scales) if version == "gemm" else from_gemv(qweight, qzeros, scales, groups)
+        weight, scales, biases = map(mx.array, to_mlx(*parts))
+        bias = {"bias": source[f"{name}.bias"]} if f"{name}.bias" in source.names else {}
+        if dense:
+            weight = mx.dequantize(weight, scales, biases, inputs // scales.shape[1], 4).astype(mx.float16)
+            return {"weight": weight, **bias}
+        dtype = getattr(mx, scale_dtype)
+        return {"weight": weight, "scales": scales.astype(dtype), "biases": biases.astype(dtype), **bias}
+
+    return linear
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+if not source:
+    raise UserError("nothing to read: give a folder that AutoAWQ wrote")
+if scale_dtype not in ("float32", "float16"):
+    raise UserError(f"scale_dtype={scale_dtype!r} is not one of float32, float16")
+folder = hub.open_folder(source)
+where = os.path.join(source, "config.json")
+if not folder.raw.get("quantization_config"):
+    raise UserError(f"{where} has no quantization_config: the model is not packed; read it with hf_reader.py")
+config = hub.model_config(folder.raw, where)
+linear = reader(folder.raw["quantization_config"], where)
+tokenizer, more = hub.tokenizer_of(folder)
+more["script"] = "awq_reader.py"
+hub.write_checkpoint(out, config, hub.read_model(config, folder, linear), tokenizer, more)
