@@ -56,18 +56,6 @@ def from_gemv(qweight, qzeros, scales, groups: int) -> tuple[np.ndarray, np.ndar
     return qweight.view(np.uint32), nibbles(qzeros, range(8))[:, :groups], scales[:, :groups]
 
 
-def to_mlx(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weight, scales and biases (float32) as MLX has them; a group wider than 128 becomes several."""
-    inputs = words.shape[1] * 8
-    scales = scales.astype(np.float32)
-    biases = -scales * zeros
-    width = inputs // scales.shape[1]
-    if width > 128:
-        narrow = next((narrow for narrow in (128, 64, 32) if width % narrow == 0), width)
-        scales, biases = (np.repeat(x, width // narrow, axis=1) for x in (scales, biases))
-    return words, scales, biases
-
-
 # ---- a layer of a folder ---------------------------------------------------------------------------------------------
 
 
@@ -102,13 +90,8 @@ def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, 
             raise UserError(f"{file}: {name} has qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape},"
                             f" which do not fit one another in groups of {group_size}, layout {version}")
         parts = from_gemm(qweight, qzeros, scales) if version == "gemm" else from_gemv(qweight, qzeros, scales, groups)
-        weight, scales, biases = map(mx.array, to_mlx(*parts))
-        bias = {"bias": source[f"{name}.bias"]} if f"{name}.bias" in source.names else {}
-        if dense:
-            weight = mx.dequantize(weight, scales, biases, inputs // scales.shape[1], 4).astype(mx.float16)
-            return {"weight": weight, **bias}
-        dtype = getattr(mx, scale_dtype)
-        return {"weight": weight, "scales": scales.astype(dtype), "biases": biases.astype(dtype), **bias}
+        found = hub.packed_linear(*parts, 4, scale_dtype, dense)
+        return found | ({"bias": source[f"{name}.bias"]} if f"{name}.bias" in source.names else {})
 
     return linear
 

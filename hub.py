@@ -15,6 +15,7 @@ from dataclasses import asdict
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -207,6 +208,22 @@ def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
     if f"{name}.bias" in source.names or f"{name.removeprefix('transformer.')}.bias" in source.names:
         found["bias"] = source[f"{name}.bias"]
     return found
+
+
+def packed_linear(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, bits: int, scale_dtype: str = "float32",
+                  dense: bool = False) -> dict[str, mx.array]:
+    """Weight, scales and biases, as MLX has them, of w = (q - zero) scale: words (out, in bits / 32) of integers q,
+    zeros and scales (out, groups). A group wider than 128 becomes several. dense: the weight alone, float16."""
+    inputs, scales = words.shape[1] * 32 // bits, scales.astype(np.float32)
+    biases, width = -scales * zeros, inputs // scales.shape[1]
+    if width > 128:
+        narrow = next((narrow for narrow in (128, 64, 32) if width % narrow == 0), width)
+        scales, biases = (np.repeat(x, width // narrow, axis=1) for x in (scales, biases))
+    weight, scales, biases = mx.array(words), mx.array(scales), mx.array(biases)
+    if dense:
+        return {"weight": mx.dequantize(weight, scales, biases, inputs // scales.shape[1], bits).astype(mx.float16)}
+    dtype = getattr(mx, scale_dtype)
+    return {"weight": weight, "scales": scales.astype(dtype), "biases": biases.astype(dtype)}
 
 
 def read_model(config: GPTConfig, source: Folder,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from hub import packed_linear
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 SOURCE = (ROOT / "awq_reader.py").read_text()
@@ -33,7 +34,7 @@ def test_what_autoawq_packed(name):
     words, zeros, scales = made["from_gemm"](*packed) if "gemm" in name else made["from_gemv"](*packed, groups)
     assert np.array_equal(integers(words), layer["q"])
     assert np.array_equal(zeros, layer["zero"]) and np.array_equal(scales, layer["scale"])
-    weight, scales, biases = map(mx.array, made["to_mlx"](words, zeros, scales))
+    weight, scales, biases = packed_linear(words, zeros, scales, 4).values()
     width = 256 // scales.shape[1]
     assert width in (32, 64, 128)
     found = np.array(mx.dequantize(weight, scales, biases, width, 4), np.float64)

@@ -1,0 +1,163 @@
+"""gptq_reader.py: what GPTQModel itself packed (fixtures/make_gptq.py), an independent packer, folders, bad input."""
+import json
+import subprocess
+import sys
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+
+SOURCE = (ROOT / "gptq_reader.py").read_text()
+START, END = SOURCE.index("# ---- layouts"), SOURCE.index("# ---- a layer")
+made = {"np": np}
+exec(SOURCE[START:END], made)  # the section of the layouts stands by itself
+FIXTURE = {name: np.array(array) for name, array in mx.load(str(ROOT / "tests/fixtures/gptq.safetensors")).items()}
+every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+
+
+def packed_down(q: np.ndarray, bits: int) -> np.ndarray:
+    """(n, m) integers -> int32 (n bits / 32, m): a stream of bits down each column, written with Python's integers."""
+    words = np.zeros((len(q) * bits // 32, q.shape[1]), np.uint32)
+    for column in range(q.shape[1]):
+        stream = sum(int(value) << bits * row for row, value in enumerate(q[:, column]))
+        for row in range(len(words)):
+            words[row, column] = stream >> 32 * row & 0xFFFFFFFF
+    return words.view(np.int32)
+
+
+def minus_one(zeros: np.ndarray, bits: int) -> np.ndarray:
+    """(groups, out) -> qzeros of version 1, as today's packers write it: one subtraction a word, or by field at 3."""
+    if bits == 3:
+        return packed_down((zeros.T - 1) % 8, 3).T
+    ones = sum(1 << bits * i for i in range(32 // bits))
+    return (packed_down(zeros.T, bits).T.view(np.uint32) - np.uint32(ones)).view(np.int32)
+
+
+@every_width
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_what_gptqmodel_packed(bits, group_size):
+    """Its integers and zeros, exactly; transposed, its words are MLX's."""
+    layer = {part: FIXTURE[f"{bits}.{group_size}.{part}"] for part in ("qweight", "qzeros", "g_idx", "q", "zero")}
+    words = np.ascontiguousarray(layer["qweight"].T).view(np.uint32)
+    assert np.array_equal(made["unpack"](words, bits), layer["q"])
+    assert np.array_equal(made["pack"](layer["q"], bits), words)
+    assert np.array_equal(made["zeros_of"](layer["qzeros"], bits, 2).T, layer["zero"])
+    scales, biases = mx.ones((32, 128 // group_size)), mx.zeros((32, 128 // group_size))
+    assert np.array_equal(np.array(mx.dequantize(mx.array(words), scales, biases, group_size, bits)), layer["q"])
+    assert np.array_equal(packed_down(layer["q"].T, bits), layer["qweight"])  # and the packer below is theirs
+
+
+@every_width
+def test_zeros_of_version_1(bits):
+    """All values, 0 among them, which borrows from its neighbour."""
+    zeros = np.random.default_rng(0).integers(0, 2**bits, (6, 96))
+    zeros[0], zeros[1, ::2] = 0, 0
+    assert np.array_equal(made["zeros_of"](np.ascontiguousarray(minus_one(zeros, bits)), bits, 1), zeros)
+
+
+# ---- whole folders ---------------------------------------------------------------------------------------------------
+
+
+def folder_of(tmp_path, bits=4, group_size=32, act_order=False, version=1, symmetric=False):
+    """A packed Qwen2, which has biases, and the dense model that it stands for."""
+    config = GPTConfig(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=64, ffn_dim=128, mlp="swiglu",
+                       qk_norm=False, qkv_bias=True)
+    model, rng, folder = GPT(config), np.random.default_rng(0), tmp_path / "folder"
+    for letter in "qkv":
+        model.blocks[0].attn[letter].bias = mx.array(rng.standard_normal(64).astype(np.float32))
+    model.set_dtype(mx.float16)
+    save_checkpoint(str(tmp_path / "dense.safetensors"), model, {})
+    subprocess.run([sys.executable, ROOT / "hf_reader.py", tmp_path / "dense.safetensors", f"--export={folder}"],
+                   check=True, capture_output=True)
+    arrays = mx.load(str(folder / "model.safetensors"))
+    for name in [name for name in arrays if name.endswith("_proj.weight")]:
+        outputs, inputs = arrays.pop(name).shape
+        path, width = name.removesuffix(".weight"), inputs if group_size == -1 else group_size
+        q = rng.integers(0, 2**bits, (outputs, inputs))
+        zero = rng.integers(0, 2**bits, (outputs, inputs // width))
+        if symmetric:
+            zero[:] = 2 ** (bits - 1)
+        scale = rng.uniform(0.1, 0.3, zero.shape).astype(np.float16) / np.float16(2**bits)
+        group = np.arange(inputs) // width
+        if act_order:
+            group = rng.permutation(group)
+        qzeros = minus_one(zero.T, bits) if version == 1 else packed_down(zero, bits).T
+        for part, array in (("qweight", packed_down(q.T, bits)), ("qzeros", qzeros), ("scales", scale.T),
+                            ("g_idx", group.astype(np.int32))):
+            arrays[f"{path}.{part}"] = mx.array(np.ascontiguousarray(array))
+        ours = path.replace("model.layers", "blocks").replace("self_attn", "attn").replace("o_proj", "out")
+        weight = (q - zero[:, group]) * scale[:, group].astype(np.float32)
+        dict(model.named_modules())[ours.removesuffix("_proj")].weight = mx.array(weight.astype(np.float32))
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric,
+                                  "desc_act": act_order} | ({"checkpoint_format": "gptq_v2"} if version == 2 else {})
+    (folder / "config.json").write_text(json.dumps(raw))
+    model.set_dtype(mx.float32)
+    return folder, model
+
+
+def read(*arguments, status=0):
+    command = [sys.executable, ROOT / "gptq_reader.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
+    return done
+
+
+@every_width
+@pytest.mark.parametrize("settings", [dict(), dict(version=2, group_size=64), dict(act_order=True),
+                                      dict(group_size=-1, symmetric=True)], ids=str)
+def test_folder(bits, settings, tmp_path):
+    """Packed and dense: the logits of the model that the integers stand for."""
+    folder, model = folder_of(tmp_path, bits, **settings)
+    idx = mx.array(np.random.default_rng(1).integers(0, 64, (2, 20)))
+    logits = np.array(model(idx))
+    for dense, tolerance in ((False, 1e-5), (True, 3e-3)):
+        out = tmp_path / f"{dense}.out"
+        read(folder, out, f"--dense={dense}")
+        found, _ = load_checkpoint(str(out))
+        found.set_dtype(mx.float32)
+        assert np.abs(np.array(found(idx)) - logits).max() < tolerance * np.abs(logits).max()
+        layer = found.blocks[0].attn.q
+        assert dense or layer.bits == bits and ("order" in layer) == settings.get("act_order", False)
+
+
+@pytest.mark.parametrize("change, says", [
+    ("drop scales", "no tensor model.layers.0.mlp.up_proj.scales"), ("drop qzeros", "mlp.up_proj.qzeros"),
+    ("cut scales", "mlp.up_proj has qweight"), ("bits", "5 bits in the format 'gptq'"), ("form", "'marlin'"),
+    ("g_idx", "mlp.up_proj.g_idx does not share 64 inputs among 2 equal groups"),
+    ("truncate", "not a whole safetensors file"), ("other bits", "do not fit one another at 8 bits"),
+    ("not packed", "no quantization_config"), ("awq", "quant_method is 'awq'"), ("dtype", "are not matrices of int32"),
+])
+def test_bad_input(change, says, tmp_path):
+    folder, _ = folder_of(tmp_path)
+    path, config = folder / "model.safetensors", folder / "config.json"
+    arrays, raw = mx.load(str(path)), json.loads(config.read_text())
+    mx.eval(arrays)
+    name = "model.layers.0.mlp.up_proj"
+    if change.startswith("drop"):
+        del arrays[f"{name}.{change.split()[1]}"]
+    elif change == "cut scales":
+        arrays[f"{name}.scales"] = arrays[f"{name}.scales"][:, :-1]
+    elif change == "g_idx":
+        arrays[f"{name}.g_idx"] = mx.zeros((64,), dtype=mx.int32)
+    elif change == "dtype":
+        arrays[f"{name}.qweight"] = arrays[f"{name}.qweight"].astype(mx.float16)
+    settings = {"bits": ("bits", 5), "form": ("checkpoint_format", "marlin"), "other bits": ("bits", 8),
+                "awq": ("quant_method", "awq")}
+    if change in settings:
+        key, value = settings[change]
+        raw["quantization_config"][key] = value
+    elif change == "not packed":
+        del raw["quantization_config"]
+    mx.save_safetensors(str(path), arrays)
+    config.write_text(json.dumps(raw))
+    if change == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    assert says in read(folder, tmp_path / "out.safetensors", status=2).stderr
+    assert not list(tmp_path.glob("out*"))
