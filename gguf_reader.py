@@ -1,0 +1,378 @@
+"""A GGUF file, as llama.cpp runs it, into a checkpoint of this collection, and back.
+
+    python gguf_reader.py model.gguf model.safetensors
+    python gguf_reader.py out/ckpt.safetensors --export=model.gguf --type=Q8_0
+
+Read: the architectures llama (with its rope scaling), qwen2, qwen3 and gpt2. F32, F16 and BF16 stay as they are; Q8_0,
+Q4_0 and Q4_1 stay packed, since MLX's layout holds them exactly, in groups of 32; all other types are unpacked by the
+gguf package, and packed again, with a loss, only if --bits says so. Byte-level tokenizers come along where their way to
+cut words is known here (gpt-2, llama-bpe, qwen2). Written: F16 or Q8_0.
+"""
+import os
+from collections.abc import Iterator
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError, overrides
+from hub import GGUF, skeleton, template_settings, their_name, write_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, rope_inv_freq
+from quantized import dense_weight
+from tokenizer import GPT2_PATTERN, Tokenizer, bytes_of_letters, letters_of_bytes, to_tokenizer_json
+
+source = ""  # a .gguf file; with --export: a checkpoint
+out = "model.safetensors"  # the checkpoint to be written
+bits = 0  # pack what the file holds in other types again, to 2 | 3 | 4 | 5 | 6 | 8 bits; 0: float16
+export = ""  # a .gguf file to be written, in place of `out`
+type = "F16"  # of the matrices in it: F16 | Q8_0
+
+settings = overrides(globals(), "source", "out")
+
+try:
+    import gguf
+except ImportError as error:
+    raise UserError("the gguf package is missing: pip install gguf") from error
+
+WORDS = {  # what cuts text into words, by the name of tokenizer.ggml.pre
+    "gpt-2": GPT2_PATTERN,
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+             r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+# ---- types -----------------------------------------------------------------------------------------------------------
+
+
+def low_bits_first(q: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 (n, m) -> uint32 (n, m bits / 32): MLX's layout, for 4 and 8 bits."""
+    return np.ascontiguousarray(q if bits == 8 else q[:, ::2] | q[:, 1::2] << 4).view("<u4")
+
+
+def halves(blocks: np.ndarray) -> np.ndarray:
+    """The float16 at the beginning of each block, uint8 (n, groups, 2) -> float32 (n, groups)."""
+    return np.ascontiguousarray(blocks).view("<f2")[..., 0].astype(np.float32)
+
+
+def nibbles(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (n, groups, 16) -> (n, 32 groups): a block's low halves, then its high ones."""
+    return np.concatenate([blocks & 15, blocks >> 4], axis=-1).reshape(len(blocks), -1)
+
+
+def packed(data: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of blocks, uint8 (out, bytes) -> words (out, in bits / 32), scales and biases (out, in / 32), float32."""
+    size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
+    blocks = data.reshape(len(data), -1, size)
+    scales = halves(blocks[..., :2])
+    if kind == "Q4_0":  # 16 values around 0: d (q - 8)
+        return low_bits_first(nibbles(blocks[..., 2:]), 4), scales, -8 * scales
+    if kind == "Q4_1":  # d q + m
+        return low_bits_first(nibbles(blocks[..., 4:]), 4), scales, halves(blocks[..., 2:4])
+    q = np.ascontiguousarray(blocks[..., 2:]).reshape(len(data), -1) ^ 128  # d q, q from -128: q + 128 has no sign
+    return low_bits_first(q, 8), scales, -128 * scales
+
+
+def arrays_of(tensor, linear: bool) -> dict[str, np.ndarray | mx.array]:
+    """weight, or weight, scales and biases, of a tensor of the gguf package."""
+    kind, data = tensor.tensor_type.name, np.array(tensor.data)
+    if kind in ("Q4_0", "Q4_1", "Q8_0") and linear:
+        return dict(zip(("weight", "scales", "biases"), packed(data, kind), strict=True))
+    if kind in ("F32", "F16"):
+        return {"weight": data}
+    if kind == "BF16":
+        return {"weight": mx.array(np.ascontiguousarray(data).view(np.uint16)).view(mx.bfloat16)}
+    dense = gguf.quants.dequantize(data, tensor.tensor_type).astype(np.float16)
+    if bits and linear:
+        return dict(zip(("weight", "scales", "biases"), mx.quantize(mx.array(dense), 64, bits), strict=True))
+    return {"weight": dense}
+
+
+def rows_in_halves(x, n_head: int):
+    """llama.cpp's rows of q and k stand in pairs that are turned together, ours in two halves of a head."""
+    heads = x.reshape(n_head, -1, 2, *x.shape[1:])
+    return heads.swapaxes(1, 2).reshape(x.shape)
+
+
+def rows_in_pairs(x, n_head: int):
+    """The inverse."""
+    heads = x.reshape(n_head, 2, -1, *x.shape[1:])
+    return heads.swapaxes(1, 2).reshape(x.shape)
+
+
+# ---- read ------------------------------------------------------------------------------------------------------------
+
+
+class File:
+    """A GGUF file: `fields`, its settings; `tensors`, by name."""
+
+    def __init__(self, path: str):
+        if not os.path.isfile(path):
+            raise UserError(f"no file at {path}: give a .gguf file")
+        try:
+            size = os.path.getsize(path)
+            with open(path, "rb") as file:
+                counts = np.frombuffer(file.read(24)[8:], "<u8")
+            if len(counts) < 2 or counts.max() > size:
+                raise ValueError("the header is cut, or says nonsense")
+            reader = gguf.GGUFReader(path)
+            self.fields = {name: field.contents() for name, field in reader.fields.items()}
+        except Exception as error:  # whatever a parser may raise on bytes that are no file of its format
+            raise UserError(f"{path} is not a whole GGUF file ({error}): copy it again") from error
+        self.path, self.tensors = path, {tensor.name: tensor for tensor in reader.tensors}
+
+    def tensor(self, name: str):
+        if name not in self.tensors:
+            raise UserError(f"{self.path} holds no tensor {name}: it is not whole; copy it again")
+        return self.tensors[name]
+
+    def arrays(self, name: str, linear: bool) -> dict:
+        tensor = self.tensor(name)
+        try:
+            return arrays_of(tensor, linear)
+        except (ValueError, NotImplementedError, KeyError) as error:
+            raise UserError(f"{self.path}: tensor {name}, of type {tensor.tensor_type.name}, cannot be read ({error})"
+                            ) from error
+
+
+def our_config(file: File) -> GPTConfig:
+    name = file.fields.get("general.architecture")
+    if name not in ("llama", "qwen2", "qwen3", "gpt2"):
+        raise UserError(f"{file.path}: architecture {name!r} is not one of llama, qwen2, qwen3, gpt2")
+
+    def get(key: str, *default):
+        found = file.fields.get(f"{name}.{key}", *default)
+        if found is None and not default:
+            raise UserError(f"{file.path} lacks {name}.{key}: it is not whole; copy it again")
+        return found
+
+    tokens = file.fields.get("tokenizer.ggml.tokens") or []
+    vocab = file.tensor("token_embd.weight").shape[-1] if len(file.tensor("token_embd.weight").shape) == 2 else 0
+    common = dict(block_size=get("context_length"), vocab_size=int(vocab) or len(tokens), n_layer=get("block_count"),
+                  n_head=get("attention.head_count"), n_embd=get("embedding_length"),
+                  ffn_dim=get("feed_forward_length"),
+                  qk_norm=name == "qwen3", tie="output.weight" not in file.tensors)
+    try:
+        if name == "gpt2":
+            return GPTConfig(**common, pos="learned", norm="layer", mlp="gelu_tanh", bias=True,
+                             norm_eps=get("attention.layer_norm_epsilon"))
+        if get("expert_count", 0):
+            raise UserError(f"{file.path}: experts are not read from GGUF; read the original folder by hf_reader.py")
+        config = GPTConfig(**common, mlp="swiglu", qkv_bias=name == "qwen2",
+                           n_kv_head=get("attention.head_count_kv", 0), head_dim=get("attention.key_length", 0),
+                           norm_eps=get("attention.layer_norm_rms_epsilon"),
+                           rope_theta=get("rope.freq_base", 10000.0))
+        return with_rope_scaling(config, file, get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0))
+    except (TypeError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{file.path} has a setting of the wrong type ({error}): copy it again") from error
+
+
+def with_rope_scaling(config: GPTConfig, file: File, kind: str, factor: float) -> GPTConfig:
+    """Linear scaling is a setting; Llama 3's is a tensor of what each frequency is divided by, which must be what its
+    formula gives."""
+    if kind == "linear" and factor != 1:
+        config.rope_factor, config.rope_low_freq, config.rope_high_freq = factor, 1e9, 2e9
+    elif kind not in ("none", "linear"):
+        raise UserError(f"{file.path}: rope scaling {kind!r} is not one of none, linear")
+    if "rope_freqs.weight" in file.tensors:
+        divisors = np.array(file.arrays("rope_freqs.weight", False)["weight"]).reshape(-1)
+        plain = rope_inv_freq(config)
+        config.rope_factor = float(divisors.max())
+        original = file.fields.get("llama.rope.scaling.original_context_length")
+        for length in (original, 8192) if original else (8192,):
+            config.rope_original = length
+            if divisors.shape == plain.shape and np.allclose(plain / rope_inv_freq(config), divisors, rtol=1e-4):
+                return config
+        raise UserError(f"{file.path}: rope_freqs.weight is no scaling of Llama 3.1's kind")
+    return config
+
+
+def read_model(file: File, config: GPTConfig) -> Iterator[tuple[str, mx.array]]:
+    """Our names and arrays, one at a time."""
+    llama, gpt2 = (file.fields["general.architecture"] == name for name in ("llama", "gpt2"))
+    for path, module in skeleton(config).items():
+        theirs, inner = their_name(path, GGUF), path.partition(".attn.")[2]
+        linear = isinstance(module, (nn.Linear, nn.Embedding)) and path != "pos_embed"
+        if gpt2 and inner in ("q", "k", "v"):
+            if inner != "q":
+                continue  # came with q
+            start, fused = path[:-1], theirs.replace("attn_q", "attn_qkv")
+            for part, array in file.arrays(f"{fused}.weight", True).items():
+                yield from as_three(start, part, array, config)
+            yield from as_three(start, "bias", file.arrays(f"{fused}.bias", False)["weight"], config)
+            continue
+        found = file.arrays(f"{theirs}.weight", linear)
+        if "bias" in module.parameters():
+            found["bias"] = file.arrays(f"{theirs}.bias", False)["weight"]
+        for part, array in found.items():
+            if llama and inner in ("q", "k"):
+                heads = config.n_head if inner == "q" else config.n_kv_head
+                if array.shape[0] % (2 * heads):
+                    raise UserError(f"{file.path}: {theirs}.weight has {array.shape[0]} rows, which {heads} heads do "
+                                    "not share: the file is not whole")
+                array = rows_in_halves(array, heads)
+            yield f"{path}.{part}", mx.array(array)
+
+
+def as_three(start: str, part: str, array, config: GPTConfig) -> Iterator[tuple[str, mx.array]]:
+    if array.shape[0] != 3 * config.n_embd:
+        raise UserError(f"{start}qkv has {array.shape[0]} rows, which are no three times {config.n_embd}")
+    for i, letter in enumerate("qkv"):
+        yield f"{start}{letter}.{part}", mx.array(array[i * config.n_embd:(i + 1) * config.n_embd])
+
+
+def our_tokenizer(file: File) -> tuple[Tokenizer | None, dict]:
+    """The tokenizer, if it is byte-level and its words are known; and the chat template."""
+    get = file.fields.get
+    more, model, pre = template_settings(get("tokenizer.chat_template")), get("tokenizer.ggml.model"), None
+    pre = get("tokenizer.ggml.pre", "gpt-2")
+    if model != "gpt2" or pre not in WORDS:
+        print(f"the tokenizer ({model}, {pre}) is not known here: the checkpoint can compute, but not read text")
+        return None, more
+    names, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type") or []
+    special = {name: i for i, name in enumerate(names) if i < len(types) and types[i] in (3, 4)}  # control, user's own
+    tokens = [b"" if name in special else bytes_of_letters(name) for name in names]
+    eot = get("tokenizer.ggml.eos_token_id")
+    if eot is None or not 0 <= eot < len(names):
+        raise UserError(f"{file.path} names no token that ends a document (tokenizer.ggml.eos_token_id)")
+    return Tokenizer("bpe", tokens, special, WORDS[pre], get("tokenizer.ggml.bos_token_id"), eot), more
+
+
+# ---- write -----------------------------------------------------------------------------------------------------------
+
+
+def architecture_of(config: GPTConfig) -> str:
+    """UserError names the setting that no architecture has."""
+    gpt2 = config.pos == "learned"
+    wanted = dict(alibi=False, sinks=0, diff_attn=False, mod="none", yoco=False, n_expert=0, sliding_window=0)
+    wanted |= dict(norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False, n_kv_head=config.n_head,
+                   head_dim=config.n_embd // config.n_head) if gpt2 else dict(
+                       pos="rope", norm="rms", mlp="swiglu", bias=False,
+                       qkv_bias=config.qkv_bias and not config.qk_norm)
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise UserError(f"{name}={getattr(config, name)!r} has no counterpart in GGUF's architectures here, which "
+                            f"have {value!r}: the model cannot be written there")
+    return "gpt2" if gpt2 else "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+
+
+def write_gguf(path: str, model: GPT, meta: dict):
+    config, temporary = model.config, f"{path}.tmp{os.getpid()}"
+    name = architecture_of(config)
+    writer = gguf.GGUFWriter(temporary, name)
+    try:
+        add_settings(writer, config, name)
+        if meta.get("tokenizer"):
+            add_tokenizer(writer, Tokenizer.from_dict(meta["tokenizer"]), config)
+        if meta.get("chat_template"):
+            writer.add_chat_template(meta["chat_template"])
+        modules = dict(model.named_modules())
+        for module_path in tqdm(skeleton(config), unit=" modules", disable=None, dynamic_ncols=True):
+            for tensor, array in their_arrays(module_path, modules, config, name):
+                matrix = array.ndim == 2 and tensor != "position_embd.weight"
+                kind = gguf.GGMLQuantizationType[type if matrix and array.shape[1] % 32 == 0 else
+                                                 "F16" if matrix else "F32"]
+                data = gguf.quants.quantize(np.array(array), kind)
+                writer.add_tensor(tensor, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    print(f"{path}: {name}, {type}, {os.path.getsize(path) / 1e6:,.1f} MB")
+
+
+def add_settings(writer, config: GPTConfig, name: str):
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.n_head)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if type == "F16" else gguf.LlamaFileType.MOSTLY_Q8_0)
+    if name == "gpt2":
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    if config.rope_factor != 1:
+        plain = GPTConfig(head_dim=config.head_dim, rope_theta=config.rope_theta)
+        divisors = rope_inv_freq(plain) / rope_inv_freq(config)
+        if np.allclose(divisors, config.rope_factor):
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(config.rope_factor)
+        else:
+            writer.add_rope_scaling_orig_ctx_len(config.rope_original)
+            writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+
+
+def add_tokenizer(writer, enc: Tokenizer, config: GPTConfig):
+    if enc.kind not in ("byte", "bpe"):
+        print(f"no tokenizer is written: one of kind {enc.kind} has no counterpart in GGUF")
+        return
+    pre = next((name for name, pattern in WORDS.items() if pattern == enc.pattern), None)
+    if pre is None:
+        pre = "default"
+        print("llama.cpp does not know how this tokenizer cuts text into words: it will cut by its default")
+    letters, names = letters_of_bytes(), {i: name for name, i in enc.special.items()}
+    spelled = ["".join(letters[byte] for byte in token) for token in enc.tokens]
+    spelled += [""] * (config.vocab_size - len(spelled))
+    tokens = [names.get(i) or piece or f"[PAD{i}]" for i, piece in enumerate(spelled)]
+    kinds = [gguf.TokenType.CONTROL if i in names else gguf.TokenType.NORMAL if piece else gguf.TokenType.UNUSED
+             for i, piece in enumerate(spelled)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in to_tokenizer_json(enc)["model"]["merges"]])
+    writer.add_bos_token_id(enc.bos)
+    writer.add_eos_token_id(enc.eot)
+
+
+def their_arrays(path: str, modules: dict, config: GPTConfig, name: str) -> Iterator[tuple[str, mx.array]]:
+    """Their names, and float32 arrays, of one of our modules."""
+    module, theirs, inner = modules[path], their_name(path, GGUF), path.partition(".attn.")[2]
+    if name == "gpt2" and inner in ("q", "k", "v"):
+        if inner == "q":
+            three, fused = [modules[path[:-1] + letter] for letter in "qkv"], theirs.replace("attn_q", "attn_qkv")
+            yield f"{fused}.weight", mx.concatenate([dense_weight(other) for other in three])
+            yield f"{fused}.bias", mx.concatenate([other.bias for other in three]).astype(mx.float32)
+        return
+    weight = module.weight.astype(mx.float32)
+    if isinstance(module, nn.QuantizedEmbedding):
+        weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+    elif isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+        weight = dense_weight(module)
+    if name == "llama" and inner in ("q", "k"):
+        weight = rows_in_pairs(weight, config.n_head if inner == "q" else config.n_kv_head)
+    yield f"{theirs}.weight", weight.astype(mx.float32)
+    if "bias" in module:
+        yield f"{theirs}.bias", module.bias.astype(mx.float32)
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+if not source:
+    raise UserError("nothing to read: give a .gguf file, or a checkpoint and --export=FILE.gguf")
+if type not in ("F16", "Q8_0"):
+    raise UserError(f"type={type!r} is not one of F16, Q8_0")
+if bits not in (0, 2, 3, 4, 5, 6, 8):
+    raise UserError(f"bits={bits} is not one of 0, 2, 3, 4, 5, 6, 8")
+if export:
+    write_gguf(export, *load_checkpoint(source))
+else:
+    file = File(source)
+    config = our_config(file)
+    tokenizer, more = our_tokenizer(file)
+    write_checkpoint(out, config, read_model(file, config), tokenizer, {"script": "gguf_reader.py", **more})

@@ -1,0 +1,269 @@
+"""gguf_reader.py: all types against the gguf package's dequantiser, models by its writer, there and back, fuzz."""
+import subprocess
+import sys
+
+import blas  # noqa: F401  (before mlx)
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten
+
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from tokenizer import Tokenizer, train_bpe
+
+SOURCE = (ROOT / "gguf_reader.py").read_text()
+START, END = SOURCE.index("# ---- types"), SOURCE.index("# ---- read")
+made = {"np": np, "mx": mx, "gguf": gguf, "bits": 0}
+exec(SOURCE[START:END], made)  # the section of the types stands by itself
+IDX = np.random.default_rng(1).integers(0, 96, (2, 20))
+USUAL = dict(block_size=64, vocab_size=96, n_layer=2, n_head=4, n_embd=64, ffn_dim=128)
+FLAVOURS = {
+    "llama": dict(mlp="swiglu", qk_norm=False, n_kv_head=2, tie=False),
+    "qwen2": dict(mlp="swiglu", qk_norm=False, n_kv_head=2, qkv_bias=True),
+    "qwen3": dict(mlp="swiglu", n_kv_head=2, head_dim=32),
+    "gpt2": dict(pos="learned", norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False),
+}
+
+
+class Tensor:
+    def __init__(self, data, kind):
+        self.data, self.tensor_type = data, kind
+
+
+# ---- types -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_packed_is_exact(kind):
+    """MLX unpacks from our arrays what the gguf package unpacks from its own."""
+    kind = gguf.GGMLQuantizationType[kind]
+    data = gguf.quants.quantize(np.random.default_rng(0).standard_normal((6, 256)).astype(np.float32), kind)
+    weight, scales, biases = map(mx.array, made["packed"](data, kind.name))
+    found = mx.dequantize(weight, scales, biases, 32, 8 if kind.name == "Q8_0" else 4)
+    wanted = gguf.quants.dequantize(data, kind)
+    np.testing.assert_allclose(np.array(found), wanted, rtol=0, atol=2e-7 * np.abs(wanted).max() * 16)
+
+
+@pytest.mark.parametrize("kind", sorted(kind.name for kind in gguf.quants._type_traits))
+def test_every_type(kind):
+    """Random blocks, which any bytes are; as the package unpacks them, but for the rounding to float16."""
+    kind = gguf.GGMLQuantizationType[kind]
+    size, width = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, (3, 512 // size * width), np.uint8)
+    data.reshape(3, -1, width)[..., 1::2] &= 0x3B  # no scale of infinity, wherever a block has its float16
+    with np.errstate(all="ignore"):
+        wanted = gguf.quants.dequantize(data, kind)
+        found = made["arrays_of"](Tensor(data, kind), False)["weight"]
+    found = np.array(mx.array(found).astype(mx.float32))
+    assert found.shape == wanted.shape
+    near = np.isclose(found, wanted, rtol=1e-3, atol=1e-6) | (np.abs(wanted) > 6e4) | np.isnan(wanted)
+    assert near.all()
+
+
+def test_rows_of_rope():
+    x = np.arange(24).reshape(24, 1)
+    turned = made["rows_in_pairs"](x, 2)
+    assert turned[:6, 0].tolist() == [0, 6, 1, 7, 2, 8] and np.array_equal(made["rows_in_halves"](turned, 2), x)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def build(name: str) -> GPT:
+    model, rng = GPT(GPTConfig(**USUAL | FLAVOURS[name]), seed=1), np.random.default_rng(0)
+    for block in model.blocks:
+        for linear in (block.attn.q, block.attn.k, block.attn.v):
+            if "bias" in linear:
+                linear.bias = mx.array(rng.standard_normal(linear.bias.shape).astype(np.float32))
+    return model
+
+
+def written(path, name: str, model: GPT, kind=gguf.GGMLQuantizationType.F32, skip=""):
+    """The model by the package's writer, with names and settings written down here once more."""
+    c, p = model.config, {key: np.array(value) for key, value in tree_flatten(model.parameters())}
+    w = gguf.GGUFWriter(path, name)
+    for key, value in {"context_length": c.block_size, "embedding_length": c.n_embd, "block_count": c.n_layer,
+                       "feed_forward_length": c.ffn_dim, "attention.head_count": c.n_head}.items():
+        w.add_uint32(f"{name}.{key}", value)
+    if name == "gpt2":
+        w.add_float32("gpt2.attention.layer_norm_epsilon", c.norm_eps)
+    else:
+        w.add_uint32(f"{name}.attention.head_count_kv", c.n_kv_head)
+        w.add_uint32(f"{name}.attention.key_length", c.head_dim)
+        w.add_float32(f"{name}.attention.layer_norm_rms_epsilon", c.norm_eps)
+        w.add_float32(f"{name}.rope.freq_base", c.rope_theta)
+    theirs = {"embed": "token_embd", "pos_embed": "position_embd", "norm": "output_norm", "head": "output"}
+    inner = {"attn_norm": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
+             "attn.out": "attn_output", "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm",
+             "mlp_norm": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down"}
+    found = {}
+    for key, value in p.items():
+        path_, _, part = key.rpartition(".")
+        if path_.startswith("blocks."):
+            _, layer, ours = path_.split(".", 2)
+            if name == "llama" and ours in ("attn.q", "attn.k"):
+                D = c.head_dim
+                value = np.concatenate([value[h * D + i:h * D + i + 1] for h in range(len(value) // D)
+                                        for j in range(D // 2) for i in (j, j + D // 2)])
+            found[f"blk.{layer}.{inner[ours]}.{part}"] = value
+        else:
+            found[f"{theirs[path_]}.{part}"] = value
+    if name == "gpt2":
+        for layer in range(c.n_layer):
+            for part in ("weight", "bias"):
+                three = [found.pop(f"blk.{layer}.attn_{letter}.{part}") for letter in "qkv"]
+                found[f"blk.{layer}.attn_qkv.{part}"] = np.concatenate(three)
+    for key, value in found.items():
+        if key != skip:
+            if value.ndim == 2 and "position" not in key:
+                w.add_tensor(key, gguf.quants.quantize(value, kind), raw_dtype=kind)
+            else:
+                w.add_tensor(key, value)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def rounded(model: GPT, kind: str) -> GPT:
+    """The model, its matrices as they are in a file of this type."""
+    kind = gguf.GGMLQuantizationType[kind]
+    weights = [(key, gguf.quants.dequantize(gguf.quants.quantize(np.array(value), kind), kind))
+               for key, value in tree_flatten(model.parameters()) if value.ndim == 2 and "pos_embed" not in key]
+    return model.load_weights([(key, mx.array(value.astype(np.float32))) for key, value in weights], strict=False)
+
+
+def read(*arguments, status=0):
+    command = [sys.executable, ROOT / "gguf_reader.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
+    return done
+
+
+def logits_of(path) -> np.ndarray:
+    model, _ = load_checkpoint(str(path))
+    model.set_dtype(mx.float32)
+    return np.array(model(mx.array(IDX)))
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_models(name, kind, tmp_path):
+    model = build(name)
+    written(tmp_path / "a.gguf", name, model, gguf.GGMLQuantizationType[kind])
+    read(tmp_path / "a.gguf", tmp_path / "a.safetensors")
+    logits = np.array(rounded(model, kind)(mx.array(IDX)))
+    assert np.abs(logits_of(tmp_path / "a.safetensors") - logits).max() < 1e-5 * np.abs(logits).max()
+    found, _ = load_checkpoint(str(tmp_path / "a.safetensors"))
+    assert hasattr(found.blocks[0].attn.q, "bits") == kind.startswith("Q")
+    assert kind != "BF16" or found.blocks[0].mlp.up.weight.dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_other_types_are_unpacked(bits, tmp_path):
+    """Q5_0 into float16; packed again if asked."""
+    model = build("llama")
+    written(tmp_path / "a.gguf", "llama", model, gguf.GGMLQuantizationType.Q5_0)
+    read(tmp_path / "a.gguf", tmp_path / "a.safetensors", f"--bits={bits}")
+    found, _ = load_checkpoint(str(tmp_path / "a.safetensors"))
+    assert hasattr(found.blocks[0].attn.q, "bits") == (bits > 0)
+    logits = np.array(rounded(model, "Q5_0")(mx.array(IDX)))
+    tolerance = 0.05 if bits else 2e-3
+    assert np.abs(logits_of(tmp_path / "a.safetensors") - logits).max() < tolerance * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("name", [*FLAVOURS, "llama3", "linear"])
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_there_and_back(name, kind, tmp_path):
+    scaling = dict(llama3=dict(rope_factor=8.0, rope_original=16), linear=dict(
+        rope_factor=4.0, rope_low_freq=1e9, rope_high_freq=2e9)).get(name, {})
+    flavour = FLAVOURS.get(name, FLAVOURS["llama"])
+    model, enc = GPT(GPTConfig(**USUAL | flavour | scaling | {"vocab_size": 512})), train_bpe(iter([SOURCE]), 500)
+    meta = {"tokenizer": enc.to_dict(), "chat_template": "<|im_start|>"}
+    save_checkpoint(str(tmp_path / "a.safetensors"), model, meta)
+    read(tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}", f"--type={kind}")
+    reader = gguf.GGUFReader(tmp_path / "b.gguf")
+    assert reader.fields["general.architecture"].contents() == (name if name in FLAVOURS else "llama")
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["blk.1.ffn_up.weight"] == kind and types["output_norm.weight"] == "F32"
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == 512 and tokens[enc.eot] == "<|endoftext|>"
+    read(tmp_path / "b.gguf", tmp_path / "c.safetensors")
+    logits = np.array(rounded(model, kind)(mx.array(IDX)))
+    assert np.abs(logits_of(tmp_path / "c.safetensors") - logits).max() < 1e-5 * np.abs(logits).max()
+    assert load_checkpoint(str(tmp_path / "c.safetensors"))[1]["template"] == "chatml"
+
+
+def test_the_tokenizer_comes_along(tmp_path):
+    """Where llama.cpp's name for its regex is known."""
+    enc = train_bpe(iter([SOURCE]), 500)
+    made_ = {}
+    exec(SOURCE[SOURCE.index("WORDS = {"):START], {"GPT2_PATTERN": __import__("tokenizer").GPT2_PATTERN}, made_)
+    enc = Tokenizer("bpe", enc.tokens, enc.special, made_["WORDS"]["qwen2"])
+    save_checkpoint(str(tmp_path / "a.safetensors"), GPT(GPTConfig(**USUAL | FLAVOURS["qwen2"] | {"vocab_size": 512})),
+                    {"tokenizer": enc.to_dict()})
+    read(tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}")
+    read(tmp_path / "b.gguf", tmp_path / "c.safetensors")
+    found = Tokenizer.from_dict(load_checkpoint(str(tmp_path / "c.safetensors"))[1]["tokenizer"])
+    for text in ("def f(x): return 12345", "grüße, 世界\n\n  x"):
+        assert found.encode(text).tolist() == enc.encode(text).tolist()
+    assert (found.eot, found.bos, found.pattern) == (enc.eot, enc.bos, enc.pattern)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_no_counterpart(tmp_path):
+    save_checkpoint(str(tmp_path / "a.safetensors"), GPT(GPTConfig(**USUAL)), {})
+    done = read(tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}", status=2)
+    assert "mlp='relu2' has no counterpart" in done.stderr and not list(tmp_path.glob("b*"))
+
+
+@pytest.mark.parametrize("change, says", [
+    ("skip", "holds no tensor blk.1.ffn_up.weight"), ("architecture", "architecture 'mamba'"),
+    ("cut", "is not a whole GGUF file"), ("text", "is not a whole GGUF file"), ("none", "no file at"),
+    ("shape", "by config.json it is"),
+])
+def test_bad_files(change, says, tmp_path):
+    path = tmp_path / "a.gguf"
+    model = build("llama")
+    if change == "shape":
+        model.blocks[1].mlp.up.weight = model.blocks[1].mlp.up.weight[:-1]
+    if change != "none":
+        written(path, "llama", model, skip="blk.1.ffn_up.weight" if change == "skip" else "")
+    if change == "architecture":
+        path.write_bytes(path.read_bytes().replace(b"llama", b"mamba"))
+    elif change == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif change == "text":
+        path.write_text("GGUF? no.")
+    assert says in read(path, tmp_path / "out.safetensors", status=2).stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_fuzz(tmp_path):
+    """Cut anywhere, or bits of the header flipped: one line and status 2, or a model with finite numbers."""
+    written(tmp_path / "a.gguf", "llama", build("llama"))
+    whole, results = (tmp_path / "a.gguf").read_bytes(), []
+    header = len(whole) - sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors)
+    for seed in range(24):
+        rng, data, path = np.random.default_rng(seed), bytearray(whole), tmp_path / f"{seed}.gguf"
+        if seed % 2:
+            del data[rng.integers(len(data)):]
+        else:
+            for place in rng.integers(0, header, 2):
+                data[place] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        command = [sys.executable, ROOT / "gguf_reader.py", path, tmp_path / f"{seed}.safetensors"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert "Traceback" not in done.stderr and done.returncode in (0, 2), done.stderr
+        results.append(done.returncode)
+        if done.returncode:
+            assert done.stderr.count("\n") == 1 and not (tmp_path / f"{seed}.safetensors").exists()
+        else:
+            assert np.isfinite(logits_of(tmp_path / f"{seed}.safetensors")).all()
+    assert set(results[1::2]) == {2}
