@@ -137,6 +137,7 @@ class Folder:
 
     def __init__(self, folder: str):
         self.folder, self.raw, self.files, self.open = folder, read_json(folder, "config.json"), {}, {}
+        self.used = set()  # names that were read
         found = sorted(os.listdir(folder))
         index = next((name for name in found if name.endswith(".safetensors.index.json")), None)
         shards = [name for name in found if name.endswith(".safetensors")]
@@ -170,6 +171,7 @@ class Folder:
         """It is read from the file now, and not kept here."""
         path = self.file_of(name)
         name = name if name in self.files else name.removeprefix("transformer.")
+        self.used.add(name)
         try:
             if name not in self.open.get(path, {}):
                 self.open[path] = mx.load(path, format="safetensors")  # read when they are computed
@@ -250,10 +252,20 @@ def read_model(config: GPTConfig, source: Folder,
                 yield f"{path}.{part}", mx.stack([found[part] for found in experts])
         elif isinstance(module, nn.Linear):
             for part, array in linear(source, theirs).items():
-                yield f"{path}.{part}", array
+                if part != "bias" or "bias" in module or array.any().item():  # some packers write biases of zeros
+                    yield f"{path}.{part}", array
         else:
             for part in module.parameters():
                 yield f"{path}.{part}", source[f"{theirs}.{part}"]
+    more = [name for name in sorted(source.names - source.used) if not re.search(IGNORED, name)
+            and not (config.tie and name == "lm_head.weight")]
+    if more:
+        raise UserError(f"{source.file_of(more[0])} holds {more[0]}, and {len(more) - 1} more, for which config.json "
+                        "has no place: they do not fit")
+
+
+# Constants that some versions of transformers wrote: masks, and what rotary positions are computed from.
+IGNORED = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$"
 
 
 def skeleton(config: GPTConfig) -> dict[str, nn.Module]:

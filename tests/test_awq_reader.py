@@ -167,3 +167,26 @@ def test_bad_input(change, says, tmp_path):
     assert says in read(folder, out, status=2).stderr
     assert not list(tmp_path.glob("out*"))
     shutil.rmtree(folder)
+
+
+def test_fuzz(tmp_path):
+    """Cut anywhere, or bits of the header flipped: one line and status 2, or the same checkpoint."""
+    folder, _ = folder_of(tmp_path)
+    read(folder, tmp_path / "whole.safetensors")
+    path, idx = folder / "model.safetensors", mx.arange(20)[None]
+    logits, data = np.array(load_checkpoint(str(tmp_path / "whole.safetensors"))[0](idx)), path.read_bytes()
+    for seed in range(16):
+        rng, bad = np.random.default_rng(seed), bytearray(data)
+        if seed % 2:
+            del bad[rng.integers(len(bad)):]
+        else:
+            bad[rng.integers(8 + int.from_bytes(data[:8], "little"))] ^= 1 << rng.integers(8)
+        path.write_bytes(bad)
+        command = [sys.executable, ROOT / "awq_reader.py", folder, tmp_path / "out.safetensors"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and done.returncode == 2 or done.returncode == 0, done.stderr
+        if done.returncode == 0:
+            assert np.array_equal(np.array(load_checkpoint(str(tmp_path / "out.safetensors"))[0](idx)), logits)
+            (tmp_path / "out.safetensors").unlink()
+        assert done.returncode or not seed % 2
+        assert not list(tmp_path.glob("out*"))

@@ -263,6 +263,22 @@ def test_bad_folders(tmp_path):
     assert "nothing to read" in read(status=2).stderr
 
 
+def test_more_than_the_config_says(tmp_path):
+    """Biases that config.json does not know would be lost; but what transformers can compute again is no matter."""
+    shutil.copytree(FOLDERS / "qwen3", tmp_path / "bad")
+    arrays = mx.load(str(FOLDERS / "qwen3" / "model.safetensors"))
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(4), "lm_head.weight": mx.ones((40, 16)),
+            "model.layers.1.self_attn.q_proj.bias": mx.zeros(32)}
+    mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays | more)
+    read(tmp_path / "bad", tmp_path / "model.safetensors")
+    assert near(load_checkpoint(str(tmp_path / "model.safetensors"))[0], np.load(FOLDERS / "qwen3" / "logits.npy"))
+    mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays | {"model.layers.2.mlp.x": mx.ones(4)})
+    refused(tmp_path / "bad", "holds model.layers.2.mlp.x, and 0 more")
+    more["model.layers.1.self_attn.q_proj.bias"] = mx.ones(32)
+    mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays | more)
+    refused(tmp_path / "bad", "blocks.1.attn.q.bias has no place")
+
+
 def test_numbers_that_are_none(tmp_path):
     shutil.copytree(FOLDERS / "qwen3", tmp_path / "bad")
     arrays = mx.load(str(FOLDERS / "qwen3" / "model.safetensors"))
