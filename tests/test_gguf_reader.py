@@ -72,8 +72,8 @@ def test_rows_of_rope():
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def build(name: str) -> GPT:
-    model, rng = GPT(GPTConfig(**USUAL | FLAVOURS[name]), seed=1), np.random.default_rng(0)
+def build(name: str, **more) -> GPT:
+    model, rng = GPT(GPTConfig(**USUAL | FLAVOURS[name] | more), seed=1), np.random.default_rng(0)
     for block in model.blocks:
         for linear in (block.attn.q, block.attn.k, block.attn.v):
             if "bias" in linear:
@@ -196,6 +196,22 @@ def test_there_and_back(name, kind, tmp_path):
     logits = np.array(rounded(model, kind)(mx.array(IDX)))
     assert np.abs(logits_of(tmp_path / "c.safetensors") - logits).max() < 1e-5 * np.abs(logits).max()
     assert load_checkpoint(str(tmp_path / "c.safetensors"))[1]["template"] == "chatml"
+
+
+@pytest.mark.parametrize("name", [*FLAVOURS, "llama3", "linear"])
+def test_llama_cpp_runs_what_we_write(name, tmp_path):
+    """Its logits, computed in float16, are the model's."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    scaling = dict(llama3=dict(rope_factor=8.0, rope_original=16), linear=dict(
+        rope_factor=4.0, rope_low_freq=1e9, rope_high_freq=2e9)).get(name, {})
+    model = build(name if name in FLAVOURS else "llama", vocab_size=512, **scaling)
+    meta = {"tokenizer": train_bpe(iter([SOURCE]), 500).to_dict()}
+    save_checkpoint(str(tmp_path / "a.safetensors"), model, meta)
+    read(tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}")
+    theirs = llama_cpp.Llama(str(tmp_path / "b.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    theirs.eval(IDX[0].tolist())
+    logits = np.array(rounded(model, "F16")(mx.array(IDX[:1])))[0]
+    assert np.abs(np.array(theirs.scores[:20]) - logits).max() < 5e-3 * np.abs(logits).max()
 
 
 def test_the_tokenizer_comes_along(tmp_path):
