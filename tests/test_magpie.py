@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from test_sft import folder, sft  # noqa: F401  (a checkpoint)
 
-from chat import encode, encode_prompt, read_conversations
+from chat import encode, encode_prompt, read_conversations, turns
 from model import load_checkpoint
 from tokenizer import byte_tokenizer
 
@@ -24,10 +24,15 @@ exec(SOURCE[START:END], made)  # the section of the filters stands by itself
 
 @pytest.fixture(scope="module")
 def tuned(folder, tmp_path_factory):  # noqa: F811
-    """A checkpoint that has learned both turns."""
+    """A checkpoint that has learned both turns, with a system message before them and without."""
     out = tmp_path_factory.mktemp("tuned")
-    sft(folder, out, "--kind=full", "--template=plain", "--learn_prompts=True", "--learning_rate=5e-3", "--epochs=80",
-        "--eval_interval=40")
+    tasks = [json.loads(line) for line in (folder / "tasks.jsonl").read_text().splitlines()]
+    greeted = [{"messages": [{"role": "system", "content": "Hi."}, *turns(task["prompt"], task["response"])]}
+               for task in tasks]
+    data = out / "tasks.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*tasks, *greeted]))
+    sft(folder, out, f"--data={data}", "--kind=full", "--template=plain", "--learn_prompts=True",
+        "--learning_rate=5e-3", "--epochs=40", "--eval_interval=40")
     return out / "sft.safetensors"
 
 
@@ -97,7 +102,7 @@ def test_avoid(tuned, tmp_path):
 
 def test_system_message(tuned, tmp_path):
     out = tmp_path / "made.jsonl"
-    magpie(tuned, out, "--system=Hi.", "--n=1", "--patience=200", "--min_words=1")
+    magpie(tuned, out, "--system=Hi.")
     assert read_conversations(str(out))[0][0] == {"role": "system", "content": "Hi."}
 
 
