@@ -26,8 +26,9 @@ from functools import partial
 
 import blas  # before mlx
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
 import hub
@@ -36,7 +37,7 @@ from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
-only = "train,decode,tokenize,variants,adapters,convert"  # sections
+only = "train,decode,tokenize,variants,adapters,packed,convert"  # sections
 shapes = ""            # of SHAPES below, separated by commas; none: those that suit the device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # written in each round of decoding
@@ -58,7 +59,7 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
 names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
 if unknown := set(names) - set(SHAPES):
     raise UserError(f"no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
-SECTIONS = "train", "decode", "tokenize", "variants", "adapters", "convert"
+SECTIONS = "train", "decode", "tokenize", "variants", "adapters", "packed", "convert"
 if unknown := set(only.split(",")) - set(SECTIONS):
     raise UserError(f"no section {unknown.pop()!r}: choose among {', '.join(SECTIONS)}")
 rounds = rounds or (7 if ON_CPU else 20)
@@ -356,6 +357,37 @@ def bench_adapters():
               lambda: adapted[0](adapted[1]))
 
 
+# ---- packed weights --------------------------------------------------------------------------------------------------
+
+
+def bench_packed():
+    """Decoding at batch 1 with all matrices packed in groups of 64, against the model as it is; and the bytes of the
+    weights in memory, by those of float16."""
+    shape = dict(n_layer=8, n_embd=512, vocab_size=8192) if ON_CPU else dict(n_layer=24, n_embd=2048, vocab_size=50304)
+    n = min(new_tokens, 256)
+
+    def model_of(bits: int) -> GPT:
+        model = GPT(GPTConfig(**shape, n_head=shape["n_embd"] // 64, block_size=512)).eval()
+        model.set_dtype(dtype)
+        if bits:
+            nn.quantize(model, 64, bits)
+        mx.eval(model.parameters())
+        return model
+
+    def size(model: GPT, dtype: mx.Dtype) -> float:  # floating-point numbers are of this dtype
+        arrays = [array for _, array in tree_flatten(model.parameters())]
+        return sum(p.nbytes if p.dtype == mx.uint32 else p.size * dtype.size for p in arrays) / 1e6
+
+    dense = model_of(0)
+    for bits in 8, 4:
+        packed = model_of(bits)
+        what = f"{sum(p.size for _, p in tree_flatten(dense.parameters())) / 1e6:.0f}M, {bits} bits"
+        alternate(f"decode {what}; {str(dtype)[9:]}", "tok/s", n, lambda packed=packed: [*generate(packed, [1], n)],
+                  lambda: [*generate(dense, [1], n)])
+        sizes = size(packed, mx.float16), size(dense, mx.float16)
+        show(f"memory {what}; float16", "MB", *(f"{x:,.2f}" for x in (*sizes, sizes[1] / sizes[0])), "", "", "")
+
+
 # ---- reading models --------------------------------------------------------------------------------------------------
 
 
@@ -414,5 +446,7 @@ if "variants" in only:
     bench_yoco()  # yoco
 if "adapters" in only:
     bench_adapters()
+if "packed" in only:
+    bench_packed()
 if "convert" in only:
     bench_convert()

@@ -3,12 +3,13 @@
     python gguf_reader.py model.gguf model.safetensors
     python gguf_reader.py out/ckpt.safetensors --export=model.gguf --type=Q8_0
 
-Read: the architectures llama (with its rope scaling), qwen2, qwen3 and gpt2. F32, F16 and BF16 stay as they are; Q8_0,
-Q4_0 and Q4_1 stay packed, since MLX's layout holds them exactly, in groups of 32; all other types are unpacked by the
-gguf package, and packed again, with a loss, only if --bits says so. Byte-level tokenizers come along where their way to
-cut words is known here (gpt-2, llama-bpe, qwen2). Written: F16 or Q8_0.
+Read: the architectures llama (with its rope scaling and Mixtral's experts), qwen2, qwen3 and gpt2. F32, F16 and BF16
+stay as they are; Q8_0, Q4_0 and Q4_1 stay packed, since MLX's layout holds them exactly, in groups of 32; all other
+types are unpacked by the gguf package, and packed again, with a loss, only if --bits says so. Byte-level tokenizers
+come along where their way to cut words is known here (gpt-2, llama-bpe, qwen2). Written: F16 or Q8_0.
 """
 import os
+import re
 from collections.abc import Iterator
 
 import blas  # noqa: F401  (before mlx)
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from config import UserError, overrides
 from hub import GGUF, skeleton, template_settings, their_name, write_checkpoint
-from model import GPT, GPTConfig, load_checkpoint, rope_inv_freq
+from model import GPT, Experts, GPTConfig, load_checkpoint, rope_inv_freq
 from quantized import dense_weight
 from tokenizer import GPT2_PATTERN, Tokenizer, bytes_of_letters, letters_of_bytes, to_tokenizer_json
 
@@ -63,7 +64,10 @@ def nibbles(blocks: np.ndarray) -> np.ndarray:
 
 
 def packed(data: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of blocks, uint8 (out, bytes) -> words (out, in bits / 32), scales and biases (out, in / 32), float32."""
+    """Rows of blocks, uint8 (out, bytes) -> words (out, in bits / 32), scales and biases (out, in / 32), float32; or
+    with the experts before all of that."""
+    if data.ndim == 3:
+        return tuple(np.stack(parts) for parts in zip(*(packed(one, kind) for one in data), strict=True))
     size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
     blocks = data.reshape(len(data), -1, size)
     scales = halves(blocks[..., :2])
@@ -158,12 +162,11 @@ def our_config(file: File) -> GPTConfig:
         if name == "gpt2":
             return GPTConfig(**common, pos="learned", norm="layer", mlp="gelu_tanh", bias=True,
                              norm_eps=get("attention.layer_norm_epsilon"))
-        if get("expert_count", 0):
-            raise UserError(f"{file.path}: experts are not read from GGUF; read the original folder by hf_reader.py")
         config = GPTConfig(**common, mlp="swiglu", qkv_bias=name == "qwen2",
                            n_kv_head=get("attention.head_count_kv", 0), head_dim=get("attention.key_length", 0),
                            norm_eps=get("attention.layer_norm_rms_epsilon"),
-                           rope_theta=get("rope.freq_base", 10000.0))
+                           rope_theta=get("rope.freq_base", 10000.0), n_expert=get("expert_count", 0),
+                           expert_top_k=get("expert_used_count", 0) or 2, expert_balance="none")
         return with_rope_scaling(config, file, get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0))
     except (TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{file.path} has a setting of the wrong type ({error}): copy it again") from error
@@ -189,12 +192,18 @@ def with_rope_scaling(config: GPTConfig, file: File, kind: str, factor: float) -
     return config
 
 
+def gguf_name(path: str, config: GPTConfig) -> str:
+    """Of a tensor, without .weight; experts stand in one tensor."""
+    experts = config.n_expert and re.search(r"\.mlp\.(gate|up|down)$", path)
+    return their_name(path, GGUF) + ("_exps" if experts else "")
+
+
 def read_model(file: File, config: GPTConfig) -> Iterator[tuple[str, mx.array]]:
     """Our names and arrays, one at a time."""
     llama, gpt2 = (file.fields["general.architecture"] == name for name in ("llama", "gpt2"))
     for path, module in skeleton(config).items():
-        theirs, inner = their_name(path, GGUF), path.partition(".attn.")[2]
-        linear = isinstance(module, (nn.Linear, nn.Embedding)) and path != "pos_embed"
+        theirs, inner = gguf_name(path, config), path.partition(".attn.")[2]
+        linear = isinstance(module, (nn.Linear, nn.Embedding, Experts)) and not path.endswith(("pos_embed", "router"))
         if gpt2 and inner in ("q", "k", "v"):
             if inner != "q":
                 continue  # came with q
@@ -246,11 +255,13 @@ def our_tokenizer(file: File) -> tuple[Tokenizer | None, dict]:
 def architecture_of(config: GPTConfig) -> str:
     """UserError names the setting that no architecture has."""
     gpt2 = config.pos == "learned"
-    wanted = dict(alibi=False, sinks=0, diff_attn=False, mod="none", yoco=False, n_expert=0, sliding_window=0)
-    wanted |= dict(norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False, n_kv_head=config.n_head,
+    wanted = dict(alibi=False, sinks=0, diff_attn=False, mod="none", yoco=False, n_shared_expert=0,
+                  sliding_window=0)
+    wanted |= dict(norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False, n_kv_head=config.n_head, n_expert=0,
                    head_dim=config.n_embd // config.n_head) if gpt2 else dict(
                        pos="rope", norm="rms", mlp="swiglu", bias=False,
-                       qkv_bias=config.qkv_bias and not config.qk_norm)
+                       qkv_bias=config.qkv_bias and not config.qk_norm,
+                       n_expert=0 if config.qkv_bias or config.qk_norm or config.expert_top_k < 2 else config.n_expert)
     for name, value in wanted.items():
         if getattr(config, name) != value:
             raise UserError(f"{name}={getattr(config, name)!r} has no counterpart in GGUF's architectures here, which "
@@ -271,8 +282,8 @@ def write_gguf(path: str, model: GPT, meta: dict):
         modules = dict(model.named_modules())
         for module_path in tqdm(skeleton(config), unit=" modules", disable=None, dynamic_ncols=True):
             for tensor, array in their_arrays(module_path, modules, config, name):
-                matrix = array.ndim == 2 and tensor != "position_embd.weight"
-                kind = gguf.GGMLQuantizationType[type if matrix and array.shape[1] % 32 == 0 else
+                matrix = array.ndim > 1 and not tensor.endswith(("position_embd.weight", "ffn_gate_inp.weight"))
+                kind = gguf.GGMLQuantizationType[type if matrix and array.shape[-1] % 32 == 0 else
                                                  "F16" if matrix else "F32"]
                 data = gguf.quants.quantize(np.array(array), kind)
                 writer.add_tensor(tensor, data, raw_dtype=kind)
@@ -300,6 +311,9 @@ def add_settings(writer, config: GPTConfig, name: str):
         writer.add_layer_norm_eps(config.norm_eps)
         return
     writer.add_head_count_kv(config.n_kv_head)
+    if config.n_expert:
+        writer.add_expert_count(config.n_expert)
+        writer.add_expert_used_count(config.expert_top_k)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
@@ -342,21 +356,17 @@ def add_tokenizer(writer, enc: Tokenizer, config: GPTConfig):
 
 def their_arrays(path: str, modules: dict, config: GPTConfig, name: str) -> Iterator[tuple[str, mx.array]]:
     """Their names, and float32 arrays, of one of our modules."""
-    module, theirs, inner = modules[path], their_name(path, GGUF), path.partition(".attn.")[2]
+    module, theirs, inner = modules[path], gguf_name(path, config), path.partition(".attn.")[2]
     if name == "gpt2" and inner in ("q", "k", "v"):
         if inner == "q":
             three, fused = [modules[path[:-1] + letter] for letter in "qkv"], theirs.replace("attn_q", "attn_qkv")
             yield f"{fused}.weight", mx.concatenate([dense_weight(other) for other in three])
             yield f"{fused}.bias", mx.concatenate([other.bias for other in three]).astype(mx.float32)
         return
-    weight = module.weight.astype(mx.float32)
-    if isinstance(module, nn.QuantizedEmbedding):
-        weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
-    elif isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-        weight = dense_weight(module)
+    weight = dense_weight(module)
     if name == "llama" and inner in ("q", "k"):
         weight = rows_in_pairs(weight, config.n_head if inner == "q" else config.n_kv_head)
-    yield f"{theirs}.weight", weight.astype(mx.float32)
+    yield f"{theirs}.weight", weight
     if "bias" in module:
         yield f"{theirs}.bias", module.bias.astype(mx.float32)
 

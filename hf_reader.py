@@ -119,14 +119,10 @@ def their_arrays(model: GPT) -> Iterator[tuple[str, mx.array]]:
     for path in skeleton(config):
         module, theirs = modules[path], their_name(path, column)
         layer, _, inner = path.removeprefix("blocks.").partition(".")
-        number, parts = f"{PREFIX[column]}{layer}", {}
-        if isinstance(module, nn.QuantizedEmbedding):
-            parts["weight"] = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
-        elif isinstance(module, nn.QuantizedLinear):
-            parts = {"weight": dense_weight(module).astype(module.scales.dtype)}
-            parts |= {"bias": module.bias} if "bias" in module else {}
-        else:
-            parts = module.parameters()
+        number, parts = f"{PREFIX[column]}{layer}", dict(module.parameters())
+        if "scales" in module:
+            parts = {part: array for part, array in parts.items() if part in ("weight", "bias")}
+            parts["weight"] = dense_weight(module).astype(module.scales.dtype)
         for part, array in parts.items():
             linear = isinstance(module, (nn.Linear, nn.QuantizedLinear)) and path != "head"
             if column == GPT2 and linear and part == "weight":

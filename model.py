@@ -666,6 +666,49 @@ class Experts(nn.Module):
             y = y + mx.where(empty[:, None], 0, self.bias[expert])
         return y
 
+    def to_quantized(self, group_size: int, bits: int, **_) -> "PackedExperts":
+        return PackedExperts(self, group_size, bits)
+
+
+class PackedExperts(nn.Module):
+    """Experts whose weights stay packed integers (quantized.py); frozen."""
+
+    def __init__(self, dense: Experts, group_size: int, bits: int):
+        super().__init__()
+        self.group_size, self.bits = group_size, bits
+        self.weight, self.scales, self.biases = mx.quantize(dense.weight, group_size, bits)
+        if "bias" in dense:
+            self.bias = dense.bias
+        self.freeze()
+
+    def __call__(self, x: mx.array, expert: mx.array, ends: mx.array | None) -> mx.array:
+        expert_of_row = expert if ends is None else mx.repeat(expert, ROWS)
+        if "order" in self:  # (E, in), as of a packed linear layer
+            x = mx.take_along_axis(x, self.order[expert_of_row], axis=1)
+        if ends is None:
+            y = mx.gather_qmm(x[:, None], self.weight, self.scales, self.biases, rhs_indices=expert,
+                              group_size=self.group_size, bits=self.bits)[:, 0]
+        else:
+            y = self.in_blocks(x, expert)
+        return y + self.bias[expert_of_row] if "bias" in self else y  # empty rows go nowhere, and the bias is frozen
+
+    def in_blocks(self, x: mx.array, expert: mx.array) -> mx.array:
+        """blocks_by_experts() with weights that are unpacked again in the backward pass."""
+
+        def product(x, weight):
+            x = x.reshape(-1, ROWS, x.shape[-1])
+            return mx.gather_mm(x, weight, rhs_indices=expert, sorted_indices=True).flatten(0, 1)
+
+        @mx.custom_function
+        def forward(x):
+            return product(x, quantized.unpacked(self, x).swapaxes(1, 2))
+
+        @forward.vjp
+        def backward(x, cotangent, _):
+            return product(cotangent, quantized.unpacked(self, cotangent))
+
+        return forward(x)
+
 
 class MoE(nn.Module):
     """Taps the site "router": (B, T, n_expert), the logits."""

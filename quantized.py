@@ -26,20 +26,22 @@ def quantized_linear(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.ar
     if few_rows(x):
         return row_by_row(layer, x)
 
-    def weight(after: mx.array) -> mx.array:
-        packed = mx.depends([layer.weight], [after])[0]  # else all layers would be unpacked ahead
-        return mx.dequantize(packed, layer.scales, layer.get("biases"), layer.group_size, layer.bits,
-                             layer.mode).astype(x.dtype)
-
     @mx.custom_function
     def product(x):
-        return x @ weight(x).T
+        return x @ unpacked(layer, x).T
 
     @product.vjp
     def product_backward(x, cotangent, _):
-        return cotangent @ weight(cotangent)
+        return cotangent @ unpacked(layer, cotangent)
 
     return product(x) + layer.bias if "bias" in layer else product(x)
+
+
+def unpacked(layer: nn.Module, x: mx.array) -> mx.array:
+    """A packed layer's weight (..., out, in) in the dtype of x, not before x is there: else MLX would unpack all layers
+    ahead."""
+    packed = mx.depends([layer.weight], [x])[0]
+    return mx.dequantize(packed, layer.scales, layer.biases, layer.group_size, layer.bits).astype(x.dtype)
 
 
 nn.QuantizedLinear.__call__ = nn.QuantizedEmbedding.as_linear = quantized_linear
@@ -51,13 +53,13 @@ def dense_shape(linear: nn.Module) -> tuple[int, int]:
     return outputs, inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs
 
 
-def dense_weight(linear: nn.Module) -> mx.array:
-    """(out, in) of a linear layer, packed or not; float32."""
-    weight = linear.weight
-    if isinstance(linear, nn.QuantizedLinear):
-        weight = mx.dequantize(weight, linear.scales, linear.biases, linear.group_size, linear.bits)
-        if "order" in linear:
-            weight = weight[:, mx.argsort(linear.order)]
+def dense_weight(module: nn.Module) -> mx.array:
+    """(..., out, in) of a linear layer, an embedding or experts, packed or not; float32."""
+    weight = module.weight
+    if "scales" in module:
+        weight = mx.dequantize(weight, module.scales, module.biases, module.group_size, module.bits)
+    if "order" in module:
+        weight = mx.take_along_axis(weight, mx.argsort(module.order, axis=-1)[..., None, :], axis=-1)
     return weight.astype(mx.float32)
 
 

@@ -1,5 +1,6 @@
 """awq_reader.py: what AutoAWQ itself packed (fixtures/make_awq.py), an independent packer, whole folders, bad input."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -65,17 +66,17 @@ def pack_plain(q: np.ndarray, columns: int) -> np.ndarray:
     return words.view(np.int32)
 
 
-def folder_of(tmp_path, version="gemm", group_size=32, **more):
-    """A packed Llama, and the dense model that it stands for."""
+def folder_of(tmp_path, version="gemm", group_size=32, n_expert=0, **more):
+    """A packed Llama, or Mixtral, and the dense model that it stands for."""
     config = GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=64, ffn_dim=128, mlp="swiglu",
-                       qk_norm=False, tie=False)
+                       qk_norm=False, tie=False, n_expert=n_expert, expert_balance="none")
     model, rng, folder = GPT(config), np.random.default_rng(0), tmp_path / "folder"
     model.set_dtype(mx.float16)
     save_checkpoint(str(tmp_path / "dense.safetensors"), model, {})
     subprocess.run([sys.executable, ROOT / "hf_reader.py", tmp_path / "dense.safetensors", f"--export={folder}"],
                    check=True, capture_output=True)
     arrays = mx.load(str(folder / "model.safetensors"))
-    for name in [name for name in arrays if "_proj" in name]:
+    for name in [name for name in arrays if re.search(r"(_proj|w[123])\.weight$", name)]:
         outputs, inputs = arrays.pop(name).shape
         path, width = name.removesuffix(".weight"), inputs if group_size == -1 else group_size
         q = rng.integers(0, 16, (outputs, inputs))
@@ -93,7 +94,13 @@ def folder_of(tmp_path, version="gemm", group_size=32, **more):
             arrays[f"{path}.{part}"] = mx.array(np.ascontiguousarray(array))
         wide = [np.repeat(x.astype(np.float32), width, axis=1) for x in (zero, scale)]
         ours = path.replace("model.layers", "blocks").replace("self_attn", "attn").replace("o_proj", "out")
-        dict(model.named_modules())[ours.removesuffix("_proj")].weight = mx.array((q - wide[0]) * wide[1])
+        weight = mx.array((q - wide[0]) * wide[1])
+        if match := re.search(r"layers\.(\d)\.block_sparse_moe\.experts\.(\d)\.(w[123])$", path):
+            experts = model.blocks[int(match[1])].mlp[{"w1": "gate", "w2": "down", "w3": "up"}[match[3]]]
+            experts.weight = experts.weight.astype(mx.float32)
+            experts.weight[int(match[2])] = weight
+        else:
+            dict(model.named_modules())[ours.removesuffix("_proj")].weight = weight
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
     raw = json.loads((folder / "config.json").read_text())
     raw["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True,
@@ -112,10 +119,10 @@ def read(*arguments, status=0):
 
 
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
-@pytest.mark.parametrize("group_size", [32, 64, -1])
-def test_folder(version, group_size, tmp_path):
+@pytest.mark.parametrize(("group_size", "n_expert"), [(32, 0), (64, 0), (-1, 0), (32, 3)])
+def test_folder(version, group_size, n_expert, tmp_path):
     """Packed and dense: the logits of the model that the integers stand for."""
-    folder, model = folder_of(tmp_path, version, group_size)
+    folder, model = folder_of(tmp_path, version, group_size, n_expert)
     idx = mx.array(np.random.default_rng(1).integers(0, 64, (2, 20)))
     logits = np.array(model(idx))
     for name, tolerance in (("packed", 1e-5), ("float16", 5e-3), ("dense", 2e-3)):
@@ -125,6 +132,7 @@ def test_folder(version, group_size, tmp_path):
         found.set_dtype(mx.float32)
         assert np.abs(np.array(found(idx)) - logits).max() < tolerance * np.abs(logits).max()
         assert hasattr(found.blocks[0].attn.q, "bits") == (name != "dense")
+        assert hasattr(found.blocks[0].mlp.up, "bits") == (name != "dense")
         if group_size == 64:
             linear = sum(p.nbytes for p in found.blocks[0].attn.q.parameters().values())
             assert name != "packed" or linear <= (0.25 + 8 / 64 / 2 + 0.001) * 64 * 64 * 2

@@ -17,7 +17,9 @@ def test_every_section():
     assert "mlx" in lines[0] and "peer" in lines[1]
     sections = ["train 4x4x128", "decode 4x4x128, batch 1,", "decode 4x4x128, batch 16,", "prefill 4x4x128", "tokenize",
                 "window 128", "8 experts", "MoD, 1/8", "YOCO, 12 layers, prompt", "YOCO, 12 layers, cache",
-                "LoRA 8; the base", "LoRA 8; all", "LoRA 8 on 4 bits", "convert a Llama"]
+                "LoRA 8; the base", "LoRA 8; all", "LoRA 8 on 4 bits",
+                "decode 29M, 8 bits", "memory 29M, 8 bits", "decode 29M, 4 bits", "memory 29M, 4 bits",
+                "convert a Llama"]
     assert len(lines) == 2 + len(sections)
     assert all(line.startswith(section) for line, section in zip(lines[2:], sections, strict=True))
     for line in lines[2:]:

@@ -23,8 +23,10 @@ FLAVOURS = {
     "llama": dict(mlp="swiglu", qk_norm=False, n_kv_head=2, tie=False),
     "qwen2": dict(mlp="swiglu", qk_norm=False, n_kv_head=2, qkv_bias=True),
     "qwen3": dict(mlp="swiglu", n_kv_head=2, head_dim=32),
+    "mixtral": dict(mlp="swiglu", qk_norm=False, tie=False, n_expert=4, expert_balance="none"),
     "gpt2": dict(pos="learned", norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False),
 }
+ARCHITECTURE = {name: name for name in FLAVOURS} | dict.fromkeys(("mixtral", "llama3", "linear"), "llama")
 
 
 class Tensor:
@@ -83,6 +85,7 @@ def build(name: str, **more) -> GPT:
 
 def written(path, name: str, model: GPT, kind=gguf.GGMLQuantizationType.F32, skip=""):
     """The model by the package's writer, with names and settings written down here once more."""
+    name = ARCHITECTURE[name]
     c, p = model.config, {key: np.array(value) for key, value in tree_flatten(model.parameters())}
     w = gguf.GGUFWriter(path, name)
     for key, value in {"context_length": c.block_size, "embedding_length": c.n_embd, "block_count": c.n_layer,
@@ -95,10 +98,14 @@ def written(path, name: str, model: GPT, kind=gguf.GGMLQuantizationType.F32, ski
         w.add_uint32(f"{name}.attention.key_length", c.head_dim)
         w.add_float32(f"{name}.attention.layer_norm_rms_epsilon", c.norm_eps)
         w.add_float32(f"{name}.rope.freq_base", c.rope_theta)
+    if c.n_expert:
+        w.add_uint32("llama.expert_count", c.n_expert)
+        w.add_uint32("llama.expert_used_count", c.expert_top_k)
     theirs = {"embed": "token_embd", "pos_embed": "position_embd", "norm": "output_norm", "head": "output"}
     inner = {"attn_norm": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
              "attn.out": "attn_output", "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm",
-             "mlp_norm": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down"}
+             "mlp_norm": "ffn_norm", "mlp.router": "ffn_gate_inp"}
+    inner |= {f"mlp.{part}": f"ffn_{part}{'_exps' if c.n_expert else ''}" for part in ("gate", "up", "down")}
     found = {}
     for key, value in p.items():
         path_, _, part = key.rpartition(".")
@@ -118,7 +125,7 @@ def written(path, name: str, model: GPT, kind=gguf.GGMLQuantizationType.F32, ski
                 found[f"blk.{layer}.attn_qkv.{part}"] = np.concatenate(three)
     for key, value in found.items():
         if key != skip:
-            if value.ndim == 2 and "position" not in key:
+            if value.ndim > 1 and "position" not in key and "gate_inp" not in key:
                 w.add_tensor(key, gguf.quants.quantize(value, kind), raw_dtype=kind)
             else:
                 w.add_tensor(key, value)
@@ -132,7 +139,8 @@ def rounded(model: GPT, kind: str) -> GPT:
     """The model, its matrices as they are in a file of this type."""
     kind = gguf.GGMLQuantizationType[kind]
     weights = [(key, gguf.quants.dequantize(gguf.quants.quantize(np.array(value), kind), kind))
-               for key, value in tree_flatten(model.parameters()) if value.ndim == 2 and "pos_embed" not in key]
+               for key, value in tree_flatten(model.parameters())
+               if value.ndim > 1 and "pos_embed" not in key and "router" not in key]
     return model.load_weights([(key, mx.array(value.astype(np.float32))) for key, value in weights], strict=False)
 
 
@@ -187,9 +195,10 @@ def test_there_and_back(name, kind, tmp_path):
     save_checkpoint(str(tmp_path / "a.safetensors"), model, meta)
     read(tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}", f"--type={kind}")
     reader = gguf.GGUFReader(tmp_path / "b.gguf")
-    assert reader.fields["general.architecture"].contents() == (name if name in FLAVOURS else "llama")
+    assert reader.fields["general.architecture"].contents() == ARCHITECTURE[name]
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    assert types["blk.1.ffn_up.weight"] == kind and types["output_norm.weight"] == "F32"
+    assert types[f"blk.1.ffn_up{'_exps' if name == 'mixtral' else ''}.weight"] == kind
+    assert types["output_norm.weight"] == "F32"
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     assert len(tokens) == 512 and tokens[enc.eot] == "<|endoftext|>"
     read(tmp_path / "b.gguf", tmp_path / "c.safetensors")

@@ -1,5 +1,6 @@
 """gptq_reader.py: what GPTQModel itself packed (fixtures/make_gptq.py), an independent packer, folders, bad input."""
 import json
+import re
 import subprocess
 import sys
 
@@ -62,19 +63,20 @@ def test_zeros_of_version_1(bits):
 # ---- whole folders ---------------------------------------------------------------------------------------------------
 
 
-def folder_of(tmp_path, bits=4, group_size=32, act_order=False, version=1, symmetric=False):
-    """A packed Qwen2, which has biases, and the dense model that it stands for."""
+def folder_of(tmp_path, bits=4, group_size=32, act_order=False, version=1, symmetric=False, n_expert=0):
+    """A packed Qwen2, which has biases, or Mixtral, and the dense model that it stands for."""
     config = GPTConfig(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=64, ffn_dim=128, mlp="swiglu",
-                       qk_norm=False, qkv_bias=True)
+                       qk_norm=False, qkv_bias=not n_expert, n_expert=n_expert, expert_balance="none")
     model, rng, folder = GPT(config), np.random.default_rng(0), tmp_path / "folder"
     for letter in "qkv":
-        model.blocks[0].attn[letter].bias = mx.array(rng.standard_normal(64).astype(np.float32))
+        if not n_expert:
+            model.blocks[0].attn[letter].bias = mx.array(rng.standard_normal(64).astype(np.float32))
     model.set_dtype(mx.float16)
     save_checkpoint(str(tmp_path / "dense.safetensors"), model, {})
     subprocess.run([sys.executable, ROOT / "hf_reader.py", tmp_path / "dense.safetensors", f"--export={folder}"],
                    check=True, capture_output=True)
     arrays = mx.load(str(folder / "model.safetensors"))
-    for name in [name for name in arrays if name.endswith("_proj.weight")]:
+    for name in [name for name in arrays if re.search(r"(_proj|w[123])\.weight$", name)]:
         outputs, inputs = arrays.pop(name).shape
         path, width = name.removesuffix(".weight"), inputs if group_size == -1 else group_size
         q = rng.integers(0, 2**bits, (outputs, inputs))
@@ -90,8 +92,13 @@ def folder_of(tmp_path, bits=4, group_size=32, act_order=False, version=1, symme
                             ("g_idx", group.astype(np.int32))):
             arrays[f"{path}.{part}"] = mx.array(np.ascontiguousarray(array))
         ours = path.replace("model.layers", "blocks").replace("self_attn", "attn").replace("o_proj", "out")
-        weight = (q - zero[:, group]) * scale[:, group].astype(np.float32)
-        dict(model.named_modules())[ours.removesuffix("_proj")].weight = mx.array(weight.astype(np.float32))
+        weight = mx.array(((q - zero[:, group]) * scale[:, group].astype(np.float32)).astype(np.float32))
+        if match := re.search(r"experts\.(\d+)\.(w[123])$", path):
+            experts = model.blocks[0].mlp[{"w1": "gate", "w2": "down", "w3": "up"}[match[2]]]
+            experts.weight = experts.weight.astype(mx.float32)
+            experts.weight[int(match[1])] = weight
+        else:
+            dict(model.named_modules())[ours.removesuffix("_proj")].weight = weight
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
     raw = json.loads((folder / "config.json").read_text())
     raw["quantization_config"] = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric,
@@ -111,7 +118,8 @@ def read(*arguments, status=0):
 
 @every_width
 @pytest.mark.parametrize("settings", [dict(), dict(version=2, group_size=64), dict(act_order=True),
-                                      dict(group_size=-1, symmetric=True)], ids=str)
+                                      dict(group_size=-1, symmetric=True), dict(n_expert=3),
+                                      dict(n_expert=3, act_order=True)], ids=str)
 def test_folder(bits, settings, tmp_path):
     """Packed and dense: the logits of the model that the integers stand for."""
     folder, model = folder_of(tmp_path, bits, **settings)
@@ -125,6 +133,7 @@ def test_folder(bits, settings, tmp_path):
         assert np.abs(np.array(found(idx)) - logits).max() < tolerance * np.abs(logits).max()
         layer = found.blocks[0].attn.q
         assert dense or layer.bits == bits and ("order" in layer) == settings.get("act_order", False)
+        assert dense or found.blocks[0].mlp.up.bits == bits
 
 
 @pytest.mark.parametrize("change, says", [

@@ -106,10 +106,13 @@ def test_prefix_may_be_missing(tmp_path):
     assert near(load_checkpoint(str(tmp_path / "model.safetensors"))[0], np.load(FOLDERS / "gpt2" / "logits.npy"))
 
 
-def test_packed_is_unpacked(tmp_path):
+@pytest.mark.parametrize("n_expert", [0, 3])
+def test_packed_is_unpacked(n_expert, tmp_path):
     """On export; the weights are those that the integers stand for."""
-    model = GPT(GPTConfig(block_size=64, vocab_size=40, n_layer=1, n_head=1, n_embd=64, mlp="swiglu", qk_norm=False))
-    nn.quantize(model, 64, 4)
+    model = GPT(GPTConfig(block_size=64, vocab_size=40, n_layer=1, n_head=1, n_embd=64, mlp="swiglu", qk_norm=False,
+                          n_expert=n_expert))
+    nn.quantize(model, 64, 4, class_predicate=lambda path, module: hasattr(module, "to_quantized")
+                and not path.endswith("router"))
     save_checkpoint(str(tmp_path / "packed.safetensors"), model, {})
     logits = np.array(model(mx.array(IDX)))
     read(tmp_path / "packed.safetensors", f"--export={tmp_path / 'folder'}")

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 import model as core
 from config import UserError
 from model import GPT, GPTConfig, WindowCache, alibi_slopes, window_attention
+from quantized import dense_weight
 
 SOURCE = (ROOT / "model.py").read_text()
 VARIANTS = re.findall(r"^# ---- variant (\w+): ", SOURCE, re.M)
@@ -327,6 +328,32 @@ def test_moe_is_a_loop_over_experts(n, settings):
     a, b = both(lambda x: moe(x[None], core.no_tap)[0]), both(lambda x: loop_over_experts(moe, x))
     for (name, found), (_, wanted) in zip(tree_flatten(a), tree_flatten(b), strict=True):
         assert mx.abs(found - wanted).max() <= 1e-4 * mx.abs(wanted).max() + 1e-6, name
+
+
+@pytest.mark.parametrize("n", [3, 200], ids="{} tokens".format)
+@pytest.mark.parametrize("bits, order", [(2, False), (4, True), (8, False)])
+def test_packed_experts(n, bits, order):
+    """They do, forward and backward, what the experts do that they stand for; the columns may stand in an order."""
+    moe = small(n_expert=5, ffn_dim=64, bias=True).blocks[0].mlp.eval()
+    packed, rng = core.MoE(moe.config, 0).eval(), np.random.default_rng(0)
+    packed.update(moe.parameters())
+    for name in ("up", "down"):
+        moe[name].bias = mx.random.normal(moe[name].bias.shape, key=mx.random.key(2))
+        packed[name] = moe[name].to_quantized(group_size=32, bits=bits)
+        weight = mx.dequantize(packed[name].weight, packed[name].scales, packed[name].biases, 32, bits)
+        if order:
+            columns = np.stack([rng.permutation(weight.shape[2]) for _ in range(5)])
+            packed[name].order = mx.array(columns)
+            packed[name].freeze()
+            weight = mx.stack([w[:, mx.array(np.argsort(column))] for w, column in zip(weight, columns, strict=True)])
+        assert mx.array_equal(dense_weight(packed[name]), weight)
+        moe[name].weight = weight
+    x = mx.random.normal((n, 32), key=mx.random.key(n))
+    a, b = (mx.value_and_grad(lambda x, f=f: (f(x) * mx.sin(x)).sum())(x)
+            for f in (lambda x: packed(x[None], core.no_tap)[0], lambda x: loop_over_experts(moe, x)))
+    for found, wanted in zip(a, b, strict=True):
+        assert mx.abs(found - wanted).max() <= 1e-4 * mx.abs(wanted).max()
+    assert not tree_flatten(packed.up.trainable_parameters())
 
 
 def test_moe_of_one_expert_is_the_mlp():
