@@ -14,6 +14,7 @@ import shlex
 import sys
 import textwrap
 import tokenize
+from collections.abc import Sequence
 
 given: set[str] = set()  # the settings named on the command line
 
@@ -85,6 +86,12 @@ def _convert(name: str, text: str, kind: type):
 def _nearest(name: str, settings: dict) -> str:
     found = difflib.get_close_matches(name.lower().replace("-", "_"), settings, n=1)
     return f"did you mean --{found[0]}=VALUE?" if found else "--help lists them all"
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """What to say of a name that is not among these."""
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {found[0]}?" if found else f"choose one of {', '.join(names)}"
 
 
 def _help(path: str, doc: str | None, settings: dict, positional: tuple):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from config import UserError
 from model import GPT, VERSION, GPTConfig, save_arrays
+from quantized import natural
 from tokenizer import Tokenizer, from_tokenizer_json
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -273,10 +274,6 @@ def skeleton(config: GPTConfig) -> dict[str, nn.Module]:
     modules = GPT(config, seed=None).named_modules()
     return {path: module for path, module in sorted(modules, key=lambda pair: natural(pair[0]))
             if any(isinstance(value, mx.array) for value in module.parameters().values())}
-
-
-def natural(path: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import quantized
 from config import UserError
 from hub import GPT2, LLAMA, NAMES, OURS, PREFIX
 from model import GPT, VERSION, load_arrays, save_arrays
+from quantized import BITS, matrices, replace_module
 
 KINDS = ("lora", "rslora", "dora")
 
@@ -146,13 +147,6 @@ def merge(model: GPT):
             replace_module(model, path, module.merged())
 
 
-def replace_module(model: nn.Module, path: str, module: nn.Module):
-    *parents, name = path.split(".")
-    for part in parents:
-        model = model[int(part)] if isinstance(model, list) else model[part]
-    model[name] = module
-
-
 # ---- the base, and files ---------------------------------------------------------------------------------------------
 
 
@@ -250,14 +244,14 @@ def load_adapters(model: GPT, adapters: Sequence[str]) -> dict:
 
 
 def quantize_base(model: GPT, bits: int):
-    """Pack the dense linear layers of the blocks, 64 numbers a scale; 0 leaves them."""
+    """Pack the dense matrices of the blocks, 64 numbers a scale; 0 leaves them."""
     if not bits:
         return
-    if bits not in (2, 3, 4, 5, 6, 8):
-        raise UserError(f"base_bits={bits} is not one of 2, 3, 4, 5, 6, 8")
-    nn.quantize(model, group_size=64, bits=bits, class_predicate=lambda path, module: (
-        path in linear_layers(model) and path != "head" and type(module) is nn.Linear
-        and module.weight.shape[1] % 64 == 0))
+    if bits not in BITS:
+        raise UserError(f"base_bits={bits} is not one of {', '.join(map(str, BITS))}")
+    chosen = {path for path, module in matrices(model).items() if path.startswith("blocks.")
+              and "scales" not in module and module.weight.shape[-1] % 64 == 0}
+    nn.quantize(model, group_size=64, bits=bits, class_predicate=lambda path, _: path in chosen)
 
 
 # ---- PEFT's folders: adapter_config.json, adapter_model.safetensors --------------------------------------------------

@@ -11,17 +11,16 @@ Each has special tokens, which no text can produce: one ends a document (<|endof
 nothing else is said).
 """
 import base64
-import difflib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import numpy as np
 
-from config import UserError
+from config import UserError, nearest
 
 EOT = "<|endoftext|>"
 KINDS = ("byte", "char", "bpe", "hf")
@@ -191,11 +190,6 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
     for token, i in encoding._mergeable_ranks.items():
         tokens[i] = token
     return Tokenizer("bpe", tokens, dict(encoding._special_tokens), encoding._pat_str)
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {found[0]}?" if found else f"choose one of {', '.join(names)}"
 
 
 # ---- tokenizer.json, of Hugging Face ---------------------------------------------------------------------------------
