@@ -1,0 +1,69 @@
+"""How well a model predicts a text.
+
+    tokens = read_tokens("book.txt", enc)
+    nats, accuracy = score(model, tokens, enc.bos)        # perplexity = exp(nats)
+"""
+import json
+import os
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError
+from model import GPT, cross_entropy
+from tokenizer import Tokenizer
+
+
+def read_tokens(path: str, enc: Tokenizer, split: str = "val", max_tokens: int = 0) -> np.ndarray:
+    """Token ids (N,) of a text file, or of a split, train or val, of a folder that data.py made; at most so many, if
+    not 0."""
+    if os.path.exists(os.path.join(path, "meta.json")):
+        with open(os.path.join(path, "meta.json")) as file:
+            prepared = json.load(file)
+        if prepared.get("tokenizer") != enc.to_dict():
+            raise UserError(f"{path} was made with another tokenizer than the checkpoint: give a text file instead")
+        tokens = np.fromfile(os.path.join(path, f"{split}.bin"), prepared["dtype"], count=max_tokens or -1)
+    elif not os.path.isfile(path):
+        raise UserError(f"{path} is not a text file, nor a folder that data.py made")
+    else:
+        with open(path, "rb") as file:
+            raw = file.read()
+        try:
+            tokens = enc.encode(raw.decode("utf-8-sig"))[:max_tokens or None]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+    if len(tokens) == 0:
+        raise UserError(f"{path} is empty: there is nothing to predict")
+    return tokens.astype(np.int32)
+
+
+def score(model: GPT, tokens: np.ndarray, bos: int, block_size: int = 0, stride: int = 0,
+          batch_size: int = 16) -> tuple[float, float]:
+    """The mean loss of tokens (N,) in nats, and the share of them that were the most probable.
+
+    Every token is predicted once, from at least block_size - stride tokens before it, where there are as many: a window
+    of block_size tokens (0: the model's context) slides by stride (0: half of it). Before the first token stands bos.
+    """
+    block_size = block_size or model.config.block_size
+    T, stride = min(block_size, len(tokens)), stride or max(1, block_size // 2)
+    # Window w reads tokens[w - 1], ..., and predicts tokens[w], ..., tokens[w + T - 1]. The last ends with the text.
+    stream = np.concatenate([[bos], tokens]).astype(np.int32)
+    starts = [*range(0, len(tokens) - T, stride), len(tokens) - T]
+    nats, hits, scored = 0.0, 0, 0
+    with tqdm(total=len(tokens), unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True) as bar:
+        for i in range(0, len(starts), batch_size):
+            batch = starts[i:i + batch_size]
+            rows = np.stack([stream[start:start + T + 1] for start in batch])
+            x, y = mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
+            logits = model(x)
+            losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1)).reshape(y.shape)
+            losses, right = np.array(losses), np.array(mx.argmax(logits, axis=-1) == y)
+            for start, loss, hit in zip(batch, losses, right, strict=True):
+                new = start + T - scored  # the window's last tokens, which no window before it has scored
+                nats += float(loss[T - new:].sum(dtype=np.float64))
+                hits += int(hit[T - new:].sum())
+                scored += new
+                bar.update(new)
+    return nats / scored, hits / scored
