@@ -84,6 +84,17 @@ def pack(q: mx.array, bits: int) -> mx.array:
     return mx.stack(words, axis=-1).flatten(-2)
 
 
+def round_to_nearest(weight: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Integers q, of the weight's shape (..., out, in), scale and zero (..., out, in / group_size), float32, with
+    weight ~ (q - zero) scale: from the least number of a group to the greatest in equal steps, zero no integer."""
+    groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, group_size)
+    least, greatest = groups.min(-1), groups.max(-1)
+    scale = mx.where(greatest > least, (greatest - least) / (2**bits - 1), 1)  # 1: a constant comes out exactly
+    zero = -least / scale
+    q = mx.clip(mx.round(groups / scale[..., None] + zero[..., None]), 0, 2**bits - 1)
+    return q.reshape(weight.shape).astype(mx.uint8), scale, zero
+
+
 def packed_module(module: nn.Module, q: mx.array, scale: mx.array, zero: mx.array, bits: int,
                   dtype: mx.Dtype = mx.float16) -> nn.Module:
     """A linear layer, an embedding or experts of the weight (q - zero) scale: integers q (..., out, in), scale and zero

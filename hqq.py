@@ -1,0 +1,143 @@
+"""Pack a checkpoint's matrices into integers of 2 to 8 bits, by half-quadratic quantization. No data is needed.
+
+    python hqq.py out/ckpt.safetensors
+    python hqq.py out/ckpt.safetensors --bits="4, mlp=3, embed=8" --group_size=32 --data=book.txt
+
+W ~ (q - zero) scale, with integers q and, for each group of a row, a scale and a zero. Rounding to the nearest takes
+both from the least and the greatest number of a group. HQQ (Badri & Shaji 2023) moves them so that most numbers come
+closer: it minimizes |W - e - (q - zero) scale|^2 + |e|^p / beta, p < 1, by turns over the integers, over errors e,
+which only the farthest numbers may have, and over zero and scale. Departures from the paper: there only the zero moves
+(here: --scale_moves=False); and each group keeps the zero and scale that came closest to it, in the mean square, not
+the last.
+
+It writes a checkpoint whose weights stay packed, in the file and in memory: model.py runs it, sft.py tunes adapters on
+it. Each line tells a matrix, its bits, its mean error and that of rounding to the nearest, and its megabytes before and
+after. --bits names matrices by regular expressions; the last that fits rules, and 0 leaves a matrix as it is. With
+--data, perplexity before and after.
+"""
+import math
+import os
+import re
+import time
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from config import UserError, overrides
+from model import GPT, load_checkpoint, save_checkpoint
+from quantized import dense_weight, matrices, packed_module, plan, replace_module, round_to_nearest
+from score import read_tokens, score
+from tokenizer import Tokenizer
+
+checkpoint = "out/ckpt.safetensors"  # a dense one
+out = ""                  # the packed one; "": its name with -hqq-BITS
+bits = "4"                # of all matrices, or more: "4, mlp=3, blocks.0=8, head=0"
+group_size = 64           # numbers that share a scale and a zero: 32 | 64 | 128
+method = "hqq"            # hqq | rtn, rounding to the nearest
+iterations = 20           # at most
+scale_moves = True        # False: only the zero does, as in the paper
+scale_dtype = "float16"   # of scales and biases in the file: float16 | float32
+data = ""                 # a text file, or a folder that data.py made: perplexity before and after
+max_tokens = 0            # of it; 0: all
+
+settings = overrides(globals(), "checkpoint")
+
+# ---- solver ----------------------------------------------------------------------------------------------------------
+
+P, BETA = 0.7, 10.0
+SMALL = BETA ** (-1 / (2 - P))  # shrink() of what is smaller than this is 0
+
+
+def shrink(x: mx.array) -> mx.array:
+    """sign(x) max(0, |x| - |x|^(p - 1) / beta), the paper's minimum over e."""
+    size = mx.maximum(mx.abs(x), SMALL)
+    return mx.sign(x) * mx.maximum(size - size ** (P - 1) / BETA, 0)
+
+
+def quantize(W: mx.array, bits: int, group_size: int, iterations: int = 20,
+             scale_moves: bool = True) -> tuple[mx.array, mx.array, mx.array]:
+    """Integers q, of the shape of W (..., out, in), scale and zero (..., out, in / group_size), float32, with
+    W ~ (q - zero) scale, by HQQ."""
+    q, scale, zero = round_to_nearest(W, bits, group_size)
+    groups = W.astype(mx.float32).reshape(*scale.shape, group_size)
+    tried_scale, tried_zero, least = scale[..., None], zero[..., None], mx.full((*scale.shape, 1), mx.inf)
+    scale, zero = tried_scale, tried_zero
+    for _ in range(iterations):
+        q = mx.clip(mx.round(groups / tried_scale + tried_zero), 0, 2**bits - 1)
+        error = groups - (q - tried_zero) * tried_scale
+        mean = mx.square(error).mean(-1, keepdims=True)
+        better = mean < least
+        scale, zero = mx.where(better, tried_scale, scale), mx.where(better, tried_zero, zero)
+        least = mx.minimum(mean, least)
+        ongoing, largest = better.any(), mx.abs(error).max()
+        mx.eval(ongoing, largest, scale, zero, least)
+        if not ongoing.item():
+            break
+        target = groups - shrink(error) if largest.item() > SMALL else groups
+        mean_q, mean_target = q.mean(-1, keepdims=True), target.mean(-1, keepdims=True)
+        if scale_moves:  # least squares of the target by q
+            off = q - mean_q
+            slope = (off * target).mean(-1, keepdims=True) / mx.maximum(mx.square(off).mean(-1, keepdims=True), 1e-9)
+            tried_scale = mx.where(slope > 0, slope, tried_scale)
+        tried_zero = mean_q - mean_target / tried_scale
+    q = mx.clip(mx.round(groups / scale + zero), 0, 2**bits - 1)
+    return q.reshape(W.shape).astype(mx.uint8), scale[..., 0], zero[..., 0]
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+
+def perplexity(model: GPT) -> str:
+    nats, accuracy = score(model, tokens, enc.bos)
+    return f"perplexity {math.exp(min(nats, 700)):.3f}, accuracy {accuracy:.2%}"
+
+
+def megabytes(module) -> float:
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters())) / 1e6
+
+
+if __name__ == "__main__":
+    if method not in ("hqq", "rtn") or scale_dtype not in ("float16", "float32"):
+        raise UserError(f"method={method!r}, scale_dtype={scale_dtype!r}: they are hqq or rtn, float16 or float32")
+    if iterations < 1:
+        raise UserError(f"iterations={iterations}: it must be 1 or more")
+    out = out or re.sub(r"(\.safetensors)?$", f"-{method}-{re.sub(r'[^.0-9a-z_=]+', '-', bits)}.safetensors",
+                        checkpoint, count=1)
+    if os.path.realpath(out) == os.path.realpath(checkpoint):
+        raise UserError(f"{out} is the checkpoint itself: give another --out")
+    model, meta = load_checkpoint(checkpoint)
+    widths = plan(model, bits, group_size)
+    if data:
+        if not meta.get("tokenizer"):
+            raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
+        enc = Tokenizer.from_dict(meta["tokenizer"])
+        tokens = read_tokens(data, enc, max_tokens=max_tokens)
+        model.set_dtype(mx.float32)
+        before = perplexity(model)
+    size, began = megabytes(model), time.perf_counter()
+    bar = tqdm(widths.items(), unit=" matrices", disable=None, dynamic_ncols=True)
+    print(f"{'matrix':24} {'bits':>4} {'error':>9} {'nearest':>9} {'ratio':>6} {'MB':>9} {'packed':>9}")
+    for path, width in bar:
+        module = matrices(model)[path]
+        W = dense_weight(module)
+        if not mx.isfinite(W).all().item():
+            raise UserError(f"{path} holds numbers that are infinite or none: the checkpoint is broken; train it again")
+        nearest = round_to_nearest(W, width, group_size)
+        solved = quantize(W, width, group_size, iterations, scale_moves) if method == "hqq" else nearest
+        packed, rounded = (packed_module(module, *found, width, getattr(mx, scale_dtype))
+                           for found in (solved, nearest))
+        error, by_rounding = (mx.abs(dense_weight(layer) - W).mean().item() for layer in (packed, rounded))
+        if not math.isfinite(error):
+            raise UserError(f"{path} has scales beyond {scale_dtype}: give --scale_dtype=float32")
+        replace_module(model, path, packed)
+        bar.write(f"{path:24} {width:4} {error:9.2e} {by_rounding:9.2e} {error / max(by_rounding, 1e-30):6.3f} "
+                  f"{megabytes(module):9.3f} {megabytes(packed):9.3f}")
+    seconds = time.perf_counter() - began
+    if data:
+        print(f"before: {before}\nafter:  {perplexity(model)}")
+    meta["quantization"] = {"method": method, "bits": bits, "group_size": group_size}
+    save_checkpoint(out, model, {**meta, "script": "hqq.py", "globals": settings})
+    print(f"{out}: {os.path.getsize(out) / 1e6:.2f} MB, weights {size:.2f} -> {megabytes(model):.2f} MB, "
+          f"{seconds:.1f} s")
