@@ -27,6 +27,7 @@ block_size = 0     # tokens of context; 0: as in training; more shows how a mode
 stride = 0         # tokens that the window moves, each of them scored; 0: half of block_size
 batch_size = 16    # windows at a time
 max_tokens = 0     # stop after as many; 0: the whole text
+kv_bits = 0        # 8 | 4: read keys and values from a cache that packs them; 0: no cache
 dtype = "auto"     # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
 
 settings = overrides(globals(), "checkpoint", "data")
@@ -35,6 +36,8 @@ if not data:
     raise UserError("no text to evaluate on: give --data=FILE")
 if batch_size < 1 or max_tokens < 0 or block_size < 0:
     raise UserError("batch_size must be 1 or more, max_tokens and block_size 0 or more")
+if kv_bits not in (0, 4, 8):
+    raise UserError(f"kv_bits={kv_bits} is not one of 0, 4, 8")
 model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
@@ -45,7 +48,7 @@ tokens = read_tokens(data, enc, max_tokens=max_tokens)
 if not 0 <= stride <= (block_size or model.config.block_size):
     raise UserError(f"stride={stride}: it must be from 1 to {block_size or model.config.block_size}")
 began = time.perf_counter()
-nats, accuracy = score(model, tokens, enc.bos, block_size, stride, batch_size)
+nats, accuracy = score(model, tokens, enc.bos, block_size, stride, batch_size, kv_bits)
 seconds = time.perf_counter() - began
 
 n_bytes = int(enc.token_bytes[tokens].sum())

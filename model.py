@@ -306,8 +306,8 @@ def endless(config: GPTConfig) -> bool:
 class WindowCache:
     """Keys and values of the sinks and of one layer's last W other tokens: position p lies in place S + (p - S) % W."""
 
-    def __init__(self, window: int, sinks: int = 0):
-        self.window, self.sinks, self.length = window, sinks, 0  # length: tokens seen
+    def __init__(self, window: int, sinks: int = 0, room: Callable = mx.zeros):
+        self.window, self.sinks, self.room, self.length = window, sinks, room, 0  # length: tokens seen
         self.keys = self.values = None
 
     def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -315,7 +315,7 @@ class WindowCache:
         size, start, T = self.window + self.sinks, self.length, k.shape[2]
         self.length += T
         if self.keys is None:
-            self.keys, self.values = (mx.zeros((*x.shape[:2], size, x.shape[3]), x.dtype) for x in (k, v))
+            self.keys, self.values = (self.room((*x.shape[:2], size, x.shape[3]), x.dtype) for x in (k, v))
         if T == 1:
             place, filled = self.place(start), min(self.length, size)
             self.keys[..., place:place + 1, :] = k
@@ -354,8 +354,8 @@ class KVCache:
     """Keys and values (B, KV, S, D) of one layer. Room grows in steps, and a token is written in place."""
     STEP = 256  # positions
 
-    def __init__(self):
-        self.keys = self.values = None
+    def __init__(self, room: Callable = mx.zeros):
+        self.room, self.keys, self.values = room, None, None
         self.length = 0  # positions filled
 
     def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, None]:
@@ -364,9 +364,9 @@ class KVCache:
         room = 0 if self.keys is None else self.keys.shape[2]
         if self.length > room:
             more = -(-(self.length - room) // self.STEP) * self.STEP
-            more_k, more_v = (mx.zeros((*x.shape[:2], more, x.shape[3]), x.dtype) for x in (k, v))
-            self.keys = mx.concatenate([self.keys, more_k], axis=2) if room else more_k
-            self.values = mx.concatenate([self.values, more_v], axis=2) if room else more_v
+            more_k, more_v = (self.room((*x.shape[:2], more, x.shape[3]), x.dtype) for x in (k, v))
+            self.keys = quantized.joined(self.keys, more_k) if room else more_k
+            self.values = quantized.joined(self.values, more_v) if room else more_v
         self.keys[..., start:self.length, :] = k
         self.values[..., start:self.length, :] = v
         return self.keys[..., :self.length, :], self.values[..., :self.length, :], None
@@ -377,14 +377,15 @@ class KVCache:
 
 
 class Cache:
-    """What generation remembers: each layer's own cache, and how many tokens the model has read."""
+    """What generation remembers: each layer's own cache, and how many tokens the model has read. room(shape, dtype)
+    makes an empty array of keys or values."""
 
-    def __init__(self, blocks: list):
-        self.blocks = blocks
+    def __init__(self, blocks: list, room: Callable = mx.zeros):
+        self.blocks, self.room = blocks, room
         self.clear()
 
     def clear(self):
-        self.layers = [block.make_cache() for block in self.blocks]
+        self.layers = [block.make_cache(self.room) for block in self.blocks]
         self.offset = 0  # tokens read so far = position of the next
 
     @property
@@ -409,10 +410,10 @@ class Attention(nn.Module):
         if config.pos == "rope":
             self._inverse = mx.array(1 / rope_inv_freq(config), dtype=mx.float32)  # "_": not a parameter
 
-    def make_cache(self):
+    def make_cache(self, room: Callable = mx.zeros):
         if windowed(self.config, self.layer):  # window
-            return WindowCache(self.config.sliding_window, self.config.sinks)  # window
-        return KVCache()
+            return WindowCache(self.config.sliding_window, self.config.sinks, room)  # window
+        return KVCache(room)
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         y = tap("heads", self.layer, self.heads(x, offset, cache, tap))
@@ -794,8 +795,8 @@ class Block(nn.Module):
         if config.n_expert:  # moe
             self.mlp = MoE(config, layer)  # moe
 
-    def make_cache(self):
-        return self.attn.make_cache()
+    def make_cache(self, room: Callable = mx.zeros):
+        return self.attn.make_cache(room)
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         return self.add(tap("resid", self.layer, x), offset, cache, tap)
@@ -844,8 +845,9 @@ class RoutedBlock(Block):
             self.predictor.weight = mx.zeros((1, config.n_embd))
             self.threshold = mx.array([math.log(1 / min(config.mod_capacity, 0.999) - 1)])
 
-    def make_cache(self):
-        return super().make_cache() if self.config.mod == "soft" else RoutedCache(super().make_cache)
+    def make_cache(self, room: Callable = mx.zeros):
+        make = super().make_cache
+        return make(room) if self.config.mod == "soft" else RoutedCache(lambda: make(room))
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         x = tap("resid", self.layer, x)
@@ -1059,11 +1061,13 @@ class GPT(nn.Module):
         continues the tokens that it holds. packed: see residual."""
         return self.unembed(self.residual(idx, cache, tap, last, packed))
 
-    def make_cache(self) -> Cache:
-        """An empty key/value cache: model(idx, cache=cache) fills it, any number of tokens at a time."""
+    def make_cache(self, bits: int = 0) -> Cache:
+        """An empty key/value cache: model(idx, cache=cache) fills it, any number of tokens at a time. bits: pack keys
+        and values to so many; 0: keep them as they are."""
+        room = quantized.packed_rows(bits, self.config.head_dim) if bits else mx.zeros
         if self.config.yoco:  # yoco
-            return Cache([*self.blocks, self.shared])  # yoco
-        return Cache(self.blocks)
+            return Cache([*self.blocks, self.shared], room)  # yoco
+        return Cache(self.blocks, room)
 
     def loss(self, idx: mx.array, targets: mx.array, mask: mx.array | None = None, tap: Callable = no_tap,
              packed: mx.array | None = None) -> mx.array:

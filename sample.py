@@ -49,12 +49,15 @@ top_p = 1.0               # keep the fewest tokens whose probabilities sum to th
 min_p = 0.0               # keep tokens with at least this share of the largest probability
 repetition_penalty = 1.0  # above 1: tokens that stand in the text already become less probable
 seed = 1337               # of the draws
+kv_bits = 0               # 8 | 4: pack the keys and values of the cache; 0: as they are
 dtype = "auto"            # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
 
 settings = overrides(globals(), "checkpoint", "prompt")
 
 if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
     raise UserError("temperature must be 0 or more, top_p over 0 and up to 1, min_p 0 to 1, repetition_penalty over 0")
+if kv_bits not in (0, 4, 8):
+    raise UserError(f"kv_bits={kv_bits} is not one of 0, 4, 8")
 if not 0 <= seed < 2**63:
     raise UserError(f"seed={seed}: it must be from 0 to 2^63 - 1")
 
@@ -74,7 +77,9 @@ config = model.config
 idle = 1 - config.expert_top_k / max(1, config.n_expert)  # share of the experts that a token leaves alone
 weight_bytes = sum(p.nbytes * (1 - idle * (p.ndim == 3)) for name, p in tree_flatten(model.parameters())
                    if config.tie or "embed" not in name)  # of an embedding that is no unembedding, one row is read
-cache_bytes = 2 * config.n_kv_head * config.head_dim * model.embed.weight.dtype.size  # of a position in a layer
+size = compute_dtype(dtype).size
+number = kv_bits / 8 + 2 * size / 32 if kv_bits else size  # bytes; 32 packed ones share a scale and a bias
+cache_bytes = 2 * config.n_kv_head * config.head_dim * number  # of a position in a layer
 stops = [part for part in stop.split("|") if part]
 
 
@@ -111,7 +116,7 @@ def write(prompt: str, seed: int, before: list[dict]) -> str:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
     if template == "none":
         print(prompt, end="", flush=True)
-    text, new, count, cache, began = "", "", 0, model.make_cache(), time.perf_counter()
+    text, new, count, cache, began = "", "", 0, model.make_cache(kv_bits), time.perf_counter()
     for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
                           enc.n_vocab, cache=cache):
         count += 1

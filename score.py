@@ -40,11 +40,12 @@ def read_tokens(path: str, enc: Tokenizer, split: str = "val", max_tokens: int =
 
 
 def score(model: GPT, tokens: np.ndarray, bos: int, block_size: int = 0, stride: int = 0,
-          batch_size: int = 16) -> tuple[float, float]:
+          batch_size: int = 16, kv_bits: int = 0) -> tuple[float, float]:
     """The mean loss of tokens (N,) in nats, and the share of them that were the most probable.
 
     Every token is predicted once, from at least block_size - stride tokens before it, where there are as many: a window
     of block_size tokens (0: the model's context) slides by stride (0: half of it). Before the first token stands bos.
+    kv_bits: as if read from a cache that packs keys and values; 0: no cache.
     """
     block_size = block_size or model.config.block_size
     T, stride = min(block_size, len(tokens)), stride or max(1, block_size // 2)
@@ -57,7 +58,7 @@ def score(model: GPT, tokens: np.ndarray, bos: int, block_size: int = 0, stride:
             batch = starts[i:i + batch_size]
             rows = np.stack([stream[start:start + T + 1] for start in batch])
             x, y = mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
-            logits = model(x)
+            logits = model(x, cache=model.make_cache(kv_bits) if kv_bits else None)
             losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1)).reshape(y.shape)
             losses, right = np.array(losses), np.array(mx.argmax(logits, axis=-1) == y)
             for start, loss, hit in zip(batch, losses, right, strict=True):

@@ -11,7 +11,7 @@ from test_cpu import near, numbers
 
 import quantized
 from config import UserError
-from model import GPT, Experts, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, Experts, GPTConfig, KVCache, load_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize("shape", [(1, 128), (2, 2, 128), (5, 128), (3, 11, 128)])
@@ -152,3 +152,46 @@ def test_plan_refuses_what_is_packed():
     nn.quantize(model, 64, 4, class_predicate=lambda path, _: path.endswith("mlp.up"))
     with pytest.raises(UserError, match="mlp.up is packed already, to 4 bits"):
         quantized.plan(model, "4", 64)
+
+
+# ---- keys and values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(n_kv_head=1), dict(sliding_window=6), dict(sliding_window=5, sinks=2), dict(diff_attn=True),
+    dict(yoco=True), dict(mod="topk"), dict(alibi=True),
+], ids=str)
+def test_packed_cache(settings, monkeypatch):
+    """What the queries meet is what MLX's rounding of each token's keys and values stands for, however the room grows;
+    at 8 bits the logits are near those of no cache at all."""
+    monkeypatch.setattr(KVCache, "STEP", 5)
+    model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=64, **settings), seed=3).eval()
+    idx = mx.array(np.random.default_rng(0).integers(0, 64, (2, 23)))
+    plain, logits = model(idx), {}
+    for bits in (0, 8, 4):
+        cache = model.make_cache(bits)
+        pieces = [idx[:, :3], *mx.split(idx[:, 3:], 20, axis=1)]
+        logits[bits] = mx.concatenate([model(piece, cache=cache) for piece in pieces], axis=1)
+    assert mx.abs(logits[0] - plain).max() < 1e-5 * mx.abs(plain).max() + 1e-6
+    errors = [mx.abs(logits[bits] - plain).max() / mx.abs(plain).max() for bits in (8, 4)]
+    assert 0 < errors[0] < 0.02 and errors[0] < errors[1] < 0.3
+
+
+def test_packed_rows():
+    """Written in pieces and anywhere, they read as MLX's rounding of what was written."""
+    x = mx.random.normal((2, 3, 12, 64), key=mx.random.key(0))
+    rows = quantized.packed_rows(4, 64)((2, 3, 8, 64), mx.float32)
+    rows[..., :5, :] = x[..., :5, :]
+    rows = quantized.joined(rows, quantized.packed_rows(4, 64)((2, 3, 4, 64), mx.float32))
+    rows[..., mx.array([11, 7]), :] = x[..., 10:, :]
+    expected = mx.dequantize(*mx.quantize(x, 32, 4), 32, 4)
+    assert rows.shape == (2, 3, 12, 64) and mx.array_equal(rows[..., :5, :], expected[..., :5, :])
+    assert mx.array_equal(rows[..., 11:, :], expected[..., 10:11, :])
+    assert mx.array_equal(rows[..., 7:8, :], expected[..., 11:, :]) and mx.abs(rows[..., 8:11, :]).max() == 0
+    assert rows.nbytes == 2 * 3 * 12 * (64 / 2 + 2 * 2 * 4)
+
+
+@pytest.mark.parametrize("bits, head_dim, says", [(7, 64, "7 bits of keys"), (4, 48, "head_dim=48")])
+def test_packed_rows_are_refused(bits, head_dim, says):
+    with pytest.raises(UserError, match=says):
+        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=head_dim), None).make_cache(bits)

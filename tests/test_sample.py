@@ -116,21 +116,23 @@ def test_prompt_longer_than_the_context(writer):
     assert "are read" not in sample(writer, prompt[:63], "--max_new_tokens=70")[1]
 
 
-@pytest.mark.parametrize("window", [0, 20])
-def test_speed(tmp_path, window):
+@pytest.mark.parametrize("window, kv_bits", [(0, 0), (20, 0), (0, 8), (20, 4)])
+def test_speed(tmp_path, window, kv_bits):
     """GB/s: all weights but the embedding, and the cache of 51 tokens and on average half of the 100 new ones; where a
-    layer has a window (here all but the fourth), no more than the window."""
+    layer has a window (here all but the fourth), no more than the window. Packed keys and values have two numbers more
+    in 32."""
     model = GPT(GPTConfig(vocab_size=4096, n_layer=4, n_head=8, n_kv_head=4, head_dim=128, n_embd=64, tie=False,
                           sliding_window=window, window_pattern="SSSL"))
     _, error = sample(save(tmp_path / "ckpt.safetensors", model, BYTES), 50 * "x", "--max_new_tokens=100",
-                      "--temperature=0")
+                      "--temperature=0", f"--kv_bits={kv_bits}")
     found = re.fullmatch(r"\[(\d+) tokens, ([\d.]+) tok/s, ([\d.]+) GB/s, first after [\d.]+ s, [\d.]+ GiB, "
                          r"cache ([\d.]+) MB\]\n", error)
     count, speed, bandwidth, cache = map(float, found.groups())
     weights = sum(p.size for name, p in tree_flatten(model.parameters()) if name != "embed.weight")
     whole = 51 + count / 2
-    read = 4 * (weights + (whole + 3 * (window or whole)) * 2 * 4 * 128)
-    assert cache == pytest.approx(4 * (256 + 3 * (window or 256)) * 2 * 4 * 128 / 1e6, abs=0.01)
+    number = kv_bits / 8 + 2 * 4 / 32 if kv_bits else 4
+    read = 4 * weights + number * (whole + 3 * (window or whole)) * 2 * 4 * 128
+    assert cache == pytest.approx(number * (256 + 3 * (window or 256)) * 2 * 4 * 128 / 1e6, abs=0.01)
     assert count == 100 and bandwidth == pytest.approx(speed * read / 1e9, abs=0.06)
 
 
