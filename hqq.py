@@ -15,21 +15,23 @@ it. Each line tells a matrix, its bits, its mean error and that of rounding to t
 after. --bits names matrices by regular expressions; the last that fits rules, and 0 leaves a matrix as it is. With
 --data, perplexity before and after.
 """
-import math
-import os
-import re
-import time
-
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from config import UserError, overrides
-from model import GPT, load_checkpoint, save_checkpoint
-from quantized import dense_weight, matrices, packed_module, plan, replace_module, round_to_nearest
-from score import read_tokens, score
-from tokenizer import Tokenizer
+from packing import (
+    HEAD,
+    finite_weight,
+    matrices,
+    open_dense,
+    perplexity,
+    plan,
+    put,
+    round_to_nearest,
+    save_packed,
+    text_of,
+)
 
 checkpoint = "out/ckpt.safetensors"  # a dense one
 out = ""                  # the packed one; "": its name with -hqq-BITS
@@ -88,56 +90,23 @@ def quantize(W: mx.array, bits: int, group_size: int, iterations: int = 20,
 
 # ---- run -------------------------------------------------------------------------------------------------------------
 
-
-def perplexity(model: GPT) -> str:
-    nats, accuracy = score(model, tokens, enc.bos)
-    return f"perplexity {math.exp(min(nats, 700)):.3f}, accuracy {accuracy:.2%}"
-
-
-def megabytes(module) -> float:
-    return sum(array.nbytes for _, array in tree_flatten(module.parameters())) / 1e6
-
-
 if __name__ == "__main__":
-    if method not in ("hqq", "rtn") or scale_dtype not in ("float16", "float32"):
-        raise UserError(f"method={method!r}, scale_dtype={scale_dtype!r}: they are hqq or rtn, float16 or float32")
+    if method not in ("hqq", "rtn"):
+        raise UserError(f"method={method!r} is not one of hqq, rtn")
     if iterations < 1:
         raise UserError(f"iterations={iterations}: it must be 1 or more")
-    out = out or re.sub(r"(\.safetensors)?$", f"-{method}-{re.sub(r'[^.0-9a-z_=]+', '-', bits)}.safetensors",
-                        checkpoint, count=1)
-    if os.path.realpath(out) == os.path.realpath(checkpoint):
-        raise UserError(f"{out} is the checkpoint itself: give another --out")
-    model, meta = load_checkpoint(checkpoint)
+    model, meta, enc, out = open_dense(checkpoint, out, f"{method}-{bits}", scale_dtype)
     widths = plan(model, bits, group_size)
     if data:
-        if not meta.get("tokenizer"):
-            raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
-        enc = Tokenizer.from_dict(meta["tokenizer"])
-        tokens = read_tokens(data, enc, max_tokens=max_tokens)
-        model.set_dtype(mx.float32)
-        before = perplexity(model)
-    size, began = megabytes(model), time.perf_counter()
+        tokens = text_of(data, enc, checkpoint, "val", max_tokens)
+        before = perplexity(model, tokens, enc.bos)
+    print(HEAD)
     bar = tqdm(widths.items(), unit=" matrices", disable=None, dynamic_ncols=True)
-    print(f"{'matrix':24} {'bits':>4} {'error':>9} {'nearest':>9} {'ratio':>6} {'MB':>9} {'packed':>9}")
     for path, width in bar:
-        module = matrices(model)[path]
-        W = dense_weight(module)
-        if not mx.isfinite(W).all().item():
-            raise UserError(f"{path} holds numbers that are infinite or none: the checkpoint is broken; train it again")
-        nearest = round_to_nearest(W, width, group_size)
-        solved = quantize(W, width, group_size, iterations, scale_moves) if method == "hqq" else nearest
-        packed, rounded = (packed_module(module, *found, width, getattr(mx, scale_dtype))
-                           for found in (solved, nearest))
-        error, by_rounding = (mx.abs(dense_weight(layer) - W).mean().item() for layer in (packed, rounded))
-        if not math.isfinite(error):
-            raise UserError(f"{path} has scales beyond {scale_dtype}: give --scale_dtype=float32")
-        replace_module(model, path, packed)
-        bar.write(f"{path:24} {width:4} {error:9.2e} {by_rounding:9.2e} {error / max(by_rounding, 1e-30):6.3f} "
-                  f"{megabytes(module):9.3f} {megabytes(packed):9.3f}")
-    seconds = time.perf_counter() - began
+        W = finite_weight(path, matrices(model)[path])
+        found = quantize(W, width, group_size, iterations, scale_moves) if method == "hqq" else (
+            round_to_nearest(W, width, group_size))
+        bar.write(put(model, path, found, width, scale_dtype))
     if data:
-        print(f"before: {before}\nafter:  {perplexity(model)}")
-    meta["quantization"] = {"method": method, "bits": bits, "group_size": group_size}
-    save_checkpoint(out, model, {**meta, "script": "hqq.py", "globals": settings})
-    print(f"{out}: {os.path.getsize(out) / 1e6:.2f} MB, weights {size:.2f} -> {megabytes(model):.2f} MB, "
-          f"{seconds:.1f} s")
+        print(f"before: {before}\nafter:  {perplexity(model, tokens, enc.bos)}")
+    save_packed(out, model, meta, settings, "hqq.py", method=method, bits=bits, group_size=group_size)

@@ -30,7 +30,8 @@ import quantized
 from config import UserError
 from hub import GPT2, LLAMA, NAMES, OURS, PREFIX
 from model import GPT, VERSION, load_arrays, save_arrays
-from quantized import BITS, matrices, replace_module
+from packing import matrices
+from quantized import BITS, replace_module
 
 KINDS = ("lora", "rslora", "dora")
 

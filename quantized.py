@@ -13,7 +13,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 
-from config import UserError, nearest
+from config import UserError
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 row_by_row = nn.QuantizedLinear.__call__
@@ -117,94 +117,6 @@ def joined(first: mx.array | PackedRows, second: mx.array | PackedRows) -> mx.ar
     return first
 
 
-# ---- packing ---------------------------------------------------------------------------------------------------------
-
-def pack(q: mx.array, bits: int) -> mx.array:
-    """Integers (..., in) of so many bits -> uint32 (..., in bits / 32): a stream of bits, the low ones first."""
-    q = q.astype(mx.uint32).reshape(*q.shape[:-1], -1, 32)  # 32 integers are as many words as they have bits
-    words = [mx.zeros(q.shape[:-1], dtype=mx.uint32)] * bits
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        words[word] = words[word] | q[..., i] << shift
-        if shift + bits > 32:
-            words[word + 1] = words[word + 1] | q[..., i] >> (32 - shift)
-    return mx.stack(words, axis=-1).flatten(-2)
-
-
-def round_to_nearest(weight: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Integers q, of the weight's shape (..., out, in), scale and zero (..., out, in / group_size), float32, with
-    weight ~ (q - zero) scale: from the least number of a group to the greatest in equal steps, zero no integer."""
-    groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, group_size)
-    least, greatest = groups.min(-1), groups.max(-1)
-    scale = mx.where(greatest > least, (greatest - least) / (2**bits - 1), 1)  # 1: a constant comes out exactly
-    zero = -least / scale
-    q = mx.clip(mx.round(groups / scale[..., None] + zero[..., None]), 0, 2**bits - 1)
-    return q.reshape(weight.shape).astype(mx.uint8), scale, zero
-
-
-def packed_module(module: nn.Module, q: mx.array, scale: mx.array, zero: mx.array, bits: int,
-                  dtype: mx.Dtype = mx.float16) -> nn.Module:
-    """A linear layer, an embedding or experts of the weight (q - zero) scale: integers q (..., out, in), scale and zero
-    (..., out, in / group_size), which are kept as `dtype`. Its bias is kept."""
-    packed = module.to_quantized(group_size=q.shape[-1] // scale.shape[-1], bits=bits)  # lazy: MLX's rounding is never
-    packed.weight, packed.scales = pack(q, bits), scale.astype(dtype)                   # computed
-    packed.biases = (-scale * zero).astype(dtype)
-    return packed
-
-
-def matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """What can be packed, by path: linear layers, experts, the token embedding. Those that choose, as routers do, and
-    positions are left out."""
-    found = {path: module for path, module in model.named_modules() if hasattr(module, "to_quantized")
-             or isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) or "scales" in module}
-    return {path: found[path] for path in sorted(found, key=natural)
-            if not re.search(r"(router|predictor|lam|pos_embed)$", path)}
-
-
-def natural(path: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
-
-
-def plan(model: nn.Module, bits: str, group_size: int) -> dict[str, int]:
-    """Bits of each matrix that is to be packed, by path. bits: "4", or "4, mlp=3, head=0": later ones rule, and 0
-    leaves a matrix as it is. UserError names what cannot be packed."""
-    layers = matrices(model)
-    if group_size not in GROUP_SIZES:
-        raise UserError(f"group_size={group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
-    for path, module in layers.items():
-        if "scales" in module:
-            raise UserError(f"{path} is packed already, to {module.bits} bits: start from the dense checkpoint")
-    found = dict.fromkeys(layers, 0)
-    for rule in bits.split(","):
-        name, _, number = rule.strip().rpartition("=")
-        if number not in ("0", *map(str, BITS)):
-            raise UserError(f"bits={bits!r}: {number!r} is not one of 0, {', '.join(map(str, BITS))}")
-        try:
-            matching = [path for path in layers if re.search(name, path)]
-        except re.error as error:
-            raise UserError(f"bits={bits!r}: {name!r} is no regular expression ({error})") from error
-        if not matching:
-            names = sorted({re.sub(r"^blocks\.\d+\.", "", path) for path in layers})
-            raise UserError(f"bits={bits!r}: {name!r} is in no matrix's name: {nearest(name, names)}")
-        found.update(dict.fromkeys(matching, int(number)))
-    found = {path: number for path, number in found.items() if number}
-    for path in found:
-        inputs = layers[path].weight.shape[-1]
-        if inputs % group_size:
-            raise UserError(f"{path} has {inputs} inputs, which groups of {group_size} do not divide: "
-                            f"take a smaller --group_size, or leave it out by --bits=\"{bits}, {path}=0\"")
-    if not found:
-        raise UserError(f"bits={bits!r} packs nothing")
-    return found
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module):
-    *parents, name = path.split(".")
-    for part in parents:
-        model = model[int(part)] if isinstance(model, list) else model[part]
-    model[name] = module
-
-
 def pack_like(model: nn.Module, arrays: dict[str, mx.array]):
     """Make the layers of a model packed that are so in `arrays` (by name): those with scales. Bits and group size
     follow from the shapes."""
@@ -221,3 +133,14 @@ def pack_like(model: nn.Module, arrays: dict[str, mx.array]):
         if f"{path}.order" in arrays:
             module.order = arrays[f"{path}.order"]
             module.freeze()
+
+
+def natural(path: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module):
+    *parents, name = path.split(".")
+    for part in parents:
+        model = model[int(part)] if isinstance(model, list) else model[part]
+    model[name] = module

@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 
 from hqq import quantize, shrink
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from quantized import BITS, matrices, round_to_nearest
+from packing import matrices, round_to_nearest
+from quantized import BITS
 from tokenizer import byte_tokenizer
 
 PEER = np.load(ROOT / "tests" / "fixtures" / "hqq.npz")

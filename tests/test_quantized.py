@@ -1,6 +1,4 @@
 """quantized.py against float64 numpy, and its memory."""
-import re
-
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +9,7 @@ from test_cpu import near, numbers
 
 import quantized
 from config import UserError
-from model import GPT, Experts, GPTConfig, KVCache, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, KVCache, load_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize("shape", [(1, 128), (2, 2, 128), (5, 128), (3, 11, 128)])
@@ -92,66 +90,6 @@ def test_columns_in_another_order():
     wanted = np.array(x) @ back.T
     assert near(layer(x), wanted) and near(layer(x[:1]), wanted[:1])
     assert np.array_equal(np.array(quantized.dense_weight(layer)), back.astype(np.float32))
-
-
-# ---- packing ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", quantized.BITS)
-@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 128)])
-def test_pack(bits, shape):
-    """MLX unpacks the integers that were packed."""
-    q = np.random.default_rng(bits).integers(0, 2**bits, shape)
-    q.flat[:2] = 0, 2**bits - 1
-    words, ones = quantized.pack(mx.array(q), bits), mx.ones((*shape[:-1], shape[-1] // 32))
-    assert words.dtype == mx.uint32 and words.shape == (*shape[:-1], shape[-1] * bits // 32)
-    assert np.array_equal(np.array(mx.dequantize(words, ones, mx.zeros_like(ones), 32, bits)), q)
-
-
-@pytest.mark.parametrize("bits", quantized.BITS)
-def test_packed_module(bits):
-    """(q - zero) scale, whatever the module."""
-    rng = np.random.default_rng(0)
-    q, scale, zero = rng.integers(0, 2**bits, (40, 128)), rng.uniform(1, 2, (40, 2)), rng.uniform(0, 2**bits, (40, 2))
-    weight = (q - np.repeat(zero, 64, 1)) * np.repeat(scale, 64, 1)
-    arrays = mx.array(q), mx.array(scale.astype(np.float32)), mx.array(zero.astype(np.float32))
-    x = numbers(3, 128)
-    linear = quantized.packed_module(nn.Linear(128, 40), *arrays, bits, mx.float32)
-    assert near(linear(mx.array(x)) - linear.bias, x @ weight.T)
-    embedding = quantized.packed_module(nn.Embedding(40, 128), *arrays, bits, mx.float32)
-    assert near(embedding(mx.array([3, 39])), weight[[3, 39]])
-    experts = quantized.packed_module(Experts(2, 128, 40, False), *(mx.stack([a, a[::-1]]) for a in arrays), bits,
-                                      mx.float32)
-    expected = [weight @ x[0], weight[::-1] @ x[1], weight[::-1] @ x[2]]
-    assert near(experts(mx.array(x), mx.array([0, 1, 1]), None), expected)
-
-
-def test_plan():
-    """Later rules rule; what chooses stays as it is."""
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=64, tie=False, n_expert=4, mod="soft"))
-    found = quantized.plan(model, "4, mlp=3, head=0, blocks.1=8", 32)
-    assert found["embed"] == found["blocks.0.attn.q"] == 4 and found["blocks.0.mlp.up"] == 3 and "head" not in found
-    assert found["blocks.1.mlp.up"] == found["blocks.1.attn.out"] == 8
-    assert not [path for path in found if "router" in path]
-    assert [path for path in found if ".attn.q" in path] == ["blocks.0.attn.q", "blocks.1.attn.q"]
-
-
-@pytest.mark.parametrize("bits, group_size, says", [
-    ("7", 64, "'7' is not one of 0, 2"), ("4, mlpp=3", 64, "did you mean mlp.up?"), ("", 64, "'' is not one of"),
-    ("4", 48, "group_size=48"), ("4", 128, "has 64 inputs, which groups of 128"), ("0", 64, "packs nothing"),
-    ("4, (=3", 64, "no regular expression"), ("four", 64, "'four' is not one of"),
-])
-def test_plan_is_refused(bits, group_size, says):
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=64))
-    with pytest.raises(UserError, match=re.escape(says)):
-        quantized.plan(model, bits, group_size)
-
-
-def test_plan_refuses_what_is_packed():
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=64))
-    nn.quantize(model, 64, 4, class_predicate=lambda path, _: path.endswith("mlp.up"))
-    with pytest.raises(UserError, match="mlp.up is packed already, to 4 bits"):
-        quantized.plan(model, "4", 64)
 
 
 # ---- keys and values -------------------------------------------------------------------------------------------------

@@ -1,0 +1,157 @@
+"""What hqq.py, gptq.py and awq.py share: integers in MLX's layout, which matrices get how many bits, what is told."""
+import math
+import os
+import re
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from config import UserError, nearest
+from model import GPT, load_checkpoint, save_checkpoint
+from quantized import BITS, GROUP_SIZES, dense_weight, natural, replace_module
+from score import read_tokens, score
+from tokenizer import Tokenizer
+
+# ---- integers --------------------------------------------------------------------------------------------------------
+
+def pack(q: mx.array, bits: int) -> mx.array:
+    """Integers (..., in) of so many bits -> uint32 (..., in bits / 32): a stream of bits, the low ones first."""
+    q = q.astype(mx.uint32).reshape(*q.shape[:-1], -1, 32)  # 32 integers are as many words as they have bits
+    words = [mx.zeros(q.shape[:-1], dtype=mx.uint32)] * bits
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[word] = words[word] | q[..., i] << shift
+        if shift + bits > 32:
+            words[word + 1] = words[word + 1] | q[..., i] >> (32 - shift)
+    return mx.stack(words, axis=-1).flatten(-2)
+
+
+def round_to_nearest(weight: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Integers q, of the weight's shape (..., out, in), scale and zero (..., out, in / group_size), float32, with
+    weight ~ (q - zero) scale: from the least number of a group to the greatest in equal steps, zero no integer."""
+    groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, group_size)
+    least, greatest = groups.min(-1), groups.max(-1)
+    scale = mx.where(greatest > least, (greatest - least) / (2**bits - 1), 1)  # 1: a constant comes out exactly
+    zero = -least / scale
+    q = mx.clip(mx.round(groups / scale[..., None] + zero[..., None]), 0, 2**bits - 1)
+    return q.reshape(weight.shape).astype(mx.uint8), scale, zero
+
+
+def packed_module(module: nn.Module, q: mx.array, scale: mx.array, zero: mx.array, bits: int,
+                  dtype: mx.Dtype = mx.float16) -> nn.Module:
+    """A linear layer, an embedding or experts of the weight (q - zero) scale: integers q (..., out, in), scale and zero
+    (..., out, in / group_size), which are kept as `dtype`. Its bias is kept."""
+    packed = module.to_quantized(group_size=q.shape[-1] // scale.shape[-1], bits=bits)  # lazy: MLX's rounding is never
+    packed.weight, packed.scales = pack(q, bits), scale.astype(dtype)                   # computed
+    packed.biases = (-scale * zero).astype(dtype)
+    return packed
+
+
+# ---- which matrices, and how many bits -------------------------------------------------------------------------------
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """What can be packed, by path: linear layers, experts, the token embedding. Those that choose, as routers do, and
+    positions are left out."""
+    found = {path: module for path, module in model.named_modules() if hasattr(module, "to_quantized")
+             or isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) or "scales" in module}
+    return {path: found[path] for path in sorted(found, key=natural)
+            if not re.search(r"(router|predictor|lam|pos_embed)$", path)}
+
+
+def plan(model: nn.Module, bits: str, group_size: int) -> dict[str, int]:
+    """Bits of each matrix that is to be packed, by path. bits: "4", or "4, mlp=3, head=0": later ones rule, and 0
+    leaves a matrix as it is. UserError names what cannot be packed."""
+    layers = matrices(model)
+    if group_size not in GROUP_SIZES:
+        raise UserError(f"group_size={group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+    for path, module in layers.items():
+        if "scales" in module:
+            raise UserError(f"{path} is packed already, to {module.bits} bits: start from the dense checkpoint")
+    found = dict.fromkeys(layers, 0)
+    for rule in bits.split(","):
+        name, _, number = rule.strip().rpartition("=")
+        if number not in ("0", *map(str, BITS)):
+            raise UserError(f"bits={bits!r}: {number!r} is not one of 0, {', '.join(map(str, BITS))}")
+        try:
+            matching = [path for path in layers if re.search(name, path)]
+        except re.error as error:
+            raise UserError(f"bits={bits!r}: {name!r} is no regular expression ({error})") from error
+        if not matching:
+            names = sorted({re.sub(r"^blocks\.\d+\.", "", path) for path in layers})
+            raise UserError(f"bits={bits!r}: {name!r} is in no matrix's name: {nearest(name, names)}")
+        found.update(dict.fromkeys(matching, int(number)))
+    found = {path: number for path, number in found.items() if number}
+    for path in found:
+        inputs = layers[path].weight.shape[-1]
+        if inputs % group_size:
+            raise UserError(f"{path} has {inputs} inputs, which groups of {group_size} do not divide: "
+                            f"take a smaller --group_size, or leave it out by --bits=\"{bits}, {path}=0\"")
+    if not found:
+        raise UserError(f"bits={bits!r} packs nothing")
+    return found
+
+
+# ---- what the scripts tell -------------------------------------------------------------------------------------------
+
+
+def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str) -> tuple[GPT, dict, Tokenizer, str]:
+    """The model, its header and tokenizer, and the packed file's name: `out`, or the checkpoint's with the label."""
+    if scale_dtype not in ("float16", "float32"):
+        raise UserError(f"scale_dtype={scale_dtype!r} is not one of float16, float32")
+    label = re.sub(r"[^.0-9a-z_=]+", "-", label)
+    out = out or f"{checkpoint.removesuffix('.safetensors')}-{label}.safetensors"
+    if os.path.realpath(out) == os.path.realpath(checkpoint):
+        raise UserError(f"{out} is the checkpoint itself: give another --out")
+    model, meta = load_checkpoint(checkpoint)
+    enc = Tokenizer.from_dict(meta["tokenizer"]) if meta.get("tokenizer") else None
+    return model, meta, enc, out
+
+
+def text_of(path: str, enc: Tokenizer | None, checkpoint: str, split: str, max_tokens: int = 0) -> np.ndarray:
+    if enc is None:
+        raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
+    return read_tokens(path, enc, split, max_tokens)
+
+
+def perplexity(model: GPT, tokens: np.ndarray, bos: int) -> str:
+    nats, accuracy = score(model, tokens, bos)
+    return f"perplexity {math.exp(min(nats, 700)):.3f}, accuracy {accuracy:.2%}"
+
+
+def megabytes(module: nn.Module) -> float:
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters())) / 1e6
+
+
+HEAD = f"{'matrix':24} {'bits':>4} {'error':>9} {'nearest':>9} {'ratio':>6} {'MB':>9} {'packed':>9}"
+
+
+def finite_weight(path: str, module: nn.Module) -> mx.array:
+    W = dense_weight(module)
+    if not mx.isfinite(W).all().item():
+        raise UserError(f"{path} holds numbers that are infinite or none: the checkpoint is broken; train it again")
+    return W
+
+
+def put(model: GPT, path: str, found: tuple, bits: int, scale_dtype: str) -> str:
+    """Pack a matrix of the model as (q, scale, zero) found for it, and tell its mean error, and that of rounding to the
+    nearest, on a line as HEAD has it."""
+    module = matrices(model)[path]
+    W, group_size = dense_weight(module), found[0].shape[-1] // found[1].shape[-1]
+    packed, rounded = (packed_module(module, *integers, bits, getattr(mx, scale_dtype))
+                       for integers in (found, round_to_nearest(W, bits, group_size)))
+    error, by_rounding = (mx.abs(dense_weight(layer) - W).mean().item() for layer in (packed, rounded))
+    if not math.isfinite(error):
+        raise UserError(f"{path} has scales beyond {scale_dtype}: give --scale_dtype=float32")
+    replace_module(model, path, packed)
+    return (f"{path:24} {bits:4} {error:9.2e} {by_rounding:9.2e} {error / max(by_rounding, 1e-30):6.3f} "
+            f"{megabytes(module):9.3f} {megabytes(packed):9.3f}")
+
+
+def save_packed(out: str, model: GPT, meta: dict, settings: dict, script: str, **quantization):
+    """quantization: method, bits, group_size and what else made it."""
+    save_checkpoint(out, model, {**meta, "script": script, "settings": settings, "quantization": quantization})
+    print(f"{out}: {os.path.getsize(out) / 1e6:.2f} MB, weights {megabytes(model):.2f} MB")

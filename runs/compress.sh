@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# What compression costs: train a model, compress it in every way, and print one table.
+#
+#     bash runs/compress.sh train.txt test.txt
+#
+# The calibrated methods and the search see train.txt, the perplexity is that of test.txt: runs/compress.py.
+set -eu
+train=$(realpath "$1")
+test=$(realpath "$2")
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=out-compress
+base=$out/base/best.safetensors
+
+[ -e $base ] || "$python" train.py --data="$train" --n_layer=4 --n_head=4 --n_embd=256 --max_iters=600 \
+    --sample_tokens=0 --out_dir=$out/base
+
+timed() {  # NAME SCRIPT ARGUMENTS: writes OUT/NAME.safetensors, and leaves the seconds it took
+    name=$1
+    shift
+    echo "== $*"
+    start=$(date +%s.%N)
+    "$python" "$@" --out=$out/"$name".safetensors
+    echo "$(date +%s.%N) - $start" | bc > $out/"$name".seconds
+}
+
+for bits in 8 4 3 2; do
+    timed rtn-$bits hqq.py $base --bits=$bits --method=rtn
+    timed hqq-zero-$bits hqq.py $base --bits=$bits --scale_moves=False
+    timed hqq-$bits hqq.py $base --bits=$bits
+    timed awq-$bits awq.py $base --bits=$bits --data="$train"
+    timed gptq-$bits gptq.py $base --bits=$bits --data="$train"
+done
+timed laser laser.py $base --search=True --data="$train"
+"$python" runs/compress.py $out "$test"

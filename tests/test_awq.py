@@ -1,0 +1,77 @@
+"""awq.py: scaling changes nothing before rounding, in every variant; its scales and ranges against a slow search. Its
+files and bad input: test_gptq.py."""
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_gptq import FLAVOURS, correlated
+
+import awq
+from model import GPT, GPTConfig
+from packing import round_to_nearest
+
+
+def dequantized(q, scale, zero):
+    width = q.shape[1] // scale.shape[1]
+    q, scale, zero = (np.array(part, np.float64) for part in (q, scale, zero))
+    return (q - np.repeat(zero, width, 1)) * np.repeat(scale, width, 1)
+
+
+@pytest.mark.parametrize("settings", [*FLAVOURS, dict(mlp="swiglu", bias=True), dict(mlp="relu2", bias=True)], ids=str)
+def test_scaling_is_exact(settings):
+    """Whatever s, the logits are the same, wherever it is applied."""
+    sizes = dict(block_size=32, vocab_size=64, n_layer=4, n_head=2, n_embd=64)
+    model = GPT(GPTConfig(**sizes | settings), seed=1).eval()
+    rng, idx = np.random.default_rng(0), mx.array(np.random.default_rng(1).integers(0, 64, (2, 20)))
+    for module in model.modules():
+        if "bias" in module:
+            module.bias = mx.array(rng.standard_normal(module.bias.shape).astype(np.float32)) * 0.1
+    logits, scaled = model(idx), set()
+    for start in (*(f"blocks.{i}" for i in range(4)), *(["shared"] if settings.get("yoco") else [])):
+        for paths, makers in awq.places(model, start):
+            inputs = dict(model.named_modules())[paths[0]].weight.shape[1]
+            awq.scale_inputs(model, paths, makers, mx.array(rng.uniform(0.5, 2, inputs).astype(np.float32)))
+            scaled |= {path.split(".", 2 if start != "shared" else 1)[-1] for path in paths}
+    assert mx.abs(model(idx) - logits).max() < 2e-4 * mx.abs(logits).max()
+    assert ("mlp.down" in scaled) == (settings.get("mlp", "relu2") != "gelu" and not settings.get("n_expert"))
+    assert ("attn.out" in scaled) == (not settings.get("diff_attn") and not settings.get("n_kv_head"))
+
+
+def test_best_scale():
+    """Of the twenty exponents the one whose outputs err the least, by the outputs themselves."""
+    rng, x = np.random.default_rng(0), correlated(64)
+    x[:, 5] *= 30  # an input that matters
+    weights = [rng.standard_normal((16, 64)).astype(np.float32) for _ in range(2)]
+    gram, size = x.T @ x / len(x), np.abs(x).mean(0)
+    s = np.array(awq.best_scale([mx.array(w) for w in weights], mx.array(gram.astype(np.float32)),
+                                mx.array(size.astype(np.float32)), [3, 3], 32), np.float64)
+    errors, candidates = [], []
+    for r in np.arange(20) / 20:
+        scale = size**r / np.sqrt((size**r).max() * (size**r).min())
+        rounded = [dequantized(*round_to_nearest(mx.array((w * scale).astype(np.float32)), 3, 32)) for w in weights]
+        errors.append(sum(np.square(x @ (back / scale - w).T).mean() for back, w in zip(rounded, weights, strict=True)))
+        candidates.append(scale)
+    best = int(np.argmin(errors))
+    assert best > 0 and errors[best] < 0.8 * errors[0]
+    np.testing.assert_allclose(s, candidates[best], rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_ranges(bits):
+    """Each group of each row takes the share of its range at which its part of the outputs errs the least."""
+    x, weight = correlated(64), np.random.default_rng(1).standard_t(3, (5, 64)).astype(np.float32)
+    gram = x.T @ x / len(x)
+    found = dequantized(*awq.quantize(mx.array(weight), mx.array(gram.astype(np.float32)), bits, 32))
+    shares = set()
+    for row in range(5):
+        for group in range(2):
+            part, columns = weight[row, 32 * group:32 * group + 32], x[:, 32 * group:32 * group + 32]
+            errors = []
+            for share in np.arange(20, 9, -1) / 20:
+                cut = np.clip(part, part.min() * share, part.max() * share)
+                back = dequantized(*round_to_nearest(mx.array(cut[None].astype(np.float32)), bits, 32))[0]
+                errors.append(np.square(columns @ (back - part)).mean())
+            error = np.square(columns @ (found[row, 32 * group:32 * group + 32] - part)).mean()
+            assert error <= min(errors) * 1.001
+            shares.add(int(np.argmin(errors)))
+    assert len(shares) > 1
