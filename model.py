@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
 import cpu
+import factored
 import quantized
 from config import UserError
 
@@ -1314,6 +1315,7 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     except (UserError, TypeError) as error:
         raise UserError(f"{path} has settings that make no model ({error})") from error
     try:
+        factored.factor_like(model, arrays)
         quantized.pack_like(model, arrays)
         model.load_weights(list(arrays.items()), strict=True)
     except (ValueError, ZeroDivisionError) as error:

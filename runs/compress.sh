@@ -3,7 +3,8 @@
 #
 #     bash runs/compress.sh train.txt test.txt
 #
-# The calibrated methods and the search see train.txt, the perplexity is that of test.txt: runs/compress.py.
+# The calibrated methods read what the model was trained on, LASER's search what was held out of it, and the perplexity
+# is that of test.txt: runs/compress.py. Everywhere the embedding, which is the head too, keeps 8 bits.
 set -eu
 train=$(realpath "$1")
 test=$(realpath "$2")
@@ -11,6 +12,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=out-compress
 base=$out/base/best.safetensors
+data=data/$(basename "${train%.*}")-bpe-4096  # where train.py puts its tokens
 
 [ -e $base ] || "$python" train.py --data="$train" --n_layer=4 --n_head=4 --n_embd=256 --max_iters=600 \
     --sample_tokens=0 --out_dir=$out/base
@@ -25,11 +27,12 @@ timed() {  # NAME SCRIPT ARGUMENTS: writes OUT/NAME.safetensors, and leaves the 
 }
 
 for bits in 8 4 3 2; do
-    timed rtn-$bits hqq.py $base --bits=$bits --method=rtn
-    timed hqq-zero-$bits hqq.py $base --bits=$bits --scale_moves=False
-    timed hqq-$bits hqq.py $base --bits=$bits
-    timed awq-$bits awq.py $base --bits=$bits --data="$train"
-    timed gptq-$bits gptq.py $base --bits=$bits --data="$train"
+    widths="$bits, embed=8"
+    timed rtn-$bits hqq.py $base --bits="$widths" --method=rtn
+    timed hqq-zero-$bits hqq.py $base --bits="$widths" --scale_moves=False
+    timed hqq-$bits hqq.py $base --bits="$widths"
+    timed awq-$bits awq.py $base --bits="$widths" --data="$data"
+    timed gptq-$bits gptq.py $base --bits="$widths" --data="$data"
 done
-timed laser laser.py $base --search=True --data="$train"
+timed laser laser.py $base --search=True --factored=True --data="$data" --picture=$out/laser.png
 "$python" runs/compress.py $out "$test"

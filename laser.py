@@ -1,0 +1,272 @@
+"""Replace weight matrices by approximations of low rank, which may improve a model, and may shrink it.
+
+    python laser.py out/ckpt.safetensors --matrix=mlp.up --layer=3 --rho=0.1 --data=book.txt
+    python laser.py out/ckpt.safetensors --search=True --data=book.txt --factored=True
+
+LASER (Sharma, Ash & Misra 2023): W (m, n) becomes the sum of its k = max(1, int(rho min(m, n))) greatest singular
+components; the smallest, which are dropped, sometimes hold noise. By Eckart and Young no matrix of rank k is nearer.
+
+--search=True tries every matrix of every block at every rho on windows of the text, an edit at a time. Then it takes
+the best edit of each matrix, in the order of their gains, and keeps those that lower the loss further, together with
+those kept before. Other windows, which the search never saw, tell what that is worth, in loss and in accuracy, the
+share of next tokens that are the most probable: the two can move apart. It prints the best edit of each matrix, and
+draws them: layer x matrix, colour = change in loss.
+
+--factored=True stores an edited matrix as two thin ones, u (m, k) and v (k, n), where these are smaller; model.py runs
+them as such. Experts are edited each for itself, and stay whole. The edits stand in the header, under "laser".
+"""
+import os
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from calibrate import windows
+from config import UserError, nearest, overrides
+from factored import Factored
+from model import GPT, cross_entropy, load_checkpoint, save_checkpoint
+from packing import finite_weight, matrices, text_of
+from quantized import replace_module
+from tokenizer import Tokenizer
+
+checkpoint = "out/ckpt.safetensors"  # a dense one
+out = ""                 # the edited one; "": its name with -laser
+matrix = ""              # one edit: of mlp.up, mlp.down, attn.q, ...
+layer = 0                # from 0
+rho = 0.1                # share of the singular components that stay, over 0, at most 1
+search = False           # all matrices, layers and rhos instead
+rhos = "0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01"  # that are tried
+data = ""                # a text file, or a folder that data.py made (its val split); one edit needs none
+samples = 32             # windows of block_size tokens that choose, and as many that judge
+batch_size = 8           # of them at a time
+seed = 1337              # of which ones
+factored = False         # store two thin matrices where that is smaller
+picture = ""             # of the search; "": laser.png beside the new checkpoint
+
+settings = overrides(globals(), "checkpoint")
+
+# ---- edits -----------------------------------------------------------------------------------------------------------
+
+
+def rank_of(shape: tuple, rho: float) -> int:
+    return max(1, int(min(shape[-2:]) * rho))
+
+
+def svd(W: mx.array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The exact one, float32: W (..., m, n) -> (..., m, r), (..., r), (..., r, n), r = min(m, n)."""
+    return np.linalg.svd(np.array(W.astype(mx.float32)), full_matrices=False)
+
+
+def low_rank(parts: tuple, k: int) -> tuple[mx.array, mx.array]:
+    """The k greatest components of what svd() gave: u (..., m, k) and v (..., k, n), W ~ u v."""
+    U, s, V = parts
+    root = np.sqrt(s[..., :k])
+    return mx.array(U[..., :k] * root[..., None, :]), mx.array(root[..., None] * V[..., :k, :])
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+def measure(model: GPT, rows: mx.array, streams: list | None = None, layer: int = 0) -> tuple[float, float]:
+    """Mean loss in nats, and accuracy, of the tokens of rows (n, T + 1); from the residual stream before a block on, if
+    that is given, a batch at a time."""
+    nats, hits = [], []
+    for i, start in enumerate(range(0, len(rows), batch_size)):
+        x, y = rows[start:start + batch_size, :-1], rows[start:start + batch_size, 1:]
+        logits = model(x, tap=lambda site, at, x, i=i: streams[i] if streams and (site, at) == ("resid", layer) else x)
+        nats.append(cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1)).sum())
+        hits.append((mx.argmax(logits, axis=-1) == y).sum())
+        mx.eval(nats[-1], hits[-1])  # lazily: what stands before a given stream is never computed
+    tokens = rows[:, 1:].size
+    return sum(n.item() for n in nats) / tokens, sum(n.item() for n in hits) / tokens
+
+
+def streams_before(model: GPT, rows: mx.array, layer: int) -> list[mx.array]:
+    """The residual stream (batch, T, C) before a block, of each batch of rows (n, T + 1)."""
+    found = []
+
+    def tap(site, at, x):
+        if (site, at) == ("resid", layer):
+            found.append(x)
+        return x
+
+    for start in range(0, len(rows), batch_size):
+        model.residual(rows[start:start + batch_size, :-1], tap=tap)
+        mx.eval(found[-1])
+    return found
+
+
+def grid(model: GPT, rows: mx.array, layers: dict[str, nn.Module], rhos: list[float], bar: tqdm) -> dict[tuple, tuple]:
+    """(loss, accuracy) of each (path, rho), one edit at a time. The model is as before."""
+    found, at = {}, None
+    for path, module in layers.items():
+        layer = int(path.split(".")[1])
+        if layer != at:
+            streams, at = streams_before(model, rows, layer), layer
+        weight, parts = module.weight, svd(finite_weight(path, module))
+        for rho in rhos:
+            u, v = low_rank(parts, rank_of(weight.shape, rho))
+            module.weight = (u @ v).astype(weight.dtype)
+            found[path, rho] = measure(model, rows, streams, layer)
+            bar.update()
+        module.weight = weight
+    return found
+
+
+def best_of_each(found: dict[tuple, tuple]) -> list[tuple[str, float]]:
+    """The (path, rho) of the least loss, of each path."""
+    return [min((cell for cell in found if cell[0] == path), key=lambda cell: found[cell][0])
+            for path in dict.fromkeys(path for path, _ in found)]
+
+
+def compose(model: GPT, rows: mx.array, layers: dict[str, nn.Module], found: dict[tuple, tuple],
+            best: float) -> list[tuple[str, float]]:
+    """Take the best edit of each matrix, in the order of their gains, and keep it in the model if the loss, `best` so
+    far, falls."""
+    kept, dense = [], best
+    for path, rho in sorted(best_of_each(found), key=lambda cell: found[cell]):
+        if found[path, rho][0] >= dense:
+            break
+        weight = layers[path].weight
+        u, v = low_rank(svd(weight), rank_of(weight.shape, rho))
+        layers[path].weight = (u @ v).astype(weight.dtype)
+        loss, _ = measure(model, rows)
+        if loss < best:
+            best = loss
+            kept.append((path, rho))
+        else:
+            layers[path].weight = weight
+    return kept
+
+
+# ---- show ------------------------------------------------------------------------------------------------------------
+
+
+def table(found: dict[tuple, tuple], dense: tuple):
+    print(f"{'matrix':24} {'rho':>5} {'loss':>9} {'accuracy':>9}   changes by the best edit of each")
+    for path, rho in best_of_each(found):
+        loss, accuracy = found[path, rho]
+        print(f"{path:24} {rho:5} {loss - dense[0]:+9.4f} {accuracy - dense[1]:+9.2%}")
+
+
+def draw(path: str, found: dict[tuple, tuple], dense: float):
+    """Layer x matrix: change in loss by the best edit of each, with its rho."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = {(int(at.split(".")[1]), at.split(".", 2)[2]): (found[at, rho][0] - dense, rho)
+             for at, rho in best_of_each(found)}
+    layers, names = sorted({at for at, _ in cells}), list(dict.fromkeys(name for _, name in cells))
+    change = np.full((len(layers), len(names)), np.nan)
+    for (at, name), (value, _) in cells.items():
+        change[layers.index(at), names.index(name)] = value
+    most = max(np.nanmax(np.abs(change)), 1e-6)
+    figure, axes = plt.subplots(figsize=(1.5 + len(names), 1.5 + 0.45 * len(layers)), layout="constrained")
+    image = axes.imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    for (at, name), (value, rho) in cells.items():
+        axes.text(names.index(name), layers.index(at), f"{value:+.4f}\nrho {rho:g}", ha="center", va="center",
+                  fontsize=7, color="white" if abs(value) > 0.6 * most else "black")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(layers)), layers)
+    axes.set(ylabel="layer", title="change in loss by the best edit of each matrix, nats")
+    figure.colorbar(image)
+    figure.savefig(f"{path}.tmp", format="png", dpi=150)
+    os.replace(f"{path}.tmp", path)
+    plt.close(figure)
+    print(f"drawn: {path}")
+
+
+def told(name: str, before: tuple, after: tuple):
+    print(f"{name}: loss {before[0]:.4f} -> {after[0]:.4f}, accuracy {before[1]:.2%} -> {after[1]:.2%}")
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+
+def tried_rhos() -> list[float]:
+    try:
+        found = [float(part) for part in rhos.split(",")] if search else [rho]
+    except ValueError:
+        raise UserError(f"rhos={rhos!r} is no list of numbers") from None
+    for number in found:
+        if not 0 < number <= 1:
+            raise UserError(f"rho={number:g} is not over 0 and at most 1")
+    return found
+
+
+def one_matrix(layers: dict[str, nn.Module]) -> str:
+    """The path of --matrix in block --layer."""
+    names = list(dict.fromkeys(path.split(".", 2)[2] for path in layers))
+    if not matrix:
+        raise UserError(f"nothing to edit: give --search=True, or --matrix, one of {', '.join(names)}, and --layer")
+    if matrix not in names:
+        raise UserError(f"matrix={matrix!r} is in no block: {nearest(matrix, names)}")
+    if not 0 <= layer < model.config.n_layer:
+        raise UserError(f"layer={layer} is not one of 0 to {model.config.n_layer - 1}")
+    if f"blocks.{layer}.{matrix}" not in layers:
+        raise UserError(f"block {layer} has no {matrix} of its own: other blocks have")
+    return f"blocks.{layer}.{matrix}"
+
+
+if __name__ == "__main__":
+    tried = tried_rhos()
+    if samples < 1 or batch_size < 1:
+        raise UserError("samples and batch_size must be 1 or more")
+    if search and not data:
+        raise UserError("nothing to search by: give --data=FILE")
+    out = out or f"{checkpoint.removesuffix('.safetensors')}-laser.safetensors"
+    if os.path.realpath(out) == os.path.realpath(checkpoint):
+        raise UserError(f"{out} is the checkpoint itself: give another --out")
+    model, meta = load_checkpoint(checkpoint)
+    layers = {path: module for path, module in matrices(model).items() if path.startswith("blocks.")}
+    for path, module in layers.items():
+        if "scales" in module:
+            raise UserError(f"{path} is packed to {module.bits} bits: start from the dense checkpoint")
+    path = None if search else one_matrix(layers)
+    if data:
+        enc = Tokenizer.from_dict(meta["tokenizer"]) if meta.get("tokenizer") else None
+        rows = windows(text_of(data, enc, checkpoint, "val"), 2 * samples, model.config.block_size + 1, seed)
+        if len(rows) < 2:
+            raise UserError(f"{data} has less than two windows of {model.config.block_size} tokens: give a longer text")
+        chosen_by, held_out = rows[:len(rows) // 2], rows[len(rows) // 2:]
+        before = measure(model, chosen_by), measure(model, held_out)
+    size = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    dense = {path: module.weight for path, module in layers.items()}
+    if search:
+        with tqdm(total=len(layers) * len(tried), unit=" edits", disable=None, dynamic_ncols=True) as bar:
+            found = grid(model, chosen_by, layers, tried, bar)
+        table(found, before[0])
+        kept = compose(model, chosen_by, layers, found, before[0][0])
+    else:
+        u, v = low_rank(svd(finite_weight(path, layers[path])), rank_of(dense[path].shape, rho))
+        layers[path].weight, kept = (u @ v).astype(dense[path].dtype), [(path, rho)]
+    print(f"{'edit':24} {'rho':>5} {'rank':>5} {'error':>6} {'MB':>9} {'thin':>9}")
+    edits = []
+    for path, rho in kept:
+        W, k = dense[path].astype(mx.float32), rank_of(dense[path].shape, rho)
+        error = (mx.linalg.norm(W - layers[path].weight) / mx.linalg.norm(W)).item()
+        m, n = W.shape[-2:]
+        thin = k * (m + n) / (m * n) * dense[path].nbytes
+        print(f"{path:24} {rho:5g} {k:5} {error:6.3f} {dense[path].nbytes / 1e6:9.3f} {thin / 1e6:9.3f}")
+        if factored and W.ndim == 2 and thin < dense[path].nbytes:
+            u, v = low_rank(svd(W), k)
+            new = Factored(n, m, k, "bias" in layers[path])
+            new.u.weight, new.v.weight = u.astype(dense[path].dtype), v.astype(dense[path].dtype)
+            if "bias" in layers[path]:
+                new.u.bias = layers[path].bias
+            replace_module(model, path, new)
+        edits.append({"matrix": path, "rho": rho, "rank": k})
+    if not kept:
+        print("none lowers the loss: the model stays as it is")
+    if data:
+        told("windows that chose" if search else "windows", before[0], measure(model, chosen_by))
+        told("held-out windows", before[1], measure(model, held_out))
+    if search:
+        draw(picture or os.path.join(os.path.dirname(out), "laser.png"), found, before[0][0])
+    save_checkpoint(out, model, {**meta, "script": "laser.py", "settings": settings, "laser": edits})
+    after = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    print(f"{out}: {os.path.getsize(out) / 1e6:.2f} MB, weights {size / 1e6:.2f} -> {after / 1e6:.2f} MB")
