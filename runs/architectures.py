@@ -14,6 +14,7 @@ import blas  # noqa: E402, F401  (before mlx)
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+from table import put  # noqa: E402
 
 from config import UserError, overrides  # noqa: E402
 from model import compute_dtype, load_checkpoint  # noqa: E402
@@ -99,15 +100,4 @@ if len(table) == 2:
     raise UserError(f"no run in {out}: start runs/architectures.sh")
 print("\n".join(table))
 
-path = readme or os.path.join(here, "README.md")
-with open(path) as file:
-    text = file.read()
-first, last = "<!-- runs/architectures.sh writes this table -->\n", "<!-- end of the table -->"
-if text.count(first) != 1 or text.count(last) != 1:
-    raise UserError(f"{path} has lost the two marks of the table: nothing was written there")
-text = text[:text.index(first) + len(first)] + "\n".join(table) + "\n" + text[text.index(last):]
-with open(f"{path}.tmp", "w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-os.replace(f"{path}.tmp", path)
+put(readme or os.path.join(here, "README.md"), "runs/architectures.sh", table)

@@ -18,6 +18,7 @@ import blas  # noqa: E402, F401  (before mlx)
 import matplotlib  # noqa: E402
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+from table import put  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from config import UserError, overrides  # noqa: E402
@@ -95,16 +96,7 @@ for label in sorted(found, key=order):
 print(f"{os.path.basename(data)}, {len(tokens):,} tokens; {weights / 1e6:.2f}M parameters; "
       f"{mx.device_info().get('device_name')}, {str(dtype)[9:]}\n" + "\n".join(lines))
 
-path, marks = readme or os.path.join(here, "README.md"), ("<!-- runs/compress.sh writes this table -->",
-                                                          "<!-- end of the table -->")
-with open(path, encoding="utf-8") as file:
-    before, mark, rest = file.read().partition(marks[0])
-if mark:
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write("\n".join([before + mark, *lines, marks[1]]) + rest.partition(marks[1])[2])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+put(readme or os.path.join(here, "README.md"), "runs/compress.sh", lines)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

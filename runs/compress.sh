@@ -35,4 +35,4 @@ for bits in 8 4 3 2; do
     timed gptq-$bits gptq.py $base --bits="$widths" --data="$data"
 done
 timed laser laser.py $base --search=True --factored=True --data="$data" --picture=$out/laser.png
-"$python" runs/compress.py $out "$test"
+"$python" runs/compress.py $out "$test" --max_tokens=60000

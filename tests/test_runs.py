@@ -1,15 +1,19 @@
-"""runs/: the table of architectures, from tiny runs; tasks and pairs."""
+"""runs/: the tables of architectures and of compression, from tiny runs; tasks and pairs."""
 import json
 import shutil
 import subprocess
 import sys
 
+import blas  # noqa: F401  (before mlx)
 import numpy as np
 import pytest
 from conftest import ROOT
+from mlx.utils import tree_flatten
 from test_variants import SOURCE, without
 
 from chat import read_conversations
+from model import GPT, GPTConfig, save_checkpoint
+from tokenizer import byte_tokenizer
 
 TINY = ["--n_layer=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--max_iters=2", "--eval_windows=4",
         "--warmup_iters=1", "--sample_tokens=0", "--compile=False"]
@@ -59,6 +63,46 @@ def test_table(out, tmp_path):
 
 def test_no_runs(tmp_path):
     assert "no run in" in table(tmp_path, tmp_path / "README.md", status=2).stderr
+
+
+# ---- compression -----------------------------------------------------------------------------------------------------
+
+
+def test_compression(tmp_path):
+    """Sizes by hand, perplexity as eval.py has it; the table is put between its own marks, the picture is drawn."""
+    base = tmp_path / "base" / "best.safetensors"
+    base.parent.mkdir()
+    model = GPT(GPTConfig(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=64), seed=1)
+    save_checkpoint(str(base), model, {"tokenizer": byte_tokenizer().to_dict()})
+    for bits, method in ((8, "rtn"), (4, "hqq")):
+        subprocess.run([sys.executable, ROOT / "hqq.py", base, f"--bits={bits}", f"--method={method}",
+                        f"--out={tmp_path / f'{method}-{bits}.safetensors'}"], check=True, capture_output=True)
+    (tmp_path / "hqq-4.seconds").write_text("1.26")
+    text, readme = ROOT / "ruff.toml", tmp_path / "README.md"
+    marks = "<!-- runs/compress.sh writes this table -->", "<!-- end of the table -->"
+    readme.write_text(f"one\n{marks[0]}\nold\n{marks[1]}\ntwo\n{marks[1]}\n")
+    command = [sys.executable, ROOT / "runs" / "compress.py", tmp_path, text, "--new_tokens=4", "--rounds=1",
+               f"--picture={tmp_path / 'p.png'}", f"--readme={readme}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[1:-1]
+    assert readme.read_text() == "\n".join(["one", marks[0], *lines, marks[1], "two", marks[1], ""])
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    rows = {line.split(" | ")[0][2:]: line[2:-2].split(" | ") for line in lines[2:]}
+    assert [*rows] == ["dense", "dense, --kv_bits=4", "dense, --kv_bits=8", "rtn-8", "hqq-4"]
+    dense, packed = rows["dense"], rows["hqq-4"]
+    weights, norms = sum(p.size for _, p in tree_flatten(model.parameters())), 5 * 64
+    assert float(dense[1]) == 16 and float(dense[2]) == pytest.approx(2 * weights / 1e6, abs=0.005)
+    bits = (4.5 * (weights - norms) + 16 * norms) / weights
+    assert float(packed[1]) == pytest.approx(bits, abs=0.01) and packed[7] == "1.3" and dense[7] == ""
+    assert float(rows["dense, --kv_bits=8"][6]) < 0.6 * float(dense[6])
+    for name, path in (("dense", base), ("hqq-4", tmp_path / "hqq-4.safetensors")):
+        command[1:] = ROOT / "eval.py", path, f"--data={text}"
+        score = subprocess.run(command, capture_output=True, text=True).stdout
+        assert f"perplexity {rows[name][3]} " in score and f"accuracy {rows[name][4]}" in score
+    command[1:] = ROOT / "runs" / "compress.py", tmp_path / "none", text
+    empty = subprocess.run(command, capture_output=True, text=True)
+    assert empty.returncode == 2 and "nothing to compare" in empty.stderr
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
