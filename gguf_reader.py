@@ -6,8 +6,10 @@
 Read: the architectures llama (with its rope scaling and Mixtral's experts), qwen2, qwen3 and gpt2. F32, F16 and BF16
 stay as they are; Q8_0, Q4_0 and Q4_1 stay packed, since MLX's layout holds them exactly, in groups of 32; all other
 types are unpacked by the gguf package, and packed again, with a loss, only if --bits says so. Byte-level tokenizers
-come along where their way to cut words is known here (gpt-2, llama-bpe, qwen2). Written: F16 or Q8_0.
+come along where their way to cut words is known here (gpt-2, llama-bpe, qwen2), SentencePiece's, as Llama 2 and Mistral
+have it, by the tokenizers package. Written: F16 or Q8_0.
 """
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -22,7 +24,14 @@ from config import UserError, overrides
 from hub import GGUF, skeleton, template_settings, their_name, write_checkpoint
 from model import GPT, Experts, GPTConfig, load_checkpoint, rope_inv_freq
 from quantized import dense_weight
-from tokenizer import GPT2_PATTERN, Tokenizer, bytes_of_letters, letters_of_bytes, to_tokenizer_json
+from tokenizer import (
+    GPT2_PATTERN,
+    Tokenizer,
+    bytes_of_letters,
+    from_tokenizer_json,
+    letters_of_bytes,
+    to_tokenizer_json,
+)
 
 source = ""  # a .gguf file; with --export: a checkpoint
 out = "model.safetensors"  # the checkpoint to be written
@@ -233,10 +242,12 @@ def as_three(start: str, part: str, array, config: GPTConfig) -> Iterator[tuple[
 
 
 def our_tokenizer(file: File) -> tuple[Tokenizer | None, dict]:
-    """The tokenizer, if it is byte-level and its words are known; and the chat template."""
+    """The tokenizer, if it is byte-level and its words are known, or SentencePiece's; and the chat template."""
     get = file.fields.get
     more, model, pre = template_settings(get("tokenizer.chat_template")), get("tokenizer.ggml.model"), None
     pre = get("tokenizer.ggml.pre", "gpt-2")
+    if model == "llama":
+        return sentence_piece(file), more
     if model != "gpt2" or pre not in WORDS:
         print(f"the tokenizer ({model}, {pre}) is not known here: the checkpoint can compute, but not read text")
         return None, more
@@ -247,6 +258,41 @@ def our_tokenizer(file: File) -> tuple[Tokenizer | None, dict]:
     if eot is None or not 0 <= eot < len(names):
         raise UserError(f"{file.path} names no token that ends a document (tokenizer.ggml.eos_token_id)")
     return Tokenizer("bpe", tokens, special, WORDS[pre], get("tokenizer.ggml.bos_token_id"), eot), more
+
+
+def sentence_piece(file: File) -> Tokenizer:
+    """A model of SentencePiece's, of kind BPE: of neighbours that make a known piece, those of the best score merge
+    first; what is no piece falls back on bytes. Told as a tokenizer.json, which ranks pairs in place of pieces."""
+    get = file.fields.get
+    pieces, scores, types = (get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
+    if not pieces or not scores or not types or not len(pieces) == len(scores) == len(types):
+        raise UserError(f"{file.path} has a tokenizer of {len(pieces or [])} tokens, {len(scores or [])} scores and "
+                        f"{len(types or [])} types: it is cut short; fetch it again")
+    named = {name: get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown")}
+    for name, i in named.items():
+        if i is not None and not 0 <= i < len(pieces) or name == "eos" and i is None:
+            raise UserError(f"{file.path} has no token {i} for {name}: fetch it again")
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    plain = {piece for piece, kind in zip(pieces, types, strict=True) if kind == 1}
+    pairs = [(-scores[vocab[piece]], vocab[piece[:cut]], vocab[piece[cut:]]) for piece in plain
+             for cut in range(1, len(piece)) if piece[:cut] in plain and piece[cut:] in plain]
+    lower = "\u2581"  # one-eighth block: a blank
+    steps = [{"type": "Replace", "pattern": {"String": " "}, "content": lower}]
+    if get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, {"type": "Prepend", "prepend": lower})
+    found = {
+        "version": "1.0", "pre_tokenizer": None, "post_processor": None,
+        "added_tokens": [{"id": i, "content": piece, "special": kind in (2, 3), "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False}
+                         for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)) if kind in (2, 3, 4)],
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": lower}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "unk_token": pieces[named["unknown"] or 0], "fuse_unk": True, "byte_fallback": True,
+                  "vocab": vocab, "merges": [[pieces[left], pieces[right]] for _, left, right in sorted(pairs)]}}
+    bos = named["eos"] if named["bos"] is None else named["bos"]
+    return from_tokenizer_json(json.dumps(found, ensure_ascii=False), pieces[bos], pieces[named["eos"]])
 
 
 # ---- write -----------------------------------------------------------------------------------------------------------

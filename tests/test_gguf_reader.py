@@ -1,4 +1,5 @@
 """gguf_reader.py: all types against the gguf package's dequantiser, models by its writer, there and back, fuzz."""
+import json
 import subprocess
 import sys
 
@@ -237,6 +238,47 @@ def test_the_tokenizer_comes_along(tmp_path):
     for text in ("def f(x): return 12345", "grüße, 世界\n\n  x"):
         assert found.encode(text).tolist() == enc.encode(text).tolist()
     assert (found.eot, found.bos, found.pattern) == (enc.eot, enc.bos, enc.pattern)
+
+
+def with_sentence_piece(path, change=lambda pieces, scores, types: (pieces, scores, types)):
+    """A GGUF file of a Llama with the tokenizer of tests/fixtures/make_sentencepiece.py; its texts, with their ids."""
+    found = json.loads((ROOT / "tests" / "fixtures" / "sentencepiece.json").read_text())
+    pieces, scores, types = change(found["pieces"], found["scores"], found["types"])
+    save_checkpoint(str(path.with_suffix(".s")), GPT(GPTConfig(**USUAL | FLAVOURS["llama"] | {"vocab_size": 500})), {})
+    read(path.with_suffix(".s"), f"--export={path}.plain")
+    plain = gguf.GGUFReader(f"{path}.plain")
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, field in plain.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture", "tokenizer.")):
+            writer.add_key_value(key, field.contents(), field.types[0])
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for tensor in plain.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return found["texts"]
+
+
+def test_sentence_piece(tmp_path):
+    """The ids that sentencepiece itself gave; and back to the same text."""
+    texts = with_sentence_piece(tmp_path / "a.gguf")
+    read(tmp_path / "a.gguf", tmp_path / "a.safetensors")
+    enc = Tokenizer.from_dict(load_checkpoint(str(tmp_path / "a.safetensors"))[1]["tokenizer"])
+    assert (enc.kind, enc.bos, enc.eot) == ("hf", 1, 2)
+    for text, ids in texts.items():
+        assert enc.encode(text).tolist() == ids
+        assert enc.decode(ids).lstrip(" ") == text.lstrip(" ").replace("\u2581", " ")
+    with_sentence_piece(tmp_path / "b.gguf", lambda pieces, scores, types: (pieces, scores[:-1], types))
+    assert "500 tokens, 499 scores" in read(tmp_path / "b.gguf", tmp_path / "b.safetensors", status=2).stderr
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
