@@ -800,9 +800,6 @@ class Block(nn.Module):
         return self.attn.make_cache(room)
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
-        return self.add(tap("resid", self.layer, x), offset, cache, tap)
-
-    def add(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         x = x + tap("attn", self.layer, self.attn(self.attn_norm(x), offset, cache, tap))
         return x + tap("mlp", self.layer, self.mlp(self.mlp_norm(x), tap))
 
@@ -851,10 +848,9 @@ class RoutedBlock(Block):
         return make(room) if self.config.mod == "soft" else RoutedCache(lambda: make(room))
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
-        x = tap("resid", self.layer, x)
         r = tap("depth", self.layer, self.depth_router(x)[..., 0])
         if self.config.mod == "soft":
-            return x + sigmoid(r)[..., None] * (self.add(x, offset, cache, tap) - x)
+            return x + sigmoid(r)[..., None] * (super().__call__(x, offset, cache, tap) - x)
         likely = self.predictor(mx.stop_gradient(x))[..., 0].astype(mx.float32) - self.threshold
         if isinstance(cache, RoutedCache):
             return self.continued(x, r, likely, offset, cache, tap)
@@ -873,7 +869,7 @@ class RoutedBlock(Block):
             at = mx.where(chosen[rows, order], at[rows, order], NOWHERE)
             r = mx.where(chosen, r, 0)
         selected = x[rows, order]
-        change = self.add(selected, at, cache, tap) - selected
+        change = super().__call__(selected, at, cache, tap) - selected
         return x.at[rows, order].add(change * r[rows, order][..., None])
 
     def continued(self, x: mx.array, r: mx.array, likely: mx.array, offset: int, cache, tap: Callable) -> mx.array:
@@ -884,7 +880,7 @@ class RoutedBlock(Block):
                 place = mx.array(np.flatnonzero(chosen))
                 selected = x[row:row + 1, place]
                 of_row = cache.row(row, place + offset)
-                change = self.add(selected, place[None] + offset, of_row, tap) - selected
+                change = super().__call__(selected, place[None] + offset, of_row, tap) - selected
                 x = x.at[row, place].add(change[0] * r[row, place, None])
         return x
 
@@ -1034,7 +1030,7 @@ class GPT(nn.Module):
             x = x + self.pos_embed(places(T, offset if packed is None else packed) % DOCUMENT)
         offset = offset if packed is None else packed
         for layer, block in enumerate(self.blocks):
-            memory = None if cache is None else cache.layers[layer]
+            memory, x = None if cache is None else cache.layers[layer], tap("resid", layer, x)
             if crosses(self.config, layer):  # yoco
                 if layer == self.config.n_layer // 2:  # yoco
                     memory = None if cache is None else cache.layers[-1]  # yoco

@@ -1,0 +1,312 @@
+"""Where every head of every layer looks, while a model reads a prompt.
+
+    python attention.py out/ckpt.safetensors --prompt="def __init__(self, name):"
+
+It prints, for each head, how much of its attention goes to the first token, to the token itself and to the one before,
+how far it looks on average, and its entropy; it draws all maps, layer by head; and it writes a page on which each map
+can be enlarged and tells token, token and weight under the pointer. Differential attention shows both maps and their
+difference, A1 - lambda A2, before its norm. Windows, ALiBi, sinks and YOCO's common keys show in the maps; where there
+are experts, a table tells which ones each token took, and with Mixture of Depths, which tokens a block skipped.
+
+Maps are softmax(q k^T / sqrt(D) + mask) of the queries and keys that the model computed (Vaswani et al. 2017). In
+Python:
+
+    >>> from model import load_checkpoint; from attention import attention_maps; import mlx.core as mx
+    >>> model, meta = load_checkpoint("out/ckpt.safetensors")
+    >>> maps = attention_maps(model, mx.array([5, 17, 2]))[3]["map"]    # layer 3: (H, T, T), rows look at columns
+"""
+import base64
+import io
+import json
+import os
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+
+from config import UserError, overrides
+from draw import grid, labels, page, prompt_ids, write_whole
+from model import (
+    DIFF_LAMBDAS,
+    GPT,
+    compute_dtype,
+    crosses,
+    load_checkpoint,
+    places,
+    rope_to_sinks,
+    score_mask,
+    windowed,
+)
+from tokenizer import Tokenizer
+
+checkpoint = "out/ckpt.safetensors"  # any, packed or not
+prompt = ""
+picture = ""   # "": the checkpoint's name with -attention.png, and .html beside it
+
+settings = overrides(globals(), "checkpoint")
+
+# ---- maps ------------------------------------------------------------------------------------------------------------
+
+
+def record(model: GPT, idx: mx.array) -> dict[tuple[str, int], mx.array]:
+    """What tokens (T,) leave at every (site, layer), by name: see no_tap in model.py."""
+    states = {}
+
+    def tap(site, layer, x):
+        states[site, layer] = x
+        return x
+
+    model.residual(idx[None], tap=tap)
+    return states
+
+
+def order_of(model: GPT, layer: int, x: mx.array) -> tuple[mx.array, mx.array]:
+    """The order in which a routed block, mod=topk, takes tokens of the stream x (1, T, C), and how many it works on."""
+    block, T = model.blocks[layer], x.shape[1]
+    chosen = (block.predictor(x)[..., 0].astype(mx.float32) > block.threshold)[0]
+    return mx.argsort(mx.arange(T) + mx.where(chosen, 0, T)), chosen.sum()
+
+
+def attention_maps(model: GPT, idx: mx.array, states: dict | None = None) -> list[dict[str, np.ndarray]]:
+    """For each layer {"map": (H, T, T)} of tokens (T,): rows look at columns. Of differential attention "first",
+    "second" and "difference". What a routed block skips is nan. states: what record() gave, if it is there already."""
+    config, T, found = model.config, len(idx), []
+    states = states or record(model, idx)
+    for layer, block in enumerate(model.blocks):
+        crossing, x = crosses(config, layer), states["resid", layer]
+        q, k = states["q", layer], states["k", config.n_layer // 2 if crossing else layer]
+        offset, keys, order, n = 0, mx.arange(T) if crossing else None, mx.arange(T), T
+        if "predictor" in block:
+            order, n = order_of(model, layer, x)
+            n = n.item()
+            offset = mx.where(mx.arange(T) < n, order, 2 * T)[None]
+        if windowed(config, layer) and config.sinks and config.pos == "rope":
+            q, k = rope_to_sinks(config, q, k, block.attn._inverse, offset, keys)
+        mask = score_mask(config, layer, T, offset, keys)
+        if mask is None or isinstance(mask, str):
+            mask = places(T, 0)[..., None] >= mx.arange(T)
+        if mask.dtype == mx.bool_:
+            mask = mx.where(mask, 0.0, -mx.inf)
+        k = mx.repeat(k, q.shape[1] // k.shape[1], axis=1)
+        scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * q.shape[-1] ** -0.5 + mask
+        maps = {"map": mx.softmax(scores, axis=-1)[0]}
+        if config.diff_attn:
+            maps = differential(config, block.attn, block.attn_norm(x)[:, order], maps["map"])
+        rows = np.array(order)[:n]
+        columns = np.arange(T) if crossing else rows
+        found.append({})
+        for name, each in maps.items():
+            whole = np.full((len(each), T, T), np.nan if n < T else 0, np.float32)
+            whole[:, rows[:, None], columns] = np.array(each)[:, :n, :T if crossing else n]
+            found[-1][name] = whole
+    return found
+
+
+def differential(config, attn, x: mx.array, maps: mx.array) -> dict[str, mx.array]:
+    """Maps (2 pairs, T, T) of x (1, T, C), the norm's output: both of each pair, and A1 - lambda A2."""
+    first, second = maps[0::2], maps[1::2]
+    if config.diff_attn_version == 2:
+        weight = mx.sigmoid(attn.lam(x))[0].T[..., None].astype(mx.float32)
+    else:
+        q1, k1, q2, k2 = (attn[name].astype(mx.float32) for name in DIFF_LAMBDAS)
+        weight = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + attn.lambda_0
+    return {"first": first, "second": second, "difference": first - weight * second}
+
+
+# ---- routing ---------------------------------------------------------------------------------------------------------
+
+
+def experts(model: GPT, states: dict) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """For each layer, which experts each token took, the best first, and with what weight: (T, k), (T, k)."""
+    config, found = model.config, []
+    for layer, block in enumerate(model.blocks):
+        logits = np.array(states["router", layer].astype(mx.float32))[0]
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        by = p + np.array(block.mlp.balance) if "balance" in block.mlp else p
+        chosen = np.argsort(-by, axis=-1, kind="stable")[:, :config.expert_top_k]
+        gates = np.take_along_axis(p, chosen, -1)
+        if config.expert_top_k > 1:
+            gates = gates / gates.sum(-1, keepdims=True)
+        if "predictor" in block:  # mod=topk has its tokens in another order
+            order, n = order_of(model, layer, states["resid", layer])
+            back = np.argsort(np.array(order))
+            chosen, gates = np.where(np.arange(len(chosen)) < n.item(), chosen.T, -1).T[back], gates[back]
+        found.append((chosen, gates))
+    return found
+
+
+def depth(model: GPT, states: dict) -> list[np.ndarray | None]:
+    """For each layer, the weight of what a block computes for each token (T,), 0 where it is skipped; None: not routed.
+    """
+    found = []
+    for layer in range(model.config.n_layer):
+        r = states.get(("depth", layer))
+        if r is None:
+            found.append(None)
+        elif model.config.mod == "soft":
+            found.append(np.array(mx.sigmoid(r[0].astype(mx.float32))))
+        else:
+            order, n = order_of(model, layer, states["resid", layer])
+            chosen = np.isin(np.arange(r.shape[1]), np.array(order)[:n.item()])
+            found.append(np.where(chosen, np.array(r[0].astype(mx.float32)), 0))
+    return found
+
+
+# ---- show ------------------------------------------------------------------------------------------------------------
+
+
+def table(maps: list[dict[str, np.ndarray]]):
+    print(f"{'layer':>5} {'head':>4} {'map':10} {'first':>6} {'itself':>6} {'before':>6} {'distance':>8} {'bits':>5}")
+    for layer, named in enumerate(maps):
+        for name, each in named.items():
+            for head, weights in enumerate(each):
+                seen = np.nan_to_num(weights[~np.isnan(weights).all(-1)])
+                if name == "difference" or not len(seen):
+                    continue
+                whole = np.nan_to_num(weights)
+                n, away = len(seen), np.abs(np.subtract.outer(np.arange(len(whole)), np.arange(len(whole))))
+                entropy = -(seen * np.log2(np.maximum(seen, 1e-30))).sum() / n
+                print(f"{layer:5} {head:4} {name:10} {whole[:, 0].sum() / n:6.1%} {np.trace(whole) / n:6.1%} "
+                      f"{np.trace(whole, -1) / n:6.1%} {(whole * away).sum() / n:8.2f} {entropy:5.2f}")
+
+
+def draw(path: str, maps: list[dict[str, np.ndarray]]):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [(f"{layer}" if name == "map" else f"{layer} {name}", name, each)
+            for layer, named in enumerate(maps) for name, each in named.items()]
+    most = max(len(each) for _, _, each in rows)
+    figure, axes = plt.subplots(len(rows), most, figsize=(0.6 + 1.3 * most, 0.6 + 1.3 * len(rows)), squeeze=False,
+                                layout="constrained")
+    for line, (label, name, each) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(label)
+        for head, spot in enumerate(line):
+            spot.set(xticks=[], yticks=[])
+            if head >= len(each):
+                spot.axis("off")
+            elif name == "difference":
+                top = np.nanmax(np.abs(each[head])) or 1
+                spot.imshow(each[head], cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+            else:
+                spot.imshow(each[head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    for head, spot in enumerate(axes[0]):
+        spot.set_title(f"head {head}", fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+    write_whole(path, file.getvalue())
+
+
+SCRIPT = """
+const data = JSON.parse(document.getElementById('data').textContent), T = data.tokens.length;
+const dark = matchMedia('(prefers-color-scheme: dark)').matches;
+function bytes(text) { return Int8Array.from(atob(text), letter => letter.charCodeAt(0) << 24 >> 24); }
+function paint(canvas, weights) {
+  canvas.width = canvas.height = T;
+  const image = new ImageData(T, T);
+  for (let i = 0; i < T * T; i++) {
+    const w = weights[i] / 127, skipped = weights[i] === -128;
+    image.data.set(skipped ? [128, 128, 128, 90] : w < 0 ? [60, 130, 235, -255 * w] : [235, 90, 60, 255 * w], 4 * i);
+  }
+  canvas.getContext('2d').putImageData(image, 0, 0);
+}
+const large = document.getElementById('large'), said = document.getElementById('said');
+let shown = null;
+function enlarge(map) {
+  shown = map;
+  paint(large, map.weights);
+  document.getElementById('which').textContent = map.name;
+}
+for (const row of data.maps) {
+  const line = document.getElementById('maps').appendChild(document.createElement('div'));
+  line.className = 'line';
+  line.appendChild(document.createElement('b')).textContent = row.name;
+  row.heads.forEach((text, head) => {
+    const button = line.appendChild(document.createElement('button'));
+    const map = {name: `${row.name}, head ${head}`, weights: bytes(text)};
+    button.title = map.name;
+    button.setAttribute('aria-label', map.name);
+    paint(button.appendChild(document.createElement('canvas')), map.weights);
+    button.onclick = () => enlarge(map);
+    if (!shown) enlarge(map);
+  });
+}
+large.onpointermove = event => {
+  const box = large.getBoundingClientRect();
+  const at = x => Math.max(0, Math.min(T - 1, Math.floor(x * T)));
+  const column = at((event.clientX - box.left) / box.width), row = at((event.clientY - box.top) / box.height);
+  const w = shown.weights[row * T + column];
+  said.textContent = `${row} ${data.tokens[row]}  looks at  ${column} ${data.tokens[column]}:  ` +
+    (w === -128 ? 'skipped' : (w / 1.27).toFixed(0) + '%');
+};
+"""
+PAGE = """<style>
+canvas { image-rendering: pixelated; display: block; background: #fff; }
+.line { display: flex; gap: 4px; align-items: center; flex-wrap: wrap; margin: 4px 0; }
+.line b { width: 9em; font-weight: normal; }
+button { padding: 0; border: 1px solid #8886; background: none; cursor: pointer; }
+button canvas { width: 84px; height: 84px; }
+#large { width: min(90vw, 28em); height: min(90vw, 28em); border: 1px solid #8886; }
+#said { font: 13px ui-monospace, monospace; white-space: pre-wrap; min-height: 2.6em; }
+</style><h2 id=which></h2><canvas id=large></canvas><p id=said aria-live=polite>Move over the map; rows look at columns.
+</p><div id=maps></div>"""
+
+
+def write_page(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str], parts: list[str]):
+    def packed(weights):
+        whole = np.nan_to_num(np.clip(np.round(weights * 127), -127, 127), nan=-128).astype(np.int8)
+        return base64.b64encode(whole.tobytes()).decode()
+
+    data = {"tokens": tokens, "maps": [
+        {"name": f"layer {layer}" + (f", {name}" if name != "map" else ""), "heads": [packed(head) for head in each]}
+        for layer, named in enumerate(maps) for name, each in named.items()]}
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    page(path, "Attention", "Every layer and head; choose a map to enlarge it.", PAGE,
+         f'<script type="application/json" id=data>{text}</script><script>{SCRIPT}</script>', *parts)
+
+
+def routing(model: GPT, states: dict, tokens: list[str]) -> list[str]:
+    """Print, and return as HTML, the experts that tokens took, and the tokens that blocks skipped."""
+    parts, config = [], model.config
+    rows = [f"layer {layer}" for layer in range(config.n_layer)]
+    width = max(7, min(12, max(map(len, tokens))))
+    if config.n_expert:
+        found = experts(model, states)
+        texts = [["skipped" if line[0] < 0 else "+".join(map(str, line)) for line in chosen] for chosen, _ in found]
+        hovers = [[f"{token}: " + ", ".join(f"expert {e} {g:.0%}" for e, g in zip(*pair, strict=True))
+                   for token, pair in zip(tokens, zip(*layer, strict=True), strict=True)] for layer in found]
+        parts += ["<h2>Experts</h2>", grid([gates[:, 0] for _, gates in found], rows, tokens, texts, hovers)]
+        print("experts of each token\n" + "\n".join(
+            f"{row:9}" + "".join(f" {text[:width]:>{width}}" for text in line)
+            for row, line in zip(["", *rows], [tokens, *texts], strict=True)))
+    if config.mod != "none":
+        found = [np.ones(len(tokens)) if each is None else each for each in depth(model, states)]
+        texts = [["skipped" if value == 0 else f"{value:.2f}" for value in line] for line in found]
+        parts += ["<h2>Depth</h2>", grid(found, rows, tokens, texts, texts, signed=True)]
+        print("weight of what a block computes for each token\n" + "\n".join(
+            f"{row:9}" + "".join(f" {text[:width]:>{width}}" for text in line)
+            for row, line in zip(["", *rows], [tokens, *texts], strict=True)))
+    return parts
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    model, meta = load_checkpoint(checkpoint)
+    if not meta.get("tokenizer"):
+        raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
+    enc = Tokenizer.from_dict(meta["tokenizer"])
+    ids = prompt_ids(enc, prompt, model)
+    model.set_dtype(compute_dtype("auto"))
+    states = record(model, mx.array(ids))
+    maps, tokens = attention_maps(model, mx.array(ids), states), labels(enc, ids)
+    table(maps)
+    parts = routing(model, states, tokens)
+    picture = picture or f"{checkpoint.removesuffix('.safetensors')}-attention.png"
+    html = f"{os.path.splitext(picture)[0]}.html"
+    draw(picture, maps)
+    write_page(html, maps, tokens, parts)
+    print(f"drawn: {picture}, {html}")

@@ -1,0 +1,373 @@
+"""Which parts of a model matter for an answer: activation patching, causal tracing, ablation.
+
+    python patching.py CKPT --clean="The capital of France is" --corrupt="The capital of Italy is" --target=" Paris"
+    python patching.py CKPT --mode=zero --clean="The capital of France is" --target=" Paris"
+    python patching.py CKPT --mode=trace --clean="The capital of France is" --subject=France --target=" Paris"
+    python patching.py CKPT --mode=ablate --data=book.txt
+
+swap: the model reads the corrupted prompt, the recipient, but at one layer and position its state is that of the clean
+prompt, the donor. The effect of a cell is (patched - corrupt) / (clean - corrupt): 0 where the state changes nothing, 1
+where it alone brings the clean answer back. It is measured in the target's log-probability after the prompt, or, with
+--foil, in its logit less the foil's. Prompts of unequal lengths need --pairs: "4:5, 6:7" puts the donor's state at 4 in
+place of the recipient's at 5. States are the residual stream that enters a block, or what attention or the MLP adds to
+it (--site=resid, attn, mlp). --mode=zero and mean put zeros, or the mean over the prompt's positions, in their place,
+and tell the change of the target's log-probability in nats.
+
+trace (Meng et al. 2022): noise of --noise times the embeddings' standard deviation on the subject's tokens, then one
+clean state at a time is put back, or a window of layers around it; the effect is the probability of the target that
+comes back, mean over --draws of noise.
+
+ablate: each layer's attention, MLP or whole block, and each head, in turn by zeros, by its mean over the tokens that
+are read, or by skipping it (of what is added to the stream, zeros are skipping); change of the loss in nats on a text,
+and of the target's log-probability on a prompt.
+
+It prints a table, and draws a picture and a page to hover over. All cells of a layer run in batches, and only the
+layers from there on. In YOCO's second half a patch leaves the common keys and values, made before, as they are. In
+Python:
+
+    >>> from model import load_checkpoint; from patching import swap, ablate; import mlx.core as mx
+    >>> model, meta = load_checkpoint("out/ckpt.safetensors")
+    >>> logits = swap(model, mx.array([5, 17, 2]), mx.array([5, 18, 2]))   # (n_layer, T, V), of the last position
+    >>> logits = ablate(model, mx.array([[5, 17, 2]]), "mlp", 3, "zero")   # (B, T, V)
+"""
+import os
+from collections.abc import Callable, Iterable
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from calibrate import windows
+from config import UserError, overrides
+from draw import grid, heat_map, labels, page, prompt_ids
+from model import GPT, compute_dtype, load_checkpoint, no_tap
+from score import read_tokens
+from tokenizer import Tokenizer
+
+checkpoint = "out/ckpt.safetensors"  # any, packed or not
+mode = "swap"         # swap | zero | mean | trace | ablate
+clean = ""            # prompt
+corrupt = ""          # the recipient of swap
+target = ""           # the token after it
+foil = ""             # swap: the token that the target is weighed against; "": none
+pairs = ""            # swap: "donor position:recipient position, ..."; "": all, of prompts of one length
+site = "resid"        # resid | attn | mlp
+# trace
+subject = ""          # part of the clean prompt
+noise = 3.0           # standard deviations of the embeddings
+draws = 10
+window = 1            # layers around each that are put back together
+# ablate
+how = "zero"          # zero | mean | skip
+data = ""             # a text file, or a folder that data.py made (its val split)
+samples = 16          # windows of it, of block_size tokens
+# run
+batch_size = 64       # rows that run at a time
+seed = 1337
+picture = ""          # "": the checkpoint's name with -MODE.png, and .html beside it
+
+settings = overrides(globals(), "checkpoint")
+
+# ---- patching --------------------------------------------------------------------------------------------------------
+
+SITES = "resid", "attn", "mlp"
+
+
+def record(model: GPT, idx: mx.array, noisy: Callable | None = None) -> dict[tuple[str, int], mx.array]:
+    """The states (B, T, C) of tokens (B, T) at each (site, layer). noisy: what makes the first stream another."""
+    found = {}
+
+    def tap(at, layer, x):
+        if (at, layer) == ("resid", 0) and noisy is not None:
+            x = noisy(x)
+        if at in SITES:
+            found[at, layer] = x
+        return x
+
+    model.residual(idx, tap=tap)
+    return found
+
+
+def last_logits(model: GPT, idx: mx.array, tap: Callable) -> mx.array:
+    """(B, V), of the last position."""
+    return model.unembed(model.residual(idx, tap=tap)[:, -1])
+
+
+def patched(model: GPT, idx: mx.array, states: dict, site: str, layers: Iterable[int], positions: list[int],
+            values: dict[int, mx.array], batch_size: int = 64, bar: tqdm | None = None) -> mx.array:
+    """Logits of the last position (P, D, V), with the states at one of P positions replaced in these layers by
+    values[layer] (P, C). idx (D, T): what is patched, and its states, by record(). Blocks before are not computed."""
+    layers, (D, T) = sorted(layers), idx.shape
+    if model.config.mod == "topk" and site != "resid":
+        raise UserError(f"site={site} with mod=topk: its routed blocks reorder tokens; take site=resid")
+    step, logits = max(1, batch_size // D), []
+    for start in range(0, len(positions), step):
+        here = mx.array(positions[start:start + step])
+        n = len(here)
+        rows, at = mx.arange(n * D), mx.repeat(here, D)
+
+        def tap(name, layer, x, n=n, rows=rows, at=at, start=start):
+            if name == "resid" and layer <= layers[0]:  # lazily: what led there is never computed
+                x = mx.broadcast_to(states["resid", layer], (n, D, T, x.shape[-1])).flatten(0, 1)
+            if name == site and layer in layers:
+                x = mx.array(x)
+                x[rows, at] = mx.repeat(values[layer][start:start + n], D, axis=0).astype(x.dtype)
+            return x
+
+        logits.append(last_logits(model, mx.broadcast_to(idx, (n, D, T)).flatten(0, 1), tap).reshape(n, D, -1))
+        mx.eval(logits[-1])
+        if bar is not None:
+            bar.update(n * D)
+    return mx.concatenate(logits)
+
+
+def checked_pairs(donor: mx.array, recipient: mx.array, pairs: list[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    if pairs is None:
+        if len(donor) != len(recipient):
+            raise UserError(f"prompts of {len(donor)} and {len(recipient)} tokens: say which position takes the place "
+                            'of which, as in --pairs="4:5, 6:7"')
+        return [(i, i) for i in range(len(recipient))]
+    for i, j in pairs:
+        if not (0 <= i < len(donor) and 0 <= j < len(recipient)):
+            raise UserError(f"{i}:{j} are not positions of prompts of {len(donor)} and {len(recipient)} tokens, from 0")
+    return pairs
+
+
+def swap(model: GPT, donor: mx.array, recipient: mx.array, site: str = "resid",
+         pairs: list[tuple[int, int]] | None = None, batch_size: int = 64) -> mx.array:
+    """Logits of the recipient's last position, for each layer and position at which its state is the donor's:
+    (n_layer, T, V) of tokens (T,) and (T,); or (n_layer, P, V) of P pairs of the donor's position and the recipient's.
+    """
+    pairs = checked_pairs(donor, recipient, pairs)
+    return replaced(model, recipient, record(model, donor[None]), site, [i for i, _ in pairs], [j for _, j in pairs],
+                    batch_size)
+
+
+def replaced(model: GPT, idx: mx.array, source: dict | str, site: str, froms: list[int], positions: list[int],
+             batch_size: int = 64) -> mx.array:
+    """(n_layer, P, V): the states of tokens (T,) replaced by those of `source`, by record(), or by "zero" or their own
+    "mean" over positions."""
+    states, found = record(model, idx[None]), []
+    with tqdm(total=model.config.n_layer * len(positions), unit=" cells", disable=None, dynamic_ncols=True) as bar:
+        for layer in range(model.config.n_layer):
+            own = states[site, layer][0]
+            value = (mx.zeros_like(own) if source == "zero" else mx.broadcast_to(own.mean(0), own.shape)
+                     if source == "mean" else source[site, layer][0])[mx.array(froms)]
+            found.append(patched(model, idx[None], states, site, [layer], positions, {layer: value}, batch_size, bar))
+    return mx.stack(found)[:, :, 0]
+
+
+def trace(model: GPT, idx: mx.array, subject: list[int], noise: mx.array, site: str = "resid", window: int = 1,
+          batch_size: int = 64) -> tuple[mx.array, mx.array]:
+    """Causal tracing of tokens (T,): noise (D, len(subject), C) is added to the embeddings of the subject's positions.
+    Logits of the last position (D, V) so corrupted, and (n_layer, T, D, V) with the clean states of one position put
+    back in `window` layers around one layer."""
+    D, T, n_layer = len(noise), len(idx), model.config.n_layer
+    clean, rows = record(model, idx[None]), mx.broadcast_to(idx, (D, T))
+    states = record(model, rows, lambda x: x.at[:, mx.array(subject)].add(noise.astype(x.dtype)))
+    found = []
+    with tqdm(total=n_layer * T * D, unit=" rows", disable=None, dynamic_ncols=True) as bar:
+        for layer in range(n_layer):
+            low = max(0, layer - (window - 1) // 2)
+            layers = range(low, min(n_layer, layer + window // 2 + 1))
+            values = {other: clean[site, other][0] for other in layers}
+            found.append(patched(model, rows, states, site, layers, [*range(T)], values, batch_size, bar))
+    corrupted = model.unembed(states["resid", n_layer][:, -1])
+    return corrupted, mx.stack(found)
+
+
+# ---- ablation --------------------------------------------------------------------------------------------------------
+
+
+def ablation(site: str, layers: int | Iterable[int], how: str = "zero", head: int | None = None) -> Callable:
+    """A tap that takes out what attention ("attn"), the MLP ("mlp"), the whole block ("block"), or one head ("head") of
+    these layers adds, or has read: "zero", "mean" over the tokens that are read, or "skip"."""
+    layers, entered = {layers} if isinstance(layers, int) else set(layers), {}
+    if site not in ("attn", "mlp", "block", "head"):
+        raise UserError(f"site={site!r} is not one of attn, mlp, block, head")
+    if how not in ("zero", "mean", "skip"):
+        raise UserError(f"how={how!r} is not one of zero, mean, skip")
+
+    def tap(name, layer, x):
+        if site == "block" and name == "resid":
+            if layer - 1 in layers:
+                before = entered[layer - 1]
+                x = before + (x - before).mean((0, 1)) if how == "mean" else before
+            entered[layer] = x
+        elif layer in layers and name == site:
+            x = mx.broadcast_to(x.mean((0, 1)), x.shape) if how == "mean" else mx.zeros_like(x)
+        elif layer in layers and site == "head" and name == "heads":
+            by = x.mean((0, 2), keepdims=True) if how == "mean" else mx.zeros_like(x)
+            x = mx.where((mx.arange(x.shape[1]) == head)[:, None, None], by, x)
+        return x
+
+    return tap
+
+
+def ablate(model: GPT, idx: mx.array, site: str, layer: int | Iterable[int], how: str = "zero",
+           head: int | None = None) -> mx.array:
+    """Logits (B, T, V) of tokens (B, T) without what a site of a layer, or of several, does: see ablation()."""
+    return model(idx, tap=ablation(site, layer, how, head))
+
+
+def heads_of(model: GPT) -> int:
+    """Heads that can be ablated: of differential attention, pairs."""
+    found = []
+    model(mx.array([[0]]), tap=lambda site, layer, x: found.append(x.shape[1]) or x if site == "heads" else x)
+    return max(found)
+
+
+# ---- show ------------------------------------------------------------------------------------------------------------
+
+
+def show(values, columns: list[str], title: str, hovers, unit: str, picture: str):
+    """The table of values (n_layer, columns), its picture, and its page beside it."""
+    rows = [f"layer {layer}" for layer in range(len(values))]
+    hovers = [[f"{row}, {column}\n{more}" for column, more in zip(columns, line, strict=True)]
+              for row, line in zip(rows, hovers, strict=True)]
+    width = max(7, *(len(name) for name in columns)) if max(map(len, columns)) < 12 else 12
+    print(f"{title}\n{'':9}" + "".join(f" {name[:width]:>{width}}" for name in columns))
+    for name, line in zip(rows, values, strict=True):
+        print(f"{name:9}" + "".join(f" {value:+{width}.3f}" for value in line))
+    texts = [[f"{value:+.2f}" for value in line] for line in values]
+    heat_map(picture, values, rows, columns, title, texts, signed=True, unit=unit)
+    html = f"{os.path.splitext(picture)[0]}.html"
+    page(html, title, f"Colour: {unit}. More of each cell on hovering or by the tabulator key.",
+         grid(values, rows, columns, texts, hovers, signed=True))
+    print(f"drawn: {picture}, {html}")
+
+
+def one_token(enc: Tokenizer, text: str, name: str) -> int:
+    ids = enc.encode(text).tolist()
+    if not ids:
+        raise UserError(f"no {name}: give --{name}=TOKEN")
+    if len(ids) > 1:
+        print(f"{name} {text!r} is {len(ids)} tokens: its first, {enc.decode(ids[:1])!r}, is used")
+    return ids[0]
+
+
+def parsed_pairs(pairs: str) -> list[tuple[int, int]] | None:
+    try:
+        return [tuple(map(int, pair.split(":", 1))) for pair in pairs.split(",")] if pairs else None
+    except ValueError:
+        raise UserError(f'pairs={pairs!r} is not as in "4:5, 6:7"') from None
+
+
+def positions_of(enc: Tokenizer, ids: list[int], part: str) -> list[int]:
+    """Where tokens stand that hold a part of the prompt; its last occurrence."""
+    pieces = [enc.decode_bytes([i]) if n else b"" for n, i in enumerate(ids)]  # without the token that begins a text
+    ends = np.cumsum([len(piece) for piece in pieces])
+    low = b"".join(pieces).rfind(part.encode())
+    if not part or low < 0:
+        raise UserError(f"subject={part!r} is not in the prompt: give a part of it, as it is written there")
+    high = low + len(part.encode())
+    return [n for n, piece in enumerate(pieces) if ends[n] > low and ends[n] - len(piece) < high and piece]
+
+
+def log_p(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def run_grid(model: GPT, enc: Tokenizer):
+    """swap, zero, mean."""
+    ids = prompt_ids(enc, clean, model)
+    wanted, against = one_token(enc, target, "target"), one_token(enc, foil, "foil") if foil else None
+
+    def measure(logits):
+        if against is None:
+            return np.array(log_p(logits)[..., wanted])
+        return np.array((logits[..., wanted] - logits[..., against]).astype(mx.float32))
+
+    donor, other = mx.array(ids), prompt_ids(enc, corrupt, model) if mode == "swap" else ids
+    before = measure(model(mx.array([other]))[0, -1])
+    if mode == "swap":
+        at = parsed_pairs(pairs)
+        best = measure(model(donor[None])[0, -1])
+        if abs(best - before) < 1e-4:
+            raise UserError("both prompts give the target the same probability: there is no effect to share out")
+        logits = swap(model, donor, mx.array(other), site, at, batch_size)
+        values = (measure(logits) - before) / (best - before)
+        columns = [text if at is None else f"{i}:{j} {text}" for (i, j), text in zip(
+            at or [(i, i) for i in range(len(ids))],
+            labels(enc, [ids[i] for i, _ in at] if at else ids), strict=True)]
+        title, unit = f"the donor's {site} in the recipient", "(patched - corrupt) / (clean - corrupt)"
+        print(f"clean {best:.4f}, corrupt {before:.4f}" + (" nats" if against is None else ", logit less the foil's"))
+    else:
+        logits = replaced(model, donor, mode, site, [*range(len(ids))], [*range(len(ids))], batch_size)
+        values, columns = measure(logits) - before, labels(enc, ids)
+        title, unit = f"{site} replaced by {mode}", f"change of log p({target!r}), nats" if not foil else "logits"
+        print(f"clean {before:.4f}")
+    tops = np.array(mx.argmax(logits[..., :enc.n_vocab], axis=-1))
+    hovers = [[f"{value:+.4f}\nmost probable then: {labels(enc, [int(top)])[0]}"
+               for value, top in zip(*line, strict=True)] for line in zip(values, tops, strict=True)]
+    show(values, columns, title, hovers, unit, picture)
+
+
+def run_trace(model: GPT, enc: Tokenizer):
+    ids, wanted = prompt_ids(enc, clean, model), one_token(enc, target, "target")
+    at = positions_of(enc, ids, subject)
+    size = noise * np.array(model.embed(mx.array(ids)).astype(mx.float32)).std()
+    drawn = np.random.default_rng(seed).standard_normal((draws, len(at), model.config.n_embd)) * size
+    corrupted, restored = trace(model, mx.array(ids), at, mx.array(drawn.astype(np.float32)), site, window, batch_size)
+    clean_p = float(mx.exp(log_p(model(mx.array([ids]))[0, -1])[wanted]))
+    low = np.exp(np.array(log_p(corrupted)[:, wanted]))
+    p = np.exp(np.array(log_p(restored)[..., wanted]))
+    print(f"subject at {', '.join(map(str, at))}; p({target!r}): clean {clean_p:.4f}, corrupted {low.mean():.4f} "
+          f"(from {low.min():.4f} to {low.max():.4f} over {draws} draws)")
+    values, columns = p.mean(-1) - low.mean(), labels(enc, ids)
+    columns = [f"{name}*" if n in at else name for n, name in enumerate(columns)]
+    hovers = [[f"p {each.mean():.4f}, from {each.min():.4f} to {each.max():.4f}" for each in line] for line in p]
+    title = f"clean {site} put back, in windows of {window} layers (* subject with noise)"
+    show(values, columns, title, hovers, f"p({target!r}) that comes back", picture)
+
+
+def run_ablate(model: GPT, enc: Tokenizer):
+    config = model.config
+    if not data and not clean:
+        raise UserError("nothing to read: give --data=FILE, or --clean and --target")
+    sites = [("attn", None), ("mlp", None), ("block", None), *(("head", head) for head in range(heads_of(model)))]
+    columns = [site if head is None else f"head {head}" for site, head in sites]
+    measures = []
+    if clean:
+        ids, wanted = mx.array([prompt_ids(enc, clean, model)]), one_token(enc, target, "target")
+        path = f"{os.path.splitext(picture)[0]}-prompt.png" if data else picture
+        measures.append((f"log p({target!r})", path, lambda tap: float(log_p(last_logits(model, ids, tap)[0])[wanted])))
+    if data:
+        text, step = windows(read_tokens(data, enc), samples, config.block_size + 1, seed), max(1, batch_size // 8)
+        batches = [text[i:i + step] for i in range(0, len(text), step)]
+
+        def loss(tap):
+            return float(sum(model.loss(x[:, :-1], x[:, 1:], tap=tap) * len(x) for x in batches)) / len(text)
+
+        measures.append(("loss", picture, loss))
+    cells = len(measures) * len(sites) * config.n_layer
+    with tqdm(total=cells, unit=" cells", disable=None, dynamic_ncols=True) as bar:
+        for name, path, measure in measures:
+            whole, values = measure(no_tap), np.empty((config.n_layer, len(sites)))
+            for cell in np.ndindex(values.shape):
+                site, head = sites[cell[1]]
+                values[cell] = measure(ablation(site, cell[0], how, head)) - whole
+                bar.update()
+            bar.clear()
+            show(values, columns, f"{how} ablation: {name}, {whole:.4f} when whole",
+                 [[f"{value + whole:.4f}" for value in line] for line in values], f"change of {name}, nats", path)
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    if mode not in ("swap", "zero", "mean", "trace", "ablate"):
+        raise UserError(f"mode={mode!r} is not one of swap, zero, mean, trace, ablate")
+    if site not in SITES:
+        raise UserError(f"site={site!r} is not one of {', '.join(SITES)}")
+    if min(batch_size, draws, window, samples) < 1 or noise < 0:
+        raise UserError("batch_size, draws, window and samples must be 1 or more, noise not below 0")
+    model, meta = load_checkpoint(checkpoint)
+    if not meta.get("tokenizer"):
+        raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
+    enc = Tokenizer.from_dict(meta["tokenizer"])
+    model.set_dtype(compute_dtype("auto"))
+    picture = picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png"
+    (run_trace if mode == "trace" else run_ablate if mode == "ablate" else run_grid)(model, enc)

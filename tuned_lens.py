@@ -1,0 +1,348 @@
+"""What a model would say after each of its layers: the logit lens, and the tuned lens.
+
+    python tuned_lens.py out/ckpt.safetensors --data=data/stdlib-bpe-4096
+    python tuned_lens.py out/ckpt.safetensors --apply=out/ckpt.lenses --prompt="def __init__(self, name):"
+
+The logit lens (nostalgebraist 2020) reads the residual stream h before a block as if it were the last one's: the
+model's own norm and unembedding make logits of it. The tuned lens (Belrose et al. 2023) first lets h + A h + b take the
+place of h, one translator a layer, which is 0 at the start and learns to say what the model will say in the end: its
+loss is KL(the model's own distribution || the lens's), mean over tokens and layers. All layers learn at once, from one
+forward pass of the model, which does not change. It works with every variant, and on packed weights.
+
+It prints for each layer KL and cross-entropy with the next token, in bits per byte of held-out text, beside those of
+the logit lens; and writes the sidecar out/ckpt.lenses (safetensors; its header has a hash of the model's weights) and
+the same as out/ckpt.tgtl, little-endian: "TGTL", u32 version, n_layer, vocabulary, width, then float32 for each layer.
+Version 2 holds A and b; version 1 comes from --head=full: one free linear layer W h + b to the vocabulary for each
+layer, trained on the next token, which learns the data rather than what the model believes.
+
+--apply draws a prompt, layer by position: the most probable next token, coloured by its probability or by the entropy;
+on the page beside the picture each cell shows its five best. In Python:
+
+    >>> from model import load_checkpoint; from tuned_lens import logit_lens; import mlx.core as mx
+    >>> model, meta = load_checkpoint("out/ckpt.safetensors")
+    >>> logits = logit_lens(model, mx.array([[5, 17, 2]]))    # (n_layer + 1, B, T, V)
+
+Departures from the paper: Adam in place of SGD with momentum.
+"""
+import math
+import os
+import struct
+import time
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+import cpu
+from config import UserError, overrides
+from draw import grid, heat_map, labels, page, prompt_ids, write_whole
+from lora import base_fingerprint
+from model import GPT, ON_CPU, compute_dtype, cross_entropy, load_arrays, load_checkpoint, save_arrays
+from quantized import dense_weight
+from score import read_tokens
+from tokenizer import Tokenizer
+
+checkpoint = "out/ckpt.safetensors"  # any, packed or not
+data = ""               # a folder that data.py made, or a text file, of which the last tenth is held out
+out = ""                # the sidecar; "": the checkpoint's name with .lenses
+head = "affine"         # affine | full, a free linear layer to the vocabulary
+max_iters = 120         # updates
+batch_size = 8          # windows of block_size tokens in each
+learning_rate = 1e-3    # Adam's, falls to 0
+eval_windows = 16       # held out
+seed = 1337
+# apply
+apply = ""              # a sidecar, or a .tgtl file; "none": the logit lens alone
+prompt = ""             # with --apply
+color = "probability"   # probability | entropy
+picture = ""            # "": the checkpoint's name with -lens.png, and .html beside it
+
+settings = overrides(globals(), "checkpoint")
+
+# ---- lenses ----------------------------------------------------------------------------------------------------------
+
+
+def residuals(model: GPT, idx: mx.array) -> mx.array:
+    """The residual stream before every block, and after the last: (n_layer + 1, B, T, C) of tokens (B, T)."""
+    found = []
+
+    def tap(site, layer, x):
+        if site == "resid":
+            found.append(x)
+        return x
+
+    model.residual(idx, tap=tap)
+    return mx.stack(found)
+
+
+def read(model: GPT, lens: dict[str, mx.array], h: mx.array, layer: int) -> mx.array:
+    """Logits of h (..., C), the stream before a block, through a lens: A (n_layer, C, C) and b (n_layer, C); or W
+    (n_layer, V, C) and b (n_layer, V); or {}, the logit lens."""
+    if not lens or layer == model.config.n_layer:
+        return model.unembed(h)
+    if "W" in lens:
+        return h @ lens["W"][layer].T + lens["b"][layer]
+    return model.unembed(h + h @ lens["A"][layer].T + lens["b"][layer])
+
+
+def logit_lens(model: GPT, idx: mx.array, lens: dict[str, mx.array] | None = None) -> mx.array:
+    """(n_layer + 1, B, T, V) logits of tokens (B, T), as read before every block, and the model's own; through a lens
+    from load_lens(), if there is one."""
+    return mx.stack([read(model, lens or {}, h, layer) for layer, h in enumerate(residuals(model, idx))])
+
+
+def start(model: GPT, h: mx.array) -> dict[str, mx.array]:
+    """A lens before training: the logit lens; with --head=full about that, by the mean size of h (n_layer + 1, B, T,
+    C)."""
+    L, C, V = model.config.n_layer, model.config.n_embd, model.config.vocab_size
+    if head == "affine":
+        return {"A": mx.zeros((L, C, C)), "b": mx.zeros((L, C))}
+    W = dense_weight(model.embed if model.config.tie else model.head) * model.norm.weight
+    size = mx.sqrt(mx.square(h[:L].astype(mx.float32)).mean((1, 2, 3)))
+    return {"W": W / size[:, None, None], "b": mx.zeros((L, V))}
+
+
+@mx.custom_function
+def soft_cross_entropy(logits: mx.array, p: mx.array) -> tuple[mx.array, mx.array]:
+    """-sum p log softmax(logits): (N, V), (N, V) -> (N,); and the softmax. KL is that less the entropy of p."""
+    q = probabilities(logits)
+    logsumexp = logits.max(-1) - mx.log(q.max(-1))
+    return logsumexp - (p * logits).sum(-1), q
+
+
+@soft_cross_entropy.vjp
+def soft_cross_entropy_backward(primals, cotangents, outputs):
+    return (outputs[1] - primals[1]) * cotangents[0][:, None], mx.zeros_like(primals[1])
+
+
+def probabilities(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return cpu.softmax(logits) if ON_CPU else mx.softmax(logits, axis=-1)
+
+
+def gradients(model: GPT, lens: dict[str, mx.array], h: mx.array, targets: mx.array) -> tuple[mx.array, dict]:
+    """The loss, mean over layers, of streams h (n_layer + 1, N, C) and next tokens (N,), and its gradients, a layer
+    after the other."""
+    p, losses, found = probabilities(model.unembed(h[-1])), [], []
+    entropy = soft_cross_entropy(mx.log(mx.maximum(p, 1e-30)), p)[0].mean()
+
+    def loss(own, h):
+        logits = read(model, {name: array[None] for name, array in own.items()}, h, 0).astype(mx.float32)
+        if "W" in own:
+            return cross_entropy(logits, targets).mean()
+        return soft_cross_entropy(logits, p)[0].mean() - entropy
+
+    for layer in range(len(h) - 1):
+        value, gradient = mx.value_and_grad(loss)({name: array[layer] for name, array in lens.items()}, h[layer])
+        losses.append(value)
+        found.append(gradient)
+    return mx.stack(losses).mean(), {name: mx.stack([gradient[name] for gradient in found]) / len(found)
+                                     for name in lens}
+
+
+def measure(model: GPT, lens: dict[str, mx.array], rows: mx.array) -> tuple[np.ndarray, np.ndarray]:
+    """KL to the model's own distribution, and cross-entropy with the next token, in nats, mean over the tokens of rows
+    (n, T + 1): (n_layer + 1,) each."""
+    totals = []
+    for row in rows:
+        h, targets = residuals(model, row[None, :-1])[:, 0], row[1:]
+        final = model.unembed(h[-1]).astype(mx.float32)
+        p, log_p = probabilities(final), final - mx.logsumexp(final, axis=-1, keepdims=True)
+        each = []
+        for layer in range(len(h)):
+            logits = read(model, lens, h[layer], layer).astype(mx.float32)
+            log_q = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            each.append(mx.stack([(p * (log_p - log_q)).sum(-1).mean(), cross_entropy(logits, targets).mean()]))
+        totals.append(mx.stack(each, axis=1))
+        mx.eval(totals[-1])
+    kl, ce = np.array(mx.stack(totals).mean(0))
+    return kl, ce
+
+
+# ---- sidecars --------------------------------------------------------------------------------------------------------
+
+
+def save_lens(path: str, lens: dict[str, mx.array], model: GPT, header: dict):
+    """The sidecar, and the same as a TGTL file beside it."""
+    config, full = model.config, "W" in lens
+    save_arrays(path, lens, {"lens": "full" if full else "affine", **header})
+    numbers = struct.pack("<4s4I", b"TGTL", 1 if full else 2, config.n_layer, config.vocab_size, config.n_embd)
+    for layer in range(config.n_layer):
+        for name in ("W" if full else "A", "b"):
+            numbers += np.array(lens[name][layer], "<f4").tobytes()
+    write_whole(tgtl_of(path), numbers)
+
+
+def tgtl_of(path: str) -> str:
+    return f"{path.removesuffix('.lenses')}.tgtl"
+
+
+def load_lens(path: str, model: GPT, fingerprint: str = "") -> dict[str, mx.array]:
+    """A sidecar, or a TGTL file, which knows no hash. UserError if it is another model's: fingerprint is this one's."""
+    L, C, V = model.config.n_layer, model.config.n_embd, model.config.vocab_size
+    if path.endswith(".tgtl"):
+        with open_or_tell(path) as file:
+            raw = file.read()
+        magic, version, layers, vocab, width = struct.unpack("<4s4I", raw[:20].ljust(20, b"\0"))
+        rows = vocab if version == 1 else width
+        if magic != b"TGTL" or version not in (1, 2) or len(raw) != 20 + 4 * layers * rows * (width + 1):
+            raise UserError(f"{path} is no whole TGTL file of version 1 or 2: make it again")
+        numbers = np.frombuffer(raw, "<f4", offset=20).reshape(layers, rows * (width + 1))
+        matrix, b = numbers[:, :-rows].reshape(layers, rows, width), numbers[:, -rows:]
+        lens = {"W" if version == 1 else "A": mx.array(matrix), "b": mx.array(b)}
+    else:
+        lens, header = load_arrays(path)
+        if "lens" not in header:
+            raise UserError(f"{path} is no sidecar of lenses: tuned_lens.py makes one")
+        if fingerprint and header.get("base") != fingerprint:
+            raise UserError(f"{path} was made for another checkpoint: train lenses for this one")
+    wanted = {"W": (L, V, C), "b": (L, V)} if "W" in lens else {"A": (L, C, C), "b": (L, C)}
+    if {name: array.shape for name, array in lens.items()} != wanted:
+        raise UserError(f"{path} was made for another checkpoint: its shapes are not those of this model")
+    return lens
+
+
+def open_or_tell(path: str):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def windows_of(tokens: np.ndarray, bos: int, T: int) -> np.ndarray:
+    """(n, T + 1): as much of the text as fills windows, each after the token before it."""
+    stream = np.concatenate([[bos], tokens]).astype(np.int32)
+    n = (len(stream) - 1) // T
+    if n < 1:
+        raise UserError(f"{data} has less than {T} tokens in a part: give a longer text")
+    return np.stack([stream[i * T:(i + 1) * T + 1] for i in range(n)])
+
+
+def texts(enc: Tokenizer, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows to learn from, and windows held out."""
+    if os.path.isdir(data):
+        parts = read_tokens(data, enc, "train"), read_tokens(data, enc, "val")
+    else:
+        tokens = read_tokens(data, enc)
+        parts = tokens[:len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10:]
+    return windows_of(parts[0], enc.bos, T), windows_of(parts[1], enc.bos, T)
+
+
+def train(model: GPT, rows: np.ndarray) -> dict[str, mx.array]:
+    """A lens for a model, from windows (n, T + 1)."""
+    rng, order = np.random.default_rng(seed), []
+    optimizer = optim.Adam(optim.linear_schedule(learning_rate, 0, max_iters), bias_correction=True)
+    lens = start(model, residuals(model, mx.array(rows[:1, :-1])))
+    bar = tqdm(range(max_iters), unit=" updates", disable=None, dynamic_ncols=True)
+    for i in bar:
+        while len(order) < batch_size:
+            order += rng.permutation(len(rows)).tolist()
+        batch, order = mx.array(rows[order[:batch_size]]), order[batch_size:]
+        h = mx.stop_gradient(residuals(model, batch[:, :-1])).reshape(model.config.n_layer + 1, -1, model.config.n_embd)
+        loss, gradient = gradients(model, lens, h, batch[:, 1:].reshape(-1))
+        lens = optimizer.apply_gradients(gradient, lens)
+        mx.eval(loss, lens, optimizer.state)
+        if i % 10 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.4f}")
+    return lens
+
+
+def report(model: GPT, lens: dict[str, mx.array], rows: np.ndarray, enc: Tokenizer):
+    """Bits per byte of held-out windows, for each layer, and a picture of them beside the sidecar."""
+    scale = rows[:, 1:].size / int(enc.token_bytes[rows[:, 1:].reshape(-1)].sum()) / math.log(2)
+    plain, tuned = (np.stack(measure(model, each, mx.array(rows))) * scale for each in ({}, lens))
+    print("bits per byte, held out:  KL to the model's own      cross-entropy\n"
+          "layer                     logit lens    tuned      logit lens    tuned")
+    for layer in range(model.config.n_layer + 1):
+        name = f"before block {layer}" if layer < model.config.n_layer else "the model itself"
+        print(f"{name:22} {plain[0, layer]:13.4f} {tuned[0, layer]:8.4f} "
+              f"{plain[1, layer]:15.4f} {tuned[1, layer]:8.4f}")
+    draw_curves(picture or f"{out.removesuffix('.lenses')}-lenses.png", plain[0], tuned[0])
+
+
+def draw_curves(path: str, plain: np.ndarray, tuned: np.ndarray):
+    import io
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(plain, marker="o", label="logit lens")
+    axes.plot(tuned, marker="o", label="tuned lens")
+    axes.set(xlabel="before block", ylabel="KL to the model's own distribution, bits per byte", ylim=(0, None))
+    axes.set_xticks(range(len(plain)), [*map(str, range(len(plain) - 1)), "end"])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    write_whole(path, file.getvalue())
+    print(f"drawn: {path}")
+
+
+# ---- apply -----------------------------------------------------------------------------------------------------------
+
+
+def show(model: GPT, lens: dict[str, mx.array], enc: Tokenizer, ids: list[int], name: str):
+    """The table, picture and page of a prompt, layer by position."""
+    logits = logit_lens(model, mx.array([ids]), lens)[:, 0, :, :enc.n_vocab].astype(mx.float32)
+    p = np.array(mx.softmax(logits, axis=-1))
+    best = np.argsort(-p, axis=-1)[..., :5]
+    entropy = -(p * np.log2(np.maximum(p, 1e-30))).sum(-1)
+    rows = [f"before {layer}" for layer in range(model.config.n_layer)] + ["the model"]
+    columns = labels(enc, ids)
+    tops = [labels(enc, line) for line in best[..., 0].tolist()]
+    hovers = [[f"after {columns[j]!r}, {rows[i]}\nentropy {entropy[i, j]:.2f} bits\n" + "\n".join(
+        f"{p[i, j, token]:7.2%}  {labels(enc, [token])[0]}" for token in best[i, j].tolist())
+        for j in range(len(ids))] for i in range(len(rows))]
+    values = p.max(-1) if color == "probability" else entropy
+    width = min(12, max(len(text) for line in [*tops, columns] for text in line))
+    for title, line in zip(["", *rows], [columns, *tops], strict=True):
+        print(f"{title:10} " + " ".join(f"{text[:width]:{width}}" for text in line))
+    title = f"{name}: the most probable next token, coloured by {color}"
+    heat_map(picture, values[::-1], rows[::-1], columns, title, tops[::-1], unit=color)
+    html = f"{os.path.splitext(picture)[0]}.html"
+    page(html, title, "The end stands above. Each cell shows its five best on hovering or by the tabulator key.",
+         grid(values[::-1], rows[::-1], columns, tops[::-1], hovers[::-1]))
+    print(f"drawn: {picture}, {html}")
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    if head not in ("affine", "full"):
+        raise UserError(f"head={head!r} is not one of affine, full")
+    if color not in ("probability", "entropy"):
+        raise UserError(f"color={color!r} is not one of probability, entropy")
+    if min(max_iters, batch_size, eval_windows) < 1 or not learning_rate > 0:
+        raise UserError("max_iters, batch_size, eval_windows and learning_rate must be over 0")
+    if not data and not apply:
+        raise UserError("nothing to learn from: give --data=FILE; or a prompt to look at, with --apply and --prompt")
+    model, meta = load_checkpoint(checkpoint)
+    if not meta.get("tokenizer"):
+        raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
+    enc, stem = Tokenizer.from_dict(meta["tokenizer"]), checkpoint.removesuffix(".safetensors")
+    fingerprint = base_fingerprint(model)
+    lens = load_lens(apply, model, fingerprint) if apply not in ("", "none") else {}
+    ids = prompt_ids(enc, prompt, model) if apply else []
+    model.set_dtype(compute_dtype("auto"))
+    if apply:
+        picture = picture or f"{stem}-lens.png"
+        show(model, lens, enc, ids, "tuned lens" if lens else "logit lens")
+    else:
+        out = out or f"{stem}.lenses"
+        learned_from, held_out = texts(enc, model.config.block_size)
+        began = time.perf_counter()
+        lens = train(model, learned_from)
+        size = sum(p.size for _, p in tree_flatten(lens)) / 1e6
+        print(f"{size:.2f}M parameters of lenses, {max_iters * batch_size * model.config.block_size:,} tokens, "
+              f"{time.perf_counter() - began:.0f} s, {mx.get_peak_memory() / 2**30:.2f} GiB")
+        report(model, lens, held_out[:eval_windows], enc)
+        save_lens(out, lens, model, {"base": fingerprint, "script": "tuned_lens.py", "settings": settings})
+        print(f"{out}, {tgtl_of(out)}\nnext: python tuned_lens.py {checkpoint} --apply={out} --prompt='...'")
