@@ -249,7 +249,7 @@ def one_token(enc: Tokenizer, text: str, name: str) -> int:
 
 def parsed_pairs(pairs: str) -> list[tuple[int, int]] | None:
     try:
-        return [tuple(map(int, pair.split(":", 1))) for pair in pairs.split(",")] if pairs else None
+        return [(int(i), int(j)) for i, _, j in (pair.partition(":") for pair in pairs.split(","))] if pairs else None
     except ValueError:
         raise UserError(f'pairs={pairs!r} is not as in "4:5, 6:7"') from None
 

@@ -40,7 +40,7 @@ import cpu
 from config import UserError, overrides
 from draw import grid, heat_map, labels, page, prompt_ids, write_whole
 from lora import base_fingerprint
-from model import GPT, ON_CPU, compute_dtype, cross_entropy, load_arrays, load_checkpoint, save_arrays
+from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, load_checkpoint, save_arrays
 from quantized import dense_weight
 from score import read_tokens
 from tokenizer import Tokenizer
@@ -94,15 +94,14 @@ def logit_lens(model: GPT, idx: mx.array, lens: dict[str, mx.array] | None = Non
     return mx.stack([read(model, lens or {}, h, layer) for layer, h in enumerate(residuals(model, idx))])
 
 
-def start(model: GPT, h: mx.array) -> dict[str, mx.array]:
-    """A lens before training: the logit lens; with --head=full about that, by the mean size of h (n_layer + 1, B, T,
-    C)."""
+def start(model: GPT, head: str = "affine") -> dict[str, mx.array]:
+    """A lens before training: the logit lens; of full ones the unembedding, for streams about as large as after a norm.
+    """
     L, C, V = model.config.n_layer, model.config.n_embd, model.config.vocab_size
     if head == "affine":
         return {"A": mx.zeros((L, C, C)), "b": mx.zeros((L, C))}
     W = dense_weight(model.embed if model.config.tie else model.head) * model.norm.weight
-    size = mx.sqrt(mx.square(h[:L].astype(mx.float32)).mean((1, 2, 3)))
-    return {"W": W / size[:, None, None], "b": mx.zeros((L, V))}
+    return {"W": mx.repeat(W[None], L, axis=0), "b": mx.zeros((L, V))}
 
 
 @mx.custom_function
@@ -168,7 +167,7 @@ def measure(model: GPT, lens: dict[str, mx.array], rows: mx.array) -> tuple[np.n
 def save_lens(path: str, lens: dict[str, mx.array], model: GPT, header: dict):
     """The sidecar, and the same as a TGTL file beside it."""
     config, full = model.config, "W" in lens
-    save_arrays(path, lens, {"lens": "full" if full else "affine", **header})
+    save_arrays(path, lens, {"version": VERSION, "lens": "full" if full else "affine", **header})
     numbers = struct.pack("<4s4I", b"TGTL", 1 if full else 2, config.n_layer, config.vocab_size, config.n_embd)
     for layer in range(config.n_layer):
         for name in ("W" if full else "A", "b"):
@@ -238,19 +237,21 @@ def train(model: GPT, rows: np.ndarray) -> dict[str, mx.array]:
     """A lens for a model, from windows (n, T + 1)."""
     rng, order = np.random.default_rng(seed), []
     optimizer = optim.Adam(optim.linear_schedule(learning_rate, 0, max_iters), bias_correction=True)
-    lens = start(model, residuals(model, mx.array(rows[:1, :-1])))
+    lens, size = start(model, head), mx.ones((model.config.n_layer + 1, 1, 1))
+    if head == "full":  # its input is divided by its mean size while it learns, and its weights from then on
+        size[:-1] = mx.sqrt(mx.square(residuals(model, mx.array(rows[:4, :-1]))[:-1]).mean((1, 2, 3)))[:, None, None]
     bar = tqdm(range(max_iters), unit=" updates", disable=None, dynamic_ncols=True)
     for i in bar:
         while len(order) < batch_size:
             order += rng.permutation(len(rows)).tolist()
         batch, order = mx.array(rows[order[:batch_size]]), order[batch_size:]
-        h = mx.stop_gradient(residuals(model, batch[:, :-1])).reshape(model.config.n_layer + 1, -1, model.config.n_embd)
+        h = mx.stop_gradient(residuals(model, batch[:, :-1])).flatten(1, 2) / size
         loss, gradient = gradients(model, lens, h, batch[:, 1:].reshape(-1))
         lens = optimizer.apply_gradients(gradient, lens)
         mx.eval(loss, lens, optimizer.state)
         if i % 10 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}")
-    return lens
+    return {"W": lens["W"] / size[:-1], "b": lens["b"]} if head == "full" else lens
 
 
 def report(model: GPT, lens: dict[str, mx.array], rows: np.ndarray, enc: Tokenizer):

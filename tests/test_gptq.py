@@ -1,12 +1,10 @@
 """gptq.py: its integers against the method as it is told without Cholesky, in float64; its files; bad input."""
-import subprocess
-import sys
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 import calibrate
 from gptq import quantize
@@ -117,13 +115,6 @@ def checkpoint(tmp_path, **settings):
     path = tmp_path / "ckpt.safetensors"
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict(), "step": 7})
     return path, model
-
-
-def run(script, *arguments, status=0):
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
-    return done
 
 
 FLAVOURS = [

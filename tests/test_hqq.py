@@ -4,8 +4,10 @@ import re
 import struct
 import subprocess
 import sys
+from functools import partial
 
 import blas  # noqa: F401  (before mlx)
+import conftest
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -131,11 +133,7 @@ def checkpoint(tmp_path, **settings):
     return path, model
 
 
-def run(*arguments, status=0):
-    done = subprocess.run([sys.executable, ROOT / "hqq.py", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
-    return done
+run = partial(conftest.run, "hqq.py")
 
 
 @pytest.mark.parametrize("settings", [

@@ -1,8 +1,10 @@
 """laser.py: Eckart and Young's error in float64; the search finds what was planted; thin matrices; bad input."""
 import subprocess
 import sys
+from functools import partial
 
 import blas  # noqa: F401  (before mlx)
+import conftest
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -100,11 +102,7 @@ def test_the_search_finds_what_was_planted():
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def run(*arguments, status=0):
-    done = subprocess.run([sys.executable, ROOT / "laser.py", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
-    return done
+run = partial(conftest.run, "laser.py")
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(bias=True, norm="layer", mlp="gelu"), dict(mod="soft", yoco=True)],

@@ -1,0 +1,122 @@
+"""attention.py: maps that, times the values, are what the heads read, in every variant; routing; the page."""
+import json
+import re
+from functools import partial
+
+import blas  # noqa: F401  (before mlx)
+import conftest
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_gptq import FLAVOURS, checkpoint
+
+import attention
+from attention import attention_maps
+from model import GPT, GPTConfig
+
+IDX = mx.array(np.random.default_rng(0).integers(0, 64, 30))
+
+
+@pytest.mark.parametrize("settings", [
+    *FLAVOURS, dict(sliding_window=5, sinks=2), dict(sliding_window=5, sinks=2, alibi=True), dict(n_kv_head=1),
+    dict(yoco=True), dict(mod="topk"), dict(mod="soft"), dict(diff_attn=True, diff_attn_version=2, mod="topk"),
+    dict(mod="topk", yoco=True), dict(sliding_window=4, block_size=300, long=True),
+], ids=str)
+def test_maps(settings):
+    """Map times values is what each head read, as model.py computes it; of differential attention before its norm."""
+    settings = dict(settings)
+    idx = mx.array(np.random.default_rng(0).integers(0, 64, 200)) if settings.pop("long", False) else IDX
+    config = GPTConfig(**dict(block_size=32, vocab_size=64, n_layer=4, n_head=2, n_embd=64) | settings)
+    model, n, T = GPT(config, seed=1).eval(), config.n_layer // 2, len(idx)
+    for block in model.blocks:
+        if "predictor" in block:  # so that some tokens are chosen
+            block.predictor.weight = mx.random.normal((1, 64), key=mx.random.key(3))
+            block.threshold = mx.array([0.0])
+        if config.diff_attn and config.diff_attn_version == 1:
+            block.attn.lambda_q1 = block.attn.lambda_k1 = mx.full((config.head_dim,), 0.1)
+    states, maps = attention.record(model, idx), attention_maps(model, idx)
+    for layer, block in enumerate(model.blocks):
+        named, heads = maps[layer], np.array(states["heads", layer])[0]
+        v = np.array(states["v", n if config.yoco and layer >= n else layer])[0]
+        order, count = np.arange(T), T
+        if "predictor" in block:
+            order, count = attention.order_of(model, layer, states["resid", layer])
+            order, count = np.array(order), count.item()
+            assert 0 < count < T
+            if not (config.yoco and layer >= n):
+                v = v[:, np.argsort(order)]
+        heads = heads[:, np.argsort(order)][:, np.sort(order[:count])]
+        if config.diff_attn:
+            weights, v = named["difference"], v if config.diff_attn_version == 2 else np.repeat(
+                np.concatenate([v[0::2], v[1::2]], -1), 1, 0)
+            for name in ("first", "second"):
+                np.testing.assert_allclose(np.nansum(named[name], -1)[:, np.sort(order[:count])], 1, rtol=1e-5)
+        else:
+            weights = named["map"]
+            np.testing.assert_allclose(np.nansum(weights, -1)[:, np.sort(order[:count])], 1, rtol=1e-5)
+        assert np.isnan(weights).all(-1).sum() == len(weights) * (T - count)
+        for row in range(T):
+            assert not np.nan_to_num(weights[:, row, row + 1:]).any()  # the future
+        read = np.nan_to_num(weights) @ np.repeat(v, len(weights) // len(v), 0)
+        read = read[:, np.sort(order[:count])]
+        if config.diff_attn and config.diff_attn_version == 1:
+            read = np.array(block.attn.head_norm(mx.array(read))) * (1 - block.attn.lambda_0)
+        np.testing.assert_allclose(read, heads, atol=2e-5)
+    if config.sliding_window and not config.yoco:
+        seen = [int((row > 0).sum()) for named in maps for each in named.values() for head in each for row in head]
+        assert max(seen) <= config.sliding_window + config.sinks
+
+
+def test_experts_and_depth():
+    """Which experts a token took, and with what weight, and which tokens a block skipped, by hand."""
+    model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64, n_expert=4, expert_top_k=2,
+                          mod="topk"), seed=1).eval()
+    block = model.blocks[1]
+    block.predictor.weight, block.threshold = mx.random.normal((1, 64), key=mx.random.key(3)), mx.array([0.0])
+    states = attention.record(model, IDX)
+    chosen = np.array((states["resid", 1][0] @ block.predictor.weight.T)[:, 0] > 0)
+    r = np.array(block.depth_router(states["resid", 1]))[0, :, 0]
+    depth = attention.depth(model, states)
+    assert depth[0] is None
+    np.testing.assert_allclose(depth[1], np.where(chosen, r, 0), rtol=1e-5)
+    found = attention.experts(model, states)
+    x = np.array(model.blocks[0].mlp_norm(states["resid", 0] + states["attn", 0]))[0]
+    logits = x @ np.array(model.blocks[0].mlp.router.weight).T
+    assert np.array_equal(np.sort(found[0][0]), np.sort(np.argsort(-logits, -1)[:, :2]))
+    two = np.exp(np.take_along_axis(logits, found[0][0], -1))
+    np.testing.assert_allclose(found[0][1], two / two.sum(-1, keepdims=True), rtol=1e-4)
+    assert np.array_equal((found[1][0] < 0).all(-1), ~chosen)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+run = partial(conftest.run, "attention.py")
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(diff_attn=True), dict(n_expert=3, mod="soft")], ids=str)
+def test_script(settings, tmp_path):
+    """The table by hand, the picture, and a page that holds every map and needs nothing beside."""
+    path, model = checkpoint(tmp_path, **settings)
+    done = run(path, "--prompt=a <b> c")
+    ids = mx.array([256, *b"a <b> c"])
+    maps = attention_maps(model.eval(), ids)
+    name = "first" if settings.get("diff_attn") else "map"
+    line = re.search(rf"^ +1 +0 {name} +([\d.]+)% +([\d.]+)% +([\d.]+)% +([\d.]+)", done.stdout, re.M)
+    each = maps[1][name][0]
+    distance = sum(each[i, j] * (i - j) for i in range(8) for j in range(8)) / 8
+    expected = each[:, 0].mean() * 100, np.diag(each).mean() * 100, np.diag(each, -1).sum() / 8 * 100, distance
+    np.testing.assert_allclose([float(part) for part in line.groups()], expected, atol=0.06)
+    assert ("experts of each token" in done.stdout) == ("n_expert" in settings)
+    assert (tmp_path / "ckpt-attention.png").read_bytes().startswith(b"\x89PNG")
+    html = (tmp_path / "ckpt-attention.html").read_text()
+    assert "http" not in html and "src=" not in html
+    data = json.loads(re.search(r"id=data>(.*?)</script>", html, re.S)[1])
+    assert len(data["tokens"]) == 8 and len(data["maps"]) == 2 * (3 if settings.get("diff_attn") else 1)
+
+
+def test_bad_input(tmp_path):
+    path, _ = checkpoint(tmp_path)
+    assert "no prompt" in run(path, status=2).stderr
+    assert "the prompt has 41 tokens" in run(path, "--prompt=" + "x" * 40, status=2).stderr
+    assert "no checkpoint at" in run(tmp_path / "none", "--prompt=x", status=2).stderr

@@ -1,0 +1,341 @@
+"""patching.py: what must hold of patches and ablations, whatever the model; grids against one pass a cell; a circuit
+that was planted; bad input."""
+import re
+from functools import partial
+
+import blas  # noqa: F401  (before mlx)
+import conftest
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_gptq import FLAVOURS, checkpoint
+
+import patching
+from config import UserError
+from model import GPT, GPTConfig
+from patching import ablate, swap
+
+RNG = np.random.default_rng(0)
+DONOR, RECIPIENT = (mx.array(RNG.integers(0, 64, 12)) for _ in range(2))
+
+
+def small(n_layer=3, **settings):
+    sizes = dict(block_size=32, vocab_size=64, n_head=2, n_embd=64, n_layer=n_layer)
+    return GPT(GPTConfig(**sizes | settings), seed=1).eval()
+
+
+def one_cell(model, donor, recipient, site, layers, i, j):
+    """The recipient's last logits with the donor's state at one place, in a pass of its own."""
+    states = {}
+
+    def record(name, layer, x):
+        states[name, layer] = x
+        return x
+
+    def put(name, layer, x):
+        if name == site and layer in layers:
+            x = mx.array(x)
+            x[0, j] = states[name, layer][0, i]
+        return x
+
+    model(donor[None], tap=record)
+    return model(recipient[None], tap=put)[0, -1]
+
+
+# ---- patching --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", FLAVOURS, ids=str)
+def test_swap(settings):
+    """Donor = self changes nothing; the grid is one pass a cell; all positions at once are the donor."""
+    model, sites = small(4, **settings), ["resid"] if settings.get("mod") == "topk" else patching.SITES
+    own, theirs = model(RECIPIENT[None])[0], model(DONOR[None])[0]
+    tolerance = 1e-4 * mx.abs(own).max()
+    for site in sites:
+        same = swap(model, RECIPIENT, RECIPIENT, site)
+        assert same.shape == (4, 12, 64) and mx.abs(same - own[-1]).max() < tolerance
+        found = swap(model, DONOR, RECIPIENT, site, batch_size=5)
+        for layer in range(4):
+            for i in (0, 5, 11):
+                alone = one_cell(model, DONOR, RECIPIENT, site, [layer], i, i)
+                assert mx.abs(found[layer, i] - alone).max() < tolerance
+    below = 2 if settings.get("yoco") else 3  # behind the middle YOCO's keys and values are the recipient's
+    for layer in range(below + 1):
+        states = {}
+        model(DONOR[None], tap=lambda name, at, x, states=states: states.setdefault((name, at), x))
+        whole = model(RECIPIENT[None], tap=lambda name, at, x, layer=layer, states=states: (
+            states[name, at] if (name, at) == ("resid", layer) else x))[0]
+        assert mx.abs(whole - theirs).max() < tolerance
+    if settings.get("mod") == "topk":
+        with pytest.raises(UserError, match="take site=resid"):
+            swap(model, DONOR, RECIPIENT, "mlp")
+
+
+def test_the_past_stays():
+    """A patch at position p leaves the outputs before p alone, and moves that at p."""
+    model = small()
+    donor, own = patching.record(model, DONOR[None]), model(RECIPIENT[None])[0]
+    for p in (0, 4, 11):
+        def tap(name, layer, x, p=p):
+            if (name, layer) == ("resid", 1):
+                x = mx.array(x)
+                x[0, p] = donor["resid", 1][0, p]
+            return x
+
+        found = model(RECIPIENT[None], tap=tap)[0]
+        assert mx.array_equal(found[:p], own[:p]) and not mx.allclose(found[p], own[p])
+
+
+def test_pairs():
+    """Prompts of unequal length: which position takes the place of which."""
+    model, donor = small(), DONOR[:7]
+    with pytest.raises(UserError, match="prompts of 7 and 12 tokens"):
+        swap(model, donor, RECIPIENT)
+    found = swap(model, donor, RECIPIENT, "attn", [(6, 11), (2, 9)])
+    assert found.shape == (3, 2, 64)
+    for n, (i, j) in enumerate([(6, 11), (2, 9)]):
+        assert mx.allclose(found[2, n], one_cell(model, donor, RECIPIENT, "attn", [2], i, j), atol=1e-4)
+    for bad in ((7, 0), (0, 12), (-1, 0)):
+        with pytest.raises(UserError, match="are not positions"):
+            swap(model, donor, RECIPIENT, "resid", [bad])
+
+
+@pytest.mark.parametrize("site", patching.SITES)
+@pytest.mark.parametrize("source", ["zero", "mean"])
+def test_zero_and_mean(site, source):
+    model = small()
+    found = patching.replaced(model, RECIPIENT, source, site, [*range(12)], [*range(12)])
+    for layer in range(3):
+        for p in (0, 7, 11):
+            def tap(name, at, x, layer=layer, p=p):
+                if (name, at) == (site, layer):
+                    by = x[0].mean(0) if source == "mean" else mx.zeros_like(x[0, 0])
+                    x = mx.array(x)
+                    x[0, p] = by
+                return x
+
+            assert mx.allclose(found[layer, p], model(RECIPIENT[None], tap=tap)[0, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("site, window", [("resid", 1), ("mlp", 1), ("attn", 2), ("mlp", 3)])
+@pytest.mark.parametrize("settings", [dict(), dict(yoco=True, pos="learned"), dict(n_expert=3)], ids=str)
+def test_trace(site, window, settings):
+    """Each cell as a pass of its own; without noise nothing changes; with everything put back the clean answer."""
+    model, subject = small(4, **settings), [2, 3]
+    noise = mx.array(RNG.standard_normal((3, 2, 64)).astype(np.float32))
+    corrupted, found = patching.trace(model, RECIPIENT, subject, noise, site, window, batch_size=8)
+    assert found.shape == (4, 12, 3, 64)
+    clean = patching.record(model, RECIPIENT[None])
+
+    def noisy(draw, put=lambda name, layer, x: x):
+        def tap(name, layer, x):
+            if (name, layer) == ("resid", 0):
+                x = x.at[:, mx.array(subject)].add(noise[draw])
+            return put(name, layer, x)
+        return model(RECIPIENT[None], tap=tap)[0, -1]
+
+    for draw in range(3):
+        assert mx.allclose(corrupted[draw], noisy(draw), atol=1e-4)
+        for layer, p in ((0, 2), (1, 3), (3, 11), (2, 5)):
+            low = layer - (window - 1) // 2
+
+            def put(name, at, x, low=low, p=p):
+                if name == site and low <= at < low + window:
+                    x = mx.array(x)
+                    x[0, p] = clean[name, at][0, p]
+                return x
+
+            assert mx.allclose(found[layer, p, draw], noisy(draw, put), atol=1e-4), (layer, p)
+    still, same = patching.trace(model, RECIPIENT, subject, mx.zeros((1, 2, 64)), site, window)
+    assert mx.abs(same - model(RECIPIENT[None])[0, -1]).max() < 1e-3 and mx.abs(still - same[0, 0]).max() < 1e-3
+
+
+def planted():
+    """A model in which block 1's attention takes the token at position 2 to the last one, and nothing else is done."""
+    config = GPTConfig(block_size=8, vocab_size=16, n_layer=3, n_head=1, n_embd=64, pos="learned", qk_norm=False,
+                       norm="rms", tie=False)
+    model = GPT(config, seed=1).eval()
+    for block in model.blocks:
+        block.attn.out.weight, block.mlp.down.weight = mx.zeros((64, 64)), mx.zeros((64, 256))
+    embed, place, head = np.zeros((16, 64)), np.zeros((8, 64)), np.zeros((16, 64))
+    embed[np.arange(16), np.arange(16)] = 1          # 0 ... 15: the token
+    place[np.arange(8), 16 + np.arange(8)] = 3       # 16 ... 23: the place
+    head[np.arange(16), 32 + np.arange(16)] = 1      # 32 ... 47: the answer
+    q, k, v, out = (np.zeros((64, 64)) for _ in range(4))
+    q[0, 16 + 5] = k[0, 16 + 2] = 10                 # from place 5 to place 2
+    v[np.arange(16), np.arange(16)] = out[32 + np.arange(16), np.arange(16)] = 1
+    model.embed.weight, model.pos_embed.weight, model.head.weight = (mx.array(x.astype(np.float32))
+                                                                     for x in (embed, place, head))
+    for name, x in dict(q=q, k=k, v=v, out=out).items():
+        model.blocks[1].attn[name].weight = mx.array(x.astype(np.float32))
+    return model
+
+
+def test_a_planted_circuit_is_found():
+    """The token at position 2 answers until block 1 has read it, the last position from then on."""
+    model, donor, recipient = planted(), mx.array([1, 2, 3, 4, 5, 6]), mx.array([1, 2, 9, 4, 5, 6])
+    clean, corrupt = model(donor[None])[0, -1], model(recipient[None])[0, -1]
+    assert clean.argmax() == 3 and corrupt.argmax() == 9
+
+    def effect(site):
+        found = swap(model, donor, recipient, site)[..., 3]
+        return np.array((found - corrupt[3]) / (clean[3] - corrupt[3])).round(3)
+
+    expected = np.zeros((3, 6))
+    expected[:2, 2] = expected[2, 5] = 1
+    np.testing.assert_allclose(effect("resid"), expected, atol=0.02)
+    expected = np.zeros((3, 6))
+    expected[1, 5] = 1
+    np.testing.assert_allclose(effect("attn"), expected, atol=0.02)
+    np.testing.assert_allclose(effect("mlp"), 0, atol=0.02)
+    for layer in range(3):
+        gone = ablate(model, donor[None], "attn", layer)[0, -1]
+        assert (gone.argmax() == 3) == (layer != 1)
+
+
+# ---- ablation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", FLAVOURS, ids=str)
+def test_ablation(settings):
+    """Every block skipped is the unembedded embedding; a block skipped is a model without it; zeros are skipping."""
+    model, idx = small(4, **settings), mx.stack([DONOR, RECIPIENT])
+    start = {}
+    model(idx, tap=lambda name, layer, x: start.setdefault((name, layer), x))
+    assert mx.allclose(ablate(model, idx, "block", range(4), "skip"), model.unembed(start["resid", 0]), atol=1e-5)
+    both = ablate(model, idx, "block", 2, "skip")
+    assert mx.array_equal(both, ablate(model, idx, "block", 2, "zero"))
+    blocks, skipped = model.blocks, type(model.blocks[2]).__call__
+
+    class Nothing(type(blocks[2])):
+        def __call__(self, x, offset, cache, tap):
+            return x
+
+    blocks[2].__class__ = Nothing
+    without = model(idx)
+    blocks[2].__class__ = next(c for c in Nothing.__mro__[1:] if c.__call__ is skipped)
+    assert mx.allclose(both, without, atol=1e-5) and not mx.allclose(without, model(idx), atol=1e-3)
+    nothing = (mx.zeros_like(blocks[2].attn.out.weight), mx.zeros_like(blocks[2].attn.out.get("bias", mx.zeros(1))))
+    kept = blocks[2].attn.out.weight, blocks[2].attn.out.get("bias")
+    blocks[2].attn.out.weight = nothing[0]
+    if kept[1] is not None:
+        blocks[2].attn.out.bias = nothing[1]
+    without = model(idx)
+    blocks[2].attn.out.weight = kept[0]
+    if kept[1] is not None:
+        blocks[2].attn.out.bias = kept[1]
+    assert mx.allclose(ablate(model, idx, "attn", 2), without, atol=1e-5)
+
+
+def test_heads_and_means():
+    model, idx = small(), mx.stack([DONOR, RECIPIENT])
+    out = model.blocks[1].attn.out
+    weight, out.weight = out.weight, mx.where(mx.arange(64) // 32 == 1, 0, out.weight)  # columns of head 1
+    without = model(idx)
+    out.weight = weight
+    assert mx.allclose(ablate(model, idx, "head", 1, "zero", head=1), without, atol=1e-5)
+    states = {}
+    model(idx, tap=lambda name, layer, x: states.setdefault((name, layer), x))
+    mean = {site: states[site, 1].mean((0, 1)) for site in ("attn", "mlp")}
+    heads = states["heads", 1].mean((0, 2))
+    change = (states["resid", 2] - states["resid", 1]).mean((0, 1))
+
+    def by_hand(site):
+        def tap(name, layer, x):
+            if layer == 1 and name == site:
+                return mx.broadcast_to(mean[site], x.shape)
+            if (name, layer, site) == ("heads", 1, "head"):
+                return mx.stack([x[:, 0], mx.broadcast_to(heads[1], x[:, 1].shape)], axis=1)
+            return states["resid", 1] + change if (name, layer, site) == ("resid", 2, "block") else x
+        return model(idx, tap=tap)
+
+    for site in ("attn", "mlp", "head", "block"):
+        found = ablate(model, idx, site, 1, "mean", head=1)
+        assert mx.allclose(found, by_hand(site), atol=1e-5) and not mx.allclose(found, model(idx), atol=1e-4)
+    for bad in (dict(site="neuron"), dict(site="mlp", how="noise")):
+        with pytest.raises(UserError, match="is not one of"):
+            ablate(model, idx, layer=1, **bad)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+run = partial(conftest.run, "patching.py")
+
+
+CLEAN, CORRUPT, TARGET = "--clean=the cat sat", "--corrupt=the dog sat", "--target= "
+
+
+@pytest.mark.parametrize("arguments", [
+    [CLEAN, CORRUPT, TARGET], [CLEAN, CORRUPT, TARGET, "--foil=x", "--site=mlp"],
+    [CLEAN, "--corrupt=a dog sat", TARGET, "--pairs=5:3, 6:4"], ["--mode=zero", CLEAN, TARGET],
+    ["--mode=mean", "--site=attn", CLEAN, TARGET, "--foil=x"],
+    ["--mode=trace", CLEAN, "--subject=cat", TARGET, "--window=2", "--draws=3"],
+    ["--mode=ablate", CLEAN, TARGET, "--how=mean"], ["--mode=ablate", "--data={readme}", "--samples=2", CLEAN, TARGET],
+], ids=str)
+def test_scripts(arguments, tmp_path):
+    """A table, a picture and a page of each mode."""
+    path, model = checkpoint(tmp_path)
+    done = run(path, *(argument.format(readme=ROOT / "README.md") for argument in arguments))
+    mode = next((argument[7:] for argument in arguments if argument.startswith("--mode")), "swap")
+    assert len(re.findall(r"^layer [01] ", done.stdout, re.M)) == (4 if "--data={readme}" in arguments else 2)
+    assert (tmp_path / f"ckpt-{mode}.png").read_bytes().startswith(b"\x89PNG")
+    assert "http" not in (tmp_path / f"ckpt-{mode}.html").read_text()
+    if mode == "trace":
+        assert "subject at 5, 6, 7;" in done.stdout
+
+
+def test_figures(tmp_path):
+    """The effect of a cell, from the logits of that cell; the change of the loss, from the loss."""
+    path, model = checkpoint(tmp_path)
+    model.eval()
+
+    def ids(text):
+        return mx.array([256, *text.encode()])
+
+    def log_p(logits):
+        return float((logits - mx.logsumexp(logits))[32])
+
+    done = run(path, CLEAN, CORRUPT, TARGET)
+    line = done.stdout.splitlines()[-2].split()
+    found = swap(model, ids("the cat sat"), ids("the dog sat"))[1]
+    clean, corrupt = (log_p(model(ids(f"the {animal} sat")[None])[0, -1]) for animal in ("cat", "dog"))
+    expected = [(log_p(each) - corrupt) / (clean - corrupt) for each in found]
+    np.testing.assert_allclose(np.array(line[2:], float), expected, atol=2e-3)
+    assert f"clean {clean:.4f}, corrupt {corrupt:.4f}" in done.stdout
+    done = run(path, "--mode=ablate", CLEAN, TARGET)
+    line = done.stdout.splitlines()[-2].split()
+    idx = ids("the cat sat")[None]
+    expected = [log_p(ablate(model, idx, site, 1)[0, -1]) - clean for site in ("attn", "mlp", "block")]
+    np.testing.assert_allclose(np.array(line[2:5], float), expected, atol=1e-3)
+    text, whole = (ROOT / "ruff.toml").read_bytes() * 9, []
+    (tmp_path / "text.txt").write_bytes(text)
+    done = run(path, "--mode=ablate", f"--data={tmp_path / 'text.txt'}", "--samples=3", "--batch_size=8")
+    rows = patching.windows(np.frombuffer(text, np.uint8), 3, 33, 1337).astype(mx.int32)
+    for tap in (lambda name, layer, x: x, patching.ablation("mlp", 0)):
+        whole.append(model.loss(rows[:, :-1], rows[:, 1:], tap=tap).item())
+    line = done.stdout.splitlines()[-3].split()
+    assert f"{whole[0]:.4f} when whole" in done.stdout
+    assert float(line[3]) == pytest.approx(whole[1] - whole[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ([], "give --prompt"), ([CLEAN, CORRUPT], "give --target"),
+    ([CLEAN, "--corrupt=a dog", TARGET], "say which position"),
+    ([CLEAN, CORRUPT, TARGET, "--pairs=5:99"], "5:99 are not positions"),
+    ([CLEAN, CORRUPT, TARGET, "--pairs=5"], "is not as"),
+    ([CLEAN, "--corrupt=" + "x" * 40, TARGET], "the prompt has 41 tokens"), ([CLEAN, "--mode=patch"], "mode='patch'"),
+    ([CLEAN, CORRUPT, TARGET, "--site=heads"], "site='heads'"), ([CLEAN, "--corrupt=the cat sat", TARGET], "no effect"),
+    (["--mode=trace", CLEAN, TARGET, "--subject=dog"], "is not in the prompt"), (["--mode=ablate"], "nothing to read"),
+    (["--mode=ablate", CLEAN, TARGET, "--how=noise"], "how='noise'"), ([CLEAN, "--batch_size=0"], "batch_size"),
+])
+def test_bad_input(arguments, says, tmp_path):
+    path, _ = checkpoint(tmp_path)
+    assert says in run(path, *arguments, status=2).stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
+
+
+def test_a_longer_target(tmp_path):
+    path, _ = checkpoint(tmp_path)
+    assert "target 'mat' is 3 tokens: its first, 'm', is used" in run(path, CLEAN, CORRUPT, "--target=mat").stdout

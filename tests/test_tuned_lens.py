@@ -1,0 +1,211 @@
+"""tuned_lens.py: at the start the logit lens, whatever the variant; the package's KL; gradients; sidecars; bad input.
+"""
+import struct
+import subprocess
+import sys
+from functools import partial
+
+import blas  # noqa: F401  (before mlx)
+import conftest
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_gptq import FLAVOURS, checkpoint
+from test_hqq import words
+
+import tuned_lens
+from model import GPT, GPTConfig, cross_entropy, load_checkpoint, save_checkpoint
+from tokenizer import byte_tokenizer
+from tuned_lens import logit_lens
+
+IDX = mx.array(np.random.default_rng(0).integers(0, 64, (2, 20)))
+
+
+def small(**settings):
+    sizes = dict(block_size=32, vocab_size=64, n_layer=4, n_head=2, n_embd=64)
+    return GPT(GPTConfig(**sizes | settings), seed=1).eval()
+
+
+def log_softmax(logits) -> np.ndarray:
+    logits = np.array(logits, np.float64)
+    return logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(
+        -1, keepdims=True)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("settings", FLAVOURS, ids=str)
+def test_the_start(settings, packed):
+    """The logit lens is the model cut off at a layer; the tuned lens starts as exactly that; the last is the model."""
+    model = small(**settings)
+    if packed:
+        nn.quantize(model, 32, 8, class_predicate=lambda path, module: isinstance(module, nn.Linear | nn.Embedding)
+                    and "depth" not in path and "predictor" not in path and "pos" not in path)
+    logits = logit_lens(model, IDX)
+    assert logits.shape == (5, 2, 20, 64) and mx.array_equal(logits[4], model(IDX))
+    start = tuned_lens.start(model)
+    assert mx.array_equal(logit_lens(model, IDX, start), logits)
+    blocks, n_layer = model.blocks, model.config.n_layer
+    for layer in range(3 if settings.get("yoco") else 4):  # without the blocks behind
+        model.blocks = blocks[:layer]
+        assert mx.allclose(model(IDX), logits[layer], atol=1e-5)
+    assert n_layer == 4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "linear"])
+def test_the_package(name, tmp_path):
+    """tuned-lens 0.2.0's KL of the same translators, at each layer and position: tests/fixtures/make_tuned_lens.py."""
+    fixtures = ROOT / "tests" / "fixtures"
+    subprocess.run([sys.executable, ROOT / "hf_reader.py", fixtures / "hf" / name, tmp_path / "m.safetensors"],
+                   check=True, capture_output=True)
+    model, _ = load_checkpoint(str(tmp_path / "m.safetensors"))
+    with np.load(fixtures / "tuned_lens.npz") as file:
+        lens, kl = {part: mx.array(file[f"{name}.{part}"]) for part in "Ab"}, file[f"{name}.kl"]
+    idx = mx.array(np.load(fixtures / "hf" / "idx.npy"))
+    log_q = log_softmax(logit_lens(model, idx, lens))
+    ours = (np.exp(log_q[-1]) * (log_q[-1] - log_q)).sum(-1).mean(1)
+    np.testing.assert_allclose(ours, kl, rtol=1e-4, atol=1e-5)
+    rows = mx.concatenate([idx, idx[:, :1]], axis=1)
+    np.testing.assert_allclose(tuned_lens.measure(model, lens, rows)[0], kl.mean(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["affine", "full"])
+def test_gradients(head):
+    """Of the mean over layers of KL(model || lens), or of cross-entropy, written as they are told."""
+    model = small(n_layer=2)
+    h = tuned_lens.residuals(model, IDX).reshape(3, -1, 64)
+    lens = {name: array + 0.1 * mx.random.normal(array.shape)
+            for name, array in tuned_lens.start(model, head).items()}
+    targets = mx.roll(IDX, -1, 1).reshape(-1)
+    p = mx.softmax(model.unembed(h[-1]), axis=-1)
+
+    def loss(lens):
+        logits = mx.stack([tuned_lens.read(model, lens, h[layer], layer) for layer in range(2)])
+        log_q = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if head == "full":
+            return -mx.take_along_axis(log_q, mx.broadcast_to(targets[None, :, None], (2, 40, 1)), -1).mean()
+        return (p * (mx.log(p) - log_q)).sum(-1).mean()
+
+    expected, gradient = mx.value_and_grad(loss)(lens)
+    found, ours = tuned_lens.gradients(model, lens, h, targets)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    for name in lens:
+        assert mx.abs(ours[name] - gradient[name]).max() < 1e-4 * mx.abs(gradient[name]).max() + 1e-8
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+run = partial(conftest.run, "tuned_lens.py")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A model that learned a text, and the text."""
+    folder = tmp_path_factory.mktemp("lens")
+    path, model = checkpoint(folder, n_layer=3)
+    text, optimizer = words(1), optim.Adam(5e-3)
+    step, tokens = nn.value_and_grad(model, lambda x: model.loss(x[:, :-1], x[:, 1:])), np.frombuffer(text, np.uint8)
+    for i in range(300):
+        starts = np.random.default_rng(i).integers(len(text) // 2, size=16)
+        _, gradients = step(mx.array(np.stack([tokens[start:start + 33] for start in starts]).astype(np.int32)))
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters())
+    save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
+    (folder / "text.txt").write_bytes(text)
+    return folder
+
+
+def figures(output: str) -> np.ndarray:
+    """(layers + 1, 4) of the table."""
+    lines = [line for line in output.splitlines() if line.startswith(("before block", "the model itself"))]
+    return np.array([line.split()[3:] for line in lines], np.float64)
+
+
+@pytest.mark.parametrize("head", ["affine", "full"])
+def test_train(head, learned):
+    """KL falls at every layer below the logit lens's, and cross-entropy too; the sidecars say the same."""
+    path, out = learned / "ckpt.safetensors", learned / f"{head}.lenses"
+    done = run(path, f"--data={learned / 'text.txt'}", f"--head={head}", f"--out={out}",
+               *(["--max_iters=150", "--learning_rate=3e-3"] if head == "affine" else
+                 ["--max_iters=400", "--learning_rate=1e-2"]))
+    table = figures(done.stdout)
+    assert table.shape == (4, 4) and (table[3, :2] == 0).all() and table[3, 2] == table[3, 3]
+    if head == "affine":
+        assert (table[:3, 1] < table[:3, 0]).all()
+        assert (np.diff(table[:, 1]) < 0).all()  # nearer and nearer to the end
+    assert (table[:3, 3] < table[:3, 2]).all()
+    assert (learned / f"{head}-lenses.png").read_bytes().startswith(b"\x89PNG")
+    model, _ = load_checkpoint(str(path))
+    lens, raw = tuned_lens.load_lens(str(out), model), (learned / f"{head}.tgtl").read_bytes()
+    version, layers, vocab, width = struct.unpack("<4I", raw[4:20])
+    assert raw[:4] == b"TGTL" and (version, layers, vocab, width) == (1 if head == "full" else 2, 3, 320, 64)
+    at = 20
+    for layer in range(layers):
+        for name, shape in (("W", (vocab, width)), ("b", (vocab,))) if head == "full" else (
+                ("A", (width, width)), ("b", (width,))):
+            n = int(np.prod(shape))
+            assert np.array_equal(np.frombuffer(raw, "<f4", n, at).reshape(shape), np.array(lens[name][layer]))
+            at += 4 * n
+    assert at == len(raw)
+    again = tuned_lens.load_lens(str(learned / f"{head}.tgtl"), model)
+    assert all(mx.array_equal(again[name], lens[name]) for name in lens)
+    text = np.frombuffer((learned / "text.txt").read_bytes(), np.uint8)  # held out, its last tenth, by hand
+    stream = np.concatenate([[byte_tokenizer().bos], text[len(text) * 9 // 10:]]).astype(np.int32)
+    rows = mx.array(np.stack([stream[i * 32:i * 32 + 33] for i in range(16)]))
+    log_q = log_softmax(logit_lens(model, rows[:, :-1], lens))
+    kl = (np.exp(log_q[-1]) * (log_q[-1] - log_q)).sum(-1).mean((1, 2)) / np.log(2)
+    np.testing.assert_allclose(table[:, 1], kl, atol=2e-4)
+    ce = [cross_entropy(each.reshape(-1, 320), rows[:, 1:].reshape(-1)).mean().item() / np.log(2)
+          for each in logit_lens(model, rows[:, :-1])]
+    np.testing.assert_allclose(table[:, 2], ce, atol=2e-4)
+
+
+def test_apply(learned):
+    """For a prompt: the best token of each layer and position, on the terminal, in a picture and on a page."""
+    path, out = learned / "ckpt.safetensors", learned / "a.lenses"
+    text = (learned / "text.txt").read_text()
+    run(path, f"--data={learned / 'text.txt'}", f"--out={out}", "--max_iters=2")
+    model, _ = load_checkpoint(str(path))
+    for sidecar in (out, learned / "a.tgtl", "none"):
+        for color in ("probability", "entropy"):
+            done = run(path, f"--apply={sidecar}", f"--prompt={text[:9]}", f"--color={color}",
+                       f"--picture={learned / 'p.png'}")
+    ids = mx.array([[byte_tokenizer().bos, *text[:9].encode()]])
+    best = [chr(i).replace(" ", "_") for i in mx.argmax(model(ids)[0, :, :257], -1).tolist()]
+    assert done.stdout.splitlines()[4].split()[2:] == best
+    assert (learned / "p.png").read_bytes().startswith(b"\x89PNG")
+    html = (learned / "p.html").read_text()
+    assert html.count("<td ") == 40 and "http" not in html and "entropy" in html
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ([], "give --data=FILE"), (["--data={text}", "--head=linear"], "head='linear'"),
+    (["--data={text}", "--max_iters=0"], "must be over 0"), (["--data={short}"], "less than 32 tokens"),
+    (["--apply=none"], "give --prompt"), (["--apply=none", "--prompt=" + "x" * 40], "the prompt has 41 tokens"),
+    (["--apply=none", "--prompt=x", "--color=red"], "color='red'"), (["--apply=x.lenses", "--prompt=x"], "x.lenses"),
+    (["--apply=x.tgtl", "--prompt=x"], "cannot read x.tgtl"),
+    (["--apply={path}", "--prompt=x"], "no sidecar of lenses"),
+    (["--apply={cut}", "--prompt=x"], "no whole TGTL file"),
+])
+def test_bad_input(arguments, says, learned, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "cut.tgtl").write_bytes(struct.pack("<4s4I", b"TGTL", 2, 3, 320, 64) + b"123")
+    names = dict(text=learned / "text.txt", short=tmp_path / "short.txt", path=learned / "ckpt.safetensors",
+                 cut=tmp_path / "cut.tgtl")
+    done = run(names["path"], *(argument.format(**names) for argument in arguments), status=2)
+    assert says in done.stderr
+
+
+def test_another_base(learned, tmp_path):
+    path, out = learned / "ckpt.safetensors", tmp_path / "a.lenses"
+    run(path, f"--data={learned / 'text.txt'}", f"--out={out}", "--max_iters=1")
+    model, meta = load_checkpoint(str(path))
+    model.blocks[1].mlp.up.weight[0, 0] += 1
+    save_checkpoint(str(tmp_path / "b.safetensors"), model, meta)
+    done = run(tmp_path / "b.safetensors", f"--apply={out}", "--prompt=x", status=2)
+    assert "made for another checkpoint" in done.stderr
+    other, _ = checkpoint(tmp_path, n_layer=2)
+    assert "its shapes are not" in run(other, f"--apply={tmp_path / 'a.tgtl'}", "--prompt=x", status=2).stderr
