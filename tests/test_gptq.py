@@ -139,10 +139,8 @@ def test_checkpoint(script, settings, tmp_path):
     assert ("embed " in done.stdout) and "rounded" in done.stdout and "before: perplexity" in done.stdout
     idx = mx.array(np.random.default_rng(1).integers(0, 256, (2, 20)))
     logits, found = model.eval()(idx), packed(idx)
-    if settings.get("mod") == "topk":  # a token near the threshold may take another way
-        assert mx.median(mx.abs(found - logits)) < 0.02 * mx.abs(logits).max()
-    else:
-        assert mx.square(found - logits).mean() < 0.045**2 * mx.square(logits).mean()  # 0.027 by rounding alone
+    error = mx.abs(found - logits)  # the median: a token near a threshold may take another expert, or depth
+    assert mx.median(error) < 0.02 * mx.abs(logits).max()
 
 
 @pytest.mark.parametrize("script", ["gptq.py", "awq.py"])
