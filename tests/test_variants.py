@@ -581,7 +581,9 @@ def test_yoco_prompt_stops_early(settings):
     last = model(idx[:, :50], cache=cache, last=True, tap=lambda site, layer, x: seen.setdefault((site, layer), x))
     whole = model(idx)
     assert last.shape == (2, 1, 61) and mx.abs(last - whole[:, 49:50]).max() < 1e-4
-    assert seen["resid", 0].shape[1] == 50 and seen["resid", 1].shape[1] == seen["resid", 2].shape[1] == 1
+    assert seen["resid", 0].shape[1] == seen["resid", 1].shape[1] == seen["k", 1].shape[2] == 50
+    assert all(seen[site, layer].shape[1] == 1 for layer in (1, 2) for site in ("attn", "mlp"))
+    assert seen["q", 1].shape[2] == seen["resid", 2].shape[1] == seen["resid", 3].shape[1] == 1
     assert mx.abs(model(idx[:, 50:], cache=cache) - whole[:, 50:]).max() < 1e-4
 
 
