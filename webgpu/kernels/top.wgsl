@@ -1,0 +1,67 @@
+// What a row of logits (R, V) says, of which the first n are tokens: found (R, 16) = the five most probable tokens, their
+// probabilities, the entropy in bits, and the logarithm of the probability of the row's target, in nats, among all V.
+//
+//   found[row] = id_1 ... id_5, p_1 ... p_5, entropy, log p(target), and four numbers of nothing
+//
+// A workgroup has a row.
+
+struct Params { R: u32, V: u32, n: u32 }
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> targets: array<u32>;
+@group(0) @binding(2) var<storage, read> logits: array<f32>;
+@group(0) @binding(3) var<storage, read_write> found: array<f32>;
+
+var<workgroup> parts: array<vec4<f32>, 64>;
+var<workgroup> tops: array<vec2<f32>, 64>;    // logit, id
+var<workgroup> chosen: vec2<f32>;
+
+@compute @workgroup_size(64)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+        @builtin(local_invocation_index) thread: u32) {
+  let row = group.x + group.y * groups.x;
+  if (row >= p.R) { return; }
+  let start = row * p.V;
+  var top = -1e30;
+  for (var i = thread; i < p.V; i += 64) { top = max(top, logits[start + i]); }
+  parts[thread] = vec4(top);
+  workgroupBarrier();
+  for (var i = 0u; i < 64; i++) { top = max(top, parts[i].x); }
+  workgroupBarrier();
+  var sums = vec4(0.0);                       // of exp over tokens, of exp times logit, of exp over all
+  for (var i = thread; i < p.V; i += 64) {
+    let logit = logits[start + i] - top;
+    let e = exp(logit);
+    sums.z += e;
+    if (i < p.n) { sums += vec4(e, e * logit, 0, 0); }
+  }
+  parts[thread] = sums;
+  workgroupBarrier();
+  sums = vec4(0.0);
+  for (var i = 0u; i < 64; i++) { sums += parts[i]; }
+  if (thread == 0) {
+    found[row * 16 + 10] = (log(sums.x) - sums.y / sums.x) / log(2.0);
+    found[row * 16 + 11] = logits[start + targets[row]] - top - log(sums.z);
+  }
+  var last = vec2(1e30, -1.0);                // the token that came before, in the order of logits and then of ids
+  for (var place = 0u; place < 5; place++) {
+    var best = vec2(-1e30, 0.0);
+    for (var i = thread; i < p.n; i += 64) {
+      let logit = logits[start + i];
+      let after = logit < last.x || (logit == last.x && f32(i) > last.y);
+      if (after && logit > best.x) { best = vec2(logit, f32(i)); }
+    }
+    tops[thread] = best;
+    workgroupBarrier();
+    if (thread == 0) {
+      for (var i = 1u; i < 64; i++) {
+        if (tops[i].x > best.x || (tops[i].x == best.x && tops[i].y < best.y)) { best = tops[i]; }
+      }
+      chosen = best;
+      found[row * 16 + place] = best.y;
+      found[row * 16 + 5 + place] = exp(best.x - top) / sums.x;
+    }
+    workgroupBarrier();
+    last = chosen;
+    workgroupBarrier();
+  }
+}
