@@ -40,11 +40,16 @@ fn x_block(i: u32, k: u32) -> mat4x4<f32> {  // a vector is a column of x
   return transpose(mat4x4(x4(i, k, p.M, p.K), x4(i + 1, k, p.M, p.K), x4(i + 2, k, p.M, p.K), x4(i + 3, k, p.M, p.K)));
 }
 
+fn w4(row: u32, column: u32) -> vec4<f32> {
+  if (TRANSPOSE_W) { return weight4_inside(row, column, p.K, p.N); }
+  return weight4_inside(row, column, p.N, p.K);
+}
+
 fn w_block(j: u32, k: u32) -> mat4x4<f32> {
   if (TRANSPOSE_W) {
-    return mat4x4(weight4(k, j, p.N), weight4(k + 1, j, p.N), weight4(k + 2, j, p.N), weight4(k + 3, j, p.N));
+    return mat4x4(w4(k, j), w4(k + 1, j), w4(k + 2, j), w4(k + 3, j));
   }
-  return transpose(mat4x4(weight4(j, k, p.K), weight4(j + 1, k, p.K), weight4(j + 2, k, p.K), weight4(j + 3, k, p.K)));
+  return transpose(mat4x4(w4(j, k), w4(j + 1, k), w4(j + 2, k), w4(j + 3, k)));
 }
 
 fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> { return mat4x4(a.x * b, a.y * b, a.z * b, a.w * b); }

@@ -50,3 +50,9 @@ fn weight4(row: u32, column: u32, width: u32) -> vec4<f32> {
   let affine = scale_and_bias(row * (width / GROUP) + column / GROUP);
   return affine.x * vec4<f32>(q) + affine.y;
 }
+
+// The same, and 0 beside a matrix so high: there any number may stand, and what is no number would be none times 0, too.
+fn weight4_inside(row: u32, column: u32, height: u32, width: u32) -> vec4<f32> {
+  let inside = (vec4(column) + vec4(0u, 1, 2, 3) < vec4(width)) & vec4(row < height);
+  return select(vec4(0.0), weight4(row, column, width), inside);
+}
