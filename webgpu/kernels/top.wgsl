@@ -21,18 +21,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   let row = group.x + group.y * groups.x;
   if (row >= p.R) { return; }
   let start = row * p.V;
-  var top = -1e30;
-  for (var i = thread; i < p.V; i += 64) { top = max(top, logits[start + i]); }
-  parts[thread] = vec4(top);
+  var top = vec4(-1e30);                      // of tokens, of all
+  for (var i = thread; i < p.V; i += 64) {
+    top.y = max(top.y, logits[start + i]);
+    if (i < p.n) { top.x = top.y; }           // tokens come first
+  }
+  parts[thread] = top;
   workgroupBarrier();
-  for (var i = 0u; i < 64; i++) { top = max(top, parts[i].x); }
+  for (var i = 0u; i < 64; i++) { top = max(top, parts[i]); }
   workgroupBarrier();
   var sums = vec4(0.0);                       // of exp over tokens, of exp times logit, of exp over all
   for (var i = thread; i < p.V; i += 64) {
-    let logit = logits[start + i] - top;
-    let e = exp(logit);
-    sums.z += e;
-    if (i < p.n) { sums += vec4(e, e * logit, 0, 0); }
+    sums.z += exp(logits[start + i] - top.y);
+    if (i < p.n) {
+      let logit = logits[start + i] - top.x;
+      sums += vec4(exp(logit), exp(logit) * logit, 0, 0);
+    }
   }
   parts[thread] = sums;
   workgroupBarrier();
@@ -40,7 +44,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   for (var i = 0u; i < 64; i++) { sums += parts[i]; }
   if (thread == 0) {
     found[row * 16 + 10] = (log(sums.x) - sums.y / sums.x) / log(2.0);
-    found[row * 16 + 11] = logits[start + targets[row]] - top - log(sums.z);
+    found[row * 16 + 11] = logits[start + targets[row]] - top.y - log(sums.z);
   }
   var last = vec2(1e30, -1.0);                // the token that came before, in the order of logits and then of ids
   for (var place = 0u; place < 5; place++) {
@@ -58,7 +62,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
       }
       chosen = best;
       found[row * 16 + place] = best.y;
-      found[row * 16 + 5 + place] = exp(best.x - top) / sums.x;
+      found[row * 16 + 5 + place] = exp(best.x - top.x) / sums.x;
     }
     workgroupBarrier();
     last = chosen;
