@@ -23,14 +23,17 @@ fn sorted_bits(x: f32) -> u32 {
   return select(bits | 0x80000000, ~bits, (bits >> 31) == 1);
 }
 
-fn noise(token: u32, step: u32, seed: u32) -> f32 {  // -log(-log(u)), u from the hash of PCG (Jarzynski & Olano 2020)
+// -log(-log(1 - u)), u from the hash of PCG (Jarzynski & Olano 2020). What is drawn hangs on the small u, whose inner
+// logarithm is a series: WGSL lets log be wrong by 2^-21 here, or even 0.
+fn noise(token: u32, step: u32, seed: u32) -> f32 {
   var state = (token * 747796405 + step * 2891336453 + seed * 277803737) ^ 0x9e3779b9;
   for (var i = 0u; i < 2; i++) {
     state = state * 747796405 + 2891336453;
     state = ((state >> ((state >> 28) + 4)) ^ state) * 277803737;
     state = (state >> 22) ^ state;
   }
-  return -log(-log((f32(state >> 9) + 0.5) / 8388608));
+  let u = (f32(state >> 9) + 0.5) / 8388608;
+  return -log(select(-log(1 - u), u * (1 + u * (0.5 + u / 3)), u < 0.01));
 }
 
 fn total(value: f32, thread: u32) -> f32 {
