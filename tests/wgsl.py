@@ -51,9 +51,10 @@ def buffer(array: np.ndarray):
     return device().create_buffer_with_data(data=raw, usage=wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC)
 
 
-def run(name: str, constants: dict, params: tuple, arrays: list, groups: tuple, out: list[int]) -> list[np.ndarray]:
-    """Run a kernel once: params are its uniforms, in order (int: u32, float: f32); arrays those of bindings 1, 2, ...;
-    what is then in those numbered `out` comes back."""
+def run(name: str, constants: dict, params: tuple, arrays: list, groups: tuple, out: list[int],
+        times: int = 1) -> list[np.ndarray]:
+    """Run a kernel, so many times in turn: params are its uniforms, in order (int: u32, float: f32); arrays those of
+    bindings 1, 2, ...; what is then in those numbered `out` comes back."""
     import wgpu
     gpu, made = device(), pipeline(name, tuple(sorted((key, float(value)) for key, value in constants.items())))
     uniform = b"".join(np.array(value, np.float32 if isinstance(value, float) else np.uint32).tobytes()
@@ -67,7 +68,8 @@ def run(name: str, constants: dict, params: tuple, arrays: list, groups: tuple, 
     work = encoder.begin_compute_pass()
     work.set_pipeline(made)
     work.set_bind_group(0, group)
-    work.dispatch_workgroups(*groups)
+    for _ in range(times):
+        work.dispatch_workgroups(*groups)
     work.end()
     gpu.queue.submit([encoder.finish()])
     found = []

@@ -1,0 +1,609 @@
+"""webgpu/kernels: each, forward and backward, computes what model.py, MLX or numpy does, on shapes that divide by
+nothing. It writes nothing else, and does not look at what lies behind the end of an array."""
+import math
+from functools import partial
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+import wgsl
+from test_cpu import near, numbers
+
+import model
+from model import GPTConfig
+from quantized import BITS, GROUP_SIZES
+
+NONE = np.zeros(4, np.uint32)  # for bindings that are not looked at
+
+
+def guarded(array: np.ndarray) -> np.ndarray:
+    """The array, flat, and behind it what no kernel may use or change: NaN, or integers far too large."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    if flat.dtype == np.float16:
+        flat = np.append(flat, np.float16([0] * (flat.size % 2))).view(np.uint32)
+    return np.append(flat, np.full(9, np.nan if flat.dtype == np.float32 else 2**32 - 1, flat.dtype))
+
+
+def run(name: str, constants: dict, params: tuple, arrays: list, groups, out: list[int], times: int = 1) -> list:
+    """wgsl.run() with guarded arrays: what comes back is as before behind its end. groups: of threads, a number of them
+    to be laid out in both directions, some of them beside; or as they are."""
+    groups = (3, -(-groups // 3)) if isinstance(groups, int) else groups
+    padded = [guarded(array) for array in arrays]
+    found = wgsl.run(name, constants, params, padded, groups, out, times)
+    for i, each in zip(out, found, strict=True):
+        assert np.array_equal(each[-9:].view(np.uint32), padded[i - 1][-9:].view(np.uint32)), f"{name} wrote too far"
+    return [each[:arrays[i - 1].size].reshape(arrays[i - 1].shape) for i, each in zip(out, found, strict=True)]
+
+
+def elements(n: int, size: int = 64) -> int:
+    """Workgroups for n threads."""
+    return -(-n // size)
+
+
+def zeros(*shape) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def grad(f, *arrays, cotangent: np.ndarray) -> list[np.ndarray]:
+    """The gradient of sum(f(arrays) cotangent) in each array."""
+    _, found = mx.vjp(lambda *a: [f(*a)], [mx.array(a) for a in arrays], [mx.array(cotangent)])
+    return [np.array(each) for each in found]
+
+
+# ---- matrices --------------------------------------------------------------------------------------------------------
+
+PACKED = [(bits, group, scale_bits) for bits in BITS for group in GROUP_SIZES for scale_bits in (16, 32)]
+SHAPES = [(1, 1, 1), (3, 5, 7), (9, 66, 33), (66, 9, 82), (5, 34, 1), (131, 67, 18)]  # M, N, K
+
+
+def packed(rows: int, width: int, bits: int, group: int, scale_bits: int, seed: int = 0):
+    """Bindings 1 to 3 of a packed matrix (rows, width), its constants, and MLX's float32 arrays of the same."""
+    words, scales, biases = mx.quantize(mx.array(numbers(rows, width, seed=seed)), group, bits)
+    dtype = np.float16 if scale_bits == 16 else np.float32
+    scales, biases = (np.array(part).astype(dtype) for part in (scales, biases))
+    affine = [mx.array(part.astype(np.float32)) for part in (scales, biases)]
+    constants = {"BITS": bits, "GROUP": group, "SCALE_BITS": scale_bits}
+    return [np.array(words), scales, biases], constants, (words, *affine)
+
+
+def dense(weight: np.ndarray, bits: int) -> list[np.ndarray]:
+    """Bindings 1 to 3 of a matrix of float32 or float16."""
+    return [weight.astype(np.float16) if bits == 16 else weight, NONE, NONE]
+
+
+def weights_of(bits: int, shape: tuple, seed: int = 0) -> np.ndarray:
+    """A matrix of what so many bits can hold."""
+    weight = numbers(*shape, seed=seed + 100)
+    return weight.astype(np.float16).astype(np.float32) if bits == 16 else weight
+
+
+def matmul(kernel: str | int, constants: dict, sizes: tuple, matrix: list, bias, x, y) -> np.ndarray:
+    """y of matmul.wgsl, or of matmul_tiled.wgsl with tiles so wide."""
+    side = 32 if kernel == "matmul" else kernel
+    name, constants = ("matmul", constants) if kernel == "matmul" else ("matmul_tiled", constants | {"SIDE": side})
+    return run(name, constants, sizes, [*matrix, bias, x, y], (-(-sizes[1] // side), -(-sizes[0] // side)), [6])[0]
+
+
+DENSE = [("matmul", *settings) for settings in (  # TRANSPOSE_X, TRANSPOSE_W, bits, ACCUMULATE, BIAS
+    (0, 0, 32, 0, 1), (0, 1, 32, 1, 0), (1, 1, 32, 0, 0), (1, 0, 16, 1, 1), (0, 1, 16, 0, 0))]
+DENSE += [(64, *settings[1:]) for settings in DENSE] + [(128, 0, 0, 16, 0, 1), (128, 1, 1, 32, 1, 0)]
+
+
+@pytest.mark.parametrize("kernel, turned_x, turned_w, bits, accumulate, with_bias", DENSE)
+def test_matmul(kernel, turned_x, turned_w, bits, accumulate, with_bias):
+    """x W^T in float64, of float32 and float16 weights, as they are stored or turned; a bias; what is added to."""
+    constants = {"TRANSPOSE_X": turned_x, "TRANSPOSE_W": turned_w, "ACCUMULATE": accumulate, "BIAS": with_bias}
+    for seed, (M, N, K) in enumerate(SHAPES):
+        x, weight, bias, before = numbers(M, K), weights_of(bits, (N, K), seed), numbers(N, seed=2), numbers(M, N)
+        matrix = dense(weight.T if turned_w else weight, bits)
+        found = matmul(kernel, constants | {"BITS": bits}, (M, N, K), matrix, bias, x.T if turned_x else x, before)
+        expected = x.astype(np.float64) @ weight.T.astype(np.float64) + with_bias * bias + accumulate * before
+        assert near(found, expected), (M, N, K)
+
+
+@pytest.mark.parametrize("kernel, turned, bits, group, scale_bits", [
+    ("matmul", 0, 2, 64, 32), ("matmul", 1, 3, 32, 16), ("matmul", 0, 4, 128, 16), ("matmul", 1, 5, 64, 16),
+    ("matmul", 0, 6, 32, 32), ("matmul", 1, 8, 128, 32), (64, 0, 3, 64, 16), (64, 1, 4, 32, 16), (64, 0, 8, 32, 32),
+    (128, 0, 4, 64, 16)])
+def test_matmul_packed(kernel, turned, bits, group, scale_bits):
+    """mx.quantized_matmul, forward; and turned, as the gradient of x is made."""
+    for M, rows, width in ((5, 39, 256), (70, 130, 384)):
+        matrix, constants, parts = packed(rows, width, bits, group, scale_bits)
+        N, K = (width, rows) if turned else (rows, width)
+        x = numbers(M, K, seed=3)
+        found = matmul(kernel, constants | {"TRANSPOSE_W": turned}, (M, N, K), matrix, NONE, x, zeros(M, N))
+        expected = mx.quantized_matmul(mx.array(x), *parts, transpose=not turned, group_size=group, bits=bits)
+        assert near(found, expected, 5e-6)
+
+
+VECTORS = ("matvec", "matvec_subgroup")
+
+
+def matvec(kernel: str, constants: dict, sizes: tuple, matrix: list, bias, x) -> np.ndarray:
+    rows = 4 if kernel == "matvec" else 1  # a workgroup makes: more of them where a subgroup is smaller
+    return run(kernel, constants, sizes, [*matrix, bias, x, zeros(sizes[0])], elements(sizes[0], rows), [6])[0]
+
+
+@pytest.mark.parametrize("kernel", VECTORS)
+@pytest.mark.parametrize("bits, bias", [(32, True), (16, False)])
+def test_matvec(kernel, bits, bias):
+    for N, K in ((1, 1), (5, 3), (33, 67), (130, 129), (7, 320)):
+        x, weight, b = numbers(K), weights_of(bits, (N, K)), numbers(N, seed=2)
+        found = matvec(kernel, {"BITS": bits, "BIAS": bias}, (N, K), dense(weight, bits), b, x)
+        assert near(found, weight.astype(np.float64) @ x + bias * b), (N, K)
+
+
+@pytest.mark.parametrize("kernel", [*VECTORS, "matvec_packed"])
+@pytest.mark.parametrize("bits, group, scale_bits", PACKED)
+def test_matvec_packed(kernel, bits, group, scale_bits):
+    """mx.quantized_matmul of one row, and a bias."""
+    if kernel == "matvec_packed" and bits not in (4, 8):
+        return
+    for N, K in ((3, 3 * group), (37, 384)):
+        matrix, constants, parts = packed(N, K, bits, group, scale_bits)
+        x, bias = numbers(1, K, seed=3), numbers(N, seed=4)
+        found = matvec(kernel, constants | {"BIAS": True}, (N, K), matrix, bias, x)
+        expected = mx.quantized_matmul(mx.array(x), *parts, group_size=group, bits=bits)[0] + mx.array(bias)
+        assert near(found, expected, 5e-6)
+
+
+@pytest.mark.parametrize("bits, group, scale_bits", [(32, 0, 0), (16, 0, 0), *PACKED])
+def test_embed(bits, group, scale_bits):
+    """Rows of the matrix, whatever its format, as MLX unpacks them; positions from at[0] on, the same in all rows."""
+    V, T, width = 11, 3, 7 if bits in (16, 32) else 2 * group
+    if bits in (16, 32):
+        table, constants = weights_of(bits, (V, width)), {"BITS": bits}
+        matrix = dense(table, bits)
+    else:
+        matrix, constants, parts = packed(V, width, bits, group, scale_bits)
+        table = np.array(mx.dequantize(*parts, group, bits))
+    tokens, positions = np.array([10, 0, 3, 3, 9, 10], np.uint32), numbers(8, width, seed=5)
+    for learned in (True, False):
+        if not learned and bits == 3:  # a few of them are enough
+            continue
+        arrays = [*matrix, np.array([5], np.uint32), tokens, positions, zeros(6, width)]
+        found, = run("embed", constants | {"LEARNED": learned}, (6, T, width), arrays,
+                     elements(6 * -(-width // 4)), [7])
+        expected = table[tokens] + (np.tile(positions[5:8], (2, 1)) if learned else 0)
+        assert near(found, expected, 3e-7)
+
+
+# ---- norms and activations -------------------------------------------------------------------------------------------
+
+WIDTHS = [(5, 1), (1, 3), (7, 65), (3, 130), (2, 256), (67, 24)]  # R, C
+
+
+def norm(layer: bool, eps: float):
+    """(x, weight, bias) -> y in MLX."""
+    if layer:
+        return lambda x, weight, bias: mx.fast.layer_norm(x, weight, bias, eps)
+    return lambda x, weight, bias: mx.fast.rms_norm(x, weight, eps) + bias
+
+
+@pytest.mark.parametrize("layer, bias, add", [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_norm(layer, bias, add):
+    """MLX's norms, of x that is small beside eps, or far from 0; x has become what was normed."""
+    for seed, (R, C) in enumerate(WIDTHS):
+        x, more, weight, b = numbers(R, C, seed=seed, scale=0.1), numbers(R, C, seed=9), numbers(C, seed=8), numbers(C)
+        x += layer * 3
+        more *= 0.02
+        eps = 1e-5 if seed % 2 else 0.003
+        now, y = run("norm", {"LAYER": layer, "ADD": add, "BIAS": bias}, (R, C, eps), [weight, b, more, x, zeros(R, C)],
+                     R, [4, 5])
+        assert near(now, x + add * more, 1e-7)
+        wide = (x + add * more).astype(np.float64)  # float64: MLX's own variance of numbers far from 0 is worse
+        wide -= layer * wide.mean(-1, keepdims=True)
+        expected = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + eps) * weight + bias * b
+        by_mlx = norm(layer, eps)(*map(mx.array, (x + add * more, weight, bias * b)))
+        assert near(by_mlx, expected, 3e-5) and near(y, expected, 1e-5), (R, C)
+
+
+@pytest.mark.parametrize("layer, add", [(0, 0), (0, 1), (1, 1), (1, 0)])
+def test_norm_backward(layer, add):
+    """Gradients of x, weight and bias, the latter from the statistics that the first leaves."""
+    for seed, (R, C) in enumerate(WIDTHS):
+        x, weight, dy, before = numbers(R, C, seed=seed), numbers(C, seed=8), numbers(R, C, seed=7), numbers(R, C)
+        x, eps = x * 0.1 + layer * 0.2, 1e-5 if seed % 2 else 0.003
+        dx, statistics = run("norm_backward", {"LAYER": layer, "ADD": add}, (R, C, eps),
+                             [weight, x, dy, before, zeros(R, 2)], R, [4, 5])
+        groups = (elements(C, 16), 1)
+        d_weight, = run("column_sum", {"NORM": True}, (R, C), [x, dy, statistics, zeros(C)], groups, [4])
+        d_bias, = run("column_sum", {}, (R, C), [x, dy, statistics, zeros(C)], groups, [4])
+        expected = grad(norm(layer, eps), x, weight, zeros(C), cotangent=dy)
+        assert near(dx, expected[0] + add * before, 1e-5), (R, C)
+        assert near(d_weight, expected[1], 1e-5) and near(d_bias, expected[2]), (R, C)
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_activation(kind):
+    """model.py's, and their gradients, far out too; nothing becomes NaN where exp() overflows."""
+    name = ("relu2", "gelu", "gelu_tanh", "swiglu")[kind]
+    act, n = model.ACTIVATIONS[name], 403
+    x, gate, dy = numbers(n, scale=2), numbers(n, seed=1, scale=2), numbers(n, seed=2)
+    x[:8], gate[8:16] = (-100, -30, -9, -1e-4, 0, 9, 30, 100), (-100, -30, -9, -1e-4, 0, 9, 30, 100)
+    y, = run("activation", {"KIND": kind}, (n,), [gate, x, zeros(n)], elements(n), [3])
+    inputs = (gate, x) if name == "swiglu" else (x,)
+    assert np.abs(y - np.array(act(*map(mx.array, inputs)))).max() <= 1e-6 * np.abs(y[16:]).max()
+    dx, d_gate = run("activation_backward", {"KIND": kind}, (n,), [gate, x, dy, zeros(n)], elements(n), [3, 4])
+    *d_gates, d_x = grad(act, *inputs, cotangent=dy)
+    assert near(dx, d_x)
+    assert near(d_gate, d_gates[0]) if d_gates else not d_gate.any()
+
+
+def test_column_sum_of_many_rows():
+    """1,000 rows and one column more than a workgroup has."""
+    dy = numbers(1000, 17)
+    found, = run("column_sum", {}, (1000, 17), [NONE.view(np.float32), dy, zeros(2), zeros(17)], (2, 1), [4])
+    assert near(found, dy.astype(np.float64).sum(0))
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+
+
+def frequencies(D: int) -> np.ndarray:
+    return 10000.0 ** (-np.arange(0, D, 2) / D)
+
+
+def turns(D: int, room: int) -> np.ndarray:
+    """Cosine and sine of each position and pair: (room, D / 2, 2)."""
+    angle = np.arange(room)[:, None] * frequencies(D)
+    return np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
+
+
+def rope(x, B: int, first: int):
+    """model.py's, of (B T, H, D)."""
+    x = mx.array(x).reshape(B, -1, *x.shape[1:]).swapaxes(1, 2)
+    y = model.rope(x, mx.array(1 / frequencies(x.shape[3]), dtype=mx.float32), first)
+    return y.swapaxes(1, 2).flatten(0, 1)
+
+
+def heads_first(x: np.ndarray, B: int) -> np.ndarray:
+    """(B T, H, D), as in the kernels, to (B, H, T, D), as in model.py."""
+    return x.reshape(B, -1, *x.shape[1:]).swapaxes(1, 2)
+
+
+def rows_first(x) -> np.ndarray:
+    """And back."""
+    x = np.array(x).swapaxes(1, 2)
+    return x.reshape(-1, *x.shape[2:])
+
+
+ROPES = [(1, 1, 1, 2, 0), (2, 5, 3, 6, 7), (3, 4, 2, 64, 0), (1, 7, 1, 130, 20)]  # B, T, H, D, first position
+
+
+def test_rope():
+    """model.py's rope() at any offset, with the same positions in all rows."""
+    for B, T, H, D, first in ROPES:
+        x, before = numbers(B * T, H, D), numbers(B * T, H, D, seed=1)
+        arrays = [np.array([first, T], np.uint32), turns(D, 40), x, before]
+        y, = run("rope", {}, (B * T, T, H, D), arrays, elements(B * T * H * D // 2), [4])
+        assert near(y, rope(x, B, first), 1e-5)
+
+
+def test_rope_backward():
+    """What UNDO does is the gradient, and the inverse, of rope()."""
+    for B, T, H, D, first in ROPES:
+        x = numbers(B * T, H, D)
+        at, size, n = np.array([first, T], np.uint32), (B * T, T, H, D), elements(B * T * H * D // 2)
+        dx, = run("rope", {"UNDO": True}, size, [at, turns(D, 40), x, zeros(*x.shape)], n, [4])
+        expected, = grad(partial(rope, B=B, first=first), x, cotangent=x)
+        assert near(dx, expected, 1e-5)
+        y, = run("rope", {}, size, [at, turns(D, 40), dx, zeros(*x.shape)], n, [4])
+        assert near(y, x)
+
+
+@pytest.mark.parametrize("turn", [True, False])
+def test_rope_into_the_cache(turn):
+    """A row lands on its position, turned or as it is; padding lands nowhere. Heads of odd width are only copied."""
+    for T, real, H, D, first in [(5, 3, 2, 6, 4), (1, 1, 3, 4, 9), (8, 8, 1, 34, 0)] + [(4, 3, 2, 5, 2)] * (not turn):
+        x, cache = numbers(T, H, D), numbers(12, H, D, seed=1)
+        arrays = [np.array([first, real], np.uint32), turns(D, 12), x, cache]
+        found, = run("rope", {"TURN": turn, "CACHE": True}, (T, T, H, D), arrays, elements(T * H * -(-D // 2)), [4])
+        expected = cache.copy()
+        expected[first:first + real] = x[:real]
+        if turn:
+            expected[first:first + real] = np.array(rope(x, 1, first))[:real]
+        assert near(found, expected, 1e-5)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+# B, T, H, KV, D, position of the first query, window, whether ALiBi
+PREFILLS = [
+    (1, 1, 1, 1, 3, 0, 0, 0), (2, 5, 2, 2, 8, 0, 0, 0), (1, 67, 4, 2, 5, 0, 0, 0), (2, 9, 6, 2, 33, 0, 0, 1),
+    (1, 130, 2, 1, 16, 0, 1, 0), (1, 131, 2, 1, 7, 0, 66, 0), (2, 70, 3, 3, 4, 0, 7, 1), (1, 12, 4, 1, 65, 0, 12, 0),
+    (1, 6, 2, 2, 130, 0, 50, 1), (1, 7, 2, 1, 256, 0, 0, 0), (1, 66, 3, 1, 12, 0, 64, 1)]
+CACHED = [
+    (1, 1, 4, 2, 16, 70, 0, 0), (2, 3, 2, 1, 7, 5, 0, 0), (1, 1, 2, 2, 5, 129, 9, 1), (1, 6, 3, 1, 64, 65, 64, 0),
+    (2, 5, 2, 2, 20, 3, 4, 0), (1, 1, 1, 1, 8, 63, 0, 1), (1, 1, 2, 1, 6, 40, 1, 0), (1, 7, 6, 3, 8, 130, 66, 1)]
+
+
+class Case:
+    """Inputs of a case of the above, as the kernels take them, and model.py's attention of the same."""
+
+    def __init__(self, B, T, H, KV, D, first, window, alibi, seed=0, scale=1.5):
+        self.B, self.T, self.H, self.KV, self.D, self.window, self.seen = B, T, H, KV, D, window, first + T
+        self.room, self.first = self.seen + 3 * (first > 0), first
+        self.q = numbers(B * T, H, D, seed=seed, scale=scale)
+        self.k, self.v = (numbers(B * self.room, KV, D, seed=seed + i, scale=scale) for i in (1, 2))
+        config = GPTConfig(n_head=H, n_kv_head=KV, n_embd=H * D, pos="none", sliding_window=window, alibi=bool(alibi))
+        self.slopes = np.array(model.alibi_slopes(H), np.float32) if alibi else zeros(H)
+        places = mx.arange(first, self.seen)[None]  # as an array, or a window would hide nothing from a single query
+        self.mask = model.score_mask(config, 0, T, places, mx.arange(self.seen))
+
+    def outputs(self, q=None, k=None, v=None) -> mx.array:
+        """model.attend() on (B T, H, D) and so on."""
+        q, k, v = (mx.array(x) if x is not None else mx.array(own) for x, own in (
+            (q, self.q), (k, self.k), (v, self.v)))
+        q, k, v = (x.reshape(self.B, -1, *x.shape[1:]).swapaxes(1, 2) for x in (q, k, v))
+        y = model.attend(q, k[:, :, :self.seen], v[:, :, :self.seen], self.mask)
+        return y.swapaxes(1, 2).reshape(-1, self.H, self.D)
+
+    def exact(self) -> tuple[np.ndarray, np.ndarray]:
+        """In float64: the weights (B, H, T, keys), and the logarithms of their sums (B T, H)."""
+        q, k = (heads_first(x.astype(np.float64), self.B) for x in (self.q, self.k))
+        k = np.repeat(k[:, :, :self.seen], self.H // self.KV, 1)
+        scores = q @ k.swapaxes(2, 3) / math.sqrt(self.D) + np.array(self.mask)
+        top = scores.max(-1, keepdims=True)
+        total = np.exp(scores - top).sum(-1, keepdims=True)
+        return np.exp(scores - top) / total, rows_first(top + np.log(total))[..., 0]
+
+    def params(self, *more) -> tuple:
+        return (self.T, *more, self.H, self.KV, self.D, self.window, self.D**-0.5)
+
+    def attention(self) -> tuple[np.ndarray, np.ndarray]:
+        arrays = [np.array([self.first], np.uint32), self.slopes, self.q, self.k, self.v, zeros(*self.q.shape),
+                  zeros(*self.q.shape[:2])]
+        return run("attention", {}, self.params(self.room), arrays, (elements(self.T, 4), self.H, self.B), [6, 7])
+
+
+@pytest.mark.parametrize("case", PREFILLS + CACHED, ids=str)
+def test_attention(case):
+    """model.attend() under score_mask(): windows, ALiBi, grouped heads, keys of a cache with room to spare; and the
+    logarithm of each softmax's sum."""
+    case = Case(*case)
+    o, lse = case.attention()
+    assert near(o, case.outputs(), 1e-5)
+    assert near(lse, case.exact()[1])
+
+
+def test_attention_of_large_scores():
+    """Scores of hundreds, where only a softmax that subtracts the largest so far is finite."""
+    case = Case(1, 70, 2, 1, 8, 0, 0, 0, scale=20)
+    o, lse = case.attention()
+    assert np.abs(case.exact()[1]).max() > 200
+    assert near(o, case.outputs(), 3e-5) and near(lse, case.exact()[1])
+
+
+@pytest.mark.parametrize("case", PREFILLS, ids=str)
+def test_attention_backward(case):
+    """Gradients of queries, keys and values; what lse_delta held stays."""
+    case, d_o = Case(*case), numbers(*Case(*case).q.shape, seed=5)
+    o, lse = case.attention()
+    before = np.concatenate([lse, np.full_like(lse, 7)])
+    lse_delta, dq = run("attention_backward_q", {}, case.params(),
+                        [case.slopes, case.q, case.k, case.v, o, d_o, before, zeros(*case.q.shape)],
+                        (elements(case.T, 4), case.H, case.B), [7, 8])
+    assert np.array_equal(lse_delta[:len(lse)], lse)
+    dk, dv = run("attention_backward_kv", {}, case.params(),
+                 [case.slopes, case.q, case.k, case.v, d_o, lse_delta, zeros(*case.k.shape), zeros(*case.k.shape)],
+                 (elements(case.T, 4), case.KV, case.B), [7, 8])
+    for found, expected in zip((dq, dk, dv), grad(case.outputs, case.q, case.k, case.v, cotangent=d_o), strict=True):
+        assert near(found, expected, 1e-5) or np.abs(found - expected).max() < 1e-6  # of a single key: 0
+
+
+@pytest.mark.parametrize("case", [case for case in PREFILLS if case[0] == 1], ids=str)
+def test_attention_map(case):
+    case = Case(*case)
+    weights, lse = case.exact()
+    arrays = [case.slopes, case.q, case.k, lse.astype(np.float32), zeros(case.H, case.T, case.T) + 7]
+    found, = run("attention_map", {}, case.params(), arrays, elements(case.H * case.T * case.T), [5])
+    assert near(found, weights[0], 1e-5)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("judge", [False, True])
+def test_loss(judge):
+    """Cross-entropy and the gradient of its mean; logits of hundreds; JUDGE leaves them."""
+    for R, V in ((1, 1), (5, 3), (4, 128), (7, 300)):
+        logits, targets = numbers(R, V, seed=R, scale=3), np.random.default_rng(R).integers(0, V, R).astype(np.uint32)
+        logits[0] += 300
+        targets[-1] = V - 1
+        after, losses = run("loss", {"JUDGE": judge}, (R, V, 1 / R), [targets, logits, zeros(R)], R, [2, 3])
+
+        wide = logits.astype(np.float64)
+        exact = np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)) + wide.max(-1) - wide[range(R), targets]
+        assert np.abs(losses - exact).max() < 4e-5  # float32 of 300
+        expected, = grad(partial(nn.losses.cross_entropy, targets=mx.array(targets)), logits,
+                         cotangent=np.full(R, 1 / R, np.float32))
+        assert np.abs(after - (logits if judge else expected)).max() < 1e-6
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_embed_backward(accumulate):
+    """A scatter-add, by lists of the rows that hold an id."""
+    for tokens, V, C, room in (([4], 5, 3, 1), ([2, 0, 2, 6, 2, 0], 7, 65, 6), ([1] * 40, 3, 4, 50)):
+        dx, before = numbers(len(tokens), C), numbers(V, C, seed=1)
+        ids, count = np.unique(tokens, return_counts=True)
+        lists = np.full(1 + room + room + 1 + len(tokens), 2**32 - 1, np.uint32)
+        lists[0], lists[1:1 + len(ids)] = len(ids), ids
+        lists[1 + room:2 + room + len(ids)] = np.concatenate([[0], np.cumsum(count)])
+        lists[2 + 2 * room:] = np.argsort(tokens, kind="stable")
+        found, = run("embed_backward", {"ACCUMULATE": accumulate}, (C, room), [lists, dx, before], elements(room * C),
+                     [3])
+        expected = before.copy()
+        expected[ids] *= accumulate
+        np.add.at(expected, np.array(tokens), dx)
+        assert near(found, expected)
+
+
+@pytest.mark.parametrize("clip, scale", [(1.0, 1.0), (1.0, 1e-3), (0.0, 1.0), (0.3, 1e-9)])
+def test_adamw(clip, scale):
+    """Five updates of train.py: clip, decay of matrices, Adam, whatever the gradient's length; its length is told."""
+    b1, b2, decay = 0.9, 0.95, 0.1
+    for shape, bias in (((3, 5), 4), ((300, 255), 130)):
+        n, decayed = math.prod(shape) + bias, math.prod(shape)
+        parameters = {"weight": mx.array(numbers(*shape)), "bias": mx.array(numbers(bias, seed=1))}
+        x = np.concatenate([np.array(p).reshape(-1) for p in parameters.values()])
+        opt, moments = optim.Adam(0.0, betas=[b1, b2], bias_correction=True), zeros(2 * n)
+        for step in range(1, 6):
+            rate = 0.01 / step
+            g = numbers(n, seed=step, scale=scale)
+            g[0] = 3 * scale
+            parts, = run("sum_squares", {}, (n,), [g, zeros(256) + 7], (256, 1), [2])
+            squares = (g.astype(np.float64)**2).sum()
+            assert near(parts.sum(), squares)
+            now = np.array([rate, 1 - b1**step, math.sqrt(1 - b2**step)], np.float32)
+            moments, x, report = run("adamw", {}, (n, decayed, clip, decay, b1, b2),
+                                     [now, parts, g, moments, x, zeros(1)], elements(n), [4, 5, 6])
+            grads = {"weight": mx.array(g[:decayed].reshape(shape)), "bias": mx.array(g[decayed:])}
+            grads, _ = optim.clip_grad_norm(grads, clip or math.inf)
+            opt.learning_rate = mx.array(rate)
+            parameters["weight"] *= 1 - decay * rate
+            parameters = opt.apply_gradients(grads, parameters)
+            assert near(report, [math.sqrt(squares)])
+        expected = np.concatenate([np.array(p).reshape(-1) for p in parameters.values()])
+        assert np.abs(x - expected).max() < 2e-6
+
+
+# ---- what the page shows ---------------------------------------------------------------------------------------------
+
+
+def test_top():
+    """The five most probable tokens, of equal ones the first; padding is none, but for log p, which is over all."""
+    for R, V, n in ((1, 5, 5), (3, 70, 67), (4, 300, 300), (2, 64, 63), (1, 64, 3)):
+        logits, targets, five = numbers(R, V, seed=V, scale=2), np.arange(R).astype(np.uint32) * 2, min(n, 5)
+        logits[0, :n] = np.round(logits[0, :n])  # many equal ones
+        logits[-1] += 200
+        logits[:, n:] = 150 + logits[:, :1]      # padding, more probable than any token
+        found, = run("top", {}, (R, V, n), [targets, logits, zeros(R, 16)], R, [3])
+        wide = logits.astype(np.float64)
+        p = np.exp(wide[:, :n] - wide[:, :n].max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        order = np.argsort(-wide[:, :n], -1, kind="stable")[:, :5]
+        assert np.array_equal(found[:, :five], order)
+        assert np.abs(found[:, 5:5 + five] - np.take_along_axis(p, order, -1)).max() < 1e-6
+        assert not found[:, 5 + five:10].any()
+        assert np.abs(found[:, 10] + (p * np.log2(p)).sum(-1)).max() < 1e-5
+        log_p = wide - wide.max(-1, keepdims=True)
+        log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+        assert np.abs(found[:, 11] - log_p[np.arange(R), targets]).max() < 3e-5
+        assert not found[:, 12:].any()
+
+
+def test_rows():
+    x, which = numbers(9, 7), np.array([8, 0, 3, 3], np.uint32)
+    assert np.array_equal(run("rows", {}, (4, 7), [which, x, zeros(4, 7)], elements(28), [3])[0], x[which])
+
+
+def test_add():
+    x, y = numbers(201), numbers(201, seed=1)
+    assert np.array_equal(run("add", {}, (201,), [y, x], elements(201), [2])[0], x + y)
+
+
+def test_patch():
+    """Each sequence's own place becomes what the donor has at another."""
+    B, T, C, S = 4, 5, 33, 7
+    x, donor, source, to = numbers(B, T, C), numbers(S, C, seed=1), np.array([6, 0, 2, 2]), np.array([4, 0, 1, 4])
+    found, = run("patch", {}, (B, T, C), [np.append(source, to).astype(np.uint32), donor, x], elements(B * C), [3])
+    x[np.arange(B), to] = donor[source]
+    assert np.array_equal(found, x)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("base", [False, True])
+def test_ablate(mean, base):
+    """What a part adds becomes nothing, or its mean over the rows; other columns stay."""
+    for R, C, first, last in ((1, 3, 0, 3), (7, 150, 20, 133), (5, 8, 3, 4)):
+        x, before = numbers(R, C), numbers(R, C, seed=1)
+        found, = run("ablate", {"MEAN": mean, "BASE": base}, (R, C, first, last), [before, x],
+                     (elements(last - first), 1), [2])
+        part, kept = (a[:, first:last].astype(np.float64) for a in (x, before * base))
+        expected = x.copy()
+        expected[:, first:last] = kept + mean * (part - kept).mean(0)
+        assert near(found, expected, 1e-6)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def draw(logits: np.ndarray, n: int, times: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, ring=0):
+    """Draw tokens one after another; what the kernel then has: `at`, the last token, and the ring of so many."""
+    ring = ring or times + -times % 4  # a buffer's length in bytes divides by 16; no guards: the ring has no other end
+    arrays = [logits, np.array([7, 3, 0, seed], np.uint32), np.zeros(4, np.uint32), np.zeros(ring, np.uint32)]
+    return wgsl.run("sample", {}, (n, top_k, float(temperature), float(top_p), float(min_p)), arrays, (1, 1), [2, 3, 4],
+                    times)
+
+
+def test_greedy():
+    """Temperature 0 takes the most probable token, of equal ones the first, and no padding."""
+    for n, best in ((1, [0]), (300, [5, 133]), (300, [261, 6]), (140, [139]), (130, [129, 1, 128])):
+        logits = numbers(n + 10, seed=n)
+        logits[n:], logits[best] = 9, 7
+        assert draw(logits, n, 1, temperature=0)[1][0] == min(best)
+        assert draw(logits - 1000, n, 1, temperature=0, top_k=3, top_p=0.5)[1][0] == min(best)
+
+
+def test_sample_moves_on():
+    """Position, count and step; the token for the next pass; a ring that begins again."""
+    logits = numbers(9)
+    at, tokens, ring = draw(logits, 9, 11, seed=5, ring=8)
+    everything = draw(logits, 9, 11, seed=5)[2][:11]
+    assert list(at) == [7 + 3 + 10, 1, 11, 5] and list(tokens) == [everything[-1], 0, 0, 0]
+    assert np.array_equal(ring, np.append(everything[8:], everything[3:8]))
+    assert not np.array_equal(everything, draw(logits, 9, 11, seed=6)[2][:11])
+
+
+def kept(monkeypatch, logits, temperature, top_k, top_p, min_p) -> np.ndarray:
+    """With what probability sample_token() draws each token: 0 for those that it takes out."""
+    monkeypatch.setattr(mx.random, "categorical", lambda logits, key: logits)
+    left = model.sample_token(mx.array(logits[None]), None, temperature, top_k, top_p, min_p)
+    return np.array(mx.softmax(left.astype(mx.float32), axis=-1))[0]
+
+
+def as_often(drawn: np.ndarray, p: np.ndarray) -> bool:
+    """Whether numbers are drawn as often as their probabilities say, by chi-square; those of probability 0 never, all
+    others at least once."""
+    count, expected = np.bincount(drawn, minlength=len(p)), len(drawn) * p
+    free = (p > 0).sum() - 1
+    chi = ((count - expected)[p > 0]**2 / expected[p > 0]).sum()
+    return not count[p == 0].any() and bool(count[p > 0].all()) and chi <= free + 3 * math.sqrt(2 * free)
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, min_p", [
+    (1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.5, 5, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (1.0, 0, 0.8, 0.0),
+    (2.0, 0, 0.5, 0.0), (1.0, 0, 0.0, 0.0), (1.0, 0, 1.0, 0.1), (0.5, 0, 1.0, 0.1), (1.2, 9, 0.9, 0.2),
+    (1.0, 400, 0.97, 0.0), (0.8, 11, 0.95, 0.0)])
+def test_sample(monkeypatch, temperature, top_k, top_p, min_p):
+    """Exactly the tokens that sample_token() keeps are drawn, as often as it says."""
+    n, logits = 140, np.full(150, -1000, np.float32)
+    some = np.array([0, 3, 17, 31, 64, 65, 66, 100, 127, 128, 129, 130, 138, 139])
+    logits[some] = 2 * np.random.default_rng(1).permutation(len(some)) / len(some) - 1
+    logits[n:] = 9  # padding
+    p = kept(monkeypatch, logits[:n], temperature, top_k, top_p, min_p)
+    times = 300 if top_k or top_p < 1 else 2000
+    assert as_often(draw(logits, n, times, temperature, top_k, top_p, min_p, seed=3)[2][:times], p)
+
+
+def test_top_k_of_equals(monkeypatch):
+    """All that are as probable as the last of the top_k are kept."""
+    logits = np.array([1, 2, 0.5, 1, -1, 1, 0], np.float32)
+    p = kept(monkeypatch, logits, 1.0, 2, 1.0, 0.0)
+    assert (p > 0).sum() == 4 and as_often(draw(logits, 7, 100, top_k=2)[2], p)
+
+
+def test_noise():
+    """Neighbours in the text, and the first tokens of neighbouring seeds, have nothing to do with each other; rare
+    tokens come as rarely as they should."""
+    logits = np.log(np.array([0.1, 0.2, 0.3, 0.4])).astype(np.float32)
+    drawn, p = draw(logits, 4, 4000, seed=1)[2], np.exp(logits)
+    assert as_often(drawn[:-1] * 4 + drawn[1:], np.outer(p, p).reshape(-1))
+    assert as_often(np.array([draw(logits, 4, 1, seed=seed)[1][0] for seed in range(200)]), p)
+    logits = np.log(np.append(0.96, np.full(200, 0.0002))).astype(np.float32)
+    drawn = draw(logits, 201, 4000, seed=2)[2]
+    assert as_often((drawn > 0).astype(int), np.array([0.96, 0.04])) and np.unique(drawn).size > 90
