@@ -1,0 +1,84 @@
+"""The page in a real browser, for tests: headless Chromium through Playwright, and playground.py as its server.
+
+    def test_it(page):                                   # a fixture of conftest.py: an empty page of our server
+        assert js(page, "async (x) => (await import('/tokenizer.js')).byteTokenizer().tokens[x]", 97) == "YQ=="
+        page.goto(page.server.url)                       # the playground itself
+"""
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARGUMENTS = ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+
+
+@dataclass
+class Server:
+    url: str      # http://localhost:PORT
+    folder: Path  # whose checkpoints it lists
+
+
+@contextlib.contextmanager
+def serve(folder: Path):
+    """playground.py, at a port of its own."""
+    command = [sys.executable, str(ROOT / "playground.py"), str(folder), "--port=0", "--open=False"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        while not lines or not lines[-1].startswith("http://"):
+            lines.append(process.stdout.readline())
+            assert lines[-1], f"playground.py ended: {lines}"
+        yield Server(lines[-1].split()[0], Path(folder))
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@contextlib.contextmanager
+def chromium():
+    """A browser, or the test is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no browser: pip install playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not path:
+        pytest.skip("no browser: install chromium")
+    with playwright.sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def page(browser, server: Server, **options):
+    """An empty page of the server's, in a profile of its own. It fails the test on an uncaught error, an error in the
+    console and a request to any other server, all of which page.problems holds: a test may clear them that it expects.
+    options: of Playwright's new_context, such as viewport and color_scheme."""
+    context = browser.new_context(**options)
+    opened, problems = context.new_page(), []
+    opened.server, opened.problems = server, problems
+    opened.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))
+    opened.on("crash", lambda _: problems.append("the page crashed"))
+    opened.on("console", lambda message: message.type == "error" and problems.append(f"console: {message.text}"))
+    ours = (server.url + "/", "data:", "blob:")
+    context.on("request", lambda asked: asked.url.startswith(ours) or problems.append(f"it asked {asked.url}"))
+    empty = "<!doctype html><html lang=en><title>empty</title><link rel=icon href='data:,'>"
+    opened.route(f"{server.url}/empty.html", lambda route: route.fulfill(body=empty, content_type="text/html"))
+    opened.goto(f"{server.url}/empty.html")
+    try:
+        yield opened
+    finally:
+        context.close()
+    assert not problems, problems
+
+
+def js(page, function: str, *arguments):
+    """What a function of JavaScript returns, through JSON and in ASCII: so half of a surrogate pair comes through, and
+    a number that is none is None."""
+    called = f"async (text) => JSON.stringify(await ({function})(...JSON.parse(text))) ?? 'null'"
+    return json.loads(page.evaluate(called, json.dumps(arguments)))
