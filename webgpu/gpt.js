@@ -1,0 +1,452 @@
+// The GPT of model.py, as lists of dispatches: load a checkpoint, run it, continue a text.
+//
+//   const model = await GPT.load(gpu, file);
+//   for await (const { token } of model.generate(ids, { max_new_tokens: 100 })) ...
+//
+// Shapes: B sequences, T positions, C = n_embd, H heads, KV key/value heads, D = head_dim, F = ffn_dim, V = vocab_size.
+
+import { UserError } from "./errors.js";
+import { Plan } from "./gpu.js";
+import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
+import { Tokenizer } from "./tokenizer.js";
+
+// ---- config ---------------------------------------------------------------------------------------------------------
+
+const KNOWN = ["block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim", "pos", "rope_theta",
+  "rope_factor", "rope_low_freq", "rope_high_freq", "rope_original", "norm", "norm_eps", "mlp", "bias", "qkv_bias", "qk_norm",
+  "tie", "alibi", "sliding_window", "window_pattern"];
+export const KINDS = { relu2: 0, gelu: 1, gelu_tanh: 2, swiglu: 3 };
+const LACKING = [  // what the page has no kernels for, and when a config asks for it
+  ["sinks", (config) => config.sinks > 0], ["diff_attn", (config) => config.diff_attn], ["n_expert", (config) => config.n_expert > 0],
+  ["mod", (config) => (config.mod ?? "none") !== "none"], ["yoco", (config) => config.yoco],
+];
+const OF_THOSE = ["sinks", "diff_attn", "diff_attn_version", "n_expert", "expert_top_k", "n_shared_expert", "expert_balance",
+  "mod", "mod_capacity", "mod_every", "yoco"];
+
+/** UserError, by name, for an architecture that the page cannot run. */
+export function checkConfig(config) {
+  const lacks = LACKING.filter(([, asks]) => asks(config)).map(([name]) => name);
+  const unknown = Object.keys(config).filter((name) => !KNOWN.includes(name) && !OF_THOSE.includes(name));
+  if (lacks.length || unknown.length) {
+    throw new UserError(`This checkpoint uses ${[...lacks, ...unknown].join(", ")}, which this page cannot run: ` +
+      "python sample.py can.");
+  }
+  const missing = KNOWN.filter((name) => config[name] === undefined);
+  const whole = ["block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim"];
+  const wrong = whole.find((name) => !(Number.isInteger(config[name]) && config[name] > 0));
+  if (missing.length || wrong || !(config.mlp in KINDS) || config.n_head % config.n_kv_head) {
+    throw new UserError(`This checkpoint has settings that make no model (${missing[0] ?? wrong ?? "mlp, n_kv_head"}): make it again.`);
+  }
+  if (config.head_dim > 256) throw new UserError(`This model has heads of width ${config.head_dim}: this page goes up to 256.`);
+}
+
+/** Cosine and sine of each position and pair of a head: (block_size, D / 2, 2). See rope_inv_freq in model.py. */
+function turnsOf(config) {
+  const { block_size: T, head_dim: D } = config, turns = new Float32Array(T * D);
+  for (let i = 0; i < D / 2; i++) {
+    let frequency = config.rope_theta ** (-2 * i / D);
+    if (config.rope_factor !== 1) {
+      const { rope_low_freq: low, rope_high_freq: high } = config;
+      const keep = Math.min(1, Math.max(0, (config.rope_original * frequency / (2 * Math.PI) - low) / (high - low)));
+      frequency = keep * frequency + (1 - keep) * frequency / config.rope_factor;
+    }
+    for (let t = 0; t < T; t++) turns.set([Math.cos(t * frequency), Math.sin(t * frequency)], t * D + 2 * i);
+  }
+  return turns;
+}
+
+/** ALiBi's, of each head; zeros without it. See alibi_slopes in model.py. */
+function slopesOf({ n_head: H, alibi }) {
+  if (!alibi) return new Float32Array(H);
+  const power = 2 ** Math.floor(Math.log2(H));
+  const slopes = Array.from({ length: power }, (_, i) => 2 ** (-8 * (i + 1) / power));
+  for (let i = 1; slopes.length < H; i += 2) slopes.push(2 ** (-4 * i / power));
+  return Float32Array.from(slopes);
+}
+
+/** The parameters of a config: a Map from paths to [rows, width] of matrices and [width] of vectors, in model.py's order. */
+export function parametersOf(config) {
+  const { vocab_size: V, n_embd: C, ffn_dim: F, head_dim: D } = config, found = new Map();
+  const linear = (path, rows, width, bias) => {
+    found.set(`${path}.weight`, [rows, width]);
+    if (bias) found.set(`${path}.bias`, [rows]);
+  };
+  const norm = (path, width, layer = config.norm === "layer") => {
+    found.set(`${path}.weight`, [width]);
+    if (layer && config.bias) found.set(`${path}.bias`, [width]);
+  };
+  found.set("embed.weight", [V, C]);
+  if (config.pos === "learned") found.set("pos_embed.weight", [config.block_size, C]);
+  for (let layer = 0; layer < config.n_layer; layer++) {
+    const at = `blocks.${layer}`, bias = config.bias || config.qkv_bias;
+    norm(`${at}.attn_norm`, C);
+    linear(`${at}.attn.q`, config.n_head * D, C, bias);
+    linear(`${at}.attn.k`, config.n_kv_head * D, C, bias);
+    linear(`${at}.attn.v`, config.n_kv_head * D, C, bias);
+    linear(`${at}.attn.out`, C, config.n_head * D, config.bias);
+    if (config.qk_norm) {
+      norm(`${at}.attn.q_norm`, D, false);
+      norm(`${at}.attn.k_norm`, D, false);
+    }
+    norm(`${at}.mlp_norm`, C);
+    if (config.mlp === "swiglu") linear(`${at}.mlp.gate`, F, C, config.bias);
+    linear(`${at}.mlp.up`, F, C, config.bias);
+    linear(`${at}.mlp.down`, C, F, config.bias);
+  }
+  norm("norm", C);
+  if (!config.tie) linear("head", V, C, false);
+  return found;
+}
+
+// ---- model ----------------------------------------------------------------------------------------------------------
+
+const CHUNK = 64;  // tokens of a prompt that are read at a time
+const AHEAD = 2;   // tokens that are on their way while one is looked at
+
+export class GPT {
+  /** A checkpoint of train.py, hqq.py, a reader ...; onProgress is told the share that has been read. */
+  static async load(gpu, blob, onProgress = () => {}) {
+    const { meta, tensors } = await readHeader(blob), name = blob.name ?? "This file";
+    if (!meta?.config) {
+      const why = meta?.lens ? "lenses: drop it on the lens panel" : meta?.adapter ? "an adapter: fold it into its model by --merge"
+        : "a safetensors file, but none of this project's checkpoints: python hf_reader.py makes one of a Hugging Face folder";
+      throw new UserError(`${name} is ${why}.`);
+    }
+    checkConfig(meta.config);
+    const weights = new Map(), made = [];
+    const keep = (content) => (made.push(gpu.buffer(content)), made.at(-1));
+    try {
+      await gpu.guard(() => readWeights(blob, meta.config, tensors, weights, keep, onProgress));
+      return new GPT(gpu, meta.config, weights, { meta, made, blob });
+    } catch (error) {
+      made.forEach((buffer) => buffer.destroy());
+      throw error;
+    }
+  }
+
+  /** weights: a Map from paths to {buffer, rows, width, bits, group, scaleBits, scales, biases, bias} of matrices, and
+   *  {buffer, bias} of norms; each buffer a buffer or {buffer, offset, size}. */
+  constructor(gpu, config, weights, { meta, made = [], blob = null }) {
+    Object.assign(this, { gpu, config, weights, meta, made, blob });
+    this.enc = meta.tokenizer ? new Tokenizer(meta.tokenizer) : null;
+    this.n_vocab = Math.min(this.enc?.n_vocab ?? config.vocab_size, config.vocab_size);  // the rest is padding
+    this.bytes = made.reduce((sum, buffer) => sum + buffer.size, 0);
+    this.n_parameters = [...parametersOf(config).values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
+    const { bits = 32, group } = weights.get("blocks.0.mlp.up");
+    this.format = bits < 16 ? `${bits} bits, groups of ${group}` : `float${bits}`;
+    this.slopes = this.own(slopesOf(config));
+    this.turns = config.pos === "rope" ? this.own(turnsOf(config)) : gpu.none;
+    this.plans = new Map();  // by what they do: see planned()
+  }
+
+  own(content) {
+    this.made.push(this.gpu.buffer(content));
+    return this.made.at(-1);
+  }
+
+  /** A plan that is made once: build(plan) adds its steps, and returns what is kept with it. */
+  async planned(key, build) {
+    const paths = JSON.stringify(this.gpu.paths);
+    let found = this.plans.get(key);
+    if (found?.paths !== paths) {  // none yet, or of slower kernels
+      found?.plan.destroy();
+      const plan = new Plan(this.gpu);
+      found = { plan, paths, ...build(plan) };
+      await this.gpu.guard(() => plan.ready());
+      this.plans.set(key, found);
+    }
+    return found;
+  }
+
+  destroy() {
+    this.plans.forEach(({ plan }) => plan.destroy());
+    this.made.forEach((buffer) => buffer.destroy());
+  }
+
+  /** The keys that a layer's queries see; 0: all. */
+  windowOf(layer) {
+    const { sliding_window, window_pattern } = this.config;
+    return window_pattern[layer % window_pattern.length] === "S" ? sliding_window : 0;
+  }
+
+  // ---- forward ------------------------------------------------------------------------------------------------------
+
+  /** Buffers for the states of one block, of R rows. */
+  room(plan, R) {
+    const { n_embd: C, n_head: H, n_kv_head: KV, head_dim: D, ffn_dim: F } = this.config;
+    const sizes = { h: C, q: H * D, qn: H * D, qr: H * D, k: KV * D, kn: KV * D, kr: KV * D, v: KV * D, o: H * D, lse: 2 * H,
+      attn: C, h2: C, up: F, gate: F, act: F, mlp: C };
+    if (!this.config.qk_norm) delete sizes.qn, delete sizes.kn;
+    if (this.config.pos !== "rope") delete sizes.qr, delete sizes.kr;
+    if (this.config.mlp !== "swiglu") delete sizes.gate;
+    return Object.fromEntries(Object.entries(sizes).map(([name, width]) => [name, plan.scratch(4 * R * width)]));
+  }
+
+  norm(plan, path, x, y, R, C, more = null) {
+    const { buffer, bias } = this.weights.get(path), LAYER = this.config.norm === "layer" && C === this.config.n_embd && !/[qk]_norm$/.test(path);
+    const settings = { ...(LAYER && { LAYER }), ...(more && { ADD: true }), ...(bias && { BIAS: true }) };
+    plan.add("norm", settings, [R, C, this.config.norm_eps], [buffer, bias ?? this.gpu.none, more ?? this.gpu.none, x, y], this.gpu.groups(R));
+  }
+
+  linear(plan, path, x, y, M) { this.gpu.linear(plan, this.weights.get(path), x, y, M); }
+
+  add(plan, x, y, n) { plan.add("add", {}, [n], [y, x], this.gpu.threads(n)); }
+
+  /** The residual stream after the last block (B T, C), from tokens (B T,): adds its steps to the plan.
+   *
+   *  at: a buffer of the position of the first token, and how many of T are no padding. cache: {k, v}, a buffer of
+   *  block_size rows for each layer, which the tokens continue. tap(site, layer, buffer, width): adds steps that look at
+   *  what lies in the buffer (B T, width), or change it; sites are model.py's resid, heads, attn, mlp. rooms(layer): see
+   *  room(). start, stream: begin at a later layer, with what enters it. embedded: a buffer for what enters the first.
+   */
+  forward(plan, { B, T, tokens, at, cache = null, tap = null, rooms, start = 0, stream = null, embedded = null }) {
+    const { n_embd: C, n_layer } = this.config, R = B * T, { gpu } = this;
+    let x = stream, more = null;  // the stream, and what is still to be added to it
+    if (!x) {
+      x = embedded ?? plan.scratch(4 * R * C);
+      const { buffer, scales, biases, bits = 32, group, scaleBits } = this.weights.get("embed");
+      const LEARNED = this.config.pos === "learned", positions = LEARNED ? this.weights.get("pos_embed").buffer : gpu.none;
+      const settings = { BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }), ...(LEARNED && { LEARNED }) };
+      plan.add("embed", settings, [R, T, C], [buffer, scales ?? gpu.none, biases ?? gpu.none, at, tokens, positions, x],
+        gpu.threads(R * Math.ceil(C / 4)));
+    }
+    const whole = (layer) => {
+      if (more) this.add(plan, x, more, R * C);
+      more = null;
+      tap?.("resid", layer, x, C);
+    };
+    for (let layer = start; layer < n_layer; layer++) {
+      const room = rooms(layer), path = `blocks.${layer}`;
+      if (tap) whole(layer);
+      this.norm(plan, `${path}.attn_norm`, x, room.h, R, C, more);
+      this.attention(plan, layer, room, { B, T, at, cache, tap });
+      tap?.("attn", layer, room.attn, C);
+      this.norm(plan, `${path}.mlp_norm`, room.attn, room.h2, R, C, x);  // from here on the stream is in room.attn
+      this.mlp(plan, path, room, R);
+      tap?.("mlp", layer, room.mlp, C);
+      [x, more] = [room.mlp, room.attn];
+    }
+    whole(n_layer);
+    return x;
+  }
+
+  attention(plan, layer, room, { B, T, at, cache, tap }) {
+    const { n_head: H, n_kv_head: KV, head_dim: D, pos, qk_norm, block_size } = this.config, R = B * T, { gpu } = this;
+    const path = `blocks.${layer}.attn`, TURN = pos === "rope";
+    for (const name of "qkv") this.linear(plan, `${path}.${name}`, room.h, room[name], R);
+    const turn = (x, y, heads, settings) => plan.add("rope", settings, [R, T, heads, D], [at, this.turns, x, y],
+      gpu.threads(R * heads * Math.ceil(D / 2)));
+    let { q, k, v } = room;
+    if (qk_norm) {
+      this.norm(plan, `${path}.q_norm`, q, room.qn, R * H, D);
+      this.norm(plan, `${path}.k_norm`, k, room.kn, R * KV, D);
+      [q, k] = [room.qn, room.kn];
+    }
+    if (TURN) turn(q, room.qr, H, {}), q = room.qr;
+    if (cache) {
+      turn(k, cache.k[layer], KV, { TURN, CACHE: true });
+      turn(v, cache.v[layer], KV, { TURN: false, CACHE: true });
+      [k, v] = [cache.k[layer], cache.v[layer]];
+    } else if (TURN) turn(k, room.kr, KV, {}), k = room.kr;
+    plan.add("attention", {}, [T, cache ? block_size : T, H, KV, D, this.windowOf(layer), D ** -0.5],
+      [at, this.slopes, q, k, v, room.o, room.lse], [Math.ceil(T / 4), H, B]);
+    tap?.("heads", layer, room.o, H * D);
+    this.linear(plan, `${path}.out`, room.o, room.attn, R);
+  }
+
+  mlp(plan, path, room, R) {
+    const n = R * this.config.ffn_dim;
+    if (room.gate) this.linear(plan, `${path}.mlp.gate`, room.h2, room.gate, R);
+    this.linear(plan, `${path}.mlp.up`, room.h2, room.up, R);
+    plan.add("activation", { KIND: KINDS[this.config.mlp] }, [n], [room.gate ?? room.up, room.up, room.act], this.gpu.threads(n));
+    this.linear(plan, `${path}.mlp.down`, room.act, room.mlp, R);
+  }
+
+  /** Logits (R, V) of the stream x (R, C). */
+  unembed(plan, x, R, logits = plan.scratch(4 * R * this.config.vocab_size)) {
+    const h = plan.scratch(4 * R * this.config.n_embd);
+    this.norm(plan, "norm", x, h, R, this.config.n_embd);
+    this.gpu.linear(plan, { ...this.weights.get(this.config.tie ? "embed" : "head"), bias: undefined }, h, logits, R);
+    return logits;
+  }
+
+  checkPrompt(ids) {
+    const { block_size, vocab_size } = this.config;
+    if (!ids.length) throw new UserError("There is nothing to continue: type a prompt.");
+    if (ids.length > block_size) {
+      throw new UserError(`The prompt has ${ids.length} tokens, and this model's context is ${block_size}: shorten it.`);
+    }
+    if (ids.some((id) => !(id < vocab_size))) throw new UserError("The prompt has tokens that this model does not know.");
+  }
+
+  /** Run once what build(plan) adds to a plan, and read the buffers, sizes in bytes, that it returns: [[buffer, size], ...].
+   */
+  async once(build) {
+    const plan = new Plan(this.gpu);
+    try {
+      return await this.gpu.guard(async () => {
+        const wanted = build(plan);
+        await plan.ready();
+        plan.run();
+        return Promise.all(wanted.map(([buffer, size]) => this.gpu.read(buffer, size)));
+      });
+    } finally {
+      plan.destroy();
+    }
+  }
+
+  /** The stream after the last block, of ids (T,), without a cache: see forward(). */
+  read(plan, ids, tap = null, room = this.room(plan, ids.length)) {
+    const T = ids.length, tokens = plan.scratch(Uint32Array.from(ids)), at = plan.scratch(Uint32Array.of(0, T));
+    return this.forward(plan, { B: 1, T, tokens, at, tap, rooms: () => room });
+  }
+
+  /** All logits (T V) of ids (T,). */
+  async logits(ids) {
+    this.checkPrompt(ids);
+    const T = ids.length, V = this.config.vocab_size;
+    const [found] = await this.once((plan) => [[this.unembed(plan, this.read(plan, ids), T), 4 * T * V]]);
+    return new Float32Array(found);
+  }
+
+  // ---- generate -----------------------------------------------------------------------------------------------------
+
+  /** What generation keeps on the device: caches, where it is, what it has drawn. */
+  writer() {
+    if (!this.written) {
+      const { n_layer, block_size, n_kv_head, head_dim } = this.config, layers = Array.from({ length: n_layer });
+      const rows = () => layers.map(() => this.own(4 * block_size * n_kv_head * head_dim));
+      this.written = { cache: { k: rows(), v: rows() }, at: this.own(16), token: this.own(4 * CHUNK), last: this.own(4),
+        drawn: this.own(4 * 8), found: this.own(64) };
+    }
+    return this.written;
+  }
+
+  /** The pass over T tokens that continue the cache: one, after which a token is drawn; or a chunk of a prompt, after
+   *  which one is drawn if it is the last. */
+  pass(T, draws) {
+    const { cache, at, token, last, drawn, found } = this.writer(), { n_embd: C, vocab_size: V } = this.config;
+    return this.planned(`pass ${T} ${draws}`, (plan) => {
+      const room = this.room(plan, T);
+      let x = this.forward(plan, { B: 1, T, tokens: token, at, cache, rooms: () => room });
+      if (!draws) return {};
+      if (T > 1) {
+        const row = plan.scratch(4 * C);
+        plan.add("rows", {}, [1, C], [last, x, row], this.gpu.threads(C));
+        x = row;
+      }
+      const logits = this.unembed(plan, x, 1);
+      const top = plan.add("top", {}, [1, V, this.n_vocab], [this.gpu.none, logits, found], [1]);
+      const sample = plan.add("sample", {}, [this.n_vocab, 0, 1, 1, 0], [logits, at, token, drawn], [1]);
+      return { sample, top };
+    });
+  }
+
+  /** Continue ids: yields {token, top}; top: the five most probable, [[id, p], ...], as the model has them before
+   *  temperature and filters, if probabilities are asked for. When the context is full, the second half is read again, as
+   *  in model.py. One generation at a time. */
+  async* generate(ids, { max_new_tokens = 200, temperature = 0.8, top_k = 50, top_p = 1, min_p = 0, seed = 0, signal, probabilities } = {}) {
+    this.checkPrompt(ids);
+    const { gpu } = this, { block_size } = this.config, { at, token, last, drawn, found } = this.writer();
+    const [one, chunk, end] = await Promise.all([this.pass(1, true), this.pass(CHUNK, false), this.pass(CHUNK, true)]);
+    for (const { plan, sample } of [one, end]) plan.set(sample, [this.n_vocab, top_k, temperature, top_p, min_p]);
+    let history = Array.from(ids), offset = 0, steps = 0;
+    const read = (tokens) => {  // into an empty cache, and draw
+      for (let start = 0; start < tokens.length; start += CHUNK) {
+        const part = Uint32Array.from(tokens.slice(start, start + CHUNK)), isLast = start + CHUNK >= tokens.length;
+        gpu.write(token, part);
+        gpu.write(at, Uint32Array.of(start, part.length, steps, seed));
+        gpu.write(last, Uint32Array.of(part.length - 1));
+        (tokens.length === 1 ? one : isLast ? end : chunk).plan.run();
+      }
+      offset = tokens.length;
+    };
+    const arrive = (step) => Promise.all([  // asked for at once: what comes later may overwrite it
+      gpu.read(drawn, 4, 4 * (step % 8)), probabilities ? gpu.read(found, 64) : null]);
+    const coming = [];
+    for (let yielded = 0; yielded < max_new_tokens && !signal?.aborted; yielded++) {
+      while (coming.length < AHEAD && steps < max_new_tokens) {
+        if (steps === 0) read(history);
+        else if (offset === block_size) {
+          if (coming.length) break;  // all tokens must be known
+          read(history.slice(-Math.max(1, Math.floor(block_size / 2))));
+        } else {
+          one.plan.run();
+          offset += 1;
+        }
+        coming.push(arrive(steps));
+        steps += 1;
+      }
+      const [bytes, top] = await coming.shift(), drawnToken = new Uint32Array(bytes)[0];
+      history.push(drawnToken);
+      const values = top && new Float32Array(top);
+      yield { token: drawnToken, top: values ? Array.from({ length: 5 }, (_, i) => [values[i], values[5 + i]]) : null };
+    }
+    await Promise.all(coming);
+  }
+}
+
+// ---- weights --------------------------------------------------------------------------------------------------------
+
+async function readWeights(blob, config, tensors, weights, keep, onProgress) {
+  const wrong = (path, why) => new UserError(`${blob.name ?? "This file"}: ${path} ${why}. The checkpoint is damaged, or of another program.`);
+  const same = (a, b) => a.length === b.length && a.every((n, i) => n === b[i]);
+  const expected = parametersOf(config), used = new Set();
+  for (const name of tensors.keys()) {
+    if (/\.order$/.test(name)) throw new UserError("This checkpoint's columns stand in the order of act-order GPTQ, which this page cannot run: python sample.py can.");
+    if (/\.u\.weight$/.test(name)) throw new UserError("This checkpoint has factored matrices (laser.py --factored), which this page cannot run: python sample.py can.");
+  }
+  let done = 0;
+  const get = async (name, shape, dtypes) => {
+    const entry = tensors.get(name);
+    if (!entry) throw wrong(name, "is missing");
+    if (!same(entry.shape, shape)) throw wrong(name, `has the shape ${entry.shape.join(" x ")} in place of ${shape.join(" x ")}`);
+    if (!dtypes.includes(entry.dtype)) throw wrong(name, `is of the type ${entry.dtype}`);
+    used.add(name);
+    const bytes = await readTensor(blob, entry);
+    done += entry.end - entry.start;
+    onProgress(Math.min(1, done / blob.size));
+    return { dtype: entry.dtype, bytes };
+  };
+  const finite = (name, numbers) => {
+    if (!allFinite(numbers)) throw wrong(name, "holds numbers that are infinite or none");
+    return numbers;
+  };
+  const floats = async (name, shape) => {
+    const { dtype, bytes } = await get(name, shape, ["F32", "F16", "BF16"]);
+    return finite(name, toFloat32(bytes, dtype));
+  };
+  for (const [name, shape] of expected) {
+    const path = name.slice(0, name.lastIndexOf("."));
+    if (name.endsWith(".bias") || shape.length === 1 || path === "pos_embed") {
+      const buffer = keep(await floats(name, shape));
+      if (name.endsWith(".bias")) weights.get(path).bias = buffer;
+      else weights.set(path, { buffer, rows: shape[0], width: shape[1] });
+      continue;
+    }
+    const [rows, width] = shape, scales = tensors.get(`${path}.scales`);
+    if (!scales) {
+      const { dtype, bytes } = await get(name, shape, ["F32", "F16", "BF16"]);
+      const half = dtype === "F16", numbers = half ? new Uint16Array(bytes) : toFloat32(bytes, dtype);
+      weights.set(path, { buffer: keep(finite(name, numbers)), rows, width, bits: half ? 16 : 32 });
+      continue;
+    }
+    const bits = tensors.get(name)?.shape[1] * 32 / width, group = width / scales.shape[1];
+    if (![2, 3, 4, 5, 6, 8].includes(bits) || ![32, 64, 128].includes(group)) throw wrong(name, "is packed in a way that this page does not know");
+    const { bytes } = await get(name, [rows, width * bits / 32], ["U32"]);
+    const affine = [];
+    for (const part of ["scales", "biases"]) {
+      const { dtype, bytes } = await get(`${path}.${part}`, [rows, width / group], ["F32", "F16", "BF16"]);
+      affine.push(keep(finite(`${path}.${part}`, scales.dtype === "F16" && dtype === "F16" ? new Uint16Array(bytes) : toFloat32(bytes, dtype))));
+    }
+    weights.set(path, { buffer: keep(bytes), rows, width, bits, group, scaleBits: scales.dtype === "F16" ? 16 : 32,
+      scales: affine[0], biases: affine[1] });
+  }
+  const more = [...tensors.keys()].find((name) => !used.has(name));
+  if (more) throw wrong(more, "has no place in its architecture");
+}
+
+function allFinite(numbers) {
+  if (numbers instanceof Uint16Array) return numbers.every((bits) => (bits & 0x7c00) !== 0x7c00);  // of float16
+  return numbers.every(Number.isFinite);
+}

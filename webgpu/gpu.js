@@ -1,0 +1,349 @@
+// The device: buffers, kernels, and lists of dispatches that are made once and run often.
+//
+//   const gpu = await GPU.open();
+//   const plan = new Plan(gpu);
+//   plan.add("add", {}, [n], [y, x], gpu.threads(n));      // kernels/add.wgsl: its settings, uniforms, buffers, groups
+//   await plan.ready();
+//   plan.run();
+
+import { UserError } from "./errors.js";
+
+const NO_WEBGPU = "This browser has no WebGPU. Chrome and Edge 113 and later have it, Safari 26, and Firefox 141 on " +
+  "Windows and macOS; on Linux, Chrome may need chrome://flags/#enable-unsafe-webgpu.";
+
+export class GPU {
+  static async open({ prefer = "high-performance" } = {}) {
+    if (!globalThis.navigator?.gpu) throw new UserError(NO_WEBGPU);
+    const adapter = await navigator.gpu.requestAdapter({ powerPreference: prefer });
+    if (!adapter) {
+      throw new UserError("WebGPU is here, but no graphics card that it could use. Updating the driver, or the browser, " +
+        "may help; so may turning on hardware acceleration in the browser's settings.");
+    }
+    const wanted = ["maxBufferSize", "maxStorageBufferBindingSize"];  // as large as they come; all else by default
+    const device = await adapter.requestDevice({
+      requiredFeatures: ["subgroups", "timestamp-query"].filter((name) => adapter.features.has(name)),
+      requiredLimits: Object.fromEntries(wanted.map((name) => [name, adapter.limits[name]])),
+    });
+    return new GPU(adapter, device);
+  }
+
+  constructor(adapter, device) {
+    this.device = device;
+    const { vendor, architecture, description, isFallbackAdapter, subgroupMaxSize } = adapter.info;
+    this.info = {
+      name: description || [vendor, architecture].filter(Boolean).join(" ") || "an unnamed adapter",
+      fallback: Boolean(isFallbackAdapter ?? adapter.isFallbackAdapter),
+      limits: { buffer: device.limits.maxBufferSize, binding: device.limits.maxStorageBufferBindingSize },
+    };
+    this.lanes = subgroupMaxSize || 0;  // of a subgroup, at most
+    this.lost = device.lost.then(({ reason, message }) => reason === "destroyed" ? new Promise(() => {}) : message);
+    this.errors = [];                   // what no one waited for: of validation, each a mistake of ours
+    device.onuncapturederror = ({ error }) => {
+      this.errors.push(error.message);
+      console.error(error.message);
+    };
+    this.texts = new Map();
+    this.pipelines = new Map();
+    this.none = this.buffer(16);        // in place of a buffer that a kernel's settings leave unread
+    this.trash = this.buffer(16);       // and unwritten
+    this.paths = { tile: 0, subgroups: false, packed: false };  // see climb()
+    this.ladder = ladderAtStart(this);
+  }
+
+  // A storage buffer of so many bytes, or of what an array holds; UserError if the device's limits forbid it.
+  buffer(content) {
+    const size = Math.max(16, Math.ceil((content.byteLength ?? content) / 16) * 16);
+    const most = Math.min(this.info.limits.buffer, this.info.limits.binding);
+    if (size > most) {
+      throw new UserError(`This needs a buffer of ${megabytes(size)}, and this graphics card allows ${megabytes(most)}: ` +
+        "take a smaller model, a smaller batch or a shorter context.");
+    }
+    const { STORAGE, COPY_SRC, COPY_DST } = GPUBufferUsage;
+    const buffer = this.device.createBuffer({ size, usage: STORAGE | COPY_SRC | COPY_DST });
+    if (content.byteLength) this.write(buffer, content);
+    return buffer;
+  }
+
+  write(buffer, content, offset = 0) {
+    let bytes = new Uint8Array(content.buffer ?? content, content.byteOffset ?? 0, content.byteLength);
+    if (bytes.length % 4) {  // WebGPU writes words
+      const whole = new Uint8Array(Math.ceil(bytes.length / 4) * 4);
+      whole.set(bytes);
+      bytes = whole;
+    }
+    this.device.queue.writeBuffer(buffer, offset, bytes);
+  }
+
+  // The bytes of a buffer, once all that was submitted before is done.
+  async read(buffer, size = buffer.size, offset = 0) {
+    const { COPY_DST, MAP_READ } = GPUBufferUsage;
+    const staging = this.device.createBuffer({ size: Math.ceil(size / 4) * 4, usage: COPY_DST | MAP_READ });
+    const encoder = this.device.createCommandEncoder();
+    encoder.copyBufferToBuffer(buffer, offset, staging, 0, staging.size);
+    this.device.queue.submit([encoder.finish()]);
+    await staging.mapAsync(GPUMapMode.READ);
+    const bytes = staging.getMappedRange().slice(0, size);
+    staging.destroy();
+    return bytes;
+  }
+
+  // What `work` returns; UserError if the device ran out of memory in it.
+  async guard(work) {
+    this.device.pushErrorScope("out-of-memory");
+    let result, failure;
+    try {
+      result = await work();
+    } catch (error) {
+      failure = error;
+    }
+    if (await this.device.popErrorScope()) {
+      throw new UserError("The graphics card ran out of memory: take a smaller model, a smaller batch or a shorter context, " +
+        "or close other pages that use it.");
+    }
+    if (failure) throw failure;
+    return result;
+  }
+
+  // Workgroups for n threads, in a kernel that has so many in each; beyond 65535 in two dimensions.
+  threads(n, size = 64) { return this.groups(Math.ceil(n / size)); }
+
+  groups(n) { return n <= 65535 ? [n] : [65535, Math.ceil(n / 65535)]; }
+
+  async text(name) {
+    if (!this.texts.has(name)) {
+      this.texts.set(name, fetch(new URL(`kernels/${name}`, import.meta.url)).then((answer) => {
+        if (!answer.ok) throw new UserError(`kernels/${name} could not be loaded (${answer.status}): is the server still there?`);
+        return answer.text();
+      }));
+    }
+    return this.texts.get(name);
+  }
+
+  // A kernel with its settings, compiled once. A kernel whose first comment says "(+ FILE)" has that file before it.
+  kernel(name, settings) {
+    const key = name + JSON.stringify(settings);
+    if (!this.pipelines.has(key)) this.pipelines.set(key, this.compile(name, settings));
+    return this.pipelines.get(key);
+  }
+
+  async compile(name, settings) {
+    let code = await this.text(`${name}.wgsl`);
+    const [, enable, more] = code.match(/^(enable .*;\n)?(?:\/\/ \(\+ (\S+)\)\n)?/);
+    if (more) code = (enable ?? "") + await this.text(more) + code.slice((enable ?? "").length);
+    const module = this.device.createShaderModule({ code, label: name });
+    const constants = Object.fromEntries(Object.entries(settings).map(([key, value]) => [key, Number(value)]));
+    return this.device.createComputePipelineAsync({ label: name, layout: "auto", compute: { module, constants } });
+  }
+
+  // y (M, N) = x (M, K) W^T + bias, W (N, K) of a checkpoint; with `more`, settings of matmul.wgsl that say otherwise.
+  linear(plan, weight, x, y, M, more = {}) {
+    const [N, K] = [more.N ?? weight.rows, more.K ?? weight.width];
+    const bias = weight.bias && !more.TRANSPOSE_W ? { BIAS: true } : {};
+    const { bits = 32, group = 64, scaleBits = 16 } = weight;
+    const settings = { BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }), ...bias };
+    const buffers = [weight.buffer, weight.scales ?? this.none, weight.biases ?? this.none, weight.bias ?? this.none, x, y];
+    const plain = !("TRANSPOSE_X" in more || "TRANSPOSE_W" in more || "ACCUMULATE" in more);
+    if (M === 1 && plain) {
+      if (this.paths.packed && (bits === 4 || bits === 8)) {
+        plan.add("matvec_packed", settings, [N, K], buffers, this.groups(Math.ceil(N * this.lanes / 512)));
+      } else if (this.paths.subgroups) {
+        plan.add("matvec_subgroup", settings, [N, K], buffers, this.groups(Math.ceil(N * this.lanes / 128)));
+      } else {
+        plan.add("matvec", settings, [N, K], buffers, this.groups(Math.ceil(N / 4)));
+      }
+      return;
+    }
+    for (const name of ["TRANSPOSE_X", "TRANSPOSE_W", "ACCUMULATE"]) if (more[name]) settings[name] = true;
+    const SIDE = more.tile ?? this.paths.tile;
+    if (SIDE) {
+      plan.add("matmul_tiled", { SIDE, ...settings }, [M, N, K], buffers, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]);
+    } else {
+      plan.add("matmul", settings, [M, N, K], buffers, [Math.ceil(N / 32), Math.ceil(M / 32)]);
+    }
+  }
+}
+
+export const megabytes = (n) => n < 1e6 ? `${(n / 1e3).toFixed(0)} KB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`;
+
+// ---- plans ----------------------------------------------------------------------------------------------------------
+
+// A list of dispatches and copies, with the buffers that it made for itself.
+export class Plan {
+  constructor(gpu) {
+    this.gpu = gpu;
+    this.steps = [];
+    this.own = [];
+  }
+
+  // A buffer that lives as long as the plan.
+  scratch(content) {
+    const buffer = this.gpu.buffer(content);
+    this.own.push(buffer);
+    return buffer;
+  }
+
+  // uniforms: numbers in the order of the kernel's Params. buffers: those of bindings 1, 2, ...: each a buffer, or
+  // {buffer, offset, size}. Returns the step, for set().
+  add(name, settings, uniforms, buffers, groups) {
+    this.steps.push({ name, settings, uniforms, buffers, groups });
+    return this.steps.length - 1;
+  }
+
+  copy(source, from, target, to, size) { this.steps.push({ copy: [source, from, target, to, size] }); }
+
+  async ready() {
+    const { device } = this.gpu;
+    const work = this.steps.filter((step) => !step.copy);
+    this.uniforms = device.createBuffer({ size: Math.max(256, 256 * work.length), usage: GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST });
+    this.own.push(this.uniforms);
+    const pipelines = await Promise.all(work.map(({ name, settings }) => this.gpu.kernel(name, settings)));
+    const all = new Uint8Array(256 * work.length);
+    const layouts = await Promise.all(work.map(({ name }) => this.gpu.text(`${name}.wgsl`)));
+    work.forEach((step, i) => {
+      step.pipeline = pipelines[i];
+      step.floats = floatsOf(layouts[i]);
+      step.offset = 256 * i;
+      all.set(packed(step.uniforms, step.floats), step.offset);
+      const entries = [{ buffer: this.uniforms, offset: step.offset, size: 256 }, ...step.buffers]
+        .map((each, binding) => ({ binding, resource: each.buffer ? each : { buffer: each } }));
+      step.group = device.createBindGroup({ layout: step.pipeline.getBindGroupLayout(0), entries });
+    });
+    device.queue.writeBuffer(this.uniforms, 0, all);
+    return this;
+  }
+
+  // Other uniforms for a step from the next run on.
+  set(step, uniforms) {
+    const { offset, floats } = this.steps[step];
+    this.gpu.device.queue.writeBuffer(this.uniforms, offset, packed(uniforms, floats));
+  }
+
+  encode(encoder) {
+    let pass = null;
+    for (const step of this.steps) {
+      if (step.copy) {
+        pass?.end();
+        pass = null;
+        encoder.copyBufferToBuffer(...step.copy);
+      } else {
+        pass ??= encoder.beginComputePass();
+        pass.setPipeline(step.pipeline);
+        pass.setBindGroup(0, step.group);
+        pass.dispatchWorkgroups(...step.groups);
+      }
+    }
+    pass?.end();
+  }
+
+  run() {
+    const encoder = this.gpu.device.createCommandEncoder();
+    this.encode(encoder);
+    this.gpu.device.queue.submit([encoder.finish()]);
+  }
+
+  destroy() {
+    this.own.forEach((buffer) => buffer.destroy());
+    this.own = [];
+  }
+}
+
+// Which members of a kernel's Params are floats.
+function floatsOf(code) {
+  const [, members] = code.match(/struct Params \{([^}]*)\}/);
+  return members.split(",").map((member) => member.includes("f32"));
+}
+
+function packed(uniforms, floats) {
+  if (uniforms.length !== floats.length) throw new Error(`${uniforms.length} uniforms for ${floats.length}`);
+  const view = new DataView(new ArrayBuffer(4 * uniforms.length));
+  uniforms.forEach((value, i) => floats[i] ? view.setFloat32(4 * i, value, true) : view.setUint32(4 * i, value, true));
+  return new Uint8Array(view.buffer);
+}
+
+// ---- the speed ladder -----------------------------------------------------------------------------------------------
+
+// What is slower everywhere is what is right everywhere: float32, no subgroups, the limits that every device has. Each
+// faster way must first give the same numbers on this device, and then be the faster one. Until climb() has seen that,
+// and wherever it fails, the first rung carries everything.
+
+const GATE = 2e-5;  // the largest error, as a share of the largest number
+
+function ladderAtStart(gpu) {
+  const waiting = (name) => ({ name, used: false, reason: "not tried yet" });
+  return [
+    { name: "float32", used: true, reason: "always: what the other ways are held against" },
+    { name: "float16 weights", used: true, reason: "read as they are, two in a word; needs no shader-f16" },
+    waiting("tiles in shared memory"), waiting("subgroups"), waiting("packed vectors"),
+    { name: "dot4I8", used: false, reason: "left out: it rounds activations to 8 bits" },
+    { name: "subgroup matrices", used: false, reason: "left out: browsers have them as an experiment only" },
+  ];
+}
+
+// Try the faster kernels against the plain ones. onStep is told the ladder after each.
+export async function climb(gpu, onStep = () => {}) {
+  const told = (name, used, reason) => {
+    Object.assign(gpu.ladder.find((rung) => rung.name === name), { used, reason });
+    onStep(gpu.ladder);
+  };
+  if (gpu.info.fallback) {
+    told("tiles in shared memory", false, "left out: slow where the processor plays the graphics card");
+  } else {
+    const [M, N, K] = [512, 512, 512];
+    const sizes = await race(gpu, "matmul", { M, N, K }, [64, 128].map((SIDE) => ["matmul_tiled", { SIDE }, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]]));
+    const good = sizes.filter(({ error, speedup }) => error < GATE && speedup > 1);
+    const best = good.sort((a, b) => b.speedup - a.speedup)[0];
+    gpu.paths.tile = best?.settings.SIDE ?? 0;
+    told("tiles in shared memory", Boolean(best), best ? `${gpu.paths.tile} x ${gpu.paths.tile}: ${verdict(best)}` : sizes.map(verdict).join("; "));
+  }
+  if (!gpu.device.features.has("subgroups")) {
+    told("subgroups", false, "this device, or this browser, has none");
+    told("packed vectors", false, "they need subgroups");
+    return;
+  }
+  const [M, N, K] = [1, 2048, 2048];
+  const [row] = await race(gpu, "matvec", { M, N, K }, [["matvec_subgroup", {}, gpu.groups(Math.ceil(N * gpu.lanes / 128))]]);
+  gpu.paths.subgroups = row.error < GATE && row.speedup > 1;
+  told("subgroups", gpu.paths.subgroups, verdict(row));
+  const [four] = await race(gpu, "matvec", { M, N, K, BITS: 4 }, [["matvec_packed", { BITS: 4 }, gpu.groups(Math.ceil(N * gpu.lanes / 512))]]);
+  gpu.paths.packed = four.error < GATE && four.speedup > 1;
+  told("packed vectors", gpu.paths.packed, verdict(four));
+}
+
+const verdict = ({ error, speedup }) => error < GATE
+  ? `error ${error.toExponential(0)}, ${speedup.toFixed(1)} times as fast` : `dropped: error ${error.toExponential(0)}`;
+
+// A plain kernel and others with its arguments on random numbers: the others' errors and how much faster they are.
+async function race(gpu, name, { M, N, K, BITS = 32 }, others) {
+  const random = (n) => Float32Array.from({ length: n }, () => Math.random() - 0.5);
+  const words = (n) => Uint32Array.from({ length: n }, () => Math.random() * 2 ** 32);
+  const own = [];
+  const make = (content) => (own.push(gpu.buffer(content)), own.at(-1));
+  const W = make(BITS === 32 ? random(N * K) : words(N * K * BITS / 32));
+  const affine = BITS === 32 ? gpu.none : make(random(N * K / 64));
+  const x = make(random(M * K));
+  const uniforms = name === "matvec" ? [N, K] : [M, N, K];
+  const groups = name === "matvec" ? gpu.groups(Math.ceil(N / 4)) : [Math.ceil(N / 32), Math.ceil(M / 32)];
+  const base = BITS === 32 ? {} : { BITS, SCALE_BITS: 32 };
+  const found = [];
+  for (const [kernel, settings, own_groups] of [[name, {}, groups], ...others]) {
+    const y = make(4 * M * N), plan = new Plan(gpu);
+    for (let i = 0; i < 8; i++) plan.add(kernel, { ...base, ...settings }, uniforms, [W, affine, affine, gpu.none, x, y], own_groups);
+    await plan.ready();
+    const times = [];
+    for (let round = 0; round < 4; round++) {
+      const began = performance.now();
+      plan.run();
+      await gpu.device.queue.onSubmittedWorkDone();
+      times.push(performance.now() - began);
+    }
+    found.push({ settings, time: Math.min(...times.slice(1)), y: new Float32Array(await gpu.read(y)) });
+    plan.destroy();
+  }
+  own.forEach((buffer) => buffer.destroy());
+  const [plain, ...rest] = found;
+  const size = plain.y.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  return rest.map(({ settings, time, y }) => ({
+    settings, speedup: plain.time / time,
+    error: y.reduce((most, value, i) => Math.max(most, Math.abs(value - plain.y[i])), 0) / size,
+  }));
+}

@@ -1,0 +1,375 @@
+// Training: forward, backward, clipping and AdamW on the device, as train.py --optimizer=adamw does it.
+//
+//   const trainer = await Trainer.create(gpu, { model, text });        // or { config, tokenizer, text }: from scratch
+//   while (trainer.updates < 500) show(await trainer.step());
+//   const { checkpoint, optimizer } = await trainer.save();            // what train.py --resume=True takes
+//
+// All parameters lie in one buffer, matrices first; so do their gradients, and their two moments.
+
+import { UserError } from "./errors.js";
+import { Plan } from "./gpu.js";
+import { checkConfig, GPT, KINDS, parametersOf } from "./gpt.js";
+import { readHeader, readTensor, toFloat32, writeSafetensors } from "./safetensors.js";
+import { Tokenizer } from "./tokenizer.js";
+
+const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
+  beta1: 0.9, beta2: 0.95, seed: 1337 };
+const LOGITS = 2 ** 24;  // that exist at a time
+const ELSEWHERE = { sinks: 0, diff_attn: false, diff_attn_version: 1, n_expert: 0, expert_top_k: 2, n_shared_expert: 0,
+  expert_balance: "loss", mod: "none", mod_capacity: 0.125, mod_every: 2, yoco: false };  // model.py's, which the page lacks
+
+/** A config of model.py from what differs from its defaults. */
+export function configOf(settings) {
+  const config = { block_size: 128, vocab_size: 320, n_layer: 4, n_head: 2, n_kv_head: 0, n_embd: 128, head_dim: 0, ffn_dim: 0,
+    pos: "rope", rope_theta: 1e4, rope_factor: 1, rope_low_freq: 1, rope_high_freq: 4, rope_original: 8192, norm: "rms", norm_eps: 1e-5,
+    mlp: "relu2", bias: false, qkv_bias: false, qk_norm: true, tie: true, alibi: false, sliding_window: 0, window_pattern: "S",
+    ...ELSEWHERE, ...settings };
+  config.n_kv_head ||= config.n_head;
+  config.head_dim ||= config.n_embd / config.n_head;
+  config.ffn_dim ||= config.mlp === "swiglu" ? Math.ceil(8 * config.n_embd / (3 * 64)) * 64 : 4 * config.n_embd;
+  if (config.alibi) config.pos = "none";
+  checkConfig(config);
+  return config;
+}
+
+export class Trainer {
+  /** model: a GPT to start from, packed or not (its weights are unpacked); or config and tokenizer, to start from chance.
+   *  text: what to learn, its last tenth held out. resume: {checkpoint, optimizer}, files of save(). The rest: DEFAULTS. */
+  static async create(gpu, { model, config, tokenizer, text, resume, ...settings }) {
+    const trainer = new Trainer();
+    const blob = resume?.checkpoint ?? model?.blob;
+    const { meta } = blob ? await readHeader(blob) : { meta: { config, tokenizer } };
+    if (resume && meta.script !== "train.py") throw new UserError("This checkpoint is not from a training run: it cannot be resumed.");
+    checkConfig(meta.config);
+    if (!meta.tokenizer) throw new UserError("This checkpoint holds no tokenizer: it cannot read a text.");
+    Object.assign(trainer, { gpu, meta, config: meta.config, settings: { ...DEFAULTS, ...(resume && meta.settings), ...settings } });
+    trainer.updates = resume ? meta.step : 0;
+    trainer.losses = { train: null, val: null, bits_per_byte: null, best_val: null, ...(resume && meta.losses) };
+    trainer.tokenize(text);
+    try {
+      await gpu.guard(async () => {
+        await trainer.layOut(blob, resume?.optimizer);
+        await trainer.build();
+      });
+    } catch (error) {
+      trainer.destroy();
+      throw error;
+    }
+    return trainer;
+  }
+
+  /** Token ids to learn from, and to be judged by. */
+  tokenize(text) {
+    const enc = new Tokenizer(this.meta.tokenizer), T = this.config.block_size;
+    const ids = enc.encode(text), part = Math.max(T + 1, Math.ceil(ids.length / 10));
+    if (ids.length < 2 * (T + 1) + 2) {
+      throw new UserError(`The text has ${ids.length} tokens, and windows of ${T} need at least ${2 * (T + 1) + 2}: ` +
+        "give a longer text, or take a shorter context.");
+    }
+    Object.assign(this, { enc, tokens: ids.subarray(0, ids.length - part), held_out: ids.subarray(ids.length - part) });
+  }
+
+  // ---- parameters ---------------------------------------------------------------------------------------------------
+
+  /** Where each parameter lies, what it is at the start, and what the optimizer remembers of it. */
+  async layOut(blob, optimizer) {
+    const shapes = [...parametersOf(this.config)];
+    shapes.sort(([, a], [, b]) => b.length - a.length);  // matrices first; else in order
+    this.places = new Map();
+    let at = 0;
+    for (const [name, shape] of shapes) {
+      if (shape.length === 1) this.decayed ??= at;
+      const size = shape.reduce((a, b) => a * b);
+      this.places.set(name, { shape, at, size });
+      at += Math.ceil(size / 64) * 64;  // buffers can be bound at multiples of 256 bytes only
+    }
+    this.n = at;
+    const values = new Float32Array(at), moments = new Float32Array(2 * at);
+    if (blob) await readDense(blob, this.places, values);
+    else initialize(this.config, this.places, values, this.settings.seed);
+    if (optimizer) {
+      const { tensors } = await readHeader(optimizer);
+      for (const [name, { at: place, size }] of this.places) {
+        for (const [i, moment] of ["m", "v"].entries()) {
+          const entry = tensors.get(`${name}.${moment}`);
+          if (entry?.end - entry?.start !== 4 * size) throw new UserError("The optimizer's file does not belong to this checkpoint.");
+          moments.set(new Float32Array(await readTensor(optimizer, entry)), i * at + place);
+        }
+      }
+    }
+    this.made = [];
+    const own = (content) => (this.made.push(this.gpu.buffer(content)), this.made.at(-1));
+    Object.assign(this, { values: own(values), gradients: own(4 * at), moments: own(moments), parts: own(1024), now: own(16), report: own(16) });
+    const inside = (name, buffer) => {
+      const { at: place, size } = this.places.get(name);
+      return { buffer, offset: 4 * place, size: 4 * Math.ceil(size / 64) * 64 };
+    };
+    const weights = new Map();
+    for (const [name, { shape }] of this.places) {
+      const path = name.slice(0, name.lastIndexOf("."));
+      if (name.endsWith(".bias")) weights.get(path).bias = inside(name, this.values);
+      else weights.set(path, { buffer: inside(name, this.values), rows: shape[0], width: shape[1] });
+    }
+    this.gradient = (name) => this.places.has(name) ? inside(name, this.gradients) : null;
+    this.model = new GPT(this.gpu, this.config, weights, { meta: this.meta });
+  }
+
+  // ---- the step -----------------------------------------------------------------------------------------------------
+
+  async build() {
+    const { gpu, model, settings } = this, { block_size: T, n_embd: C, n_layer } = this.config, B = settings.batch_size, R = B * T;
+    const plan = this.plan = new Plan(gpu);
+    this.inputs = plan.scratch(4 * R);
+    this.targets = plan.scratch(4 * R);
+    this.lists = plan.scratch(4 * (3 * R + 2));  // see embed_backward.wgsl
+    const at = plan.scratch(Uint32Array.of(0, T)), rooms = Array.from({ length: n_layer }, () => model.room(plan, R));
+    const embedded = plan.scratch(4 * R * C), h = plan.scratch(4 * R * C), losses = plan.scratch(4 * R);
+    const rows = Math.max(64, Math.floor(LOGITS / this.config.vocab_size / 64) * 64);
+    const logits = plan.scratch(4 * Math.min(rows, Math.ceil(R / 64) * 64) * this.config.vocab_size);
+    const head = model.weights.get(this.config.tie ? "embed" : "head"), head_name = this.config.tie ? "embed.weight" : "head.weight";
+    const d = this.d = plan.scratch(4 * R * C), d_h = plan.scratch(4 * R * C);
+
+    const forward = (plan) => model.forward(plan, { B, T, tokens: this.inputs, at, rooms: (layer) => rooms[layer], embedded });
+    const judge = (plan, x, learn) => {  // the loss, and d_h, in chunks of rows: all logits at once may be too many
+      model.norm(plan, "norm", x, h, R, C);
+      for (let start = 0; start < R; start += rows) {
+        const n = Math.min(rows, R - start);
+        const part = (buffer, width) => ({ buffer, offset: 4 * start * width, size: 4 * n * width });
+        gpu.linear(plan, { ...head, bias: undefined }, part(h, C), logits, n, { ACCUMULATE: false });
+        plan.add("loss", learn ? {} : { JUDGE: true }, [n, this.config.vocab_size, 1 / R], [part(this.targets, 1), logits, part(losses, 1)], gpu.groups(n));
+        if (learn) {
+          this.weightGradient(plan, part(h, C), logits, head_name, n, start > 0);
+          this.inputGradient(plan, head, logits, part(d_h, C), n);
+        }
+      }
+      plan.add("column_sum", {}, [R, 1], [gpu.none, losses, gpu.none, this.loss], [1]);
+    };
+    this.loss = plan.scratch(16);
+    const x = forward(plan);
+    judge(plan, x, true);
+    this.backward(plan, { B, T, R, at, rooms, embedded, x, d, d_h });
+    plan.add("sum_squares", {}, [this.n], [this.gradients, this.parts], [256]);
+    plan.add("adamw", {}, [this.n, this.decayed ?? this.n, settings.grad_clip, settings.weight_decay, settings.beta1, settings.beta2],
+      [this.now, this.parts, this.gradients, this.moments, this.values, this.report], gpu.threads(this.n));
+    await plan.ready();
+
+    this.judging = new Plan(gpu);
+    judge(this.judging, forward(this.judging), false);
+    await this.judging.ready();
+  }
+
+  /** dW = dy^T x of a matrix, and its bias's gradient; `more` is added to what is there. */
+  weightGradient(plan, x, dy, name, R, more = false) {
+    const { shape: [rows, width] } = this.places.get(name), bias = this.gradient(name.replace("weight", "bias"));
+    this.gpu.linear(plan, { buffer: x, rows, width }, dy, this.gradient(name), rows,
+      { TRANSPOSE_X: true, TRANSPOSE_W: true, ACCUMULATE: more, N: width, K: R });
+    if (bias) plan.add("column_sum", {}, [R, rows], [this.gpu.none, dy, this.gpu.none, bias], [Math.ceil(rows / 16)]);
+  }
+
+  /** dx = dy W, or with `more` dx += dy W. */
+  inputGradient(plan, weight, dy, dx, R, more = false) {
+    this.gpu.linear(plan, weight, dy, dx, R, { TRANSPOSE_W: true, ACCUMULATE: more, N: weight.width, K: weight.rows });
+  }
+
+  /** dx of norm.wgsl, or with `more` dx += it, and the gradients of its weight and bias. */
+  normGradient(plan, path, x, dy, dx, R, C, more) {
+    const { gpu } = this, LAYER = this.config.norm === "layer" && !/[qk]_norm$/.test(path);
+    const statistics = this.statistics[R] ??= plan.scratch(8 * R), bias = this.gradient(`${path}.bias`);
+    plan.add("norm_backward", { ...(LAYER && { LAYER }), ...(more && { ADD: true }) }, [R, C, this.config.norm_eps],
+      [this.model.weights.get(path).buffer, x, dy, dx, statistics], gpu.groups(R));
+    const groups = [Math.ceil(C / 16)];
+    plan.add("column_sum", { NORM: true }, [R, C], [x, dy, statistics, this.gradient(`${path}.weight`)], groups);
+    if (bias) plan.add("column_sum", {}, [R, C], [gpu.none, dy, gpu.none, bias], groups);
+  }
+
+  /** From d_h, the gradient of the last norm's output, to all others. x: the stream after the last block. */
+  backward(plan, { B, T, R, at, rooms, embedded, x, d, d_h }) {
+    const { gpu, model, config } = this, { n_embd: C, n_head: H, n_kv_head: KV, head_dim: D, ffn_dim: F, n_layer } = config;
+    const weight = (path) => model.weights.get(path), size = (width) => plan.scratch(4 * R * width);
+    const [d_act, d_gate, d_o, d_q, d_k, d_v] = [F, F, H * D, H * D, KV * D, KV * D].map(size);
+    const [d_q2, d_k2] = config.qk_norm || config.pos === "rope" ? [H * D, KV * D].map(size) : [];
+    this.statistics = {};
+    this.normGradient(plan, "norm", x, d_h, d, R, C, false);
+    for (let layer = n_layer - 1; layer >= 0; layer--) {
+      const room = rooms[layer], path = `blocks.${layer}`, entered = layer ? rooms[layer - 1].mlp : embedded;
+      // the MLP: d is the gradient of what the block gives on
+      this.weightGradient(plan, room.act, d, `${path}.mlp.down.weight`, R);
+      this.inputGradient(plan, weight(`${path}.mlp.down`), d, d_act, R);
+      plan.add("activation_backward", { KIND: KINDS[config.mlp] }, [R * F], [room.gate ?? room.up, room.up, d_act, room.gate ? d_gate : gpu.trash], gpu.threads(R * F));
+      this.weightGradient(plan, room.h2, d_act, `${path}.mlp.up.weight`, R);
+      this.inputGradient(plan, weight(`${path}.mlp.up`), d_act, d_h, R);
+      if (room.gate) {
+        this.weightGradient(plan, room.h2, d_gate, `${path}.mlp.gate.weight`, R);
+        this.inputGradient(plan, weight(`${path}.mlp.gate`), d_gate, d_h, R, true);
+      }
+      this.normGradient(plan, `${path}.mlp_norm`, room.attn, d_h, d, R, C, true);
+      // attention: d is the gradient of the stream between the two
+      this.weightGradient(plan, room.o, d, `${path}.attn.out.weight`, R);
+      this.inputGradient(plan, weight(`${path}.attn.out`), d, d_o, R);
+      const q = room.qr ?? room.qn ?? room.q, k = room.kr ?? room.kn ?? room.k;
+      const uniforms = [T, H, KV, D, model.windowOf(layer), D ** -0.5];
+      plan.add("attention_backward_q", {}, uniforms, [model.slopes, q, k, room.v, room.o, d_o, room.lse, d_q], [Math.ceil(T / 4), H, B]);
+      plan.add("attention_backward_kv", {}, uniforms, [model.slopes, q, k, room.v, d_o, room.lse, d_k, d_v], [Math.ceil(T / 4), KV, B]);
+      let of_q = d_q, of_k = d_k, [free_q, free_k] = [d_q2, d_k2];
+      if (config.pos === "rope") {
+        const undo = (x, y, heads) => plan.add("rope", { UNDO: true }, [R, T, heads, D], [at, model.turns, x, y], gpu.threads(R * heads * D / 2));
+        undo(of_q, free_q, H);
+        undo(of_k, free_k, KV);
+        [of_q, free_q, of_k, free_k] = [free_q, of_q, free_k, of_k];
+      }
+      if (config.qk_norm) {
+        this.normGradient(plan, `${path}.attn.q_norm`, room.q, of_q, free_q, R * H, D, false);
+        this.normGradient(plan, `${path}.attn.k_norm`, room.k, of_k, free_k, R * KV, D, false);
+        [of_q, of_k] = [free_q, free_k];
+      }
+      for (const [name, dy] of [["q", of_q], ["k", of_k], ["v", d_v]]) {
+        this.weightGradient(plan, room.h, dy, `${path}.attn.${name}.weight`, R);
+        this.inputGradient(plan, weight(`${path}.attn.${name}`), dy, d_h, R, name !== "q");
+      }
+      this.normGradient(plan, `${path}.attn_norm`, entered, d_h, d, R, C, true);
+    }
+    const embed = this.gradient("embed.weight");
+    if (!config.tie) plan.add("ablate", {}, [config.vocab_size, C, 0, C], [gpu.none, embed], gpu.threads(C));  // zeros: most ids are not in a batch
+    plan.add("embed_backward", {}, [C, R], [this.lists, d, embed], gpu.threads(R * C));
+    if (config.pos === "learned") {
+      const rows = Array.from({ length: R }, (_, i) => (i % B) * T + Math.floor(i / B));  // of a position after the other
+      const lists = plan.scratch(Uint32Array.from([T, ...Array.from({ length: T }, (_, t) => t), ...Array.from({ length: T + 1 }, (_, t) => t * B), ...rows]));
+      plan.add("embed_backward", { ACCUMULATE: false }, [C, T], [lists, d, this.gradient("pos_embed.weight")], gpu.threads(T * C));
+    }
+  }
+
+  /** Windows of a text: fill `inputs` and `targets` from these starts, and the lists of where each id stands. */
+  bring(tokens, starts) {
+    const T = this.config.block_size, R = this.settings.batch_size * T, inputs = new Uint32Array(R), targets = new Uint32Array(R);
+    starts.forEach((start, b) => {
+      inputs.set(tokens.subarray(start, start + T), b * T);
+      targets.set(tokens.subarray(start + 1, start + T + 1), b * T);
+    });
+    const order = Array.from(inputs.keys()).sort((a, b) => inputs[a] - inputs[b] || a - b);
+    const lists = new Uint32Array(3 * R + 2);
+    order.forEach((row, i) => {
+      if (i === 0 || inputs[row] !== inputs[order[i - 1]]) {
+        lists[0] += 1;
+        lists[lists[0]] = inputs[row];
+        lists[1 + R + lists[0] - 1] = i;
+      }
+      lists[1 + R + R + 1 + i] = row;
+    });
+    lists[1 + R + lists[0]] = R;
+    this.gpu.write(this.inputs, inputs);
+    this.gpu.write(this.targets, targets);
+    this.gpu.write(this.lists, lists);
+  }
+
+  rate(step) {  // train.py's schedule_at, times the peak
+    const { warmup_iters, max_iters, min_lr, learning_rate } = this.settings;
+    if (step < warmup_iters) return learning_rate * (step + 1) / warmup_iters;
+    if (step >= max_iters) return learning_rate * min_lr;
+    const share = (step - warmup_iters) / Math.max(1, max_iters - warmup_iters);
+    return learning_rate * (min_lr + (1 - min_lr) * 0.5 * (1 + Math.cos(Math.PI * share)));
+  }
+
+  /** One update; {step, loss, norm, lr} of it, once the device has done it. starts: of the windows; random ones. */
+  async step(starts = null) {
+    const { batch_size: B, beta1, beta2, seed } = this.settings, R = B * this.config.block_size;
+    const random = generator(seed + 7919 * (this.updates + 1)), room = this.tokens.length - this.config.block_size;
+    this.bring(this.tokens, starts ?? Array.from({ length: B }, () => Math.floor(random() * room)));
+    const lr = this.rate(this.updates), step = this.updates += 1;
+    this.gpu.write(this.now, Float32Array.of(lr, 1 - beta1 ** step, Math.sqrt(1 - beta2 ** step)));
+    this.plan.run();
+    const [loss, norm] = await Promise.all([this.gpu.read(this.loss, 4), this.gpu.read(this.report, 4)]);
+    this.losses.train = new Float32Array(loss)[0] / R;
+    return { step, loss: this.losses.train, norm: new Float32Array(norm)[0], lr };
+  }
+
+  /** Mean loss in nats on windows of the text held out, the same ones each time. */
+  async evaluate() {
+    const { batch_size: B } = this.settings, T = this.config.block_size, last = this.held_out.length - T - 1;
+    const starts = Array.from({ length: B }, (_, b) => Math.floor(last * b / Math.max(1, B - 1)));
+    this.bring(this.held_out, starts);
+    this.judging.run();
+    const loss = new Float32Array(await this.gpu.read(this.loss, 4))[0] / (B * T);
+    const bytes = starts.reduce((sum, start) => sum + this.enc.decodeBytes(this.held_out.subarray(start + 1, start + T + 1)).length, 0);
+    const best = Math.min(this.losses.best_val ?? Infinity, loss);
+    Object.assign(this.losses, { val: loss, bits_per_byte: loss * B * T / Math.max(1, bytes) / Math.log(2), best_val: best });
+    return loss;
+  }
+
+  // ---- files --------------------------------------------------------------------------------------------------------
+
+  /** {checkpoint, optimizer}: the two files that train.py --resume=True takes from its out_dir, under name and
+   *  optimizerName. */
+  async save() {
+    const [values, moments] = (await Promise.all([this.gpu.read(this.values), this.gpu.read(this.moments)])).map((bytes) => new Float32Array(bytes));
+    const step = this.updates, weights = new Map(), state = new Map();
+    for (const [name, { shape, at, size }] of this.places) {
+      weights.set(name, { dtype: "F32", shape, data: values.subarray(at, at + size) });
+      state.set(`${name}.m`, { dtype: "F32", shape, data: moments.subarray(at, at + size) });
+      state.set(`${name}.v`, { dtype: "F32", shape, data: moments.subarray(this.n + at, this.n + at + size) });
+    }
+    state.set("step", { dtype: "U64", shape: [], data: BigUint64Array.of(BigInt(step)) });
+    state.set("learning_rate", { dtype: "F32", shape: [], data: Float32Array.of(this.rate(step)) });
+    const { config, settings, losses } = this;
+    const meta = { version: 1, script: "train.py", commit: "", step, losses, tokenizer: this.meta.tokenizer, config: { ...ELSEWHERE, ...config },
+      settings: { ...settings, ...config, optimizer: "adamw", schedule: "cosine", decay_iters: 0, grad_accum: 1, data: "" } };
+    return { checkpoint: writeSafetensors(weights, meta), name: "ckpt.safetensors",
+      optimizer: writeSafetensors(state, { version: 1, step }), optimizerName: `ckpt.optimizer-${step}.safetensors` };
+  }
+
+  destroy() {
+    [this.plan, this.judging].forEach((plan) => plan?.destroy());
+    this.model?.destroy();
+    this.made?.forEach((buffer) => buffer.destroy());
+  }
+}
+
+// ---- weights at the start -------------------------------------------------------------------------------------------
+
+/** Random numbers from 0 to 1, the same for a seed (mulberry32). */
+function generator(seed) {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let t = Math.imul(state ^ (state >>> 15), state | 1);
+    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+/** init_weights of model.py: normal numbers of the same spread. */
+function initialize(config, places, values, seed) {
+  const random = generator(seed), std = config.n_embd ** -0.5, small = std / Math.sqrt(2 * config.n_layer);
+  for (const [name, { shape, at, size }] of places) {
+    const module = name.split(".").at(-2);
+    if (name.endsWith(".bias")) continue;
+    if (shape.length === 1) {
+      values.fill(1, at, at + size);
+      continue;
+    }
+    const spread = module === "out" || module === "down" ? small : /embed|head/.test(module) ? 0.02 : std;
+    for (let i = at; i < at + size; i++) values[i] = spread * Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
+  }
+}
+
+/** A checkpoint's parameters, unpacked, in their places of `values`. */
+async function readDense(blob, places, values) {
+  const { tensors } = await readHeader(blob);
+  for (const [name, { shape, at }] of places) {
+    const path = name.slice(0, name.lastIndexOf(".")), scales = tensors.get(`${path}.scales`), entry = tensors.get(name);
+    const bytes = await readTensor(blob, entry);
+    if (!scales || name.endsWith(".bias")) {
+      values.set(toFloat32(bytes, entry.dtype), at);
+      continue;
+    }
+    const [rows, width] = shape, bits = entry.shape[1] * 32 / width, group = width / scales.shape[1], words = new Uint32Array(bytes);
+    const [scale, bias] = await Promise.all(["scales", "biases"].map(async (part) => {
+      const found = tensors.get(`${path}.${part}`);
+      return toFloat32(await readTensor(blob, found), found.dtype);
+    }));
+    for (let i = 0; i < rows * width; i++) {
+      const bit = i * bits, word = Math.floor(bit / 32), shift = bit % 32, of = Math.floor(i / group);
+      const high = shift + bits > 32 ? words[word + 1] << (32 - shift) : 0;
+      values[at + i] = scale[of] * (((words[word] >>> shift) | high) & (2 ** bits - 1)) + bias[of];
+    }
+  }
+}
