@@ -34,8 +34,9 @@ export function configOf(settings) {
 
 export class Trainer {
   /** model: a GPT to start from, packed or not (its weights are unpacked); or config and tokenizer, to start from chance.
-   *  text: what to learn, its last tenth held out. resume: {checkpoint, optimizer}, files of save(). The rest: DEFAULTS. */
-  static async create(gpu, { model, config, tokenizer, text, resume, ...settings }) {
+   *  text: what to learn, or ids, its tokens; the last tenth is held out. resume: {checkpoint, optimizer}, files of save().
+   *  The rest: DEFAULTS. */
+  static async create(gpu, { model, config, tokenizer, text, ids, resume, ...settings }) {
     const trainer = new Trainer();
     const blob = resume?.checkpoint ?? model?.blob;
     const { meta } = blob ? await readHeader(blob) : { meta: { config, tokenizer } };
@@ -45,7 +46,8 @@ export class Trainer {
     Object.assign(trainer, { gpu, meta, config: meta.config, settings: { ...DEFAULTS, ...(resume && meta.settings), ...settings } });
     trainer.updates = resume ? meta.step : 0;
     trainer.losses = { train: null, val: null, bits_per_byte: null, best_val: null, ...(resume && meta.losses) };
-    trainer.tokenize(text);
+    trainer.enc = new Tokenizer(meta.tokenizer);
+    trainer.share(ids ?? trainer.enc.encode(text));
     try {
       await gpu.guard(async () => {
         await trainer.layOut(blob, resume?.optimizer);
@@ -59,14 +61,14 @@ export class Trainer {
   }
 
   /** Token ids to learn from, and to be judged by. */
-  tokenize(text) {
-    const enc = new Tokenizer(this.meta.tokenizer), T = this.config.block_size;
-    const ids = enc.encode(text), part = Math.max(T + 1, Math.ceil(ids.length / 10));
+  share(ids) {
+    const T = this.config.block_size, part = Math.max(T + 1, Math.ceil(ids.length / 10));
     if (ids.length < 2 * (T + 1) + 2) {
       throw new UserError(`The text has ${ids.length} tokens, and windows of ${T} need at least ${2 * (T + 1) + 2}: ` +
         "give a longer text, or take a shorter context.");
     }
-    Object.assign(this, { enc, tokens: ids.subarray(0, ids.length - part), held_out: ids.subarray(ids.length - part) });
+    this.tokens = ids.slice(0, ids.length - part);
+    this.held_out = ids.slice(ids.length - part);
   }
 
   // ---- parameters ---------------------------------------------------------------------------------------------------
@@ -242,8 +244,8 @@ export class Trainer {
   bring(tokens, starts) {
     const T = this.config.block_size, R = this.settings.batch_size * T, inputs = new Uint32Array(R), targets = new Uint32Array(R);
     starts.forEach((start, b) => {
-      inputs.set(tokens.subarray(start, start + T), b * T);
-      targets.set(tokens.subarray(start + 1, start + T + 1), b * T);
+      inputs.set(tokens.slice(start, start + T), b * T);
+      targets.set(tokens.slice(start + 1, start + T + 1), b * T);
     });
     const order = Array.from(inputs.keys()).sort((a, b) => inputs[a] - inputs[b] || a - b);
     const lists = new Uint32Array(3 * R + 2);
@@ -289,7 +291,9 @@ export class Trainer {
     this.bring(this.held_out, starts);
     this.judging.run();
     const loss = new Float32Array(await this.gpu.read(this.loss, 4))[0] / (B * T);
-    const bytes = starts.reduce((sum, start) => sum + this.enc.decodeBytes(this.held_out.subarray(start + 1, start + T + 1)).length, 0);
+    const specials = new Set(Object.values(this.meta.tokenizer.special));  // are no text
+    const bytes = starts.flatMap((start) => [...this.held_out.slice(start + 1, start + T + 1)])
+      .reduce((sum, id) => sum + (specials.has(id) ? 0 : this.enc.pieces[id].length), 0);
     const best = Math.min(this.losses.best_val ?? Infinity, loss);
     Object.assign(this.losses, { val: loss, bits_per_byte: loss * B * T / Math.max(1, bytes) / Math.log(2), best_val: best });
     return loss;
@@ -309,9 +313,9 @@ export class Trainer {
     }
     state.set("step", { dtype: "U64", shape: [], data: BigUint64Array.of(BigInt(step)) });
     state.set("learning_rate", { dtype: "F32", shape: [], data: Float32Array.of(this.rate(step)) });
-    const { config, settings, losses } = this;
+    const { config, losses } = this, { data, ...own } = this.settings;  // where the text is, Python must be told
     const meta = { version: 1, script: "train.py", commit: "", step, losses, tokenizer: this.meta.tokenizer, config: { ...ELSEWHERE, ...config },
-      settings: { ...settings, ...config, optimizer: "adamw", schedule: "cosine", decay_iters: 0, grad_accum: 1, data: "" } };
+      settings: { ...own, ...config, optimizer: "adamw", schedule: "cosine", decay_iters: 0, grad_accum: 1 } };
     return { checkpoint: writeSafetensors(weights, meta), name: "ckpt.safetensors",
       optimizer: writeSafetensors(state, { version: 1, step }), optimizerName: `ckpt.optimizer-${step}.safetensors` };
   }

@@ -1,0 +1,327 @@
+"""webgpu/gpt.js, inside.js and train.js in a browser: the same figures as model.py's, from the same checkpoints."""
+import base64
+import csv
+import json
+import math
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from browser import js
+from conftest import ROOT, run
+from mlx.utils import tree_map
+
+import attention
+import patching
+import tuned_lens
+from lora import base_fingerprint
+from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
+from tokenizer import Tokenizer, byte_tokenizer
+
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(0, 257, 37).tolist()
+FLAVOURS = {
+    "default": {}, "half": {}, "bfloat": {},
+    "gpt2": dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False),
+    "gpt2-tanh": dict(pos="learned", norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False, tie=False),
+    "llama": dict(mlp="swiglu", qk_norm=False, tie=False, n_kv_head=1),
+    "qwen": dict(mlp="swiglu", qk_norm=False, n_kv_head=1, qkv_bias=True, rope_factor=8.0, rope_original=64),
+    "window": dict(sliding_window=9, window_pattern="SL"), "alibi": dict(alibi=True, n_head=3, n_embd=96),
+    "odd": dict(n_embd=54, n_head=3, head_dim=10, ffn_dim=77), "4-bit": dict(mlp="swiglu"), "8-bit": {}, "3-bit": {},
+}
+LOAD = """
+const { GPU } = await import("/gpu.js"), { GPT } = await import("/gpt.js");
+globalThis.file ??= async (name) => new File([await (await fetch(`/checkpoints/${name}`)).blob()], name);
+globalThis.gpu ??= await GPU.open();
+const model = await GPT.load(gpu, await file(NAME));
+"""
+
+
+def in_page(page, name: str, body: str, *arguments, parameters: str = ""):
+    """What a function's body returns that has the model of a checkpoint, `model`, and the device, `gpu`."""
+    found = js(page, f"async ({parameters}) => {{ {LOAD.replace('NAME', json.dumps(name))} {body} }}", *arguments)
+    assert js(page, "async () => gpu.errors") == []
+    return found
+
+
+def small(**settings) -> GPT:
+    sizes = dict(block_size=40, vocab_size=320, n_layer=3, n_head=2, n_embd=64)
+    return GPT(GPTConfig(**sizes | settings), seed=1).eval()
+
+
+def save(server, name: str, model: GPT) -> str:
+    save_checkpoint(str(server.folder / name), model, {"tokenizer": byte_tokenizer().to_dict()})
+    return name
+
+
+def flavour(server, name: str) -> tuple[str, GPT]:
+    """A checkpoint with numbers of some size in every parameter, and its model, in float32."""
+    model = small(**FLAVOURS[name])
+    model.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape, key=mx.random.key(p.size)), model.parameters()))
+    if name in ("half", "bfloat"):
+        model.set_dtype(mx.float16 if name == "half" else mx.bfloat16)
+    if "bit" in name:
+        bits = int(name[0])
+        nn.quantize(model, 32 if bits == 3 else 64, bits, class_predicate=lambda _, module: isinstance(
+            module, nn.Linear | nn.Embedding))
+    path = save(server, f"{name}.safetensors", model)
+    model.set_dtype(mx.float32)
+    return path, model
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_logits_and_text(name, page, server):
+    """Logits of a prompt, and what it goes on with, beyond the context, by the cache."""
+    path, model = flavour(server, name)
+    logits, text = in_page(page, path, """
+        const text = [];
+        for await (const { token } of model.generate(ids, { max_new_tokens: 30, temperature: 0 })) text.push(token);
+        return [Array.from(await model.logits(ids)), text];""", IDS, parameters="ids")
+    expected = np.array(model(mx.array([IDS]))[0])
+    assert np.abs(np.array(logits).reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert text == list(generate(model, IDS, 30, temperature=0, n_vocab=257))
+
+
+def test_golden(page, server):
+    """The page's own checkpoint writes the same text here and there, which is known."""
+    prompt = "def close(self):\n"
+    golden = ('    """Close the connection to the socket.\n\n    This method is called when the connection is closed.\n\n'
+              "    This method")
+    (server.folder / "demo.safetensors").write_bytes((ROOT / "webgpu" / "demo.safetensors").read_bytes())
+    model, meta = load_checkpoint(str(server.folder / "demo.safetensors"))
+    enc = Tokenizer.from_dict(meta["tokenizer"])
+    ids = enc.encode(prompt).tolist()
+    assert enc.decode(generate(model, ids, 24, temperature=0, n_vocab=enc.n_vocab)) == golden
+    text = in_page(page, "demo.safetensors", """
+        const ids = model.enc.encode(prompt), found = [];
+        for await (const { token } of model.generate(ids, { max_new_tokens: 24, temperature: 0 })) found.push(token);
+        return model.enc.decode(found);""", prompt, parameters="prompt")
+    assert text == golden
+
+
+def test_probabilities(page, server):
+    """What the page shows beside a token: the five best as the model has them, whatever temperature and filters do."""
+    path, model = flavour(server, "default")
+    steps = in_page(page, path, """
+        const found = [], how = { max_new_tokens: 5, temperature: 0.7, top_k: 3, seed: 5, probabilities: true };
+        for await (const step of model.generate(ids, how)) found.push(step);
+        return found;""", IDS[:8], parameters="ids")
+    ids = list(IDS[:8])
+    for step in steps:
+        p = np.array(mx.softmax(model(mx.array([ids]))[0, -1, :257]))
+        assert [i for i, _ in step["top"]] == np.argsort(-p)[:5].tolist()
+        np.testing.assert_allclose([share for _, share in step["top"]], np.sort(p)[::-1][:5], rtol=1e-4)
+        assert step["token"] in [i for i, _ in step["top"][:3]]
+        ids.append(step["token"])
+
+
+# ---- looking inside --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["default", "4-bit", "gpt2"])
+def test_lens(name, page, server, tmp_path):
+    """The logit lens, and a tuned lens out of its sidecar, as tuned_lens.py has them; and what is no sidecar of this."""
+    path, model = flavour(server, name)
+    model, _ = load_checkpoint(str(server.folder / path))
+    tuned = {part: 0.1 * mx.random.normal(array.shape, key=mx.random.key(array.ndim))
+             for part, array in tuned_lens.start(model).items()}
+    tuned_lens.save_lens(str(tmp_path / "a.lenses"), tuned, model, {"base": base_fingerprint(model)})
+    sidecar, wrong = base64.b64encode((tmp_path / "a.lenses").read_bytes()).decode(), dict(tuned)
+    tuned_lens.save_lens(str(tmp_path / "b.lenses"), wrong, model, {"base": "0" * 64})
+    other = base64.b64encode((tmp_path / "b.lenses").read_bytes()).decode()
+    plain, tuned_rows, refused = in_page(page, path, """
+        const { lens, loadLens } = await import("/inside.js");
+        const blob = (text) => new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], "a.lenses");
+        const refused = await loadLens(model, blob(other)).catch((error) => error.message);
+        return [await lens(model, ids), await lens(model, ids, await loadLens(model, blob(sidecar))), refused];""",
+        IDS, sidecar, other, parameters="ids, sidecar, other")
+    assert "made for another checkpoint" in refused
+    for rows, lens in ((plain, {}), (tuned_rows, tuned)):
+        logits = np.array(tuned_lens.logit_lens(model, mx.array([IDS]), lens).astype(mx.float32))[:, 0, :, :257]
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        found = np.array([[cell["p"] for cell in row] for row in rows])
+        np.testing.assert_allclose(found, -np.sort(-p)[..., :5], rtol=1e-3, atol=1e-6)
+        best = np.array([[cell["ids"][0] for cell in row] for row in rows])
+        assert (best == p.argmax(-1)).mean() > 0.99
+        entropy = -(p * np.log2(p)).sum(-1)
+        np.testing.assert_allclose([[cell["entropy"] for cell in row] for row in rows], entropy, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["default", "llama", "window", "alibi"])
+def test_attention(name, page, server):
+    path, model = flavour(server, name)
+    maps = in_page(page, path, """
+        const { attention } = await import("/inside.js");
+        return (await attention(model, ids)).map((map) => Array.from(map));""", IDS, parameters="ids")
+    for found, expected in zip(maps, attention.attention_maps(model, mx.array(IDS)), strict=True):
+        np.testing.assert_allclose(np.array(found).reshape(expected["map"].shape), expected["map"], atol=1e-5)
+
+
+def log_p(logits, target: int) -> float:
+    return float(patching.log_p(logits)[target])
+
+
+@pytest.mark.parametrize("name", ["default", "4-bit"])
+def test_ablation(name, page, server):
+    """As patching.py's --mode=ablate on a prompt: zero, mean, skip."""
+    path, model = flavour(server, name)
+    for how in ("zero", "mean", "skip"):
+        found = in_page(page, path, """
+            const { ablate } = await import("/inside.js");
+            return ablate(model, ids, 65, how);""", IDS, how, parameters="ids, how")
+        whole = log_p(model(mx.array([IDS]))[0, -1], 65)
+        sites = [("attn", None), ("mlp", None), ("block", None), ("head", 0), ("head", 1)]
+        expected = [[log_p(patching.ablate(model, mx.array([IDS]), site, layer, how, head)[0, -1], 65) - whole
+                     for site, head in sites] for layer in range(3)]
+        assert found["columns"] == ["attn", "mlp", "block", "head 0", "head 1"]
+        assert found["whole"] == pytest.approx(whole, abs=1e-4)
+        np.testing.assert_allclose(found["values"], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["default", "4-bit"])
+def test_patching(name, page, server):
+    """As patching.py's --mode=swap; a donor that differs in one token says all by that token, before the first block."""
+    path, model = flavour(server, name)
+    donor, recipient = IDS[:9], [*IDS[:4], 77, *IDS[5:9]]
+
+    def effects(donor, recipient, site, pairs=None):
+        clean, corrupt = (log_p(model(mx.array([ids]))[0, -1], 65) for ids in (donor, recipient))
+        logits = patching.swap(model, mx.array(donor), mx.array(recipient), site, pairs)
+        return (np.array(patching.log_p(logits)[..., 65]) - corrupt) / (clean - corrupt)
+
+    call = """const { swap } = await import("/inside.js");
+              return swap(model, donor, recipient, 65, site, () => {}, pairs);"""
+    for site in patching.SITES:
+        found = in_page(page, path, call, donor, recipient, site, None, parameters="donor, recipient, site, pairs")
+        np.testing.assert_allclose(found["values"], effects(donor, recipient, site), atol=2e-3)
+        if site == "resid":
+            np.testing.assert_allclose(found["values"][0], np.eye(9)[4], atol=1e-4)
+    pairs = [[6, 8], [2, 5]]
+    found = in_page(page, path, call, donor[:7], recipient, "attn", pairs, parameters="donor, recipient, site, pairs")
+    np.testing.assert_allclose(found["values"], effects(donor[:7], recipient, "attn", pairs), atol=2e-3)
+    says = call.replace("return", "return await").replace("pairs);", "pairs).catch((error) => error.message);")
+    names = "donor, recipient, site, pairs"
+    assert "no effect" in in_page(page, path, says, donor, donor, "mlp", None, parameters=names)
+    assert "say which position" in in_page(page, path, says, donor[:7], recipient, "mlp", None, parameters=names)
+    assert "are not positions" in in_page(page, path, says, donor, recipient, "mlp", [[0, 99]], parameters=names)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+TINY = ["--optimizer=adamw", "--learning_rate=3e-3", "--batch_size=4", "--block_size=32", "--n_layer=2", "--n_embd=64",
+        "--n_head=1", "--sample_tokens=0", "--log_interval=1", "--eval_interval=1000", "--eval_windows=4"]
+
+
+def losses(folder) -> dict[int, float]:
+    with open(folder / "loss.csv", newline="") as file:
+        return {int(row["step"]): float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]}
+
+
+@pytest.mark.parametrize("settings", [
+    ["--mlp=relu2"], ["--mlp=swiglu", "--tie=False", "--n_head=2", "--n_kv_head=1", "--qkv_bias=True"],
+    ["--pos=learned", "--norm=layer", "--mlp=gelu", "--bias=True", "--qk_norm=False", "--n_head=2"],
+    ["--mlp=gelu_tanh", "--sliding_window=9", "--window_pattern=SL", "--alibi=True", "--n_head=2"],
+], ids=" ".join)
+def test_training(settings, page, server, tmp_path):
+    """From files of train.py, 30 updates on the same windows have train.py's losses; what the page saves, Python
+    resumes, and samples from."""
+    text, out = ROOT / "model.py", server.folder / "run"
+    more = [*TINY, *settings, f"--data={tmp_path / 'data'}", f"--out_dir={out}"]
+    run("data.py", f"--source={text}", "--tokenizer=byte", f"--out={tmp_path / 'data'}")
+    run("train.py", *more, "--max_iters=3")
+    state = {name: base64.b64encode((out / name).read_bytes()).decode()
+             for name in ("ckpt.safetensors", "ckpt.optimizer-3.safetensors")}
+    run("train.py", f"--data={tmp_path / 'data'}", f"--out_dir={out}", "--resume=True", "--max_iters=33")
+    expected = losses(out)
+    tokens = np.memmap(tmp_path / "data" / "train.bin", np.uint16, "r")
+    starts = [np.random.default_rng([1337, step]).integers(len(tokens) - 32, size=4).tolist() for step in range(3, 33)]
+    head = tokens[:max(map(max, starts)) + 40].tolist()
+    found, files, written = js(page, """async (state, ids, starts, steps) => {
+        const { GPU } = await import("/gpu.js"), { Trainer } = await import("/train.js");
+        const gpu = await GPU.open(), raw = (text) => new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))]);
+        const [checkpoint, optimizer] = Object.values(state).map(raw), losses = [];
+        const more = new Array(Math.ceil(ids.length / 9) + 40).fill(1);  // the part held out
+        const trainer = await Trainer.create(gpu, { ids: ids.concat(more), resume: { checkpoint, optimizer }, max_iters: 33 });
+        for (const start of starts) losses.push((await trainer.step(start)).loss);
+        const written = [];
+        for await (const { token } of trainer.model.generate([65], { max_new_tokens: 9, temperature: 0 })) written.push(token);
+        await trainer.evaluate();
+        const saved = await trainer.save();
+        const text = async (blob) => btoa([...new Uint8Array(await blob.arrayBuffer())].map((b) => String.fromCharCode(b)).join(""));
+        if (gpu.errors.length) throw new Error(gpu.errors[0]);
+        return [losses, { [saved.name]: await text(saved.checkpoint), [saved.optimizerName]: await text(saved.optimizer) }, written];
+    }""", state, head, starts, 30)
+    np.testing.assert_allclose(found, [expected[step] for step in range(4, 34)], rtol=2e-3)  # 0.01 was asked
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    for name, content in files.items():
+        (resumed / name).write_bytes(base64.b64decode(content))
+    assert sorted(files) == ["ckpt.optimizer-33.safetensors", "ckpt.safetensors"]
+    model, meta = load_checkpoint(str(resumed / "ckpt.safetensors"))
+    ours, _ = load_checkpoint(str(out / "ckpt.safetensors"))
+    assert meta["step"] == 33 and model.config == ours.config
+    drift = [mx.abs(a - b).max().item() for (_, a), (_, b) in zip(
+        sorted(mx.load(str(resumed / "ckpt.safetensors")).items()), sorted(mx.load(str(out / "ckpt.safetensors")).items()),
+        strict=True)]
+    assert max(drift) < 0.02
+    assert written == list(generate(model, [65], 9, temperature=0, n_vocab=257))
+    for folder in (out, resumed):
+        run("train.py", f"--data={tmp_path / 'data'}", f"--out_dir={folder}", "--resume=True", "--max_iters=36")
+    again, theirs = losses(resumed), losses(out)
+    np.testing.assert_allclose([again[step] for step in (34, 35, 36)], [theirs[step] for step in (34, 35, 36)], rtol=2e-3)
+    assert "│" not in run("sample.py", resumed / "ckpt.safetensors", "--prompt=def", "--max_new_tokens=8").stdout
+
+
+def test_from_scratch(page):
+    """A model of chance knows nothing; learning, it knows more; its file says what it is."""
+    first, last, meta = js(page, """async (text) => {
+        const { GPU } = await import("/gpu.js"), { Trainer, configOf } = await import("/train.js");
+        const { charTokenizer } = await import("/tokenizer.js"), { readHeader } = await import("/safetensors.js");
+        const config = configOf({ block_size: 16, vocab_size: 64, n_layer: 1, n_head: 1, n_embd: 32 });
+        const gpu = await GPU.open(), tokenizer = charTokenizer(text);
+        const trainer = await Trainer.create(gpu, { config, tokenizer, text, batch_size: 4, learning_rate: 1e-2 });
+        const found = [];
+        for (let i = 0; i < 25; i++) found.push((await trainer.step()).loss);
+        const { meta } = await readHeader((await trainer.save()).checkpoint);
+        return [found[0], found.at(-1), meta];
+    }""", "the cat sat on the mat. " * 40)
+    assert first == pytest.approx(math.log(64), abs=0.3) and last < 0.6 * first
+    assert meta["script"] == "train.py" and meta["step"] == 25 and meta["tokenizer"]["kind"] == "char"
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(yoco=True), "yoco"), (dict(diff_attn=True), "diff_attn"), (dict(n_expert=3), "n_expert"),
+    (dict(mod="topk"), "mod"), (dict(sliding_window=8, sinks=2), "sinks"),
+], ids=str)
+def test_lacking(settings, says, page, server):
+    path = save(server, "lacking.safetensors", small(**settings))
+    assert says in refused(page, path)
+
+
+def refused(page, path: str) -> str:
+    return js(page, f"async () => {{ try {{ {LOAD.replace('NAME', json.dumps(path))} }} catch (error) "
+              "{ if (error.constructor.name !== 'UserError') throw error; return error.message; } }")
+
+
+def test_broken(page, server):
+    """Numbers that are none, shapes of another config, prompts that do not fit: told in words."""
+    model = small()
+    model.blocks[1].mlp.up.weight[3, 5] = math.nan
+    assert "blocks.1.mlp.up.weight holds numbers" in refused(page, save(server, "broken.safetensors", model))
+    model = small()
+    model.norm.weight = mx.ones((32,))
+    assert "norm.weight has the shape 32" in refused(page, save(server, "broken.safetensors", model))
+    path = save(server, "fine.safetensors", small())
+    for ids, says in ((IDS * 2, "the prompt has 74 tokens"), ([], "nothing to continue"), ([400], "does not know")):
+        message = in_page(page, path, "return await model.logits(ids).catch((error) => error.message);", ids,
+                          parameters="ids")
+        assert says in message.lower() or says in message
+    short = in_page(page, path, """const { Trainer } = await import("/train.js");
+        return await Trainer.create(gpu, { model, text: "ten chars." }).catch((error) => error.message);""")
+    assert "The text has 10 tokens" in short
