@@ -137,7 +137,9 @@ def test_it_serves_the_page(listed):
 @pytest.mark.parametrize("path", [
     "/model.py", "/../model.py", "/%2e%2e/model.py", "/..%2fmodel.py", "/%2e%2e%2fmodel.py", "/kernels/../../model.py",
     "//etc/passwd", "/%2fetc%2fpasswd", "/etc/passwd", "/..", "/.", "/kernels", "/kernels/", "/..\\model.py", "*",
-    "/tokenizer.js%00", "/%00", "/tokenizer", "/checkpoints", "/checkpoints/", "/checkpoints/out",
+    "/../tests/fixtures/awq.safetensors", "/%2e%2e/tests/fixtures/awq.safetensors",
+    "/..%2ftests/fixtures/awq.safetensors", "/tokenizer.js%00", "/%00", "/tokenizer",
+    "/checkpoints", "/checkpoints/", "/checkpoints/out",
     "/checkpoints/notes.txt", "/checkpoints/../secret.safetensors", "/checkpoints/%2e%2e/secret.safetensors",
     "/checkpoints/..%2fsecret.safetensors", "/checkpoints/out/../../secret.safetensors",
     "/checkpoints/link.safetensors", "/checkpoints/inside.safetensors", "/checkpoints/up/secret.safetensors",
@@ -153,7 +155,8 @@ def test_it_serves_nothing_else(listed, path):
 
 def test_absolute_names_are_none(listed):
     secret = listed.folder.parent / "secret.safetensors"
-    assert ask(listed, f"/checkpoints/{secret}")[0] == 404 and ask(listed, f"/{secret}")[0] == 404
+    assert ask(listed, f"/checkpoints/{secret}")[0] == ask(listed, f"/checkpoints/%2f{secret}")[0] == 404
+    assert ask(listed, f"/{secret}")[0] == ask(listed, f"/%2f{secret}")[0] == 404
 
 
 def test_other_methods_and_other_hosts(listed):

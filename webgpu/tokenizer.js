@@ -55,7 +55,7 @@ export function byteTokenizer() {
 
 /** The dict of the tokenizer whose tokens are the characters of a text, sorted. */
 export function charTokenizer(text) {
-  const characters = [...new Set(wellFormed(text))].sort((a, b) => a.codePointAt(0) - b.codePointAt(0));
+  const characters = [...new Set(text.toWellFormed())].sort((a, b) => a.codePointAt(0) - b.codePointAt(0));
   const tokens = characters.map((character) => btoa(binary(character)));
   return { kind: "char", tokens, special: { [EOT]: tokens.length }, pattern: "" };
 }
@@ -101,11 +101,6 @@ function binary(text) {
   return parts.join(""); // in parts, as a call takes only so many arguments
 }
 
-/** What UTF-8 can hold: half of a surrogate pair becomes U+FFFD. (With the u flag, \p{Cs} matches no whole pair.) */
-function wellFormed(text) {
-  return text.replace(/\p{Cs}/gu, "\ufffd");
-}
-
 /** A text with the escapes of Python's unicode_escape. */
 function escaped(text) {
   const names = { "\t": "\\t", "\n": "\\n", "\r": "\\r", "\\": "\\\\" };
@@ -127,7 +122,7 @@ function charEncoder(tokens) {
   const ids = new Map(tokens.map((token, id) => [new TextDecoder("utf-8", { ignoreBOM: true }).decode(
     Uint8Array.from(token, byteOf)), id]));
   return (text) => {
-    const characters = [...wellFormed(text)];
+    const characters = [...text.toWellFormed()];
     const missing = [...new Set(characters)].filter((character) => !ids.has(character));
     if (missing.length) {
       const shown = missing.slice(0, 10).map((character) => `'${/[\p{C}\p{Z}]/u.test(character) ?
@@ -157,11 +152,12 @@ function bpeEncoder(tokens, pattern) {
   });
   return (text) => {
     regex ??= wordRegex(pattern ?? ""); // not before: where the page cannot run it, it can still decode
-    const well = wellFormed(text), ids = [];
+    const well = text.toWellFormed(), seen = withoutFalsePairs(well), ids = [];
     const known = new Map(); // a text repeats most of its words; it is forgotten then, as its keys hold the whole text
     try {
       checkBlanks(well, well === text ? 999_999 : 50_000);
-      for (const [word] of well.matchAll(regex)) { // what the regex leaves out is left out, as in tiktoken
+      for (const { 0: { length }, index } of seen.matchAll(regex)) { // what it leaves out is left out, as in tiktoken
+        const word = well.slice(index, index + length);
         let found = known.get(word);
         if (!found) known.set(word, found = encodeWord(binary(word), ranks, longest));
         for (const id of found) ids.push(id);
@@ -238,6 +234,18 @@ function checkBlanks(text, limit) {
   }
 }
 
+const LIKE = [ // what may stand for another character of its kind
+  [/\p{Script=Han}/u, "\u4e00"], [/\p{Lo}/u, "\u05d0"], [/\p{Ll}/u, "\u0149"], [/\p{M}/u, "\u05bf"],
+  [/\p{S}/u, "\u2212"], [/\p{Co}/u, "\ue000"], [/\p{Cn}/u, "\ufdd0"],
+];
+
+/** A text with the same words, for the regex. WebKitGTK 2.50 reads one of U+F800 to U+FBFF (forms of Arabic and
+ *  Chinese letters) before one from U+FC00 on (a wide comma) as a surrogate pair, which is another character. */
+function withoutFalsePairs(text) {
+  return text.replace(/[\uf800-\ufbff](?=[\ufc00-\uffff])/g, (character) =>
+    LIKE.find(([kind]) => kind.test(character))[1]);
+}
+
 // ---- the regex that cuts a text into words --------------------------------------------------------------------------
 
 const SETS = { // what Rust means by them, written so that it fits inside a class, too
@@ -250,11 +258,11 @@ const CONTROLS = { n: "\n", r: "\r", t: "\t", f: "\f", v: "\v", a: "\x07" };
 /** The RegExp that matches what a regex matches in Rust's fancy-regex. It knows what tokenizers use; anything else is a
  *  UserError, as a regex that is almost the same would give other tokens than the model was trained on.
  *
- *  What differs: JavaScript has no possessive quantifiers and no atomic groups; (?i:...) is too new for some browsers;
- *  \s, \d, \w and . mean other characters; and with the u flag most escapes of signs are errors.
+ *  What differs: JavaScript has no possessive quantifiers; (?i:...) is too new for some browsers; \s, \d, \w and . mean
+ *  other characters; and with the u flag most escapes of signs are errors.
  */
 export function wordRegex(pattern) {
-  let i = 0, groups = 0;
+  let i = 0;
 
   const unknown = (what) => new UserError(
     `This checkpoint's tokenizer has ${what} in its regex, which the page cannot run: use sample.py.`);
@@ -274,20 +282,22 @@ export function wordRegex(pattern) {
   }
 
   function piece(anyCase) {
-    const source = atom(anyCase), repeat = take(/([?*+]|\{\d+(?:,\d*)?\})\??/y);
-    const possessive = repeat && take(/\+/y);
-    if (repeat) refuseQuantifier();
-    return possessive ? atomic(source + repeat[0]) : source + (repeat?.[0] ?? "");
+    const single = !"(^$".includes(pattern[i]), source = atom(anyCase);
+    const repeat = take(/([?*+]|\{(\d+)(?:,(\d*))?\})(\??)(\+?)/y);
+    if (!repeat) return source;
+    refuseQuantifier();
+    const [whole, sign, least, most = least, lazy, possessive] = repeat;
+    if (!possessive) return source + whole;
+    // X++ never gives back what it took, which is all X there are: where it stops there is none, or it has enough. (The
+    // shorter ways, to look for a group and then refer to it, or X{2}|X, WebKitGTK 2.50 does not always get right.)
+    if (!single || lazy) throw unknown(`the possessive ${whole} after more than a character`);
+    if (sign === "*" || sign === "+" || !most && sign !== "?") return `${source}${sign}(?!${source})`;
+    const upTo = (n) => n > 0 ? `(?:${source}${upTo(n - 1)}|(?!${source}))` : "";
+    return sign === "?" ? upTo(1) : source.repeat(least) + upTo(most - least);
   }
 
   function refuseQuantifier() {
     if ("?*+{".includes(pattern[i] ?? " ")) throw unknown(`the quantifier ${pattern[i]} out of place`);
-  }
-
-  /** X++ and (?>X) never give back what they took. Nor does a lookahead: so it looks, and then the same is taken. */
-  function atomic(source) {
-    groups++;
-    return `(?:(?=(?<g${groups}>${source}))\\k<g${groups}>)`;
   }
 
   function atom(anyCase) {
@@ -297,13 +307,13 @@ export function wordRegex(pattern) {
     if (take(/\$/y)) return "$";
     if (take(/\\W/y)) return `[^${SETS.w}]`;
     if (take(/\[/y)) return characterClass(anyCase);
-    const opening = take(/\((\?(?:i?:|>|<?[=!]))?/y);
+    const opening = take(/\((\?(?:i?:|<?[=!]))?/y);
     if (opening) {
       const kind = opening[1] ?? "?:"; // what a plain group captures is of no use here
       if (pattern[i] === "?") throw unknown(`the group (${pattern.slice(i, i + 3)}`);
       const source = alternatives(anyCase || kind === "?i:");
       if (!take(/\)/y)) throw unknown("a group without end");
-      return kind === "?>" ? atomic(source) : `(${kind.replace("i", "")}${source})`;
+      return `(${kind.replace("i", "")}${source})`;
     }
     const { set, character } = element(anyCase);
     if (set) return `[${set}]`;
@@ -386,9 +396,12 @@ export function wordRegex(pattern) {
 
   const source = alternatives(false);
   if (i < pattern.length) throw unknown("a ) without its (");
+  let regex;
   try {
-    return new RegExp(source, "gu");
+    regex = new RegExp(source, "gu");
   } catch (error) { // a quantifier of what has no width, a property that this browser does not know
     throw unknown(`what this browser refuses (${error.message})`);
   }
+  if (regex.test("")) throw unknown("a way to match nothing"); // which tiktoken cannot run, either
+  return regex;
 }
