@@ -37,7 +37,7 @@ from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
-only = "train,decode,tokenize,variants,adapters,packed,convert"  # sections
+only = "train,decode,tokenize,variants,adapters,packed,convert,page"  # sections
 shapes = ""            # of SHAPES below, separated by commas; none: those that suit the device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # written in each round of decoding
@@ -59,7 +59,7 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
 names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
 if unknown := set(names) - set(SHAPES):
     raise UserError(f"no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
-SECTIONS = "train", "decode", "tokenize", "variants", "adapters", "packed", "convert"
+SECTIONS = "train", "decode", "tokenize", "variants", "adapters", "packed", "convert", "page"
 if unknown := set(only.split(",")) - set(SECTIONS):
     raise UserError(f"no section {unknown.pop()!r}: choose among {', '.join(SECTIONS)}")
 rounds = rounds or (7 if ON_CPU else 20)
@@ -422,6 +422,25 @@ def bench_convert():
         alternate("convert a Llama of bfloat16, mlx_lm", "GB/s", size, ours, theirs if convert else None)
 
 
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def bench_page():
+    """The page's kernels through Vulkan, beside the device's peak; the page's own benchmark in Chromium. By
+    bench_page.py."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench_page.py")
+    for part in "kernels", "chromium":
+        process = subprocess.Popen([sys.executable, script, part], stdout=subprocess.PIPE, text=True)
+        for line in map(json.loads, process.stdout):
+            if isinstance(line, str):
+                print(line)
+                continue
+            what, unit, figure, peak = line
+            show(what, unit, f"{figure:,.2f}" if unit else "", f"{peak:,.1f}" if peak else "",
+                 f"{figure / peak:.2f}" if peak else "", "", "", "")
+        process.wait()
+
+
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 print(f"{mx.device_info().get('device_name')}, {os.cpu_count()} cores, mlx {mx.__version__}, "
@@ -450,3 +469,5 @@ if "packed" in only:
     bench_packed()
 if "convert" in only:
     bench_convert()
+if "page" in only:
+    bench_page()

@@ -9,12 +9,18 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-import wgsl
 from test_cpu import near, numbers
 
 import model
+import wgsl
+from config import UserError
 from model import GPTConfig
 from quantized import BITS, GROUP_SIZES
+
+try:
+    wgsl.device()
+except UserError as error:
+    pytest.skip(str(error), allow_module_level=True)
 
 NONE = np.zeros(4, np.uint32)  # for bindings that are not looked at
 
