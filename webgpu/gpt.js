@@ -101,6 +101,7 @@ export function parametersOf(config) {
 // ---- model ----------------------------------------------------------------------------------------------------------
 
 const CHUNK = 64;  // tokens of a prompt that are read at a time
+const FEW = 8;     // so many are read one by one: the kernels for that are compiled anyway
 const AHEAD = 2;   // tokens that are on their way while one is looked at
 
 export class GPT {
@@ -348,16 +349,22 @@ export class GPT {
   async* generate(ids, { max_new_tokens = 200, temperature = 0.8, top_k = 50, top_p = 1, min_p = 0, seed = 0, signal, probabilities } = {}) {
     this.checkPrompt(ids);
     const { gpu } = this, { block_size } = this.config, { at, token, last, drawn, found } = this.writer();
-    const [one, chunk, end] = await Promise.all([this.pass(1, true), this.pass(CHUNK, false), this.pass(CHUNK, true)]);
-    for (const { plan, sample } of [one, end]) plan.set(sample, [this.n_vocab, top_k, temperature, top_p, min_p]);
-    let history = Array.from(ids), offset = 0, steps = 0;
-    const read = (tokens) => {  // into an empty cache, and draw
-      for (let start = 0; start < tokens.length; start += CHUNK) {
-        const part = Uint32Array.from(tokens.slice(start, start + CHUNK)), isLast = start + CHUNK >= tokens.length;
+    const ready = async (T, draws) => {
+      const { plan, sample } = await this.pass(T, draws);
+      if (draws) plan.set(sample, [this.n_vocab, top_k, temperature, top_p, min_p]);
+      return plan;
+    };
+    const one = await ready(1, true), history = Array.from(ids);
+    let offset = 0, steps = 0;
+    const read = async (tokens) => {  // into an empty cache, and draw
+      const size = tokens.length <= FEW ? 1 : CHUNK;
+      for (let start = 0; start < tokens.length; start += size) {
+        const part = Uint32Array.from(tokens.slice(start, start + size));
+        const plan = await ready(size, start + size >= tokens.length);
         gpu.write(token, part);
         gpu.write(at, Uint32Array.of(start, part.length, steps, seed));
         gpu.write(last, Uint32Array.of(part.length - 1));
-        (tokens.length === 1 ? one : isLast ? end : chunk).plan.run();
+        plan.run();
       }
       offset = tokens.length;
     };
@@ -366,12 +373,12 @@ export class GPT {
     const coming = [];
     for (let yielded = 0; yielded < max_new_tokens && !signal?.aborted; yielded++) {
       while (coming.length < AHEAD && steps < max_new_tokens) {
-        if (steps === 0) read(history);
+        if (steps === 0) await read(history);
         else if (offset === block_size) {
           if (coming.length) break;  // all tokens must be known
-          read(history.slice(-Math.max(1, Math.floor(block_size / 2))));
+          await read(history.slice(-Math.max(1, Math.floor(block_size / 2))));
         } else {
-          one.plan.run();
+          one.run();
           offset += 1;
         }
         coming.push(arrive(steps));
