@@ -1,0 +1,174 @@
+// Bars, heat maps and the loss chart. Each can be reached with the keyboard, and says in words what it shows.
+
+import { heard, make, percent, piece, seen } from "./page_common.js";
+
+// ---- bars -----------------------------------------------------------------------------------------------------------
+
+/** Rows of {id, p, taken?, words?} in a list, in place: what has the focus keeps it. act(id): what pressing one does. */
+export function bars(list, enc, rows, act = null) {
+  while (list.children.length > rows.length) list.lastChild.remove();
+  while (list.children.length < rows.length) {
+    list.append(make("li", {}, act ? make("button", { type: "button" }) : make("div")));
+  }
+  rows.forEach(({ id, p, taken, words }, i) => {
+    const row = list.children[i].firstChild, share = words ?? percent(p);
+    list.children[i].classList.toggle("taken", Boolean(taken));
+    row.replaceChildren(piece(enc, id), make("i", { "--p": p }), make("span", { class: "share" }, share));
+    if (!act) return;
+    row.onclick = () => act(id);
+    row.setAttribute("aria-label", `${heard(enc, id)}, ${share}${taken ? ", written" : ", take this one"}`);
+  });
+}
+
+// ---- heat maps ------------------------------------------------------------------------------------------------------
+
+/** A table of cells {text, share, says}, share from -1 to 1. Arrow keys go from cell to cell; onlook(row, column) is told
+ *  which one is looked at. rows and columns: labels, of which row 0 stands at the bottom. */
+export function heatMap({ caption, rows, columns, cell, onlook }) {
+  const table = make("table", { class: "heat", role: "grid", "aria-label": caption });
+  const head = make("tr", {}, make("th", { scope: "col" }, make("span", { class: "unseen" }, "layer")));
+  columns.forEach((label, c) => head.append(make("th", { scope: "col", title: label.title ?? null, "aria-label": label.says ?? `${label.text}` }, label.text)));
+  const body = make("tbody"), cells = [];
+  rows.forEach((label, r) => {
+    const line = make("tr", {}, make("th", { scope: "row" }, label));
+    cells[r] = columns.map((column, c) => {
+      const { text, share, says } = cell(r, c), size = Math.min(1, Math.abs(share) || 0);
+      return make("td", { role: "gridcell", tabindex: -1, "aria-label": says, "--s": size.toFixed(3),
+        class: [size > 0.55 && "strong", share < 0 && "down"].filter(Boolean).join(" "), "data-r": r, "data-c": c }, text);
+    });
+    line.append(...cells[r]);
+    body.prepend(line);
+  });
+  table.append(make("thead", {}, head), body);
+  roving(table, cells, onlook);
+  return table;
+}
+
+/** One stop of the Tab key for all of cells[row][column]; arrows, Home and End move inside. */
+export function roving(container, cells, onlook) {
+  let here = null;
+  const look = (node) => {
+    const [r, c] = [Number(node.dataset.r), Number(node.dataset.c)];
+    here?.classList.remove("here");
+    here?.setAttribute("tabindex", -1);
+    here = node;
+    here.classList.add("here");
+    here.setAttribute("tabindex", 0);
+    onlook(r, c);
+  };
+  const of = (event) => event.target.closest("[data-r]");
+  container.addEventListener("pointerover", (event) => event.pointerType === "mouse" && of(event) && look(of(event)));
+  container.addEventListener("focusin", (event) => of(event) && look(of(event)));
+  container.addEventListener("click", (event) => of(event)?.focus({ preventScroll: true }));
+  container.addEventListener("keydown", (event) => {
+    const node = of(event);
+    if (!node) return;
+    const [r, c] = [Number(node.dataset.r), Number(node.dataset.c)], last = cells[r].length - 1;
+    const to = { ArrowUp: [r + 1, c], ArrowDown: [r - 1, c], ArrowLeft: [r, c - 1], ArrowRight: [r, c + 1], Home: [r, 0], End: [r, last] }[event.key];
+    if (!to || !cells[to[0]]?.[to[1]]) return;
+    event.preventDefault();
+    cells[to[0]][to[1]].focus();
+  });
+  const start = cells.at(-1)?.at(-1);
+  if (start) look(start);
+}
+
+export function key(...entries) {
+  const node = make("p", { class: "key" });
+  for (const [from, to, both] of entries) node.append(make("span", {}, from, make("i", { class: both ? "both" : null, "aria-hidden": "true" }), to));
+  return node;
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+/** T x T weights on a canvas, a pixel or more for each, in the canvas's own colour. at: [row, column] to be marked. */
+export function drawMap(canvas, weights, T, at = null) {
+  const size = Math.round(canvas.clientWidth * (globalThis.devicePixelRatio || 1)) || T;
+  canvas.width = canvas.height = size;
+  const pen = canvas.getContext("2d"), side = size / T;
+  pen.fillStyle = getComputedStyle(canvas).color;
+  for (let i = 0; i < T; i++) {
+    for (let j = 0; j <= i; j++) {
+      const weight = weights[i * T + j];
+      if (weight < 0.004) continue;
+      pen.globalAlpha = Math.sqrt(weight);  // small weights are seen, too
+      const [x, y] = [Math.round(j * side), Math.round(i * side)];
+      pen.fillRect(x, y, Math.round((j + 1) * side) - x, Math.round((i + 1) * side) - y);
+    }
+  }
+  pen.globalAlpha = 1;
+  if (!at) return;
+  pen.strokeStyle = getComputedStyle(canvas.parentElement).color;
+  pen.lineWidth = Math.max(1, size / 250);
+  pen.strokeRect(at[1] * side, at[0] * side, side, side);
+  pen.globalAlpha = 0.4;
+  pen.strokeRect(0, at[0] * side, (at[0] + 1) * side, side);
+}
+
+// ---- the loss -------------------------------------------------------------------------------------------------------
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function svg(tag, attributes, ...children) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+/** train: [[step, loss], ...]; held: of the text held out; until: where the training ends. */
+export function lossChart({ train, held, until }) {
+  const [W, H, left, right, top, bottom] = [560, 250, 34, 70, 10, 24];
+  const values = [...train, ...held].map(([, loss]) => loss);
+  const most = Math.max(...values, 0.1), least = Math.min(...values, most - 0.1);
+  const [low, high, gap] = ticksOf(least, most);
+  const x = (step) => left + (W - left - right) * step / Math.max(1, until);
+  const y = (loss) => top + (H - top - bottom) * (high - loss) / (high - low);
+  const path = (points) => points.map(([step, loss], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("");
+  const last = train.at(-1), lastHeld = held.at(-1);
+  const words = last ? `Loss on the text that is learnt: ${train[0][1].toFixed(2)} at update ${train[0][0]}, ${smooth(train).at(-1)[1].toFixed(2)} at ` +
+    `update ${last[0]}.${lastHeld ? ` Held out: ${lastHeld[1].toFixed(2)}.` : ""}` : "No update yet";
+  const chart = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": words });
+  for (let tick = low; tick <= high + 1e-9; tick += gap) {
+    chart.append(svg("line", { class: "grid", x1: left, x2: W - right, y1: y(tick), y2: y(tick) }),
+      svg("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, String(Number(tick.toFixed(2)))));
+  }
+  for (const step of [0, until]) {
+    chart.append(svg("text", { x: x(step), y: H - 4, "text-anchor": step ? "end" : "start" }, step ? `update ${step.toLocaleString("en")}` : "0"));
+  }
+  if (!last) return chart;
+  const calm = smooth(train);
+  chart.append(svg("path", { class: "raw", d: path(thin(train)) }), svg("path", { class: "line", d: path(thin(calm)) }),
+    svg("path", { class: "held", d: path(held) }), ...held.map(([step, loss]) => svg("circle", { cx: x(step), cy: y(loss), r: 2.5 })));
+  const ends = [[calm.at(-1), "of-line", "learnt"], [lastHeld, "of-held", "held out"]].filter(([point]) => point);
+  const places = ends.map(([point]) => y(point[1]));
+  if (ends.length === 2 && Math.abs(places[0] - places[1]) < 14) {  // beside one another, not on top
+    const above = places[0] < places[1] ? 0 : 1, middle = (places[0] + places[1]) / 2;
+    places[above] = middle - 7;
+    places[1 - above] = middle + 7;
+  }
+  ends.forEach(([[step], name, words], i) => chart.append(svg("text", { class: name, x: x(step) + 8, y: places[i] + 4 }, words)));
+  return chart;
+}
+
+/** Round numbers that enclose two: [low, high, gap]. */
+function ticksOf(least, most) {
+  const rough = (most - least) / 4 || 0.1, power = 10 ** Math.floor(Math.log10(rough));
+  const gap = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough);
+  return [Math.floor(least / gap) * gap, Math.ceil(most / gap) * gap, gap];
+}
+
+/** A running mean, that starts at once. */
+export function smooth(points, keep = 0.9) {
+  let mean = 0, weight = 0;
+  return points.map(([step, loss]) => {
+    mean = keep * mean + (1 - keep) * loss;
+    weight = keep * weight + 1 - keep;
+    return [step, mean / weight];
+  });
+}
+
+function thin(points, most = 600) {
+  const step = Math.ceil(points.length / most);
+  return step < 2 ? points : points.filter((_, i) => i % step === 0 || i === points.length - 1);
+}

@@ -1,0 +1,1 @@
+export function setUpLooking(){} export function lookByItself(){} export async function takeLens(){}

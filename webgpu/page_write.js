@@ -1,0 +1,204 @@
+// Writing: the text as it comes, and what the model had considered at each token.
+
+import { $, alone, attempt, count, during, heard, idsOf, make, needModel, numberOf, page, seen } from "./page_common.js";
+import { bars } from "./page_draw.js";
+
+// The sheet: the ids of the prompt, and for each token that follows {id, top, forced, node}. enc is the tokenizer of the
+// model that wrote it; at: the token that is looked at, null: always the newest.
+const sheet = { prompt: [], written: [], enc: null, model: null, at: null, stream: null };
+let current = null;  // the writing that goes on: {abort, done}
+let frame = 0;
+
+export const isWriting = () => current !== null;
+
+/** Settles once nothing is being written. */
+export async function notWriting() {
+  while (current) await current.done;
+}
+
+export async function stopWriting() {
+  current?.abort.abort();
+  await notWriting();
+}
+
+/** Begin a new text with the prompt. If the page does so by itself, a prompt that the model cannot read is left out. */
+export function beginText({ byItself = false } = {}) {
+  return attempt("write-wrong", async () => {
+    const model = needModel(), options = settings();
+    let text = $("prompt").value, ids;
+    try {
+      ids = idsOf(model, text);
+    } catch (error) {
+      if (!byItself || !model.enc) throw error;
+      [text, ids] = ["", [model.enc.bos]];
+    }
+    await stopWriting();
+    Object.assign(sheet, { prompt: ids, written: [], enc: model.enc, model, at: null });
+    $("sheet").replaceChildren(make("span", { class: "yours" }, text));
+    restream();
+    await goOn(options);
+  });
+}
+
+/** Cut the text at its i-th token, put another one there, and go on. */
+function take(i, id) {
+  return attempt("write-wrong", async () => {
+    const model = needModel(), options = settings();
+    await stopWriting();
+    if (model !== sheet.model || !sheet.written[i]) return;
+    const { top } = sheet.written[i];
+    sheet.written.splice(i).forEach(({ node }) => node.remove());
+    $("sheet").querySelector(".end")?.remove();
+    restream();
+    append({ id, top, forced: true });
+    sheet.at = null;
+    await goOn({ ...options, max_new_tokens: Math.max(1, options.max_new_tokens - sheet.written.length), seed: (options.seed + i + 1) % 2 ** 32 });
+  });
+}
+
+function settings() {
+  const [temperature, top_k, top_p, min_p] = ["temperature", "top_k", "top_p", "min_p"].map(numberOf);
+  return { temperature, top_k, top_p, min_p, max_new_tokens: numberOf("length"),
+    seed: numberOf("seed") ?? Math.floor(Math.random() * 2 ** 32) };
+}
+
+async function goOn(options) {
+  const abort = new AbortController();
+  let over;
+  current = { abort, done: new Promise((resolve) => { over = resolve; }) };
+  $("write").textContent = "Stop";
+  const caret = make("span", { class: "caret", "aria-hidden": "true" });
+  $("sheet").append(caret);
+  try {
+    await during("write", "Writing", () => drawTokens(options, abort.signal));
+  } finally {
+    caret.remove();
+    $("write").textContent = "Write";
+    current = null;
+    over();
+    draw();
+  }
+}
+
+async function drawTokens(options, signal) {
+  const { model } = sheet, { block_size } = model.config, before = sheet.written.length;
+  let ids = [...sheet.prompt, ...sheet.written.map(({ id }) => id)];
+  if (ids.length > block_size) ids = ids.slice(-Math.ceil(block_size / 2));
+  const tokens = model.generate(ids, { ...options, signal, probabilities: true });
+  let began = 0;
+  for (;;) {
+    const { value, done } = await alone(() => tokens.next());
+    if (done || signal.aborted) break;
+    if (value.token === sheet.enc?.eot) {
+      $("sheet").append(make("span", { class: "end" }, " – here its text ends –"));
+      break;
+    }
+    began ||= performance.now();
+    append({ id: value.token, top: value.top, forced: false });
+    const n = sheet.written.length - before, pace = (n - 1) / (performance.now() - began) * 1000;
+    $("pace").textContent = `${count(sheet.written.length)} tokens${n > 1 ? `, ${pace < 10 ? pace.toFixed(1) : count(pace)} a second` : ""} · seed ${options.seed}`;
+    frame ||= requestAnimationFrame(draw);
+  }
+  await tokens.return();
+}
+
+// ---- the sheet ------------------------------------------------------------------------------------------------------
+
+/** A stream that has heard all that stands on the sheet: a character may be cut between two tokens. */
+function restream() {
+  sheet.stream = sheet.enc?.stream();
+  sheet.written.forEach(({ id }) => sheet.stream?.push(id));
+}
+
+function append(entry) {
+  const { id, top, forced } = entry, p = top?.find(([other]) => other === id)?.[1] ?? Math.min(0.02, top?.at(-1)[1] ?? 1);
+  const surprise = forced ? 0 : Math.min(1, Math.max(0, -Math.log2(p) / 6 - 0.15));
+  const text = sheet.stream ? sheet.stream.push(id) : ` ${id}`;
+  entry.node = make("span", { class: forced ? "t forced" : "t", "--s": surprise.toFixed(2), "data-i": sheet.written.length }, text);
+  sheet.written.push(entry);
+  const view = $("sheet"), atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
+  const caret = view.querySelector(".caret");
+  if (caret) caret.before(entry.node);
+  else view.append(entry.node);
+  if (atEnd) view.scrollTop = view.scrollHeight;
+}
+
+/** The bars and the slider, of the token that is looked at. */
+function draw() {
+  frame = 0;
+  const n = sheet.written.length, i = Math.min(sheet.at ?? n - 1, n - 1), entry = sheet.written[i];
+  const scrub = $("scrub");
+  scrub.disabled = !n;
+  scrub.max = Math.max(1, n);
+  scrub.value = i + 1;
+  $("sheet").querySelector(".at")?.classList.remove("at");
+  if (!entry) {
+    bars($("next"), sheet.enc, []);
+    $("scrub-says").textContent = "Look back";
+    return;
+  }
+  if (sheet.at !== null) entry.node.classList.add("at");
+  $("scrub-says").textContent = `Token ${count(i + 1)} of ${count(n)}`;
+  const rows = (entry.top ?? []).map(([id, p]) => ({ id, p, taken: id === entry.id }));
+  scrub.setAttribute("aria-valuetext", `token ${i + 1}: ${heard(sheet.enc, entry.id)}. Best: ` +
+    rows.slice(0, 3).map(({ id, p }) => `${heard(sheet.enc, id)} ${Math.round(100 * p)}%`).join(", "));
+  if (rows.length && !rows.some(({ taken }) => taken)) {
+    rows.push({ id: entry.id, p: 0, taken: true, words: `< ${Math.max(1, Math.ceil(100 * rows.at(-1).p))}%` });
+  }
+  bars($("next"), sheet.enc, rows, (id) => id === entry.id && !entry.forced ? look(i) : take(i, id));
+}
+
+function look(i) {
+  sheet.at = i;
+  draw();
+}
+
+const tokenAt = (event) => event.target.closest?.(".t");
+
+function listen() {
+  const view = $("sheet");
+  let pinned = null;
+  view.addEventListener("pointerover", (event) => {
+    if (event.pointerType === "mouse" && tokenAt(event)) look(Number(tokenAt(event).dataset.i));
+  });
+  view.addEventListener("pointerleave", () => {
+    sheet.at = pinned !== null && pinned < sheet.written.length ? pinned : null;
+    draw();
+  });
+  view.addEventListener("click", (event) => {
+    pinned = tokenAt(event) ? Number(tokenAt(event).dataset.i) : null;
+    sheet.at = pinned;
+    draw();
+  });
+  $("scrub").addEventListener("input", (event) => {
+    const i = Number(event.target.value) - 1;
+    pinned = i === sheet.written.length - 1 ? null : i;
+    sheet.at = pinned;
+    draw();
+    sheet.written[i]?.node.scrollIntoView({ block: "nearest" });
+  });
+}
+
+/** The text on the sheet up to the token that is looked at, for the panels. */
+export function textSoFar() {
+  if (!sheet.enc) return "";
+  const ids = sheet.written.slice(0, (sheet.at ?? sheet.written.length - 1) + 1).map(({ id }) => id);
+  return ($("sheet").querySelector(".yours")?.textContent ?? "") + sheet.enc.decode(ids);
+}
+
+export function setUpWriting() {
+  listen();
+  $("write-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (current) current.abort.abort();
+    else beginText();
+  });
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    beginText();
+  });
+  const mark = () => $("sheet").classList.toggle("marked", $("mark").checked);
+  $("mark").addEventListener("change", mark);
+  mark();
+}
