@@ -34,7 +34,7 @@ export function heatMap({ caption, rows, columns, cell, onlook }) {
     cells[r] = columns.map((column, c) => {
       const { text, share, says } = cell(r, c), size = Math.min(1, Math.abs(share) || 0);
       return make("td", { role: "gridcell", tabindex: -1, "aria-label": says, "--s": size.toFixed(3),
-        class: [size > 0.55 && "strong", share < 0 && "down"].filter(Boolean).join(" "), "data-r": r, "data-c": c }, text);
+        class: `${strength(size)} ${share < 0 ? "down" : ""}`, "data-r": r, "data-c": c }, text);
     });
     line.append(...cells[r]);
     body.prepend(line);
@@ -43,6 +43,9 @@ export function heatMap({ caption, rows, columns, cell, onlook }) {
   roving(table, cells, onlook);
   return table;
 }
+
+/** The class of a ground of so much colour, on which some inks cannot be read. */
+export const strength = (share) => share > 0.85 ? "strong" : share > 0.6 ? "half" : "";
 
 /** One stop of the Tab key for all of cells[row][column]; arrows, Home and End move inside. */
 export function roving(container, cells, onlook) {
@@ -81,11 +84,12 @@ export function key(...entries) {
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
-/** T x T weights on a canvas, a pixel or more for each, in the canvas's own colour. at: [row, column] to be marked. */
-export function drawMap(canvas, weights, T, at = null) {
-  const size = Math.round(canvas.clientWidth * (globalThis.devicePixelRatio || 1)) || T;
-  canvas.width = canvas.height = size;
-  const pen = canvas.getContext("2d"), side = size / T;
+/** T x T weights on a canvas, in its own colour: rows look at columns. at: [row, column] to be marked. labels: of the
+ *  rows, which stand in the empty half, right of the diagonal. */
+export function drawMap(canvas, weights, T, { at = null, labels = null } = {}) {
+  const scale = globalThis.devicePixelRatio || 1, size = Math.round(canvas.clientHeight * scale) || T, side = size / T;
+  [canvas.width, canvas.height] = [Math.round(canvas.clientWidth * scale) || T, size];
+  const pen = canvas.getContext("2d"), ink = getComputedStyle(canvas.parentElement).color;
   pen.fillStyle = getComputedStyle(canvas).color;
   for (let i = 0; i < T; i++) {
     for (let j = 0; j <= i; j++) {
@@ -97,12 +101,20 @@ export function drawMap(canvas, weights, T, at = null) {
     }
   }
   pen.globalAlpha = 1;
-  if (!at) return;
-  pen.strokeStyle = getComputedStyle(canvas.parentElement).color;
-  pen.lineWidth = Math.max(1, size / 250);
-  pen.strokeRect(at[1] * side, at[0] * side, side, side);
-  pen.globalAlpha = 0.4;
-  pen.strokeRect(0, at[0] * side, (at[0] + 1) * side, side);
+  pen.strokeStyle = pen.fillStyle = ink;
+  pen.lineWidth = scale;
+  if (at) {
+    pen.strokeRect(at[1] * side, at[0] * side, side, side);
+    pen.globalAlpha = 0.4;
+    pen.strokeRect(0, at[0] * side, (at[0] + 1) * side, side);
+  }
+  if (!labels || side < 11 * scale) return;
+  pen.font = `${Math.min(13 * scale, 0.8 * side)}px ui-monospace, Menlo, Consolas, monospace`;
+  pen.textBaseline = "middle";
+  labels.forEach((label, i) => {
+    pen.globalAlpha = at && (i === at[0] || i === at[1]) ? 1 : 0.6;
+    pen.fillText(label.slice(0, 16), (i + 1) * side + 5 * scale, (i + 0.5) * side);
+  });
 }
 
 // ---- the loss -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // The ladder of kernels, and what they measure.
 
 import { $, alone, attempt, during, make, needModel, onModel, page } from "./page_common.js";
+import { stopWriting } from "./page_write.js";
 
 export function showLadder() {
   const { info, ladder } = page.gpu;
@@ -12,6 +13,7 @@ export function showLadder() {
 function measure() {
   return attempt("speed-wrong", async () => {
     const model = needModel(), { benchmark } = await import("./bench.js");
+    await stopWriting();
     const figures = $("figures"), button = $("measure");
     figures.hidden = false;
     figures.textContent = "";
