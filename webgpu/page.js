@@ -153,6 +153,7 @@ async function takeFiles(files) {
 }
 
 function setUpFiles() {
+  document.addEventListener("checkpoint", ({ detail }) => openModel(detail).then((well) => well && $("writing").scrollIntoView()));
   $("open").addEventListener("change", async ({ target }) => {
     await takeFiles(target.files);
     target.value = "";  // so that the same file can be chosen again
@@ -188,6 +189,7 @@ function choose(name) {
 
 function setUpTabs() {
   for (const tab of tabs()) tab.addEventListener("click", () => choose(tab.id.slice(4)));
+  document.addEventListener("choose", ({ detail }) => choose(detail));
   document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
     const all = tabs(), at = all.indexOf(document.activeElement);
     const to = { ArrowRight: (at + 1) % all.length, ArrowLeft: (at + all.length - 1) % all.length, Home: 0, End: all.length - 1 }[event.key];

@@ -170,8 +170,9 @@ function ticksOf(least, most) {
   return [Math.floor(least / gap) * gap, Math.ceil(most / gap) * gap, gap];
 }
 
-/** A running mean, that starts at once. */
-export function smooth(points, keep = 0.9) {
+/** A running mean, over more points the more there are. */
+export function smooth(points) {
+  const keep = Math.min(0.95, points.length / (points.length + 8));
   let mean = 0, weight = 0;
   return points.map(([step, loss]) => {
     mean = keep * mean + (1 - keep) * loss;

@@ -1,1 +1,417 @@
-export function setUpTraining(){} export function offerRun(){} export async function takeText(){}
+// Training: the text, the settings, the run with its chart and samples, and what is kept of it should the tab close.
+
+import { UserError } from "./errors.js";
+import { parametersOf } from "./gpt.js";
+import { $, alone, attempt, count, doing, during, idsOf, make, many, needModel, notice, numberOf, onModel, page, say } from "./page_common.js";
+import { lossChart, smooth } from "./page_draw.js";
+import { discardRun, keepText, keptRun, keptText, recall, remember, saveRun } from "./page_store.js";
+import { isWriting, notWriting } from "./page_write.js";
+import { byteTokenizer, charTokenizer } from "./tokenizer.js";
+import { configOf, Trainer } from "./train.js";
+
+const SHOWN = 200_000;       // characters of a text that can be edited
+const LARGEST = 50_000_000;  // bytes of a text
+const OFTEN = 20_000;        // milliseconds from save to save
+const SETTINGS = ["batch_size", "learning_rate", "max_iters"];
+const OWN_CODE = ["gpt.js", "gpu.js", "train.js", "inside.js", "tokenizer.js", "safetensors.js"];
+
+// The run: {trainer, name, text, state: going | paused | ended, train, held: [[step, loss]], kept, saved: step, ...}
+let run = null;
+
+// ---- the text -------------------------------------------------------------------------------------------------------
+
+const source = { name: "", text: null };  // text: one that is too long for its field; null: what the field holds
+let timer = 0;
+
+const textNow = () => source.text ?? $("text").value;
+
+function setText(text, name) {
+  const long = text.length > SHOWN;
+  Object.assign(source, { name, text: long ? text : null });
+  $("text").value = long ? `${text.slice(0, 5000)}\n…` : text;
+  $("text").readOnly = long;
+  remember("text", { name, long, text: long ? "" : text });
+  if (long) keepText(text).catch(() => {});  // where there is no such store, the file has to be dropped again
+  describe();
+}
+
+async function recallText() {
+  const kept = recall("text");
+  if (!kept) return ownCode();
+  const text = kept.long ? await keptText() : kept.text;
+  if (text !== null) setText(text, kept.name);
+}
+
+/** A text to begin with, that is always at hand: this page's own. */
+async function ownCode() {
+  const parts = await Promise.all(OWN_CODE.map((name) => fetch(name).then((answer) => answer.ok ? answer.text() : "")));
+  setText(parts.join("\n"), "this page's own code");
+}
+
+/** A file that was dropped or chosen. */
+export async function takeText(file) {
+  await attempt("train-wrong", async () => {
+    if (file.size > LARGEST) throw new UserError(`${file.name} is larger than ${LARGEST / 1e6} MB: take a part of it, or python train.py.`);
+    let text;
+    try {
+      text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+    } catch {
+      throw new UserError(`${file.name} is not in UTF-8: save it as a UTF-8 text.`);
+    }
+    setText(text.replaceAll("\r\n", "\n"), file.name);
+  });
+}
+
+// ---- the settings ---------------------------------------------------------------------------------------------------
+
+function sizes() {
+  const [n_layer, n_head, n_embd, block_size] = ["n_layer", "n_head", "n_embd", "block_size"].map(numberOf);
+  if (n_embd % (2 * n_head)) throw new UserError(`A width of ${n_embd} cannot be shared out to ${n_head} heads of even width: take ${Math.max(1, Math.round(n_embd / 2 / n_head)) * 2 * n_head}.`);
+  return { n_layer, n_head, n_embd, block_size };
+}
+
+function fromScratch(text) {
+  const tokenizer = $("tokens").value === "char" ? charTokenizer(text) : byteTokenizer();
+  const tokens = tokenizer.tokens.length + 1;  // and the one that ends a text
+  return { tokenizer, config: configOf({ ...sizes(), vocab_size: Math.ceil(tokens / 64) * 64 }) };
+}
+
+/** What would be trained, in a line. */
+function describe() {
+  const text = textNow(), scratch = $("begin").value === "scratch";
+  $("text-says").textContent = `${source.name ? `${source.name}, ` : ""}${count(text.length)} characters${source.text === null ? "" : ", of which the first are shown"}`;
+  for (const id of ["tokens", "n_layer", "n_head", "n_embd", "block_size"]) $(id).disabled = !scratch || isOpen();
+  let words = "";
+  try {
+    const config = scratch ? fromScratch(text).config : page.model?.config;
+    if (config) {
+      const n = [...parametersOf(config).values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
+      words = `${many(n)} parameters, ${count(numberOf("batch_size") * config.block_size)} tokens an update.`;
+    }
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    words = error.message;
+  }
+  $("train-size").textContent = words;
+}
+
+const isOpen = () => run !== null && run.state !== "ended";
+
+/** A device that is fast can have more to begin with. */
+function defaults() {
+  const larger = page.gpu.info.fallback ? {} : { n_layer: 4, n_head: 4, n_embd: 128, block_size: 128, batch_size: 16, learning_rate: 0.003, max_iters: 1000, sample_every: 100 };
+  for (const [id, value] of Object.entries(larger)) {
+    const untouched = $(id).value === $(id).defaultValue;
+    $(id).defaultValue = value;
+    if (untouched) $(id).value = value;
+  }
+}
+
+/** A model that has learnt something is changed in smaller steps. */
+function beginChanged() {
+  const scratch = $("begin").value === "scratch", rate = $("learning_rate");
+  if (!scratch && rate.value === rate.defaultValue) rate.value = 0.0005;
+  else if (scratch && rate.value === "0.0005") rate.value = rate.defaultValue;
+  if (!scratch && page.gpu?.info.fallback && $("batch_size").value === $("batch_size").defaultValue) $("batch_size").value = 2;
+  describe();
+}
+
+// ---- the run --------------------------------------------------------------------------------------------------------
+
+function start() {
+  return attempt("train-wrong", async () => {
+    if (run?.state === "paused") return resume();
+    if (!page.gpu) needModel();
+    const text = textNow(), settings = Object.fromEntries(SETTINGS.map((id) => [id, numberOf(id)]));
+    numberOf("sample_every");
+    if (!text) throw new UserError("There is no text to learn from: type or paste one, or drop a file.");
+    const model = $("begin").value === "model" ? needModel() : null;
+    if (model && !model.enc) idsOf(model, text);
+    const what = model ? { model } : fromScratch(text);
+    end();
+    const trainer = await during("train", "Making ready", () => alone(() => Trainer.create(page.gpu, { ...what, text, ...settings })));
+    begin({ trainer, text, name: source.name || "your text", train: [], held: [], samples: [], saved: 0 });
+    await claim();
+    await goOn();
+  });
+}
+
+function begin(parts) {
+  run = { state: "paused", perUpdate: 0, savedAt: performance.now(), kept: false, ...parts };
+  $("samples").replaceChildren();
+  run.samples.forEach(showSample);
+  $("train-says").textContent = "";
+  $("download-says").hidden = true;
+}
+
+/** What was trained before gives its memory back. */
+function end() {
+  run?.trainer.destroy();
+  run?.release?.();
+  run = null;
+}
+
+/** Only one tab can keep its run: the others are told so. */
+async function claim() {
+  const mine = run;
+  if (!navigator.locks || !navigator.storage?.getDirectory) {
+    $("train-says").textContent = "This browser keeps nothing: download the model before you close the tab.";
+    return;
+  }
+  await new Promise((got) => navigator.locks.request("tinygpt training", { ifAvailable: true }, (lock) => {
+    mine.kept = Boolean(lock);
+    if (!lock) $("train-says").textContent = "Another tab is training, and only one run is kept: download this one before you close the tab.";
+    got();
+    return lock ? new Promise((release) => { mine.release = release; }) : null;
+  }));
+}
+
+/** Go on with other settings, as far as they can be changed. */
+function resume() {
+  const { trainer } = run, max_iters = numberOf("max_iters");
+  if (trainer.updates >= max_iters) throw new UserError(`All ${count(max_iters)} updates are done: for more, raise the number of updates.`);
+  Object.assign(trainer.settings, { max_iters, learning_rate: numberOf("learning_rate") });
+  return goOn();
+}
+
+async function goOn() {
+  const mine = run, { trainer } = mine;
+  mine.state = "going";
+  show();
+  try {
+    await during("train", "Training", async () => {
+      if (!mine.held.length) await judge(mine);
+      while (mine.state === "going" && trainer.updates < trainer.settings.max_iters) {
+        if (isWriting()) await letWrite();
+        await update(mine);
+      }
+      if (mine.held.at(-1)[0] !== trainer.updates) await judge(mine);
+      await keep(mine);
+    });
+  } catch (error) {
+    if (page.lost || !(error instanceof UserError)) mine.kept = false;
+    if (page.lost) end();
+    throw error;
+  } finally {
+    if (mine.state === "going") mine.state = "paused";
+    show();
+  }
+  const all = trainer.updates >= trainer.settings.max_iters;
+  $("train-says").textContent = `${all ? "All updates are done" : mine.state === "ended" ? "Stopped" : "Paused"} at update ${count(trainer.updates)}.` +
+    (mine.kept ? " The run is kept in this browser until another one begins." : "");
+}
+
+async function letWrite() {
+  doing("train", "Training waits");
+  await notWriting();
+  doing("train", "Training");
+}
+
+async function update(mine) {
+  const { trainer } = mine, every = Number($("sample_every").value) || 50, began = performance.now();
+  const { step, loss, norm } = await alone(() => trainer.step());
+  if (!Number.isFinite(loss) || !Number.isFinite(norm)) {
+    mine.state = "ended";
+    throw new UserError(`At update ${step} the loss is no number any more: begin again with a smaller learning rate.` +
+      (mine.saved ? ` What is kept is update ${mine.saved}.` : ""));
+  }
+  const time = performance.now() - began;
+  mine.perUpdate = mine.perUpdate ? 0.9 * mine.perUpdate + 0.1 * time : time;
+  mine.train.push([step, loss]);
+  if (step % Math.max(1, Math.round(trainer.settings.max_iters / 40)) === 0) await judge(mine);
+  if (step % every === 0) await sample(mine);
+  if (performance.now() - mine.savedAt > OFTEN) await keep(mine);
+  showSoon();
+}
+
+async function judge(mine) {
+  mine.held.push([mine.trainer.updates, await alone(() => mine.trainer.evaluate())]);
+}
+
+async function sample(mine) {
+  const { trainer } = mine, { enc } = trainer, step = trainer.updates;
+  let first = [enc.bos];
+  try {
+    first = [...enc.encode("\n")];
+  } catch {}  // a text of one line: there is no such character
+  const tokens = trainer.model.generate(first, { max_new_tokens: enc.kind === "bpe" ? 60 : 160, temperature: 0.8, seed: step }), ids = [];
+  for (;;) {
+    const { value, done } = await alone(() => tokens.next());
+    if (done || value.token === enc.eot) break;
+    ids.push(value.token);
+  }
+  await tokens.return();
+  mine.samples.push({ step, loss: smooth(mine.train).at(-1)[1], text: enc.decode(ids) });
+  mine.samples = mine.samples.slice(-20);
+  if (mine === run) showSample(mine.samples.at(-1));
+}
+
+// ---- what is shown of it --------------------------------------------------------------------------------------------
+
+function showSample({ step, loss, text }) {
+  $("samples").prepend(make("li", {}, make("b", {}, `update ${count(step)}, loss ${loss.toFixed(2)}`), make("p", {}, text)));
+  while ($("samples").children.length > 20) $("samples").lastChild.remove();
+}
+
+let waiting = false;
+
+function showSoon() {
+  if (waiting) return;
+  waiting = true;
+  setTimeout(() => {
+    waiting = false;
+    showCourse();
+  }, 200);
+}
+
+const clock = (seconds) => seconds < 90 ? `${Math.ceil(seconds)} s` : seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+
+function showCourse() {
+  if (!run) return;
+  const { trainer, train, held, perUpdate } = run, { batch_size, max_iters } = trainer.settings;
+  $("m-step").textContent = `${count(trainer.updates)} of ${count(max_iters)}`;
+  $("m-loss").textContent = train.length ? smooth(train.slice(-200)).at(-1)[1].toFixed(3) : "–";
+  $("m-val").textContent = held.length ? held.at(-1)[1].toFixed(3) : "–";
+  $("m-pace").textContent = perUpdate ? count(1000 * batch_size * trainer.config.block_size / perUpdate) : "–";
+  $("m-left").textContent = perUpdate && run.state === "going" ? clock((max_iters - trainer.updates) * perUpdate / 1000) : "–";
+  $("chart").replaceChildren(lossChart({ train, held, until: max_iters }));
+  $("after").hidden = !trainer.updates;
+  $("samples-title").hidden = !run.samples.length;
+}
+
+function show() {
+  const state = run?.state;
+  $("start").textContent = state === "paused" ? "Resume" : "Start";
+  $("start").hidden = state === "going";
+  $("pause").hidden = state !== "going";
+  $("stop").hidden = !isOpen();
+  for (const id of ["begin", "batch_size"]) $(id).disabled = isOpen();
+  describe();
+  showCourse();
+}
+
+function pause(state) {
+  const wasGoing = run.state === "going";
+  run.state = state;
+  show();
+  if (!wasGoing) return attempt("train-wrong", () => keep(run));
+}
+
+// ---- files ----------------------------------------------------------------------------------------------------------
+
+/** Keep the run, for the next time that this page is opened. */
+async function keep(mine) {
+  if (!mine.kept || mine.saving || mine.saved === mine.trainer.updates) return;
+  mine.saving = true;
+  try {
+    const { name, text, train, held, samples, trainer } = mine, { checkpoint, optimizer } = await alone(() => trainer.save());
+    const step = trainer.updates, settings = { max_iters: trainer.settings.max_iters, learning_rate: trainer.settings.learning_rate };
+    await saveRun({ checkpoint, optimizer, text: mine.textKept ? null : text }, { name, step, settings, train, held, samples, when: Date.now() });
+    Object.assign(mine, { saved: step, savedAt: performance.now(), textKept: true });
+  } catch (error) {
+    if (page.lost) throw error;
+    mine.kept = false;  // a full disk, most likely: go on without
+    console.warn(error);
+    $("train-says").textContent = "The run could not be kept in this browser (is its storage full?): download it before you close the tab.";
+  } finally {
+    mine.saving = false;
+  }
+}
+
+let offer = null;
+
+/** On opening: the run that is kept, if there is one and no other tab has it. */
+export async function offerRun() {
+  defaults();
+  offer?.remove();
+  const held = await navigator.locks?.query();
+  if (run || !held || held.held.some(({ name }) => name === "tinygpt training")) return;
+  const kept = await keptRun();
+  if (!kept || run) return;
+  const { name, step, settings, when } = kept.state;
+  const time = new Date(when).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
+  offer = notice(`A training run on ${name} is kept from ${time}: update ${count(step)} of ${count(settings.max_iters)}.`,
+    { Continue: () => goOnWith(kept), Discard: () => discardRun() });
+}
+
+function goOnWith({ files, state }) {
+  document.dispatchEvent(new CustomEvent("choose", { detail: "train" }));
+  return attempt("train-wrong", async () => {
+    if (!page.gpu) needModel();
+    const text = await files.text.text(), { checkpoint, optimizer } = files;
+    const trainer = await during("train", "Making ready", () => alone(() =>
+      Trainer.create(page.gpu, { resume: { checkpoint, optimizer }, text, ...state.settings })));
+    begin({ trainer, text, name: state.name, train: state.train, held: state.held, samples: state.samples, saved: trainer.updates, textKept: true });
+    $("max_iters").value = state.settings.max_iters;
+    $("learning_rate").value = state.settings.learning_rate;
+    show();
+    await claim();
+    if (trainer.updates < trainer.settings.max_iters) await goOn();
+  });
+}
+
+function download() {
+  return attempt("train-wrong", async () => {
+    const { checkpoint, name, optimizer, optimizerName } = await alone(() => run.trainer.save());
+    for (const [blob, file] of [[checkpoint, name], [optimizer, optimizerName]]) {
+      const url = URL.createObjectURL(blob);
+      make("a", { href: url, download: file }).click();
+      setTimeout(() => URL.revokeObjectURL(url), 60_000);
+    }
+    $("download-says").hidden = false;
+  });
+}
+
+/** Write with what was trained, and look inside. */
+function adopt() {
+  return attempt("train-wrong", async () => {
+    const { checkpoint } = await alone(() => run.trainer.save());
+    const file = new File([checkpoint], `trained-${run.trainer.updates}.safetensors`);
+    document.dispatchEvent(new CustomEvent("checkpoint", { detail: file }));
+  });
+}
+
+// ---- setting up -----------------------------------------------------------------------------------------------------
+
+export function setUpTraining() {
+  $("train-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    start();
+  });
+  $("pause").addEventListener("click", () => pause("paused"));
+  $("stop").addEventListener("click", () => pause("ended"));
+  $("download").addEventListener("click", download);
+  $("adopt").addEventListener("click", adopt);
+  $("own-code").addEventListener("click", () => attempt("train-wrong", ownCode));
+  $("empty-text").addEventListener("click", () => { setText("", ""); $("text").focus(); });
+  const typed = () => {
+    clearTimeout(timer);
+    if (source.text === null) remember("text", { name: source.name, long: false, text: $("text").value });
+  };
+  $("text").addEventListener("input", () => {
+    source.name = "";
+    clearTimeout(timer);
+    timer = setTimeout(() => { typed(); describe(); }, 300);
+  });
+  $("begin").addEventListener("change", beginChanged);
+  $("train-form").addEventListener("change", ({ target }) => target.id !== "text" && describe());
+  onModel(describe);
+  let seen = false;
+  document.addEventListener("panel", ({ detail }) => {
+    if (detail !== "train" || seen) return;
+    seen = true;
+    if (!$("text").value) attempt("train-wrong", recallText);
+    showEmpty();
+  });
+  const hide = () => {
+    if (seen) typed();
+    if (run?.state === "going") keep(run).catch(() => {});
+  };
+  addEventListener("pagehide", hide);
+  document.addEventListener("visibilitychange", () => document.hidden && hide());
+}
+
+function showEmpty() {
+  if (!run) $("chart").replaceChildren(lossChart({ train: [], held: [], until: Number($("max_iters").value) || 1 }));
+  describe();
+}
