@@ -128,9 +128,10 @@ function svg(tag, attributes, ...children) {
   return node;
 }
 
-/** train: [[step, loss], ...]; held: of the text held out; until: where the training ends. */
-export function lossChart({ train, held, until }) {
-  const [W, H, left, right, top, bottom] = [560, 250, 34, 70, 10, 24];
+/** train: [[step, loss], ...]; held: of the text held out; until: where the training ends;
+ *  W: pixels of width. */
+export function lossChart({ train, held, until, W = 560 }) {
+  const [H, left, right, top, bottom] = [250, 34, 66, 10, 24];
   const values = [...train, ...held].map(([, loss]) => loss);
   const most = Math.max(...values, 0.1), least = Math.min(...values, most - 0.1);
   const [low, high, gap] = ticksOf(least, most);

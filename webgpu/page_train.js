@@ -274,7 +274,7 @@ function showCourse() {
   $("m-val").textContent = held.length ? held.at(-1)[1].toFixed(3) : "–";
   $("m-pace").textContent = perUpdate ? count(1000 * batch_size * trainer.config.block_size / perUpdate) : "–";
   $("m-left").textContent = perUpdate && run.state === "going" ? clock((max_iters - trainer.updates) * perUpdate / 1000) : "–";
-  $("chart").replaceChildren(lossChart({ train, held, until: max_iters }));
+  $("chart").replaceChildren(lossChart({ train, held, until: max_iters, W: $("chart").clientWidth || undefined }));
   $("after").hidden = !trainer.updates;
   $("samples-title").hidden = !run.samples.length;
 }
@@ -412,6 +412,6 @@ export function setUpTraining() {
 }
 
 function showEmpty() {
-  if (!run) $("chart").replaceChildren(lossChart({ train: [], held: [], until: Number($("max_iters").value) || 1 }));
+  if (!run) $("chart").replaceChildren(lossChart({ train: [], held: [], until: Number($("max_iters").value) || 1, W: $("chart").clientWidth || undefined }));
   describe();
 }
