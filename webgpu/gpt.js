@@ -382,6 +382,7 @@ export class GPT {
           offset += 1;
         }
         coming.push(arrive(steps));
+        coming.at(-1).catch(() => {});  // if the device is lost, the one that is awaited tells it
         steps += 1;
       }
       const [bytes, top] = await coming.shift(), drawnToken = new Uint32Array(bytes)[0];
