@@ -114,6 +114,19 @@ def test_matmul(kernel, turned_x, turned_w, bits, accumulate, with_bias):
         assert near(found, expected), (M, N, K)
 
 
+@pytest.mark.parametrize("turned_x, turned_w", [(0, 0), (0, 1), (1, 1)])
+def test_matmul_whole(turned_x, turned_w):
+    """Where nothing lies beside the tiles, they need no checks: the same numbers."""
+    for side, sizes in ((64, (64, 128, 48)), (128, (128, 128, 32))):
+        M, N, K = sizes
+        x, weight = numbers(M, K), weights_of(32, (N, K))
+        constants = {"TRANSPOSE_X": turned_x, "TRANSPOSE_W": turned_w, "BITS": 32}
+        arguments = (sizes, dense(weight.T if turned_w else weight, 32), NONE, x.T if turned_x else x, zeros(M, N))
+        found = matmul(side, constants | {"WHOLE": True}, *arguments)
+        assert np.array_equal(found, matmul(side, constants, *arguments))
+        assert near(found, x.astype(np.float64) @ weight.T.astype(np.float64))
+
+
 @pytest.mark.parametrize("kernel, turned, bits, group, scale_bits", [
     ("matmul", 0, 2, 64, 32), ("matmul", 1, 3, 32, 16), ("matmul", 0, 4, 128, 16), ("matmul", 1, 5, 64, 16),
     ("matmul", 0, 6, 32, 32), ("matmul", 1, 8, 128, 32), (64, 0, 3, 64, 16), (64, 1, 4, 32, 16), (64, 0, 8, 32, 32),

@@ -156,7 +156,8 @@ export class GPU {
     for (const name of ["TRANSPOSE_X", "TRANSPOSE_W", "ACCUMULATE"]) if (more[name]) settings[name] = true;
     const SIDE = more.tile ?? this.paths.tile;
     if (SIDE) {
-      plan.add("matmul_tiled", { SIDE, ...settings }, [M, N, K], buffers, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]);
+      const WHOLE = M % SIDE === 0 && N % SIDE === 0 && K % 16 === 0 && { WHOLE: true };
+      plan.add("matmul_tiled", { SIDE, ...WHOLE, ...settings }, [M, N, K], buffers, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]);
     } else {
       plan.add("matmul", settings, [M, N, K], buffers, [Math.ceil(N / 32), Math.ceil(M / 32)]);
     }
@@ -289,7 +290,7 @@ export async function climb(gpu, onStep = () => {}) {
     told("tiles in shared memory", false, "left out: slow where the processor plays the graphics card");
   } else {
     const [M, N, K] = [512, 512, 512];
-    const sizes = await race(gpu, "matmul", { M, N, K }, [64, 128].map((SIDE) => ["matmul_tiled", { SIDE }, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]]));
+    const sizes = await race(gpu, "matmul", { M, N, K }, [64, 128].map((SIDE) => ["matmul_tiled", { SIDE, WHOLE: true }, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]]));
     const good = sizes.filter(({ error, speedup }) => error < GATE && speedup > 1);
     const best = good.sort((a, b) => b.speedup - a.speedup)[0];
     gpu.paths.tile = best?.settings.SIDE ?? 0;

@@ -4,8 +4,10 @@
 // 16 x 16 threads make a tile of SIDE x SIDE numbers of y. Of x and W they bring tiles of 16 columns into shared memory,
 // turned so that four neighbours of a column of x, or of W, are one vector, and fetch the next tiles while they work on
 // these. A thread makes 4 x 4 numbers where SIDE is 64; where it is 128, four such blocks, 64 rows and columns apart.
+// WHOLE: M and N are multiples of SIDE and K of 16, so that nothing lies beside x and W, a tenth faster.
 
 override SIDE: u32 = 64;
+override WHOLE: bool = false;
 override TRANSPOSE_X: bool = false;
 override TRANSPOSE_W: bool = false;
 override ACCUMULATE: bool = false;
@@ -28,6 +30,7 @@ fn x_at(at: u32) -> f32 { return x[at / 4][at % 4]; }
 
 fn x4(row: u32, column: u32, height: u32, width: u32) -> vec4<f32> {
   let at = row * width + column;
+  if (WHOLE) { return x[at / 4]; }
   if (row < height && at % 4 == 0 && column + 4 <= width) { return x[at / 4]; }
   let inside = (vec4(column) + vec4(0u, 1, 2, 3) < vec4(width)) & vec4(row < height);
   return select(vec4(0.0), vec4(x_at(at), x_at(at + 1), x_at(at + 2), x_at(at + 3)), inside);
@@ -41,6 +44,7 @@ fn x_block(i: u32, k: u32) -> mat4x4<f32> {  // a vector is a column of x
 }
 
 fn w4(row: u32, column: u32) -> vec4<f32> {
+  if (WHOLE) { return weight4(row, column, select(p.K, p.N, TRANSPOSE_W)); }
   if (TRANSPOSE_W) { return weight4_inside(row, column, p.K, p.N); }
   return weight4_inside(row, column, p.N, p.K);
 }

@@ -1,19 +1,18 @@
 enable subgroups;
 // y = x W^T + bias for one x and packed weights of 4 or 8 bits (see weights.wgsl), as fast as memory brings them.
 //
-// A subgroup makes ROWS numbers of y. A lane takes a vector of four words of each of the rows, 32 or 16 weights of one
-// group, unpacks them in registers, and multiplies them with the same numbers of x, which are read once for all rows:
-// sum w x = scale sum q x + bias sum x.
+// A subgroup makes four numbers of y, which are the components of its vectors. A lane takes two neighbouring words of
+// each of the four rows, all of one group, unpacks them in registers and multiplies them with x:
+// sum w x = scale sum q x + bias sum x. It goes on for twice the subgroup's width, so that more is on its way at a time.
 
 override BITS: u32 = 4;
 override GROUP: u32 = 64;
 override SCALE_BITS: u32 = 16;
 override BIAS: bool = false;
-const ROWS = 4u;
 
 struct Params { N: u32, K: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;
+@group(0) @binding(1) var<storage, read> weights: array<vec2<u32>>;
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
 @group(0) @binding(3) var<storage, read> biases: array<u32>;
 @group(0) @binding(4) var<storage, read> bias: array<f32>;
@@ -32,42 +31,53 @@ fn scale_and_bias(group: u32) -> vec2<f32> {
   return vec2(bitcast<f32>(scales[group]), bitcast<f32>(biases[group]));
 }
 
+// Four columns of each row, from a bit of its word on, times four numbers of x.
+fn four(words: vec4<u32>, bit: u32, a: vec4<f32>) -> vec4<f32> {
+  let mask = vec4((1u << BITS) - 1);
+  return vec4<f32>((words >> vec4(bit)) & mask) * a.x + vec4<f32>((words >> vec4(bit + BITS)) & mask) * a.y
+       + vec4<f32>((words >> vec4(bit + 2 * BITS)) & mask) * a.z + vec4<f32>((words >> vec4(bit + 3 * BITS)) & mask) * a.w;
+}
+
+// What the two words at a place of each row give. rows: their numbers; width: of a row, in pairs of words.
+fn part(place: u32, rows: vec4<u32>, width: u32) -> vec4<f32> {
+  let here = min(place, width - 1);
+  let w0 = weights[rows.x * width + here];
+  let w1 = weights[rows.y * width + here];
+  let w2 = weights[rows.z * width + here];
+  let w3 = weights[rows.w * width + here];
+  let first = vec4(w0.x, w1.x, w2.x, w3.x);
+  let second = vec4(w0.y, w1.y, w2.y, w3.y);
+  let at = here * (16 / BITS);  // of the vectors of x
+  var products = four(first, 0, x[at]);
+  var of_x = x[at];
+  if (BITS == 4) {
+    products += four(first, 16, x[at + 1]) + four(second, 0, x[at + 2]) + four(second, 16, x[at + 3]);
+    of_x += x[at + 1] + x[at + 2] + x[at + 3];
+  } else {
+    products += four(second, 0, x[at + 1]);
+    of_x += x[at + 1];
+  }
+  let group = here * (64 / BITS) / GROUP;
+  let of_row = p.K / GROUP;
+  let affine = mat4x2(scale_and_bias(rows.x * of_row + group), scale_and_bias(rows.y * of_row + group),
+                      scale_and_bias(rows.z * of_row + group), scale_and_bias(rows.w * of_row + group));
+  let both = transpose(affine);
+  return select(vec4(0.0), both[0] * products + both[1] * dot(of_x, vec4(1.0)), place < width);
+}
+
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
         @builtin(local_invocation_index) thread: u32, @builtin(subgroup_size) lanes: u32,
         @builtin(subgroup_invocation_id) lane: u32) {
-  let first = ((group.x + group.y * groups.x) * (128 / lanes) + thread / lanes) * ROWS;
-  let width = p.K * BITS / 128;  // vectors a row
-  let each = 128 / BITS;         // weights a vector
+  let first = ((group.x + group.y * groups.x) * (128 / lanes) + thread / lanes) * 4;
+  let rows = min(vec4(first) + vec4(0u, 1, 2, 3), vec4(p.N - 1));
+  let width = p.K * BITS / 64;
   var sum = vec4(0.0);
-  for (var at = lane; at < width; at += lanes) {
-    var words: array<vec4<u32>, ROWS>;
-    for (var r = 0u; r < ROWS; r++) { words[r] = weights[min(first + r, p.N - 1) * width + at]; }
-    var products = vec4(0.0);
-    var of_x = 0.0;
-    for (var c = 0u; c < 4; c++) {
-      let a = x[at * each / 4 + c * each / 16];
-      if (BITS == 4) {
-        let b = x[at * each / 4 + c * 2 + 1];
-        let even = vec4(a.x, a.z, b.x, b.z);
-        let odd = vec4(a.y, a.w, b.y, b.w);
-        of_x += dot(even + odd, vec4(1.0));
-        for (var r = 0u; r < ROWS; r++) {
-          products[r] += dot(vec4<f32>(unpack4xU8(words[r][c] & 0x0f0f0f0f)), even)
-                       + dot(vec4<f32>(unpack4xU8((words[r][c] >> 4) & 0x0f0f0f0f)), odd);
-        }
-      } else {
-        of_x += dot(a, vec4(1.0));
-        for (var r = 0u; r < ROWS; r++) { products[r] += dot(vec4<f32>(unpack4xU8(words[r][c])), a); }
-      }
-    }
-    for (var r = 0u; r < ROWS; r++) {
-      let affine = scale_and_bias(min(first + r, p.N - 1) * (p.K / GROUP) + at * each / GROUP);
-      sum[r] += affine.x * products[r] + affine.y * of_x;
-    }
+  for (var place = lane; place < width; place += 2 * lanes) {
+    sum += part(place, rows, width) + part(place + lanes, rows, width);
   }
   sum = subgroupAdd(sum);
-  if (lane < ROWS && first + lane < p.N) {
+  if (lane < 4 && first + lane < p.N) {
     var total = sum[lane];
     if (BIAS) { total += bias[first + lane]; }
     y[first + lane] = total;
