@@ -44,7 +44,7 @@ fn x_block(i: u32, k: u32) -> mat4x4<f32> {  // a vector is a column of x
 }
 
 fn w4(row: u32, column: u32) -> vec4<f32> {
-  if (WHOLE) { return weight4(row, column, select(p.K, p.N, TRANSPOSE_W)); }
+  if (WHOLE && BITS == 32) { return bitcast<vec4<f32>>(weights[(row * select(p.K, p.N, TRANSPOSE_W) + column) / 4]); }
   if (TRANSPOSE_W) { return weight4_inside(row, column, p.K, p.N); }
   return weight4_inside(row, column, p.N, p.K);
 }
