@@ -12,4 +12,4 @@ out=out-playground
 
 "$python" train.py --n_layer=5 --n_head=3 --n_embd=192 --batch_size=64 --max_iters=900 --eval_interval=50 \
     --learning_rate=6e-3 --muon_lr=0.03 --weight_decay=0.6 --out_dir=$out "$@"
-"$python" hqq.py $out/best.safetensors --bits="4, embed=6" --out=webgpu/demo.safetensors
+"$python" hqq.py $out/best.safetensors --out=webgpu/demo.safetensors

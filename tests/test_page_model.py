@@ -97,9 +97,9 @@ def test_logits_and_text(name, page, server):
 
 def test_golden(page, server):
     """The page's own checkpoint writes the same text here and there, which is known."""
-    prompt = "def close(self):\n"
-    golden = ('    """Close the connection to the socket.\n\n    This method is called when the connection is closed.'
-              "\n\n    This method")
+    prompt = "raise ValueError("
+    golden = ("InvalidOperation)\n        return self._getints(InvalidOperation)\n\n    def __repr__(self):\n"
+              '        return "<')
     (server.folder / "demo.safetensors").write_bytes((ROOT / "webgpu" / "demo.safetensors").read_bytes())
     model, meta = load_checkpoint(str(server.folder / "demo.safetensors"))
     enc = Tokenizer.from_dict(meta["tokenizer"])
