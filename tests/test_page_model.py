@@ -233,7 +233,7 @@ LEARN = """
 const { GPU } = await import("/gpu.js"), { Trainer } = await import("/train.js"), gpu = await GPU.open();
 const resume = { checkpoint: fileOf(state[0], "ckpt.safetensors"), optimizer: fileOf(state[1], "optimizer") };
 const heldOut = ids.slice(0, Math.ceil(ids.length / 9) + 40);  // so that all of ids is what it learns from
-const trainer = await Trainer.create(gpu, { ids: ids.concat(heldOut), resume, max_iters: 33 });
+const trainer = await Trainer.create(gpu, { ids: ids.concat(heldOut), resume, max_iters: 3 + starts.length });
 const losses = [], written = [];
 for (const start of starts) losses.push((await trainer.step(start)).loss);
 for await (const { token } of trainer.model.generate([65], { max_new_tokens: 9, temperature: 0 })) written.push(token);
@@ -244,27 +244,43 @@ return [losses, { [name]: await textOf(checkpoint), [optimizerName]: await textO
 """
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """model.py's bytes as tokens: --data=FOLDER, and those to learn from."""
+    folder = tmp_path_factory.mktemp("data")
+    run("data.py", f"--source={ROOT / 'model.py'}", "--tokenizer=byte", f"--out={folder}")
+    return f"--data={folder}", np.fromfile(folder / "train.bin", np.uint16).tolist()
+
+
+def follow(page, data, out, settings: list[str], updates: int) -> tuple[dict, list]:
+    """From files that train.py left after three updates, so many on the page and by train.py, on the same windows: the
+    losses agree. Returns the page's files, and what its model then writes."""
+    argument, tokens = data
+    run("train.py", *TINY, *settings, argument, f"--out_dir={out}", "--max_iters=3")
+    state = [base64_of(out / name) for name in ("ckpt.safetensors", "ckpt.optimizer-3.safetensors")]
+    run("train.py", argument, f"--out_dir={out}", "--resume=True", f"--max_iters={3 + updates}")
+    starts = [np.random.default_rng([1337, step]).integers(len(tokens) - 32, size=4).tolist()
+              for step in range(3, 3 + updates)]
+    found, files, written = js(page, f"async (state, ids, starts) => {{ {FILES} {LEARN} }}", state, tokens, starts)
+    expected = losses(out)
+    np.testing.assert_allclose(found, [expected[step] for step in range(4, 4 + updates)], rtol=2e-3)  # 0.01 was asked
+    return files, written
+
+
 @pytest.mark.parametrize("settings", [
-    ["--mlp=relu2"], ["--mlp=swiglu", "--tie=False", "--n_head=2", "--n_kv_head=1", "--qkv_bias=True"],
+    ["--mlp=swiglu", "--tie=False", "--n_head=2", "--n_kv_head=1", "--qkv_bias=True"],
     ["--pos=learned", "--norm=layer", "--mlp=gelu", "--bias=True", "--qk_norm=False", "--n_head=2"],
     ["--mlp=gelu_tanh", "--sliding_window=9", "--window_pattern=SL", "--alibi=True", "--n_head=2"],
 ], ids=" ".join)
-def test_training(settings, page, server, tmp_path):
-    """From files of train.py, 30 updates on the same windows have train.py's losses; what the page saves, Python
-    resumes, and samples from."""
-    text, out = ROOT / "model.py", server.folder / "run"
-    more = [*TINY, *settings, f"--data={tmp_path / 'data'}", f"--out_dir={out}"]
-    run("data.py", f"--source={text}", "--tokenizer=byte", f"--out={tmp_path / 'data'}")
-    run("train.py", *more, "--max_iters=3")
-    state = [base64_of(out / name) for name in ("ckpt.safetensors", "ckpt.optimizer-3.safetensors")]
-    run("train.py", f"--data={tmp_path / 'data'}", f"--out_dir={out}", "--resume=True", "--max_iters=33")
-    expected = losses(out)
-    tokens = np.memmap(tmp_path / "data" / "train.bin", np.uint16, "r")
-    starts = [np.random.default_rng([1337, step]).integers(len(tokens) - 32, size=4).tolist() for step in range(3, 33)]
-    found, files, written = js(page, f"async (state, ids, starts) => {{ {FILES} {LEARN} }}", state, tokens.tolist(),
-                               starts)
-    np.testing.assert_allclose(found, [expected[step] for step in range(4, 34)], rtol=2e-3)  # 0.01 was asked
-    resumed = tmp_path / "resumed"
+def test_gradients(settings, page, data, tmp_path):
+    """A few updates follow train.py's losses: a gradient with a wrong sign, or none, would not."""
+    follow(page, data, tmp_path / "run", settings, 8)
+
+
+def test_training(page, data, tmp_path):
+    """So do 30; what the page saves, Python resumes, and samples from."""
+    out, resumed = tmp_path / "run", tmp_path / "resumed"
+    files, written = follow(page, data, out, [], 30)
     resumed.mkdir()
     for name, content in files.items():
         (resumed / name).write_bytes(base64.b64decode(content))
@@ -276,7 +292,7 @@ def test_training(settings, page, server, tmp_path):
     assert max(size for _, size in tree_flatten(drift)) < 0.02
     assert written == list(generate(model, [65], 9, temperature=0, n_vocab=257))
     for folder in (out, resumed):
-        run("train.py", f"--data={tmp_path / 'data'}", f"--out_dir={folder}", "--resume=True", "--max_iters=36")
+        run("train.py", data[0], f"--out_dir={folder}", "--resume=True", "--max_iters=36")
     both = [[of[step] for step in (34, 35, 36)] for of in (losses(resumed), losses(out))]
     np.testing.assert_allclose(*both, rtol=2e-3)
     assert run("sample.py", resumed / "ckpt.safetensors", "--prompt=def", "--max_new_tokens=8").stdout
