@@ -315,7 +315,7 @@ export class Trainer {
     state.set("learning_rate", { dtype: "F32", shape: [], data: Float32Array.of(this.rate(step)) });
     const { config, losses } = this, { data, ...own } = this.settings;  // where the text is, Python must be told
     const meta = { version: 1, script: "train.py", commit: "", step, losses, tokenizer: this.meta.tokenizer, config: { ...ELSEWHERE, ...config },
-      settings: { ...own, ...config, optimizer: "adamw", schedule: "cosine", decay_iters: 0, grad_accum: 1 } };
+      settings: { tokenizer: this.meta.tokenizer.kind, ...own, ...config, optimizer: "adamw", schedule: "cosine", decay_iters: 0, grad_accum: 1 } };
     return { checkpoint: writeSafetensors(weights, meta), name: "ckpt.safetensors",
       optimizer: writeSafetensors(state, { version: 1, step }), optimizerName: `ckpt.optimizer-${step}.safetensors` };
   }
