@@ -63,7 +63,7 @@ async function load(blob) {
   try {
     const model = await alone(() => GPT.load(page.gpu, blob, (share) => { bar.value = share; }));
     await stopWriting();
-    setModel(model);
+    await alone(() => setModel(model));
   } finally {
     bar.hidden = true;
     bar.value = 0;

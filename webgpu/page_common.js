@@ -19,6 +19,14 @@ export function alone(work) {
   return mine;
 }
 
+/** A turn for what needs this model, if it is still the one that is open. */
+export function aloneWith(model, work) {
+  return alone(() => {
+    if (model !== page.model) throw new UserError("Another model was opened before this was done: try it once more.");
+    return work();
+  });
+}
+
 const going = new Map();
 
 /** What is going on, for the head of the page: doing("train", "Training"); doing("train", "") when it is over. */
@@ -83,10 +91,14 @@ export async function attempt(place, work) {
     await work();
     return true;
   } catch (error) {
+    if (!(error instanceof UserError)) await lossIsKnown();
     say(place, wordsOf(error));
     return false;
   }
 }
+
+/** If a device is lost, what waits for it may fail a moment before that is told. */
+export const lossIsKnown = () => new Promise((resolve) => setTimeout(resolve, 100));
 
 export function say(place, words) {
   $(place).textContent = words;

@@ -40,14 +40,15 @@ export function heatMap({ caption, rows, columns, cell, onlook }) {
     body.prepend(line);
   });
   table.append(make("thead", {}, head), body);
-  roving(table, cells, onlook);
+  roving(table, cells, onlook)(rows.length - 1, columns.length - 1);
   return table;
 }
 
 /** The class of a ground of so much colour, on which some inks cannot be read. */
 export const strength = (share) => share > 0.85 ? "strong" : share > 0.6 ? "half" : "";
 
-/** One stop of the Tab key for all of cells[row][column]; arrows, Home and End move inside. */
+/** One stop of the Tab key for all of cells[row][column]; arrows, Home and End move inside. Returns what brings the stop
+ *  to a row and column. */
 export function roving(container, cells, onlook) {
   let here = null;
   const look = (node) => {
@@ -72,8 +73,7 @@ export function roving(container, cells, onlook) {
     event.preventDefault();
     cells[to[0]][to[1]].focus();
   });
-  const start = cells.at(-1)?.at(-1);
-  if (start) look(start);
+  return (r, c) => look(cells[r][c]);
 }
 
 export function key(...entries) {

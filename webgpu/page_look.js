@@ -2,7 +2,7 @@
 
 import { UserError } from "./errors.js";
 import { ablate, attention, lens, loadLens, swap } from "./inside.js";
-import { $, alone, attempt, during, heard, idsOf, make, needModel, onModel, page, percent, seen } from "./page_common.js";
+import { $, aloneWith, attempt, during, heard, idsOf, make, needModel, onModel, page, percent, seen } from "./page_common.js";
 import { bars, drawMap, heatMap, key, roving, strength } from "./page_draw.js";
 import { notWriting, textSoFar } from "./page_write.js";
 
@@ -40,7 +40,6 @@ function look() {
   return attempt("look-wrong", async () => {
     const model = needModel(), key = keyOf(name), ids = idsOf(model, $("look-prompt").value);
     shown[name] = key;
-    $("look").disabled = true;
     const bar = make("progress", { max: 1, "aria-label": PANELS[name].doing });
     resultOf(name).replaceChildren(bar);
     try {
@@ -49,8 +48,6 @@ function look() {
       resultOf(name).replaceChildren();
       delete shown[name];
       throw error;
-    } finally {
-      $("look").disabled = false;
     }
   });
 }
@@ -85,7 +82,7 @@ const signed = (x, plus = "+") => Math.abs(x) < 0.005 ? "0" : `${x < 0 ? "−" :
 async function runLens(model, ids) {
   const { enc, n_vocab, config } = model, L = config.n_layer, byP = $("colour").value === "p";
   const lenses = $("tuned").checked ? page.lenses : null;
-  const rows = await alone(() => lens(model, ids, lenses));
+  const rows = await aloneWith(model, () => lens(model, ids, lenses));
   const said = make("p", { class: "said" }), list = make("ol", { class: "bars five" }), nameOf = (row) => row ? `layer ${row - 1}` : "embedding";
   const sure = ({ p, entropy }) => byP ? p[0] : 1 - entropy / Math.log2(n_vocab);
   const table = heatMap({
@@ -113,7 +110,7 @@ async function runLens(model, ids) {
 /** A sidecar of tuned_lens.py. */
 export async function takeLens(file) {
   const well = await attempt("look-wrong", async () => {
-    const model = needModel(), lenses = await during("look", `Reading ${file.name}`, () => alone(() => loadLens(model, file)));
+    const model = needModel(), lenses = await during("look", `Reading ${file.name}`, () => aloneWith(model, () => loadLens(model, file)));
     if (model === page.model) page.lenses = lenses;
   });
   if (!well) return;
@@ -126,7 +123,7 @@ export async function takeLens(file) {
 
 async function runAttention(model, ids) {
   const { enc } = model, { n_layer: L, n_head: H } = model.config, T = ids.length;
-  const layers = await alone(() => attention(model, ids));
+  const layers = await aloneWith(model, () => attention(model, ids));
   const weights = (layer, head) => layers[layer].subarray(head * T * T, (head + 1) * T * T);
   const canvas = make("canvas", { tabindex: 0, role: "img" }), said = make("p", { class: "said result", "aria-live": "polite" });
   const strip = make("p", { class: "strip", "aria-hidden": "true" }, ...ids.map((id) => make("span", {}, seen(enc, id).replaceAll("↵", "↵\n"))));
@@ -169,11 +166,11 @@ async function runAttention(model, ids) {
     buttons.forEach((line, l) => line.forEach((node, h) => drawMap(node.querySelector("canvas"), weights(l, h), T)));
     show();
   };
-  pickers(maps, buttons, choose);
+  const stopAt = pickers(maps, buttons, choose);
   pointAt(canvas, T, (i, j) => { at = [i, j]; show(); }, () => at);
   const found = buttons.flatMap((line, l) => line.map((_, h) => [habit(weights(l, h), ids, T), l, h]));
   const [strongest, l, h] = found.reduce((a, b) => (b[0].kind !== "start" && b[0].share > (a[0].kind === "start" ? 0 : a[0].share) ? b : a));
-  buttons[l][h].setAttribute("tabindex", 0);
+  stopAt(l, h);
   choose(l, h);
   resultOf("attention").replaceChildren(`Layer ${l}, head ${h} stands out: it ${strongest.words}.`);
 }
@@ -186,7 +183,7 @@ function pickers(maps, buttons, choose) {
     const node = target.closest("button");
     if (node) choose(Number(node.dataset.r), Number(node.dataset.c));
   });
-  roving(maps, buttons, (l, h) => { if (document.activeElement === buttons[l][h]) choose(l, h); });
+  return roving(maps, buttons, (l, h) => { if (document.activeElement === buttons[l][h]) choose(l, h); });
 }
 
 function pointAt(canvas, T, tell, where) {
@@ -245,7 +242,7 @@ const partName = (column, layer) => ({ attn: `layer ${layer}'s attention`, mlp: 
 
 async function runAblation(model, ids, onProgress) {
   const { enc } = model, { target, note } = targetOf(model);
-  const { whole, columns, values } = await alone(() => ablate(model, ids, target, $("how").value, onProgress));
+  const { whole, columns, values } = await aloneWith(model, () => ablate(model, ids, target, $("how").value, onProgress));
   const said = make("p", { class: "said" }), most = Math.max(0.5, ...values.flat().map(Math.abs));
   const p = (change) => percent(Math.exp(whole + change));
   const table = heatMap({
@@ -273,7 +270,7 @@ function pairsOf(text) {
 
 async function runPatching(model, donor, onProgress) {
   const { enc } = model, { target, note } = targetOf(model), recipient = idsOf(model, $("recipient").value), pairs = pairsOf($("pairs").value);
-  const { clean, corrupt, values, tops } = await alone(() => swap(model, donor, recipient, target, $("site").value, onProgress, pairs));
+  const { clean, corrupt, values, tops } = await aloneWith(model, () => swap(model, donor, recipient, target, $("site").value, onProgress, pairs));
   const said = make("p", { class: "said" }), places = pairs ?? recipient.map((_, i) => [i, i]);
   const columns = places.map(([i, j]) => {
     const same = donor[i] === recipient[j];

@@ -1,6 +1,6 @@
 // The ladder of kernels, and what they measure.
 
-import { $, alone, attempt, during, make, needModel, onModel, page } from "./page_common.js";
+import { $, aloneWith, attempt, during, make, needModel, onModel, page } from "./page_common.js";
 import { stopWriting } from "./page_write.js";
 
 export function showLadder() {
@@ -10,23 +10,26 @@ export function showLadder() {
     make("td", {}, name), make("td", {}, used ? "✓ yes" : "– no"), make("td", {}, reason))));
 }
 
+let measuring = false;
+
 function measure() {
   return attempt("speed-wrong", async () => {
+    if (measuring) return;
     const model = needModel(), { benchmark } = await import("./bench.js");
     await stopWriting();
-    const figures = $("figures"), button = $("measure");
+    const figures = $("figures");
     figures.hidden = false;
     figures.textContent = "";
     $("copy").hidden = true;
-    button.disabled = true;
+    measuring = true;
     try {
       const line = (text) => { figures.textContent += `${text}\n`; };
-      const { text } = await during("measure", "Measuring", () => alone(() => benchmark(page.gpu, model, line)));
+      const { text } = await during("measure", "Measuring", () => aloneWith(model, () => benchmark(page.gpu, model, line)));
       figures.textContent = text;
       $("copy").hidden = false;
       $("measured").textContent = "Measured.";
     } finally {
-      button.disabled = false;
+      measuring = false;
     }
   });
 }

@@ -2,7 +2,7 @@
 
 import { UserError } from "./errors.js";
 import { parametersOf } from "./gpt.js";
-import { $, alone, attempt, count, doing, during, idsOf, make, many, needModel, notice, numberOf, onModel, page, say } from "./page_common.js";
+import { $, alone, attempt, count, doing, during, idsOf, lossIsKnown, make, many, needModel, notice, numberOf, onModel, page, say } from "./page_common.js";
 import { lossChart, smooth } from "./page_draw.js";
 import { discardRun, keepText, keptRun, keptText, recall, remember, saveRun } from "./page_store.js";
 import { isWriting, notWriting } from "./page_write.js";
@@ -36,16 +36,14 @@ function setText(text, name) {
 }
 
 async function recallText() {
-  const kept = recall("text");
-  if (!kept) return ownCode();
-  const text = kept.long ? await keptText() : kept.text;
-  if (text !== null) setText(text, kept.name);
+  const kept = recall("text"), [text, name] = kept ? [kept.long ? await keptText() : kept.text, kept.name] : await ownCode();
+  if (text !== null && !textNow()) setText(text, name);  // unless one was dropped meanwhile
 }
 
 /** A text to begin with, that is always at hand: this page's own. */
 async function ownCode() {
   const parts = await Promise.all(OWN_CODE.map((name) => fetch(name).then((answer) => answer.ok ? answer.text() : "")));
-  setText(parts.join("\n"), "this page's own code");
+  return [parts.join("\n"), "this page's own code"];
 }
 
 /** A file that was dropped or chosen. */
@@ -189,8 +187,8 @@ async function goOn() {
       await keep(mine);
     });
   } catch (error) {
-    if (page.lost || !(error instanceof UserError)) mine.kept = false;
-    if (page.lost) end();
+    if (!(error instanceof UserError)) await lossIsKnown();
+    if (page.lost) end();  // what was saved is offered again, once there is a device
     throw error;
   } finally {
     if (mine.state === "going") mine.state = "paused";
@@ -309,6 +307,7 @@ async function keep(mine) {
     await saveRun({ checkpoint, optimizer, text: mine.textKept ? null : text }, { name, step, settings, train, held, samples, when: Date.now() });
     Object.assign(mine, { saved: step, savedAt: performance.now(), textKept: true });
   } catch (error) {
+    await lossIsKnown();
     if (page.lost) throw error;
     mine.kept = false;  // a full disk, most likely: go on without
     console.warn(error);
@@ -358,6 +357,7 @@ function download() {
       make("a", { href: url, download: file }).click();
       setTimeout(() => URL.revokeObjectURL(url), 60_000);
     }
+    $("resume-says").textContent = ["char", "byte"].includes(run.trainer.enc.kind) ? "TEXT" : "DATA (tokens of the same tokenizer)";
     $("download-says").hidden = false;
   });
 }
@@ -382,7 +382,7 @@ export function setUpTraining() {
   $("stop").addEventListener("click", () => pause("ended"));
   $("download").addEventListener("click", download);
   $("adopt").addEventListener("click", adopt);
-  $("own-code").addEventListener("click", () => attempt("train-wrong", ownCode));
+  $("own-code").addEventListener("click", () => attempt("train-wrong", async () => setText(...await ownCode())));
   $("empty-text").addEventListener("click", () => { setText("", ""); $("text").focus(); });
   const typed = () => {
     clearTimeout(timer);

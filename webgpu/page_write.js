@@ -1,6 +1,6 @@
 // Writing: the text as it comes, and what the model had considered at each token.
 
-import { $, alone, attempt, count, during, heard, idsOf, make, needModel, numberOf, page, seen } from "./page_common.js";
+import { $, aloneWith, attempt, count, during, heard, idsOf, make, needModel, numberOf, page, seen } from "./page_common.js";
 import { bars } from "./page_draw.js";
 
 // The sheet: the ids of the prompt, and for each token that follows {id, top, forced, node}. enc is the tokenizer of the
@@ -87,7 +87,7 @@ async function drawTokens(options, signal) {
   const tokens = model.generate(ids, { ...options, signal, probabilities: true });
   let began = 0;
   for (;;) {
-    const { value, done } = await alone(() => tokens.next());
+    const { value, done } = await aloneWith(model, () => tokens.next());
     if (done || signal.aborted) break;
     if (value.token === sheet.enc?.eot) {
       $("sheet").append(make("span", { class: "end" }, " – here its text ends –"));
@@ -179,11 +179,11 @@ function listen() {
   });
 }
 
-/** The text on the sheet up to the token that is looked at, for the panels. */
+/** What stands on the sheet before the token that is looked at, or all; its end, for the panels show every token. */
 export function textSoFar() {
   if (!sheet.enc) return "";
-  const ids = sheet.written.slice(0, (sheet.at ?? sheet.written.length - 1) + 1).map(({ id }) => id);
-  return ($("sheet").querySelector(".yours")?.textContent ?? "") + sheet.enc.decode(ids);
+  const ids = [...sheet.prompt.slice(1), ...sheet.written.slice(0, sheet.at ?? sheet.written.length).map(({ id }) => id)];
+  return sheet.enc.decode(ids.slice(-40));
 }
 
 export function setUpWriting() {

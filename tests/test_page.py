@@ -1,0 +1,414 @@
+"""The page as a person uses it, in headless Chromium: buttons, fields, files, what is said, and how it looks."""
+import json
+import re
+import shutil
+
+import blas  # noqa: F401  (before mlx)
+import browser
+import mlx.core as mx
+import pytest
+import tuned_lens
+from browser import js
+from conftest import ROOT, run
+from lora import base_fingerprint
+from mlx.utils import tree_map
+from model import GPT, GPTConfig, load_checkpoint, save_arrays, save_checkpoint
+from tokenizer import char_tokenizer
+
+LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+SECOND = 1000
+LONG = 120 * SECOND  # for a machine that does other work besides
+TINY = dict(block_size=80, vocab_size=97, n_layer=2, n_head=2, n_embd=32)
+MESSAGES = ["write-wrong", "card-wrong", "look-wrong", "train-wrong", "speed-wrong"]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """A folder of small checkpoints, and of what is none."""
+    folder = tmp_path_factory.mktemp("files")
+    model = GPT(GPTConfig(**TINY), seed=1)
+    printable = "".join(map(chr, range(32, 127))) + "\n"
+    meta = {"tokenizer": char_tokenizer(printable).to_dict(), "script": "train.py", "step": 7}
+    save_checkpoint(str(folder / "tiny.safetensors"), model, meta)
+    whole = (folder / "tiny.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[:-500])
+    (folder / "picture.png").write_bytes((ROOT / "docs" / "loss.png").read_bytes()[:5000])
+    (folder / "model.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
+    (folder / "short.txt").write_text("ten letter")
+    save_arrays(str(folder / "adapter.safetensors"), {"a": mx.zeros((2, 2))}, {"version": 1, "adapter": {"rank": 2}})
+    save_checkpoint(str(folder / "yoco.safetensors"), GPT(GPTConfig(**TINY | {"yoco": True}), seed=1), meta)
+    broken = GPT(GPTConfig(**TINY), seed=1)
+    broken.update(tree_map(lambda p: p * mx.nan, broken.parameters()))
+    save_checkpoint(str(folder / "nan.safetensors"), broken, meta)
+    lenses = tree_map(lambda p: p + 0.1, tuned_lens.start(model))
+    tuned_lens.save_lens(str(folder / "tiny.lenses"), lenses, model, {"base": base_fingerprint(model)})
+    return folder
+
+
+def begin(page, files=None):
+    """Open the playground; with files, the tiny checkpoint stands in for the demo, and writes little. Wait for a token."""
+    if files is not None:
+        page.add_init_script("""localStorage.tinygpt ??= '{"fields": {"length": "30", "seed": "1"}}'""")
+        page.route("**/demo.safetensors", lambda route: route.fulfill(path=files / "tiny.safetensors"))
+    page.goto(page.server.url)
+    page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+
+
+def says(page, place: str, pattern: str):
+    """Wait for words at a place, by its id."""
+    page.wait_for_function("([id, pattern]) => new RegExp(pattern).test(document.getElementById(id).textContent)",
+                           arg=[place, pattern], timeout=LONG)
+
+
+def write(page, length: int) -> str:
+    """What the page writes, so many tokens, at a press of the button."""
+    says(page, "write", "Write")
+    page.fill("#length", str(length))
+    page.click("#write")
+    page.wait_for_function("(n) => document.querySelectorAll('#sheet .t').length === n", arg=length, timeout=LONG)
+    says(page, "write", "Write")
+    assert page.inner_text("#write-wrong") == ""
+    return page.inner_text("#sheet")
+
+
+@pytest.fixture(scope="module")
+def opened(chromium, server, files):
+    """A page with the tiny checkpoint, for all tests that need no other."""
+    shutil.copy(files / "tiny.safetensors", server.folder / "served here.safetensors")
+    with browser.page(chromium, server) as page:
+        begin(page, files)
+        page.click("#write")
+        page.wait_for_selector("#lens .heat", timeout=LONG)
+        yield page
+
+
+def panel(page, name: str):
+    """Choose a panel by its tab, and wait for its figure."""
+    page.click(f"#tab-{name}")
+    page.wait_for_selector(f"#{name} .figure > *", timeout=LONG)
+    page.wait_for_selector(f"#{name} progress", state="detached", timeout=LONG)
+
+
+def fits(page):
+    """Nothing is wider than the page, on a laptop or a phone, but what scrolls by itself."""
+    for size in (PHONE, LAPTOP):
+        page.set_viewport_size(size)
+        wide = js(page, """() => [...document.querySelectorAll("body *")].filter((node) => {
+            const { width, right } = node.getBoundingClientRect();
+            return width > 1 && right > innerWidth + 1 && !node.closest(".scroll, .tabs, .maps, pre");
+        }).map((node) => node.outerHTML.slice(0, 80))""")
+        assert wide == [], (size, wide)
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_demo(page):
+    """It writes by itself, and each panel shows something at one click; all fits on a laptop and on a phone."""
+    page.set_viewport_size(LAPTOP)
+    begin(page)
+    first = js(page, "() => performance.now()")
+    print(f"\nfirst text after {first / 1000:.1f} s")
+    assert first < 30 * SECOND
+    page.fill("#length", "24")
+    assert page.inner_text("#card-name") == "demo.safetensors"
+    assert re.search(r"million.*4 bits, groups of 64.*5 of 3 heads.*nats", page.inner_text("#card"), re.S)
+    page.wait_for_function("document.querySelectorAll('#next li').length >= 5", timeout=LONG)
+    shares = [float(text.rstrip("%")) for text in page.locator("#next .share").all_inner_texts() if "<" not in text]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) < 101
+    page.click("#write")  # stop
+    for name, cells in ("lens", 6 * 13), ("attention", 5 * 3), ("ablation", 5 * 6), ("patching", 5 * 13):
+        panel(page, name)
+        assert page.locator(f"#{name} .heat td, #{name} .maps button").count() == cells
+        assert re.search("name|stands out", page.inner_text(f"#{name} .result"))
+        assert page.locator(f"#{name} .heat td").all_inner_texts().count("NaN") == 0
+        fits(page)
+    assert [page.inner_text(f"#{place}") for place in MESSAGES] == [""] * 5
+    assert js(page, "async () => (await import('/page_common.js')).page.gpu.errors") == []
+
+
+def test_looking_back(opened):
+    """What the model had considered at a token that is written; another one is taken instead, and it goes on."""
+    opened.fill("#prompt", "class Stack:\n")
+    write(opened, 30)
+    assert opened.inner_text("#sheet").startswith("class Stack:")
+    opened.locator("#sheet .t").nth(9).click()
+    assert opened.inner_text("#scrub-says") == "Token 10 of 30"
+    opened.locator("#scrub").press("ArrowLeft")
+    assert opened.inner_text("#scrub-says") == "Token 9 of 30"
+    assert re.match("token 9: .* Best: .*%", opened.get_attribute("#scrub", "aria-valuetext"))
+    other = opened.locator("#next li:not(.taken) button").first
+    assert "take this one" in other.get_attribute("aria-label")
+    other.click()
+    opened.wait_for_function("document.querySelectorAll('#sheet .t').length === 30", timeout=LONG)
+    says(opened, "write", "Write")
+    assert opened.get_attribute("#sheet .t.forced", "data-i") == "8"
+    texts = []
+    for seed in (1, 2, 1):
+        opened.fill("#seed", str(seed))
+        texts.append(write(opened, 20))
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_kept(page, files):
+    """What was typed, and the colours, are as they were left when the page is opened again."""
+    begin(page, files)
+    page.fill("#prompt", "import ")
+    page.fill("#top_k", "7")
+    page.click("#tab-patching")
+    page.fill("#recipient", "mine")
+    page.click("#theme")
+    page.click("#tab-train")
+    page.fill("#text", "my own text")
+    page.reload()
+    page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+    page.click("#tab-train")
+    assert [page.input_value(f"#{name}") for name in ("prompt", "top_k", "recipient")] == ["import ", "7", "mine"]
+    page.wait_for_function("document.querySelector('#text').value === 'my own text'")
+    assert page.get_attribute("html", "data-theme") == "dark" and page.inner_text("#sheet").startswith("import")
+
+
+def test_served(opened, files, server):
+    """The server's checkpoints, by name; one that is gone is told of, and the page goes on."""
+    opened.click("#served summary")
+    opened.click("#served button:has-text('served here')")
+    says(opened, "card-name", "served here.safetensors")
+    (server.folder / "served here.safetensors").unlink()
+    opened.click("#served button:has-text('served here')")
+    says(opened, "card-wrong", "could not be fetched")
+    opened.problems.clear()  # a 404, as it had to be
+    opened.set_input_files("#open", files / "tiny.safetensors")
+    says(opened, "card-name", "tiny.safetensors")
+    write(opened, 5)
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, words", [
+    ("picture.png", "neither a checkpoint"), ("cut.safetensors", "cut short"), ("adapter.safetensors", "an adapter"),
+    ("yoco.safetensors", "yoco"), ("nan.safetensors", "infinite or none"), ("model.gguf", "gguf_reader.py")])
+def test_wrong_file(name, words, opened, files):
+    """It is told what is wrong, the model stays, and still writes."""
+    before = opened.inner_text("#card-name")
+    opened.set_input_files("#open", files / name)
+    says(opened, "card-wrong", words)
+    assert opened.inner_text("#card-name") == before
+    write(opened, 5)
+
+
+def test_wrong_fields(opened):
+    """A prompt beyond the context, numbers out of range, no target, no pairs: words, and what was there stays."""
+    text = opened.inner_text("#sheet")
+    for field, value, words in (("prompt", "x" * 100, "101 tokens, and this model's context is 80"),
+                                ("temperature", "-1", "Temperature must be a number from 0 to 5"),
+                                ("length", "", "Length must be a whole number")):
+        before = opened.input_value(f"#{field}")
+        opened.fill(f"#{field}", value)
+        opened.click("#write")
+        says(opened, "write-wrong", words)
+        opened.fill(f"#{field}", before)
+        assert opened.inner_text("#sheet") == text
+    opened.fill("#look-prompt", "abcd")
+    opened.click("#tab-ablation")
+    opened.fill("#target", "")
+    opened.click("#look")
+    says(opened, "look-wrong", "no target")
+    opened.fill("#target", "ef")
+    opened.click("#look")
+    says(opened, "ablation", "The target has 2 tokens; this is about the first")
+    opened.click("#tab-patching")
+    opened.fill("#recipient", "abc")
+    opened.click("#look")
+    says(opened, "look-wrong", "5 and 4 tokens: make them equally long")
+    for pairs, words in ("1-2", "no pair of positions"), ("1:2, 9:1", "9:1 are not positions"):
+        opened.fill("#pairs", pairs)
+        opened.click("#look")
+        says(opened, "look-wrong", words)
+    opened.fill("#pairs", "1:1, 4:3")
+    opened.click("#look")
+    opened.wait_for_selector("#patching .heat", timeout=LONG)
+    assert opened.locator("#patching td").count() == 4 and opened.inner_text("#look-wrong") == ""
+    opened.click("#tab-lens")
+    write(opened, 5)
+
+
+def test_lenses(opened, files):
+    """A sidecar goes to the lens panel; the tuned lens shows something else than the logit lens."""
+    opened.fill("#look-prompt", "abcd")
+    opened.set_input_files("#open", files / "tiny.lenses")
+    says(opened, "lens", "through tuned lenses")
+    tuned = opened.locator("#lens td").evaluate_all("all => all.map((cell) => cell.ariaLabel)")
+    opened.uncheck("#tuned")
+    says(opened, "lens", "through the logit lens")
+    plain = opened.locator("#lens td").evaluate_all("all => all.map((cell) => cell.ariaLabel)")
+    assert len(tuned) == len(plain) == 3 * 5 and tuned != plain
+    assert tuned[:5] == plain[:5]  # the model itself
+
+
+def test_no_webgpu(chromium, server):
+    """Without WebGPU the page says so, and how to get it, and what is pressed says it again."""
+    with browser.page(chromium, server) as page:
+        page.add_init_script("Object.defineProperty(Navigator.prototype, 'gpu', { get: () => undefined })")
+        page.goto(server.url)
+        page.wait_for_selector("#notices [role=alert]:has-text('has no WebGPU')")
+        page.click("#write")
+        says(page, "write-wrong", "has no WebGPU")
+        page.click("#tab-train")
+        page.click("#start")
+        says(page, "train-wrong", "has no WebGPU")
+
+
+def test_lost_device(chromium, server, files):
+    """The device goes away; the page says so, opens it again, and writes with the same model."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    own = chromium.browser_type.launch(executable_path=path, args=browser.ARGUMENTS)
+    try:
+        with browser.page(own, server) as page:
+            begin(page, files)
+            page.fill("#prompt", "typed")
+            own.new_browser_cdp_session().send("Browser.crashGpuProcess")
+            page.wait_for_selector("#notices [role=alert]:has-text('lost')", timeout=LONG)
+            page.click("#write")
+            says(page, "write-wrong", "was lost")
+            page.click("text=Reload the device")
+            page.wait_for_selector(".notice", state="detached")
+            page.wait_for_function("document.querySelector('#sheet').textContent.startsWith('typed')", timeout=LONG)
+            page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+            assert page.inner_text("#card-name") == "demo.safetensors"
+    finally:
+        own.close()
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_training(page, files, tmp_path):
+    """From scratch: runs, pauses, resumes, falls; goes on in the next tab; two files, which the scripts read."""
+    begin(page, files)
+    page.click("#write")
+    page.set_input_files("#open", files / "short.txt")
+    says(page, "text-says", "short.txt, 10 characters")
+    page.click("#start")
+    says(page, "train-wrong", "The text has 10 tokens, and windows of 64 need at least")
+    page.fill("#text", "the cat sat on the mat. a dog ran to the cat. " * 40)
+    for name, value in dict(n_layer=1, n_head=2, n_embd=18, block_size=16, batch_size=2, max_iters=24,
+                            sample_every=5, learning_rate=0.02).items():
+        page.fill(f"#{name}", str(value))
+    page.click("#start")
+    says(page, "train-wrong", "width of 18 cannot be shared out")
+    page.fill("#n_embd", "16")
+    page.click("#start")
+    says(page, "m-step", "^[6-9] of 24")
+    page.click("#pause")
+    says(page, "train-says", "Paused at update")
+    step = int(re.search(r"update (\d+)", page.inner_text("#train-says"))[1])
+    assert 6 <= step < 24 and page.inner_text("#start") == "Resume" and page.is_disabled("#n_embd")
+    assert page.locator("#samples li").count() == step // 5
+
+    page.reload()
+    page.wait_for_selector(f".notice:has-text('update {step} of 24')", timeout=LONG)
+    page.click("text=Continue")
+    says(page, "train-says", "All updates are done at update 24. The run is kept")
+    labels = page.locator("#samples b").all_inner_texts()
+    assert [label.split(",")[0] for label in labels] == [f"update {step}" for step in (20, 15, 10, 5)]
+    label = page.get_attribute("#chart svg", "aria-label")
+    start, end = map(float, re.search(r"learnt: ([\d.]+) at update 1, ([\d.]+) at update 24", label).groups())
+    assert end < start - 0.5
+
+    with page.expect_download() as first, page.expect_download(lambda file: "optimizer" in file.suggested_filename) as second:
+        page.click("#download")
+    for download in (first.value, second.value):
+        download.save_as(tmp_path / download.suggested_filename)
+    model, meta = load_checkpoint(str(tmp_path / "ckpt.safetensors"))
+    assert meta["step"] == 24 and meta["tokenizer"]["kind"] == "char" and model.config.n_embd == 16
+    assert "the" in run("sample.py", tmp_path / "ckpt.safetensors", "--prompt=the cat", "--max_new_tokens=20").stdout
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. a dog ran to the cat. " * 40)
+    done = run("train.py", f"--out_dir={tmp_path}", "--resume=True", f"--data={tmp_path / 'text.txt'}",
+               "--max_iters=26").stdout
+    assert re.search(r"step +2[56] ", done), done
+
+    page.click("#adopt")
+    says(page, "card-name", "trained-24.safetensors")
+    page.click("#stop")
+    page.reload()
+    page.wait_for_selector(".notice", timeout=LONG)
+    page.click("text=Discard")
+    page.wait_for_function("async () => !await (await import('/page_store.js')).keptRun()", timeout=LONG)
+
+
+def test_training_on(opened):
+    """From the checkpoint that is open, whose sizes rule; a loss that is no number ends it in words."""
+    opened.click("#tab-train")
+    opened.select_option("#begin", "model")
+    assert opened.is_disabled("#n_layer") and opened.input_value("#learning_rate") == "0.0005"
+    opened.fill("#text", "abcdefgh" * 200)
+    opened.fill("#max_iters", "3")
+    opened.fill("#batch_size", "1")
+    opened.click("#start")
+    says(opened, "train-says", "All updates are done at update 3")
+    opened.click("#stop")
+    js(opened, """async () => {
+        const { Trainer } = await import("/train.js"), { step } = Trainer.prototype;
+        Trainer.prototype.step = async function () {
+            Trainer.prototype.step = step;
+            return { ...await this.step(), loss: NaN };
+        };
+    }""")
+    opened.click("#start")
+    says(opened, "train-wrong", "At update 1 the loss is no number any more: begin again with a smaller learning rate")
+    assert opened.inner_text("#start") == "Start" and opened.is_visible("#start")
+
+
+# ---- for everyone ----------------------------------------------------------------------------------------------------
+
+
+def test_accessible(opened):
+    """Every control has a name, in each panel; tabs and cells are reached by arrow keys, and say what they show."""
+    roles = "button|textbox|spinbutton|combobox|checkbox|slider|tab|tabpanel|grid|gridcell|radio|radiogroup|img|link|form|region"
+    for name in ("lens", "attention", "ablation", "patching", "train", "speed"):
+        opened.click(f"#tab-{name}")
+        tree = opened.locator("body").aria_snapshot()
+        unnamed = re.findall(rf"^\s*- (?:{roles})(?: \[.*\])?:?$", tree, re.M)
+        assert not unnamed, (name, unnamed)
+        for landmark in ("banner", "main", "contentinfo", "heading"):
+            assert f"- {landmark}" in tree
+    opened.click("#tab-lens")
+    opened.fill("#look-prompt", "abc")
+    opened.click("#look")
+    opened.wait_for_function("document.querySelectorAll('#lens td').length === 12", timeout=LONG)
+    opened.locator("#lens td").last.focus()
+    opened.keyboard.press("ArrowUp")
+    opened.keyboard.press("Home")
+    assert re.match("layer 0, after begin of text: .*%", js(opened, "() => document.activeElement.ariaLabel"))
+    opened.focus("#tab-lens")
+    opened.keyboard.press("ArrowRight")
+    assert opened.is_visible("#attention") and not opened.is_visible("#lens")
+    opened.wait_for_selector("#attention .maps button", timeout=LONG)
+    opened.locator("#attention .maps button[tabindex='0']").focus()
+    opened.keyboard.press("ArrowDown")
+    opened.keyboard.press("ArrowUp")
+    assert js(opened, "() => document.activeElement.ariaChecked") == "true"
+    opened.focus("#attention .large canvas")
+    opened.keyboard.press("Home")
+    assert re.search(r"Token 3, c, looks at token 0, begin of text: [\d.]+%",
+                     opened.get_attribute("#attention .large canvas", "aria-label"))
+
+
+def test_speed(opened):
+    """The ladder with a reason for each way, and figures to copy."""
+    opened.click("#tab-speed")
+    says(opened, "doing", "Ready")
+    rows = [row.split("\t") for row in opened.inner_text("#ladder").split("\n")]
+    assert len(rows) == 7 and all(len(row) == 3 and row[2] not in ("", "not tried yet") for row in rows), rows
+    assert "software adapter" in opened.inner_text("#adapter")
+
+
+def test_source():
+    """No request goes elsewhere: no address of another host stands in the page but names in XML."""
+    for path in sorted((ROOT / "webgpu").glob("*.*")):
+        if path.suffix in (".html", ".css", ".js"):
+            found = set(re.findall(r"https?://[^\s\"'`)]+", path.read_text()))
+            assert found <= {"http://www.w3.org/2000/svg"}, (path.name, found)
+    page = (ROOT / "webgpu" / "index.html").read_text()
+    assert json.dumps(sorted(re.findall(r'(?:src|href)="([^"#]+)"', page))).count("http") == 1  # the icon's own SVG
