@@ -7,11 +7,12 @@ import blas  # noqa: F401  (before mlx)
 import browser
 import mlx.core as mx
 import pytest
-import tuned_lens
 from browser import js
 from conftest import ROOT, run
-from lora import base_fingerprint
 from mlx.utils import tree_map
+
+import tuned_lens
+from lora import base_fingerprint
 from model import GPT, GPTConfig, load_checkpoint, save_arrays, save_checkpoint
 from tokenizer import char_tokenizer
 
@@ -46,7 +47,7 @@ def files(tmp_path_factory):
 
 
 def begin(page, files=None):
-    """Open the playground; with files, the tiny checkpoint stands in for the demo, and writes little. Wait for a token."""
+    """Open the playground, and wait for a token; with files, the tiny checkpoint stands in for the demo."""
     if files is not None:
         page.add_init_script("""localStorage.tinygpt ??= '{"fields": {"length": "30", "seed": "1"}}'""")
         page.route("**/demo.safetensors", lambda route: route.fulfill(path=files / "tiny.safetensors"))
@@ -316,8 +317,9 @@ def test_training(page, files, tmp_path):
     start, end = map(float, re.search(r"learnt: ([\d.]+) at update 1, ([\d.]+) at update 24", label).groups())
     assert end < start - 0.5
 
-    with page.expect_download() as first, page.expect_download(lambda file: "optimizer" in file.suggested_filename) as second:
-        page.click("#download")
+    with page.expect_event("download", lambda file: "optimizer" in file.suggested_filename) as second:
+        with page.expect_download() as first:
+            page.click("#download")
     for download in (first.value, second.value):
         download.save_as(tmp_path / download.suggested_filename)
     model, meta = load_checkpoint(str(tmp_path / "ckpt.safetensors"))
@@ -365,7 +367,8 @@ def test_training_on(opened):
 
 def test_accessible(opened):
     """Every control has a name, in each panel; tabs and cells are reached by arrow keys, and say what they show."""
-    roles = "button|textbox|spinbutton|combobox|checkbox|slider|tab|tabpanel|grid|gridcell|radio|radiogroup|img|link|form|region"
+    roles = ("button|textbox|spinbutton|combobox|checkbox|slider|tab|tabpanel|grid|gridcell|radio|radiogroup|img|link|"
+             "form|region")
     for name in ("lens", "attention", "ablation", "patching", "train", "speed"):
         opened.click(f"#tab-{name}")
         tree = opened.locator("body").aria_snapshot()

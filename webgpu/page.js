@@ -4,14 +4,16 @@
 import { UserError } from "./errors.js";
 import { GPT } from "./gpt.js";
 import { climb, GPU, megabytes } from "./gpu.js";
-import { $, alone, attempt, count, doing, during, make, many, needModel, notice, onModel, page, say, setModel, wordsOf } from "./page_common.js";
+import { showCard } from "./page_card.js";
+import { $, alone, attempt, doing, during, make, many, needModel, notice, onModel, page, say, setModel,
+  wordsOf } from "./page_common.js";
 import { lookByItself, setUpLooking, takeLens } from "./page_look.js";
 import { recall, remember, keepFields } from "./page_store.js";
 import { offerRun, setUpTraining, takeText } from "./page_train.js";
 import { setUpSpeed, showLadder } from "./page_speed.js";
 import { beginText, notWriting, setUpWriting, stopWriting } from "./page_write.js";
 
-const TEXTS = /\.(txt|md|py|js|mjs|ts|json|jsonl|csv|tsv|html?|css|wgsl|c|h|cc|cpp|rs|go|java|sh|toml|ya?ml|xml|tex|rst|log|srt)$/i;
+const TEXTS = /\.(txt|md|rst|tex|log|srt|csv|tsv|jsonl?|ya?ml|html?|css|wgsl|py|m?js|ts|c|h|cc|cpp|rs|go|java|sh)$/i;
 const ELSEWHERE = [  // what is no checkpoint of ours, and what makes one of it
   [/\.gguf$/i, "python gguf_reader.py makes a checkpoint of it"],
   [/\.(bin|pt|pth|ckpt)$/i, "python hf_reader.py makes a checkpoint of a Hugging Face folder"],
@@ -33,9 +35,8 @@ async function lose(gpu, message) {
   const blob = page.model?.blob;
   Object.assign(page, { gpu: null, model: null, lenses: null, lost: true });
   doing("write", "");
-  notice("The graphics card's device was lost. What you typed is still here, and so is the training up to its last save.", {
-    "Reload the device": () => reopen(blob),
-  }, "alert");
+  notice("The graphics card's device was lost. What you typed is still here, and so is the training up to its last " +
+    "save.", { "Reload the device": () => reopen(blob) }, "alert");
 }
 
 async function reopen(blob) {
@@ -43,8 +44,9 @@ async function reopen(blob) {
     await during("open", "Opening the device", openDevice);
     if (blob) await load(blob);
   });
-  if (!well) return notice("The device could not be opened again.", { "Try once more": () => reopen(blob), "Reload the page": () => location.reload() }, "alert");
-  offerRun();
+  if (well) return offerRun();
+  notice("The device could not be opened again.", {
+    "Try once more": () => reopen(blob), "Reload the page": () => location.reload() }, "alert");
 }
 
 // ---- the model ------------------------------------------------------------------------------------------------------
@@ -71,28 +73,6 @@ async function load(blob) {
   beginText({ byItself: true }).then(lookByItself);
 }
 
-function showCard(model) {
-  const { config, meta, enc, blob } = model, { losses } = meta;
-  const norm = { rms: "RMSNorm", layer: "LayerNorm" }[config.norm], mlp = { relu2: "ReLU²", gelu: "GELU", gelu_tanh: "GELU (tanh)", swiglu: "SwiGLU" }[config.mlp];
-  const pos = config.alibi ? "ALiBi" : { rope: "rotary", learned: "learned positions", none: "no positions" }[config.pos];
-  const groups = config.n_kv_head < config.n_head ? ` (${config.n_kv_head} of keys)` : "";
-  const window = config.sliding_window ? `, window ${config.sliding_window} ${config.window_pattern}` : "";
-  const rows = [
-    ["Parameters", many(model.n_parameters)],
-    ["Weights", `${megabytes(blob.size)}, ${model.format}`],
-    ["Layers", `${config.n_layer} of ${config.n_head} heads${groups}, width ${config.n_embd}`],
-    ["Design", `${pos}, ${norm}, ${mlp}${config.qk_norm ? ", QK-norm" : ""}${config.tie ? ", tied" : ""}`],
-    ["Reads", `${count(config.block_size)} tokens of ${count(config.vocab_size)}${enc ? ` (${{ byte: "bytes", char: "characters", bpe: "BPE", hf: "Hugging Face" }[enc.kind]})` : ""}${window}`],
-    ["Loss", Number.isFinite(losses?.val) ? `${losses.val.toFixed(2)} nats a token held out${Number.isFinite(losses.bits_per_byte) ? `, ${losses.bits_per_byte.toFixed(2)} bits a byte` : ""}` : null],
-    ["Made by", [meta.script, meta.step ? `update ${count(meta.step)}` : ""].filter(Boolean).join(", ") || null],
-  ].filter(([, value]) => value);
-  $("card-name").textContent = blob.name ?? "checkpoint";
-  $("card").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
-  const drawn = config.n_layer <= 12 && config.n_head <= 8;
-  $("glyph").replaceChildren(...Array.from({ length: drawn ? config.n_layer : 0 }, () =>
-    make("span", {}, ...Array.from({ length: config.n_head }, () => make("b")), make("b", { class: "mlp" }))));
-}
-
 // ---- the server's checkpoints ---------------------------------------------------------------------------------------
 
 async function listServed() {
@@ -100,7 +80,8 @@ async function listServed() {
   if (!found.length) return;
   const served = $("served");
   served.hidden = false;
-  served.querySelector("summary").textContent = `${found.length} checkpoint${found.length > 1 ? "s" : ""} of this server`;
+  const plural = found.length > 1 ? "s" : "";
+  served.querySelector("summary").textContent = `${found.length} checkpoint${plural} of this server`;
   served.querySelector("ul").replaceChildren(...found.map((each) => make("li", {},
     make("button", { type: "button", onclick: () => openServed(each) }, each.name,
       make("span", {}, [each.parameters ? many(each.parameters) : "packed", megabytes(each.size)].join(", "))))));
@@ -153,7 +134,9 @@ async function takeFiles(files) {
 }
 
 function setUpFiles() {
-  document.addEventListener("checkpoint", ({ detail }) => openModel(detail).then((well) => well && $("writing").scrollIntoView()));
+  document.addEventListener("checkpoint", async ({ detail }) => {
+    if (await openModel(detail)) $("writing").scrollIntoView();
+  });
   $("open").addEventListener("change", async ({ target }) => {
     await takeFiles(target.files);
     target.value = "";  // so that the same file can be chosen again
@@ -192,7 +175,8 @@ function setUpTabs() {
   document.addEventListener("choose", ({ detail }) => choose(detail));
   document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
     const all = tabs(), at = all.indexOf(document.activeElement);
-    const to = { ArrowRight: (at + 1) % all.length, ArrowLeft: (at + all.length - 1) % all.length, Home: 0, End: all.length - 1 }[event.key];
+    const n = all.length;
+    const to = { ArrowRight: (at + 1) % n, ArrowLeft: (at + n - 1) % n, Home: 0, End: n - 1 }[event.key];
     if (to === undefined || at < 0) return;
     event.preventDefault();
     all[to].focus();
@@ -202,12 +186,13 @@ function setUpTabs() {
 
 function setUpColours() {
   const names = ["auto", "dark", "light"], button = $("theme");
+  const tell = () => document.dispatchEvent(new CustomEvent("colours"));
   const show = (name) => {
     if (name === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = name;
     button.querySelector("span").textContent = name;
     button.setAttribute("aria-label", `Colours: ${name === "auto" ? "as the system has them" : name}`);
-    document.dispatchEvent(new CustomEvent("colours"));
+    tell();
   };
   button.addEventListener("click", () => {
     const next = names[(names.indexOf(button.querySelector("span").textContent) + 1) % names.length];
@@ -215,7 +200,7 @@ function setUpColours() {
     show(next);
   });
   show(names.includes(recall("colours")) ? recall("colours") : "auto");
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => document.dispatchEvent(new CustomEvent("colours")));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", tell);
 }
 
 // ---- the opening ----------------------------------------------------------------------------------------------------
@@ -244,7 +229,8 @@ async function open() {
   }
   offerRun();
   await notWriting();
-  await during("climb", "Trying faster kernels", () => alone(() => climb(page.gpu, showLadder))).catch((error) => say("speed-wrong", wordsOf(error)));
+  await attempt("speed-wrong", () => during("climb", "Trying faster kernels", () =>
+    alone(() => climb(page.gpu, showLadder))));
 }
 
 open();

@@ -3,6 +3,8 @@
 
 import { UserError } from "./errors.js";
 
+const LOST = "The graphics card's device was lost: press Reload the device, at the top.";
+
 /** gpu and model are null until they are there; lost says that the device went away, and has not been opened again. */
 export const page = { gpu: null, model: null, lenses: null, lost: false, why: "" };
 
@@ -33,7 +35,8 @@ const going = new Map();
 export function doing(what, words) {
   if (words) going.set(what, words);
   else going.delete(what);
-  const text = [...going.values()].join(" · ") || (page.lost ? "The device is gone" : page.model ? "Ready" : "No model");
+  const idle = page.lost ? "The device is gone" : page.model ? "Ready" : "No model";
+  const text = [...going.values()].join(" · ") || idle;
   if ($("doing").textContent !== text) $("doing").textContent = text;
   $("doing").classList.toggle("busy", going.size > 0);
 }
@@ -61,7 +64,7 @@ export function setModel(model) {
 
 /** The model, or UserError in words. */
 export function needModel() {
-  if (page.lost) throw new UserError("The graphics card's device was lost: press Reload the device, at the top.");
+  if (page.lost) throw new UserError(LOST);
   if (!page.gpu) throw new UserError(page.why || "The graphics card is not ready yet: wait a moment.");
   if (!page.model) throw new UserError("No model is open: open a checkpoint, or drop one on this page.");
   return page.model;
@@ -79,7 +82,7 @@ export function idsOf(model, text) {
 
 export function wordsOf(error) {
   if (error instanceof UserError) return error.message;
-  if (page.lost) return "The graphics card's device was lost while this was computed: press Reload the device, at the top.";
+  if (page.lost) return LOST;
   console.error(error);
   return `This is a mistake of ours: ${error?.message ?? error}. The page goes on with what it had.`;
 }
@@ -111,7 +114,8 @@ export function numberOf(id) {
   if (input.value === "" && input.placeholder && !input.validity.badInput) return null;
   if (!input.checkValidity() || input.value === "") {
     const whole = input.step === "1" ? "a whole number" : "a number";
-    throw new UserError(`${name} must be ${whole} from ${Number(min).toLocaleString("en")} to ${Number(max).toLocaleString("en")}.`);
+    const [least, most] = [min, max].map((limit) => Number(limit).toLocaleString("en"));
+    throw new UserError(`${name} must be ${whole} from ${least} to ${most}.`);
   }
   return Number(input.value);
 }
@@ -143,27 +147,47 @@ export function notice(words, buttons, role = "status") {
   return node;
 }
 
-export const percent = (p) => p >= 0.9995 ? "100%" : p >= 0.0995 ? `${(100 * p).toFixed(0)}%` : `${(100 * p).toFixed(p < 0.00095 ? 2 : 1)}%`;
+export const percent = (p) => `${(100 * p).toFixed(p >= 0.0995 ? 0 : p >= 0.00095 ? 1 : 2)}%`;
 export const count = (n) => Math.round(n).toLocaleString("en");
-export const many = (n) => n < 1e6 ? count(n) : n < 1e9 ? `${(n / 1e6).toFixed(n < 1e7 ? 2 : 0)} million` : `${(n / 1e9).toFixed(2)} billion`;
+
+export function many(n) {
+  if (n < 1e6) return count(n);
+  return n < 1e9 ? `${(n / 1e6).toFixed(n < 1e7 ? 2 : 0)} million` : `${(n / 1e9).toFixed(2)} billion`;
+}
+
+// ---- the figures of panels ------------------------------------------------------------------------------------------
+
+export const resultOf = (name) => document.querySelector(`#${name} .result`);
+
+/** A panel's result: words, and what is drawn. */
+export function finish(name, words, ...figure) {
+  resultOf(name).replaceChildren(...words);
+  document.querySelector(`#${name} .figure`).replaceChildren(...figure);
+  for (const part of figure) part.scrollLeft = part.scrollWidth;  // to the last token
+}
 
 // ---- tokens, for the eye and for the ear ----------------------------------------------------------------------------
+
+const hex = (n) => `<${n.toString(16).toUpperCase().padStart(2, "0")}>`;
 
 /** A token as text to look at: a dot for each blank, an arrow for the end of a line; bytes that are no text as <C3>. */
 export function seen(enc, id) {
   if (!enc) return String(id);
   if (id === enc.bos || id === enc.eot) return "⟨text⟩";
   const text = enc.decode([id]);
-  if (text.includes("\ufffd") || !text) return [...enc.pieces[id] ?? []].map((byte) => `<${byte.toString(16).toUpperCase().padStart(2, "0")}>`).join("") || "⟨none⟩";
-  return text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/[\p{Cc}\p{Cf}]/gu, (c) => `<${c.codePointAt(0).toString(16)}>`);
+  if (text.includes("\ufffd") || !text) return [...enc.pieces[id] ?? []].map(hex).join("") || "⟨none⟩";
+  return text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥")
+    .replace(/[\p{Cc}\p{Cf}]/gu, (character) => hex(character.codePointAt(0)));
 }
 
 /** As words to hear: a screen reader says nothing of dots. */
 export function heard(enc, id) {
   if (!enc || id === enc.bos || id === enc.eot) return enc ? "begin of text" : `token ${id}`;
-  return seen(enc, id).replace(/·+/g, (dots) => dots.length > 1 ? ` ${dots.length} blanks ` : " blank ").replaceAll("↵", " new line ")
-    .replaceAll("⇥", " tab ").trim();
+  return seen(enc, id).replace(/·+/g, (dots) => dots.length > 1 ? ` ${dots.length} blanks ` : " blank ")
+    .replaceAll("↵", " new line ").replaceAll("⇥", " tab ").trim();
 }
+
+export const token = (enc, id) => make("code", {}, seen(enc, id));
 
 export function piece(enc, id) {
   const node = make("span", { class: "piece" });

@@ -4,7 +4,8 @@ import { heard, make, percent, piece, seen } from "./page_common.js";
 
 // ---- bars -----------------------------------------------------------------------------------------------------------
 
-/** Rows of {id, p, taken?, words?} in a list, in place: what has the focus keeps it. act(id): what pressing one does. */
+/** Rows of {id, p, taken?, words?} in a list, in place: what has the focus keeps it. act(id): what pressing one does.
+ */
 export function bars(list, enc, rows, act = null) {
   while (list.children.length > rows.length) list.lastChild.remove();
   while (list.children.length < rows.length) {
@@ -22,12 +23,12 @@ export function bars(list, enc, rows, act = null) {
 
 // ---- heat maps ------------------------------------------------------------------------------------------------------
 
-/** A table of cells {text, share, says}, share from -1 to 1. Arrow keys go from cell to cell; onlook(row, column) is told
- *  which one is looked at. rows and columns: labels, of which row 0 stands at the bottom. */
+/** A table of cells {text, share, says}, share from -1 to 1. Arrow keys go from cell to cell; onlook(row, column) is
+ *  told which one is looked at. rows: labels, of which row 0 stands at the bottom; columns: {text, says}. */
 export function heatMap({ caption, rows, columns, cell, onlook }) {
   const table = make("table", { class: "heat", role: "grid", "aria-label": caption });
   const head = make("tr", {}, make("th", { scope: "col" }, make("span", { class: "unseen" }, "layer")));
-  columns.forEach((label, c) => head.append(make("th", { scope: "col", title: label.title ?? null, "aria-label": label.says ?? `${label.text}` }, label.text)));
+  head.append(...columns.map(({ text, says }) => make("th", { scope: "col", title: says, "aria-label": says }, text)));
   const body = make("tbody"), cells = [];
   rows.forEach((label, r) => {
     const line = make("tr", {}, make("th", { scope: "row" }, label));
@@ -47,8 +48,8 @@ export function heatMap({ caption, rows, columns, cell, onlook }) {
 /** The class of a ground of so much colour, on which some inks cannot be read. */
 export const strength = (share) => share > 0.85 ? "strong" : share > 0.6 ? "half" : "";
 
-/** One stop of the Tab key for all of cells[row][column]; arrows, Home and End move inside. Returns what brings the stop
- *  to a row and column. */
+/** One stop of the Tab key for all of cells[row][column]; arrows, Home and End move inside. Returns what brings the
+ *  stop to a row and column. */
 export function roving(container, cells, onlook) {
   let here = null;
   const look = (node) => {
@@ -68,7 +69,8 @@ export function roving(container, cells, onlook) {
     const node = of(event);
     if (!node) return;
     const [r, c] = [Number(node.dataset.r), Number(node.dataset.c)], last = cells[r].length - 1;
-    const to = { ArrowUp: [r + 1, c], ArrowDown: [r - 1, c], ArrowLeft: [r, c - 1], ArrowRight: [r, c + 1], Home: [r, 0], End: [r, last] }[event.key];
+    const to = { ArrowUp: [r + 1, c], ArrowDown: [r - 1, c], ArrowLeft: [r, c - 1], ArrowRight: [r, c + 1],
+      Home: [r, 0], End: [r, last] }[event.key];
     if (!to || !cells[to[0]]?.[to[1]]) return;
     event.preventDefault();
     cells[to[0]][to[1]].focus();
@@ -76,10 +78,10 @@ export function roving(container, cells, onlook) {
   return (r, c) => look(cells[r][c]);
 }
 
-export function key(...entries) {
-  const node = make("p", { class: "key" });
-  for (const [from, to, both] of entries) node.append(make("span", {}, from, make("i", { class: both ? "both" : null, "aria-hidden": "true" }), to));
-  return node;
+/** What the colours of a heat map go from and to; both: through none, from what is below 0. */
+export function key(from, to, both = false) {
+  const colours = make("i", { class: both ? "both" : null, "aria-hidden": "true" });
+  return make("p", { class: "key" }, make("span", {}, from, colours, to));
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------
@@ -128,8 +130,7 @@ function svg(tag, attributes, ...children) {
   return node;
 }
 
-/** train: [[step, loss], ...]; held: of the text held out; until: where the training ends;
- *  W: pixels of width. */
+/** train: [[step, loss], ...]; held: of the text held out; until: where the training ends; W: pixels of width. */
 export function lossChart({ train, held, until, W = 560 }) {
   const [H, left, right, top, bottom] = [250, 34, 66, 10, 24];
   const values = [...train, ...held].map(([, loss]) => loss);
@@ -137,31 +138,37 @@ export function lossChart({ train, held, until, W = 560 }) {
   const [low, high, gap] = ticksOf(least, most);
   const x = (step) => left + (W - left - right) * step / Math.max(1, until);
   const y = (loss) => top + (H - top - bottom) * (high - loss) / (high - low);
-  const path = (points) => points.map(([step, loss], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("");
-  const last = train.at(-1), lastHeld = held.at(-1);
-  const words = last ? `Loss on the text that is learnt: ${train[0][1].toFixed(2)} at update ${train[0][0]}, ${smooth(train).at(-1)[1].toFixed(2)} at ` +
-    `update ${last[0]}.${lastHeld ? ` Held out: ${lastHeld[1].toFixed(2)}.` : ""}` : "No update yet";
-  const chart = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": words });
+  const calm = smooth(train);
+  const chart = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": lossInWords(calm, held) });
   for (let tick = low; tick <= high + 1e-9; tick += gap) {
     chart.append(svg("line", { class: "grid", x1: left, x2: W - right, y1: y(tick), y2: y(tick) }),
       svg("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, String(Number(tick.toFixed(2)))));
   }
-  for (const step of [0, until]) {
-    chart.append(svg("text", { x: x(step), y: H - 4, "text-anchor": step ? "end" : "start" }, step ? `update ${step.toLocaleString("en")}` : "0"));
-  }
-  if (!last) return chart;
-  const calm = smooth(train);
-  chart.append(svg("path", { class: "raw", d: path(thin(train)) }), svg("path", { class: "line", d: path(thin(calm)) }),
-    svg("path", { class: "held", d: path(held) }), ...held.map(([step, loss]) => svg("circle", { cx: x(step), cy: y(loss), r: 2.5 })));
-  const ends = [[calm.at(-1), "of-line", "learnt"], [lastHeld, "of-held", "held out"]].filter(([point]) => point);
-  const places = ends.map(([point]) => y(point[1]));
-  if (ends.length === 2 && Math.abs(places[0] - places[1]) < 14) {  // beside one another, not on top
-    const above = places[0] < places[1] ? 0 : 1, middle = (places[0] + places[1]) / 2;
-    places[above] = middle - 7;
-    places[1 - above] = middle + 7;
-  }
-  ends.forEach(([[step], name, words], i) => chart.append(svg("text", { class: name, x: x(step) + 8, y: places[i] + 4 }, words)));
+  chart.append(svg("text", { x: left, y: H - 4 }, "0"),
+    svg("text", { x: W - right, y: H - 4, "text-anchor": "end" }, `update ${until.toLocaleString("en")}`));
+  const path = (points, name) => svg("path", { class: name,
+    d: points.map(([step, loss], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("") });
+  chart.append(path(thin(train), "raw"), path(thin(calm), "line"), path(held, "held"));
+  chart.append(...held.map(([step, loss]) => svg("circle", { cx: x(step), cy: y(loss), r: 2.5 })));
+  const ends = [[calm.at(-1), "of-line", "learnt"], [held.at(-1), "of-held", "held out"]].filter(([point]) => point);
+  const places = apart(ends.map(([point]) => y(point[1])));
+  ends.forEach(([[step], name, words], i) =>
+    chart.append(svg("text", { class: name, x: x(step) + 8, y: places[i] + 4 }, words)));
   return chart;
+}
+
+function lossInWords(calm, held) {
+  if (!calm.length) return "No update yet";
+  const [[first, before], [last, now]] = [calm[0], calm.at(-1)];
+  return `Loss on the text that is learnt: ${before.toFixed(2)} at update ${first}, ${now.toFixed(2)} at update ` +
+    `${last}.` + (held.length ? ` Held out: ${held.at(-1)[1].toFixed(2)}.` : "");
+}
+
+/** Heights of two labels, that neither stands on the other. */
+function apart(places) {
+  if (places.length < 2 || Math.abs(places[0] - places[1]) >= 14) return places;
+  const middle = (places[0] + places[1]) / 2;
+  return places[0] < places[1] ? [middle - 7, middle + 7] : [middle + 7, middle - 7];
 }
 
 /** Round numbers that enclose two: [low, high, gap]. */

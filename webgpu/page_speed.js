@@ -5,7 +5,8 @@ import { stopWriting } from "./page_write.js";
 
 export function showLadder() {
   const { info, ladder } = page.gpu;
-  $("adapter").textContent = `${info.name}${info.fallback ? ". It is a software adapter, the processor in place of a graphics card: take small models." : ""}`;
+  const slow = ". It is a software adapter, the processor in place of a graphics card: take small models.";
+  $("adapter").textContent = info.name + (info.fallback ? slow : "");
   $("ladder").replaceChildren(...ladder.map(({ name, used, reason }) => make("tr", {},
     make("td", {}, name), make("td", {}, used ? "✓ yes" : "– no"), make("td", {}, reason))));
 }
@@ -24,7 +25,8 @@ function measure() {
     measuring = true;
     try {
       const line = (text) => { figures.textContent += `${text}\n`; };
-      const { text } = await during("measure", "Measuring", () => aloneWith(model, () => benchmark(page.gpu, model, line)));
+      const { text } = await during("measure", "Measuring", () =>
+        aloneWith(model, () => benchmark(page.gpu, model, line)));
       figures.textContent = text;
       $("copy").hidden = false;
       $("measured").textContent = "Measured.";

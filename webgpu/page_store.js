@@ -20,6 +20,14 @@ export function remember(name, value) {
 
 export const recall = (name) => kept()[name];
 
+const valueOf = (field) => field.type === "checkbox" ? field.checked : field.value;
+
+/** What is as it was at the start is not kept: so that a page with other defaults can have them. */
+function isChanged(field) {
+  if (field.type === "checkbox") return field.checked !== field.defaultChecked;
+  return field.value !== (field.tagName === "SELECT" ? field.options[0].value : field.defaultValue);
+}
+
 /** Fields with data-keep are as they were left. */
 export function keepFields() {
   const values = kept().fields ?? {};
@@ -33,9 +41,7 @@ export function keepFields() {
   }
   const save = () => {
     clearTimeout(timer);
-    const changed = fields.filter((field) => field.type === "checkbox" ? field.checked !== field.defaultChecked :
-      field.tagName === "SELECT" ? field.value !== field.options[0].value : field.value !== field.defaultValue);
-    remember("fields", Object.fromEntries(changed.map((field) => [field.id, field.type === "checkbox" ? field.checked : field.value])));
+    remember("fields", Object.fromEntries(fields.filter(isChanged).map((field) => [field.id, valueOf(field)])));
   };
   document.addEventListener("input", ({ target }) => {
     if (!("keep" in target.dataset)) return;
@@ -47,8 +53,8 @@ export function keepFields() {
 
 // ---- files ----------------------------------------------------------------------------------------------------------
 
-// A run is kept as files with names of their own, and state.json says which of them belong together. It is written last,
-// and written whole or not at all: a crash leaves the run as it was saved before.
+// A run is kept as files with names of their own, and state.json says which of them belong together. It is written
+// last, and whole or not at all: a crash leaves the run as it was saved before.
 
 async function folder() {
   const root = await navigator.storage.getDirectory();
@@ -92,7 +98,9 @@ export async function keptRun() {
     const where = await folder(), found = await readState(where);
     if (!found) return null;
     const files = {};
-    for (const [name, actual] of Object.entries(found.names)) files[name] = await (await where.getFileHandle(actual)).getFile();
+    for (const [name, actual] of Object.entries(found.names)) {
+      files[name] = await (await where.getFileHandle(actual)).getFile();
+    }
     return { files, state: found.state };
   } catch {
     return null;  // no such store here, or one that is not whole: there is nothing to go on with

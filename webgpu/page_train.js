@@ -2,7 +2,8 @@
 
 import { UserError } from "./errors.js";
 import { parametersOf } from "./gpt.js";
-import { $, alone, attempt, count, doing, during, idsOf, lossIsKnown, make, many, needModel, notice, numberOf, onModel, page, say } from "./page_common.js";
+import { $, alone, attempt, count, doing, during, idsOf, lossIsKnown, make, many, needModel, notice, numberOf, onModel,
+  page } from "./page_common.js";
 import { lossChart, smooth } from "./page_draw.js";
 import { discardRun, keepText, keptRun, keptText, recall, remember, saveRun } from "./page_store.js";
 import { isWriting, notWriting } from "./page_write.js";
@@ -13,6 +14,8 @@ const SHOWN = 200_000;       // characters of a text that can be edited
 const LARGEST = 50_000_000;  // bytes of a text
 const OFTEN = 20_000;        // milliseconds from save to save
 const SETTINGS = ["batch_size", "learning_rate", "max_iters"];
+const LARGER = { n_layer: 4, n_head: 4, n_embd: 128, block_size: 128, batch_size: 16, learning_rate: 0.003,
+  max_iters: 1000, sample_every: 100 };
 const OWN_CODE = ["gpt.js", "gpu.js", "train.js", "inside.js", "tokenizer.js", "safetensors.js"];
 
 // The run: {trainer, name, text, state: going | paused | ended, train, held: [[step, loss]], kept, saved: step, ...}
@@ -36,7 +39,8 @@ function setText(text, name) {
 }
 
 async function recallText() {
-  const kept = recall("text"), [text, name] = kept ? [kept.long ? await keptText() : kept.text, kept.name] : await ownCode();
+  const kept = recall("text"), there = kept?.long ? await keptText() : kept?.text;
+  const [text, name] = kept ? [there, kept.name] : await ownCode();
   if (text !== null && !textNow()) setText(text, name);  // unless one was dropped meanwhile
 }
 
@@ -49,8 +53,10 @@ async function ownCode() {
 /** A file that was dropped or chosen. */
 export async function takeText(file) {
   await attempt("train-wrong", async () => {
-    if (file.size > LARGEST) throw new UserError(`${file.name} is larger than ${LARGEST / 1e6} MB: take a part of it, or python train.py.`);
     let text;
+    if (file.size > LARGEST) {
+      throw new UserError(`${file.name} is larger than ${LARGEST / 1e6} MB: take a part of it, or python train.py.`);
+    }
     try {
       text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
     } catch {
@@ -64,7 +70,10 @@ export async function takeText(file) {
 
 function sizes() {
   const [n_layer, n_head, n_embd, block_size] = ["n_layer", "n_head", "n_embd", "block_size"].map(numberOf);
-  if (n_embd % (2 * n_head)) throw new UserError(`A width of ${n_embd} cannot be shared out to ${n_head} heads of even width: take ${Math.max(1, Math.round(n_embd / 2 / n_head)) * 2 * n_head}.`);
+  const near = Math.max(1, Math.round(n_embd / 2 / n_head)) * 2 * n_head;
+  if (n_embd % (2 * n_head)) {
+    throw new UserError(`A width of ${n_embd} cannot be shared out to ${n_head} heads of even width: take ${near}.`);
+  }
   return { n_layer, n_head, n_embd, block_size };
 }
 
@@ -77,7 +86,8 @@ function fromScratch(text) {
 /** What would be trained, in a line. */
 function describe() {
   const text = textNow(), scratch = $("begin").value === "scratch";
-  $("text-says").textContent = `${source.name ? `${source.name}, ` : ""}${count(text.length)} characters${source.text === null ? "" : ", of which the first are shown"}`;
+  const part = source.text === null ? "" : "of which the first are shown";
+  $("text-says").textContent = [source.name, `${count(text.length)} characters`, part].filter(Boolean).join(", ");
   for (const id of ["tokens", "n_layer", "n_head", "n_embd", "block_size"]) $(id).disabled = !scratch || isOpen();
   let words = "";
   try {
@@ -97,8 +107,8 @@ const isOpen = () => run !== null && run.state !== "ended";
 
 /** A device that is fast can have more to begin with. */
 function defaults() {
-  const larger = page.gpu.info.fallback ? {} : { n_layer: 4, n_head: 4, n_embd: 128, block_size: 128, batch_size: 16, learning_rate: 0.003, max_iters: 1000, sample_every: 100 };
-  for (const [id, value] of Object.entries(larger)) {
+  if (page.gpu.info.fallback) return;
+  for (const [id, value] of Object.entries(LARGER)) {
     const untouched = $(id).value === $(id).defaultValue;
     $(id).defaultValue = value;
     if (untouched) $(id).value = value;
@@ -110,7 +120,8 @@ function beginChanged() {
   const scratch = $("begin").value === "scratch", rate = $("learning_rate");
   if (!scratch && rate.value === rate.defaultValue) rate.value = 0.0005;
   else if (scratch && rate.value === "0.0005") rate.value = rate.defaultValue;
-  if (!scratch && page.gpu?.info.fallback && $("batch_size").value === $("batch_size").defaultValue) $("batch_size").value = 2;
+  const batch = $("batch_size");
+  if (!scratch && page.gpu?.info.fallback && batch.value === batch.defaultValue) batch.value = 2;
   describe();
 }
 
@@ -127,7 +138,8 @@ function start() {
     if (model && !model.enc) idsOf(model, text);
     const what = model ? { model } : fromScratch(text);
     end();
-    const trainer = await during("train", "Making ready", () => alone(() => Trainer.create(page.gpu, { ...what, text, ...settings })));
+    const trainer = await during("train", "Making ready", () =>
+      alone(() => Trainer.create(page.gpu, { ...what, text, ...settings })));
     begin({ trainer, text, name: source.name || "your text", train: [], held: [], samples: [], saved: 0 });
     await claim();
     await goOn();
@@ -152,13 +164,13 @@ function end() {
 /** Only one tab can keep its run: the others are told so. */
 async function claim() {
   const mine = run;
+  const tell = (words) => { $("train-says").textContent = words; };
   if (!navigator.locks || !navigator.storage?.getDirectory) {
-    $("train-says").textContent = "This browser keeps nothing: download the model before you close the tab.";
-    return;
+    return tell("This browser keeps nothing: download the model before you close the tab.");
   }
   await new Promise((got) => navigator.locks.request("tinygpt training", { ifAvailable: true }, (lock) => {
     mine.kept = Boolean(lock);
-    if (!lock) $("train-says").textContent = "Another tab is training, and only one run is kept: download this one before you close the tab.";
+    if (!lock) tell("Another tab is training, and only one run is kept: download this one before you close the tab.");
     got();
     return lock ? new Promise((release) => { mine.release = release; }) : null;
   }));
@@ -167,7 +179,9 @@ async function claim() {
 /** Go on with other settings, as far as they can be changed. */
 function resume() {
   const { trainer } = run, max_iters = numberOf("max_iters");
-  if (trainer.updates >= max_iters) throw new UserError(`All ${count(max_iters)} updates are done: for more, raise the number of updates.`);
+  if (trainer.updates >= max_iters) {
+    throw new UserError(`All ${count(max_iters)} updates are done: for more, raise the number of updates.`);
+  }
   Object.assign(trainer.settings, { max_iters, learning_rate: numberOf("learning_rate") });
   return goOn();
 }
@@ -194,8 +208,8 @@ async function goOn() {
     if (mine.state === "going") mine.state = "paused";
     show();
   }
-  const all = trainer.updates >= trainer.settings.max_iters;
-  $("train-says").textContent = `${all ? "All updates are done" : mine.state === "ended" ? "Stopped" : "Paused"} at update ${count(trainer.updates)}.` +
+  const all = trainer.updates >= trainer.settings.max_iters, ended = mine.state === "ended" ? "Stopped" : "Paused";
+  $("train-says").textContent = `${all ? "All updates are done" : ended} at update ${count(trainer.updates)}.` +
     (mine.kept ? " The run is kept in this browser until another one begins." : "");
 }
 
@@ -232,7 +246,8 @@ async function sample(mine) {
   try {
     first = [...enc.encode("\n")];
   } catch {}  // a text of one line: there is no such character
-  const tokens = trainer.model.generate(first, { max_new_tokens: enc.kind === "bpe" ? 60 : 160, temperature: 0.8, seed: step }), ids = [];
+  const ids = [], max_new_tokens = enc.kind === "bpe" ? 60 : 160;
+  const tokens = trainer.model.generate(first, { max_new_tokens, temperature: 0.8, seed: step });
   for (;;) {
     const { value, done } = await alone(() => tokens.next());
     if (done || value.token === enc.eot) break;
@@ -247,7 +262,8 @@ async function sample(mine) {
 // ---- what is shown of it --------------------------------------------------------------------------------------------
 
 function showSample({ step, loss, text }) {
-  $("samples").prepend(make("li", {}, make("b", {}, `update ${count(step)}, loss ${loss.toFixed(2)}`), make("p", {}, text)));
+  const title = make("b", {}, `update ${count(step)}, loss ${loss.toFixed(2)}`);
+  $("samples").prepend(make("li", {}, title, make("p", {}, text)));
   while ($("samples").children.length > 20) $("samples").lastChild.remove();
 }
 
@@ -262,7 +278,10 @@ function showSoon() {
   }, 200);
 }
 
-const clock = (seconds) => seconds < 90 ? `${Math.ceil(seconds)} s` : seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+function clock(seconds) {
+  if (seconds < 90) return `${Math.ceil(seconds)} s`;
+  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+}
 
 function showCourse() {
   if (!run) return;
@@ -271,10 +290,15 @@ function showCourse() {
   $("m-loss").textContent = train.length ? smooth(train.slice(-200)).at(-1)[1].toFixed(3) : "–";
   $("m-val").textContent = held.length ? held.at(-1)[1].toFixed(3) : "–";
   $("m-pace").textContent = perUpdate ? count(1000 * batch_size * trainer.config.block_size / perUpdate) : "–";
-  $("m-left").textContent = perUpdate && run.state === "going" ? clock((max_iters - trainer.updates) * perUpdate / 1000) : "–";
-  $("chart").replaceChildren(lossChart({ train, held, until: max_iters, W: $("chart").clientWidth || undefined }));
+  const left = (max_iters - trainer.updates) * perUpdate / 1000;
+  $("m-left").textContent = perUpdate && run.state === "going" ? clock(left) : "–";
+  drawChart(train, held, max_iters);
   $("after").hidden = !trainer.updates;
   $("samples-title").hidden = !run.samples.length;
+}
+
+function drawChart(train, held, until) {
+  $("chart").replaceChildren(lossChart({ train, held, until, W: $("chart").clientWidth || undefined }));
 }
 
 function show() {
@@ -302,16 +326,21 @@ async function keep(mine) {
   if (!mine.kept || mine.saving || mine.saved === mine.trainer.updates) return;
   mine.saving = true;
   try {
-    const { name, text, train, held, samples, trainer } = mine, { checkpoint, optimizer } = await alone(() => trainer.save());
-    const step = trainer.updates, settings = { max_iters: trainer.settings.max_iters, learning_rate: trainer.settings.learning_rate };
-    await saveRun({ checkpoint, optimizer, text: mine.textKept ? null : text }, { name, step, settings, train, held, samples, when: Date.now() });
+    const { name, text, train, held, samples, trainer } = mine, { max_iters, learning_rate } = trainer.settings;
+    const { step, checkpoint, optimizer } = await alone(async () =>
+      ({ step: trainer.updates, ...await trainer.save() }));
+    const upTo = (points) => points.filter(([at]) => at <= step);  // others may have come meanwhile
+    const state = { name, step, settings: { max_iters, learning_rate }, train: upTo(train), held: upTo(held),
+      samples: samples.filter((each) => each.step <= step), when: Date.now() };
+    await saveRun({ checkpoint, optimizer, text: mine.textKept ? null : text }, state);
     Object.assign(mine, { saved: step, savedAt: performance.now(), textKept: true });
   } catch (error) {
     await lossIsKnown();
     if (page.lost) throw error;
     mine.kept = false;  // a full disk, most likely: go on without
     console.warn(error);
-    $("train-says").textContent = "The run could not be kept in this browser (is its storage full?): download it before you close the tab.";
+    $("train-says").textContent = "The run could not be kept in this browser (is its storage full?): download it " +
+      "before you close the tab.";
   } finally {
     mine.saving = false;
   }
@@ -329,8 +358,8 @@ export async function offerRun() {
   if (!kept || run) return;
   const { name, step, settings, when } = kept.state;
   const time = new Date(when).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
-  offer = notice(`A training run on ${name} is kept from ${time}: update ${count(step)} of ${count(settings.max_iters)}.`,
-    { Continue: () => goOnWith(kept), Discard: () => discardRun() });
+  const words = `A training run on ${name} is kept from ${time}, update ${count(step)} of ${settings.max_iters}.`;
+  offer = notice(words, { Continue: () => goOnWith(kept), Discard: () => discardRun() });
 }
 
 function goOnWith({ files, state }) {
@@ -340,7 +369,8 @@ function goOnWith({ files, state }) {
     const text = await files.text.text(), { checkpoint, optimizer } = files;
     const trainer = await during("train", "Making ready", () => alone(() =>
       Trainer.create(page.gpu, { resume: { checkpoint, optimizer }, text, ...state.settings })));
-    begin({ trainer, text, name: state.name, train: state.train, held: state.held, samples: state.samples, saved: trainer.updates, textKept: true });
+    const { name, train, held, samples } = state;
+    begin({ trainer, text, name, train, held, samples, saved: trainer.updates, textKept: true });
     $("max_iters").value = state.settings.max_iters;
     $("learning_rate").value = state.settings.learning_rate;
     show();
@@ -357,7 +387,8 @@ function download() {
       make("a", { href: url, download: file }).click();
       setTimeout(() => URL.revokeObjectURL(url), 60_000);
     }
-    $("resume-says").textContent = ["char", "byte"].includes(run.trainer.enc.kind) ? "TEXT" : "DATA (tokens of the same tokenizer)";
+    const any = ["char", "byte"].includes(run.trainer.enc.kind);
+    $("resume-says").textContent = any ? "TEXT" : "DATA (tokens of the same tokenizer)";
     $("download-says").hidden = false;
   });
 }
@@ -412,6 +443,6 @@ export function setUpTraining() {
 }
 
 function showEmpty() {
-  if (!run) $("chart").replaceChildren(lossChart({ train: [], held: [], until: Number($("max_iters").value) || 1, W: $("chart").clientWidth || undefined }));
+  if (!run) drawChart([], [], Number($("max_iters").value) || 1);
   describe();
 }

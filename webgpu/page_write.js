@@ -1,10 +1,10 @@
 // Writing: the text as it comes, and what the model had considered at each token.
 
-import { $, aloneWith, attempt, count, during, heard, idsOf, make, needModel, numberOf, page, seen } from "./page_common.js";
+import { $, aloneWith, attempt, count, during, heard, idsOf, make, needModel, numberOf } from "./page_common.js";
 import { bars } from "./page_draw.js";
 
-// The sheet: the ids of the prompt, and for each token that follows {id, top, forced, node}. enc is the tokenizer of the
-// model that wrote it; at: the token that is looked at, null: always the newest.
+// The sheet: the ids of the prompt, and for each token that follows {id, top, forced, node}. enc is the tokenizer of
+// the model that wrote it; at: the token that is looked at, null: always the newest.
 const sheet = { prompt: [], written: [], enc: null, model: null, at: null, stream: null };
 let current = null;  // the writing that goes on: {abort, done}
 let frame = 0;
@@ -52,7 +52,8 @@ function take(i, id) {
     restream();
     append({ id, top, forced: true });
     sheet.at = null;
-    await goOn({ ...options, max_new_tokens: Math.max(1, options.max_new_tokens - sheet.written.length), seed: (options.seed + i + 1) % 2 ** 32 });
+    const max_new_tokens = Math.max(1, options.max_new_tokens - sheet.written.length);
+    await goOn({ ...options, max_new_tokens, seed: (options.seed + i + 1) % 2 ** 32 });
   });
 }
 
@@ -96,7 +97,8 @@ async function drawTokens(options, signal) {
     began ||= performance.now();
     append({ id: value.token, top: value.top, forced: false });
     const n = sheet.written.length - before, pace = (n - 1) / (performance.now() - began) * 1000;
-    $("pace").textContent = `${count(sheet.written.length)} tokens${n > 1 ? `, ${pace < 10 ? pace.toFixed(1) : count(pace)} a second` : ""} · seed ${options.seed}`;
+    const speed = n > 1 ? `, ${pace < 10 ? pace.toFixed(1) : count(pace)} a second` : "";
+    $("pace").textContent = `${count(sheet.written.length)} tokens${speed} · seed ${options.seed}`;
     frame ||= requestAnimationFrame(draw);
   }
   await tokens.return();
@@ -111,10 +113,12 @@ function restream() {
 }
 
 function append(entry) {
-  const { id, top, forced } = entry, p = top?.find(([other]) => other === id)?.[1] ?? Math.min(0.02, top?.at(-1)[1] ?? 1);
+  const { id, top, forced } = entry, among = top?.find(([other]) => other === id);
+  const p = among ? among[1] : Math.min(0.02, top?.at(-1)[1] ?? 1);
   const surprise = forced ? 0 : Math.min(1, Math.max(0, -Math.log2(p) / 6 - 0.15));
   const text = sheet.stream ? sheet.stream.push(id) : ` ${id}`;
-  entry.node = make("span", { class: forced ? "t forced" : "t", "--s": surprise.toFixed(2), "data-i": sheet.written.length }, text);
+  const look = { class: forced ? "t forced" : "t", "--s": surprise.toFixed(2), "data-i": sheet.written.length };
+  entry.node = make("span", look, text);
   sheet.written.push(entry);
   const view = $("sheet"), atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
   const caret = view.querySelector(".caret");
@@ -182,7 +186,8 @@ function listen() {
 /** What stands on the sheet before the token that is looked at, or all; its end, for the panels show every token. */
 export function textSoFar() {
   if (!sheet.enc) return "";
-  const ids = [...sheet.prompt.slice(1), ...sheet.written.slice(0, sheet.at ?? sheet.written.length).map(({ id }) => id)];
+  const before = sheet.written.slice(0, sheet.at ?? sheet.written.length);
+  const ids = [...sheet.prompt.slice(1), ...before.map(({ id }) => id)];
   return sheet.enc.decode(ids.slice(-40));
 }
 

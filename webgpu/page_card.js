@@ -1,0 +1,53 @@
+// The card of the model that is open.
+
+import { megabytes } from "./gpu.js";
+import { $, count, make, many } from "./page_common.js";
+
+const NORMS = { rms: "RMSNorm", layer: "LayerNorm" };
+const MLPS = { relu2: "ReLU²", gelu: "GELU", gelu_tanh: "GELU (tanh)", swiglu: "SwiGLU" };
+const POSITIONS = { rope: "rotary", learned: "learned positions", none: "no positions" };
+const TOKENS = { byte: "bytes", char: "characters", bpe: "BPE", hf: "Hugging Face" };
+
+export function showCard(model) {
+  const rows = [
+    ["Parameters", many(model.n_parameters)],
+    ["Weights", `${megabytes(model.blob.size)}, ${model.format}`],
+    ["Layers", layers(model.config)],
+    ["Design", design(model.config)],
+    ["Reads", reads(model)],
+    ["Loss", loss(model.meta)],
+    ["Made by", [model.meta.script, model.meta.step && `update ${count(model.meta.step)}`].filter(Boolean).join(", ")],
+  ].filter(([, value]) => value);
+  $("card-name").textContent = model.blob.name ?? "checkpoint";
+  $("card").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+  $("glyph").replaceChildren(...glyph(model.config));
+}
+
+function layers({ n_layer, n_head, n_kv_head, n_embd }) {
+  const groups = n_kv_head < n_head ? ` (${n_kv_head} of keys)` : "";
+  return `${n_layer} of ${n_head} heads${groups}, width ${n_embd}`;
+}
+
+function design({ alibi, pos, norm, mlp, qk_norm, tie }) {
+  const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm], MLPS[mlp], qk_norm && "QK-norm", tie && "tied"];
+  return all.filter(Boolean).join(", ");
+}
+
+function reads({ config, enc }) {
+  const window = config.sliding_window ? `, window ${config.sliding_window} ${config.window_pattern}` : "";
+  const kind = enc ? ` (${TOKENS[enc.kind]})` : "";
+  return `${count(config.block_size)} tokens of ${count(config.vocab_size)}${kind}${window}`;
+}
+
+function loss({ losses }) {
+  if (!Number.isFinite(losses?.val)) return "";
+  const bits = Number.isFinite(losses.bits_per_byte) ? `, ${losses.bits_per_byte.toFixed(2)} bits a byte` : "";
+  return `${losses.val.toFixed(2)} nats a token held out${bits}`;
+}
+
+/** Each layer a line: its heads, and the MLP. */
+function glyph({ n_layer, n_head }) {
+  if (n_layer > 12 || n_head > 8) return [];
+  const heads = () => Array.from({ length: n_head }, () => make("b"));
+  return Array.from({ length: n_layer }, () => make("span", {}, ...heads(), make("b", { class: "mlp" })));
+}
