@@ -117,7 +117,7 @@ def test_matmul(kernel, turned_x, turned_w, bits, accumulate, with_bias):
 @pytest.mark.parametrize("turned_x, turned_w", [(0, 0), (0, 1), (1, 1)])
 def test_matmul_whole(turned_x, turned_w):
     """Where nothing lies beside the tiles, they need no checks: the same numbers."""
-    for side, sizes in ((64, (64, 128, 48)), (128, (128, 128, 32))):
+    for side, sizes in (("matmul", (12, 36, 20)), (64, (64, 128, 48)), (128, (128, 128, 32))):
         M, N, K = sizes
         x, weight = numbers(M, K), weights_of(32, (N, K))
         constants = {"TRANSPOSE_X": turned_x, "TRANSPOSE_W": turned_w, "BITS": 32}
@@ -133,11 +133,12 @@ def test_matmul_whole(turned_x, turned_w):
     (128, 0, 4, 64, 16)])
 def test_matmul_packed(kernel, turned, bits, group, scale_bits):
     """mx.quantized_matmul, forward; and turned, as the gradient of x is made."""
-    for M, rows, width in ((5, 39, 256), (70, 130, 384)):
+    for M, rows, width in ((5, 39, 256), (70, 130, 384), (8, 36, 256)):
         matrix, constants, parts = packed(rows, width, bits, group, scale_bits)
         N, K = (width, rows) if turned else (rows, width)
         x = numbers(M, K, seed=3)
-        found = matmul(kernel, constants | {"TRANSPOSE_W": turned}, (M, N, K), matrix, NONE, x, zeros(M, N))
+        settings = constants | {"TRANSPOSE_W": turned, "WHOLE": kernel == "matmul" and M % 4 == N % 4 == K % 4 == 0}
+        found = matmul(kernel, settings, (M, N, K), matrix, NONE, x, zeros(M, N))
         expected = mx.quantized_matmul(mx.array(x), *parts, transpose=not turned, group_size=group, bits=bits)
         assert near(found, expected, 5e-6)
 
@@ -476,7 +477,7 @@ def test_embed_backward(accumulate):
 
 @pytest.mark.parametrize("clip, scale", [(1.0, 1.0), (1.0, 1e-3), (0.0, 1.0), (0.3, 1e-9), (1e-6, 1e-7)])
 def test_adamw(clip, scale):
-    """Five updates of train.py: clip, decay of matrices, Adam, whatever the gradient's length; its length is told."""
+    """Five updates of train.py: clip, decay of matrices, Adam, whatever the gradient's length."""
     b1, b2, decay = 0.9, 0.95, 0.1
     for shape, bias in (((3, 5), 4), ((300, 255), 130)):
         n, decayed = math.prod(shape) + bias, math.prod(shape)
@@ -489,16 +490,16 @@ def test_adamw(clip, scale):
             g[0] = 3 * scale
             parts, = run("sum_squares", {}, (n,), [g, zeros(256) + 7], (256, 1), [2])
             squares = (g.astype(np.float64)**2).sum()
-            assert near(parts.sum(), squares)
+            whole, = run("column_sum", {}, (256, 1), [NONE, parts, NONE, zeros(1)], (1, 1), [4])
+            assert near(whole, [squares])
             now = np.array([rate, 1 - b1**step, math.sqrt(1 - b2**step)], np.float32)
-            moments, x, report = run("adamw", {}, (n, decayed, clip, decay, b1, b2),
-                                     [now, parts, g, moments, x, zeros(1)], elements(n), [4, 5, 6])
+            moments, x = run("adamw", {}, (n, decayed, clip, decay, b1, b2), [now, whole, g, moments, x], elements(n),
+                             [4, 5])
             grads = {"weight": mx.array(g[:decayed].reshape(shape)), "bias": mx.array(g[decayed:])}
             grads, _ = optim.clip_grad_norm(grads, clip or math.inf)
             opt.learning_rate = mx.array(rate)
             parameters["weight"] *= 1 - decay * rate
             parameters = opt.apply_gradients(grads, parameters)
-            assert near(report, [math.sqrt(squares)])
         expected = np.concatenate([np.array(p).reshape(-1) for p in parameters.values()])
         assert np.abs(x - expected).max() < 2e-6
 

@@ -132,6 +132,7 @@ export class GPU {
     if (more) code = (enable ?? "") + await this.text(more) + code.slice((enable ?? "").length);
     const module = this.device.createShaderModule({ code, label: name });
     const constants = Object.fromEntries(Object.entries(settings).map(([key, value]) => [key, Number(value)]));
+    if (this.info.fallback && /^override SIZE/m.test(code)) constants.SIZE = 4;  // a barrier costs a processor dearly
     return this.device.createComputePipelineAsync({ label: name, layout: "auto", compute: { module, constants } });
   }
 
@@ -156,10 +157,11 @@ export class GPU {
     for (const name of ["TRANSPOSE_X", "TRANSPOSE_W", "ACCUMULATE"]) if (more[name]) settings[name] = true;
     const SIDE = more.tile ?? this.paths.tile;
     if (SIDE) {
-      const WHOLE = M % SIDE === 0 && N % SIDE === 0 && K % 16 === 0 && { WHOLE: true };
-      plan.add("matmul_tiled", { SIDE, ...WHOLE, ...settings }, [M, N, K], buffers, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]);
+      const whole = M % SIDE === 0 && N % SIDE === 0 && K % 16 === 0 && { WHOLE: true };
+      plan.add("matmul_tiled", { SIDE, ...whole, ...settings }, [M, N, K], buffers, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]);
     } else {
-      plan.add("matmul", settings, [M, N, K], buffers, [Math.ceil(N / 32), Math.ceil(M / 32)]);
+      const whole = M % 4 === 0 && N % 4 === 0 && K % 4 === 0 && { WHOLE: true };
+      plan.add("matmul", { ...whole, ...settings }, [M, N, K], buffers, [Math.ceil(N / 32), Math.ceil(M / 32)]);
     }
   }
 }

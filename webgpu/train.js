@@ -101,7 +101,7 @@ export class Trainer {
     }
     this.made = [];
     const own = (content) => (this.made.push(this.gpu.buffer(content)), this.made.at(-1));
-    Object.assign(this, { values: own(values), gradients: own(4 * at), moments: own(moments), parts: own(1024), now: own(16), report: own(16) });
+    Object.assign(this, { values: own(values), gradients: own(4 * at), moments: own(moments), parts: own(1024), now: own(16), squares: own(16) });
     const inside = (name, buffer) => {
       const { at: place, size } = this.places.get(name);
       return { buffer, offset: 4 * place, size: 4 * Math.ceil(size / 64) * 64 };
@@ -151,8 +151,9 @@ export class Trainer {
     judge(plan, x, true);
     this.backward(plan, { B, T, R, at, rooms, embedded, x, d, d_h });
     plan.add("sum_squares", {}, [this.n], [this.gradients, this.parts], [256]);
+    plan.add("column_sum", {}, [256, 1], [gpu.none, this.parts, gpu.none, this.squares], [1]);
     plan.add("adamw", {}, [this.n, this.decayed ?? this.n, settings.grad_clip, settings.weight_decay, settings.beta1, settings.beta2],
-      [this.now, this.parts, this.gradients, this.moments, this.values, this.report], gpu.threads(this.n));
+      [this.now, this.squares, this.gradients, this.moments, this.values], gpu.threads(this.n));
     await plan.ready();
 
     this.judging = new Plan(gpu);
@@ -279,9 +280,9 @@ export class Trainer {
     const lr = this.rate(this.updates), step = this.updates += 1;
     this.gpu.write(this.now, Float32Array.of(lr, 1 - beta1 ** step, Math.sqrt(1 - beta2 ** step)));
     this.plan.run();
-    const [loss, norm] = await Promise.all([this.gpu.read(this.loss, 4), this.gpu.read(this.report, 4)]);
+    const [loss, norm] = await Promise.all([this.gpu.read(this.loss, 4), this.gpu.read(this.squares, 4)]);
     this.losses.train = new Float32Array(loss)[0] / R;
-    return { step, loss: this.losses.train, norm: new Float32Array(norm)[0], lr };
+    return { step, loss: this.losses.train, norm: Math.sqrt(new Float32Array(norm)[0]), lr };
   }
 
   /** Mean loss in nats on windows of the text held out, the same ones each time. */

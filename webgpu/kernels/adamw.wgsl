@@ -4,33 +4,24 @@
 //   g = g min(1, clip / (length of g + 1e-6));   x = x (1 - lr decay) for matrices
 //   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2;   x = x - lr m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + 1e-8)
 //
-// parts: see sum_squares.wgsl. now: lr, 1 - b1^t and sqrt(1 - b2^t) of this update. moments: m (n,), then v (n,). report:
-// the length of g.
+// squares: their sum over g, of sum_squares.wgsl. now: lr, 1 - b1^t and sqrt(1 - b2^t) of this update. moments: m (n,),
+// then v (n,). A thread has a parameter.
 
 struct Params { n: u32, decayed: u32, clip: f32, decay: f32, b1: f32, b2: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> now: array<f32>;
-@group(0) @binding(2) var<storage, read> parts: array<f32>;
+@group(0) @binding(2) var<storage, read> squares: array<f32>;
 @group(0) @binding(3) var<storage, read> g: array<f32>;
 @group(0) @binding(4) var<storage, read_write> moments: array<f32>;
 @group(0) @binding(5) var<storage, read_write> x: array<f32>;
-@group(0) @binding(6) var<storage, read_write> report: array<f32>;
-
-var<workgroup> sums: array<f32, 64>;
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
         @builtin(local_invocation_index) thread: u32) {
-  sums[thread] = parts[thread] + parts[thread + 64] + parts[thread + 128] + parts[thread + 192];
-  workgroupBarrier();
-  var squares = 0.0;
-  for (var i = 0u; i < 64; i++) { squares += sums[i]; }
-  let length = sqrt(squares);
-  var shrink = 1.0;
-  if (p.clip > 0) { shrink = min(1.0, p.clip / (length + 1e-6)); }
   let i = (group.x + group.y * groups.x) * 64 + thread;
-  if (i == 0) { report[0] = length; }
   if (i >= p.n) { return; }
+  var shrink = 1.0;
+  if (p.clip > 0) { shrink = min(1.0, p.clip / (sqrt(squares[0]) + 1e-6)); }
   let gradient = g[i] * shrink;
   var value = x[i];
   if (i < p.decayed) { value *= 1 - now[0] * p.decay; }

@@ -4,6 +4,7 @@
 //
 // A workgroup has a row.
 
+override SIZE: u32 = 64;  // threads
 override LAYER: bool = false;
 override ADD: bool = false;
 override BIAS: bool = false;
@@ -16,37 +17,37 @@ struct Params { R: u32, C: u32, eps: f32 }
 @group(0) @binding(4) var<storage, read_write> x: array<f32>;
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
 
-var<workgroup> sums: array<f32, 64>;
+var<workgroup> sums: array<f32, SIZE>;
 
 fn total(value: f32, thread: u32) -> f32 {
   workgroupBarrier();
   sums[thread] = value;
   workgroupBarrier();
   var sum = 0.0;
-  for (var i = 0u; i < 64; i++) { sum += sums[i]; }
+  for (var i = 0u; i < SIZE; i++) { sum += sums[i]; }
   return sum;
 }
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
         @builtin(local_invocation_index) thread: u32) {
   let row = group.x + group.y * groups.x;
   if (row >= p.R) { return; }
   let start = row * p.C;
   var sum = 0.0;
-  for (var c = thread; c < p.C; c += 64) {
+  for (var c = thread; c < p.C; c += SIZE) {
     if (ADD) { x[start + c] += more[start + c]; }
     sum += x[start + c];
   }
   var mean = 0.0;
   if (LAYER) { mean = total(sum, thread) / f32(p.C); }
   var squares = 0.0;
-  for (var c = thread; c < p.C; c += 64) {
+  for (var c = thread; c < p.C; c += SIZE) {
     let centered = x[start + c] - mean;
     squares += centered * centered;
   }
   let scale = inverseSqrt(total(squares, thread) / f32(p.C) + p.eps);
-  for (var c = thread; c < p.C; c += 64) {
+  for (var c = thread; c < p.C; c += SIZE) {
     var value = (x[start + c] - mean) * scale * weight[c];
     if (BIAS) { value += bias[c]; }
     y[start + c] = value;

@@ -15,7 +15,7 @@ struct Params { n: u32, top_k: u32, temperature: f32, top_p: f32, min_p: f32 }
 @group(0) @binding(3) var<storage, read_write> tokens: array<u32>;
 @group(0) @binding(4) var<storage, read_write> drawn: array<u32>;
 
-const SIZE = 128u;
+override SIZE: u32 = 128;  // threads
 var<workgroup> parts: array<vec2<f32>, SIZE>;
 
 fn sorted_bits(x: f32) -> u32 {

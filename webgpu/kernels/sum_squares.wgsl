@@ -1,21 +1,23 @@
 // The sum of squares of g (n,), in 256 parts, one a workgroup.
 
+override SIZE: u32 = 256;  // threads
+
 struct Params { n: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> g: array<f32>;
 @group(0) @binding(2) var<storage, read_write> parts: array<f32>;
 
-var<workgroup> sums: array<f32, 256>;
+var<workgroup> sums: array<f32, SIZE>;
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   var sum = 0.0;
-  for (var i = group.x * 256 + thread; i < p.n; i += 65536) { sum += g[i] * g[i]; }
+  for (var i = group.x * SIZE + thread; i < p.n; i += 256 * SIZE) { sum += g[i] * g[i]; }
   sums[thread] = sum;
   workgroupBarrier();
   if (thread == 0) {
     var whole = 0.0;
-    for (var i = 0u; i < 256; i++) { whole += sums[i]; }
+    for (var i = 0u; i < SIZE; i++) { whole += sums[i]; }
     parts[group.x] = whole;
   }
 }
