@@ -6,8 +6,10 @@
 // for each sequence, T or the cache's room. window: keys that a query sees, itself included; 0: all. slopes (H,): of
 // ALiBi's bias -slope distance; zeros for none.
 //
-// A workgroup of 64 threads has four queries of a head, which are the components of its vectors. It goes over the keys
-// 64 at a time: first a thread has a key, for its scores, then a column of v, for the sum.
+// A workgroup has four queries of a head, which are the components of its vectors. It goes over the keys 64 at a time:
+// first its threads have keys, for their scores, then columns of v, for the sum.
+
+override SIZE: u32 = 64;  // threads
 
 struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -21,10 +23,11 @@ struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32
 
 const LOWEST = -1e30;
 var<workgroup> queries: array<vec4<f32>, 256>;  // by column
+var<workgroup> sums: array<vec4<f32>, 256>;
 var<workgroup> scores: array<vec4<f32>, 64>;    // by key
 var<workgroup> weights: array<vec4<f32>, 64>;
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let first = group.x * 4;
   let head = group.y;
@@ -32,10 +35,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let keys = group.z * p.S;                // row of the first key
   let key_head = head / (p.H / p.KV);
   let n = min(4u, p.T - first);
-  for (var c = thread; c < p.D; c += 64) {
+  for (var c = thread; c < p.D; c += SIZE) {
     var four = vec4(0.0);
     for (var r = 0u; r < n; r++) { four[r] = q[((row + r) * p.H + head) * p.D + c]; }
     queries[c] = four;
+    sums[c] = vec4(0.0);
   }
   workgroupBarrier();
   let places = vec4(at[0] + first) + vec4(0u, 1, 2, 3);
@@ -44,47 +48,47 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   if (p.window > 0 && places.x + 1 > p.window) { start = places.x + 1 - p.window; }
   var highest = vec4(LOWEST);
   var sum = vec4(0.0);                     // of the weights that this thread has made
-  var out = array<vec4<f32>, 4>();         // by column, 64 apart
   for (var base = start; base < end; base += 64) {
-    let j = base + thread;
-    var score = vec4(LOWEST);
-    if (j < end) {
-      let k_start = ((keys + j) * p.KV + key_head) * p.D;
+    let count = min(64u, end - base);
+    for (var i = thread; i < count; i += SIZE) {
+      let k_start = ((keys + base + i) * p.KV + key_head) * p.D;
       var product = vec4(0.0);
       for (var c = 0u; c < p.D; c++) { product += queries[c] * k[k_start + c]; }
-      let distance = vec4<i32>(places) - i32(j);
+      let distance = vec4<i32>(places) - i32(base + i);
       var seen = distance >= vec4(0);
       if (p.window > 0) { seen = seen & (distance < vec4(i32(p.window))); }
-      score = select(score, product * p.scale - slopes[head] * vec4<f32>(distance), seen);
+      scores[i] = select(vec4(LOWEST), product * p.scale - slopes[head] * vec4<f32>(distance), seen);
     }
-    scores[thread] = score;
     workgroupBarrier();
     var top = highest;
-    for (var i = 0u; i < 64; i++) { top = max(top, scores[i]); }
-    let weight = select(vec4(0.0), exp(score - top), score > vec4(LOWEST));
-    weights[thread] = weight;
+    for (var i = 0u; i < count; i++) { top = max(top, scores[i]); }
     let shrink = exp(highest - top);
-    sum = sum * shrink + weight;
     highest = top;
+    sum *= shrink;
+    for (var i = thread; i < count; i += SIZE) {
+      let weight = select(vec4(0.0), exp(scores[i] - top), scores[i] > vec4(LOWEST));
+      weights[i] = weight;
+      sum += weight;
+    }
     workgroupBarrier();
-    let count = min(64u, end - base);
-    for (var c = 0u; thread + 64 * c < p.D; c++) {
-      var column = out[c] * shrink;
-      var v_at = ((keys + base) * p.KV + key_head) * p.D + thread + 64 * c;
+    for (var c = thread; c < p.D; c += SIZE) {
+      var column = sums[c] * shrink;
+      var v_at = ((keys + base) * p.KV + key_head) * p.D + c;
       for (var i = 0u; i < count; i++) {
         column += weights[i] * v[v_at];
         v_at += p.KV * p.D;
       }
-      out[c] = column;
+      sums[c] = column;
     }
   }
+  workgroupBarrier();
   scores[thread] = sum;
   workgroupBarrier();
   var total = vec4(0.0);
-  for (var i = 0u; i < 64; i++) { total += scores[i]; }
+  for (var i = 0u; i < SIZE; i++) { total += scores[i]; }
   for (var r = 0u; r < n; r++) {
     let o_at = ((row + r) * p.H + head) * p.D;
-    for (var c = 0u; thread + 64 * c < p.D; c++) { o[o_at + thread + 64 * c] = out[c][r] / total[r]; }
+    for (var c = thread; c < p.D; c += SIZE) { o[o_at + c] = sums[c][r] / total[r]; }
     if (thread == 0) { lse[(row + r) * p.H + head] = highest[r] + log(total[r]); }
   }
 }

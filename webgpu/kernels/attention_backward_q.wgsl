@@ -4,6 +4,8 @@
 //
 // and delta (B T, H), for attention_backward_kv.wgsl. A workgroup has four queries of a head, as there.
 
+override SIZE: u32 = 64;  // threads
+
 struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> slopes: array<f32>;
@@ -17,9 +19,10 @@ struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 
 var<workgroup> queries: array<vec4<f32>, 256>;  // by column
 var<workgroup> outs: array<vec4<f32>, 256>;     // d_o, by column
+var<workgroup> sums: array<vec4<f32>, 256>;     // of d_score k, by column
 var<workgroup> parts: array<vec4<f32>, 64>;     // by key
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
         @builtin(local_invocation_index) thread: u32) {
   let first = group.x * 4;
@@ -30,7 +33,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   let rows = groups.z * p.T;
   var delta = vec4(0.0);
   var lse = vec4(0.0);
-  for (var c = thread; c < p.D; c += 64) {
+  for (var c = thread; c < p.D; c += SIZE) {
     var four = vec4(0.0);
     var out = vec4(0.0);
     for (var r = 0u; r < n; r++) {
@@ -41,53 +44,48 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     }
     queries[c] = four;
     outs[c] = out;
+    sums[c] = vec4(0.0);
   }
   for (var r = 0u; r < n; r++) { lse[r] = lse_delta[(row + r) * p.H + head]; }
   parts[thread] = delta;
   workgroupBarrier();
   delta = vec4(0.0);
-  for (var i = 0u; i < 64; i++) { delta += parts[i]; }
+  for (var i = 0u; i < SIZE; i++) { delta += parts[i]; }
   if (thread < n) { lse_delta[(rows + row + thread) * p.H + head] = delta[thread]; }
   workgroupBarrier();
   let places = vec4(first) + vec4(0u, 1, 2, 3);
   let end = first + n;
   var start = 0u;
   if (p.window > 0 && first + 1 > p.window) { start = first + 1 - p.window; }
-  var gradient = array<vec4<f32>, 4>();
   for (var base = start; base < end; base += 64) {
-    let j = base + thread;
-    var d_score = vec4(0.0);
-    if (j < end) {
-      let key = ((group.z * p.T + j) * p.KV + key_head) * p.D;
+    let count = min(64u, end - base);
+    for (var i = thread; i < count; i += SIZE) {
+      let key = ((group.z * p.T + base + i) * p.KV + key_head) * p.D;
       var product = vec4(0.0);
       var d_weight = vec4(0.0);
       for (var c = 0u; c < p.D; c++) {
         product += queries[c] * k[key + c];
         d_weight += outs[c] * v[key + c];
       }
-      let distance = vec4<i32>(places) - i32(j);
+      let distance = vec4<i32>(places) - i32(base + i);
       var seen = distance >= vec4(0);
       if (p.window > 0) { seen = seen & (distance < vec4(i32(p.window))); }
       let weight = exp(product * p.scale - slopes[head] * vec4<f32>(distance) - lse);
-      d_score = select(vec4(0.0), weight * (d_weight - delta) * p.scale, seen);
+      parts[i] = select(vec4(0.0), weight * (d_weight - delta) * p.scale, seen);
     }
-    parts[thread] = d_score;
     workgroupBarrier();
-    let count = min(64u, end - base);
-    for (var c = 0u; thread + 64 * c < p.D; c++) {
-      var column = gradient[c];
-      var at = ((group.z * p.T + base) * p.KV + key_head) * p.D + thread + 64 * c;
+    for (var c = thread; c < p.D; c += SIZE) {
+      var column = sums[c];
+      var at = ((group.z * p.T + base) * p.KV + key_head) * p.D + c;
       for (var i = 0u; i < count; i++) {
         column += parts[i] * k[at];
         at += p.KV * p.D;
       }
-      gradient[c] = column;
+      sums[c] = column;
     }
     workgroupBarrier();
   }
   for (var r = 0u; r < n; r++) {
-    for (var c = 0u; thread + 64 * c < p.D; c++) {
-      dq[((row + r) * p.H + head) * p.D + thread + 64 * c] = gradient[c][r];
-    }
+    for (var c = thread; c < p.D; c += SIZE) { dq[((row + r) * p.H + head) * p.D + c] = sums[c][r]; }
   }
 }
