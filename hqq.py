@@ -48,6 +48,7 @@ data = ""                 # a text file, or a folder that data.py made: perplexi
 max_tokens = 0            # of it; 0: all
 
 settings = overrides(globals(), "checkpoint")
+__version__ = "0"         # transformers takes a module called hqq for the package, and asks for its version
 
 # ---- solver ----------------------------------------------------------------------------------------------------------
 
