@@ -632,18 +632,26 @@ def from_rows_backward(primals, cotangent, _):
     return cotangent[pair], mx.zeros_like(pair), mx.zeros_like(row)
 
 
+def gather_mm(x: mx.array, weight: mx.array, expert: mx.array, is_sorted: bool = False) -> mx.array:
+    """mx.gather_mm of x (n, rows, in) and weight (E, in, out), which on a CPU knows float32 alone."""
+    dtype = x.dtype
+    if ON_CPU:
+        x, weight = x.astype(mx.float32), weight.astype(mx.float32)
+    return mx.gather_mm(x, weight, rhs_indices=expert, sorted_indices=is_sorted).astype(dtype)
+
+
 @mx.custom_function
 def blocks_by_experts(x: mx.array, weight: mx.array, expert: mx.array, ends: mx.array) -> mx.array:
     """Rows (n, in), in blocks of ROWS, each by the weight of its expert (E, out, in) -> (n, out)."""
     x = x.reshape(-1, ROWS, x.shape[-1])
-    return mx.gather_mm(x, weight.swapaxes(1, 2), rhs_indices=expert, sorted_indices=True).flatten(0, 1)
+    return gather_mm(x, weight.swapaxes(1, 2), expert, True).flatten(0, 1)
 
 
 @blocks_by_experts.vjp
 def blocks_by_experts_backward(primals, cotangent, _):
     x, weight, expert, ends = primals
     g = cotangent.reshape(-1, ROWS, cotangent.shape[-1])
-    dx = mx.gather_mm(g, weight, rhs_indices=expert, sorted_indices=True).flatten(0, 1)
+    dx = gather_mm(g, weight, expert, True).flatten(0, 1)
     return dx, mx.segmented_mm(cotangent.T, x, ends), mx.zeros_like(expert), mx.zeros_like(ends)
 
 
@@ -659,7 +667,7 @@ class Experts(nn.Module):
     def __call__(self, x: mx.array, expert: mx.array, ends: mx.array | None) -> mx.array:
         """Rows (n, in) -> (n, out): in blocks as dispatch() lays them, or, without ends, each with its own expert."""
         if ends is None:
-            y = mx.gather_mm(x[:, None], self.weight.swapaxes(1, 2), rhs_indices=expert)[:, 0]
+            y = gather_mm(x[:, None], self.weight.swapaxes(1, 2), expert)[:, 0]
             return y + self.bias[expert] if "bias" in self else y
         y = blocks_by_experts(x, self.weight, expert, ends)
         if "bias" in self:
@@ -699,7 +707,7 @@ class PackedExperts(nn.Module):
 
         def product(x, weight):
             x = x.reshape(-1, ROWS, x.shape[-1])
-            return mx.gather_mm(x, weight, rhs_indices=expert, sorted_indices=True).flatten(0, 1)
+            return gather_mm(x, weight, expert, True).flatten(0, 1)
 
         @mx.custom_function
         def forward(x):
