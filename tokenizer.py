@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -102,7 +103,11 @@ class Tokenizer:
         except ImportError as error:
             raise UserError("this checkpoint's tokenizer is run by the tokenizers package: pip install tokenizers"
                             ) from error
-        found = tokenizers.Tokenizer.from_str(self.source)
+        try:
+            found = tokenizers.Tokenizer.from_str(self.source)
+        except Exception as error:  # it raises no other kind
+            raise UserError(f"tokenizer.json is none that the tokenizers package can read ({error}): copy it again"
+                            ) from error
         found.encode_special_tokens = True  # as the text that they are
         return found
 
@@ -227,7 +232,11 @@ def from_tokenizer_json(text: str, bos: str = "", eos: str = "") -> Tokenizer:
         return Tokenizer("byte", tokens[:256], added, "", start, eot)
     theirs = Tokenizer("hf", tokens, added, "", start, eot, text)
     ours = Tokenizer("bpe", tokens, added, pattern or "", start, eot)
-    return ours if exact and same_ids(ours, theirs) else theirs
+    if exact and same_ids(ours, theirs):
+        return ours
+    if find_spec("tokenizers"):
+        theirs.encode("")  # UserError, if it is none
+    return theirs
 
 
 def bpe_pattern(found: dict) -> str | None:
@@ -260,13 +269,14 @@ def merges_go_by_ids(merges: list, vocab: dict[str, int]) -> bool:
 
 
 def same_ids(ours: Tokenizer, theirs: Tokenizer) -> bool:
-    """Of a text that holds every token twice, in both orders; True where the tokenizers package is not installed."""
+    """Of a text that holds every token twice, in both orders; theirs may not be there to ask."""
     pieces = [token.decode("utf-8", "ignore") for token in ours.tokens]
     text = "".join(pieces) + " ".join(reversed(pieces))
     try:
-        return np.array_equal(ours.encode(text), theirs.encode(text))
-    except UserError:
-        return True
+        ids = ours.encode(text)
+    except ValueError:  # a regex that tiktoken does not know
+        return False
+    return not find_spec("tokenizers") or np.array_equal(ids, theirs.encode(text))
 
 
 def letters_of_bytes() -> dict[int, str]:
