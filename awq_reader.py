@@ -62,20 +62,16 @@ def from_gemv(qweight, qzeros, scales, groups: int) -> tuple[np.ndarray, np.ndar
 def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, mx.array]]:
     """What hub.read_model calls for each linear layer. settings: quantization_config."""
     version, bits = str(settings.get("version", "gemm")).lower(), settings.get("bits", settings.get("w_bit", 4))
-    if settings.get("quant_method", "awq") != "awq":
-        raise UserError(f"{where}: quant_method is {settings['quant_method']!r}, not awq: take the reader of that name")
     if bits != 4 or version not in ("gemm", "gemv"):
         raise UserError(f"{where}: {bits} bits in the layout {version!r}; AutoAWQ's gemm and gemv of 4 bits are read")
     group_size = settings.get("group_size", settings.get("q_group_size", 128))
+    if type(group_size) is not int or group_size < 1 and group_size != -1:
+        raise UserError(f"{where}: group_size={group_size!r} is no number of inputs, nor -1, which is all of them")
 
     def linear(source: hub.Folder, name: str) -> dict[str, mx.array]:
         if f"{name}.qweight" not in source.names:
             return hub.dense_linear(source, name)
-        qweight, qzeros = (np.array(source[f"{name}.{part}"]) for part in ("qweight", "qzeros"))
-        scales = np.array(source[f"{name}.scales"].astype(mx.float32))
-        file = source.file_of(f"{name}.qweight")
-        if any(array.ndim != 2 for array in (qweight, qzeros, scales)) or qweight.dtype != np.int32 != qzeros.dtype:
-            raise UserError(f"{file}: {name}.qweight, qzeros and scales are not matrices of int32 and floats")
+        qweight, qzeros, scales = hub.packed_parts(source, name)
         if version == "gemm":
             (inputs, outputs), shapes = qweight.shape, (qzeros.shape, scales.shape)
             outputs *= 8
@@ -86,9 +82,10 @@ def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, 
             inputs *= 8
             groups = 1 if group_size == -1 else inputs // group_size
             fits = words * 8 >= groups and qzeros.shape[0] == outputs and scales.shape == (outputs, 8 * words)
-        if not fits or not groups or inputs % groups:
-            raise UserError(f"{file}: {name} has qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape},"
-                            f" which do not fit one another in groups of {group_size}, layout {version}")
+        if not fits or not groups or inputs % (32 * groups):
+            raise UserError(f"{source.file_of(f'{name}.qweight')}: {name} has qweight {qweight.shape}, qzeros "
+                            f"{qzeros.shape}, scales {scales.shape}, which do not fit one another in groups of "
+                            f"{group_size}, layout {version}; groups must be multiples of 32")
         parts = from_gemm(qweight, qzeros, scales) if version == "gemm" else from_gemv(qweight, qzeros, scales, groups)
         found = hub.packed_linear(*parts, 4, scale_dtype, dense)
         return found | ({"bias": source[f"{name}.bias"]} if f"{name}.bias" in source.names else {})
@@ -104,10 +101,8 @@ if scale_dtype not in ("float32", "float16"):
     raise UserError(f"scale_dtype={scale_dtype!r} is not one of float32, float16")
 folder = hub.open_folder(source)
 where = os.path.join(source, "config.json")
-if not folder.raw.get("quantization_config"):
-    raise UserError(f"{where} has no quantization_config: the model is not packed; read it with hf_reader.py")
+linear = reader(hub.quantization(folder, "awq", ("bits", "group_size", "version")), where)
 config = hub.model_config(folder.raw, where)
-linear = reader(folder.raw["quantization_config"], where)
 tokenizer, more = hub.tokenizer_of(folder)
 more["script"] = "awq_reader.py"
 hub.write_checkpoint(out, config, hub.read_model(config, folder, linear), tokenizer, more)

@@ -9,10 +9,12 @@ types are unpacked by the gguf package, and packed again, with a loss, only if -
 come along where their way to cut words is known here (gpt-2, llama-bpe, qwen2), SentencePiece's, as Llama 2 and Mistral
 have it, by the tokenizers package. Written: F16 or Q8_0.
 """
+import errno
 import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -21,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, overrides
-from hub import GGUF, skeleton, template_settings, their_name, write_checkpoint
+from hub import GGUF, check_spelling, checked, skeleton, template_settings, their_name, write_checkpoint
 from model import GPT, Experts, GPTConfig, load_checkpoint, rope_inv_freq
 from quantized import dense_weight
 from tokenizer import (
@@ -63,8 +65,8 @@ def low_bits_first(q: np.ndarray, bits: int) -> np.ndarray:
 
 
 def halves(blocks: np.ndarray) -> np.ndarray:
-    """The float16 at the beginning of each block, uint8 (n, groups, 2) -> float32 (n, groups)."""
-    return np.ascontiguousarray(blocks).view("<f2")[..., 0].astype(np.float32)
+    """The float16 at the beginning of each block, uint8 (n, groups, 2) -> (n, groups)."""
+    return np.ascontiguousarray(blocks).view("<f2")[..., 0].astype(np.float16)
 
 
 def nibbles(blocks: np.ndarray) -> np.ndarray:
@@ -73,8 +75,8 @@ def nibbles(blocks: np.ndarray) -> np.ndarray:
 
 
 def packed(data: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of blocks, uint8 (out, bytes) -> words (out, in bits / 32), scales and biases (out, in / 32), float32; or
-    with the experts before all of that."""
+    """Rows of blocks, uint8 (out, bytes) -> words (out, in bits / 32), scales and biases (out, in / 32), float16, which
+    holds them exactly, since 8 and 128 are powers of two; or with the experts before all of that."""
     if data.ndim == 3:
         return tuple(np.stack(parts) for parts in zip(*(packed(one, kind) for one in data), strict=True))
     size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
@@ -88,18 +90,21 @@ def packed(data: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     return low_bits_first(q, 8), scales, -128 * scales
 
 
-def arrays_of(tensor, linear: bool) -> dict[str, np.ndarray | mx.array]:
-    """weight, or weight, scales and biases, of a tensor of the gguf package."""
-    kind, data = tensor.tensor_type.name, np.array(tensor.data)
-    if kind in ("Q4_0", "Q4_1", "Q8_0") and linear:
-        return dict(zip(("weight", "scales", "biases"), packed(data, kind), strict=True))
-    if kind in ("F32", "F16"):
+DENSE, PACKED = ("F32", "F16", "BF16"), ("Q8_0", "Q4_0", "Q4_1")  # what stays as it is
+
+
+def arrays_of(kind: gguf.GGMLQuantizationType, data: np.ndarray, linear: bool) -> dict[str, np.ndarray | mx.array]:
+    """weight, or weight, scales and biases, of a tensor of this type and its rows of blocks."""
+    if kind.name in PACKED and linear:
+        return dict(zip(("weight", "scales", "biases"), packed(data, kind.name), strict=True))
+    if kind.name in ("F32", "F16"):
         return {"weight": data}
-    if kind == "BF16":
+    if kind.name == "BF16":
         return {"weight": mx.array(np.ascontiguousarray(data).view(np.uint16)).view(mx.bfloat16)}
-    dense = gguf.quants.dequantize(data, tensor.tensor_type).astype(np.float16)
+    dense = gguf.quants.dequantize(data, kind).astype(np.float16)
     if bits and linear:
-        return dict(zip(("weight", "scales", "biases"), mx.quantize(mx.array(dense), 64, bits), strict=True))
+        group_size = 64 if dense.shape[-1] % 64 == 0 else 32
+        return dict(zip(("weight", "scales", "biases"), mx.quantize(mx.array(dense), group_size, bits), strict=True))
     return {"weight": dense}
 
 
@@ -132,9 +137,20 @@ class File:
                 raise ValueError("the header is cut, or says nonsense")
             reader = gguf.GGUFReader(path)
             self.fields = {name: field.contents() for name, field in reader.fields.items()}
+            place = reader.data_offset
+            for tensor in reader.tensors:  # one after the other
+                if tensor.data_offset != place:
+                    raise ValueError(f"tensor {tensor.name} begins at byte {tensor.data_offset}, not at {place}")
+                place += -(-tensor.n_bytes // reader.alignment) * reader.alignment
+            if size > place:
+                raise ValueError(f"{size - place} bytes belong to no tensor")
         except Exception as error:  # whatever a parser may raise on bytes that are no file of its format
             raise UserError(f"{path} is not a whole GGUF file ({error}): copy it again") from error
         self.path, self.tensors = path, {tensor.name: tensor for tensor in reader.tensors}
+        self.used = set()  # names that were read
+        if self.fields.get("split.count", 1) != 1:
+            raise UserError(f"{path} is one of {self.fields['split.count']} parts: join them with llama.cpp's "
+                            "`llama-gguf-split --merge`")
 
     def tensor(self, name: str):
         if name not in self.tensors:
@@ -143,22 +159,35 @@ class File:
 
     def arrays(self, name: str, linear: bool) -> dict:
         tensor = self.tensor(name)
-        try:
-            return arrays_of(tensor, linear)
+        self.used.add(name)
+        try:  # read from the file, as pages of a map would count as memory
+            data = np.fromfile(self.path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
+            return arrays_of(tensor.tensor_type, data.reshape(tensor.data.shape), linear)
         except (ValueError, NotImplementedError, KeyError) as error:
             raise UserError(f"{self.path}: tensor {name}, of type {tensor.tensor_type.name}, cannot be read ({error})"
                             ) from error
+
+
+# What is read only where it is there.
+OPTIONAL = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "expert_count",
+            "expert_used_count", "rope.dimension_count", "rope.freq_base", "rope.scaling.factor",
+            "rope.scaling.original_context_length", "rope.scaling.type")
+OPTIONAL_TOKENS = ("add_space_prefix", "bos_token_id", "eos_token_id", "model", "pre", "scores", "token_type", "tokens")
 
 
 def our_config(file: File) -> GPTConfig:
     name = file.fields.get("general.architecture")
     if name not in ("llama", "qwen2", "qwen3", "gpt2"):
         raise UserError(f"{file.path}: architecture {name!r} is not one of llama, qwen2, qwen3, gpt2")
+    check_spelling(file.fields, file.path, [*(f"{name}.{key}" for key in OPTIONAL), "tokenizer.chat_template",
+                                            *(f"tokenizer.ggml.{key}" for key in OPTIONAL_TOKENS)])
 
     def get(key: str, *default):
         found = file.fields.get(f"{name}.{key}", *default)
         if found is None and not default:
             raise UserError(f"{file.path} lacks {name}.{key}: it is not whole; copy it again")
+        if default and not isinstance(found, default[0].__class__):
+            raise UserError(f"{file.path}: {name}.{key}={found!r} is of the wrong type: copy it again")
         return found
 
     tokens = file.fields.get("tokenizer.ggml.tokens") or []
@@ -169,15 +198,20 @@ def our_config(file: File) -> GPTConfig:
                   qk_norm=name == "qwen3", tie="output.weight" not in file.tensors)
     try:
         if name == "gpt2":
-            return GPTConfig(**common, pos="learned", norm="layer", mlp="gelu_tanh", bias=True,
-                             norm_eps=get("attention.layer_norm_epsilon"))
-        config = GPTConfig(**common, mlp="swiglu", qkv_bias=name == "qwen2",
-                           n_kv_head=get("attention.head_count_kv", 0), head_dim=get("attention.key_length", 0),
-                           norm_eps=get("attention.layer_norm_rms_epsilon"),
-                           rope_theta=get("rope.freq_base", 10000.0), n_expert=get("expert_count", 0),
-                           expert_top_k=get("expert_used_count", 0) or 2, expert_balance="none")
-        return with_rope_scaling(config, file, get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0))
-    except (TypeError, ZeroDivisionError, OverflowError) as error:
+            return checked(file.path, **common, pos="learned", norm="layer", mlp="gelu_tanh", bias=True,
+                           norm_eps=get("attention.layer_norm_epsilon"))
+        config = checked(file.path, **common, mlp="swiglu", qkv_bias=name == "qwen2",
+                         n_kv_head=get("attention.head_count_kv", 0), head_dim=get("attention.key_length", 0),
+                         norm_eps=get("attention.layer_norm_rms_epsilon"),
+                         rope_theta=get("rope.freq_base", 10000.0), n_expert=get("expert_count", 0),
+                         expert_top_k=get("expert_used_count", 0) or 2, expert_balance="none")
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if get(key, config.head_dim) != config.head_dim:
+                raise UserError(f"{file.path}: {name}.{key}={get(key, 0)}, which is not the width of a head, "
+                                f"{config.head_dim}, is not supported")
+        kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
+        return checked(file.path, **asdict(with_rope_scaling(config, file, kind, factor)))
+    except (TypeError, ArithmeticError) as error:
         raise UserError(f"{file.path} has a setting of the wrong type ({error}): copy it again") from error
 
 
@@ -207,38 +241,34 @@ def gguf_name(path: str, config: GPTConfig) -> str:
     return their_name(path, GGUF) + ("_exps" if experts else "")
 
 
-def read_model(file: File, config: GPTConfig) -> Iterator[tuple[str, mx.array]]:
-    """Our names and arrays, one at a time."""
+def read_model(file: File, config: GPTConfig) -> Iterator:
+    """Our names, arrays, and their names there, one at a time."""
     llama, gpt2 = (file.fields["general.architecture"] == name for name in ("llama", "gpt2"))
     for path, module in skeleton(config).items():
         theirs, inner = gguf_name(path, config), path.partition(".attn.")[2]
         linear = isinstance(module, (nn.Linear, nn.Embedding, Experts)) and not path.endswith(("pos_embed", "router"))
-        if gpt2 and inner in ("q", "k", "v"):
-            if inner != "q":
-                continue  # came with q
-            start, fused = path[:-1], theirs.replace("attn_q", "attn_qkv")
-            for part, array in file.arrays(f"{fused}.weight", True).items():
-                yield from as_three(start, part, array, config)
-            yield from as_three(start, "bias", file.arrays(f"{fused}.bias", False)["weight"], config)
-            continue
+        fused = gpt2 and inner in ("q", "k", "v")
+        if fused and inner != "q":
+            continue  # came with q
+        theirs = theirs.replace("attn_q", "attn_qkv") if fused else theirs
         found = file.arrays(f"{theirs}.weight", linear)
         if "bias" in module.parameters():
             found["bias"] = file.arrays(f"{theirs}.bias", False)["weight"]
         for part, array in found.items():
-            if llama and inner in ("q", "k"):
-                heads = config.n_head if inner == "q" else config.n_kv_head
-                if array.shape[0] % (2 * heads):
-                    raise UserError(f"{file.path}: {theirs}.weight has {array.shape[0]} rows, which {heads} heads do "
-                                    "not share: the file is not whole")
-                array = rows_in_halves(array, heads)
-            yield f"{path}.{part}", mx.array(array)
-
-
-def as_three(start: str, part: str, array, config: GPTConfig) -> Iterator[tuple[str, mx.array]]:
-    if array.shape[0] != 3 * config.n_embd:
-        raise UserError(f"{start}qkv has {array.shape[0]} rows, which are no three times {config.n_embd}")
-    for i, letter in enumerate("qkv"):
-        yield f"{start}{letter}.{part}", mx.array(array[i * config.n_embd:(i + 1) * config.n_embd])
+            place = f"{file.path}: {theirs}.{'bias' if part == 'bias' else 'weight'}"
+            heads = {"q": config.n_head, "k": config.n_kv_head}.get(inner)
+            if fused and array.shape[0] != 3 * config.n_embd or llama and heads and array.shape[0] % (2 * heads):
+                raise UserError(f"{place} has {array.shape[0]} rows, which is no number for {config.n_head} heads of "
+                                f"{config.head_dim}: the file is not whole")
+            if fused:
+                for i, letter in enumerate("qkv"):
+                    rows = array[i * config.n_embd:(i + 1) * config.n_embd]
+                    yield f"{path[:-1]}{letter}.{part}", mx.array(rows), place
+            else:
+                yield f"{path}.{part}", mx.array(rows_in_halves(array, heads) if llama and heads else array), place
+    if more := sorted(file.tensors.keys() - file.used):
+        raise UserError(f"{file.path} holds {more[0]}, and {len(more) - 1} more, for which its architecture has no "
+                        "place here")
 
 
 def our_tokenizer(file: File) -> tuple[Tokenizer | None, dict]:
@@ -251,7 +281,7 @@ def our_tokenizer(file: File) -> tuple[Tokenizer | None, dict]:
     if model != "gpt2" or pre not in WORDS:
         print(f"the tokenizer ({model}, {pre}) is not known here: the checkpoint can compute, but not read text")
         return None, more
-    names, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type") or []
+    names, types = get("tokenizer.ggml.tokens") or [], get("tokenizer.ggml.token_type") or []
     special = {name: i for i, name in enumerate(names) if i < len(types) and types[i] in (3, 4)}  # control, user's own
     tokens = [b"" if name in special else bytes_of_letters(name) for name in names]
     eot = get("tokenizer.ggml.eos_token_id")
@@ -318,6 +348,8 @@ def architecture_of(config: GPTConfig) -> str:
 def write_gguf(path: str, model: GPT, meta: dict):
     config, temporary = model.config, f"{path}.tmp{os.getpid()}"
     name = architecture_of(config)
+    if os.path.exists(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"{path} exists, or its folder does not: give another --export, or remove it")
     writer = gguf.GGUFWriter(temporary, name)
     try:
         add_settings(writer, config, name)
@@ -336,10 +368,15 @@ def write_gguf(path: str, model: GPT, meta: dict):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+        end = writer.fout[0].tell()
         writer.close()
+        if os.path.getsize(temporary) != end:  # numpy's tofile is silent where the disk is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -431,4 +468,8 @@ else:
     file = File(source)
     config = our_config(file)
     tokenizer, more = our_tokenizer(file)
+    others = [tensor.tensor_type.name for tensor in file.tensors.values()]
+    if others := [kind for kind in others if kind not in DENSE + PACKED]:
+        done = f"and packed again to {bits} bits, with a loss" if bits else "(--bits=4 packs them again, with a loss)"
+        print(f"{len(others)} tensors of {', '.join(sorted(set(others)))} are unpacked to float16 {done}")
     write_checkpoint(out, config, read_model(file, config), tokenizer, {"script": "gguf_reader.py", **more})

@@ -31,14 +31,28 @@ settings = overrides(globals(), "source", "out")
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     """uint32 (n, m) -> uint8 (n, 32 m / bits): fields of so many bits, low bits first, over the words' borders."""
-    stream = np.unpackbits(np.ascontiguousarray(words).astype("<u4").view(np.uint8), axis=1, bitorder="little")
-    return np.packbits(stream.reshape(len(words), -1, bits), axis=2, bitorder="little")[:, :, 0]
+    words = words.reshape(len(words), -1, 3 if bits == 3 else 1)
+    q = np.empty((*words.shape[:2], words.shape[2] * 32 // bits), np.uint8)
+    for i in range(q.shape[2]):
+        word, shift = divmod(bits * i, 32)
+        q[:, :, i] = words[:, :, word] >> shift & (2**bits - 1)
+        if shift + bits > 32:
+            q[:, :, i] |= (words[:, :, word + 1] << (32 - shift) & (2**bits - 1)).astype(np.uint8)
+    return q.reshape(len(words), -1)
 
 
 def pack(q: np.ndarray, bits: int) -> np.ndarray:
     """The inverse of unpack."""
-    stream = np.unpackbits(q[:, :, None], axis=2, bitorder="little")[:, :, :bits]
-    return np.packbits(stream.reshape(len(q), -1), axis=1, bitorder="little").view("<u4")
+    width = 3 if bits == 3 else 1
+    q = q.reshape(len(q), -1, width * 32 // bits)
+    words = np.zeros((*q.shape[:2], width), np.uint32)
+    for i in range(q.shape[2]):
+        word, shift = divmod(bits * i, 32)
+        field = q[:, :, i].astype(np.uint32)
+        words[:, :, word] |= field << shift
+        if shift + bits > 32:
+            words[:, :, word + 1] |= field >> (32 - shift)
+    return words.reshape(len(q), -1)
 
 
 def zeros_of(qzeros: np.ndarray, bits: int, version: int) -> np.ndarray:
@@ -57,30 +71,24 @@ def zeros_of(qzeros: np.ndarray, bits: int, version: int) -> np.ndarray:
 
 def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, mx.array]]:
     """What hub.read_model calls for each linear layer. settings: quantization_config."""
-    bits, form = settings.get("bits"), settings.get("checkpoint_format") or "gptq"
-    if settings.get("quant_method", "gptq") != "gptq":
-        raise UserError(f"{where}: quant_method is {settings['quant_method']!r}, not gptq: take that one's reader")
-    if bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
+    bits, form = settings.get("bits"), settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    if type(bits) is not int or bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
         raise UserError(f"{where}: {bits} bits in the format {form!r}; gptq and gptq_v2 of 2, 3, 4, 8 bits are read")
 
     def linear(source: hub.Folder, name: str) -> dict[str, mx.array]:
         if f"{name}.qweight" not in source.names:
             return hub.dense_linear(source, name)
-        qweight, qzeros = (np.array(source[f"{name}.{part}"]) for part in ("qweight", "qzeros"))
-        scales, file = np.array(source[f"{name}.scales"].astype(mx.float32)), source.file_of(f"{name}.qweight")
-        matrices = all(array.ndim == 2 for array in (qweight, qzeros, scales))
-        if not matrices or {qweight.dtype, qzeros.dtype} != {np.dtype(np.int32)}:
-            raise UserError(f"{file}: {name}.qweight, qzeros and scales are not matrices of int32 and floats")
+        (qweight, qzeros, scales), file = hub.packed_parts(source, name), source.file_of(f"{name}.qweight")
         (rows, outputs), groups = qweight.shape, len(scales)
         inputs = rows * 32 // bits
         width = inputs // max(1, groups)
-        if rows * 32 % bits or not groups or inputs % groups or scales.shape[1] != outputs or (
-                qzeros.shape != (groups, outputs * bits // 32)):
+        if rows * 32 % bits or not groups or inputs % (32 * groups) or scales.shape[1] != outputs or (
+                outputs * bits % 32 or qzeros.shape != (groups, outputs * bits // 32)):
             raise UserError(f"{file}: {name} has qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape},"
-                            f" which do not fit one another at {bits} bits")
+                            f" which do not fit one another at {bits} bits, in groups of a multiple of 32")
         words, order = np.ascontiguousarray(qweight.T).view(np.uint32), None
         if f"{name}.g_idx" in source.names:
-            group = np.array(source[f"{name}.g_idx"])
+            group = np.array(source[f"{name}.g_idx"].astype(mx.int32))
             if group.shape != (inputs,) or not np.array_equal(np.sort(group), np.arange(inputs) // width):
                 raise UserError(f"{file}: {name}.g_idx does not share {inputs} inputs among {groups} equal groups")
             if (np.diff(group) < 0).any():
@@ -105,10 +113,8 @@ if scale_dtype not in ("float32", "float16"):
     raise UserError(f"scale_dtype={scale_dtype!r} is not one of float32, float16")
 folder = hub.open_folder(source)
 where = os.path.join(source, "config.json")
-if not folder.raw.get("quantization_config"):
-    raise UserError(f"{where} has no quantization_config: the model is not packed; read it with hf_reader.py")
+linear = reader(hub.quantization(folder, "gptq", ("bits", "checkpoint_format", "format")), where)
 config = hub.model_config(folder.raw, where)
-linear = reader(folder.raw["quantization_config"], where)
 tokenizer, more = hub.tokenizer_of(folder)
 more["script"] = "gptq_reader.py"
 hub.write_checkpoint(out, config, hub.read_model(config, folder, linear), tokenizer, more)

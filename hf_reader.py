@@ -153,7 +153,10 @@ def write_folder(folder: str, model: GPT, meta: dict):
             arrays[name] = mx.contiguous(array)
             mx.eval(arrays[name])
         dtype = str(next(array for name, array in arrays.items() if "norm" in name or "ln_f" in name).dtype)[9:]
-        mx.save_safetensors(os.path.join(temporary, "model.safetensors"), arrays, {"format": "pt"})
+        with open(os.path.join(temporary, "model.safetensors"), "wb") as file:
+            mx.save_safetensors(file, arrays, {"format": "pt"})
+            file.flush()
+            os.fsync(file.fileno())
         files = {"config.json": {**config, "torch_dtype": dtype, "dtype": dtype}}
         if meta.get("tokenizer"):
             enc = Tokenizer.from_dict(meta["tokenizer"])
@@ -172,9 +175,9 @@ def write_folder(folder: str, model: GPT, meta: dict):
                 json.dump(content, file, indent=2, ensure_ascii=False)
                 file.flush()
                 os.fsync(file.fileno())
-        with open(os.path.join(temporary, "model.safetensors"), "rb") as file:
-            os.fsync(file.fileno())
         os.rename(temporary, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{folder}: {config['architectures'][0]}, {len(arrays)} tensors, "
@@ -185,14 +188,18 @@ def write_folder(folder: str, model: GPT, meta: dict):
 
 if not source:
     raise UserError("nothing to read: give a folder with config.json, or a checkpoint and --export=FOLDER")
+if export and os.path.isdir(source):
+    raise UserError(f"{source} is a folder, where --export takes a checkpoint: read it into one first")
 if export:
     write_folder(export, *load_checkpoint(source))
 else:
     folder = open_folder(source)
-    if folder.raw.get("quantization_config"):
-        method = folder.raw["quantization_config"].get("quant_method")
+    if packed := folder.raw.get("quantization_config") or folder.raw.get("quantization"):  # mlx-lm has the second
+        method = packed.get("quant_method", "mlx-lm") if isinstance(packed, dict) else packed
         raise UserError(f"{source} is packed by {method}: read it with {method}_reader.py" if method in ("awq", "gptq")
                         else f"{source} is packed by {method!r}, which has no reader here: take the original model")
+    if packed := next((name for name in sorted(folder.names) if name.endswith(".qweight")), ""):
+        raise UserError(f"{folder.file_of(packed)}: {packed} is packed: read it with awq_reader.py or gptq_reader.py")
     config = model_config(folder.raw, os.path.join(source, "config.json"))
     tokenizer, more = tokenizer_of(folder)
     write_checkpoint(out, config, read_model(config, folder), tokenizer, {"script": "hf_reader.py", **more})

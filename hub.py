@@ -9,8 +9,8 @@ Pickled weights (.bin, .pt) are refused, since unpickling runs whatever code the
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -63,11 +63,22 @@ def their_name(ours: str, column: int) -> str | None:
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
+# What is read only where it is there: a name that is a letter off would leave its default in silence.
+OPTIONAL = ("activation_function", "attention_bias", "head_dim", "hidden_act", "layer_norm_epsilon", "layer_types",
+            "max_window_layers", "mlp_bias", "n_inner", "num_key_value_heads", "partial_rotary_factor",
+            "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
+            "use_sliding_window")
+ROPE = {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor",
+        "original_max_position_embeddings", "partial_rotary_factor"}
+MOST_LAYERS = 1000
+
+
 def model_config(raw: dict, where: str) -> GPTConfig:
     """Our settings for a config.json, in the spelling of transformers 4 or 5. UserError names what we do not have."""
     family = raw.get("model_type")
     if family not in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"):
         raise UserError(f"{where}: architecture {family!r} is not one of gpt2, llama, mistral, qwen2, qwen3, mixtral")
+    check_spelling(raw, where)
 
     def refuse(name: str, *allowed):
         if raw.get(name, allowed[0]) not in allowed:
@@ -79,8 +90,8 @@ def model_config(raw: dict, where: str) -> GPTConfig:
             refuse("scale_attn_by_inverse_layer_idx", False)
             refuse("activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu")
             mlp = "gelu" if raw.get("activation_function") == "gelu" else "gelu_tanh"
-            return GPTConfig(
-                block_size=raw["n_positions"], vocab_size=raw["vocab_size"], n_layer=raw["n_layer"],
+            return checked(
+                where, block_size=raw["n_positions"], vocab_size=raw["vocab_size"], n_layer=raw["n_layer"],
                 n_head=raw["n_head"], n_embd=raw["n_embd"], ffn_dim=raw.get("n_inner") or 0, pos="learned",
                 norm="layer", norm_eps=raw.get("layer_norm_epsilon", 1e-5), mlp=mlp, bias=True, qk_norm=False,
                 tie=raw.get("tie_word_embeddings", True))
@@ -91,40 +102,78 @@ def model_config(raw: dict, where: str) -> GPTConfig:
         n_layer = raw["num_hidden_layers"]
         moe = dict(n_expert=raw["num_local_experts"], expert_top_k=raw["num_experts_per_tok"],
                    expert_balance="none") if family == "mixtral" else {}
-        return GPTConfig(
-            block_size=raw["max_position_embeddings"], vocab_size=raw["vocab_size"], n_layer=n_layer,
+        return checked(
+            where, block_size=raw["max_position_embeddings"], vocab_size=raw["vocab_size"], n_layer=n_layer,
             n_head=raw["num_attention_heads"], n_embd=raw["hidden_size"], head_dim=raw.get("head_dim") or 0,
             n_kv_head=raw.get("num_key_value_heads") or 0, ffn_dim=raw["intermediate_size"], mlp="swiglu",
-            norm_eps=raw.get("rms_norm_eps", 1e-6), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
-            tie=raw.get("tie_word_embeddings", False), **rope_settings(raw, where), **window_settings(raw), **moe)
+            norm_eps=raw["rms_norm_eps"], qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+            tie=raw.get("tie_word_embeddings", False), **rope_settings(raw, where), **window_settings(raw, where),
+            **moe)
     except KeyError as error:
         raise UserError(f"{where} lacks {error}: it is no config.json of {family}") from error
-    except TypeError as error:
+    except (TypeError, ArithmeticError) as error:
         raise UserError(f"{where} has a setting of the wrong type ({error}): copy it again") from error
+
+
+def check_spelling(raw: Iterable[str], where: str, names: Sequence[str] = OPTIONAL):
+    for found in raw:
+        for name in names:
+            if len(found) == len(name) and sum(map(str.__ne__, found, name)) == 1 and found not in names:
+                raise UserError(f"{where} has a setting {found!r}, which should be {name!r}: copy it again")
+
+
+def checked(where: str, **settings) -> GPTConfig:
+    """The settings, each of its type and of a size that a model can have: a broken file may say anything."""
+    try:
+        config = GPTConfig(**settings)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is float and type(value) is int:
+            value = float(value)
+            setattr(config, field.name, value)
+        fits = type(value) is field.type
+        if fits and field.type in (int, float):
+            most = {"n_layer": MOST_LAYERS, "norm_eps": 1}.get(field.name, 2**31)
+            fits = 0 <= value < most and (value > 0 or field.type is int)
+        if not fits:
+            raise UserError(f"{where}: {field.name}={value!r} is nothing that a model can have: copy it again")
+    if config.n_head * config.head_dim >= 2**31:
+        raise UserError(f"{where}: no model can have {config.n_head} heads of {config.head_dim}: copy it again")
+    return config
 
 
 def rope_settings(raw: dict, where: str) -> dict:
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    found, kind = {"rope_theta": float(rope.get("rope_theta") or raw.get("rope_theta", 10000.0))}, "default"
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if unknown := rope.keys() - ROPE:
+        raise UserError(f"{where}: rope setting {min(unknown)!r} is not supported")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise UserError(f"{where}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported, only 1")
+    theta = 1e6 if raw["model_type"] == "mixtral" else 1e4
+    found = {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", theta))}
+    kind = rope.get("rope_type", rope.get("type")) if rope.keys() - {"rope_theta"} else "default"
     if kind == "llama3":
-        found |= {"rope_factor": float(rope["factor"]), "rope_low_freq": float(rope["low_freq_factor"]),
-                  "rope_high_freq": float(rope["high_freq_factor"]),
-                  "rope_original": int(rope["original_max_position_embeddings"])}
+        found |= {"rope_factor": rope["factor"], "rope_low_freq": rope["low_freq_factor"],
+                  "rope_high_freq": rope["high_freq_factor"], "rope_original": rope["original_max_position_embeddings"]}
     elif kind == "linear":  # all wavelengths grow: none is short enough to stay
-        found |= {"rope_factor": float(rope["factor"]), "rope_low_freq": 1e9, "rope_high_freq": 2e9}
+        found |= {"rope_factor": rope["factor"], "rope_low_freq": 1e9, "rope_high_freq": 2e9}
     elif kind != "default":
         raise UserError(f"{where}: rope scaling {kind!r} is not one of default, linear, llama3")
     return found
 
 
-def window_settings(raw: dict) -> dict:
-    window = raw.get("sliding_window")
-    if not window or raw["model_type"].startswith("qwen") and not raw.get("use_sliding_window"):
+def window_settings(raw: dict, where: str) -> dict:
+    family = raw["model_type"]
+    window, qwen = raw.get("sliding_window", None if family == "mixtral" else 4096), family.startswith("qwen")
+    if family == "llama" or window is None or qwen and not raw.get("use_sliding_window"):
         return {}
-    n_layer, first = raw["num_hidden_layers"], raw.get("max_window_layers", 0)
-    kinds = raw.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (n_layer - first)
-    pattern = "".join("S" if kind == "sliding_attention" else "L" for kind in kinds[:n_layer])
+    letters = {"full_attention": "L", "sliding_attention": "S"}
+    n_layer, first = min(raw["num_hidden_layers"], MOST_LAYERS), raw.get("max_window_layers", 28) if qwen else 0
+    kinds = raw.get("layer_types") or [[*letters][i >= first] for i in range(n_layer)]
+    if len(kinds) != n_layer or set(kinds) - letters.keys():
+        raise UserError(f"{where}: layer_types is no list of {' and '.join(letters)}, one a layer")
+    pattern = "".join(letters[kind] for kind in kinds)
     if "S" not in pattern:
         return {}
     return {"sliding_window": window, "window_pattern": pattern if "L" in pattern else "S"}
@@ -147,7 +196,10 @@ class Folder:
             raise UserError(f"{os.path.join(folder, pickled[0])} is a pickle, which can run code when it is read: take "
                             "the model's safetensors files, or convert it where you trust it")
         if index:
-            shards = sorted(set(read_json(folder, index).get("weight_map", {}).values()))
+            shards = read_json(folder, index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise UserError(f"{os.path.join(folder, index)} has no weight_map of file names: copy it again")
+            shards = sorted(set(shards.values()))
         if not shards:
             raise UserError(f"{folder} holds no .safetensors file: copy the whole model")
         for shard in shards:
@@ -167,6 +219,13 @@ class Folder:
         if name not in self.files:
             raise UserError(f"{self.folder} holds no tensor {name}: the files do not fit config.json; copy them again")
         return self.files[name]
+
+    def place(self, module: str, part: str) -> str:
+        """The file and the tensor of a part of a module, for messages."""
+        for name in (f"{module}.{part}", f"{module}.{part}".removeprefix("transformer."), f"{module}.qweight"):
+            if name in self.files:
+                return f"{self.files[name]}: {name}"
+        return f"{self.folder}: {module}.{part}"
 
     def __getitem__(self, name: str) -> mx.array:
         """It is read from the file now, and not kept here."""
@@ -196,7 +255,7 @@ def read_json(folder: str, name: str) -> dict:
             found = json.load(file)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: copy the whole model") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): copy it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is not an object of settings: copy it again")
@@ -213,14 +272,39 @@ def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
     return found
 
 
+def packed_parts(source: Folder, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """qweight and qzeros, int32, and scales, float32, of a layer that AWQ or GPTQ packed."""
+    found = [source[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")]
+    kinds = [array.dtype for array in found]
+    if any(array.ndim != 2 for array in found) or kinds[:2] != [mx.int32] * 2 or kinds[2] not in NOT_FINITE:
+        raise UserError(f"{source.place(name, 'qweight')}, qzeros and scales are not matrices of int32 and floats")
+    return np.array(found[0]), np.array(found[1]), np.array(found[2].astype(mx.float32))
+
+
+def quantization(source: Folder, method: str, names: Sequence[str]) -> dict:
+    """What config.json says of how the model was packed, by this method, or, in older folders, a file beside it; names:
+    of its settings."""
+    where, found = os.path.join(source.folder, "config.json"), source.raw.get("quantization_config")
+    for older in ("quantize_config.json", "quant_config.json"):  # AutoGPTQ's, AutoAWQ's
+        if not found and os.path.exists(os.path.join(source.folder, older)):
+            found = read_json(source.folder, older)
+    if not found or not isinstance(found, dict):
+        raise UserError(f"{where} has no quantization_config: the model is not packed; read it with hf_reader.py")
+    check_spelling(found, where, ("quant_method", *names))
+    if found.get("quant_method", method) != method:
+        raise UserError(f"{where}: quant_method is {found['quant_method']!r}, not {method}: take that one's reader")
+    return found
+
+
 def packed_linear(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, bits: int, scale_dtype: str = "float32",
                   dense: bool = False) -> dict[str, mx.array]:
     """Weight, scales and biases, as MLX has them, of w = (q - zero) scale: words (out, in bits / 32) of integers q,
-    zeros and scales (out, groups). A group wider than 128 becomes several. dense: the weight alone, float16."""
+    zeros and scales (out, groups). A group of a width that MLX has not, a multiple of 32, becomes several. dense: the
+    weight alone, float16."""
     inputs, scales = words.shape[1] * 32 // bits, scales.astype(np.float32)
     biases, width = -scales * zeros, inputs // scales.shape[1]
-    if width > 128:
-        narrow = next((narrow for narrow in (128, 64, 32) if width % narrow == 0), width)
+    if width not in (32, 64, 128):
+        narrow = next(narrow for narrow in (128, 64, 32) if width % narrow == 0)
         scales, biases = (np.repeat(x, width // narrow, axis=1) for x in (scales, biases))
     weight, scales, biases = mx.array(words), mx.array(scales), mx.array(biases)
     if dense:
@@ -230,34 +314,43 @@ def packed_linear(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, bits
 
 
 def read_model(config: GPTConfig, source: Folder,
-               linear: Callable[[Folder, str], dict[str, mx.array]] = dense_linear) -> Iterator[tuple[str, mx.array]]:
-    """All arrays of our model, one at a time, under our names. linear(source, their name) reads a linear layer: weight,
-    perhaps bias; where it is packed also scales and biases, and `order` (see quantized.py)."""
+               linear: Callable[[Folder, str], dict[str, mx.array]] = dense_linear) -> Iterator:
+    """All arrays of our model, one at a time: our name, the array, its file and its name there. linear(source, their
+    name) reads a linear layer: weight, perhaps bias; where it is packed also scales and biases, and `order` (see
+    quantized.py)."""
     column = GPT2 if source.raw.get("model_type") == "gpt2" else LLAMA
     for path, module in skeleton(config).items():
         theirs = their_name(path, column)
         layer = path.rpartition(".attn.")[0] or path.rpartition(".mlp.")[0]
         if column == GPT2 and path.endswith("attn.q"):
-            fused = linear(source, f"{PREFIX[GPT2]}{layer.removeprefix('blocks.')}.attn.c_attn")
-            for part, array in fused.items():
+            theirs = f"{PREFIX[GPT2]}{layer.removeprefix('blocks.')}.attn.c_attn"
+            for part, array in linear(source, theirs).items():
+                if array.shape[0] != 3 * config.n_embd:
+                    raise UserError(f"{source.place(theirs, part)} has shape {array.shape}, which is not three times "
+                                    f"{config.n_embd}, as config.json says: they do not fit")
                 for letter, piece in zip("qkv", mx.split(array, 3), strict=True):
-                    yield f"{layer}.attn.{letter}.{part}", mx.contiguous(piece)
+                    yield f"{layer}.attn.{letter}.{part}", mx.contiguous(piece), source.place(theirs, part)
         elif column == GPT2 and path.endswith((".attn.k", ".attn.v")):
             continue  # came with q
         elif theirs is not None and path.partition(".mlp.")[2] in ("gate", "up", "down") and config.n_expert:
-            name = f"mlp.{path.partition('.mlp.')[2]}"
-            number = layer.removeprefix("blocks.")
-            experts = [linear(source, f"{PREFIX[LLAMA]}{number}.block_sparse_moe.experts.{expert}.{EXPERTS[name]}")
-                       for expert in range(config.n_expert)]
-            for part in experts[0]:
-                yield f"{path}.{part}", mx.stack([found[part] for found in experts])
+            name, number = f"mlp.{path.partition('.mlp.')[2]}", layer.removeprefix("blocks.")
+            names = [f"{PREFIX[LLAMA]}{number}.block_sparse_moe.experts.{expert}.{EXPERTS[name]}"
+                     for expert in range(config.n_expert)]
+            experts = [linear(source, name) for name in names]
+            shapes = [{part: array.shape for part, array in found.items()} for found in experts]
+            for name, shape in zip(names, shapes, strict=True):
+                if shape != shapes[0]:
+                    raise UserError(f"{source.place(name, 'weight')} has shape {shape}, but expert 0 {shapes[0]}: they "
+                                    "do not fit")
+            for part in shapes[0]:
+                yield f"{path}.{part}", mx.stack([found.pop(part) for found in experts]), source.place(names[0], part)
         elif isinstance(module, nn.Linear):
             for part, array in linear(source, theirs).items():
                 if part != "bias" or "bias" in module or array.any().item():  # some packers write biases of zeros
-                    yield f"{path}.{part}", array
+                    yield f"{path}.{part}", array, source.place(theirs, part)
         else:
             for part in module.parameters():
-                yield f"{path}.{part}", source[f"{theirs}.{part}"]
+                yield f"{path}.{part}", source[f"{theirs}.{part}"], source.place(theirs, part)
     more = [name for name in sorted(source.names - source.used) if not re.search(IGNORED, name)
             and not (config.tie and name == "lm_head.weight")]
     if more:
@@ -289,18 +382,26 @@ def tokenizer_of(source: Folder) -> tuple[Tokenizer | None, dict]:
     settings = {}
     if os.path.exists(os.path.join(source.folder, "tokenizer_config.json")):
         settings = read_json(source.folder, "tokenizer_config.json")
+        check_spelling(settings, os.path.join(source.folder, "tokenizer_config.json"),
+                       ("bos_token", "chat_template", "eos_token"))
 
     def text_of(name: str) -> str | None:
         given = settings.get(name)
         return given.get("content") if isinstance(given, dict) else given
 
     read_json(source.folder, "tokenizer.json")
-    with open(path, encoding="utf-8") as file:
-        tokenizer = from_tokenizer_json(file.read(), text_of("bos_token") or "", text_of("eos_token") or "")
+    try:
+        with open(path, encoding="utf-8") as file:
+            tokenizer = from_tokenizer_json(file.read(), text_of("bos_token") or "", text_of("eos_token") or "")
+    except UserError as error:
+        raise UserError(f"{source.folder}: {error}") from error
     template = settings.get("chat_template")
     jinja = os.path.join(source.folder, "chat_template.jinja")
+    if isinstance(template, list):  # several, by name
+        template = next((one.get("template") for one in template if isinstance(one, dict)
+                         and one.get("name") == "default"), None)
     if template is None and os.path.exists(jinja):
-        with open(jinja, encoding="utf-8") as file:
+        with open(jinja, encoding="utf-8", errors="replace") as file:
             template = file.read()
     return tokenizer, template_settings(template)
 
@@ -318,38 +419,58 @@ def template_settings(template) -> dict:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator[tuple[str, mx.array]], tokenizer: Tokenizer | None,
-                     meta: dict):
-    """Write our checkpoint of (our name, array) pairs, computed one at a time, with a progress bar. UserError for a
-    shape that does not fit the config, a number that is none, and what is missing; then nothing is written."""
-    modules, found = skeleton(config), {}
+def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator, tokenizer: Tokenizer | None, meta: dict):
+    """Write our checkpoint of (our name, array, its file and name there), computed one at a time, with a progress bar.
+    UserError for a shape that does not fit the config, a number that is none, and what is missing; then nothing is
+    written."""
+    check_out(out)
+    modules, found, places = skeleton(config), {}, {}
     wanted = {f"{path}.{part}": p.shape for path, module in modules.items() for part, p in module.parameters().items()}
-    bar = tqdm(arrays, total=len(wanted), unit=" tensors", disable=None, dynamic_ncols=True)
-    for name, array in bar:
+    bar = tqdm(total=len(wanted), unit=" tensors", disable=None, dynamic_ncols=True)
+    for name, array, place in arrays:
+        array = mx.contiguous(array)  # what is a transposed view would be copied when all are written
         mx.eval(array)
-        check_array(name, array, wanted)
-        found[name] = array
+        check_array(name, array, place, wanted)
+        found[name], places[name] = array, place
+        bar.update(name in wanted)  # not scales and biases
+    bar.close()
     if missing := [name for name in wanted if name not in found]:
         raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more: copy the whole model")
-    for name in found:
-        if name.endswith(".scales"):
-            check_packed(name.removesuffix(".scales"), found, wanted)
+    for name, array in found.items():
+        if name.endswith(".scales") or array.dtype == mx.uint32:
+            check_packed(name.rpartition(".")[0], found, places[name], wanted)
     header = {"script": "hub.py", **meta, "version": VERSION, "config": asdict(config)}
     save_arrays(out, found, header if tokenizer is None else {**header, "tokenizer": tokenizer.to_dict()})
-    print(f"{out}: {len(found)} tensors, {sum(array.nbytes for array in found.values()) / 1e6:,.1f} MB")
+    print(f"{out}: {len(found)} tensors, {sum(array.nbytes for array in found.values()) / 1e6:,.1f} MB"
+          + (f"\nnext: python sample.py {out}" if tokenizer else ""))
 
 
-def check_array(name: str, array: mx.array, wanted: dict):
+def check_out(out: str):
+    """Before anything is read. Another's file, perhaps the one that is to be read, is not written over."""
+    if not os.path.isdir(os.path.dirname(out) or ".") or os.path.isdir(out):
+        raise UserError(f"cannot write {out}: it is a folder, or its folder is not there")
+    if os.path.exists(out):
+        try:
+            with safe_open(out, "numpy") as file:
+                ours = "tinygpt" in (file.metadata() or {})
+        except (SafetensorError, OSError):
+            ours = False
+        if not ours:
+            raise UserError(f"{out} exists and is no checkpoint of ours: give another file to write, or remove it")
+
+
+def check_array(name: str, array: mx.array, place: str, wanted: dict):
     path, _, part = name.rpartition(".")
-    if part in ("scales", "biases", "order") or part == "weight" and array.dtype == mx.uint32:
-        if f"{path}.weight" not in wanted:
-            raise UserError(f"{name} has no place in this architecture: config.json and the weights do not fit")
-    elif name not in wanted:
-        raise UserError(f"{name} has no place in this architecture: config.json and the weights do not fit")
-    elif array.shape != wanted[name]:
-        raise UserError(f"{name} has shape {array.shape}, but by config.json it is {wanted[name]}: they do not fit")
+    packed = part in ("scales", "biases", "order") or part == "weight" and array.dtype == mx.uint32  # see check_packed
+    if (f"{path}.weight" if packed else name) not in wanted:
+        raise UserError(f"{place} has no place in this architecture: the settings and the weights do not fit")
+    if not packed and array.shape != wanted[name]:
+        raise UserError(f"{place} has shape {array.shape}, but by the settings it is {wanted[name]}: they do not fit")
+    if not packed and array.dtype not in NOT_FINITE:
+        raise UserError(f"{place} holds {str(array.dtype)[9:]}, where floating-point numbers of 16 or 32 bits should "
+                        "be: this format is not known here")
     if array.dtype in NOT_FINITE and not finite(array):
-        raise UserError(f"{name} holds numbers that are infinite or none: copy the file again")
+        raise UserError(f"{place} holds numbers that are infinite or none: copy the file again")
 
 
 NOT_FINITE = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
@@ -362,11 +483,11 @@ def finite(array: mx.array) -> bool:
     return array.size == 0 or bits.max().item() < exponent
 
 
-def check_packed(path: str, found: dict, wanted: dict):
+def check_packed(path: str, found: dict, place: str, wanted: dict):
     *_, outputs, inputs = wanted[f"{path}.weight"]
-    weight, scales, biases = (found.get(f"{path}.{part}") for part in ("weight", "scales", "biases"))
-    fits = weight is not None and biases is not None and biases.shape == scales.shape
-    fits = fits and weight.shape[-2] == scales.shape[-2] == outputs and inputs % scales.shape[-1] == 0
-    if not fits or weight.shape[-1] * 32 % inputs or inputs // scales.shape[-1] not in (32, 64, 128):
-        shapes = [None if array is None else array.shape for array in (weight, scales, biases)]
-        raise UserError(f"{path} is packed in shapes {shapes}, which do not fit ({outputs}, {inputs}) by config.json")
+    parts = [found.get(f"{path}.{part}") for part in ("weight", "scales", "biases")]
+    shapes = [None if array is None else array.shape for array in parts]
+    fits = None not in shapes and shapes[1] == shapes[2] and shapes[0][:-1] == shapes[1][:-1]
+    fits = fits and shapes[0][:-1] == wanted[f"{path}.weight"][:-1] and inputs % shapes[1][-1] == 0
+    if not fits or shapes[0][-1] * 32 % inputs or inputs // shapes[1][-1] not in (32, 64, 128):
+        raise UserError(f"{place} is packed in shapes {shapes}, which do not fit ({outputs}, {inputs}) by the settings")

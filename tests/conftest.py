@@ -1,5 +1,7 @@
 """What all tests share: the scripts run as a user runs them, on one thread, in folders of their own."""
 import os
+import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -41,3 +43,90 @@ def page(chromium, server):
     """An empty page of the server's. See browser.py."""
     with browser.page(chromium, server) as opened:
         yield opened
+
+
+def run_here(script: str, *arguments):
+    """The same in this process, a second faster: its errors come out as they are."""
+    import config
+    argv, hook = sys.argv, sys.excepthook
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv, sys.excepthook = argv, hook
+        config.given.clear()
+
+
+class OneLayer(dict):
+    """In place of a folder, for a reader: arrays by name."""
+    names = property(dict.keys)
+
+    def file_of(self, name: str) -> str:
+        return "a file"
+
+    def place(self, module: str, part: str) -> str:
+        return f"a file: {module}.{part}"
+
+
+def peak_memory(script: str, *arguments) -> int:
+    """The most memory that a script held at a time, in bytes, by Linux's count. (Not getrusage's: there a process
+    begins with what its parent holds.)"""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("no /proc")
+    code = ("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv.pop(0)); "
+            "runpy.run_path(sys.argv[0], run_name='__main__'); print(open('/proc/self/status').read())")
+    command = [sys.executable, "-c", code, ROOT, ROOT / script, *arguments]
+    told = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    return 1024 * next(int(line.split()[1]) for line in told.splitlines() if line.startswith("VmHWM"))
+
+
+def flips_and_cuts(path: Path, number: int, header: int):
+    """Spoil a file, so often, and put it right in the end: cut anywhere, or one bit of its header flipped, which is its
+    first so many bytes (0: all, or those that safetensors says). Yields whether it is cut."""
+    whole, rng = path.read_bytes(), random.Random(0)
+    header = header or (8 + int.from_bytes(whole[:8], "little") if path.suffix == ".safetensors" else len(whole))
+    for i in range(number):
+        bad = bytearray(whole)
+        if i % 4 == 0:
+            del bad[rng.randrange(len(bad)):]
+        else:
+            bad[rng.randrange(header)] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        yield i % 4 == 0
+    path.write_bytes(whole)
+
+
+# A number in a file of settings may be another number: nothing can tell.
+NUMBERS = {"block_size", "norm_eps", "rope_theta", "rope_factor", "rope_low_freq", "rope_high_freq", "rope_original",
+           "sliding_window"}
+
+
+def survives(script: str, source: Path, path: Path, number: int, least: float, header: int = 0):
+    """A reader's answer to a file of its source that is cut, or has a bit flipped: UserError, in one line that names a
+    file, and nothing written; or the same model as before, never another, but for NUMBERS, where they stand in this
+    file. UserError whenever it is cut, and in this share of all cases at least."""
+    import mlx.core as mx
+
+    from config import UserError
+    from model import load_checkpoint
+    out, idx, refused = path.parent.parent / "spoilt.out", mx.arange(40)[None], 0
+
+    def read():
+        out.unlink(missing_ok=True)
+        run_here(script, source, out)
+        model, meta = load_checkpoint(str(out))
+        model.set_dtype(mx.float32)
+        return meta["config"], model(idx)
+
+    settings, logits = read()
+    for cut in flips_and_cuts(path, number, header):
+        try:
+            found, other = read()
+        except UserError as error:
+            assert "\n" not in str(error) and str(source) in str(error) and not list(out.parent.glob("spoilt*")), error
+            refused += 1
+        else:
+            changed = {name for name in settings if found[name] != settings[name]}
+            assert not cut and (mx.array_equal(other, logits) or path.suffix != ".safetensors" and changed), changed
+            assert changed <= NUMBERS, changed
+    assert refused >= least * number

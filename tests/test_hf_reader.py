@@ -1,5 +1,6 @@
 """hf_reader.py: folders that transformers wrote, and their logits (fixtures/make_hf.py); there and back; bad input."""
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, peak_memory, run_here, survives
 
 import hub
 from config import UserError
@@ -80,19 +81,48 @@ def test_mlx_lm_reads_what_we_write(name, tmp_path):
     assert np.abs(np.array(model(mx.array(short))) - expected).max() < 2e-5 * np.abs(expected).max()
 
 
-def test_bfloat16_is_kept(tmp_path):
-    """In the file, bit for bit, and back."""
-    shutil.copytree(FOLDERS / "qwen3", tmp_path / "half")
-    arrays = {name: p.astype(mx.bfloat16) for name, p in mx.load(str(FOLDERS / "qwen3/model.safetensors")).items()}
-    mx.save_safetensors(str(tmp_path / "half" / "model.safetensors"), arrays, {"format": "pt"})
-    read(tmp_path / "half", tmp_path / "model.safetensors")
+def in_bfloat16(name, folder):
+    """One of the folders, in one file."""
+    shutil.copytree(FOLDERS / name, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    arrays = {key: p.astype(mx.bfloat16) for path in (FOLDERS / name).glob("*.safetensors")
+              for key, p in mx.load(str(path)).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
+    return arrays
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_kept(name, tmp_path):
+    """In the file, bit for bit, and back; computed in it, logits are off by what its 8 bits cost."""
+    arrays = in_bfloat16(name, tmp_path / "half")
+    run_here("hf_reader.py", tmp_path / "half", tmp_path / "model.safetensors")
     model, _ = load_checkpoint(str(tmp_path / "model.safetensors"))
     assert {p.dtype for p in mx.load(str(tmp_path / "model.safetensors")).values()} == {mx.bfloat16}
-    assert near(model, np.load(FOLDERS / "qwen3" / "logits.npy"), 0.1)
-    read(tmp_path / "model.safetensors", f"--export={tmp_path / 'back'}")
+    half = np.array(model(mx.array(IDX)).astype(mx.float32))
+    model.set_dtype(mx.float32)
+    assert near(model, half, 0.02) and not near(model, half, 1e-3)
+    run_here("hf_reader.py", tmp_path / "model.safetensors", f"--export={tmp_path / 'back'}")
     found = mx.load(str(tmp_path / "back" / "model.safetensors"))
-    assert all(mx.array_equal(found[name], arrays[name]) for name in arrays) and found.keys() == arrays.keys()
+    names = {key: key.removeprefix("transformer.") for key in arrays}
+    assert all(mx.array_equal(found[names[key]], arrays[key]) for key in arrays) and len(found) == len(arrays)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_beside_transformers(name, tmp_path):
+    """Its logits in bfloat16 are as far from those in float32 as ours are."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    in_bfloat16(name, tmp_path / "half")
+    run_here("hf_reader.py", tmp_path / "half", tmp_path / "model.safetensors")
+    model, _ = load_checkpoint(str(tmp_path / "model.safetensors"))
+    ours, theirs = np.array(model(mx.array(IDX)).astype(mx.float32)), {}
+    for dtype in ("bfloat16", "float32"):
+        peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=getattr(torch, dtype)).eval()
+        with torch.no_grad():
+            theirs[dtype] = peer(torch.tensor(IDX)).logits.float().numpy()
+    errors = [np.sqrt(np.square(x - theirs["float32"]).mean()) for x in (ours, theirs["bfloat16"])]
+    assert errors[0] < 1.3 * errors[1]
+    model.set_dtype(mx.float32)
+    assert near(model, theirs["float32"])
 
 
 def test_prefix_may_be_missing(tmp_path):
@@ -222,6 +252,23 @@ def test_the_tokenizer_travels(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("ab") and raw["model_type"] == "llama"
 
 
+@pytest.mark.parametrize("where", ["list", "jinja"])
+def test_other_places_of_the_template(where, tmp_path):
+    """Several templates by name, as older folders have them, and a file of its own, as transformers 5 writes it."""
+    shutil.copytree(FOLDERS / "llama", tmp_path / "folder")
+    (tmp_path / "folder" / "tokenizer.json").write_text(json.dumps(to_tokenizer_json(byte_tokenizer())))
+    template = "<|start_header_id|>{{ message }}"
+    settings = {"eos_token": {"content": EOT}}
+    if where == "list":
+        settings["chat_template"] = [{"name": "tools", "template": "x"}, {"name": "default", "template": template}]
+    else:
+        (tmp_path / "folder" / "chat_template.jinja").write_text(template)
+    (tmp_path / "folder" / "tokenizer_config.json").write_text(json.dumps(settings))
+    run_here("hf_reader.py", tmp_path / "folder", tmp_path / "a.safetensors")
+    _, found = load_checkpoint(str(tmp_path / "a.safetensors"))
+    assert (found["chat_template"], found["template"]) == (template, "llama3")
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -236,10 +283,11 @@ def refused(folder, says):
 @pytest.mark.parametrize("name, value, says", [
     ("model_type", "rwkv", "architecture 'rwkv'"), ("hidden_act", "gelu", "hidden_act='gelu'"),
     ("attention_bias", True, "attention_bias"), ("rope_parameters", {"rope_type": "yarn"}, "'yarn'"),
-    ("vocab_size", 41, "embed.weight has shape (40, 16), but by config.json it is (41, 16)"),
+    ("vocab_size", 41, "model.safetensors: model.embed_tokens.weight has shape (40, 16), but by the settings it is"),
     ("num_hidden_layers", 3, "holds no tensor model.layers.2"), ("hidden_size", "16", "setting of the wrong type"),
     ("num_attention_heads", 3, "not divisible"), ("quantization_config", {"quant_method": "awq"}, "awq_reader.py"),
     ("quantization_config", {"quant_method": "bitsandbytes"}, "'bitsandbytes', which has no reader"),
+    ("quantization", {"group_size": 64, "bits": 4}, "'mlx-lm', which has no reader"),
 ], ids=str)
 def test_bad_config(name, value, says, tmp_path):
     shutil.copytree(FOLDERS / "qwen3", tmp_path / "bad")
@@ -279,7 +327,7 @@ def test_more_than_the_config_says(tmp_path):
     refused(tmp_path / "bad", "holds model.layers.2.mlp.x, and 0 more")
     more["model.layers.1.self_attn.q_proj.bias"] = mx.ones(32)
     mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays | more)
-    refused(tmp_path / "bad", "blocks.1.attn.q.bias has no place")
+    refused(tmp_path / "bad", "model.layers.1.self_attn.q_proj.bias has no place")
 
 
 def test_numbers_that_are_none(tmp_path):
@@ -287,45 +335,139 @@ def test_numbers_that_are_none(tmp_path):
     arrays = mx.load(str(FOLDERS / "qwen3" / "model.safetensors"))
     arrays["model.norm.weight"] = arrays["model.norm.weight"] * mx.inf
     mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays)
-    refused(tmp_path / "bad", "norm.weight holds numbers")
+    refused(tmp_path / "bad", "model.safetensors: model.norm.weight holds numbers")
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_fuzz(seed, tmp_path, monkeypatch):
-    """A file cut anywhere, or with bits of its header flipped: UserError, or the same numbers as before."""
-    rng = np.random.default_rng(seed)
-    bad = tmp_path / "bad"
-    shutil.copytree(FOLDERS / "qwen3", bad)
-    path = bad / ("config.json" if seed % 3 == 0 else "model.safetensors")
-    data = bytearray(path.read_bytes())
-    if seed % 2:
-        del data[rng.integers(len(data)):]
-    else:
-        header = len(data) if path.suffix == ".json" else 8 + int.from_bytes(data[:8], "little")
-        for place in rng.integers(0, header, 3):
-            data[place] ^= 1 << rng.integers(8)
-    path.write_bytes(data)
-    out = str(tmp_path / "out.safetensors")
+def outcome(folder, name, **change):
+    """What one of the folders becomes with these settings changed (...: left out): settings and logits, or an error."""
+    raw = json.loads((FOLDERS / name / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
+    out = folder.parent / "out.safetensors"
+    out.unlink(missing_ok=True)
     try:
-        source = hub.open_folder(str(bad))
-        config = hub.model_config(source.raw, "config.json")
-        hub.write_checkpoint(out, config, hub.read_model(config, source), None, {})
+        run_here("hf_reader.py", folder, out)
     except UserError as error:
-        assert "\n" not in str(error) and not (tmp_path / "out.safetensors").exists()
-    else:
-        model, _ = load_checkpoint(out)
-        assert mx.isfinite(model(mx.array(IDX))).all()
+        assert "\n" not in str(error) and str(folder) in str(error) and not out.exists(), error
+        return str(error)
+    model, meta = load_checkpoint(str(out))
+    return meta["config"], np.array(model(mx.array(IDX)))
 
 
-def test_one_tensor_at_a_time(tmp_path):
-    """The memory that reading takes is the output's and a tensor's, not the input's besides."""
-    model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=24, n_head=4, n_embd=256, mlp="swiglu", qk_norm=False))
-    save_checkpoint(str(tmp_path / "a.safetensors"), model, {})
-    size = (tmp_path / "a.safetensors").stat().st_size
-    read(tmp_path / "a.safetensors", f"--export={tmp_path / 'folder'}")
-    source = hub.open_folder(str(tmp_path / "folder"))
-    config = hub.model_config(source.raw, "")
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    hub.write_checkpoint(str(tmp_path / "b.safetensors"), config, hub.read_model(config, source), None, {})
-    assert mx.get_peak_memory() - before < 1.15 * size
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "mixtral"])
+def test_any_value(name, tmp_path):
+    """Whatever JSON can hold in place of a setting: a model, or one line."""
+    shutil.copytree(FOLDERS / name, tmp_path / "bad")
+    raw = json.loads((FOLDERS / name / "config.json").read_text())
+    for key in raw:
+        for value in (None, -1, 1.5, "x", [], 2**40):
+            found = outcome(tmp_path / "bad", name, **{key: value})
+            if isinstance(found, str):
+                continue
+            assert np.isfinite(found[1]).all() and (key != "sliding_window" or value is None)
+    if name != "gpt2":
+        for value in ({"rope_theta": "x"}, {"rope_theta": -1.0}, {"rope_theta": 1e4, "rope_type": "linear"},
+                      {"rope_theta": 1e4, "beta_fast": 32}, {"rope_theta": 1e4, "partial_rotary_factor": 0.5}):
+            assert isinstance(outcome(tmp_path / "bad", name, rope_parameters=value), str)
+        assert "'sliding_windov', which should be 'sliding_window'" in outcome(
+            tmp_path / "bad", name, sliding_window=..., sliding_windov=5)
+
+
+def test_what_transformers_takes_for_granted(tmp_path):
+    """Windows that are not there, or for other families; settings left out that have a default."""
+    for name in ("llama", "qwen2", "qwen3", "mistral", "mixtral"):
+        shutil.copytree(FOLDERS / name, tmp_path / name)
+    assert outcome(tmp_path / "llama", "llama", sliding_window=5)[0]["sliding_window"] == 0
+    assert outcome(tmp_path / "qwen3", "qwen3", sliding_window=5)[0]["sliding_window"] == 0
+    assert outcome(tmp_path / "mistral", "mistral", sliding_window=...)[0]["sliding_window"] == 4096
+    assert outcome(tmp_path / "mixtral", "mixtral", rope_parameters=...)[0]["rope_theta"] == 1e6
+    assert outcome(tmp_path / "mistral", "mistral", rope_parameters=...)[0]["rope_theta"] == 1e4
+    older = dict(layer_types=..., max_window_layers=1)
+    assert outcome(tmp_path / "qwen2", "qwen2", **older)[0]["window_pattern"] == "LS"
+    assert outcome(tmp_path / "qwen2", "qwen2", **older | {"max_window_layers": ...})[0]["sliding_window"] == 0
+    assert "layer_types is no list" in outcome(tmp_path / "qwen2", "qwen2", layer_types=["chunked_attention"] * 2)
+    assert "layer_types is no list" in outcome(tmp_path / "qwen2", "qwen2", layer_types=["sliding_attention"])
+
+
+@pytest.mark.parametrize("name, tensor, change, says", [
+    ("qwen3", "model.layers.0.mlp.up_proj.weight", lambda p: p.astype(mx.uint8), "holds uint8, where floating-point"),
+    ("qwen3", "model.layers.0.mlp.up_proj.weight", lambda p: p.astype(mx.uint32), "is packed in shapes"),
+    ("qwen3", "model.layers.0.mlp.up_proj.weight", lambda p: p[:, :-1], "has shape (24, 15), but by the settings"),
+    ("qwen3", "model.layers.1.self_attn.q_norm.weight", lambda p: p.astype(mx.int32), "holds int32"),
+    ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w1.weight", lambda p: p[:-1], "has shape"),
+    ("gpt2", "transformer.h.1.attn.c_attn.weight", lambda p: p[:, :-1], "has shape (47, 16)"),
+    ("gpt2", "transformer.h.1.attn.c_attn.bias", lambda p: p[:-3], "has shape (45,)"),
+    ("gpt2", "transformer.h.1.mlp.c_fc.weight", lambda p: p.T, "has shape (16, 64), but by the settings"),
+])
+def test_bad_tensors(name, tensor, change, says, tmp_path):
+    """One byte a number, as F8 is, or integers; and other shapes: the line names the file and the tensor there."""
+    shutil.copytree(FOLDERS / name, tmp_path / "bad")
+    path = tmp_path / "bad" / "model.safetensors"
+    arrays = mx.load(str(FOLDERS / name / "model.safetensors"))
+    mx.save_safetensors(str(path), arrays | {tensor: mx.contiguous(change(arrays[tensor]))})
+    found = outcome(tmp_path / "bad", name)
+    assert f"{path}: {tensor} {says}" in found, found
+
+
+def test_what_is_not_written_over(tmp_path):
+    """A model that is another's, the one that is read above all; what has no folder is told before anything is read."""
+    shutil.copytree(FOLDERS / "qwen3", tmp_path / "folder")
+    path = tmp_path / "folder" / "model.safetensors"
+    before = path.read_bytes()
+    for out, says in ((path, "is no checkpoint of ours"), (tmp_path, "it is a folder"),
+                      (tmp_path / "none" / "a.safetensors", "its folder is not there")):
+        with pytest.raises(UserError, match=says):
+            run_here("hf_reader.py", tmp_path / "folder", out)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["folder"]
+    for _ in range(2):  # but a checkpoint is
+        run_here("hf_reader.py", tmp_path / "folder", tmp_path / "a.safetensors")
+    for source, says in (("a.safetensors", "exists: give another --export"), ("folder", "--export takes a checkpoint")):
+        with pytest.raises(UserError, match=says):
+            run_here("hf_reader.py", tmp_path / source, f"--export={tmp_path / 'folder'}")
+
+
+@pytest.mark.parametrize("script", ["hf_reader.py", "gguf_reader.py"])
+def test_full_disk(script, tmp_path):
+    """Where no more than 2000 bytes of a file can be written: one line, and no piece of an export is left."""
+    run_here("hf_reader.py", FOLDERS / "qwen3", tmp_path / "a.safetensors")
+    command = [sys.executable, ROOT / script, tmp_path / "a.safetensors", f"--export={tmp_path / 'export'}"]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    assert done.returncode == 2 and f"{script}: cannot write {tmp_path / 'export'}: " in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_index_and_tokenizer_that_are_none(tmp_path):
+    shutil.copytree(FOLDERS / "llama", tmp_path / "bad")
+    for value in (None, [], {"a": 1}, {"a": None}):
+        (tmp_path / "bad" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": value}))
+        assert "index.json has no weight_map" in outcome(tmp_path / "bad", "llama")
+    shutil.copy(FOLDERS / "llama" / "model.safetensors.index.json", tmp_path / "bad")
+    good = to_tokenizer_json(tokenizers()["bpe"])
+    for bad in ({}, [], good | {"model": 3}, good | {"added_tokens": []}, good | {"decoder": {"type": "x"}},
+                good | {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "["}}}):
+        (tmp_path / "bad" / "tokenizer.json").write_text(json.dumps(bad))
+        assert "tokenizer.json" in outcome(tmp_path / "bad", "llama")
+
+
+@pytest.mark.parametrize("name, file, refused", [
+    ("llama3", "config.json", 0.6), ("qwen2", "config.json", 0.6), ("gpt2", "config.json", 0.5),
+    ("llama", "model.safetensors.index.json", 0.5), ("mixtral", "model.safetensors", 0.98),
+    ("gpt2", "model.safetensors", 0.98)])
+def test_fuzz(name, file, refused, tmp_path):
+    shutil.copytree(FOLDERS / name, tmp_path / "bad")
+    survives("hf_reader.py", tmp_path / "bad", tmp_path / "bad" / file, 100, refused)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_peak_memory(name, tmp_path):
+    """That of the output and a tensor, also where matrices stand transposed."""
+    flavour = dict(pos="learned", norm="layer", mlp="gelu", bias=True) if name == "gpt2" else dict(mlp="swiglu")
+    outs, peaks = [], []
+    for folder, width in (("small", 64), ("large", 512)):
+        shape = dict(block_size=64, vocab_size=64, n_layer=8, n_head=4, n_embd=width, qk_norm=False)
+        model = GPT(GPTConfig(**flavour | shape))
+        save_checkpoint(str(tmp_path / f"{folder}.s"), model, {})
+        run_here("hf_reader.py", tmp_path / f"{folder}.s", f"--export={tmp_path / folder}")
+        outs.append(tmp_path / f"{folder}.safetensors")
+        peaks.append(peak_memory("hf_reader.py", tmp_path / folder, outs[-1]))
+    assert peaks[1] - peaks[0] < 1.2 * outs[1].stat().st_size, peaks
