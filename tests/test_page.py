@@ -1,4 +1,5 @@
 """The page as a person uses it, in headless Chromium: buttons, fields, files, what is said, and how it looks."""
+import base64
 import json
 import re
 import shutil
@@ -235,9 +236,15 @@ def test_wrong_fields(opened):
 
 
 def test_lenses(opened, files):
-    """A sidecar goes to the lens panel; the tuned lens shows something else than the logit lens."""
+    """A sidecar that is dropped goes to the lens panel; the tuned lens shows something else than the logit lens."""
     opened.fill("#look-prompt", "abcd")
-    opened.set_input_files("#open", files / "tiny.lenses")
+    js(opened, """(bytes) => {
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([Uint8Array.from(atob(bytes), (byte) => byte.charCodeAt(0))], "tiny.lenses"));
+        for (const name of ["dragover", "drop"]) {
+            document.body.dispatchEvent(new DragEvent(name, { dataTransfer, bubbles: true }));
+        }
+    }""", base64.b64encode((files / "tiny.lenses").read_bytes()).decode())
     says(opened, "lens", "through tuned lenses")
     tuned = opened.locator("#lens td").evaluate_all("all => all.map((cell) => cell.ariaLabel)")
     opened.uncheck("#tuned")
@@ -287,6 +294,7 @@ def test_lost_device(chromium, server, files):
 def test_training(page, files, tmp_path):
     """From scratch: runs, pauses, resumes, falls; goes on in the next tab; two files, which the scripts read."""
     begin(page, files)
+    page.click("#tab-train")
     page.click("#write")
     page.set_input_files("#open", files / "short.txt")
     says(page, "text-says", "short.txt, 10 characters")

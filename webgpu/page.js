@@ -166,6 +166,7 @@ function choose(name) {
     tab.setAttribute("aria-selected", chosen);
     tab.tabIndex = chosen ? 0 : -1;
     $(tab.getAttribute("aria-controls")).hidden = !chosen;
+    if (chosen) tab.scrollIntoView({ block: "nearest", inline: "nearest" });  // on a phone not all tabs are in sight
   }
   document.dispatchEvent(new CustomEvent("panel", { detail: name }));
 }

@@ -83,6 +83,9 @@ export function idsOf(model, text) {
 export function wordsOf(error) {
   if (error instanceof UserError) return error.message;
   if (page.lost) return LOST;
+  if (error instanceof RangeError && /alloc|array length/i.test(error.message)) {
+    return "The browser has not enough memory for this: take a smaller model, a smaller batch or a shorter text.";
+  }
   console.error(error);
   return `This is a mistake of ours: ${error?.message ?? error}. The page goes on with what it had.`;
 }

@@ -425,7 +425,7 @@ export function setUpTraining() {
     timer = setTimeout(() => { typed(); describe(); }, 300);
   });
   $("begin").addEventListener("change", beginChanged);
-  $("train-form").addEventListener("change", ({ target }) => target.id !== "text" && describe());
+  $("train-form").addEventListener("input", ({ target }) => target.id !== "text" && describe());
   onModel(describe);
   let seen = false;
   document.addEventListener("panel", ({ detail }) => {
