@@ -16,16 +16,14 @@ Python:
     >>> maps = attention_maps(model, mx.array([5, 17, 2]))[3]["map"]    # layer 3: (H, T, T), rows look at columns
 """
 import base64
-import io
 import json
-import os
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
 from config import UserError, overrides
-from draw import grid, labels, page, prompt_ids, write_whole
+from draw import grid, labels, page, pictures, prompt_ids, short, write_figure
 from model import (
     DIFF_LAMBDAS,
     GPT,
@@ -171,18 +169,18 @@ def table(maps: list[dict[str, np.ndarray]]):
                       f"{np.trace(whole, -1) / n:6.1%} {(whole * away).sum() / n:8.2f} {entropy:5.2f}")
 
 
-def draw(path: str, maps: list[dict[str, np.ndarray]]):
+def draw(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str]):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [(f"{layer}" if name == "map" else f"{layer} {name}", name, each)
+    rows = [(f"layer {layer}" if name == "map" else f"layer {layer}\n{name}", name, each)
             for layer, named in enumerate(maps) for name, each in named.items()]
-    most = max(len(each) for _, _, each in rows)
-    figure, axes = plt.subplots(len(rows), most, figsize=(0.6 + 1.3 * most, 0.6 + 1.3 * len(rows)), squeeze=False,
+    most, told = max(len(each) for _, _, each in rows), [*map(short, tokens)] if len(tokens) <= 32 else []
+    size = max(1.3, 0.09 * len(told))
+    figure, axes = plt.subplots(len(rows), most, figsize=(1.2 + size * most, 1.2 + size * len(rows)), squeeze=False,
                                 layout="constrained")
     for line, (label, name, each) in zip(axes, rows, strict=True):
-        line[0].set_ylabel(label)
         for head, spot in enumerate(line):
             spot.set(xticks=[], yticks=[])
             if head >= len(each):
@@ -192,17 +190,18 @@ def draw(path: str, maps: list[dict[str, np.ndarray]]):
                 spot.imshow(each[head], cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
             else:
                 spot.imshow(each[head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        line[0].set_ylabel(label, fontsize=8)
+        line[0].set_yticks(range(len(told)), told, fontsize=5, family="monospace", parse_math=False)
     for head, spot in enumerate(axes[0]):
         spot.set_title(f"head {head}", fontsize=8)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
+    for spot in axes[-1]:
+        spot.set_xticks(range(len(told)), told, fontsize=5, family="monospace", rotation=90, parse_math=False)
+    write_figure(path, figure, dpi=110)
     plt.close(figure)
-    write_whole(path, file.getvalue())
 
 
 SCRIPT = """
 const data = JSON.parse(document.getElementById('data').textContent), T = data.tokens.length;
-const dark = matchMedia('(prefers-color-scheme: dark)').matches;
 function bytes(text) { return Int8Array.from(atob(text), letter => letter.charCodeAt(0) << 24 >> 24); }
 function paint(canvas, weights) {
   canvas.width = canvas.height = T;
@@ -214,6 +213,9 @@ function paint(canvas, weights) {
   canvas.getContext('2d').putImageData(image, 0, 0);
 }
 const large = document.getElementById('large'), said = document.getElementById('said');
+for (const side of ['left', 'below'])
+  for (const token of T <= 48 ? data.tokens : [])  // more would not fit
+    document.getElementById(side).appendChild(document.createElement('span')).textContent = token;
 let shown = null;
 function enlarge(map) {
   shown = map;
@@ -244,15 +246,23 @@ large.onpointermove = event => {
 };
 """
 PAGE = """<style>
-canvas { image-rendering: pixelated; display: block; background: #fff; }
+canvas { image-rendering: pixelated; display: block; }
+#both { display: flex; flex-wrap: wrap; gap: 0 2em; }
+#frame { display: grid; grid-template-columns: auto auto; justify-content: start; font: 11px ui-monospace, monospace; }
+#left, #below { display: flex; justify-content: space-around; white-space: pre; }
+#left { flex-direction: column; text-align: right; }
+#left span { line-height: 1; padding-right: .4em; }
+#below { grid-column: 2; }
+#below span { writing-mode: vertical-rl; line-height: 1; padding-top: .4em; }
 .line { display: flex; gap: 4px; align-items: center; flex-wrap: wrap; margin: 4px 0; }
 .line b { width: 9em; font-weight: normal; }
 button { padding: 0; border: 1px solid #8886; background: none; cursor: pointer; }
 button canvas { width: 84px; height: 84px; }
 #large { width: min(90vw, 28em); height: min(90vw, 28em); border: 1px solid #8886; }
 #said { font: 13px ui-monospace, monospace; white-space: pre-wrap; min-height: 2.6em; }
-</style><h2 id=which></h2><canvas id=large></canvas><p id=said aria-live=polite>Move over the map; rows look at columns.
-</p><div id=maps></div>"""
+</style><div id=both><div><h2 id=which></h2>
+<div id=frame><div id=left></div><canvas id=large></canvas><div id=below></div></div>
+<p id=said aria-live=polite>Move over the map; rows look at columns.</p></div><div id=maps></div></div>"""
 
 
 def write_page(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str], parts: list[str]):
@@ -295,6 +305,7 @@ def routing(model: GPT, states: dict, tokens: list[str]) -> list[str]:
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
+    picture, html = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-attention.png")
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
@@ -305,8 +316,6 @@ if __name__ == "__main__":
     maps, tokens = attention_maps(model, mx.array(ids), states), labels(enc, ids)
     table(maps)
     parts = routing(model, states, tokens)
-    picture = picture or f"{checkpoint.removesuffix('.safetensors')}-attention.png"
-    html = f"{os.path.splitext(picture)[0]}.html"
-    draw(picture, maps)
+    draw(picture, maps, tokens)
     write_page(html, maps, tokens, parts)
     print(f"drawn: {picture}, {html}")

@@ -1,7 +1,8 @@
 """Grids of numbers as pictures (PNG) and as pages that stand alone (HTML); the tokens of a prompt as labels."""
+import contextlib
 import html
+import io
 import os
-import tempfile
 
 import blas  # noqa: F401  (before mlx)
 import numpy as np
@@ -13,9 +14,10 @@ from tokenizer import Tokenizer
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; padding: 0 16em 10em 0; }
 table { border-collapse: collapse; font: 12px/1.3 ui-monospace, monospace; margin: 1em 0; }
-th { font-weight: normal; padding: .2em .5em; text-align: right; white-space: pre; }
+th { font-weight: normal; padding: .2em .5em; white-space: pre; }
+th[scope=row] { text-align: right; }
 td { position: relative; padding: .3em .5em; text-align: center; white-space: pre; border: 1px solid var(--line); }
 td span { display: none; position: absolute; z-index: 1; left: 0; top: 100%; padding: .4em .6em; text-align: left;
           background: Canvas; color: CanvasText; border: 1px solid; }
@@ -23,66 +25,94 @@ td:hover span, td:focus span { display: block; }
 """
 
 
-def prompt_ids(enc: Tokenizer, prompt: str, model: GPT) -> list[int]:
-    """The prompt's tokens, after the token that begins a text. UserError if they are more than the context."""
-    if not prompt:
-        raise UserError("no prompt: give --prompt=TEXT")
-    ids = [enc.bos, *enc.encode(prompt).tolist()]
+def prompt_ids(enc: Tokenizer, text: str, model: GPT, name: str = "prompt") -> list[int]:
+    """The tokens of the setting `name`, after the one that begins a text. UserError if they are more than the context.
+    """
+    if not text:
+        raise UserError(f"no prompt: give --{name}=TEXT")
+    ids = [enc.bos, *enc.encode(text).tolist()]
     if len(ids) > model.config.block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens with the one that begins a text, the model's context is "
-                        f"{model.config.block_size}: give a shorter one")
+        raise UserError(f"--{name}: the prompt has {len(ids)} tokens with the one that begins a text, the model's "
+                        f"context is {model.config.block_size}: give a shorter one")
     return ids
 
 
 def labels(enc: Tokenizer, ids: list[int]) -> list[str]:
-    """Tokens as people read them: blanks as low lines, the others' escapes as in Python."""
-    return [enc.decode([i]).replace("\\", "\\\\").encode("unicode_escape").decode().replace("\\\\", "\\").replace(
-        " ", "_") if not enc.decode([i]).isprintable() else enc.decode([i]).replace(" ", "_") for i in ids]
+    """Tokens as people read them: blanks as dots in the middle, and what cannot be printed as in Python."""
+    texts = [enc.decode_bytes([i]).decode(errors="backslashreplace") for i in ids]
+    return ["".join("·" if letter == " " else letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+            for text in texts]
+
+
+def pictures(path: str) -> tuple[str, str]:
+    """The names of a picture and of its page. UserError, before any work, if it cannot be written there."""
+    stem, ending = os.path.splitext(path)
+    if ending != ".png":
+        raise UserError(f"picture={path!r}: it is a PNG, so let its name end in .png")
+    check_folder(path)
+    return path, f"{stem}.html"
+
+
+def check_folder(path: str):
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"cannot write {path}: there is no folder {os.path.dirname(path)}")
 
 
 def write_whole(path: str, content: bytes):
     """Write a file: the path has the old one or the whole new one."""
+    temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", delete=False) as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
-def heat_map(path: str, values, rows: list[str], columns: list[str], title: str, texts=None, signed: bool = False,
-             unit: str = "", row_name: str = "layer"):
-    """A PNG of values (rows, columns), numbers or nan; texts (rows, columns) stand in the cells. signed: colours differ
-    below and above 0."""
+def write_figure(path: str, figure, dpi: int = 150):
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    write_whole(path, file.getvalue())
+
+
+def short(text: str, width: int = 10) -> str:
+    return text if len(text) <= width else f"{text[:width - 1]}…"
+
+
+def heat_map(path: str, values, rows: list[str], columns: list[str], title: str, texts, unit: str,
+             signed: bool = False):
+    """A PNG of values (rows, columns); texts (rows, columns) stand in the cells. signed: colours differ below and above
+    0. unit: what the colours tell."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    values = np.asarray(values, np.float64)
-    top = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 0
-    low, high = (-(top or 1), top or 1) if signed else (min(0, np.nanmin(values)), np.nanmax(values) or 1)
-    widest = max([len(text) for line in texts for text in line], default=0) if texts is not None else 0
-    width = max(0.35, 0.075 * widest) * len(columns)
-    figure, axes = plt.subplots(figsize=(max(4, 2.2 + width), 1.6 + 0.3 * len(rows)), layout="constrained")
+    values, columns = np.asarray(values, np.float64), [short(name, 14) for name in columns]
+    texts = [[short(text) for text in line] for line in texts]
+    low, high = (-1, 1) if signed else (0, 1)
+    if values.any():
+        low, high = -np.abs(values).max() if signed else min(0, values.min()), np.abs(values).max()
+    width = max(0.35, 0.08 * max(len(text) for line in texts for text in line)) * len(columns)
+    size = max(2.2 + width, 0.5 + 0.075 * max(len(title), len(unit))), 1.8 + 0.3 * len(rows)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     image = axes.imshow(values, cmap="RdBu_r" if signed else "Blues", vmin=low, vmax=high, aspect="auto",
                         interpolation="nearest")
-    for i, line in enumerate(texts if texts is not None else []):
+    for i, line in enumerate(texts):
         for j, text in enumerate(line):
-            dark = abs(values[i, j]) > 0.6 * top if signed else values[i, j] > low + 0.6 * (high - low)
-            axes.text(j, i, text.replace("$", "\\$"), ha="center", va="center", fontsize=7, family="monospace",
+            dark = abs(values[i, j]) > 0.6 * high if signed else values[i, j] > low + 0.6 * (high - low)
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, family="monospace", parse_math=False,
                       color="white" if dark else "black")
-    axes.set_xticks(range(len(columns)), [text.replace("$", "\\$") for text in columns], fontsize=8,
+    axes.set_xticks(range(len(columns)), columns, fontsize=8, family="monospace", parse_math=False,
                     rotation=90 if max(map(len, columns)) * len(columns) > 12 * width else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    axes.set(ylabel=row_name, title=title.replace("$", "\\$"))
-    axes.title.set_fontsize(10)
-    figure.colorbar(image, label=unit)
-    with tempfile.SpooledTemporaryFile() as file:
-        figure.savefig(file, format="png", dpi=150)
-        file.seek(0)
-        write_whole(path, file.read())
+    axes.set_title(f"{title}\n{unit}", fontsize=10, parse_math=False)
+    figure.colorbar(image)
+    write_figure(path, figure)
     plt.close(figure)
 
 

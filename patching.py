@@ -30,6 +30,7 @@ Python:
     >>> logits = swap(model, mx.array([5, 17, 2]), mx.array([5, 18, 2]))   # (n_layer, T, V), of the last position
     >>> logits = ablate(model, mx.array([[5, 17, 2]]), "mlp", 3, "zero")   # (B, T, V)
 """
+import math
 import os
 from collections.abc import Callable, Iterable
 
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 from calibrate import windows
 from config import UserError, overrides
-from draw import grid, heat_map, labels, page, prompt_ids
+from draw import grid, heat_map, labels, page, pictures, prompt_ids, short
 from model import GPT, compute_dtype, load_checkpoint, no_tap
 from score import read_tokens
 from tokenizer import Tokenizer
@@ -50,7 +51,7 @@ mode = "swap"         # swap | zero | mean | trace | ablate
 clean = ""            # prompt
 corrupt = ""          # the recipient of swap
 target = ""           # the token after it
-foil = ""             # swap: the token that the target is weighed against; "": none
+foil = ""             # swap, zero, mean: the token that the target is weighed against; "": none
 pairs = ""            # swap: "donor position:recipient position, ..."; "": all, of prompts of one length
 site = "resid"        # resid | attn | mlp
 # trace
@@ -223,19 +224,30 @@ def heads_of(model: GPT) -> int:
 
 def show(values, columns: list[str], title: str, hovers, unit: str, picture: str):
     """The table of values (n_layer, columns), its picture, and its page beside it."""
+    largest = np.abs(values).max()
+    digits = min(5, max(2, 1 - math.floor(math.log10(largest)))) if largest else 2
+
+    def signed(value, digits):
+        text = f"{value:+.{digits}f}"
+        return text if float(text) else "0"
+
     rows = [f"layer {layer}" for layer in range(len(values))]
     hovers = [[f"{row}, {column}\n{more}" for column, more in zip(columns, line, strict=True)]
               for row, line in zip(rows, hovers, strict=True)]
-    width = max(7, *(len(name) for name in columns)) if max(map(len, columns)) < 12 else 12
-    print(f"{title}\n{'':9}" + "".join(f" {name[:width]:>{width}}" for name in columns))
+    width = max(digits + 5, min(10, *(len(name) for name in columns)))
+    print(f"{title}: {unit}\n{'':9}" + "".join(f" {short(name, width):>{width}}" for name in columns))
     for name, line in zip(rows, values, strict=True):
-        print(f"{name:9}" + "".join(f" {value:+{width}.3f}" for value in line))
-    texts = [[f"{value:+.2f}" for value in line] for line in values]
-    heat_map(picture, values, rows, columns, title, texts, signed=True, unit=unit)
-    html = f"{os.path.splitext(picture)[0]}.html"
+        print(f"{name:9}" + "".join(f" {signed(value, digits + 1):>{width}}" for value in line))
+    texts = [[signed(value, digits) for value in line] for line in values]
+    heat_map(picture, values, rows, columns, title, texts, unit, signed=True)
+    picture, html = pictures(picture)
     page(html, title, f"Colour: {unit}. More of each cell on hovering or by the tabulator key.",
          grid(values, rows, columns, texts, hovers, signed=True))
     print(f"drawn: {picture}, {html}")
+
+
+def numbered(enc: Tokenizer, ids: list[int]) -> list[str]:
+    return [f"{i} {text}" for i, text in enumerate(labels(enc, ids))]
 
 
 def one_token(enc: Tokenizer, text: str, name: str) -> int:
@@ -256,10 +268,12 @@ def parsed_pairs(pairs: str) -> list[tuple[int, int]] | None:
 
 def positions_of(enc: Tokenizer, ids: list[int], part: str) -> list[int]:
     """Where tokens stand that hold a part of the prompt; its last occurrence."""
+    if not part:
+        raise UserError("no subject: give --subject=PART, a part of the clean prompt")
     pieces = [enc.decode_bytes([i]) if n else b"" for n, i in enumerate(ids)]  # without the token that begins a text
     ends = np.cumsum([len(piece) for piece in pieces])
     low = b"".join(pieces).rfind(part.encode())
-    if not part or low < 0:
+    if low < 0:
         raise UserError(f"subject={part!r} is not in the prompt: give a part of it, as it is written there")
     high = low + len(part.encode())
     return [n for n, piece in enumerate(pieces) if ends[n] > low and ends[n] - len(piece) < high and piece]
@@ -272,16 +286,21 @@ def log_p(logits: mx.array) -> mx.array:
 
 def run_grid(model: GPT, enc: Tokenizer):
     """swap, zero, mean."""
-    ids = prompt_ids(enc, clean, model)
+    ids = prompt_ids(enc, clean, model, "clean")
     wanted, against = one_token(enc, target, "target"), one_token(enc, foil, "foil") if foil else None
+    if wanted == against:
+        raise UserError(f"target and foil are the same token, {enc.decode([wanted])!r}: give another foil")
 
     def measure(logits):
         if against is None:
             return np.array(log_p(logits)[..., wanted])
         return np.array((logits[..., wanted] - logits[..., against]).astype(mx.float32))
 
-    donor, other = mx.array(ids), prompt_ids(enc, corrupt, model) if mode == "swap" else ids
+    donor, other = mx.array(ids), prompt_ids(enc, corrupt, model, "corrupt") if mode == "swap" else ids
     before = measure(model(mx.array([other]))[0, -1])
+    of = f"log p({enc.decode([wanted])!r}), nats"
+    if against is not None:
+        of = f"logit of {enc.decode([wanted])!r} less that of {enc.decode([against])!r}"
     if mode == "swap":
         at = parsed_pairs(pairs)
         best = measure(model(donor[None])[0, -1])
@@ -289,16 +308,14 @@ def run_grid(model: GPT, enc: Tokenizer):
             raise UserError("both prompts give the target the same probability: there is no effect to share out")
         logits = swap(model, donor, mx.array(other), site, at, batch_size)
         values = (measure(logits) - before) / (best - before)
-        columns = [text if at is None else f"{i}:{j} {text}" for (i, j), text in zip(
-            at or [(i, i) for i in range(len(ids))],
-            labels(enc, [ids[i] for i, _ in at] if at else ids), strict=True)]
+        columns = [f"{i}:{j} {labels(enc, ids[i:i + 1])[0]}" for i, j in at] if at else numbered(enc, ids)
         title, unit = f"the donor's {site} in the recipient", "(patched - corrupt) / (clean - corrupt)"
-        print(f"clean {best:.4f}, corrupt {before:.4f}" + (" nats" if against is None else ", logit less the foil's"))
+        print(f"{of}: clean {best:.4f}, corrupt {before:.4f}")
     else:
         logits = replaced(model, donor, mode, site, [*range(len(ids))], [*range(len(ids))], batch_size)
-        values, columns = measure(logits) - before, labels(enc, ids)
-        title, unit = f"{site} replaced by {mode}", f"change of log p({target!r}), nats" if not foil else "logits"
-        print(f"clean {before:.4f}")
+        values, columns = measure(logits) - before, numbered(enc, ids)
+        title, unit = f"{site} replaced by {mode}", f"change of {of}"
+        print(f"{of}: clean {before:.4f}")
     tops = np.array(mx.argmax(logits[..., :enc.n_vocab], axis=-1))
     hovers = [[f"{value:+.4f}\nmost probable then: {labels(enc, [int(top)])[0]}"
                for value, top in zip(*line, strict=True)] for line in zip(values, tops, strict=True)]
@@ -306,21 +323,21 @@ def run_grid(model: GPT, enc: Tokenizer):
 
 
 def run_trace(model: GPT, enc: Tokenizer):
-    ids, wanted = prompt_ids(enc, clean, model), one_token(enc, target, "target")
-    at = positions_of(enc, ids, subject)
+    ids, wanted = prompt_ids(enc, clean, model, "clean"), one_token(enc, target, "target")
+    at, of = positions_of(enc, ids, subject), f"p({enc.decode([wanted])!r})"
     size = noise * np.array(model.embed(mx.array(ids)).astype(mx.float32)).std()
     drawn = np.random.default_rng(seed).standard_normal((draws, len(at), model.config.n_embd)) * size
     corrupted, restored = trace(model, mx.array(ids), at, mx.array(drawn.astype(np.float32)), site, window, batch_size)
     clean_p = float(mx.exp(log_p(model(mx.array([ids]))[0, -1])[wanted]))
     low = np.exp(np.array(log_p(corrupted)[:, wanted]))
     p = np.exp(np.array(log_p(restored)[..., wanted]))
-    print(f"subject at {', '.join(map(str, at))}; p({target!r}): clean {clean_p:.4f}, corrupted {low.mean():.4f} "
+    print(f"subject at {', '.join(map(str, at))}; {of}: clean {clean_p:.4f}, corrupted {low.mean():.4f} "
           f"(from {low.min():.4f} to {low.max():.4f} over {draws} draws)")
-    values, columns = p.mean(-1) - low.mean(), labels(enc, ids)
+    values, columns = p.mean(-1) - low.mean(), numbered(enc, ids)
     columns = [f"{name}*" if n in at else name for n, name in enumerate(columns)]
     hovers = [[f"p {each.mean():.4f}, from {each.min():.4f} to {each.max():.4f}" for each in line] for line in p]
-    title = f"clean {site} put back, in windows of {window} layers (* subject with noise)"
-    show(values, columns, title, hovers, f"p({target!r}) that comes back", picture)
+    title = f"clean {site} put back" + (f", in windows of {window} layers" if window > 1 else "")
+    show(values, columns, f"{title} (* noise)", hovers, f"{of} that comes back", picture)
 
 
 def run_ablate(model: GPT, enc: Tokenizer):
@@ -331,9 +348,10 @@ def run_ablate(model: GPT, enc: Tokenizer):
     columns = [site if head is None else f"head {head}" for site, head in sites]
     measures = []
     if clean:
-        ids, wanted = mx.array([prompt_ids(enc, clean, model)]), one_token(enc, target, "target")
+        ids, wanted = mx.array([prompt_ids(enc, clean, model, "clean")]), one_token(enc, target, "target")
+        name = f"log p({enc.decode([wanted])!r})"
         path = f"{os.path.splitext(picture)[0]}-prompt.png" if data else picture
-        measures.append((f"log p({target!r})", path, lambda tap: float(log_p(last_logits(model, ids, tap)[0])[wanted])))
+        measures.append((name, path, lambda tap: float(log_p(last_logits(model, ids, tap)[0])[wanted])))
     if data:
         text, step = windows(read_tokens(data, enc), samples, config.block_size + 1, seed), max(1, batch_size // 8)
         batches = [text[i:i + step] for i in range(0, len(text), step)]
@@ -351,7 +369,7 @@ def run_ablate(model: GPT, enc: Tokenizer):
                 values[cell] = measure(ablation(site, cell[0], how, head)) - whole
                 bar.update()
             bar.clear()
-            show(values, columns, f"{how} ablation: {name}, {whole:.4f} when whole",
+            show(values, columns, f"{how} ablation ({name} {whole:.4f} when whole)",
                  [[f"{value + whole:.4f}" for value in line] for line in values], f"change of {name}, nats", path)
 
 
@@ -362,12 +380,13 @@ if __name__ == "__main__":
         raise UserError(f"mode={mode!r} is not one of swap, zero, mean, trace, ablate")
     if site not in SITES:
         raise UserError(f"site={site!r} is not one of {', '.join(SITES)}")
-    if min(batch_size, draws, window, samples) < 1 or noise < 0:
-        raise UserError("batch_size, draws, window and samples must be 1 or more, noise not below 0")
+    if min(batch_size, draws, window, samples) < 1 or not 0 <= noise < math.inf:
+        raise UserError("batch_size, draws, window and samples must be 1 or more, noise 0 or more")
+    ablation("block", 0, how)  # checks its name
+    picture, _ = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png")
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
     enc = Tokenizer.from_dict(meta["tokenizer"])
     model.set_dtype(compute_dtype("auto"))
-    picture = picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png"
     (run_trace if mode == "trace" else run_ablate if mode == "ablate" else run_grid)(model, enc)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import cpu
 from config import UserError, overrides
-from draw import grid, heat_map, labels, page, prompt_ids, write_whole
+from draw import check_folder, grid, heat_map, labels, page, pictures, prompt_ids, short, write_figure, write_whole
 from lora import base_fingerprint
 from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, load_checkpoint, save_arrays
 from quantized import dense_weight
@@ -58,7 +58,7 @@ seed = 1337
 apply = ""              # a sidecar, or a .tgtl file; "none": the logit lens alone
 prompt = ""             # with --apply
 color = "probability"   # probability | entropy
-picture = ""            # "": the checkpoint's name with -lens.png, and .html beside it
+picture = ""            # "": the checkpoint's name with -lens.png, and .html beside it; of training, -lenses.png
 
 settings = overrides(globals(), "checkpoint")
 
@@ -193,6 +193,7 @@ def load_lens(path: str, model: GPT, fingerprint: str = "") -> dict[str, mx.arra
         matrix, b = numbers[:, :-rows].reshape(layers, rows, width), numbers[:, -rows:]
         lens = {"W" if version == 1 else "A": mx.array(matrix), "b": mx.array(b)}
     else:
+        open_or_tell(path).close()
         lens, header = load_arrays(path)
         if "lens" not in header:
             raise UserError(f"{path} is no sidecar of lenses: tuned_lens.py makes one")
@@ -208,7 +209,7 @@ def open_or_tell(path: str):
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the sidecar {path}: {error.strerror}") from error
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
@@ -249,6 +250,8 @@ def train(model: GPT, rows: np.ndarray) -> dict[str, mx.array]:
         loss, gradient = gradients(model, lens, h, batch[:, 1:].reshape(-1))
         lens = optimizer.apply_gradients(gradient, lens)
         mx.eval(loss, lens, optimizer.state)
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss is {loss.item()} at update {i}: give a smaller --learning_rate")
         if i % 10 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}")
     return {"W": lens["W"] / size[:-1], "b": lens["b"]} if head == "full" else lens
@@ -264,34 +267,31 @@ def report(model: GPT, lens: dict[str, mx.array], rows: np.ndarray, enc: Tokeniz
         name = f"before block {layer}" if layer < model.config.n_layer else "the model itself"
         print(f"{name:22} {plain[0, layer]:13.4f} {tuned[0, layer]:8.4f} "
               f"{plain[1, layer]:15.4f} {tuned[1, layer]:8.4f}")
-    draw_curves(picture or f"{out.removesuffix('.lenses')}-lenses.png", plain[0], tuned[0])
+    draw_curves(plain[0], tuned[0])
 
 
-def draw_curves(path: str, plain: np.ndarray, tuned: np.ndarray):
-    import io
-
+def draw_curves(plain: np.ndarray, tuned: np.ndarray):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(plain, marker="o", label="logit lens")
-    axes.plot(tuned, marker="o", label="tuned lens")
-    axes.set(xlabel="before block", ylabel="KL to the model's own distribution, bits per byte", ylim=(0, None))
-    axes.set_xticks(range(len(plain)), [*map(str, range(len(plain) - 1)), "end"])
-    axes.grid(alpha=0.3)
+    axes.plot(plain[:-1], marker="o", label="logit lens")  # after the last block both are the model, and KL is 0
+    axes.plot(tuned[:-1], marker="o", label="tuned lens")
+    axes.set(xlabel="before block", ylabel="KL to the model's own distribution, bits per byte", yscale="log")
+    axes.set_xticks(range(len(plain) - 1))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    write_whole(path, file.getvalue())
-    print(f"drawn: {path}")
+    write_figure(picture, figure)
+    print(f"drawn: {picture}")
 
 
 # ---- apply -----------------------------------------------------------------------------------------------------------
 
 
 def show(model: GPT, lens: dict[str, mx.array], enc: Tokenizer, ids: list[int], name: str):
-    """The table, picture and page of a prompt, layer by position."""
+    """The table, picture and page of a prompt, layer by position; the end stands above."""
     logits = logit_lens(model, mx.array([ids]), lens)[:, 0, :, :enc.n_vocab].astype(mx.float32)
     p = np.array(mx.softmax(logits, axis=-1))
     best = np.argsort(-p, axis=-1)[..., :5]
@@ -299,18 +299,20 @@ def show(model: GPT, lens: dict[str, mx.array], enc: Tokenizer, ids: list[int], 
     rows = [f"before {layer}" for layer in range(model.config.n_layer)] + ["the model"]
     columns = labels(enc, ids)
     tops = [labels(enc, line) for line in best[..., 0].tolist()]
-    hovers = [[f"after {columns[j]!r}, {rows[i]}\nentropy {entropy[i, j]:.2f} bits\n" + "\n".join(
+    hovers = [[f"after {columns[j]}, {rows[i]}\nentropy {entropy[i, j]:.2f} bits\n" + "\n".join(
         f"{p[i, j, token]:7.2%}  {labels(enc, [token])[0]}" for token in best[i, j].tolist())
         for j in range(len(ids))] for i in range(len(rows))]
     values = p.max(-1) if color == "probability" else entropy
-    width = min(12, max(len(text) for line in [*tops, columns] for text in line))
+    values, rows, tops, hovers = values[::-1], rows[::-1], tops[::-1], hovers[::-1]
+    width = min(10, max(len(text) for line in [*tops, columns] for text in line))
     for title, line in zip(["", *rows], [columns, *tops], strict=True):
-        print(f"{title:10} " + " ".join(f"{text[:width]:{width}}" for text in line))
-    title = f"{name}: the most probable next token, coloured by {color}"
-    heat_map(picture, values[::-1], rows[::-1], columns, title, tops[::-1], unit=color)
-    html = f"{os.path.splitext(picture)[0]}.html"
-    page(html, title, "The end stands above. Each cell shows its five best on hovering or by the tabulator key.",
-         grid(values[::-1], rows[::-1], columns, tops[::-1], hovers[::-1]))
+        print(f"{title:9}" + "".join(f" {short(text, width):{width}}" for text in line))
+    title, unit = f"{name}: the most probable next token", "coloured by its probability"
+    if color == "entropy":
+        unit = "coloured by the distribution's entropy, bits"
+    heat_map(picture, values, rows, columns, title, tops, unit)
+    page(html, title, f"{unit.capitalize()}. The end stands above. A cell shows its five best on hovering or by the "
+         "tabulator key.", grid(values, rows, columns, tops, hovers))
     print(f"drawn: {picture}, {html}")
 
 
@@ -325,25 +327,29 @@ if __name__ == "__main__":
         raise UserError("max_iters, batch_size, eval_windows and learning_rate must be over 0")
     if not data and not apply:
         raise UserError("nothing to learn from: give --data=FILE; or a prompt to look at, with --apply and --prompt")
+    stem = checkpoint.removesuffix(".safetensors")
+    out = out or f"{stem}.lenses"
+    check_folder(out)
+    if os.path.realpath(out) == os.path.realpath(checkpoint):
+        raise UserError(f"{out} is the checkpoint itself: give another --out")
+    picture, html = pictures(picture or (f"{stem}-lens.png" if apply else f"{out.removesuffix('.lenses')}-lenses.png"))
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
-    enc, stem = Tokenizer.from_dict(meta["tokenizer"]), checkpoint.removesuffix(".safetensors")
+    enc = Tokenizer.from_dict(meta["tokenizer"])
     fingerprint = base_fingerprint(model)
     lens = load_lens(apply, model, fingerprint) if apply not in ("", "none") else {}
     ids = prompt_ids(enc, prompt, model) if apply else []
     model.set_dtype(compute_dtype("auto"))
     if apply:
-        picture = picture or f"{stem}-lens.png"
         show(model, lens, enc, ids, "tuned lens" if lens else "logit lens")
     else:
-        out = out or f"{stem}.lenses"
         learned_from, held_out = texts(enc, model.config.block_size)
         began = time.perf_counter()
         lens = train(model, learned_from)
         size = sum(p.size for _, p in tree_flatten(lens)) / 1e6
         print(f"{size:.2f}M parameters of lenses, {max_iters * batch_size * model.config.block_size:,} tokens, "
               f"{time.perf_counter() - began:.0f} s, {mx.get_peak_memory() / 2**30:.2f} GiB")
-        report(model, lens, held_out[:eval_windows], enc)
         save_lens(out, lens, model, {"base": fingerprint, "script": "tuned_lens.py", "settings": settings})
+        report(model, lens, held_out[:eval_windows], enc)
         print(f"{out}, {tgtl_of(out)}\nnext: python tuned_lens.py {checkpoint} --apply={out} --prompt='...'")

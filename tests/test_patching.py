@@ -321,13 +321,16 @@ def test_figures(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ([], "give --prompt"), ([CLEAN, CORRUPT], "give --target"),
+    ([], "give --clean"), ([CLEAN, TARGET], "give --corrupt"), ([CLEAN, CORRUPT], "give --target"),
     ([CLEAN, "--corrupt=a dog", TARGET], "say which position"),
     ([CLEAN, CORRUPT, TARGET, "--pairs=5:99"], "5:99 are not positions"),
     ([CLEAN, CORRUPT, TARGET, "--pairs=5"], "is not as"),
-    ([CLEAN, "--corrupt=" + "x" * 40, TARGET], "the prompt has 41 tokens"), ([CLEAN, "--mode=patch"], "mode='patch'"),
+    ([CLEAN, "--corrupt=" + "x" * 40, TARGET], "--corrupt: the prompt has 41 tokens"),
+    ([CLEAN, "--mode=patch"], "mode='patch'"), ([CLEAN, CORRUPT, TARGET, "--foil= "], "the same token"),
     ([CLEAN, CORRUPT, TARGET, "--site=heads"], "site='heads'"), ([CLEAN, "--corrupt=the cat sat", TARGET], "no effect"),
-    (["--mode=trace", CLEAN, TARGET, "--subject=dog"], "is not in the prompt"), (["--mode=ablate"], "nothing to read"),
+    (["--mode=trace", CLEAN, TARGET, "--subject=dog"], "is not in the prompt"),
+    (["--mode=trace", CLEAN, TARGET], "give --subject"), (["--mode=trace", "--noise=inf"], "noise 0 or more"),
+    (["--mode=ablate"], "nothing to read"), ([CLEAN, "--picture=none/x.png"], "there is no folder none"),
     (["--mode=ablate", CLEAN, TARGET, "--how=noise"], "how='noise'"), ([CLEAN, "--batch_size=0"], "batch_size"),
 ])
 def test_bad_input(arguments, says, tmp_path):

@@ -174,8 +174,8 @@ def test_apply(learned):
             done = run(path, f"--apply={sidecar}", f"--prompt={text[:9]}", f"--color={color}",
                        f"--picture={learned / 'p.png'}")
     ids = mx.array([[byte_tokenizer().bos, *text[:9].encode()]])
-    best = [chr(i).replace(" ", "_") for i in mx.argmax(model(ids)[0, :, :257], -1).tolist()]
-    assert done.stdout.splitlines()[4].split()[2:] == best
+    best = [chr(i).replace(" ", "·") for i in mx.argmax(model(ids)[0, :, :257], -1).tolist()]
+    assert done.stdout.splitlines()[1].split()[2:] == best
     assert (learned / "p.png").read_bytes().startswith(b"\x89PNG")
     html = (learned / "p.html").read_text()
     assert html.count("<td ") == 40 and "http" not in html and "entropy" in html
@@ -186,7 +186,11 @@ def test_apply(learned):
     (["--data={text}", "--max_iters=0"], "must be over 0"), (["--data={short}"], "less than 32 tokens"),
     (["--apply=none"], "give --prompt"), (["--apply=none", "--prompt=" + "x" * 40], "the prompt has 41 tokens"),
     (["--apply=none", "--prompt=x", "--color=red"], "color='red'"), (["--apply=x.lenses", "--prompt=x"], "x.lenses"),
-    (["--apply=x.tgtl", "--prompt=x"], "cannot read x.tgtl"),
+    (["--apply=x.tgtl", "--prompt=x"], "cannot read the sidecar x.tgtl"),
+    (["--data={text}", "--out=none/x.lenses"], "there is no folder none"),
+    (["--data={text}", "--out={path}"], "is the checkpoint itself"),
+    (["--data={text}", "--picture=x.html"], "let its name end in .png"),
+    (["--data={text}", "--out={wild}", "--max_iters=5", "--learning_rate=inf"], "smaller --learning_rate"),
     (["--apply={path}", "--prompt=x"], "no sidecar of lenses"),
     (["--apply={cut}", "--prompt=x"], "no whole TGTL file"),
 ])
@@ -194,9 +198,10 @@ def test_bad_input(arguments, says, learned, tmp_path):
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "cut.tgtl").write_bytes(struct.pack("<4s4I", b"TGTL", 2, 3, 320, 64) + b"123")
     names = dict(text=learned / "text.txt", short=tmp_path / "short.txt", path=learned / "ckpt.safetensors",
-                 cut=tmp_path / "cut.tgtl")
+                 cut=tmp_path / "cut.tgtl", wild=tmp_path / "wild.lenses")
     done = run(names["path"], *(argument.format(**names) for argument in arguments), status=2)
     assert says in done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cut.tgtl", "short.txt"]
 
 
 def test_another_base(learned, tmp_path):
