@@ -214,7 +214,7 @@ function paint(canvas, weights) {
 }
 const large = document.getElementById('large'), said = document.getElementById('said');
 for (const side of ['left', 'below'])
-  for (const token of T <= 48 ? data.tokens : [])  // more would not fit
+  for (const token of T <= 36 ? data.tokens : [])  // more would not fit
     document.getElementById(side).appendChild(document.createElement('span')).textContent = token;
 let shown = null;
 function enlarge(map) {
@@ -258,7 +258,7 @@ canvas { image-rendering: pixelated; display: block; }
 .line b { width: 9em; font-weight: normal; }
 button { padding: 0; border: 1px solid #8886; background: none; cursor: pointer; }
 button canvas { width: 84px; height: 84px; }
-#large { width: min(90vw, 28em); height: min(90vw, 28em); border: 1px solid #8886; }
+#large { width: min(90vw, 420px); height: min(90vw, 420px); border: 1px solid #8886; }
 #said { font: 13px ui-monospace, monospace; white-space: pre-wrap; min-height: 2.6em; }
 </style><div id=both><div><h2 id=which></h2>
 <div id=frame><div id=left></div><canvas id=large></canvas><div id=below></div></div>

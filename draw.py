@@ -17,9 +17,9 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; 
 .scroll { overflow-x: auto; padding: 0 16em 10em 0; }
 table { border-collapse: collapse; font: 12px/1.3 ui-monospace, monospace; margin: 1em 0; }
 th { font-weight: normal; padding: .2em .5em; white-space: pre; }
-th[scope=row] { text-align: right; }
+th[scope=row] { text-align: right; position: sticky; left: 0; z-index: 1; background: Canvas; }
 td { position: relative; padding: .3em .5em; text-align: center; white-space: pre; border: 1px solid var(--line); }
-td span { display: none; position: absolute; z-index: 1; left: 0; top: 100%; padding: .4em .6em; text-align: left;
+td span { display: none; position: absolute; z-index: 2; left: 0; top: 100%; padding: .4em .6em; text-align: left;
           background: Canvas; color: CanvasText; border: 1px solid; }
 td:hover span, td:focus span { display: block; }
 """
@@ -111,7 +111,7 @@ def heat_map(path: str, values, rows: list[str], columns: list[str], title: str,
                     rotation=90 if max(map(len, columns)) * len(columns) > 12 * width else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_title(f"{title}\n{unit}", fontsize=10, parse_math=False)
-    figure.colorbar(image)
+    figure.colorbar(image, fraction=0.5 / size[0], pad=0.1 / size[0])
     write_figure(path, figure)
     plt.close(figure)
 

@@ -234,7 +234,7 @@ def show(values, columns: list[str], title: str, hovers, unit: str, picture: str
     rows = [f"layer {layer}" for layer in range(len(values))]
     hovers = [[f"{row}, {column}\n{more}" for column, more in zip(columns, line, strict=True)]
               for row, line in zip(rows, hovers, strict=True)]
-    width = max(digits + 5, min(10, *(len(name) for name in columns)))
+    width = max(digits + 5, min(10, max(map(len, columns))))
     print(f"{title}: {unit}\n{'':9}" + "".join(f" {short(name, width):>{width}}" for name in columns))
     for name, line in zip(rows, values, strict=True):
         print(f"{name:9}" + "".join(f" {signed(value, digits + 1):>{width}}" for value in line))
