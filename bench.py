@@ -34,10 +34,10 @@ from tqdm import tqdm
 import hub
 from config import UserError, overrides
 from lora import attach, dense_shape, linear_layers, quantize_base
-from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, save_checkpoint
+from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, no_tap, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
-only = "train,decode,tokenize,variants,adapters,packed,convert,page"  # sections
+only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # sections
 shapes = ""            # of SHAPES below, separated by commas; none: those that suit the device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # written in each round of decoding
@@ -59,7 +59,7 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
 names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
 if unknown := set(names) - set(SHAPES):
     raise UserError(f"no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
-SECTIONS = "train", "decode", "tokenize", "variants", "adapters", "packed", "convert", "page"
+SECTIONS = "train", "decode", "tokenize", "variants", "adapters", "packed", "inside", "convert", "page"
 if unknown := set(only.split(",")) - set(SECTIONS):
     raise UserError(f"no section {unknown.pop()!r}: choose among {', '.join(SECTIONS)}")
 rounds = rounds or (7 if ON_CPU else 20)
@@ -388,6 +388,32 @@ def bench_packed():
         show(f"memory {what}; float16", "MB", *(f"{x:,.2f}" for x in (*sizes, sizes[1] / sizes[0])), "", "", "")
 
 
+# ---- looking inside --------------------------------------------------------------------------------------------------
+
+
+def bench_inside():
+    """A patching grid, every layer by 32 positions of the 124M shape, against passes of the same rows through the same
+    blocks, with no patch."""
+    from patching import swap
+    L, H, C, _, _, V, *_ = SHAPES["124M"]
+    T = min(new_tokens, 32)
+    model = GPT(GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V), None).eval()
+    model.set_dtype(dtype)
+    donor, recipient = mx.random.randint(0, V, (2, T))
+    rows = mx.random.normal((T, T, C)).astype(dtype)
+    mx.eval(model.parameters(), donor, recipient, rows)
+
+    def plain():
+        for layer in range(L):
+            x = rows
+            for block in model.blocks[layer:]:
+                x = block(x, 0, None, no_tap)
+            mx.eval(model.unembed(x[:, -1]))
+
+    alternate(f"patching 124M, {L} x {T} cells; passes alone", "cells/s", L * T, lambda: swap(model, donor, recipient),
+              plain)
+
+
 # ---- reading models --------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +493,8 @@ if "adapters" in only:
     bench_adapters()
 if "packed" in only:
     bench_packed()
+if "inside" in only:
+    bench_inside()
 if "convert" in only:
     bench_convert()
 if "page" in only:

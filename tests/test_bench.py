@@ -19,11 +19,11 @@ def test_every_section():
                 "window 128", "8 experts", "MoD, 1/8", "YOCO, 12 layers, prompt", "YOCO, 12 layers, cache",
                 "LoRA 8; the base", "LoRA 8; all", "LoRA 8 on 4 bits",
                 "decode 29M, 8 bits", "memory 29M, 8 bits", "decode 29M, 4 bits", "memory 29M, 4 bits",
-                "convert a Llama"]
+                "patching 124M, 12 x 3 cells", "convert a Llama"]
     assert len(lines) == 2 + len(sections)
     assert all(line.startswith(section) for line, section in zip(lines[2:], sections, strict=True))
     for line in lines[2:]:
-        speed, peer = re.search(r"(?:tok/s|MB/s|GB/s|MB) +([\d,.]+) +([\d,.]+|not there)", line).groups()
+        speed, peer = re.search(r"(?:tok/s|cells/s|MB/s|GB/s|MB) +([\d,.]+) +([\d,.]+|not there)", line).groups()
         assert float(speed.replace(",", "")) > 0
         assert peer == "not there" or float(peer.replace(",", "")) > 0
 

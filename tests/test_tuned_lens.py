@@ -1,5 +1,6 @@
 """tuned_lens.py: at the start the logit lens, whatever the variant; the package's KL; gradients; sidecars; bad input.
 """
+import re
 import struct
 import subprocess
 import sys
@@ -164,21 +165,29 @@ def test_train(head, learned):
 
 
 def test_apply(learned):
-    """For a prompt: the best token of each layer and position, on the terminal, in a picture and on a page."""
+    """For a prompt: the best token of each layer and position, on the terminal, in a picture and on a page, by hand."""
     path, out = learned / "ckpt.safetensors", learned / "a.lenses"
     text = (learned / "text.txt").read_text()
-    run(path, f"--data={learned / 'text.txt'}", f"--out={out}", "--max_iters=2")
+    run(path, f"--data={learned / 'text.txt'}", f"--out={out}", "--max_iters=20")
     model, _ = load_checkpoint(str(path))
-    for sidecar in (out, learned / "a.tgtl", "none"):
-        for color in ("probability", "entropy"):
-            done = run(path, f"--apply={sidecar}", f"--prompt={text[:9]}", f"--color={color}",
-                       f"--picture={learned / 'p.png'}")
     ids = mx.array([[byte_tokenizer().bos, *text[:9].encode()]])
-    best = [chr(i).replace(" ", "·") for i in mx.argmax(model(ids)[0, :, :257], -1).tolist()]
-    assert done.stdout.splitlines()[1].split()[2:] == best
-    assert (learned / "p.png").read_bytes().startswith(b"\x89PNG")
-    html = (learned / "p.html").read_text()
-    assert html.count("<td ") == 40 and "http" not in html and "entropy" in html
+    for sidecar, color in ((out, "entropy"), (learned / "a.tgtl", "probability"), ("none", "entropy")):
+        done = run(path, f"--apply={sidecar}", f"--prompt={text[:9]}", f"--color={color}",
+                   f"--picture={learned / 'p.png'}")
+        lens = {} if sidecar == "none" else tuned_lens.load_lens(str(sidecar), model)
+        log_p = log_softmax(logit_lens(model, ids, lens)[::-1, 0, :, :257])  # the end stands above
+        entropy = -(np.exp(log_p) * log_p).sum(-1) / np.log(2)
+        values = entropy if color == "entropy" else np.exp(log_p.max(-1))
+        best = [[chr(i).replace(" ", "·") for i in line] for line in log_p.argmax(-1)[:, 1:]]
+        assert [line.split()[3:] for line in done.stdout.splitlines()[1:5]] == best
+        assert (learned / "p.png").read_bytes().startswith(b"\x89PNG")
+        html = (learned / "p.html").read_text()
+        shade = np.array(re.findall(r"<td [^>]*rgb\(60 130 235/([\d.]+)\)", html), float).reshape(4, 10)
+        np.testing.assert_allclose(shade, 0.75 * values / values.max(), atol=0.006)
+        told = np.array(re.findall(r"entropy ([\d.]+) bits\n *([\d.]+)%", html), float).reshape(4, 10, 2)
+        np.testing.assert_allclose(told[..., 0], entropy, atol=0.006)
+        np.testing.assert_allclose(told[..., 1], 100 * np.exp(log_p.max(-1)), atol=0.006)
+        assert "http" not in html
 
 
 @pytest.mark.parametrize("arguments, says", [
