@@ -15,6 +15,7 @@ import patching
 from config import UserError
 from model import GPT, GPTConfig
 from patching import ablate, swap
+from tokenizer import byte_tokenizer
 
 RNG = np.random.default_rng(0)
 DONOR, RECIPIENT = (mx.array(RNG.integers(0, 64, 12)) for _ in range(2))
@@ -304,9 +305,21 @@ def test_figures(tmp_path):
     expected = [(log_p(each) - corrupt) / (clean - corrupt) for each in found]
     np.testing.assert_allclose(np.array(line[2:], float), expected, atol=2e-3)
     assert f"clean {clean:.4f}, corrupt {corrupt:.4f}" in done.stdout
+    idx = ids("the cat sat")[None]
+    done = run(path, "--mode=mean", CLEAN, TARGET, "--foil=x")
+    line = done.stdout.splitlines()[-2].split()
+    found = patching.replaced(model, idx[0], "mean", "resid", [*range(12)], [*range(12)])[1]
+    np.testing.assert_allclose(np.array(line[2:], float), (found - model(idx)[0, -1])[:, 32] -
+                               (found - model(idx)[0, -1])[:, ord("x")], atol=2e-3)
+    done = run(path, "--mode=trace", CLEAN, TARGET, "--subject=cat", "--draws=3", "--noise=2", "--window=2")
+    line = done.stdout.splitlines()[-2].split()
+    noise = np.random.default_rng(1337).standard_normal((3, 3, 64)) * 2 * np.array(model.embed(idx)).std()
+    low, found = patching.trace(model, idx[0], [5, 6, 7], mx.array(noise.astype(np.float32)), "resid", 2)
+    expected = [np.mean([np.exp(log_p(each)) for each in cell]) - np.mean([np.exp(log_p(each)) for each in low])
+                for cell in found[1]]
+    np.testing.assert_allclose(np.array(line[2:], float), expected, rtol=0.02, atol=2e-6)
     done = run(path, "--mode=ablate", CLEAN, TARGET)
     line = done.stdout.splitlines()[-2].split()
-    idx = ids("the cat sat")[None]
     expected = [log_p(ablate(model, idx, site, 1)[0, -1]) - clean for site in ("attn", "mlp", "block")]
     np.testing.assert_allclose(np.array(line[2:5], float), expected, atol=1e-3)
     text, whole = (ROOT / "ruff.toml").read_bytes() * 9, []
@@ -337,6 +350,16 @@ def test_bad_input(arguments, says, tmp_path):
     path, _ = checkpoint(tmp_path)
     assert says in run(path, *arguments, status=2).stderr
     assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
+
+
+def test_the_subject():
+    """Where its last occurrence stands, whole tokens; the one that begins a text is none of it."""
+    enc, text = byte_tokenizer(), "a cat, a cät"
+    ids = [enc.bos, *enc.encode(text).tolist()]
+    for part, at in (("cat", [3, 4, 5]), ("a ", [8, 9]), ("ä", [11, 12]), ("a cat", [1, 2, 3, 4, 5])):
+        assert patching.positions_of(enc, ids, part) == at
+    with pytest.raises(UserError, match="is not in the prompt"):
+        patching.positions_of(enc, ids, "endoftext")
 
 
 def test_a_longer_target(tmp_path):
