@@ -1,4 +1,5 @@
 """attention.py: maps that, times the values, are what the heads read, in every variant; routing; the page."""
+import base64
 import json
 import re
 from functools import partial
@@ -86,6 +87,15 @@ def test_experts_and_depth():
     two = np.exp(np.take_along_axis(logits, found[0][0], -1))
     np.testing.assert_allclose(found[0][1], two / two.sum(-1, keepdims=True), rtol=1e-4)
     assert np.array_equal((found[1][0] < 0).all(-1), ~chosen)
+    soft = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64, n_expert=4, expert_top_k=1,
+                         expert_balance="bias", mod="soft"), seed=1).eval()
+    soft.blocks[0].mlp.balance = mx.array([0.0, 0, 2, 0])  # chosen by all, as p is below 1
+    states = attention.record(soft, IDX)
+    r = np.array(soft.blocks[1].depth_router(states["resid", 1]), np.float64)[0, :, 0]
+    np.testing.assert_allclose(attention.depth(soft, states)[1], 1 / (1 + np.exp(-r)), rtol=1e-5)
+    chosen, gates = attention.experts(soft, states)[0]
+    assert (chosen == 2).all()
+    np.testing.assert_allclose(gates[:, 0], np.array(mx.softmax(states["router", 0][0], axis=-1))[:, 2], rtol=1e-5)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -102,17 +112,22 @@ def test_script(settings, tmp_path):
     ids = mx.array([256, *b"a <b> c"])
     maps = attention_maps(model.eval(), ids)
     name = "first" if settings.get("diff_attn") else "map"
-    line = re.search(rf"^ +1 +0 {name} +([\d.]+)% +([\d.]+)% +([\d.]+)% +([\d.]+)", done.stdout, re.M)
+    line = re.search(rf"^ +1 +0 {name} +([\d.]+)% +([\d.]+)% +([\d.]+)% +([\d.]+) +([\d.]+)", done.stdout, re.M)
     each = maps[1][name][0]
     distance = sum(each[i, j] * (i - j) for i in range(8) for j in range(8)) / 8
-    expected = each[:, 0].mean() * 100, np.diag(each).mean() * 100, np.diag(each, -1).sum() / 8 * 100, distance
+    bits = -(each * np.log2(np.maximum(each, 1e-30))).sum() / 8
+    expected = each[:, 0].mean() * 100, np.diag(each).mean() * 100, np.diag(each, -1).sum() / 8 * 100, distance, bits
     np.testing.assert_allclose([float(part) for part in line.groups()], expected, atol=0.06)
     assert ("experts of each token" in done.stdout) == ("n_expert" in settings)
     assert (tmp_path / "ckpt-attention.png").read_bytes().startswith(b"\x89PNG")
     html = (tmp_path / "ckpt-attention.html").read_text()
     assert "http" not in html and "src=" not in html
     data = json.loads(re.search(r"id=data>(.*?)</script>", html, re.S)[1])
-    assert len(data["tokens"]) == 8 and len(data["maps"]) == 2 * (3 if settings.get("diff_attn") else 1)
+    assert len(data["tokens"]) == 8
+    expected = [each for named in maps for each in named.values()]
+    for told, each in zip(data["maps"], expected, strict=True):
+        heads = [np.frombuffer(base64.b64decode(head), np.int8).reshape(8, 8) / 127 for head in told["heads"]]
+        np.testing.assert_allclose(heads, each, atol=0.51 / 127)
 
 
 def test_bad_input(tmp_path):

@@ -283,6 +283,8 @@ def test_scripts(arguments, tmp_path):
     assert len(re.findall(r"^layer [01] ", done.stdout, re.M)) == (4 if "--data={readme}" in arguments else 2)
     assert (tmp_path / f"ckpt-{mode}.png").read_bytes().startswith(b"\x89PNG")
     assert "http" not in (tmp_path / f"ckpt-{mode}.html").read_text()
+    if "--pairs=5:3, 6:4" in arguments:  # the donor's positions first, and its tokens
+        assert done.stdout.splitlines()[-4].split() == ["5:3", "c", "6:4", "a"]
     if mode == "trace":
         assert "subject at 5, 6, 7;" in done.stdout
 
@@ -320,11 +322,12 @@ def test_figures(tmp_path):
     np.testing.assert_allclose(np.array(line[2:], float), expected, rtol=0.02, atol=2e-6)
     done = run(path, "--mode=ablate", CLEAN, TARGET)
     line = done.stdout.splitlines()[-2].split()
-    expected = [log_p(ablate(model, idx, site, 1)[0, -1]) - clean for site in ("attn", "mlp", "block")]
-    np.testing.assert_allclose(np.array(line[2:5], float), expected, atol=1e-3)
+    expected = [log_p(ablate(model, idx, site, 1, head=head)[0, -1]) - clean for site, head in
+                (("attn", None), ("mlp", None), ("block", None), ("head", 0), ("head", 1))]
+    np.testing.assert_allclose(np.array(line[2:], float), expected, atol=1e-3)
     text, whole = (ROOT / "ruff.toml").read_bytes() * 9, []
     (tmp_path / "text.txt").write_bytes(text)
-    done = run(path, "--mode=ablate", f"--data={tmp_path / 'text.txt'}", "--samples=3", "--batch_size=8")
+    done = run(path, "--mode=ablate", f"--data={tmp_path / 'text.txt'}", "--samples=3", "--batch_size=16")
     rows = patching.windows(np.frombuffer(text, np.uint8), 3, 33, 1337).astype(mx.int32)
     for tap in (lambda name, layer, x: x, patching.ablation("mlp", 0)):
         whole.append(model.loss(rows[:, :-1], rows[:, 1:], tap=tap).item())
