@@ -59,8 +59,7 @@ SMALL = BETA ** (-1 / (2 - P))  # shrink() of what is smaller than this is 0
 
 def shrink(x: mx.array) -> mx.array:
     """sign(x) max(0, |x| - |x|^(p - 1) / beta), the paper's minimum over e."""
-    size = mx.maximum(mx.abs(x), SMALL)
-    return mx.sign(x) * mx.maximum(size - size ** (P - 1) / BETA, 0)
+    return x * mx.maximum(1 - mx.maximum(mx.abs(x), SMALL) ** (P - 2) / BETA, 0)
 
 
 def quantize(W: mx.array, bits: int, group_size: int, iterations: int = 20,
@@ -86,15 +85,15 @@ def quantize(W: mx.array, bits: int, group_size: int, iterations: int = 20,
         last, total = total, now.item()
         if not total < (1 - GAIN * scale_moves) * last:
             break
-        target, mean_target, far = groups, mean_w, np.flatnonzero(far)
-        if len(far):  # in the other groups shrink() is 0
-            target, far = mx.array(groups), mx.array(far)
-            target[far] = groups[far] - shrink(off[far] * tried_scale[far])
-            mean_target = target.mean(-1, keepdims=True)
-        mean_q = q.mean(-1, keepdims=True)
+        mean_q, mean_target, product = q.mean(-1, keepdims=True), mean_w, (q * groups).mean(-1, keepdims=True)
+        if len(far := np.flatnonzero(far)):  # in the other groups shrink() is 0
+            far = mx.array(far)
+            e = shrink(off[far] * tried_scale[far])  # the target is W - e
+            mean_target = mean_target.at[far].add(-e.mean(-1, keepdims=True))
+            product = product.at[far].add(-(q[far] * e).mean(-1, keepdims=True))
         if scale_moves:  # least squares of the target by q
             variance = mx.square(q).mean(-1, keepdims=True) - mx.square(mean_q)
-            slope = ((q * target).mean(-1, keepdims=True) - mean_q * mean_target) / mx.maximum(variance, 1e-6)
+            slope = (product - mean_q * mean_target) / mx.maximum(variance, 1e-6)
             tried_scale = mx.where(slope > 0, slope, tried_scale)
         tried_zero = mean_q - mean_target / tried_scale
     q = mx.clip(mx.round(groups / scale + zero), 0, 2**bits - 1)

@@ -34,7 +34,7 @@ def round_to_nearest(weight: mx.array, bits: int, group_size: int) -> tuple[mx.a
     weight ~ (q - zero) scale: from the least number of a group to the greatest in equal steps, zero no integer."""
     groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, group_size)
     least, greatest = groups.min(-1), groups.max(-1)
-    scale = mx.where(greatest > least, (greatest - least) / (2**bits - 1), 1)  # 1: a constant comes out exactly
+    scale = mx.where(greatest - least > 1e-30, (greatest - least) / (2**bits - 1), 1)  # 1: constants come out exactly
     zero = -least / scale
     q = mx.clip(mx.round(groups / scale[..., None] + zero[..., None]), 0, 2**bits - 1)
     return q.reshape(weight.shape).astype(mx.uint8), scale, zero
