@@ -11,6 +11,8 @@ from quantized import replace_module
 
 def windows(tokens: np.ndarray, n: int, T: int, seed: int) -> mx.array:
     """n windows of T tokens each, drawn from a text without a window twice: (n, T)."""
+    if seed < 0:
+        raise UserError(f"seed={seed}: it must be 0 or more")
     if len(tokens) < T:
         raise UserError(f"the text has {len(tokens)} tokens, less than one window of {T}: give a longer one")
     starts = np.random.default_rng(seed).permutation(len(tokens) // T)[:n] * T

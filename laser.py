@@ -28,7 +28,7 @@ from calibrate import windows
 from config import UserError, nearest, overrides
 from factored import Factored
 from model import GPT, cross_entropy, load_checkpoint, save_checkpoint
-from packing import finite_weight, matrices, text_of
+from packing import check_folder, finite_weight, matrices, output_path, text_of
 from quantized import replace_module
 from tokenizer import Tokenizer
 
@@ -207,6 +207,8 @@ def one_matrix(layers: dict[str, nn.Module]) -> str:
         raise UserError(f"matrix={matrix!r} is in no block: {nearest(matrix, names)}")
     if not 0 <= layer < model.config.n_layer:
         raise UserError(f"layer={layer} is not one of 0 to {model.config.n_layer - 1}")
+    if f"blocks.{layer}.{matrix}.u" in layers:
+        raise UserError(f"blocks.{layer}.{matrix} is two thin matrices already: start from the dense checkpoint")
     if f"blocks.{layer}.{matrix}" not in layers:
         raise UserError(f"block {layer} has no {matrix} of its own: other blocks have")
     return f"blocks.{layer}.{matrix}"
@@ -218,10 +220,12 @@ if __name__ == "__main__":
         raise UserError("samples and batch_size must be 1 or more")
     if search and not data:
         raise UserError("nothing to search by: give --data=FILE")
-    out = out or f"{checkpoint.removesuffix('.safetensors')}-laser.safetensors"
-    if os.path.realpath(out) == os.path.realpath(checkpoint):
-        raise UserError(f"{out} is the checkpoint itself: give another --out")
+    if search and matrix:
+        raise UserError("--search=True tries every matrix: leave out --matrix, or --search")
     model, meta = load_checkpoint(checkpoint)
+    out = output_path(checkpoint, out, "laser")
+    picture = picture or os.path.join(os.path.dirname(out), "laser.png")
+    check_folder(picture)
     layers = {path: module for path, module in matrices(model).items() if path.startswith("blocks.")}
     for path, module in layers.items():
         if "scales" in module:
@@ -265,8 +269,9 @@ if __name__ == "__main__":
     if data:
         told("windows that chose" if search else "windows", before[0], measure(model, chosen_by))
         told("held-out windows", before[1], measure(model, held_out))
-    if search:
-        draw(picture or os.path.join(os.path.dirname(out), "laser.png"), found, before[0][0])
+    edits = meta.get("laser", []) + edits
     save_checkpoint(out, model, {**meta, "script": "laser.py", "settings": settings, "laser": edits})
     after = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
     print(f"{out}: {os.path.getsize(out) / 1e6:.2f} MB, weights {size / 1e6:.2f} -> {after / 1e6:.2f} MB")
+    if search:
+        draw(picture, found, before[0][0])

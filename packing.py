@@ -98,15 +98,27 @@ def plan(model: nn.Module, bits: str, group_size: int) -> dict[str, int]:
 # ---- what the scripts tell -------------------------------------------------------------------------------------------
 
 
-def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str) -> tuple[GPT, dict, Tokenizer, str]:
-    """The model, its header and tokenizer, and the packed file's name: `out`, or the checkpoint's with the label."""
-    if scale_dtype not in ("float16", "float32"):
-        raise UserError(f"scale_dtype={scale_dtype!r} is not one of float16, float32")
-    label = re.sub(r"[^.0-9a-z_=]+", "-", label)
+def output_path(checkpoint: str, out: str, label: str) -> str:
+    """The new file's name: `out`, or the checkpoint's with the label."""
     out = out or f"{checkpoint.removesuffix('.safetensors')}-{label}.safetensors"
     if os.path.realpath(out) == os.path.realpath(checkpoint):
         raise UserError(f"{out} is the checkpoint itself: give another --out")
+    check_folder(out)
+    return out
+
+
+def check_folder(path: str):
+    """Before the work, not after it."""
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"cannot write {path}: there is no folder {os.path.dirname(path)}")
+
+
+def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str) -> tuple[GPT, dict, Tokenizer, str]:
+    """The model, its header and tokenizer, and the packed file's name."""
+    if scale_dtype not in ("float16", "float32"):
+        raise UserError(f"scale_dtype={scale_dtype!r} is not one of float16, float32")
     model, meta = load_checkpoint(checkpoint)
+    out = output_path(checkpoint, out, re.sub(r"[^.0-9a-z_=]+", "-", label))
     enc = Tokenizer.from_dict(meta["tokenizer"]) if meta.get("tokenizer") else None
     return model, meta, enc, out
 
@@ -114,6 +126,8 @@ def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str) -> tuple
 def text_of(path: str, enc: Tokenizer | None, checkpoint: str, split: str, max_tokens: int = 0) -> np.ndarray:
     if enc is None:
         raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
+    if max_tokens < 0:
+        raise UserError(f"max_tokens={max_tokens}: it must be 0, for the whole text, or more")
     return read_tokens(path, enc, split, max_tokens)
 
 

@@ -102,16 +102,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+dense = found["dense"]["perplexity"]
+points = {label: (8 * row["size"] / weights, 100 * (row["perplexity"] / dense - 1)) for label, row in found.items()}
 for method in METHODS[1:]:
-    points = sorted((8 * found[label]["size"] / weights, found[label]["perplexity"]) for label in found
-                    if label == method or label.startswith(f"{method}-") and label.removeprefix(f"{method}-").isdigit())
-    if points:
-        axes.plot(*zip(*points, strict=True), marker="o", label=method)
-axes.axhline(found["dense"]["perplexity"], color="gray", linestyle="--", label="dense, 16 bits")
-axes.set(xlabel="bits a weight, scales included", ylabel="perplexity", yscale="log")
-ticks = [t for t in (1, 1.25, 1.5, 2, 3, 4, 6, 8) if t * found["dense"]["perplexity"] < axes.get_ylim()[1]]
-axes.set_yticks([t * found["dense"]["perplexity"] for t in ticks],
-                [f"{t * found['dense']['perplexity']:.0f}" for t in ticks])
+    line = sorted(points[label] for label in found
+                  if label == method or label.startswith(f"{method}-") and label.removeprefix(f"{method}-").isdigit())
+    if line:
+        axes.plot(*zip(*line, strict=True), marker="o", label=method)
+axes.axhline(0, color="gray", linestyle="--", label="dense, 16 bits")
+axes.set(xlabel="bits a weight, scales included", ylabel="perplexity, and how much worse than dense", xscale="log")
+axes.set_yscale("symlog", linthresh=1)  # as a logarithm from 1% on
+axes.set_xticks([2, 3, 4, 5, 6, 8, 12, 16], [2, 3, 4, 5, 6, 8, 12, 16])
+ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
+axes.set_yticks(ticks, [f"{dense * (1 + tick / 100):.1f}  +{tick}%" for tick in ticks])
+axes.set(xlim=(min(points.values())[0] / 1.1, 17), ylim=(-0.2, max(1, 1.3 * max(y for _, y in points.values()))))
 axes.minorticks_off()
 axes.grid(alpha=0.3)
 axes.legend(frameon=False)

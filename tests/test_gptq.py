@@ -148,7 +148,7 @@ def test_checkpoint(script, settings, tmp_path):
     ([], "give --data=FILE"), (["--data={readme}", "--group_size=128"], "groups of 128 do not divide"),
     (["--data={readme}", "--bits=7"], "'7' is not one of"), (["--data={short}"], "less than one window of 32"),
     (["--data={readme}", "--samples=0"], "samples"), (["--data=none.txt"], "none.txt is not a text file"),
-    (["--data={readme}", "--out={path}"], "is the checkpoint itself"),
+    (["--data={readme}", "--out={path}"], "is the checkpoint itself"), (["--data={readme}", "--seed=-1"], "seed=-1"),
 ])
 def test_bad_input(script, arguments, says, tmp_path):
     path, _ = checkpoint(tmp_path)

@@ -239,7 +239,8 @@ def broken(path, change):
     (["--bits=4, mlpp=3"], "did you mean mlp.up"), (["--method=nf4"], "method='nf4'"),
     (["--iterations=0"], "iterations=0"), (["--scale_dtype=int8"], "scale_dtype='int8'"),
     (["--data=none.txt"], "none.txt is not a text file"),
-    (["--out={path}"], "is the checkpoint itself"), (["--group_sise=32"], "did you mean --group_size"),
+    (["--out={path}"], "is the checkpoint itself"), (["--out=none/a"], "there is no folder none"),
+    (["--data={path}", "--max_tokens=-1"], "max_tokens=-1"), (["--group_sise=32"], "did you mean --group_size"),
 ])
 def test_bad_settings(arguments, says, tmp_path):
     path, _ = checkpoint(tmp_path)

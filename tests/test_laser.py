@@ -122,6 +122,8 @@ def test_factored(settings, tmp_path):
     assert mx.abs(thin(idx) - dense(idx)).max() < 1e-5 * mx.abs(dense(idx)).max()
     assert not mx.allclose(model.eval()(idx), dense(idx))
     assert meta["laser"] == [{"matrix": "blocks.1.mlp.down", "rho": 0.5, "rank": 32}] and meta["step"] == 7
+    twice = run(tmp_path / "ckpt-laser.safetensors", *edit, status=2)
+    assert "blocks.1.mlp.down is two thin matrices already" in twice.stderr
     saved = path.stat().st_size - (tmp_path / "ckpt-laser.safetensors").stat().st_size
     assert abs(saved - 4 * (64 * 256 - 32 * (64 + 256))) < 1000 and "0.066" in done.stdout and "0.041" in done.stdout
     hqq = subprocess.run([sys.executable, ROOT / "hqq.py", tmp_path / "ckpt-laser.safetensors", "--bits=8",
@@ -164,6 +166,8 @@ def test_search(tmp_path):
     (["--search=True", "--data={readme}", "--samples=0"], "samples"),
     (["--search=True", "--data={short}"], "less than one window"), (["--matrix=embed"], "is in no block"),
     (["--matrix=mlp.up", "--out={path}"], "is the checkpoint itself"),
+    (["--search=True", "--data={readme}", "--matrix=mlp.up"], "leave out --matrix"),
+    (["--search=True", "--data={readme}", "--picture=none/a.png"], "there is no folder none"),
 ])
 def test_bad_input(arguments, says, tmp_path):
     path, _ = checkpoint(tmp_path)
