@@ -42,8 +42,8 @@ def test_shrink():
     np.testing.assert_allclose(np.array(shrink(mx.array(x, dtype=mx.float32))), expected, atol=1e-6)
 
 
-def slow_hqq(weight, bits, group_size, iterations):
-    """The paper's turns, group by group in float64, the zero alone; of the zeros the one of the least squares."""
+def slow_hqq(weight, bits, group_size, iterations, scale_moves=False):
+    """The paper's turns, group by group in float64, of the zero alone or of both; those of the least squares stay."""
     zeros, scales = [], []
     for g in weight.reshape(-1, group_size).astype(np.float64):
         s = (2**bits - 1) / (g.max() - g.min())
@@ -53,11 +53,13 @@ def slow_hqq(weight, bits, group_size, iterations):
             q = np.clip(np.round(g * s + z), 0, 2**bits - 1)
             d = g - (q - z) / s
             if (d**2).mean() < least:
-                least, best = (d**2).mean(), z
+                least, best = (d**2).mean(), (z, 1 / s)
             e = np.sign(d) * np.maximum(np.abs(d) - np.maximum(np.abs(d), 1e-12) ** -0.3 / 10, 0)
+            if scale_moves:
+                s = 1 / np.polyfit(q, g - e, 1)[0]
             z = (q - (g - e) * s).mean()
-        zeros.append(best)
-        scales.append(1 / s)
+        zeros.append(best[0])
+        scales.append(best[1])
     return [np.array(x).reshape(len(weight), -1) for x in (scales, zeros)]
 
 
@@ -71,6 +73,17 @@ def test_the_paper_s_turns(bits, size):
     np.testing.assert_allclose(np.array(scale), expected[0], rtol=1e-5)
     near = np.isclose(np.array(zero), expected[1], rtol=1e-3, atol=1e-3)
     assert near.mean() > 0.9  # float32 may round a tie the other way, and then goes another way
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_turns_of_both(bits, size):
+    """The scale moves too, by least squares."""
+    weight = (np.random.default_rng(2).standard_t(3, (12, 128)) * size).astype(np.float32)
+    _, scale, zero = quantize(mx.array(weight), bits, 64, iterations=5)
+    expected = slow_hqq(weight, bits, 64, 5, scale_moves=True)
+    near = np.isclose(np.array(scale), expected[0], rtol=1e-3) & np.isclose(np.array(zero), expected[1], atol=1e-2)
+    assert near.mean() > 0.9
 
 
 @pytest.mark.parametrize("bits", BITS)
