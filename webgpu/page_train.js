@@ -438,6 +438,7 @@ export function setUpTraining() {
     if (seen) typed();
     if (run?.state === "going") keep(run).catch(() => {});
   };
+  addEventListener("resize", showCourse);
   addEventListener("pagehide", hide);
   document.addEventListener("visibilitychange", () => document.hidden && hide());
 }
