@@ -301,28 +301,28 @@ def test_training(page, files, tmp_path):
     page.click("#start")
     says(page, "train-wrong", "The text has 10 tokens, and windows of 64 need at least")
     page.fill("#text", "the cat sat on the mat. a dog ran to the cat. " * 40)
-    for name, value in dict(n_layer=1, n_head=2, n_embd=18, block_size=16, batch_size=2, max_iters=24,
-                            sample_every=5, learning_rate=0.02).items():
+    for name, value in dict(n_layer=1, n_head=2, n_embd=18, block_size=16, batch_size=2, max_iters=200,
+                            sample_every=40, learning_rate=0.02).items():
         page.fill(f"#{name}", str(value))
     page.click("#start")
     says(page, "train-wrong", "width of 18 cannot be shared out")
     page.fill("#n_embd", "16")
     page.click("#start")
-    says(page, "m-step", "^[6-9] of 24")
+    says(page, "m-step", r"^([89]|\d\d+) of 200")
     page.click("#pause")
     says(page, "train-says", "Paused at update")
     step = int(re.search(r"update (\d+)", page.inner_text("#train-says"))[1])
-    assert 6 <= step < 24 and page.inner_text("#start") == "Resume" and page.is_disabled("#n_embd")
-    assert page.locator("#samples li").count() == step // 5
+    assert 8 <= step < 200 and page.inner_text("#start") == "Resume" and page.is_disabled("#n_embd")
+    assert page.locator("#samples li").count() == step // 40
 
     page.reload()
-    page.wait_for_selector(f".notice:has-text('update {step} of 24')", timeout=LONG)
+    page.wait_for_selector(f".notice:has-text('update {step} of 200')", timeout=LONG)
     page.click("text=Continue")
-    says(page, "train-says", "All updates are done at update 24. The run is kept")
+    says(page, "train-says", "All updates are done at update 200. The run is kept")
     labels = page.locator("#samples b").all_inner_texts()
-    assert [label.split(",")[0] for label in labels] == [f"update {step}" for step in (20, 15, 10, 5)]
+    assert [label.split(",")[0] for label in labels] == [f"update {step}" for step in (200, 160, 120, 80, 40)]
     label = page.get_attribute("#chart svg", "aria-label")
-    start, end = map(float, re.search(r"learnt: ([\d.]+) at update 1, ([\d.]+) at update 24", label).groups())
+    start, end = map(float, re.search(r"learnt: ([\d.]+) at update 1, ([\d.]+) at update 200", label).groups())
     assert end < start - 0.5
 
     with page.expect_event("download", lambda file: "optimizer" in file.suggested_filename) as second:
@@ -331,15 +331,15 @@ def test_training(page, files, tmp_path):
     for download in (first.value, second.value):
         download.save_as(tmp_path / download.suggested_filename)
     model, meta = load_checkpoint(str(tmp_path / "ckpt.safetensors"))
-    assert meta["step"] == 24 and meta["tokenizer"]["kind"] == "char" and model.config.n_embd == 16
+    assert meta["step"] == 200 and meta["tokenizer"]["kind"] == "char" and model.config.n_embd == 16
     assert "the" in run("sample.py", tmp_path / "ckpt.safetensors", "--prompt=the cat", "--max_new_tokens=20").stdout
     (tmp_path / "text.txt").write_text("the cat sat on the mat. a dog ran to the cat. " * 40)
     done = run("train.py", f"--out_dir={tmp_path}", "--resume=True", f"--data={tmp_path / 'text.txt'}",
-               "--max_iters=26").stdout
-    assert re.search(r"step +2[56] ", done), done
+               "--max_iters=202").stdout
+    assert re.search(r"step +20[12] ", done), done
 
     page.click("#adopt")
-    says(page, "card-name", "trained-24.safetensors")
+    says(page, "card-name", "trained-200.safetensors")
     page.click("#stop")
     page.reload()
     page.wait_for_selector(".notice", timeout=LONG)
