@@ -34,7 +34,7 @@ def kernels():
         taken = wgsl.seconds("matmul_tiled" if side else "matmul", settings, (n, n, n),
                              [[W, nothing, nothing, nothing, x, y]], groups)
         what = f"matmul {n}, {f'tiles of {side}' if side else 'plain'}"
-        print(json.dumps([what, "TFLOP/s", 2 * n**3 / taken / 1e12, flops]), flush=True)
+        print(json.dumps([what, "GFLOP/s", 2 * n**3 / taken / 1e9, 1000 * flops]), flush=True)
     lanes = gpu.adapter.info.get("subgroup_max_size") or 32
     for N, K in [(1024, 1024)] if software else [(16384, 4096), (65536, 4096)]:
         x, y = (wgsl.buffer(rng.standard_normal(size, dtype=np.float32)) for size in (K, N))

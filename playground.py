@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_file(os.path.join(folder, name.removeprefix("/checkpoints/")) if known else "")
         else:
             path = os.path.realpath(os.path.join(PAGE, name[1:] or "index.html")) if "\0" not in name else ""
-            self.send_file(path if path.startswith(PAGE + os.sep) else "")
+            self.send_file(path if name[:1] == "/" and path.startswith(PAGE + os.sep) else "")
 
     def send_file(self, path: str):
         kind = TYPES.get(os.path.splitext(path)[1])

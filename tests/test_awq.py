@@ -4,11 +4,15 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_gptq import FLAVOURS, correlated
+from conftest import ROOT, run
+from test_gptq import FLAVOURS, checkpoint, correlated
 
 import awq
-from model import GPT, GPTConfig
-from packing import round_to_nearest
+import calibrate
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from packing import pack, round_to_nearest
+from score import read_tokens
+from tokenizer import byte_tokenizer
 
 
 def dequantized(q, scale, zero):
@@ -75,3 +79,20 @@ def test_ranges(bits):
             assert error <= min(errors) * 1.001
             shares.add(int(np.argmin(errors)))
     assert len(shares) > 1
+
+
+def test_file(tmp_path):
+    """The norm was divided by s; the matrices behind it hold the integers of W s, with the ranges that suit x / s."""
+    path, model = checkpoint(tmp_path)
+    model.blocks[0].attn_norm.weight = mx.array(np.random.default_rng(0).lognormal(0, 1, 64).astype(np.float32))
+    save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
+    run("awq.py", path, f"--data={ROOT / 'README.md'}", "--bits=3", "--samples=8", "--scale_dtype=float32")
+    found = load_checkpoint(str(tmp_path / "ckpt-awq-3.safetensors"))[0].blocks[0]
+    s = model.blocks[0].attn_norm.weight / found.attn_norm.weight
+    rows = calibrate.windows(read_tokens(str(ROOT / "README.md"), byte_tokenizer()), 8, 32, 1337)
+    name = "blocks.0.attn.q"
+    gram, size = calibrate.inputs(model, {name: model.blocks[0].attn.q}, rows, 8)[name]
+    assert s.max() > 1.5 * s.min() and np.corrcoef(np.log(s), np.log(size))[0, 1] > 0.99
+    q, scale, _ = awq.quantize(model.blocks[0].attn.q.weight * s, gram / (s[:, None] * s), 3, 64)
+    assert (pack(q, 3) == found.attn.q.weight).mean() > 0.95
+    np.testing.assert_allclose(np.array(scale), np.array(found.attn.q.scales), rtol=1e-3)

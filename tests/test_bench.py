@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -13,7 +14,8 @@ def bench(*arguments, status=0):
 
 
 def test_every_section():
-    lines = bench("--shapes=4x4x128", "--new_tokens=3", "--compile=False").stdout.splitlines()
+    only = "--only=train,decode,tokenize,variants,adapters,packed,inside,convert"
+    lines = bench(only, "--shapes=4x4x128", "--new_tokens=3", "--compile=False").stdout.splitlines()
     assert "mlx" in lines[0] and "peer" in lines[1]
     sections = ["train 4x4x128", "decode 4x4x128, batch 1,", "decode 4x4x128, batch 16,", "prefill 4x4x128", "tokenize",
                 "window 128", "8 experts", "MoD, 1/8", "YOCO, 12 layers, prompt", "YOCO, 12 layers, cache",
@@ -26,6 +28,15 @@ def test_every_section():
         speed, peer = re.search(r"(?:tok/s|cells/s|MB/s|GB/s|MB) +([\d,.]+) +([\d,.]+|not there)", line).groups()
         assert float(speed.replace(",", "")) > 0
         assert peer == "not there" or float(peer.replace(",", "")) > 0
+
+
+def test_the_page(chromium):
+    pytest.importorskip("wgpu", reason="no WebGPU: pip install wgpu")
+    lines = bench("--only=page").stdout.splitlines()[3:]  # the third names the adapter
+    rates = [re.search(r"(GFLOP/s|GB/s) +([\d,.]+)|: ([\d.]+) (GFLOP/s|tokens/s)", line) for line in lines]
+    assert [(rate[1] or rate[4]) for rate in rates if rate] == [
+        *["GFLOP/s"] * 3, *["GB/s"] * 3, "GFLOP/s", *["tokens/s"] * 3]
+    assert all(float((rate[2] or rate[3]).replace(",", "")) > 0 for rate in rates if rate)
 
 
 def test_unknown():

@@ -178,3 +178,19 @@ def test_bad_checkpoint(chars, tmp_path):
 def test_bad_settings(chars, tmp_path, argument, says):
     (tmp_path / "text.txt").write_text("abc" * 20)
     assert_one_line(says, chars[0], tmp_path / "text.txt", argument)
+
+
+def test_kv_bits(tmp_path):
+    """What is printed is the loss behind a packed cache."""
+    model = GPT(GPTConfig(block_size=T, vocab_size=320, n_layer=2, n_head=1, n_embd=32), seed=3).eval()
+    model.embed.weight = model.embed.weight * 20
+    save_checkpoint(str(tmp_path / "a"), model, {"tokenizer": byte_tokenizer().to_dict()})
+    (tmp_path / "text").write_bytes(b"sixteen letters.")
+    ids, losses = mx.array([[byte_tokenizer().bos, *b"sixteen letters."]]), {}
+    for bits in (4, 0):
+        logits = np.array(model(ids[:, :-1], cache=model.make_cache(bits) if bits else None)[0], np.float64)
+        right = logits[np.arange(T), np.array(ids[0, 1:])]
+        losses[bits] = (np.log(np.exp(logits).sum(-1)) - right).mean()
+        assert figures(evaluate(tmp_path / "a", tmp_path / "text", f"--kv_bits={bits}"))[2] == pytest.approx(
+            losses[bits], abs=1e-4)
+    assert abs(losses[4] - losses[0]) > 1e-3

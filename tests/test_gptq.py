@@ -10,6 +10,7 @@ import calibrate
 from gptq import quantize
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from packing import matrices, round_to_nearest
+from score import read_tokens
 from tokenizer import byte_tokenizer
 
 
@@ -141,6 +142,23 @@ def test_checkpoint(script, settings, tmp_path):
     logits, found = model.eval()(idx), packed(idx)
     error = mx.abs(found - logits)  # the median: a token near a threshold may take another expert, or depth
     assert mx.median(error) < 0.02 * mx.abs(logits).max()
+
+
+def test_a_block_reads_what_packed_ones_give(tmp_path):
+    """The second block's integers are those for its inputs behind the packed first one, not behind the dense one."""
+    path, model = checkpoint(tmp_path)
+    run("gptq.py", path, f"--data={ROOT / 'README.md'}", "--bits=2", "--samples=8", "--scale_dtype=float32")
+    packed, _ = load_checkpoint(str(tmp_path / "ckpt-gptq-2.safetensors"))
+    found = packed.blocks[1].attn.q
+    rows = calibrate.windows(read_tokens(str(ROOT / "README.md"), byte_tokenizer()), 8, 32, 1337)
+    packed.blocks[1], packed.embed = model.blocks[1], model.embed  # as they were by then
+    same = []
+    for before in (packed, model):
+        gram, _ = calibrate.inputs(before, {"blocks.1.attn.q": before.blocks[1].attn.q}, rows, 8)["blocks.1.attn.q"]
+        q, _, _ = quantize(model.blocks[1].attn.q.weight, gram, 2, 64)
+        theirs = mx.dequantize(found.weight, mx.ones_like(found.scales), mx.zeros_like(found.scales), 64, 2)
+        same.append((q == theirs).mean().item())
+    assert same[0] > 0.95 > 0.85 > same[1]
 
 
 @pytest.mark.parametrize("script", ["gptq.py", "awq.py"])

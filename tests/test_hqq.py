@@ -165,19 +165,22 @@ run = partial(conftest.run, "hqq.py")
     dict(mod="soft", alibi=True), dict(sliding_window=9, diff_attn=True, diff_attn_version=2),
 ], ids=str)
 def test_checkpoint(settings, tmp_path):
-    """Every matrix is packed, and computes what its integers stand for; the header tells how it was made."""
+    """Every matrix is packed, and computes what its integers stand for; the lines tell its error and that of rounding,
+    the header how it was made."""
     path, model = checkpoint(tmp_path, **settings)
     done = run(path, "--scale_dtype=float32")
     packed, meta = load_checkpoint(str(tmp_path / "ckpt-hqq-4.safetensors"))
     assert meta["quantization"] == {"method": "hqq", "bits": "4", "group_size": 64} and meta["step"] == 7
     for name, module in matrices(model).items():
         found = matrices(packed)[name]
-        q, scale, zero = quantize(module.weight, 4, 64)
+        q, scale, zero = found_here = quantize(module.weight, 4, 64)
         wanted = (q.reshape(*scale.shape, 64) - zero[..., None]) * scale[..., None]
         weight = mx.dequantize(found.weight, found.scales, found.biases, 64, 4)
         assert mx.abs(weight - wanted.reshape(weight.shape)).max() < 1e-5 * mx.abs(weight).max()
+        told = re.search(rf"^{re.escape(name)} +4 +(\S+) +(\S+)", done.stdout, re.M).groups()
+        for told_error, integers in zip(told, (found_here, round_to_nearest(module.weight, 4, 64)), strict=True):
+            assert float(told_error) == pytest.approx(errors(np.array(module.weight), *integers).mean(), rel=0.01)
         module.weight = weight
-        assert re.search(rf"^{re.escape(name)} +4 ", done.stdout, re.M)
     logits = model(IDX)
     assert mx.abs(packed(IDX) - logits).max() < 1e-4 * mx.abs(logits).max()
 

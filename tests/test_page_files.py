@@ -18,7 +18,6 @@ from browser import js
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
-from draw import labels
 from model import GPT, GPTConfig, load_arrays, load_checkpoint, save_arrays, save_checkpoint
 from tokenizer import EOT, GPT2_PATTERN, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer
 
@@ -226,8 +225,7 @@ DECODE = """async (dict, lists) => {
     return [...ids.map(stream.push), stream.end()];
   });
   return { texts: lists.map((ids) => enc.decode(ids)), streams, n_vocab: enc.n_vocab, bos: enc.bos, eot: enc.eot,
-    labels: Array.from({ length: enc.n_vocab }, (_, id) => enc.label(id)), kind: enc.kind,
-    pieces: enc.pieces.map((bytes) => [...bytes]) };
+    kind: enc.kind, pieces: enc.pieces.map((bytes) => [...bytes]) };
 }"""
 GAPS = Tokenizer(  # tokens that cut characters, a gap, special tokens in the middle and beyond
     "bpe", [bytes([i]) for i in range(256)] + [b"", "\ufeffé\n\\ ".encode(), b"\xe4\xb8", b"\xad\xf0\x9f"],
@@ -237,7 +235,7 @@ ILL_FORMED = [b"\xe2\x82", b"\xed\xa0\x80a", b"\xf0\x80\x80\x80", b"\xf4\x90\x80
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe", "gaps"])
-def test_decode_stream_and_labels_are_pythons(page, kind):
+def test_decode_and_stream_are_pythons(page, kind):
     rng = np.random.default_rng(0)
     chars = "aé\n\x85\x7f\u00a0\ufeff\\ 🙂\U000e0001\u0301中\u2028"
     enc = {"byte": byte_tokenizer, "char": lambda: char_tokenizer([chars]), "bpe": lambda: of_pattern(PATTERN),
@@ -255,7 +253,6 @@ def test_decode_stream_and_labels_are_pythons(page, kind):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         assert pushed == [decoder.decode(enc.decode_bytes([i])) for i in ids] + [decoder.decode(b"", True)]
     assert [found[name] for name in ("n_vocab", "bos", "eot", "kind")] == [enc.n_vocab, enc.bos, enc.eot, enc.kind]
-    assert found["labels"] == labels(enc, range(enc.n_vocab))
     assert [bytes(piece) for piece in found["pieces"]] == [enc.decode_bytes([i]) for i in range(enc.n_vocab)]
 
 

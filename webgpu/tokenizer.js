@@ -39,12 +39,6 @@ export class Tokenizer {
       end: () => decoder.decode(),
     };
   }
-
-  /** A token as people read it, as draw.py's labels(): blanks are low lines; what cannot be seen, escapes of Python. */
-  label(id) {
-    const text = this.decode([id]);
-    return (/^[^\p{C}\p{Z}]*$/u.test(text.replaceAll(" ", "")) ? text : escaped(text)).replaceAll(" ", "_");
-  }
 }
 
 /** The dict of the tokenizer whose tokens are the 256 bytes. */
