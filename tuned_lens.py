@@ -49,9 +49,9 @@ checkpoint = "out/ckpt.safetensors"  # any, packed or not
 data = ""               # a folder that data.py made, or a text file, of which the last tenth is held out
 out = ""                # the sidecar; "": the checkpoint's name with .lenses
 head = "affine"         # affine | full, a free linear layer to the vocabulary
-max_iters = 120         # updates
-batch_size = 8          # windows of block_size tokens in each
-learning_rate = 1e-3    # Adam's, falls to 0
+max_iters = 160         # updates
+batch_size = 4          # windows of block_size tokens in each
+learning_rate = 2e-3    # Adam's, falls to 0
 eval_windows = 16       # held out
 seed = 1337
 # apply
@@ -125,8 +125,9 @@ def probabilities(logits: mx.array) -> mx.array:
 def gradients(model: GPT, lens: dict[str, mx.array], h: mx.array, targets: mx.array) -> tuple[mx.array, dict]:
     """The loss, mean over layers, of streams h (n_layer + 1, N, C) and next tokens (N,), and its gradients, a layer
     after the other."""
-    p, losses, found = probabilities(model.unembed(h[-1])), [], []
-    entropy = soft_cross_entropy(mx.log(mx.maximum(p, 1e-30)), p)[0].mean()
+    final, losses, found = model.unembed(h[-1]).astype(mx.float32), [], []
+    p = probabilities(final)
+    entropy = soft_cross_entropy(final, p)[0].mean()
 
     def loss(own, h):
         logits = read(model, {name: array[None] for name, array in own.items()}, h, 0).astype(mx.float32)

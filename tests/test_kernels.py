@@ -390,7 +390,8 @@ class Case:
     def attention(self) -> tuple[np.ndarray, np.ndarray]:
         arrays = [np.array([self.first], np.uint32), self.slopes, self.q, self.k, self.v, zeros(*self.q.shape),
                   zeros(*self.q.shape[:2])]
-        return run("attention", {}, self.params(self.room), arrays, (elements(self.T, 4), self.H, self.B), [6, 7])
+        groups = elements(self.T, 4), self.H, self.B
+        return run("attention", {"WIDTH": self.D}, self.params(self.room), arrays, groups, [6, 7])
 
 
 @pytest.mark.parametrize("case", PREFILLS + CACHED, ids=str)
@@ -417,11 +418,11 @@ def test_attention_backward(case):
     case, d_o = Case(*case), numbers(*Case(*case).q.shape, seed=5)
     o, lse = case.attention()
     before = np.concatenate([lse, np.full_like(lse, 7)])
-    lse_delta, dq = run("attention_backward_q", {}, case.params(),
+    lse_delta, dq = run("attention_backward_q", {"WIDTH": case.D}, case.params(),
                         [case.slopes, case.q, case.k, case.v, o, d_o, before, zeros(*case.q.shape)],
                         (elements(case.T, 4), case.H, case.B), [7, 8])
     assert np.array_equal(lse_delta[:len(lse)], lse)
-    dk, dv = run("attention_backward_kv", {}, case.params(),
+    dk, dv = run("attention_backward_kv", {"WIDTH": case.D}, case.params(),
                  [case.slopes, case.q, case.k, case.v, d_o, lse_delta, zeros(*case.k.shape), zeros(*case.k.shape)],
                  (elements(case.T, 4), case.KV, case.B), [7, 8])
     for found, expected in zip((dq, dk, dv), grad(case.outputs, case.q, case.k, case.v, cotangent=d_o), strict=True):

@@ -249,7 +249,7 @@ export class GPT {
       turn(v, cache.v[layer], KV, { TURN: false, CACHE: true });
       [k, v] = [cache.k[layer], cache.v[layer]];
     } else if (TURN) turn(k, room.kr, KV, {}), k = room.kr;
-    plan.add("attention", {}, [T, cache ? block_size : T, H, KV, D, this.windowOf(layer), D ** -0.5],
+    plan.add("attention", { WIDTH: D }, [T, cache ? block_size : T, H, KV, D, this.windowOf(layer), D ** -0.5],
       [at, this.slopes, q, k, v, room.o, room.lse], [Math.ceil(T / 4), H, B]);
     tap?.("heads", layer, room.o, H * D);
     this.linear(plan, `${path}.out`, room.o, room.attn, R);

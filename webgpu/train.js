@@ -211,8 +211,8 @@ export class Trainer {
       this.inputGradient(plan, weight(`${path}.attn.out`), d, d_o, R);
       const q = room.qr ?? room.qn ?? room.q, k = room.kr ?? room.kn ?? room.k;
       const uniforms = [T, H, KV, D, model.windowOf(layer), D ** -0.5];
-      plan.add("attention_backward_q", {}, uniforms, [model.slopes, q, k, room.v, room.o, d_o, room.lse, d_q], [Math.ceil(T / 4), H, B]);
-      plan.add("attention_backward_kv", {}, uniforms, [model.slopes, q, k, room.v, d_o, room.lse, d_k, d_v], [Math.ceil(T / 4), KV, B]);
+      plan.add("attention_backward_q", { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, room.o, d_o, room.lse, d_q], [Math.ceil(T / 4), H, B]);
+      plan.add("attention_backward_kv", { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, d_o, room.lse, d_k, d_v], [Math.ceil(T / 4), KV, B]);
       let of_q = d_q, of_k = d_k, [free_q, free_k] = [d_q2, d_k2];
       if (config.pos === "rope") {
         const undo = (x, y, heads) => plan.add("rope", { UNDO: true }, [R, T, heads, D], [at, model.turns, x, y], gpu.threads(R * heads * D / 2));

@@ -9,7 +9,8 @@
 // A workgroup has four queries of a head, which are the components of its vectors. It goes over the keys 64 at a time:
 // first its threads have keys, for their scores, then columns of v, for the sum.
 
-override SIZE: u32 = 64;  // threads
+override SIZE: u32 = 64;    // threads
+override WIDTH: u32 = 256;  // at least D; no more than that, as shared memory is set to 0 at first
 
 struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -22,9 +23,9 @@ struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32
 @group(0) @binding(7) var<storage, read_write> lse: array<f32>;
 
 const LOWEST = -1e30;
-var<workgroup> queries: array<vec4<f32>, 256>;  // by column
-var<workgroup> sums: array<vec4<f32>, 256>;
-var<workgroup> scores: array<vec4<f32>, 64>;    // by key
+var<workgroup> queries: array<vec4<f32>, WIDTH>;  // by column
+var<workgroup> sums: array<vec4<f32>, WIDTH>;
+var<workgroup> scores: array<vec4<f32>, 64>;      // by key
 var<workgroup> weights: array<vec4<f32>, 64>;
 
 @compute @workgroup_size(SIZE)

@@ -5,7 +5,8 @@
 // A workgroup has four keys of a head, which are the components of its vectors. It goes over the queries 64 at a time:
 // first its threads have queries, for w and d_score, then columns of dk and dv.
 
-override SIZE: u32 = 64;  // threads
+override SIZE: u32 = 64;    // threads
+override WIDTH: u32 = 256;  // at least D; no more than that, as shared memory is set to 0 at first
 
 struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -18,9 +19,9 @@ struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(7) var<storage, read_write> dk: array<f32>;
 @group(0) @binding(8) var<storage, read_write> dv: array<f32>;
 
-var<workgroup> keys: array<vec4<f32>, 256>;     // by column
-var<workgroup> values: array<vec4<f32>, 256>;
-var<workgroup> weights: array<vec4<f32>, 64>;   // by query
+var<workgroup> keys: array<vec4<f32>, WIDTH>;    // by column
+var<workgroup> values: array<vec4<f32>, WIDTH>;
+var<workgroup> weights: array<vec4<f32>, 64>;    // by query
 var<workgroup> d_scores: array<vec4<f32>, 64>;
 
 @compute @workgroup_size(SIZE)

@@ -4,7 +4,8 @@
 //
 // and delta (B T, H), for attention_backward_kv.wgsl. A workgroup has four queries of a head, as there.
 
-override SIZE: u32 = 64;  // threads
+override SIZE: u32 = 64;    // threads
+override WIDTH: u32 = 256;  // at least D; no more than that, as shared memory is set to 0 at first
 
 struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -17,10 +18,10 @@ struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(7) var<storage, read_write> lse_delta: array<f32>;  // lse (B T, H), then delta (B T, H)
 @group(0) @binding(8) var<storage, read_write> dq: array<f32>;
 
-var<workgroup> queries: array<vec4<f32>, 256>;  // by column
-var<workgroup> outs: array<vec4<f32>, 256>;     // d_o, by column
-var<workgroup> sums: array<vec4<f32>, 256>;     // of d_score k, by column
-var<workgroup> parts: array<vec4<f32>, 64>;     // by key
+var<workgroup> queries: array<vec4<f32>, WIDTH>;  // by column
+var<workgroup> outs: array<vec4<f32>, WIDTH>;     // d_o, by column
+var<workgroup> sums: array<vec4<f32>, WIDTH>;     // of d_score k, by column
+var<workgroup> parts: array<vec4<f32>, 64>;       // by key
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
