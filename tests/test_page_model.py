@@ -12,6 +12,7 @@ import pytest
 from browser import js
 from conftest import ROOT, run
 from mlx.utils import tree_flatten, tree_map
+from test_awq_reader import folder_of
 
 import attention
 import patching
@@ -110,6 +111,24 @@ def test_golden(page, server):
         for await (const { token } of model.generate(ids, { max_new_tokens: 24, temperature: 0 })) found.push(token);
         return model.enc.decode(found);""", prompt, parameters="prompt")
     assert text == golden
+
+
+@pytest.mark.parametrize("script", ["hqq.py", "awq_reader.py"])
+def test_packed_by_our_scripts(script, page, server, tmp_path):
+    """Their files as they are, of several widths, or with an embedding and a head that stayed dense."""
+    if script == "hqq.py":
+        source = server.folder / flavour(server, "default")[0]
+        settings = ["--bits=3, mlp=8, embed=6", "--group_size=32"]
+    else:
+        source, settings = folder_of(tmp_path)[0], []
+    path = server.folder / f"{script}.safetensors"
+    run(script, source, *settings, *([f"--out={path}"] if script == "hqq.py" else [path]))
+    model, _ = load_checkpoint(str(path))
+    ids = [i % 64 for i in IDS]
+    found = np.array(in_page(page, path.name, "return Array.from(await model.logits(ids));", ids, parameters="ids"))
+    model.set_dtype(mx.float32)
+    expected = np.array(model(mx.array([ids]))[0])
+    assert np.abs(found.reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_probabilities(page, server):
