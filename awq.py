@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from calibrate import inputs, place_of, windows
 from config import UserError, overrides
+from factored import Factored
 from model import GPT
 from packing import (
     HEAD,
-    finite_weight,
     matrices,
     open_dense,
     perplexity,
@@ -38,6 +38,7 @@ from packing import (
     save_packed,
     text_of,
 )
+from quantized import dense_weight
 
 checkpoint = "out/ckpt.safetensors"  # a dense one
 out = ""                  # the packed one; "": its name with -awq-BITS
@@ -79,18 +80,25 @@ def places(model: GPT, start: str) -> list[tuple[list[str], list[tuple[nn.Module
     """In a block, or YOCO's shared keys and values: the matrices that read the same, by name, and the modules of which
     the rows, or a norm's weights, take s^-power."""
     config, modules = model.config, dict(model.named_modules())
+
+    def reading(part: str, *names: str) -> list[str]:  # of two thin matrices the one that reads is v, u writes
+        paths = [f"{part}.{name}" for name in names if f"{part}.{name}" in modules]
+        return [f"{path}.v" if isinstance(modules[path], Factored) else path for path in paths]
+
+    def writing(path: str) -> nn.Module:
+        return modules[f"{path}.u"] if isinstance(modules[path], Factored) else modules[path]
+
     if start == "shared":
-        return [(["shared.k", "shared.v"], [(modules["shared.norm"], 1)])]
-    attention = [f"{start}.attn.{name}" for name in ("q", "k", "v", "lam") if f"{start}.attn.{name}" in modules]
-    found = [(attention, [(modules[f"{start}.attn_norm"], 1)])]
+        return [(reading("shared", "k", "v"), [(modules["shared.norm"], 1)])]
+    found = [(reading(f"{start}.attn", "q", "k", "v", "lam"), [(modules[f"{start}.attn_norm"], 1)])]
     own_values = f"{start}.attn.v" in modules and config.n_kv_head == config.n_head and not config.diff_attn
     if own_values:
-        found.append(([f"{start}.attn.out"], [(modules[f"{start}.attn.v"], 1)]))
+        found.append((reading(f"{start}.attn", "out"), [(writing(f"{start}.attn.v"), 1)]))
     if not config.n_expert:
-        reading = [f"{start}.mlp.{name}" for name in ("gate", "up") if f"{start}.mlp.{name}" in modules]
-        found.append((reading, [(modules[f"{start}.mlp_norm"], 1)]))
+        found.append((reading(f"{start}.mlp", "gate", "up"), [(modules[f"{start}.mlp_norm"], 1)]))
         if config.mlp in ("swiglu", "relu2"):
-            found.append(([f"{start}.mlp.down"], [(modules[f"{start}.mlp.up"], 1 if config.mlp == "swiglu" else 0.5)]))
+            power = 1 if config.mlp == "swiglu" else 0.5
+            found.append((reading(f"{start}.mlp", "down"), [(writing(f"{start}.mlp.up"), power)]))
     return found
 
 
@@ -148,8 +156,6 @@ if __name__ == "__main__":
     bar = tqdm(total=len(widths), unit=" matrices", disable=None, dynamic_ncols=True)
     for start in dict.fromkeys(place_of(path) for path in widths):
         layers = {path: matrices(model)[path] for path in widths if place_of(path) == start}
-        for path, module in layers.items():
-            finite_weight(path, module)
         linear = {path: module for path, module in layers.items() if isinstance(module, nn.Linear)}
         reached = inputs(model, linear, rows, batch_size)
         for paths, makers in places(model, start) if start.startswith(("blocks.", "shared")) else []:
@@ -162,7 +168,7 @@ if __name__ == "__main__":
                 for path in read:
                     reached[path] = (gram / (s[:, None] * s), size / s)
         for path in layers:
-            W = finite_weight(path, matrices(model)[path])
+            W = dense_weight(matrices(model)[path])
             found = quantize(W, reached[path][0], widths[path], group_size) if path in reached else (
                 round_to_nearest(W, widths[path], group_size))
             bar.write(put(model, path, found, widths[path], scale_dtype) + "  rounded" * (path not in reached))

@@ -51,5 +51,9 @@ def inputs(model: GPT, layers: dict[str, nn.Module], rows: mx.array, batch_size:
     finally:
         for path, recorder in recorders.items():
             replace_module(model, path, recorder.layer)
+    for path, recorder in recorders.items():
+        if not mx.isfinite(recorder.gram).all().item():
+            raise UserError(f"{path} reads numbers of the text that are infinite or none: the checkpoint breaks down "
+                            "on it, nor would a packed one work")
     return {path: (recorder.gram / recorder.count, recorder.size / recorder.count)
             for path, recorder in recorders.items()}

@@ -54,6 +54,9 @@ def pictures(path: str) -> tuple[str, str]:
 
 
 def check_folder(path: str):
+    """Before the work, not after it: whether there can be such a file."""
+    if os.path.isdir(path):
+        raise UserError(f"cannot write {path}: it is a folder; name a file in it")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise UserError(f"cannot write {path}: there is no folder {os.path.dirname(path)}")
 

@@ -13,6 +13,8 @@ memory. What no text reaches, as the embedding and experts, is rounded to the ne
 they come (no act-order), and the matrices of a block are calibrated together. The file is as hqq.py's, the lines too:
 an error of the weights above that of rounding to the nearest is in the nature of the method.
 """
+import math
+
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +25,6 @@ from calibrate import inputs, place_of, windows
 from config import UserError, overrides
 from packing import (
     HEAD,
-    finite_weight,
     matrices,
     open_dense,
     perplexity,
@@ -33,6 +34,7 @@ from packing import (
     save_packed,
     text_of,
 )
+from quantized import dense_weight
 
 checkpoint = "out/ckpt.safetensors"  # a dense one
 out = ""                  # the packed one; "": its name with -gptq-BITS
@@ -61,7 +63,10 @@ def quantize(W: mx.array, gram: mx.array, bits: int, group_size: int, damping: f
     dead = np.diag(H) == 0  # inputs that are always 0
     H[dead, dead], W[:, dead] = 1, 0
     H[np.diag_indices_from(H)] += damping * np.diag(H).mean()
-    U = np.linalg.cholesky(np.linalg.inv(H)).T.astype(np.float32)
+    try:
+        U = np.linalg.cholesky(np.linalg.inv(H)).T.astype(np.float32)
+    except np.linalg.LinAlgError:
+        raise UserError("the text tells too little of some inputs: give a greater --damping, or more text") from None
     q = np.empty(W.shape, np.uint8)
     scale, zero = (np.empty((len(W), W.shape[1] // group_size), np.float32) for _ in range(2))
     for start in range(0, W.shape[1], BLOCK):
@@ -85,7 +90,7 @@ def quantize(W: mx.array, gram: mx.array, bits: int, group_size: int, damping: f
 if __name__ == "__main__":
     if not data:
         raise UserError("nothing to calibrate on: give --data=FILE")
-    if samples < 1 or batch_size < 1 or not damping > 0:
+    if samples < 1 or batch_size < 1 or not 0 < damping < math.inf:
         raise UserError("samples and batch_size must be 1 or more, damping over 0")
     model, meta, enc, out = open_dense(checkpoint, out, f"gptq-{bits}", scale_dtype)
     widths = plan(model, bits, group_size)
@@ -97,12 +102,10 @@ if __name__ == "__main__":
     bar = tqdm(total=len(widths), unit=" matrices", disable=None, dynamic_ncols=True)
     for place in dict.fromkeys(place_of(path) for path in widths):
         layers = {path: matrices(model)[path] for path in widths if place_of(path) == place}
-        for path, module in layers.items():
-            finite_weight(path, module)
         reached = inputs(model, {path: module for path, module in layers.items() if isinstance(module, nn.Linear)},
                          rows, batch_size)
         for path, module in layers.items():
-            W = finite_weight(path, module)
+            W = dense_weight(module)
             found = quantize(W, reached[path][0], widths[path], group_size, damping) if path in reached else (
                 round_to_nearest(W, widths[path], group_size))
             bar.write(put(model, path, found, widths[path], scale_dtype) + "  rounded" * (path not in reached))

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from config import UserError, overrides
 from packing import (
     HEAD,
-    finite_weight,
     matrices,
     open_dense,
     perplexity,
@@ -35,6 +34,7 @@ from packing import (
     save_packed,
     text_of,
 )
+from quantized import dense_weight
 
 checkpoint = "out/ckpt.safetensors"  # a dense one
 out = ""                  # the packed one; "": its name with -hqq-BITS
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     print(HEAD)
     bar = tqdm(widths.items(), unit=" matrices", disable=None, dynamic_ncols=True)
     for path, width in bar:
-        W = finite_weight(path, matrices(model)[path])
+        W = dense_weight(matrices(model)[path])
         found = quantize(W, width, group_size, iterations, scale_moves) if method == "hqq" else (
             round_to_nearest(W, width, group_size))
         bar.write(put(model, path, found, width, scale_dtype))

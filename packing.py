@@ -10,6 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from config import UserError, nearest
+from draw import check_folder
 from model import GPT, load_checkpoint, save_checkpoint
 from quantized import BITS, GROUP_SIZES, dense_weight, natural, replace_module
 from score import read_tokens, score
@@ -85,11 +86,13 @@ def plan(model: nn.Module, bits: str, group_size: int) -> dict[str, int]:
             raise UserError(f"bits={bits!r}: {name!r} is in no matrix's name: {nearest(name, names)}")
         found.update(dict.fromkeys(matching, int(number)))
     found = {path: number for path, number in found.items() if number}
-    for path in found:
-        inputs = layers[path].weight.shape[-1]
-        if inputs % group_size:
-            raise UserError(f"{path} has {inputs} inputs, which groups of {group_size} do not divide: "
-                            f"take a smaller --group_size, or leave it out by --bits=\"{bits}, {path}=0\"")
+    sizes = {path: layers[path].weight.shape[-1] for path in found}
+    odd = [path for path in found if sizes[path] % group_size]
+    if odd:
+        fits = max((size for size in GROUP_SIZES if not any(n % size for n in sizes.values())), default=0)
+        rules = dict.fromkeys(f"{re.sub(r'^blocks[.][0-9]+[.]', '', path)}=0" for path in odd)
+        advice = f"take --group_size={fits}" if fits else f"leave such out by --bits=\"{bits}, {', '.join(rules)}\""
+        raise UserError(f"{odd[0]} has {sizes[odd[0]]} inputs, which groups of {group_size} do not divide: {advice}")
     if not found:
         raise UserError(f"bits={bits!r} packs nothing")
     return found
@@ -107,10 +110,11 @@ def output_path(checkpoint: str, out: str, label: str) -> str:
     return out
 
 
-def check_folder(path: str):
-    """Before the work, not after it."""
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise UserError(f"cannot write {path}: there is no folder {os.path.dirname(path)}")
+def check_finite(model: nn.Module):
+    for name, array in tree_flatten(model.parameters()):
+        if not mx.isfinite(array).all().item():
+            raise UserError(f"{name.rpartition('.')[0]} holds numbers that are infinite or none: the checkpoint is "
+                            "broken; train it again")
 
 
 def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str) -> tuple[GPT, dict, Tokenizer, str]:
@@ -119,6 +123,7 @@ def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str) -> tuple
         raise UserError(f"scale_dtype={scale_dtype!r} is not one of float16, float32")
     model, meta = load_checkpoint(checkpoint)
     out = output_path(checkpoint, out, re.sub(r"[^.0-9a-z_=]+", "-", label))
+    check_finite(model)
     enc = Tokenizer.from_dict(meta["tokenizer"]) if meta.get("tokenizer") else None
     return model, meta, enc, out
 
@@ -141,13 +146,6 @@ def megabytes(module: nn.Module) -> float:
 
 
 HEAD = f"{'matrix':24} {'bits':>4} {'error':>9} {'nearest':>9} {'ratio':>6} {'MB':>9} {'packed':>9}"
-
-
-def finite_weight(path: str, module: nn.Module) -> mx.array:
-    W = dense_weight(module)
-    if not mx.isfinite(W).all().item():
-        raise UserError(f"{path} holds numbers that are infinite or none: the checkpoint is broken; train it again")
-    return W
 
 
 def put(model: GPT, path: str, found: tuple, bits: int, scale_dtype: str) -> str:

@@ -9,8 +9,10 @@ from test_gptq import FLAVOURS, checkpoint, correlated
 
 import awq
 import calibrate
+from factored import Factored
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from packing import pack, round_to_nearest
+from quantized import replace_module
 from score import read_tokens
 from tokenizer import byte_tokenizer
 
@@ -39,6 +41,36 @@ def test_scaling_is_exact(settings):
     assert mx.abs(model(idx) - logits).max() < 2e-4 * mx.abs(logits).max()
     assert ("mlp.down" in scaled) == (settings.get("mlp", "relu2") != "gelu" and not settings.get("n_expert"))
     assert ("attn.out" in scaled) == (not settings.get("diff_attn") and not settings.get("n_kv_head"))
+
+
+def thinned(path: str, model: GPT):
+    """Two thin matrices in place of one."""
+    old = dict(model.named_modules())[path]
+    new = Factored(old.weight.shape[1], old.weight.shape[0], 32, "bias" in old)
+    if "bias" in old:
+        new.u.bias = old.bias
+    replace_module(model, path, new)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(mlp="swiglu", bias=True), dict(yoco=True)], ids=str)
+@pytest.mark.parametrize("names", [["mlp.up"], ["mlp.down", "attn.k"], ["attn.v", "attn.out", "attn.q"]], ids=str)
+def test_thin_matrices(settings, names, tmp_path):
+    """Of a matrix that laser.py made two, one reads and the other writes: scaling is exact, and the file is written."""
+    path, model = checkpoint(tmp_path, **settings)
+    for name in names:
+        thinned(f"blocks.0.{name}", model)
+    save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
+    run("awq.py", path, f"--data={ROOT / 'README.md'}", "--bits=8", "--group_size=32", "--samples=4")
+    packed, idx = load_checkpoint(str(tmp_path / "ckpt-awq-8.safetensors"))[0], mx.arange(20)[None]
+    logits, rng = model.eval()(idx), np.random.default_rng(0)
+    assert mx.abs(packed(idx) - logits).max() < 0.05 * mx.abs(logits).max()
+    read = set()
+    for paths, makers in awq.places(model, "blocks.0"):
+        inputs = dict(model.named_modules())[paths[0]].weight.shape[1]
+        awq.scale_inputs(model, paths, makers, mx.array(rng.uniform(0.5, 2, inputs).astype(np.float32)))
+        read |= set(paths)
+    assert mx.abs(model(idx) - logits).max() < 2e-4 * mx.abs(logits).max()
+    assert {f"blocks.0.{name}.v" for name in names} <= read
 
 
 def test_best_scale():

@@ -29,7 +29,8 @@ def test_files(tmp_path):
             draw.write_whole(str(path), b"x")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "folder"]
     assert draw.pictures(f"{tmp_path}/x.y.png") == (f"{tmp_path}/x.y.png", f"{tmp_path}/x.y.html")
-    for bad in ("x.html", "x", "none/x.png"):
+    (tmp_path / "folder.png").mkdir()
+    for bad in ("x.html", "x", "none/x.png", f"{tmp_path}/folder.png"):
         with pytest.raises(UserError):
             draw.pictures(bad)
 

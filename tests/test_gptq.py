@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, run
 
 import calibrate
+from config import UserError
 from gptq import quantize
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from packing import matrices, round_to_nearest
@@ -174,6 +175,28 @@ def test_bad_input(script, arguments, says, tmp_path):
     names = dict(readme=ROOT / "README.md", short=tmp_path / "short.txt", path=path)
     assert says in run(script, path, *(argument.format(**names) for argument in arguments), status=2).stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ckpt.safetensors", "short.txt"]
+
+
+def test_damping(tmp_path):
+    """Without enough of it, where inputs tell all of one another, there is no inverse."""
+    path, _ = checkpoint(tmp_path)
+    for damping in ("0", "inf"):
+        assert "damping over 0" in run("gptq.py", path, "--data=x", f"--damping={damping}", status=2).stderr
+    with pytest.raises(UserError, match="give a greater --damping"):
+        quantize(mx.random.normal((4, 64)), mx.ones((64, 64)), 4, 32, damping=1e-300)
+    quantize(mx.random.normal((4, 64)), mx.ones((64, 64)), 4, 32)
+
+
+@pytest.mark.parametrize("script", ["gptq.py", "awq.py"])
+def test_inputs_beyond_float16(script, tmp_path):
+    """Weights that are fine, and what a layer reads is not."""
+    path, model = checkpoint(tmp_path)
+    model.blocks[0].mlp.up.weight = model.blocks[0].mlp.up.weight * 1e5
+    model.set_dtype(mx.float16)
+    save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
+    done = run(script, path, f"--data={ROOT / 'README.md'}", "--samples=2", status=2)
+    assert "blocks.0.mlp.down reads numbers of the text that are infinite or none" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
 
 
 @pytest.mark.parametrize("script", ["gptq.py", "awq.py"])

@@ -57,13 +57,28 @@ def test_plan():
 
 @pytest.mark.parametrize("bits, group_size, says", [
     ("7", 64, "'7' is not one of 0, 2"), ("4, mlpp=3", 64, "did you mean mlp.up?"), ("", 64, "'' is not one of"),
-    ("4", 48, "group_size=48"), ("4", 128, "has 64 inputs, which groups of 128"), ("0", 64, "packs nothing"),
+    ("4", 48, "group_size=48"), ("0", 64, "packs nothing"),
+    ("4", 128, "attn.k has 64 inputs, which groups of 128 do not divide: take --group_size=64"),
     ("4, (=3", 64, "no regular expression"), ("four", 64, "'four' is not one of"),
 ])
 def test_plan_is_refused(bits, group_size, says):
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=64))
     with pytest.raises(UserError, match=re.escape(says)):
         packing.plan(model, bits, group_size)
+
+
+def test_plan_tells_what_to_leave_out():
+    """Where no group size divides all: the rules that it names make it work."""
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=96, ffn_dim=100, vocab_size=64))
+    with pytest.raises(UserError, match='such out by --bits="4, mlp.down=0"'):
+        packing.plan(model, "4", 32)
+    with pytest.raises(UserError) as refused:
+        packing.plan(model, "4", 64)
+    rules = re.search('--bits="(.*)"', str(refused.value))[1]
+    assert "blocks" not in rules and "attn.q=0" in rules and rules.count("mlp.down") == 1
+    with pytest.raises(UserError, match="packs nothing"):
+        packing.plan(model, rules, 64)
+    assert "blocks.0.mlp.down" not in packing.plan(model, "4, mlp.down=0", 32)
 
 
 def test_plan_refuses_what_is_packed():
