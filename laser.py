@@ -25,10 +25,11 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from calibrate import windows
-from config import UserError, nearest, overrides
+from config import UserError, given, nearest, overrides
+from draw import pictures, write_figure
 from factored import Factored
 from model import GPT, cross_entropy, load_checkpoint, save_checkpoint
-from packing import check_folder, finite_weight, matrices, output_path, text_of
+from packing import check_finite, matrices, output_path, text_of
 from quantized import replace_module
 from tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ samples = 32             # windows of block_size tokens that choose, and as many
 batch_size = 8           # of them at a time
 seed = 1337              # of which ones
 factored = False         # store two thin matrices where that is smaller
-picture = ""             # of the search; "": laser.png beside the new checkpoint
+picture = ""             # of the search, a PNG; "": beside the new checkpoint, by its name
 
 settings = overrides(globals(), "checkpoint")
 
@@ -106,7 +107,7 @@ def grid(model: GPT, rows: mx.array, layers: dict[str, nn.Module], rhos: list[fl
         layer = int(path.split(".")[1])
         if layer != at:
             streams, at = streams_before(model, rows, layer), layer
-        weight, parts = module.weight, svd(finite_weight(path, module))
+        weight, parts = module.weight, svd(module.weight)
         for rho in rhos:
             u, v = low_rank(parts, rank_of(weight.shape, rho))
             module.weight = (u @ v).astype(weight.dtype)
@@ -174,8 +175,7 @@ def draw(path: str, found: dict[tuple, tuple], dense: float):
     axes.set_yticks(range(len(layers)), layers)
     axes.set(ylabel="layer", title="change in loss by the best edit of each matrix, nats")
     figure.colorbar(image)
-    figure.savefig(f"{path}.tmp", format="png", dpi=150)
-    os.replace(f"{path}.tmp", path)
+    write_figure(path, figure)
     plt.close(figure)
     print(f"drawn: {path}")
 
@@ -220,12 +220,15 @@ if __name__ == "__main__":
         raise UserError("samples and batch_size must be 1 or more")
     if search and not data:
         raise UserError("nothing to search by: give --data=FILE")
-    if search and matrix:
-        raise UserError("--search=True tries every matrix: leave out --matrix, or --search")
+    idle = given & ({"matrix", "layer", "rho"} if search else {"rhos", "picture"})
+    if idle and search:
+        raise UserError(f"--search=True tries all of them: leave out --{min(idle)}, or --search")
+    if idle:
+        raise UserError(f"--{min(idle)} is for a search: give --search=True too, or leave it out")
     model, meta = load_checkpoint(checkpoint)
     out = output_path(checkpoint, out, "laser")
-    picture = picture or os.path.join(os.path.dirname(out), "laser.png")
-    check_folder(picture)
+    picture, _ = pictures(picture or f"{out.removesuffix('.safetensors')}.png")
+    check_finite(model)
     layers = {path: module for path, module in matrices(model).items() if path.startswith("blocks.")}
     for path, module in layers.items():
         if "scales" in module:
@@ -246,7 +249,7 @@ if __name__ == "__main__":
         table(found, before[0])
         kept = compose(model, chosen_by, layers, found, before[0][0])
     else:
-        u, v = low_rank(svd(finite_weight(path, layers[path])), rank_of(dense[path].shape, rho))
+        u, v = low_rank(svd(layers[path].weight), rank_of(dense[path].shape, rho))
         layers[path].weight, kept = (u @ v).astype(dense[path].dtype), [(path, rho)]
     print(f"{'edit':24} {'rho':>5} {'rank':>5} {'error':>6} {'MB':>9} {'thin':>9}")
     edits = []

@@ -157,7 +157,7 @@ def test_search(tmp_path):
     chose, held_out = (re.search(rf"{name}: loss (\S+) ->", done.stdout)[1]
                        for name in ("windows that chose", "held-out windows"))
     assert chose != held_out
-    assert (tmp_path / "laser.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "ckpt-laser.png").read_bytes().startswith(b"\x89PNG")
     edits = load_checkpoint(str(tmp_path / "ckpt-laser.safetensors"))[1]["laser"]
     assert all(edit["rho"] in (0.5, 0.1) for edit in edits)
 
@@ -173,12 +173,17 @@ def test_search(tmp_path):
     (["--search=True", "--data={short}"], "less than one window"), (["--matrix=embed"], "is in no block"),
     (["--matrix=mlp.up", "--out={path}"], "is the checkpoint itself"),
     (["--search=True", "--data={readme}", "--matrix=mlp.up"], "leave out --matrix"),
+    (["--search=True", "--data={readme}", "--rho=0.5"], "leave out --rho"),
+    (["--search=True", "--data={readme}", "--layer=1"], "leave out --layer"),
+    (["--matrix=mlp.up", "--rhos=0.5"], "--rhos is for a search"),
+    (["--search=True", "--data={readme}", "--picture=a.jpg"], "let its name end in .png"),
+    (["--matrix=mlp.up", "--out={folder}"], "it is a folder"),
     (["--search=True", "--data={readme}", "--picture=none/a.png"], "there is no folder none"),
 ])
 def test_bad_input(arguments, says, tmp_path):
     path, _ = checkpoint(tmp_path)
     (tmp_path / "short.txt").write_text("short")
-    names = dict(readme=ROOT / "README.md", short=tmp_path / "short.txt", path=path)
+    names = dict(readme=ROOT / "README.md", short=tmp_path / "short.txt", path=path, folder=tmp_path)
     assert says in run(path, *(argument.format(**names) for argument in arguments), status=2).stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ckpt.safetensors", "short.txt"]
 
