@@ -71,6 +71,7 @@ if merge:
 template = template or adapted.get("template") or meta.get("template") or "none"
 if template != "none":
     check_template(template)
+model.make_cache(kv_bits)  # refuses what cannot be packed, before anything is written
 model.set_dtype(compute_dtype(dtype))
 mx.eval(model.parameters())
 config = model.config

@@ -116,6 +116,14 @@ def test_prompt_longer_than_the_context(writer):
     assert "are read" not in sample(writer, prompt[:63], "--max_new_tokens=70")[1]
 
 
+def test_heads_that_cannot_be_packed(tmp_path):
+    """Told before the text begins."""
+    path = save(tmp_path / "ckpt.safetensors", GPT(GPTConfig(vocab_size=320, n_layer=1, n_head=4, n_embd=64)), BYTES)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", path, "--prompt=x", "--kv_bits=8"], capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stdout == "" and "head_dim=16 is no multiple of 32" in done.stderr
+
+
 @pytest.mark.parametrize("window, kv_bits", [(0, 0), (20, 0), (0, 8), (20, 4)])
 def test_speed(tmp_path, window, kv_bits):
     """GB/s: all weights but the embedding, and the cache of 51 tokens and on average half of the 100 new ones; where a
