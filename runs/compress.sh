@@ -6,8 +6,8 @@
 # The calibrated methods read what the model was trained on, LASER's search what was held out of it, and the perplexity
 # is that of test.txt: runs/compress.py. Everywhere the embedding, which is the head too, keeps 8 bits.
 set -eu
-train=$(realpath "$1")
-test=$(realpath "$2")
+train=$(realpath "${1:?the text to train on}")
+test=$(realpath "${2:?the text to measure on}")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=out-compress
@@ -21,9 +21,9 @@ timed() {  # NAME SCRIPT ARGUMENTS: writes OUT/NAME.safetensors, and leaves the 
     name=$1
     shift
     echo "== $*"
-    start=$(date +%s.%N)
+    start=$("$python" -c "import time; print(time.time())")
     "$python" "$@" --out=$out/"$name".safetensors
-    echo "$(date +%s.%N) - $start" | bc > $out/"$name".seconds
+    "$python" -c "import time; print(time.time() - $start)" > $out/"$name".seconds
 }
 
 for bits in 8 4 3 2; do

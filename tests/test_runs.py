@@ -1,5 +1,6 @@
 """runs/: the tables of architectures and of compression, from tiny runs; tasks and pairs."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,30 @@ def test_compression(tmp_path):
     command[1:] = ROOT / "runs" / "compress.py", tmp_path / "none", text
     empty = subprocess.run(command, capture_output=True, text=True)
     assert empty.returncode == 2 and "nothing to compare" in empty.stderr
+
+
+def test_compress_sh(tmp_path):
+    """Every method at every width, timed, then the table; with a python that only writes down what it is asked."""
+    (tmp_path / "runs").mkdir()
+    shutil.copy(ROOT / "runs" / "compress.sh", tmp_path / "runs")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$@" >> {tmp_path}/log\n')
+    python.chmod(0o755)
+    (tmp_path / "out-compress" / "base").mkdir(parents=True)
+    for text in ("a.txt", "b.txt"):
+        (tmp_path / text).write_text(text)
+    command = ["bash", tmp_path / "runs" / "compress.sh", tmp_path / "a.txt", tmp_path / "b.txt"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHON": str(python)})
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert asked[0].startswith(f"train.py --data={tmp_path}/a.txt") and len(asked) == 1 + 4 * 5 + 2
+    for line in asked[1:-1]:
+        name = line.split("--out=")[1].removesuffix(".safetensors")
+        assert 0 <= float((tmp_path / f"{name}.seconds").read_text()) < 60
+        bits = name.rpartition("-")[2]
+        assert f"--bits={bits}, embed=8" in line or line.startswith("laser.py") and "--factored=True" in line
+    assert asked[-1].startswith(f"runs/compress.py out-compress {tmp_path}/b.txt")
+    done = subprocess.run(command[:-1], capture_output=True, text=True)
+    assert done.returncode and "the text to measure on" in done.stderr
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
