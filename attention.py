@@ -60,9 +60,8 @@ def record(model: GPT, idx: mx.array) -> dict[tuple[str, int], mx.array]:
 
 def order_of(model: GPT, layer: int, x: mx.array) -> tuple[mx.array, mx.array]:
     """The order in which a routed block, mod=topk, takes tokens of the stream x (1, T, C), and how many it works on."""
-    block, T = model.blocks[layer], x.shape[1]
-    chosen = (block.predictor(x)[..., 0].astype(mx.float32) > block.threshold)[0]
-    return mx.argsort(mx.arange(T) + mx.where(chosen, 0, T)), chosen.sum()
+    chosen, order = model.blocks[layer].taken(x)
+    return order[0], chosen.sum()
 
 
 def attention_maps(model: GPT, idx: mx.array, states: dict | None = None) -> list[dict[str, np.ndarray]]:

@@ -859,7 +859,7 @@ class RoutedBlock(Block):
         r = tap("depth", self.layer, self.depth_router(x)[..., 0])
         if self.config.mod == "soft":
             return x + sigmoid(r)[..., None] * (super().__call__(x, offset, cache, tap) - x)
-        likely = self.predictor(mx.stop_gradient(x))[..., 0].astype(mx.float32) - self.threshold
+        likely = self.likely(x)
         if isinstance(cache, RoutedCache):
             return self.continued(x, r, likely, offset, cache, tap)
         T, rows = x.shape[1], mx.arange(len(x))[:, None]
@@ -872,13 +872,22 @@ class RoutedBlock(Block):
             miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
             x = with_loss(x, 0.01 * miss.mean())  # little, lest clipping shorten the model's own gradient
         else:  # the chosen tokens first, the others after them, where no chosen one sees them
-            chosen = likely > 0
-            order = mx.argsort(mx.arange(T) + mx.where(chosen, 0, T), axis=1)
+            chosen, order = self.taken(x)
             at = mx.where(chosen[rows, order], at[rows, order], NOWHERE)
             r = mx.where(chosen, r, 0)
         selected = x[rows, order]
         change = super().__call__(selected, at, cache, tap) - selected
         return x.at[rows, order].add(change * r[rows, order][..., None])
+
+    def likely(self, x: mx.array) -> mx.array:
+        """Over 0 where a token of x (B, T, C) would be among the largest: (B, T)."""
+        return self.predictor(mx.stop_gradient(x))[..., 0].astype(mx.float32) - self.threshold
+
+    def taken(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Outside training, without a cache: whether each token of x (B, T, C) is worked on, and the order in which the
+        block takes them, and in which taps see them: (B, T) each."""
+        chosen, T = self.likely(x) > 0, x.shape[1]
+        return chosen, mx.argsort(mx.arange(T) + mx.where(chosen, 0, T), axis=1)
 
     def continued(self, x: mx.array, r: mx.array, likely: mx.array, offset: int, cache, tap: Callable) -> mx.array:
         """The same with a cache: what is computed, and what the cache gains, are the chosen tokens alone. Their number

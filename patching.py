@@ -75,8 +75,19 @@ settings = overrides(globals(), "checkpoint")
 SITES = "resid", "attn", "mlp"
 
 
+def routed(model: GPT, layer: int, stream: mx.array) -> tuple[mx.array, mx.array]:
+    """Whether a block works on each token of the stream (B, T, C) that enters it, and in which row of what it taps that
+    token stands, (B, T) each: with mod=topk some are skipped, and the others come first."""
+    block, shape = model.blocks[layer], stream.shape[:2]
+    if "predictor" not in block:
+        return mx.ones(shape, mx.bool_), mx.broadcast_to(mx.arange(shape[1]), shape)
+    chosen, order = block.taken(stream)
+    return chosen, mx.argsort(order, axis=1)
+
+
 def record(model: GPT, idx: mx.array, noisy: Callable | None = None) -> dict[tuple[str, int], mx.array]:
-    """The states (B, T, C) of tokens (B, T) at each (site, layer). noisy: what makes the first stream another."""
+    """The states (B, T, C) of tokens (B, T) at each (site, layer), 0 where a block skips a token. noisy: what makes the
+    first stream another."""
     found = {}
 
     def tap(at, layer, x):
@@ -87,6 +98,12 @@ def record(model: GPT, idx: mx.array, noisy: Callable | None = None) -> dict[tup
         return x
 
     model.residual(idx, tap=tap)
+    if model.config.mod == "topk":
+        for layer in range(model.config.n_layer):
+            chosen, row = routed(model, layer, found["resid", layer])
+            for site in ("attn", "mlp"):
+                x = mx.take_along_axis(found[site, layer], row[..., None], axis=1)
+                found[site, layer] = mx.where(chosen[..., None], x, 0)
     return found
 
 
@@ -100,20 +117,23 @@ def patched(model: GPT, idx: mx.array, states: dict, site: str, layers: Iterable
     """Logits of the last position (P, D, V), with the states at one of P positions replaced in these layers by
     values[layer] (P, C). idx (D, T): what is patched, and its states, by record(). Blocks before are not computed."""
     layers, (D, T) = sorted(layers), idx.shape
-    if model.config.mod == "topk" and site != "resid":
-        raise UserError(f"site={site} with mod=topk: its routed blocks reorder tokens; take site=resid")
-    step, logits = max(1, batch_size // D), []
+    step, logits, stream = max(1, batch_size // D), [], None
     for start in range(0, len(positions), step):
         here = mx.array(positions[start:start + step])
         n = len(here)
         rows, at = mx.arange(n * D), mx.repeat(here, D)
 
         def tap(name, layer, x, n=n, rows=rows, at=at, start=start):
+            nonlocal stream
             if name == "resid" and layer <= layers[0]:  # lazily: what led there is never computed
                 x = mx.broadcast_to(states["resid", layer], (n, D, T, x.shape[-1])).flatten(0, 1)
             if name == site and layer in layers:
-                x = mx.array(x)
-                x[rows, at] = mx.repeat(values[layer][start:start + n], D, axis=0).astype(x.dtype)
+                x, row = mx.array(x), at
+                if site != "resid":
+                    row = routed(model, layer, stream)[1][rows, at]
+                x[rows, row] = mx.repeat(values[layer][start:start + n], D, axis=0).astype(x.dtype)
+            if name == "resid":
+                stream = x
             return x
 
         logits.append(last_logits(model, mx.broadcast_to(idx, (n, D, T)).flatten(0, 1), tap).reshape(n, D, -1))
@@ -153,10 +173,18 @@ def replaced(model: GPT, idx: mx.array, source: dict | str, site: str, froms: li
     with tqdm(total=model.config.n_layer * len(positions), unit=" cells", disable=None, dynamic_ncols=True) as bar:
         for layer in range(model.config.n_layer):
             own = states[site, layer][0]
-            value = (mx.zeros_like(own) if source == "zero" else mx.broadcast_to(own.mean(0), own.shape)
+            worked = routed(model, layer, states["resid", layer])[0][0] if site != "resid" else mx.ones(len(idx))
+            value = (mx.zeros_like(own) if source == "zero" else mx.broadcast_to(mean_of(own, worked), own.shape)
                      if source == "mean" else source[site, layer][0])[mx.array(froms)]
             found.append(patched(model, idx[None], states, site, [layer], positions, {layer: value}, batch_size, bar))
     return mx.stack(found)[:, :, 0]
+
+
+def mean_of(x: mx.array, worked: mx.array) -> mx.array:
+    """The mean of states (..., C) over the tokens that are worked on, (...)."""
+    worked = worked.astype(mx.float32)
+    total = (x.astype(mx.float32) * worked[..., None]).sum([*range(x.ndim - 1)])
+    return (total / mx.maximum(worked.sum(), 1)).astype(x.dtype)
 
 
 def trace(model: GPT, idx: mx.array, subject: list[int], noise: mx.array, site: str = "resid", window: int = 1,
@@ -181,25 +209,36 @@ def trace(model: GPT, idx: mx.array, subject: list[int], noise: mx.array, site: 
 # ---- ablation --------------------------------------------------------------------------------------------------------
 
 
-def ablation(site: str, layers: int | Iterable[int], how: str = "zero", head: int | None = None) -> Callable:
+HOWS = "zero", "mean", "skip"
+
+
+def ablation(model: GPT, site: str, layers: int | Iterable[int], how: str = "zero",
+             head: int | None = None) -> Callable:
     """A tap that takes out what attention ("attn"), the MLP ("mlp"), the whole block ("block"), or one head ("head") of
-    these layers adds, or has read: "zero", "mean" over the tokens that are read, or "skip"."""
-    layers, entered = {layers} if isinstance(layers, int) else set(layers), {}
+    these layers adds, or has read: "zero", "mean" over the tokens that the block works on, or "skip"."""
+    layers, stream = {layers} if isinstance(layers, int) else set(layers), None
     if site not in ("attn", "mlp", "block", "head"):
         raise UserError(f"site={site!r} is not one of attn, mlp, block, head")
-    if how not in ("zero", "mean", "skip"):
-        raise UserError(f"how={how!r} is not one of zero, mean, skip")
+    if how not in HOWS:
+        raise UserError(f"how={how!r} is not one of {', '.join(HOWS)}")
+
+    def mean(layer, x):  # (B, T, C)
+        worked = routed(model, layer, stream)[0]
+        return mean_of(x, mx.arange(x.shape[1]) < worked.sum(1, keepdims=True))  # these come first
 
     def tap(name, layer, x):
-        if site == "block" and name == "resid":
-            if layer - 1 in layers:
-                before = entered[layer - 1]
-                x = before + (x - before).mean((0, 1)) if how == "mean" else before
-            entered[layer] = x
+        nonlocal stream
+        if name == "resid":
+            if site == "block" and layer - 1 in layers:
+                x = stream + (x - stream).mean((0, 1)) if how == "mean" else stream
+            stream = x
         elif layer in layers and name == site:
-            x = mx.broadcast_to(x.mean((0, 1)), x.shape) if how == "mean" else mx.zeros_like(x)
+            x = mx.broadcast_to(mean(layer, x), x.shape) if how == "mean" else mx.zeros_like(x)
         elif layer in layers and site == "head" and name == "heads":
-            by = x.mean((0, 2), keepdims=True) if how == "mean" else mx.zeros_like(x)
+            B, H, T, D = x.shape
+            by = mx.zeros_like(x)
+            if how == "mean":
+                by = mean(layer, x.swapaxes(1, 2).reshape(B, T, H * D)).reshape(H, 1, D)
             x = mx.where((mx.arange(x.shape[1]) == head)[:, None, None], by, x)
         return x
 
@@ -209,7 +248,7 @@ def ablation(site: str, layers: int | Iterable[int], how: str = "zero", head: in
 def ablate(model: GPT, idx: mx.array, site: str, layer: int | Iterable[int], how: str = "zero",
            head: int | None = None) -> mx.array:
     """Logits (B, T, V) of tokens (B, T) without what a site of a layer, or of several, does: see ablation()."""
-    return model(idx, tap=ablation(site, layer, how, head))
+    return model(idx, tap=ablation(model, site, layer, how, head))
 
 
 def heads_of(model: GPT) -> int:
@@ -366,7 +405,7 @@ def run_ablate(model: GPT, enc: Tokenizer):
             whole, values = measure(no_tap), np.empty((config.n_layer, len(sites)))
             for cell in np.ndindex(values.shape):
                 site, head = sites[cell[1]]
-                values[cell] = measure(ablation(site, cell[0], how, head)) - whole
+                values[cell] = measure(ablation(model, site, cell[0], how, head)) - whole
                 bar.update()
             bar.clear()
             show(values, columns, f"{how} ablation ({name} {whole:.4f} when whole)",
@@ -382,7 +421,8 @@ if __name__ == "__main__":
         raise UserError(f"site={site!r} is not one of {', '.join(SITES)}")
     if min(batch_size, draws, window, samples) < 1 or not 0 <= noise < math.inf:
         raise UserError("batch_size, draws, window and samples must be 1 or more, noise 0 or more")
-    ablation("block", 0, how)  # checks its name
+    if how not in HOWS:
+        raise UserError(f"how={how!r} is not one of {', '.join(HOWS)}")
     picture, _ = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png")
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):

@@ -23,21 +23,41 @@ DONOR, RECIPIENT = (mx.array(RNG.integers(0, 64, 12)) for _ in range(2))
 
 def small(n_layer=3, **settings):
     sizes = dict(block_size=32, vocab_size=64, n_head=2, n_embd=64, n_layer=n_layer)
-    return GPT(GPTConfig(**sizes | settings), seed=1).eval()
+    model = GPT(GPTConfig(**sizes | settings), seed=1).eval()
+    for block in model.blocks:
+        if "predictor" in block:  # else no token would be chosen
+            block.predictor.weight, block.threshold = mx.random.normal((1, 64), key=mx.random.key(2)), mx.array([0.0])
+    return model
+
+
+def in_place(model, layer, stream, x):
+    """What a block taps of tokens, (T, C), by position: mod=topk has the chosen ones first, and gives the others 0."""
+    block = model.blocks[layer]
+    if "predictor" not in block:
+        return np.arange(len(x)), x
+    chosen = np.array((stream @ block.predictor.weight.T)[:, 0] > block.threshold)
+    row = np.empty(len(x), int)
+    row[np.concatenate([np.flatnonzero(chosen), np.flatnonzero(~chosen)])] = np.arange(len(x))
+    return row, mx.where(mx.array(chosen)[:, None], x[mx.array(row)], 0)
 
 
 def one_cell(model, donor, recipient, site, layers, i, j):
     """The recipient's last logits with the donor's state at one place, in a pass of its own."""
-    states = {}
+    states, own = {}, {}
 
     def record(name, layer, x):
         states[name, layer] = x
         return x
 
     def put(name, layer, x):
+        own[name] = x[0]
         if name == site and layer in layers:
+            value, row = states[name, layer][0, i], j
+            if site != "resid":
+                value = in_place(model, layer, states["resid", layer][0], states[name, layer][0])[1][i]
+                row = in_place(model, layer, own["resid"], x[0])[0][j]
             x = mx.array(x)
-            x[0, j] = states[name, layer][0, i]
+            x[0, row] = value
         return x
 
     model(donor[None], tap=record)
@@ -47,13 +67,13 @@ def one_cell(model, donor, recipient, site, layers, i, j):
 # ---- patching --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", FLAVOURS, ids=str)
+@pytest.mark.parametrize("settings", [*FLAVOURS, dict(mod="topk", mod_every=1)], ids=str)
 def test_swap(settings):
     """Donor = self changes nothing; the grid is one pass a cell; all positions at once are the donor."""
-    model, sites = small(4, **settings), ["resid"] if settings.get("mod") == "topk" else patching.SITES
+    model = small(4, **settings)
     own, theirs = model(RECIPIENT[None])[0], model(DONOR[None])[0]
     tolerance = 1e-4 * mx.abs(own).max()
-    for site in sites:
+    for site in patching.SITES:
         same = swap(model, RECIPIENT, RECIPIENT, site)
         assert same.shape == (4, 12, 64) and mx.abs(same - own[-1]).max() < tolerance
         found = swap(model, DONOR, RECIPIENT, site, batch_size=5)
@@ -68,9 +88,6 @@ def test_swap(settings):
         whole = model(RECIPIENT[None], tap=lambda name, at, x, layer=layer, states=states: (
             states[name, at] if (name, at) == ("resid", layer) else x))[0]
         assert mx.abs(whole - theirs).max() < tolerance
-    if settings.get("mod") == "topk":
-        with pytest.raises(UserError, match="take site=resid"):
-            swap(model, DONOR, RECIPIENT, "mlp")
 
 
 def test_the_past_stays():
@@ -104,16 +121,23 @@ def test_pairs():
 
 @pytest.mark.parametrize("site", patching.SITES)
 @pytest.mark.parametrize("source", ["zero", "mean"])
-def test_zero_and_mean(site, source):
-    model = small()
+@pytest.mark.parametrize("settings", [dict(), dict(mod="topk", mod_every=1)], ids=str)
+def test_zero_and_mean(settings, site, source):
+    """Zeros, or the mean of the tokens that a block works on."""
+    model, stream = small(**settings), []
+    model(RECIPIENT[None], tap=lambda name, layer, x: stream.append(x[0]) or x if name == "resid" else x)
     found = patching.replaced(model, RECIPIENT, source, site, [*range(12)], [*range(12)])
     for layer in range(3):
         for p in (0, 7, 11):
             def tap(name, at, x, layer=layer, p=p):
                 if (name, at) == (site, layer):
-                    by = x[0].mean(0) if source == "mean" else mx.zeros_like(x[0, 0])
+                    rows, n = np.arange(12), 12
+                    if site != "resid":
+                        rows, placed = in_place(model, layer, stream[layer], x[0])
+                        n = sum(bool(each.any()) for each in placed)
+                    by = x[0, :n].mean(0) if source == "mean" else mx.zeros_like(x[0, 0])
                     x = mx.array(x)
-                    x[0, p] = by
+                    x[0, rows[p]] = by
                 return x
 
             assert mx.allclose(found[layer, p], model(RECIPIENT[None], tap=tap)[0, -1], atol=1e-4)
@@ -229,6 +253,28 @@ def test_ablation(settings):
     assert mx.allclose(ablate(model, idx, "attn", 2), without, atol=1e-5)
 
 
+def test_means_of_chosen_tokens():
+    """With mod=topk the mean is of the tokens that the block works on, whatever it computes of the others."""
+    model, idx = small(mod="topk", mod_every=1), mx.stack([DONOR, RECIPIENT])
+    states = {}
+    model(idx, tap=lambda name, layer, x: states.setdefault((name, layer), x))
+    chosen = np.array(states["resid", 1] @ model.blocks[1].predictor.weight.T)[..., 0] > 0
+    counts = chosen.sum(1)
+    assert 0 < min(counts) and max(counts) < 12 and counts[0] != counts[1]
+    for site, name in (("attn", "attn"), ("mlp", "mlp"), ("head", "heads")):
+        x = states[name, 1] if site == "head" else states[name, 1][:, None]  # (B, H, T, C), the chosen ones first
+        mean = mx.concatenate([each[:, :n] for each, n in zip(x, counts.tolist(), strict=True)], 1).mean(1)
+
+        def by_hand(at, layer, x, name=name, mean=mean):
+            if (at, layer) != (name, 1):
+                return x
+            by = mx.broadcast_to(mean[-1], (2, 12, mean.shape[1]))
+            return mx.stack([x[:, 0], by], axis=1) if name == "heads" else by
+
+        found = ablate(model, idx, site, 1, "mean", head=1)
+        assert mx.allclose(found, model(idx, tap=by_hand), atol=1e-5) and not mx.allclose(found, model(idx), atol=1e-4)
+
+
 def test_heads_and_means():
     model, idx = small(), mx.stack([DONOR, RECIPIENT])
     out = model.blocks[1].attn.out
@@ -329,7 +375,7 @@ def test_figures(tmp_path):
     (tmp_path / "text.txt").write_bytes(text)
     done = run(path, "--mode=ablate", f"--data={tmp_path / 'text.txt'}", "--samples=3", "--batch_size=16")
     rows = patching.windows(np.frombuffer(text, np.uint8), 3, 33, 1337).astype(mx.int32)
-    for tap in (lambda name, layer, x: x, patching.ablation("mlp", 0)):
+    for tap in (lambda name, layer, x: x, patching.ablation(model, "mlp", 0)):
         whole.append(model.loss(rows[:, :-1], rows[:, 1:], tap=tap).item())
     line = done.stdout.splitlines()[-3].split()
     assert f"{whole[0]:.4f} when whole" in done.stdout
