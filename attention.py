@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from config import UserError, overrides
-from draw import grid, labels, page, pictures, prompt_ids, short, write_figure
+from draw import check_finite, grid, labels, page, pictures, prompt_ids, short, write_figure
 from model import (
     DIFF_LAMBDAS,
     GPT,
@@ -247,7 +247,7 @@ large.onpointermove = event => {
 PAGE = """<style>
 canvas { image-rendering: pixelated; display: block; }
 #both { display: flex; flex-wrap: wrap; gap: 0 2em; }
-#frame { display: grid; grid-template-columns: auto auto; justify-content: start; font: 11px ui-monospace, monospace; }
+#frame { display: grid; grid-template-columns: auto minmax(0, 422px); font: 11px ui-monospace, monospace; }
 #left, #below { display: flex; justify-content: space-around; white-space: pre; }
 #left { flex-direction: column; text-align: right; }
 #left span { line-height: 1; padding-right: .4em; }
@@ -257,7 +257,7 @@ canvas { image-rendering: pixelated; display: block; }
 .line b { width: 9em; font-weight: normal; }
 button { padding: 0; border: 1px solid #8886; background: none; cursor: pointer; }
 button canvas { width: 84px; height: 84px; }
-#large { width: min(90vw, 420px); height: min(90vw, 420px); border: 1px solid #8886; }
+#large { width: 100%; aspect-ratio: 1; box-sizing: border-box; border: 1px solid #8886; }
 #said { font: 13px ui-monospace, monospace; white-space: pre-wrap; min-height: 2.6em; }
 </style><div id=both><div><h2 id=which></h2>
 <div id=frame><div id=left></div><canvas id=large></canvas><div id=below></div></div>
@@ -312,6 +312,7 @@ if __name__ == "__main__":
     ids = prompt_ids(enc, prompt, model)
     model.set_dtype(compute_dtype("auto"))
     states = record(model, mx.array(ids))
+    check_finite(np.array(states["resid", model.config.n_layer].astype(mx.float32)))
     maps, tokens = attention_maps(model, mx.array(ids), states), labels(enc, ids)
     table(maps)
     parts = routing(model, states, tokens)

@@ -49,16 +49,26 @@ def pictures(path: str) -> tuple[str, str]:
     stem, ending = os.path.splitext(path)
     if ending != ".png":
         raise UserError(f"picture={path!r}: it is a PNG, so let its name end in .png")
-    check_folder(path)
+    for name in (path, f"{stem}.html"):
+        check_folder(name)
     return path, f"{stem}.html"
 
 
 def check_folder(path: str):
-    """Before the work, not after it: whether there can be such a file."""
+    """UserError, before any work, if no file of that name can be written."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise UserError(f"cannot write {path}: there is no folder {folder}")
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; name a file in it")
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise UserError(f"cannot write {path}: there is no folder {os.path.dirname(path)}")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: the folder may not be written to")
+
+
+def check_finite(values):
+    """UserError where a table would tell nonsense."""
+    if not np.isfinite(values).all():
+        raise UserError("the model's numbers are not finite: its weights are spoilt; take another checkpoint")
 
 
 def write_whole(path: str, content: bytes):

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from calibrate import windows
 from config import UserError, overrides
-from draw import grid, heat_map, labels, page, pictures, prompt_ids, short
+from draw import check_finite, grid, heat_map, labels, page, pictures, prompt_ids, short
 from model import GPT, compute_dtype, load_checkpoint, no_tap
 from score import read_tokens
 from tokenizer import Tokenizer
@@ -192,6 +192,10 @@ def trace(model: GPT, idx: mx.array, subject: list[int], noise: mx.array, site: 
     """Causal tracing of tokens (T,): noise (D, len(subject), C) is added to the embeddings of the subject's positions.
     Logits of the last position (D, V) so corrupted, and (n_layer, T, D, V) with the clean states of one position put
     back in `window` layers around one layer."""
+    if len(noise) > batch_size:
+        parts = [trace(model, idx, subject, noise[i:i + batch_size], site, window, batch_size)
+                 for i in range(0, len(noise), batch_size)]
+        return mx.concatenate([low for low, _ in parts]), mx.concatenate([found for _, found in parts], axis=2)
     D, T, n_layer = len(noise), len(idx), model.config.n_layer
     clean, rows = record(model, idx[None]), mx.broadcast_to(idx, (D, T))
     states = record(model, rows, lambda x: x.at[:, mx.array(subject)].add(noise.astype(x.dtype)))
@@ -217,6 +221,8 @@ def ablation(model: GPT, site: str, layers: int | Iterable[int], how: str = "zer
     """A tap that takes out what attention ("attn"), the MLP ("mlp"), the whole block ("block"), or one head ("head") of
     these layers adds, or has read: "zero", "mean" over the tokens that the block works on, or "skip"."""
     layers, stream = {layers} if isinstance(layers, int) else set(layers), None
+    if layers - set(range(model.config.n_layer)):
+        raise UserError(f"layers {sorted(layers)}: the model has 0 to {model.config.n_layer - 1}")
     if site not in ("attn", "mlp", "block", "head"):
         raise UserError(f"site={site!r} is not one of attn, mlp, block, head")
     if how not in HOWS:
@@ -236,6 +242,8 @@ def ablation(model: GPT, site: str, layers: int | Iterable[int], how: str = "zer
             x = mx.broadcast_to(mean(layer, x), x.shape) if how == "mean" else mx.zeros_like(x)
         elif layer in layers and site == "head" and name == "heads":
             B, H, T, D = x.shape
+            if head not in range(H):
+                raise UserError(f"head={head}: the layer has 0 to {H - 1}")
             by = mx.zeros_like(x)
             if how == "mean":
                 by = mean(layer, x.swapaxes(1, 2).reshape(B, T, H * D)).reshape(H, 1, D)
@@ -263,6 +271,7 @@ def heads_of(model: GPT) -> int:
 
 def show(values, columns: list[str], title: str, hovers, unit: str, picture: str):
     """The table of values (n_layer, columns), its picture, and its page beside it."""
+    check_finite(values)
     largest = np.abs(values).max()
     digits = min(5, max(2, 1 - math.floor(math.log10(largest)))) if largest else 2
 
@@ -337,7 +346,7 @@ def run_grid(model: GPT, enc: Tokenizer):
 
     donor, other = mx.array(ids), prompt_ids(enc, corrupt, model, "corrupt") if mode == "swap" else ids
     before = measure(model(mx.array([other]))[0, -1])
-    of = f"log p({enc.decode([wanted])!r}), nats"
+    of = f"log p({enc.decode([wanted])!r})"
     if against is not None:
         of = f"logit of {enc.decode([wanted])!r} less that of {enc.decode([against])!r}"
     if mode == "swap":
@@ -348,12 +357,12 @@ def run_grid(model: GPT, enc: Tokenizer):
         logits = swap(model, donor, mx.array(other), site, at, batch_size)
         values = (measure(logits) - before) / (best - before)
         columns = [f"{i}:{j} {labels(enc, ids[i:i + 1])[0]}" for i, j in at] if at else numbered(enc, ids)
-        title, unit = f"the donor's {site} in the recipient", "(patched - corrupt) / (clean - corrupt)"
+        title, unit = f"the donor's {site} in the recipient", f"(patched - corrupt) / (clean - corrupt) of {of}"
         print(f"{of}: clean {best:.4f}, corrupt {before:.4f}")
     else:
         logits = replaced(model, donor, mode, site, [*range(len(ids))], [*range(len(ids))], batch_size)
         values, columns = measure(logits) - before, numbered(enc, ids)
-        title, unit = f"{site} replaced by {mode}", f"change of {of}"
+        title, unit = f"{site} replaced by {mode}", f"change of {of}" + (", nats" if against is None else "")
         print(f"{of}: clean {before:.4f}")
     tops = np.array(mx.argmax(logits[..., :enc.n_vocab], axis=-1))
     hovers = [[f"{value:+.4f}\nmost probable then: {labels(enc, [int(top)])[0]}"
@@ -419,8 +428,10 @@ if __name__ == "__main__":
         raise UserError(f"mode={mode!r} is not one of swap, zero, mean, trace, ablate")
     if site not in SITES:
         raise UserError(f"site={site!r} is not one of {', '.join(SITES)}")
-    if min(batch_size, draws, window, samples) < 1 or not 0 <= noise < math.inf:
-        raise UserError("batch_size, draws, window and samples must be 1 or more, noise 0 or more")
+    if min(batch_size, draws, window, samples) < 1 or not 0 <= noise <= 1e6:
+        raise UserError("batch_size, draws, window and samples must be 1 or more, noise 0 to 1e6")
+    if seed < 0:
+        raise UserError(f"seed={seed}: it must be 0 or more")
     if how not in HOWS:
         raise UserError(f"how={how!r} is not one of {', '.join(HOWS)}")
     picture, _ = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png")

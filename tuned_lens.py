@@ -38,7 +38,19 @@ from tqdm import tqdm
 
 import cpu
 from config import UserError, overrides
-from draw import check_folder, grid, heat_map, labels, page, pictures, prompt_ids, short, write_figure, write_whole
+from draw import (
+    check_finite,
+    check_folder,
+    grid,
+    heat_map,
+    labels,
+    page,
+    pictures,
+    prompt_ids,
+    short,
+    write_figure,
+    write_whole,
+)
 from lora import base_fingerprint
 from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, load_checkpoint, save_arrays
 from quantized import dense_weight
@@ -47,7 +59,7 @@ from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any, packed or not
 data = ""               # a folder that data.py made, or a text file, of which the last tenth is held out
-out = ""                # the sidecar; "": the checkpoint's name with .lenses
+out = ""                # the sidecar, whose name ends in .lenses; "": the checkpoint's name
 head = "affine"         # affine | full, a free linear layer to the vocabulary
 max_iters = 160         # updates
 batch_size = 4          # windows of block_size tokens in each
@@ -252,7 +264,8 @@ def train(model: GPT, rows: np.ndarray) -> dict[str, mx.array]:
         lens = optimizer.apply_gradients(gradient, lens)
         mx.eval(loss, lens, optimizer.state)
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()} at update {i}: give a smaller --learning_rate")
+            raise UserError(f"the loss is {loss.item()} at update {i}: "
+                            + ("give a smaller --learning_rate" if i else "the model's weights are spoilt"))
         if i % 10 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}")
     return {"W": lens["W"] / size[:-1], "b": lens["b"]} if head == "full" else lens
@@ -285,6 +298,7 @@ def draw_curves(plain: np.ndarray, tuned: np.ndarray):
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     write_figure(picture, figure)
+    plt.close(figure)
     print(f"drawn: {picture}")
 
 
@@ -295,6 +309,7 @@ def show(model: GPT, lens: dict[str, mx.array], enc: Tokenizer, ids: list[int], 
     """The table, picture and page of a prompt, layer by position; the end stands above."""
     logits = logit_lens(model, mx.array([ids]), lens)[:, 0, :, :enc.n_vocab].astype(mx.float32)
     p = np.array(mx.softmax(logits, axis=-1))
+    check_finite(p)
     best = np.argsort(-p, axis=-1)[..., :5]
     entropy = -(p * np.log2(np.maximum(p, 1e-30))).sum(-1)
     rows = [f"before {layer}" for layer in range(model.config.n_layer)] + ["the model"]
@@ -326,13 +341,16 @@ if __name__ == "__main__":
         raise UserError(f"color={color!r} is not one of probability, entropy")
     if min(max_iters, batch_size, eval_windows) < 1 or not learning_rate > 0:
         raise UserError("max_iters, batch_size, eval_windows and learning_rate must be over 0")
+    if seed < 0:
+        raise UserError(f"seed={seed}: it must be 0 or more")
     if not data and not apply:
         raise UserError("nothing to learn from: give --data=FILE; or a prompt to look at, with --apply and --prompt")
     stem = checkpoint.removesuffix(".safetensors")
     out = out or f"{stem}.lenses"
-    check_folder(out)
-    if os.path.realpath(out) == os.path.realpath(checkpoint):
-        raise UserError(f"{out} is the checkpoint itself: give another --out")
+    if not out.endswith(".lenses"):
+        raise UserError(f"out={out!r}: let its name end in .lenses; the .tgtl file is written beside it")
+    for name in (out, tgtl_of(out)):
+        check_folder(name)
     picture, html = pictures(picture or (f"{stem}-lens.png" if apply else f"{out.removesuffix('.lenses')}-lenses.png"))
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):

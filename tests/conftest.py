@@ -1,4 +1,5 @@
 """What all tests share: the scripts run as a user runs them, on one thread, in folders of their own."""
+import doctest
 import os
 import random
 import runpy
@@ -55,6 +56,21 @@ def run_here(script: str, *arguments):
     finally:
         sys.argv, sys.excepthook = argv, hook
         config.given.clear()
+
+
+def docstring_use(script, folder: Path) -> dict:
+    """The names that the lines after >>> in a script's docstring leave behind, run where out/ckpt.safetensors is this
+    folder's."""
+    names, here = {}, os.getcwd()
+    (folder / "out").mkdir()
+    (folder / "ckpt.safetensors").rename(folder / "out" / "ckpt.safetensors")
+    os.chdir(folder)
+    try:
+        for example in doctest.DocTestParser().get_examples(script.__doc__):
+            exec(example.source, names)
+    finally:
+        os.chdir(here)
+    return names
 
 
 class OneLayer(dict):

@@ -13,7 +13,8 @@ from test_gptq import FLAVOURS, checkpoint
 
 import attention
 from attention import attention_maps
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, save_checkpoint
+from tokenizer import byte_tokenizer
 
 IDX = mx.array(np.random.default_rng(0).integers(0, 64, 30))
 
@@ -130,8 +131,18 @@ def test_script(settings, tmp_path):
         np.testing.assert_allclose(heads, each, atol=0.51 / 127)
 
 
+def test_docstring(tmp_path):
+    checkpoint(tmp_path, n_layer=4)
+    maps = conftest.docstring_use(attention, tmp_path)["maps"]
+    assert maps.shape == (2, 3, 3) and np.allclose(maps.sum(-1), 1)
+
+
 def test_bad_input(tmp_path):
-    path, _ = checkpoint(tmp_path)
+    path, model = checkpoint(tmp_path)
     assert "no prompt" in run(path, status=2).stderr
     assert "the prompt has 41 tokens" in run(path, "--prompt=" + "x" * 40, status=2).stderr
     assert "no checkpoint at" in run(tmp_path / "none", "--prompt=x", status=2).stderr
+    model.embed.weight = model.embed.weight * float("nan")
+    save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
+    assert "are not finite" in run(path, "--prompt=x", status=2).stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]

@@ -30,7 +30,8 @@ def test_files(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "folder"]
     assert draw.pictures(f"{tmp_path}/x.y.png") == (f"{tmp_path}/x.y.png", f"{tmp_path}/x.y.html")
     (tmp_path / "folder.png").mkdir()
-    for bad in ("x.html", "x", "none/x.png", f"{tmp_path}/folder.png"):
+    (tmp_path / "x.html").mkdir()
+    for bad in ("x.html", "x", "none/x.png", f"{tmp_path}/folder.png", f"{tmp_path}/x.png"):
         with pytest.raises(UserError):
             draw.pictures(bad)
 

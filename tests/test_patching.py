@@ -13,7 +13,7 @@ from test_gptq import FLAVOURS, checkpoint
 
 import patching
 from config import UserError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, save_checkpoint
 from patching import ablate, swap
 from tokenizer import byte_tokenizer
 
@@ -105,6 +105,25 @@ def test_the_past_stays():
         assert mx.array_equal(found[:p], own[:p]) and not mx.allclose(found[p], own[p])
 
 
+@pytest.mark.parametrize("settings", FLAVOURS, ids=str)
+def test_with_a_cache(settings):
+    """A patch in a pass that reads the prompt in pieces, with a cache, gives the same."""
+    model = small(4, **settings)
+    donor = patching.record(model, DONOR[None])
+    found = swap(model, DONOR, RECIPIENT)
+    for layer, p in ((0, 5), (1, 5), (2, 3)):
+        cache = model.make_cache()
+        for begin, end in ((0, 3), (3, 5), (5, 6), (6, 12)):
+            def tap(name, at, x, layer=layer, p=p, begin=begin, end=end):
+                if (name, at) == ("resid", layer) and begin <= p < end:
+                    x = mx.array(x)
+                    x[0, p - begin] = donor["resid", layer][0, p]
+                return x
+
+            last = model(RECIPIENT[None, begin:end], cache=cache, tap=tap)[0, -1]
+        assert mx.allclose(found[layer, p], last, atol=1e-3), (layer, p)
+
+
 def test_pairs():
     """Prompts of unequal length: which position takes the place of which."""
     model, donor = small(), DONOR[:7]
@@ -172,6 +191,8 @@ def test_trace(site, window, settings):
                 return x
 
             assert mx.allclose(found[layer, p, draw], noisy(draw, put), atol=1e-4), (layer, p)
+    low, two = patching.trace(model, RECIPIENT, subject, noise, site, window, batch_size=2)  # fewer rows than draws
+    assert mx.allclose(low, corrupted, atol=1e-4) and mx.allclose(two, found, atol=1e-4)
     still, same = patching.trace(model, RECIPIENT, subject, mx.zeros((1, 2, 64)), site, window)
     assert mx.abs(same - model(RECIPIENT[None])[0, -1]).max() < 1e-3 and mx.abs(still - same[0, 0]).max() < 1e-3
 
@@ -300,6 +321,12 @@ def test_heads_and_means():
     for site in ("attn", "mlp", "head", "block"):
         found = ablate(model, idx, site, 1, "mean", head=1)
         assert mx.allclose(found, by_hand(site), atol=1e-5) and not mx.allclose(found, model(idx), atol=1e-4)
+    for bad in (dict(site="head", layer=3, head=0), dict(site="mlp", layer=[0, -1])):
+        with pytest.raises(UserError, match="the model has 0 to 2"):
+            ablate(model, idx, **bad)
+    for head in (2, -1, None):
+        with pytest.raises(UserError, match="the layer has 0 to 1"):
+            ablate(model, idx, "head", 1, head=head)
     for bad in (dict(site="neuron"), dict(site="mlp", how="noise")):
         with pytest.raises(UserError, match="is not one of"):
             ablate(model, idx, layer=1, **bad)
@@ -391,13 +418,29 @@ def test_figures(tmp_path):
     ([CLEAN, "--mode=patch"], "mode='patch'"), ([CLEAN, CORRUPT, TARGET, "--foil= "], "the same token"),
     ([CLEAN, CORRUPT, TARGET, "--site=heads"], "site='heads'"), ([CLEAN, "--corrupt=the cat sat", TARGET], "no effect"),
     (["--mode=trace", CLEAN, TARGET, "--subject=dog"], "is not in the prompt"),
-    (["--mode=trace", CLEAN, TARGET], "give --subject"), (["--mode=trace", "--noise=inf"], "noise 0 or more"),
+    (["--mode=trace", CLEAN, TARGET], "give --subject"), (["--mode=trace", "--noise=-1"], "noise 0 to 1e6"),
+    (["--mode=trace", "--noise=1e300"], "noise 0 to 1e6"), ([CLEAN, CORRUPT, TARGET, "--seed=-1"], "seed=-1"),
     (["--mode=ablate"], "nothing to read"), ([CLEAN, "--picture=none/x.png"], "there is no folder none"),
     (["--mode=ablate", CLEAN, TARGET, "--how=noise"], "how='noise'"), ([CLEAN, "--batch_size=0"], "batch_size"),
 ])
 def test_bad_input(arguments, says, tmp_path):
     path, _ = checkpoint(tmp_path)
     assert says in run(path, *arguments, status=2).stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
+
+
+def test_docstring(tmp_path):
+    checkpoint(tmp_path, n_layer=4)
+    logits = conftest.docstring_use(patching, tmp_path)["logits"]
+    assert logits.shape == (1, 3, 320)
+
+
+@pytest.mark.parametrize("arguments", [[CLEAN, CORRUPT, TARGET], ["--mode=ablate", CLEAN, TARGET]], ids=str)
+def test_spoilt_weights(arguments, tmp_path):
+    path, model = checkpoint(tmp_path)
+    model.blocks[1].mlp.up.weight = model.blocks[1].mlp.up.weight * float("nan")
+    save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
+    assert "are not finite" in run(path, *arguments, status=2).stderr
     assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
 
 

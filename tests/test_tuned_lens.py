@@ -197,7 +197,8 @@ def test_apply(learned):
     (["--apply=none", "--prompt=x", "--color=red"], "color='red'"), (["--apply=x.lenses", "--prompt=x"], "x.lenses"),
     (["--apply=x.tgtl", "--prompt=x"], "cannot read the sidecar x.tgtl"),
     (["--data={text}", "--out=none/x.lenses"], "there is no folder none"),
-    (["--data={text}", "--out={path}"], "is the checkpoint itself"),
+    (["--data={text}", "--out={path}"], "let its name end in .lenses"),
+    (["--data={text}", "--out={folder}"], "d.lenses: it is a folder"), (["--data={text}", "--seed=-1"], "seed=-1"),
     (["--data={text}", "--picture=x.html"], "let its name end in .png"),
     (["--data={text}", "--out={wild}", "--max_iters=5", "--learning_rate=inf"], "smaller --learning_rate"),
     (["--apply={path}", "--prompt=x"], "no sidecar of lenses"),
@@ -205,12 +206,30 @@ def test_apply(learned):
 ])
 def test_bad_input(arguments, says, learned, tmp_path):
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "d.lenses").mkdir()
     (tmp_path / "cut.tgtl").write_bytes(struct.pack("<4s4I", b"TGTL", 2, 3, 320, 64) + b"123")
     names = dict(text=learned / "text.txt", short=tmp_path / "short.txt", path=learned / "ckpt.safetensors",
-                 cut=tmp_path / "cut.tgtl", wild=tmp_path / "wild.lenses")
+                 cut=tmp_path / "cut.tgtl", wild=tmp_path / "wild.lenses", folder=tmp_path / "d.lenses")
     done = run(names["path"], *(argument.format(**names) for argument in arguments), status=2)
     assert says in done.stderr
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["cut.tgtl", "short.txt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cut.tgtl", "d.lenses", "short.txt"]
+
+
+def test_docstring(tmp_path):
+    checkpoint(tmp_path, n_layer=4)
+    names = conftest.docstring_use(tuned_lens, tmp_path)
+    assert names["logits"].shape == (5, 1, 3, 320)
+    assert mx.array_equal(names["logits"][4], names["model"](mx.array([[5, 17, 2]])))
+
+
+def test_spoilt_weights(tmp_path):
+    """A model whose numbers are none: one line, and nothing written."""
+    path, model = checkpoint(tmp_path)
+    model.blocks[1].mlp.up.weight = model.blocks[1].mlp.up.weight * float("nan")
+    save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
+    assert "are not finite" in run(path, "--apply=none", "--prompt=x", status=2).stderr
+    assert "weights are spoilt" in run(path, f"--data={ROOT / 'README.md'}", status=2).stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
 
 
 def test_another_base(learned, tmp_path):
