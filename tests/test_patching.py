@@ -90,9 +90,10 @@ def test_swap(settings):
         assert mx.abs(whole - theirs).max() < tolerance
 
 
-def test_the_past_stays():
+@pytest.mark.parametrize("settings", FLAVOURS, ids=str)
+def test_the_past_stays(settings):
     """A patch at position p leaves the outputs before p alone, and moves that at p."""
-    model = small()
+    model = small(4, **settings)
     donor, own = patching.record(model, DONOR[None]), model(RECIPIENT[None])[0]
     for p in (0, 4, 11):
         def tap(name, layer, x, p=p):
@@ -102,7 +103,7 @@ def test_the_past_stays():
             return x
 
         found = model(RECIPIENT[None], tap=tap)[0]
-        assert mx.array_equal(found[:p], own[:p]) and not mx.allclose(found[p], own[p])
+        assert mx.allclose(found[:p], own[:p], atol=1e-5) and not mx.allclose(found[p], own[p], atol=1e-3)
 
 
 @pytest.mark.parametrize("settings", FLAVOURS, ids=str)
