@@ -20,23 +20,34 @@ const LACKING = [  // what the page has no kernels for, and when a config asks f
   ["sinks", (config) => config.sinks > 0], ["diff_attn", (config) => config.diff_attn], ["n_expert", (config) => config.n_expert > 0],
   ["mod", (config) => (config.mod ?? "none") !== "none"], ["yoco", (config) => config.yoco],
 ];
+const WHOLE = ["block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim"];
+const NUMBERS = ["rope_theta", "rope_factor", "rope_low_freq", "rope_high_freq", "rope_original", "norm_eps"];
+const CHOICES = { pos: ["rope", "learned", "none"], norm: ["rms", "layer"], mlp: Object.keys(KINDS) };
 const OF_THOSE = ["sinks", "diff_attn", "diff_attn_version", "n_expert", "expert_top_k", "n_shared_expert", "expert_balance",
   "mod", "mod_capacity", "mod_every", "yoco"];
 
 /** UserError, by name, for an architecture that the page cannot run. */
 export function checkConfig(config) {
+  const senseless = (name) => new UserError(`This checkpoint has settings that make no model (${name}): make it again.`);
+  if (typeof config !== "object") throw senseless("config");
   const lacks = LACKING.filter(([, asks]) => asks(config)).map(([name]) => name);
   const unknown = Object.keys(config).filter((name) => !KNOWN.includes(name) && !OF_THOSE.includes(name));
   if (lacks.length || unknown.length) {
     throw new UserError(`This checkpoint uses ${[...lacks, ...unknown].join(", ")}, which this page cannot run: ` +
       "python sample.py can.");
   }
-  const missing = KNOWN.filter((name) => config[name] === undefined);
-  const whole = ["block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim"];
-  const wrong = whole.find((name) => !(Number.isInteger(config[name]) && config[name] > 0));
-  if (missing.length || wrong || !(config.mlp in KINDS) || config.n_head % config.n_kv_head) {
-    throw new UserError(`This checkpoint has settings that make no model (${missing[0] ?? wrong ?? "mlp, n_kv_head"}): make it again.`);
-  }
+  const fits = {
+    ...Object.fromEntries(KNOWN.map((name) => [name, () => config[name] !== undefined])),
+    ...Object.fromEntries(WHOLE.map((name) => [name, (value) => Number.isInteger(value) && value > 0])),
+    ...Object.fromEntries(NUMBERS.map((name) => [name, (value) => Number.isFinite(value) && value >= 0])),
+    ...Object.fromEntries(Object.entries(CHOICES).map(([name, all]) => [name, (value) => all.includes(value)])),
+    sliding_window: (value) => Number.isInteger(value) && value >= 0,
+    window_pattern: (value) => /^[SL]+$/.test(value),
+  };
+  const wrong = KNOWN.find((name) => !fits[name](config[name]));
+  if (wrong) throw senseless(wrong);
+  if (config.n_head % config.n_kv_head) throw senseless("n_kv_head");
+  if (config.pos === "rope" && config.head_dim % 2) throw senseless("head_dim");
   if (config.head_dim > 256) throw new UserError(`This model has heads of width ${config.head_dim}: this page goes up to 256.`);
 }
 
@@ -354,7 +365,7 @@ export class GPT {
       if (draws) plan.set(sample, [this.n_vocab, top_k, temperature, top_p, min_p]);
       return plan;
     };
-    const one = await ready(1, true), history = Array.from(ids);
+    const history = Array.from(ids);
     let offset = 0, steps = 0;
     const read = async (tokens) => {  // into an empty cache, and draw
       const size = tokens.length <= FEW ? 1 : CHUNK;
@@ -378,7 +389,7 @@ export class GPT {
           if (coming.length) break;  // all tokens must be known
           await read(history.slice(-Math.max(1, Math.floor(block_size / 2))));
         } else {
-          one.run();
+          (await ready(1, true)).run();  // asked for anew: climb() may have found faster kernels since
           offset += 1;
         }
         coming.push(arrive(steps));

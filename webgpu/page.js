@@ -5,13 +5,13 @@ import { UserError } from "./errors.js";
 import { GPT } from "./gpt.js";
 import { climb, GPU, megabytes } from "./gpu.js";
 import { showCard } from "./page_card.js";
-import { $, alone, attempt, doing, during, make, many, needModel, notice, onModel, page, say, setModel,
+import { $, alone, attempt, doing, during, forgetLoss, make, many, needModel, notice, onModel, page, say, setModel,
   wordsOf } from "./page_common.js";
 import { lookByItself, setUpLooking, takeLens } from "./page_look.js";
 import { recall, remember, keepFields } from "./page_store.js";
 import { offerRun, setUpTraining, takeText } from "./page_train.js";
 import { setUpSpeed, showLadder } from "./page_speed.js";
-import { beginText, notWriting, setUpWriting, stopWriting } from "./page_write.js";
+import { beginText, begun, setUpWriting, stopWriting } from "./page_write.js";
 
 const TEXTS = /\.(txt|md|rst|tex|log|srt|csv|tsv|jsonl?|ya?ml|html?|css|wgsl|py|m?js|ts|c|h|cc|cpp|rs|go|java|sh)$/i;
 const ELSEWHERE = [  // what is no checkpoint of ours, and what makes one of it
@@ -44,7 +44,10 @@ async function reopen(blob) {
     await during("open", "Opening the device", openDevice);
     if (blob) await load(blob);
   });
-  if (well) return offerRun();
+  if (well) {
+    forgetLoss();
+    return offerRun();
+  }
   notice("The device could not be opened again.", {
     "Try once more": () => reopen(blob), "Reload the page": () => location.reload() }, "alert");
 }
@@ -229,7 +232,7 @@ async function open() {
     await openModel(file);
   }
   offerRun();
-  await notWriting();
+  if (page.model) await begun;  // the first word comes before all else
   await attempt("speed-wrong", () => during("climb", "Trying faster kernels", () =>
     alone(() => climb(page.gpu, showLadder))));
 }

@@ -104,11 +104,20 @@ export async function attempt(place, work) {
 }
 
 /** If a device is lost, what waits for it may fail a moment before that is told. */
-export const lossIsKnown = () => new Promise((resolve) => setTimeout(resolve, 100));
+export async function lossIsKnown() {
+  const moment = new Promise((resolve) => setTimeout(resolve, 1000));
+  await Promise.race([moment, page.gpu?.lost]);
+  await null;  // page.js hears of it, too
+}
 
 export function say(place, words) {
   $(place).textContent = words;
   $(place).hidden = !words;
+}
+
+/** With a new device, what was said of the loss is over. */
+export function forgetLoss() {
+  for (const { id, textContent } of document.querySelectorAll(".wrong")) if (textContent === LOST) say(id, "");
 }
 
 /** A number that was typed, or UserError. */

@@ -8,6 +8,10 @@ import { bars } from "./page_draw.js";
 const sheet = { prompt: [], written: [], enc: null, model: null, at: null, stream: null };
 let current = null;  // the writing that goes on: {abort, done}
 let frame = 0;
+let tellBegun;
+
+/** Settles with the first token of all, or once it is clear that none comes. */
+export const begun = new Promise((resolve) => { tellBegun = resolve; });
 
 export const isWriting = () => current !== null;
 
@@ -22,8 +26,8 @@ export async function stopWriting() {
 }
 
 /** Begin a new text with the prompt. If the page does so by itself, a prompt that the model cannot read is left out. */
-export function beginText({ byItself = false } = {}) {
-  return attempt("write-wrong", async () => {
+export async function beginText({ byItself = false } = {}) {
+  await attempt("write-wrong", async () => {
     const model = needModel(), options = settings();
     let text = $("prompt").value, ids;
     try {
@@ -38,6 +42,7 @@ export function beginText({ byItself = false } = {}) {
     restream();
     await goOn(options);
   });
+  tellBegun();
 }
 
 /** Cut the text at its i-th token, put another one there, and go on. */
@@ -113,6 +118,7 @@ function restream() {
 }
 
 function append(entry) {
+  tellBegun();
   const { id, top, forced } = entry, among = top?.find(([other]) => other === id);
   const p = among ? among[1] : Math.min(0.02, top?.at(-1)[1] ?? 1);
   const surprise = forced ? 0 : Math.min(1, Math.max(0, -Math.log2(p) / 6 - 0.15));
