@@ -38,6 +38,7 @@ def files(tmp_path_factory):
     (folder / "model.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
     (folder / "short.txt").write_text("ten letter")
     save_arrays(str(folder / "adapter.safetensors"), {"a": mx.zeros((2, 2))}, {"version": 1, "adapter": {"rank": 2}})
+    save_arrays(str(folder / "config.safetensors"), {"a": mx.zeros((2, 2))}, {"version": 1, "config": "x"})
     save_checkpoint(str(folder / "yoco.safetensors"), GPT(GPTConfig(**TINY | {"yoco": True}), seed=1), meta)
     broken = GPT(GPTConfig(**TINY), seed=1)
     broken.update(tree_map(lambda p: p * mx.nan, broken.parameters()))
@@ -60,6 +61,15 @@ def says(page, place: str, pattern: str):
     """Wait for words at a place, by its id."""
     page.wait_for_function("([id, pattern]) => new RegExp(pattern).test(document.getElementById(id).textContent)",
                            arg=[place, pattern], timeout=LONG)
+
+
+def wait_for_run(page, kept: bool, timeout: int = LONG):
+    """Wait until a training run is kept, or none. (wait_for_function takes a promise for true.)"""
+    for _ in range(timeout // 200):
+        if js(page, "async () => Boolean(await (await import('/page_store.js')).keptRun())") == kept:
+            return
+        page.wait_for_timeout(200)
+    pytest.fail("no run is kept" if kept else "a run is still kept")
 
 
 def write(page, length: int) -> str:
@@ -188,7 +198,8 @@ def test_served(opened, files, server):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("picture.png", "neither a checkpoint"), ("cut.safetensors", "cut short"), ("adapter.safetensors", "an adapter"),
+    ("picture.png", "neither a checkpoint"), ("config.safetensors", "make no model"), ("cut.safetensors", "cut short"),
+    ("adapter.safetensors", "an adapter"),
     ("yoco.safetensors", "yoco"), ("nan.safetensors", "infinite or none"), ("model.gguf", "gguf_reader.py")])
 def test_wrong_file(name, words, opened, files):
     """It is told what is wrong, the model stays, and still writes."""
@@ -288,6 +299,28 @@ def test_lost_device(chromium, server, files):
         own.close()
 
 
+def test_destroyed_device(page, files):
+    """A device that goes away in the middle of training, soon after its start: once there is a new one, the run is
+    offered again as it was saved, and no message of the loss is left."""
+    begin(page, files)
+    page.click("#tab-train")
+    page.fill("#text", "the cat sat on the mat. a dog ran to the cat. " * 40)
+    for name, value in dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=1, max_iters=100000).items():
+        page.fill(f"#{name}", str(value))
+    page.click("#start")
+    wait_for_run(page, True, 15 * SECOND)
+    js(page, "async () => (await import('/page_common.js')).page.gpu.device.destroy()")
+    page.wait_for_selector("#notices [role=alert]:has-text('lost')", timeout=LONG)
+    says(page, "train-wrong", "was lost")
+    page.click("text=Reload the device")
+    page.wait_for_selector(".notice:has-text('A training run on your text is kept')", timeout=LONG)
+    assert page.inner_text("#train-wrong") == ""
+    page.click("text=Continue")
+    says(page, "m-step", r"^\d[\d,]* of 100,000")
+    page.click("#pause")
+    says(page, "train-says", "Paused at update")
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -344,14 +377,18 @@ def test_training(page, files, tmp_path):
     page.reload()
     page.wait_for_selector(".notice", timeout=LONG)
     page.click("text=Discard")
-    page.wait_for_function("async () => !await (await import('/page_store.js')).keptRun()", timeout=LONG)
+    wait_for_run(page, False)
 
 
 def test_training_on(opened):
     """From the checkpoint that is open, whose sizes rule; a loss that is no number ends it in words."""
     opened.click("#tab-train")
     opened.select_option("#begin", "model")
-    assert opened.is_disabled("#n_layer") and opened.input_value("#learning_rate") == "0.0005"
+    rate_and_batch = lambda: [opened.input_value(f"#{name}") for name in ("learning_rate", "batch_size")]  # noqa: E731
+    assert opened.is_disabled("#n_layer") and rate_and_batch() == ["0.0005", "2"]
+    opened.select_option("#begin", "scratch")
+    assert rate_and_batch() == ["0.005", "8"]
+    opened.select_option("#begin", "model")
     opened.fill("#text", "abcdefgh" * 200)
     opened.fill("#max_iters", "3")
     opened.fill("#batch_size", "1")
@@ -413,6 +450,22 @@ def test_speed(opened):
     rows = [row.split("\t") for row in opened.inner_text("#ladder").split("\n")]
     assert len(rows) == 7 and all(len(row) == 3 and row[2] not in ("", "not tried yet") for row in rows), rows
     assert "software adapter" in opened.inner_text("#adapter")
+    opened.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    js(opened, """async () => {
+        const { Trainer } = await import("/train.js"), { create } = Trainer;
+        Trainer.create = (gpu, settings) => {
+            window.largest = Math.max(...settings.ids);
+            return create.call(Trainer, gpu, settings);
+        };
+    }""")
+    opened.click("#measure")
+    opened.wait_for_selector("#copy:visible", timeout=LONG)
+    opened.click("#copy")
+    says(opened, "copy", "Copied")
+    copied = js(opened, "() => navigator.clipboard.readText()")
+    assert re.search(r"matmul 256 x 256 x 256: [\d.]+ GFLOP/s\nmodel: 0\.0\dM parameters, float32, 2 layers, width 32\n"
+                     r"writing: \d+ tokens/s\nreading: \d+ tokens/s\nlearning: \d+ tokens/s$", copied), copied
+    assert js(opened, "() => window.largest") < 97  # the model's tokens
 
 
 def test_source():

@@ -43,7 +43,7 @@ export async function generation(model, new_tokens = 32) {
 
 /** Tokens a second that this model would learn from, in batches of four windows. */
 export async function training(gpu, model) {
-  const T = model.config.block_size, ids = Array.from({ length: 20 * T }, (_, i) => i % 97);
+  const T = model.config.block_size, ids = Array.from({ length: 20 * T }, (_, i) => i % Math.min(97, model.n_vocab));
   const trainer = await Trainer.create(gpu, { model, ids, batch_size: 4 });
   try {
     return 1000 * 4 * T / await median(() => trainer.step(), gpu.info.fallback ? 1 : 3);

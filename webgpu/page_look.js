@@ -91,7 +91,7 @@ async function runLens(model, ids) {
     onlook(r, c) {
       const { ids: best, p, entropy } = rows[r][c];
       const itself = r === last ? ", where the model itself speaks" : "";
-      said.replaceChildren(`After the ${nameOf(r)}${itself}, position ${c}, `, token(enc, ids[c]),
+      said.replaceChildren(`After ${r ? nameOf(r) : "the embedding"}${itself}, position ${c}, `, token(enc, ids[c]),
         ` – entropy ${entropy.toFixed(1)} bits`);
       bars(list, enc, best.map((id, i) => ({ id, p: p[i] })));
     },

@@ -13,6 +13,7 @@ import { configOf, Trainer } from "./train.js";
 const SHOWN = 200_000;       // characters of a text that can be edited
 const LARGEST = 50_000_000;  // bytes of a text
 const OFTEN = 20_000;        // milliseconds from save to save
+const SOON = 3_000;          // to the first one
 const SETTINGS = ["batch_size", "learning_rate", "max_iters"];
 const LARGER = { n_layer: 4, n_head: 4, n_embd: 128, block_size: 128, batch_size: 16, learning_rate: 0.003,
   max_iters: 1000, sample_every: 100 };
@@ -62,6 +63,7 @@ export async function takeText(file) {
     } catch {
       throw new UserError(`${file.name} is not in UTF-8: save it as a UTF-8 text.`);
     }
+    if (!text.trim()) throw new UserError(`${file.name} is empty: the text is as it was.`);
     setText(text.replaceAll("\r\n", "\n"), file.name);
   });
 }
@@ -77,8 +79,16 @@ function sizes() {
   return { n_layer, n_head, n_embd, block_size };
 }
 
+let made = { text: null, tokenizer: null };
+
+/** charTokenizer(), once for each text: of a long one it takes half a second, and each key asks for it. */
+function charactersOf(text) {
+  if (made.text !== text) made = { text, tokenizer: charTokenizer(text) };
+  return made.tokenizer;
+}
+
 function fromScratch(text) {
-  const tokenizer = $("tokens").value === "char" ? charTokenizer(text) : byteTokenizer();
+  const tokenizer = $("tokens").value === "char" ? charactersOf(text) : byteTokenizer();
   const tokens = tokenizer.tokens.length + 1;  // and the one that ends a text
   return { tokenizer, config: configOf({ ...sizes(), vocab_size: Math.ceil(tokens / 64) * 64 }) };
 }
@@ -121,7 +131,10 @@ function beginChanged() {
   if (!scratch && rate.value === rate.defaultValue) rate.value = 0.0005;
   else if (scratch && rate.value === "0.0005") rate.value = rate.defaultValue;
   const batch = $("batch_size");
-  if (!scratch && page.gpu?.info.fallback && batch.value === batch.defaultValue) batch.value = 2;
+  if (page.gpu?.info.fallback) {
+    if (!scratch && batch.value === batch.defaultValue) batch.value = 2;
+    else if (scratch && batch.value === "2") batch.value = batch.defaultValue;
+  }
   describe();
 }
 
@@ -232,7 +245,7 @@ async function update(mine) {
   mine.train.push([step, loss]);
   if (step % Math.max(1, Math.round(trainer.settings.max_iters / 40)) === 0) await judge(mine);
   if (step % every === 0) await sample(mine);
-  if (performance.now() - mine.savedAt > OFTEN) await keep(mine);
+  if (performance.now() - mine.savedAt > (mine.saved ? OFTEN : SOON)) await keep(mine);
   showSoon();
 }
 
@@ -358,7 +371,8 @@ export async function offerRun() {
   if (!kept || run) return;
   const { name, step, settings, when } = kept.state;
   const time = new Date(when).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
-  const words = `A training run on ${name} is kept from ${time}, update ${count(step)} of ${settings.max_iters}.`;
+  const words = `A training run on ${name} is kept from ${time}, update ${count(step)} of ` +
+    `${count(settings.max_iters)}.`;
   offer = notice(words, { Continue: () => goOnWith(kept), Discard: () => discardRun() });
 }
 
