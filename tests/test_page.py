@@ -37,6 +37,7 @@ def files(tmp_path_factory):
     (folder / "picture.png").write_bytes((ROOT / "docs" / "loss.png").read_bytes()[:5000])
     (folder / "model.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
     (folder / "short.txt").write_text("ten letter")
+    (folder / "empty.txt").write_text("")
     save_arrays(str(folder / "adapter.safetensors"), {"a": mx.zeros((2, 2))}, {"version": 1, "adapter": {"rank": 2}})
     save_arrays(str(folder / "config.safetensors"), {"a": mx.zeros((2, 2))}, {"version": 1, "config": "x"})
     save_checkpoint(str(folder / "yoco.safetensors"), GPT(GPTConfig(**TINY | {"yoco": True}), seed=1), meta)
@@ -333,6 +334,14 @@ def test_training(page, files, tmp_path):
     says(page, "text-says", "short.txt, 10 characters")
     page.click("#start")
     says(page, "train-wrong", "The text has 10 tokens, and windows of 64 need at least")
+    page.fill("#text", "typed")
+    page.set_input_files("#open", files / "empty.txt")
+    says(page, "train-wrong", "empty.txt is empty")
+    assert page.input_value("#text") == "typed"
+    page.set_input_files("#open", files / "short.txt")
+    page.wait_for_function("document.querySelector('#text').value === 'ten letter'")
+    page.click("#text-back")
+    assert page.input_value("#text") == "typed" and page.inner_text("#text-says") == "5 characters"
     page.fill("#text", "the cat sat on the mat. a dog ran to the cat. " * 40)
     for name, value in dict(n_layer=1, n_head=2, n_embd=18, block_size=16, batch_size=2, max_iters=200,
                             sample_every=40, learning_rate=0.02).items():
@@ -340,10 +349,12 @@ def test_training(page, files, tmp_path):
     page.click("#start")
     says(page, "train-wrong", "width of 18 cannot be shared out")
     page.fill("#n_embd", "16")
-    page.click("#start")
+    page.press("#start", "Enter")
     says(page, "m-step", r"^([89]|\d\d+) of 200")
-    page.click("#pause")
+    assert js(page, "() => document.activeElement.id") == "pause"  # the button that was pressed is hidden
+    page.keyboard.press("Enter")
     says(page, "train-says", "Paused at update")
+    assert js(page, "() => document.activeElement.id") == "start"
     step = int(re.search(r"update (\d+)", page.inner_text("#train-says"))[1])
     assert 8 <= step < 200 and page.inner_text("#start") == "Resume" and page.is_disabled("#n_embd")
     assert page.locator("#samples li").count() == step // 40
@@ -385,7 +396,7 @@ def test_training_on(opened):
     opened.click("#tab-train")
     opened.select_option("#begin", "model")
     rate_and_batch = lambda: [opened.input_value(f"#{name}") for name in ("learning_rate", "batch_size")]  # noqa: E731
-    assert opened.is_disabled("#n_layer") and rate_and_batch() == ["0.0005", "2"]
+    assert not opened.is_visible("#n_layer") and rate_and_batch() == ["0.0005", "2"]
     opened.select_option("#begin", "scratch")
     assert rate_and_batch() == ["0.005", "8"]
     opened.select_option("#begin", "model")

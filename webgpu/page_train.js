@@ -26,11 +26,14 @@ let run = null;
 
 const source = { name: "", text: null };  // text: one that is too long for its field; null: what the field holds
 let timer = 0;
+let before = "";  // what was typed, before another text took its place
 
 const textNow = () => source.text ?? $("text").value;
 
 function setText(text, name) {
-  const long = text.length > SHOWN;
+  const long = text.length > SHOWN, typed = source.name === "" && source.text === null && $("text").value;
+  if (typed && typed !== text) before = typed;
+  $("text-back").hidden = !before;
   Object.assign(source, { name, text: long ? text : null });
   $("text").value = long ? `${text.slice(0, 5000)}\n…` : text;
   $("text").readOnly = long;
@@ -98,7 +101,10 @@ function describe() {
   const text = textNow(), scratch = $("begin").value === "scratch";
   const part = source.text === null ? "" : "of which the first are shown";
   $("text-says").textContent = [source.name, `${count(text.length)} characters`, part].filter(Boolean).join(", ");
-  for (const id of ["tokens", "n_layer", "n_head", "n_embd", "block_size"]) $(id).disabled = !scratch || isOpen();
+  for (const id of ["tokens", "n_layer", "n_head", "n_embd", "block_size"]) {
+    $(id).disabled = isOpen();
+    $(id).parentElement.hidden = !scratch;  // the open model has its own
+  }
   let words = "";
   try {
     const config = scratch ? fromScratch(text).config : page.model?.config;
@@ -315,11 +321,12 @@ function drawChart(train, held, until) {
 }
 
 function show() {
-  const state = run?.state;
+  const state = run?.state, focused = document.activeElement;
   $("start").textContent = state === "paused" ? "Resume" : "Start";
   $("start").hidden = state === "going";
   $("pause").hidden = state !== "going";
   $("stop").hidden = !isOpen();
+  if (focused.hidden) (state === "going" ? $("pause") : $("start")).focus();  // for those who press keys
   for (const id of ["begin", "batch_size"]) $(id).disabled = isOpen();
   describe();
   showCourse();
@@ -378,6 +385,7 @@ export async function offerRun() {
 
 function goOnWith({ files, state }) {
   document.dispatchEvent(new CustomEvent("choose", { detail: "train" }));
+  $("tab-train").focus();  // as the notice's button is gone
   return attempt("train-wrong", async () => {
     if (!page.gpu) needModel();
     const text = await files.text.text(), { checkpoint, optimizer } = files;
@@ -428,6 +436,10 @@ export function setUpTraining() {
   $("download").addEventListener("click", download);
   $("adopt").addEventListener("click", adopt);
   $("own-code").addEventListener("click", () => attempt("train-wrong", async () => setText(...await ownCode())));
+  $("text-back").addEventListener("click", () => {
+    setText(before, "");
+    $("text").focus();
+  });
   $("empty-text").addEventListener("click", () => { setText("", ""); $("text").focus(); });
   const typed = () => {
     clearTimeout(timer);
