@@ -3,6 +3,7 @@ import base64
 import csv
 import json
 import math
+import re
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -31,6 +32,7 @@ FLAVOURS = {
     "qwen": dict(mlp="swiglu", qk_norm=False, n_kv_head=1, qkv_bias=True, rope_factor=8.0, rope_original=64),
     "window": dict(sliding_window=9, window_pattern="SL"), "alibi": dict(alibi=True, n_head=3, n_embd=96),
     "odd": dict(n_embd=54, n_head=3, head_dim=10, ffn_dim=77), "4-bit": dict(mlp="swiglu"), "8-bit": {}, "3-bit": {},
+    "2-bit": {},
 }
 FILES = """
 const fileOf = (text, name) => new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name);
@@ -137,6 +139,27 @@ def test_packed_by_our_scripts(script, page, server, tmp_path):
     model.set_dtype(mx.float32)
     expected = np.array(model(mx.array([ids]))[0])
     assert np.abs(found.reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_gate(page):
+    """The speed ladder leaves out a kernel that gives other numbers, and says so, for the bits that it does so with."""
+    packed, ladder = js(page, """async () => {
+        const { climb, GPU } = await import("/gpu.js"), gpu = await GPU.open();
+        const spoil = async (name, right, wrong) => {
+            const code = await gpu.text(name);
+            if (!code.includes(right)) throw new Error(`${name} has no ${right}`);
+            gpu.texts.set(name, code.replace(right, wrong));
+        };
+        await spoil("matvec_packed.wgsl", "products += four(second", "products -= four(second");  // that of 8 bits
+        await spoil("matvec_subgroup.wgsl", "subgroupAdd(sum)", "sum");
+        await climb(gpu);
+        return [gpu.paths.packed, gpu.ladder];
+    }""")
+    way = {rung["name"]: rung for rung in ladder}
+    assert not way["subgroups"]["used"] and way["subgroups"]["reason"].startswith("dropped: error")
+    verdicts = r"4 bits: error \S+, \S+ times as fast; 8 bits: dropped: error \S+"
+    assert re.fullmatch(verdicts, way["packed vectors"]["reason"])
+    assert 8 not in packed and way["packed vectors"]["used"] == (packed == [4])
 
 
 def test_probabilities(page, server):
