@@ -97,7 +97,7 @@ def test_keeps_the_best_step(folder, tmp_path):
     with open(tmp_path / "random.jsonl", "w") as file:
         for i in range(24):
             print(json.dumps({"prompt": str(i), "response": "".join(rng.choice([*"abcd"], 8))}), file=file)
-    sft(folder, tmp_path, f"--data={tmp_path / 'random.jsonl'}", "--kind=full", "--epochs=60", "--template=plain")
+    sft(folder, tmp_path, f"--data={tmp_path / 'random.jsonl'}", "--kind=full", "--epochs=120", "--template=plain")
     held_out, meta = column(tmp_path, "val_loss"), load_checkpoint(str(tmp_path / "sft.safetensors"))[1]
     assert held_out[-1] > 1.1 * min(held_out) and meta["losses"]["val"] == min(held_out)
     assert meta["step"] == 5 * int(np.argmin(held_out))

@@ -125,6 +125,7 @@ export class GPT {
       throw new UserError(`${name} is ${why}.`);
     }
     checkConfig(meta.config);
+    gpu.kernel("attention", { WIDTH: meta.config.head_dim }).catch(() => {});  // compiles longest: while weights are read
     const weights = new Map(), made = [];
     const keep = (content) => (made.push(gpu.buffer(content)), made.at(-1));
     try {

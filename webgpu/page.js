@@ -232,7 +232,7 @@ async function open() {
     await openModel(file);
   }
   offerRun();
-  if (page.model) await begun;  // the first word comes before all else
+  if (page.model) await begun;  // the first words come before all else
   await attempt("speed-wrong", () => during("climb", "Trying faster kernels", () =>
     alone(() => climb(page.gpu, showLadder))));
 }

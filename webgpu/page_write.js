@@ -10,7 +10,7 @@ let current = null;  // the writing that goes on: {abort, done}
 let frame = 0;
 let tellBegun;
 
-/** Settles with the first token of all, or once it is clear that none comes. */
+/** Settles once there are a few words to read, or it is clear that none come. */
 export const begun = new Promise((resolve) => { tellBegun = resolve; });
 
 export const isWriting = () => current !== null;
@@ -118,7 +118,7 @@ function restream() {
 }
 
 function append(entry) {
-  tellBegun();
+  if (sheet.written.length > 8) tellBegun();
   const { id, top, forced } = entry, among = top?.find(([other]) => other === id);
   const p = among ? among[1] : Math.min(0.02, top?.at(-1)[1] ?? 1);
   const surprise = forced ? 0 : Math.min(1, Math.max(0, -Math.log2(p) / 6 - 0.15));
