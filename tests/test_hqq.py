@@ -90,7 +90,7 @@ def test_turns_of_both(bits, size):
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_beside_the_package(bits, group_size):
     """With the zero alone: its scales, its integers but for few, and an error no larger. With the scale: a lower mean
-    of e^2, and up to 4 bits of |e| and |e|^0.7; above, these are within 1% on so few numbers."""
+    of e^2, |e| and |e|^0.7; at 5 and 6 bits the last two are within 1%, above or below."""
     weight, name = PEER["weight"], f"{bits}.{group_size}"
     theirs = [PEER[f"{name}.{part}"] for part in ("q", "scale", "zero")]
     paper = quantize(mx.array(weight), bits, group_size, scale_moves=False)
@@ -99,7 +99,7 @@ def test_beside_the_package(bits, group_size):
     assert errors(weight, *paper, 2).mean() <= errors(weight, *theirs, 2).mean() * 1.0001
     ours = quantize(mx.array(weight), bits, group_size)
     for p in (1, 2, 0.7):
-        most = 1 if p == 2 or bits <= 4 else 1.01
+        most = 1.01 if p != 2 and bits in (5, 6) else 1
         assert errors(weight, *ours, p).mean() < most * errors(weight, *theirs, p).mean()
 
 
