@@ -23,22 +23,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from calibrate import inputs, place_of, windows
 from config import UserError, overrides
-from factored import Factored
 from model import GPT
 from packing import (
     HEAD,
     matrices,
+    matrix_inputs,
     open_dense,
+    pack_matrix,
     perplexity,
+    place_of,
     plan,
-    put,
     round_to_nearest,
     save_packed,
     text_of,
 )
-from quantized import dense_weight
+from quantized import Factored, dense_weight
+from score import windows
 
 checkpoint = "out/ckpt.safetensors"  # a dense one
 out = ""                  # the packed one; "": its name with -awq-BITS
@@ -157,7 +158,7 @@ if __name__ == "__main__":
     for start in dict.fromkeys(place_of(path) for path in widths):
         layers = {path: matrices(model)[path] for path in widths if place_of(path) == start}
         linear = {path: module for path, module in layers.items() if isinstance(module, nn.Linear)}
-        reached = inputs(model, linear, rows, batch_size)
+        reached = matrix_inputs(model, linear, rows, batch_size)
         for paths, makers in places(model, start) if start.startswith(("blocks.", "shared")) else []:
             read = [path for path in paths if path in reached]
             if read:
@@ -171,7 +172,7 @@ if __name__ == "__main__":
             W = dense_weight(matrices(model)[path])
             found = quantize(W, reached[path][0], widths[path], group_size) if path in reached else (
                 round_to_nearest(W, widths[path], group_size))
-            bar.write(put(model, path, found, widths[path], scale_dtype) + "  rounded" * (path not in reached))
+            bar.write(pack_matrix(model, path, found, widths[path], scale_dtype) + "  rounded" * (path not in reached))
             bar.update()
     bar.close()
     if test:

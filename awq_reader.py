@@ -15,7 +15,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-import hub
+import readers
 from config import UserError, overrides
 
 source = ""  # a folder with config.json
@@ -59,8 +59,8 @@ def from_gemv(qweight, qzeros, scales, groups: int) -> tuple[np.ndarray, np.ndar
 # ---- a layer of a folder ---------------------------------------------------------------------------------------------
 
 
-def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, mx.array]]:
-    """What hub.read_model calls for each linear layer. settings: quantization_config."""
+def reader(settings: dict, where: str) -> Callable[[readers.Folder, str], dict[str, mx.array]]:
+    """What readers.read_model calls for each linear layer. settings: quantization_config."""
     version, bits = str(settings.get("version", "gemm")).lower(), settings.get("bits", settings.get("w_bit", 4))
     if bits != 4 or version not in ("gemm", "gemv"):
         raise UserError(f"{where}: {bits} bits in the layout {version!r}; AutoAWQ's gemm and gemv of 4 bits are read")
@@ -68,10 +68,10 @@ def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, 
     if type(group_size) is not int or group_size < 1 and group_size != -1:
         raise UserError(f"{where}: group_size={group_size!r} is no number of inputs, nor -1, which is all of them")
 
-    def linear(source: hub.Folder, name: str) -> dict[str, mx.array]:
+    def linear(source: readers.Folder, name: str) -> dict[str, mx.array]:
         if f"{name}.qweight" not in source.names:
-            return hub.dense_linear(source, name)
-        qweight, qzeros, scales = hub.packed_parts(source, name)
+            return readers.dense_linear(source, name)
+        qweight, qzeros, scales = readers.packed_parts(source, name)
         if version == "gemm":
             (inputs, outputs), shapes = qweight.shape, (qzeros.shape, scales.shape)
             outputs *= 8
@@ -87,7 +87,7 @@ def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, 
                             f"{qzeros.shape}, scales {scales.shape}, which do not fit one another in groups of "
                             f"{group_size}, layout {version}; groups must be multiples of 32")
         parts = from_gemm(qweight, qzeros, scales) if version == "gemm" else from_gemv(qweight, qzeros, scales, groups)
-        found = hub.packed_linear(*parts, 4, scale_dtype, dense)
+        found = readers.packed_linear(*parts, 4, scale_dtype, dense)
         return found | ({"bias": source[f"{name}.bias"]} if f"{name}.bias" in source.names else {})
 
     return linear
@@ -99,10 +99,10 @@ if not source:
     raise UserError("nothing to read: give a folder that AutoAWQ wrote")
 if scale_dtype not in ("float32", "float16"):
     raise UserError(f"scale_dtype={scale_dtype!r} is not one of float32, float16")
-folder = hub.open_folder(source)
+folder = readers.open_folder(source)
 where = os.path.join(source, "config.json")
-linear = reader(hub.quantization(folder, "awq", ("bits", "group_size", "version")), where)
-config = hub.model_config(folder.raw, where)
-tokenizer, more = hub.tokenizer_of(folder)
+linear = reader(readers.quantization(folder, "awq", ("bits", "group_size", "version")), where)
+config = readers.model_config(folder.raw, where)
+tokenizer, more = readers.tokenizer_of(folder)
 more["script"] = "awq_reader.py"
-hub.write_checkpoint(out, config, hub.read_model(config, folder, linear), tokenizer, more)
+readers.write_checkpoint(out, config, readers.read_model(config, folder, linear), tokenizer, more)

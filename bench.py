@@ -31,7 +31,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
-import hub
+import readers
 from config import UserError, overrides
 from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, no_tap, save_checkpoint
@@ -433,11 +433,11 @@ def bench_convert():
                         f"--export={paths['hf']}"], check=True, capture_output=True)
 
         def ours():
-            source = hub.open_folder(paths["hf"])
-            config = hub.model_config(source.raw, "")
+            source = readers.open_folder(paths["hf"])
+            config = readers.model_config(source.raw, "")
             with contextlib.redirect_stdout(io.StringIO()):
-                hub.write_checkpoint(paths["b.safetensors"], config, hub.read_model(config, source),
-                                     *hub.tokenizer_of(source))
+                readers.write_checkpoint(paths["b.safetensors"], config, readers.read_model(config, source),
+                                     *readers.tokenizer_of(source))
 
         def theirs():
             shutil.rmtree(paths["mlx"], ignore_errors=True)

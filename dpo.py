@@ -29,8 +29,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
-from chat import check_messages, check_template, encode, encode_prompt, read_jsonl, text_of
 from config import UserError, overrides
+from conversations import check_messages, check_template, encode, encode_prompt, read_jsonl, text_of
 from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged, save_peft
 from model import GPT, ON_CPU, compute_dtype, cross_entropy, load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer

@@ -23,9 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, overrides
-from hub import GGUF, check_spelling, checked, skeleton, template_settings, their_name, write_checkpoint
 from model import GPT, Experts, GPTConfig, load_checkpoint, rope_inv_freq
 from quantized import dense_weight
+from readers import GGUF, check_spelling, checked, skeleton, template_settings, their_name, write_checkpoint
 from tokenizer import (
     GPT2_PATTERN,
     Tokenizer,

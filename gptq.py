@@ -21,20 +21,22 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from calibrate import inputs, place_of, windows
 from config import UserError, overrides
 from packing import (
     HEAD,
     matrices,
+    matrix_inputs,
     open_dense,
+    pack_matrix,
     perplexity,
+    place_of,
     plan,
-    put,
     round_to_nearest,
     save_packed,
     text_of,
 )
 from quantized import dense_weight
+from score import windows
 
 checkpoint = "out/ckpt.safetensors"  # a dense one
 out = ""                  # the packed one; "": its name with -gptq-BITS
@@ -102,13 +104,13 @@ if __name__ == "__main__":
     bar = tqdm(total=len(widths), unit=" matrices", disable=None, dynamic_ncols=True)
     for place in dict.fromkeys(place_of(path) for path in widths):
         layers = {path: matrices(model)[path] for path in widths if place_of(path) == place}
-        reached = inputs(model, {path: module for path, module in layers.items() if isinstance(module, nn.Linear)},
-                         rows, batch_size)
+        linear = {path: module for path, module in layers.items() if isinstance(module, nn.Linear)}
+        reached = matrix_inputs(model, linear, rows, batch_size)
         for path, module in layers.items():
             W = dense_weight(module)
             found = quantize(W, reached[path][0], widths[path], group_size, damping) if path in reached else (
                 round_to_nearest(W, widths[path], group_size))
-            bar.write(put(model, path, found, widths[path], scale_dtype) + "  rounded" * (path not in reached))
+            bar.write(pack_matrix(model, path, found, widths[path], scale_dtype) + "  rounded" * (path not in reached))
             bar.update()
     bar.close()
     if test:

@@ -16,7 +16,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-import hub
+import readers
 from config import UserError, overrides
 
 source = ""  # a folder with config.json
@@ -69,16 +69,16 @@ def zeros_of(qzeros: np.ndarray, bits: int, version: int) -> np.ndarray:
 # ---- a layer of a folder ---------------------------------------------------------------------------------------------
 
 
-def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, mx.array]]:
-    """What hub.read_model calls for each linear layer. settings: quantization_config."""
+def reader(settings: dict, where: str) -> Callable[[readers.Folder, str], dict[str, mx.array]]:
+    """What readers.read_model calls for each linear layer. settings: quantization_config."""
     bits, form = settings.get("bits"), settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if type(bits) is not int or bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
         raise UserError(f"{where}: {bits} bits in the format {form!r}; gptq and gptq_v2 of 2, 3, 4, 8 bits are read")
 
-    def linear(source: hub.Folder, name: str) -> dict[str, mx.array]:
+    def linear(source: readers.Folder, name: str) -> dict[str, mx.array]:
         if f"{name}.qweight" not in source.names:
-            return hub.dense_linear(source, name)
-        (qweight, qzeros, scales), file = hub.packed_parts(source, name), source.file_of(f"{name}.qweight")
+            return readers.dense_linear(source, name)
+        (qweight, qzeros, scales), file = readers.packed_parts(source, name), source.file_of(f"{name}.qweight")
         (rows, outputs), groups = qweight.shape, len(scales)
         inputs = rows * 32 // bits
         width = inputs // max(1, groups)
@@ -95,7 +95,7 @@ def reader(settings: dict, where: str) -> Callable[[hub.Folder, str], dict[str, 
                 order = np.argsort(group, kind="stable").astype(np.int32)
                 words = pack(unpack(words, bits)[:, order], bits)
         zeros = zeros_of(qzeros, bits, 2 if form == "gptq_v2" else 1).T
-        found = hub.packed_linear(words, zeros, scales.T, bits, scale_dtype, dense)
+        found = readers.packed_linear(words, zeros, scales.T, bits, scale_dtype, dense)
         if order is not None and dense:
             found["weight"] = found["weight"][:, mx.array(np.argsort(order))]
         elif order is not None:
@@ -111,10 +111,10 @@ if not source:
     raise UserError("nothing to read: give a folder that AutoGPTQ or GPTQModel wrote")
 if scale_dtype not in ("float32", "float16"):
     raise UserError(f"scale_dtype={scale_dtype!r} is not one of float32, float16")
-folder = hub.open_folder(source)
+folder = readers.open_folder(source)
 where = os.path.join(source, "config.json")
-linear = reader(hub.quantization(folder, "gptq", ("bits", "checkpoint_format", "format")), where)
-config = hub.model_config(folder.raw, where)
-tokenizer, more = hub.tokenizer_of(folder)
+linear = reader(readers.quantization(folder, "gptq", ("bits", "checkpoint_format", "format")), where)
+config = readers.model_config(folder.raw, where)
+tokenizer, more = readers.tokenizer_of(folder)
 more["script"] = "gptq_reader.py"
-hub.write_checkpoint(out, config, hub.read_model(config, folder, linear), tokenizer, more)
+readers.write_checkpoint(out, config, readers.read_model(config, folder, linear), tokenizer, more)

@@ -5,7 +5,7 @@
 
 Read: GPT-2, Llama (with its rope scaling), Mistral (with its window), Qwen2, Qwen3 and Mixtral, from config.json and
 .safetensors, one file or several; numbers stay in the dtype they have. The tokenizer comes along (tokenizer.json), and
-the chat template, by its name where chat.py has it. Models packed by AWQ or GPTQ have readers of their own.
+the chat template, by its name where conversations.py has it. Models packed by AWQ or GPTQ have readers of their own.
 
 Written: the same folder, which transformers and mlx-lm load, for every checkpoint whose architecture is one of these;
 layers that are packed are unpacked.
@@ -22,7 +22,9 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from config import UserError, overrides
-from hub import (
+from model import GPT, GPTConfig, load_checkpoint
+from quantized import dense_weight
+from readers import (
     EXPERTS,
     GPT2,
     LLAMA,
@@ -35,8 +37,6 @@ from hub import (
     tokenizer_of,
     write_checkpoint,
 )
-from model import GPT, GPTConfig, load_checkpoint
-from quantized import dense_weight
 from tokenizer import EOT, Tokenizer, to_tokenizer_json
 
 source = ""  # a folder with config.json; with --export: a checkpoint

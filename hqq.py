@@ -27,9 +27,9 @@ from packing import (
     HEAD,
     matrices,
     open_dense,
+    pack_matrix,
     perplexity,
     plan,
-    put,
     round_to_nearest,
     save_packed,
     text_of,
@@ -118,7 +118,7 @@ if __name__ == "__main__":
         W = dense_weight(matrices(model)[path])
         found = quantize(W, width, group_size, iterations, scale_moves) if method == "hqq" else (
             round_to_nearest(W, width, group_size))
-        bar.write(put(model, path, found, width, scale_dtype))
+        bar.write(pack_matrix(model, path, found, width, scale_dtype))
     if data:
         print(f"before: {before}\nafter:  {perplexity(model, tokens, enc.bos)}")
     save_packed(out, model, meta, settings, "hqq.py", method=method, bits=bits, group_size=group_size)

@@ -24,13 +24,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from calibrate import windows
 from config import UserError, given, nearest, overrides
 from draw import pictures, write_figure
-from factored import Factored
 from model import GPT, cross_entropy, load_checkpoint, save_checkpoint
 from packing import check_finite, matrices, output_path, text_of
-from quantized import replace_module
+from quantized import Factored, replace_module
+from score import windows
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # a dense one

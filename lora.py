@@ -28,10 +28,10 @@ from mlx.utils import tree_flatten
 
 import quantized
 from config import UserError
-from hub import GPT2, LLAMA, NAMES, OURS, PREFIX
 from model import GPT, VERSION, load_arrays, save_arrays
 from packing import matrices
 from quantized import BITS, replace_module
+from readers import GPT2, LLAMA, NAMES, OURS, PREFIX
 
 KINDS = ("lora", "rslora", "dora")
 

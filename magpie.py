@@ -24,8 +24,8 @@ from collections import Counter
 import blas  # noqa: F401  (before mlx)
 from tqdm import tqdm
 
-from chat import TEMPLATES, check_template, encode_prompt, end_of_answer, read_conversations, turns
 from config import UserError, overrides
+from conversations import TEMPLATES, check_template, encode_prompt, end_of_answer, read_conversations, turns
 from lora import load_adapters
 from lora import merge as merge_adapters
 from model import compute_dtype, generate, load_checkpoint

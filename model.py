@@ -27,7 +27,6 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
 import cpu
-import factored
 import quantized
 from config import UserError
 
@@ -131,10 +130,10 @@ def rope_inv_freq(config: GPTConfig) -> np.ndarray:
 
 # Where tokens are is told by an offset: the position of the first, the others following; or, an array (B, T), the place
 # of each: its position, plus DOCUMENT for each document before its own in the row. A token sees its own document only.
-DOCUMENT, NOWHERE = 2**20, 2**30  # a token that is nowhere is seen by none, and sees all, lest it divide by nothing
+DOCUMENT, PADDING = 2**20, 2**30  # a token that is nowhere is seen by none, and sees all, lest it divide by nothing
 
 
-def places(T: int, offset: int | mx.array) -> mx.array:
+def places_of(T: int, offset: int | mx.array) -> mx.array:
     """The places of T tokens: (B, T), or (1, T) where all rows have the same."""
     return mx.arange(offset, offset + T)[None] if isinstance(offset, int) else offset
 
@@ -169,7 +168,7 @@ def score_mask(config: GPTConfig, layer: int, T: int, offset: int | mx.array, ke
 
 def score_places(T: int, offset: int | mx.array, keys: mx.array | None) -> tuple[mx.array, mx.array]:
     """For score_mask's arguments: (B, 1, T, 1) and (B, 1, 1, S)."""
-    queries = places(T, offset)
+    queries = places_of(T, offset)
     if keys is None:
         keys = mx.arange(offset + T) if isinstance(offset, int) else queries
     return queries[:, None, :, None], keys.reshape(-1, 1, 1, keys.shape[-1])
@@ -177,7 +176,7 @@ def score_places(T: int, offset: int | mx.array, keys: mx.array | None) -> tuple
 
 def seen_mask(queries: mx.array, keys: mx.array) -> mx.array:
     """0 for what is seen, -inf for the future and for other documents: (B, 1, T, S)."""
-    near = (queries // DOCUMENT == keys // DOCUMENT) | (queries >= NOWHERE)
+    near = (queries // DOCUMENT == keys // DOCUMENT) | (queries >= PADDING)
     return mx.where(near & (queries >= keys), 0.0, -mx.inf)
 
 
@@ -249,7 +248,7 @@ def window_mask(config: GPTConfig, queries: mx.array, keys: mx.array) -> mx.arra
 
 def farthest(config: GPTConfig, keys: mx.array) -> mx.array:
     """The largest distance at which a key is seen."""
-    return mx.where(keys < config.sinks, config.sinks + config.sliding_window - 1 - keys, NOWHERE)
+    return mx.where(keys < config.sinks, config.sinks + config.sliding_window - 1 - keys, PADDING)
 
 
 def rope_to_sinks(config: GPTConfig, q: mx.array, k: mx.array, inverse: mx.array, offset: int, keys: mx.array | None):
@@ -280,9 +279,9 @@ def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v:
         first = mx.broadcast_to(first[:, None, :, :config.sinks], (*x.shape[:3], config.sinks, x.shape[4]))
         return mx.concatenate([first, before, x], axis=3)
 
-    place = places(T, offset)[:, None, :, None] - NOWHERE  # so that padding with 0 means nowhere
-    queries = blocks(place) + NOWHERE
-    keys = with_previous(blocks(place), place).swapaxes(3, 4) + NOWHERE
+    place = places_of(T, offset)[:, None, :, None] - PADDING  # so that padding with 0 means nowhere
+    queries = blocks(place) + PADDING
+    keys = with_previous(blocks(place), place).swapaxes(3, 4) + PADDING
     near = (queries >= keys) & (queries - keys < config.sliding_window)
     is_sink = mx.arange(keys.shape[-1]) < config.sinks  # these columns are for queries out of whose window they are
     mask = mx.where(mx.where(is_sink, queries - keys >= config.sliding_window, near), 0.0, -mx.inf)
@@ -863,7 +862,7 @@ class RoutedBlock(Block):
         if isinstance(cache, RoutedCache):
             return self.continued(x, r, likely, offset, cache, tap)
         T, rows = x.shape[1], mx.arange(len(x))[:, None]
-        at = mx.broadcast_to(places(T, offset), r.shape)
+        at = mx.broadcast_to(places_of(T, offset), r.shape)
         if self.training:
             k = max(1, round(self.config.mod_capacity * T))
             order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
@@ -873,7 +872,7 @@ class RoutedBlock(Block):
             x = with_loss(x, 0.01 * miss.mean())  # little, lest clipping shorten the model's own gradient
         else:  # the chosen tokens first, the others after them, where no chosen one sees them
             chosen, order = self.taken(x)
-            at = mx.where(chosen[rows, order], at[rows, order], NOWHERE)
+            at = mx.where(chosen[rows, order], at[rows, order], PADDING)
             r = mx.where(chosen, r, 0)
         selected = x[rows, order]
         change = super().__call__(selected, at, cache, tap) - selected
@@ -1032,20 +1031,20 @@ class GPT(nn.Module):
             init_weights(self, seed)
 
     def residual(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,
-                 packed: mx.array | None = None) -> mx.array:
+                 places: mx.array | None = None) -> mx.array:
         """The residual stream after the last block: (B, T) token ids -> (B, T, C); of the last position alone, (B, 1,
-        C), if that is all that is asked for. packed (B, T): the tokens' places, where rows hold several documents."""
+        C), if that is all that is asked for. places (B, T): the tokens' places, where rows hold several documents."""
         T, offset = idx.shape[1], 0 if cache is None else cache.offset
         if cache is not None:
             cache.offset += T
-        if packed is not None and self.config.sinks:  # window
+        if places is not None and self.config.sinks:  # window
             raise UserError("sinks and packing: a row has one set of first tokens; leave one of them out")  # window
         x = self.embed(idx)
         if self.config.pos == "learned":
             if offset + T > self.config.block_size:
                 raise UserError(f"{offset + T} tokens, but positions are learned up to {self.config.block_size}")
-            x = x + self.pos_embed(places(T, offset if packed is None else packed) % DOCUMENT)
-        offset = offset if packed is None else packed
+            x = x + self.pos_embed(places_of(T, offset if places is None else places) % DOCUMENT)
+        offset = offset if places is None else places
         for layer, block in enumerate(self.blocks):
             memory, x = None if cache is None else cache.layers[layer], tap("resid", layer, x)
             if crosses(self.config, layer):  # yoco
@@ -1070,10 +1069,10 @@ class GPT(nn.Module):
         return self.embed.as_linear(x) if self.config.tie else self.head(x)
 
     def __call__(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,
-                 packed: mx.array | None = None) -> mx.array:
+                 places: mx.array | None = None) -> mx.array:
         """(B, T) token ids -> logits (B, T, V); with last=True of the last position alone, (B, 1, V). With a cache, idx
-        continues the tokens that it holds. packed: see residual."""
-        return self.unembed(self.residual(idx, cache, tap, last, packed))
+        continues the tokens that it holds. places: see residual."""
+        return self.unembed(self.residual(idx, cache, tap, last, places))
 
     def make_cache(self, bits: int = 0) -> Cache:
         """An empty key/value cache: model(idx, cache=cache) fills it, any number of tokens at a time. bits: pack keys
@@ -1084,12 +1083,12 @@ class GPT(nn.Module):
         return Cache(self.blocks, room)
 
     def loss(self, idx: mx.array, targets: mx.array, mask: mx.array | None = None, tap: Callable = no_tap,
-             packed: mx.array | None = None) -> mx.array:
+             places: mx.array | None = None) -> mx.array:
         """Mean cross-entropy in nats of targets (B, T), weighted by mask (B, T) if there is one.
 
         It is cross_entropy(model(idx), targets), computed without all logits in memory at once.
         """
-        x = self.norm(self.residual(idx, tap=tap, packed=packed))
+        x = self.norm(self.residual(idx, tap=tap, places=places))
         weights = mx.ones(targets.shape) if mask is None else mask.astype(mx.float32)
         total = chunked_loss(self, x.reshape(-1, x.shape[-1]), targets.reshape(-1), weights.reshape(-1))
         return total / mx.where(weights.sum() > 0, weights.sum(), 1)
@@ -1328,7 +1327,7 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     except (UserError, TypeError) as error:
         raise UserError(f"{path} has settings that make no model ({error})") from error
     try:
-        factored.factor_like(model, arrays)
+        quantized.factor_like(model, arrays)
         quantized.pack_like(model, arrays)
         model.load_weights(list(arrays.items()), strict=True)
     except (ValueError, ZeroDivisionError) as error:

@@ -98,6 +98,49 @@ def plan(model: nn.Module, bits: str, group_size: int) -> dict[str, int]:
     return found
 
 
+# ---- what matrices read of a text ------------------------------------------------------------------------------------
+
+
+def place_of(path: str) -> str:
+    """What is calibrated at a time: blocks.3, shared, embed, head."""
+    return ".".join(path.split(".")[:2 if path.startswith("blocks.") else 1])
+
+
+class InputRecorder(nn.Module):
+    """A linear layer that sums up what it reads: x^T x (in, in), and |x| (in,)."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.gram, self.size, self.count = layer, mx.array(0.0), mx.array(0.0), 0
+
+    def __call__(self, x: mx.array) -> mx.array:
+        flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        self.gram, self.size = self.gram + flat.T @ flat, self.size + mx.abs(flat).sum(0)
+        self.count += len(flat)
+        return self.layer(x)
+
+
+def matrix_inputs(model: GPT, layers: dict[str, nn.Module], rows: mx.array, batch_size: int) -> dict[str, tuple]:
+    """For each of these linear layers, by path: the mean of x^T x (in, in) and of |x| (in,) over all tokens of rows
+    (n, T). Only what leads to these layers is computed, and a batch at a time is in memory."""
+    recorders = {path: InputRecorder(layer) for path, layer in layers.items()}
+    for path, recorder in recorders.items():
+        replace_module(model, path, recorder)
+    try:
+        for i in range(0, len(rows), batch_size):
+            model(rows[i:i + batch_size])  # lazily: what no recorder needs is never computed
+            mx.eval([(recorder.gram, recorder.size) for recorder in recorders.values()])
+    finally:
+        for path, recorder in recorders.items():
+            replace_module(model, path, recorder.layer)
+    for path, recorder in recorders.items():
+        if not mx.isfinite(recorder.gram).all().item():
+            raise UserError(f"{path} reads numbers of the text that are infinite or none: the checkpoint breaks down "
+                            "on it, nor would a packed one work")
+    return {path: (recorder.gram / recorder.count, recorder.size / recorder.count)
+            for path, recorder in recorders.items()}
+
+
 # ---- what the scripts tell -------------------------------------------------------------------------------------------
 
 
@@ -148,7 +191,7 @@ def megabytes(module: nn.Module) -> float:
 HEAD = f"{'matrix':24} {'bits':>4} {'error':>9} {'nearest':>9} {'ratio':>6} {'MB':>9} {'packed':>9}"
 
 
-def put(model: GPT, path: str, found: tuple, bits: int, scale_dtype: str) -> str:
+def pack_matrix(model: GPT, path: str, found: tuple, bits: int, scale_dtype: str) -> str:
     """Pack a matrix of the model as (q, scale, zero) found for it, and tell its mean error, and that of rounding to the
     nearest, on a line as HEAD has it."""
     module = matrices(model)[path]

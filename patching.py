@@ -39,11 +39,10 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from calibrate import windows
 from config import UserError, overrides
 from draw import check_finite, grid, heat_map, labels, page, pictures, prompt_ids, short
 from model import GPT, compute_dtype, load_checkpoint, no_tap
-from score import read_tokens
+from score import read_tokens, windows
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any, packed or not

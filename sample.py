@@ -24,8 +24,8 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from chat import check_template, encode_prompt, end_of_answer
 from config import UserError, overrides
+from conversations import check_template, encode_prompt, end_of_answer
 from lora import load_adapters
 from lora import merge as merge_adapters
 from model import compute_dtype, generate, load_checkpoint

@@ -39,6 +39,16 @@ def read_tokens(path: str, enc: Tokenizer, split: str = "val", max_tokens: int =
     return tokens.astype(np.int32)
 
 
+def windows(tokens: np.ndarray, n: int, T: int, seed: int) -> mx.array:
+    """n windows of T tokens each, drawn from a text without a window twice: (n, T)."""
+    if seed < 0:
+        raise UserError(f"seed={seed}: it must be 0 or more")
+    if len(tokens) < T:
+        raise UserError(f"the text has {len(tokens)} tokens, less than one window of {T}: give a longer one")
+    starts = np.random.default_rng(seed).permutation(len(tokens) // T)[:n] * T
+    return mx.array(np.stack([tokens[start:start + T] for start in starts]))
+
+
 def score(model: GPT, tokens: np.ndarray, bos: int, block_size: int = 0, stride: int = 0,
           batch_size: int = 16, kv_bits: int = 0) -> tuple[float, float]:
     """The mean loss of tokens (N,) in nats, and the share of them that were the most probable.

@@ -31,10 +31,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from tqdm import tqdm
 
-from chat import check_template, encode, encode_prompt, end_of_answer, pack, read_conversations, shorten
 from config import UserError, overrides
+from conversations import check_template, encode, encode_prompt, end_of_answer, pack, read_conversations, shorten
 from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged, save_peft
-from model import NOWHERE, ON_CPU, compute_dtype, generate, load_checkpoint, no_tap, save_checkpoint
+from model import ON_CPU, PADDING, compute_dtype, generate, load_checkpoint, no_tap, save_checkpoint
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # from train.py, or an earlier sft.py
@@ -318,7 +318,7 @@ while True:
         finish(*pending)
     pending = number, loss, length, rate
     lap_time += time.perf_counter() - began
-    lap_tokens += int((train_rows["places"][which] < NOWHERE).sum())
+    lap_tokens += int((train_rows["places"][which] < PADDING).sum())
     bar.update(1)
 bar.close()
 draw()

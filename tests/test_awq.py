@@ -8,12 +8,10 @@ from conftest import ROOT, run
 from test_gptq import FLAVOURS, checkpoint, correlated
 
 import awq
-import calibrate
-from factored import Factored
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from packing import pack, round_to_nearest
-from quantized import replace_module
-from score import read_tokens
+from packing import matrix_inputs, pack, round_to_nearest
+from quantized import Factored, replace_module
+from score import read_tokens, windows
 from tokenizer import byte_tokenizer
 
 
@@ -121,9 +119,9 @@ def test_file(tmp_path):
     run("awq.py", path, f"--data={ROOT / 'README.md'}", "--bits=3", "--samples=8", "--scale_dtype=float32")
     found = load_checkpoint(str(tmp_path / "ckpt-awq-3.safetensors"))[0].blocks[0]
     s = model.blocks[0].attn_norm.weight / found.attn_norm.weight
-    rows = calibrate.windows(read_tokens(str(ROOT / "README.md"), byte_tokenizer()), 8, 32, 1337)
+    rows = windows(read_tokens(str(ROOT / "README.md"), byte_tokenizer()), 8, 32, 1337)
     name = "blocks.0.attn.q"
-    gram, size = calibrate.inputs(model, {name: model.blocks[0].attn.q}, rows, 8)[name]
+    gram, size = matrix_inputs(model, {name: model.blocks[0].attn.q}, rows, 8)[name]
     assert s.max() > 1.5 * s.min() and np.corrcoef(np.log(s), np.log(size))[0, 1] > 0.99
     q, scale, _ = awq.quantize(model.blocks[0].attn.q.weight * s, gram / (s[:, None] * s), 3, 64)
     assert (pack(q, 3) == found.attn.q.weight).mean() > 0.95

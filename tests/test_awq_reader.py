@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, OneLayer, peak_memory, run_here, survives
 
-import hub
+import readers
 from config import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 SOURCE = (ROOT / "awq_reader.py").read_text()
 START, END = SOURCE.index("# ---- layouts"), SOURCE.index("# ---- run")
-made = {"np": np, "mx": mx, "hub": hub, "UserError": UserError, "Callable": Callable, "scale_dtype": "float32",
+made = {"np": np, "mx": mx, "readers": readers, "UserError": UserError, "Callable": Callable, "scale_dtype": "float32",
         "dense": False}
 exec(SOURCE[START:END], made)  # without what runs
 FIXTURE = {name: np.array(array) for name, array in mx.load(str(ROOT / "tests/fixtures/awq.safetensors")).items()}
@@ -38,7 +38,7 @@ def test_what_autoawq_packed(name):
     words, zeros, scales = made["from_gemm"](*packed) if "gemm" in name else made["from_gemv"](*packed, groups)
     assert np.array_equal(integers(words), layer["q"])
     assert np.array_equal(zeros, layer["zero"]) and np.array_equal(scales, layer["scale"])
-    weight, scales, biases = hub.packed_linear(words, zeros, scales, 4).values()
+    weight, scales, biases = readers.packed_linear(words, zeros, scales, 4).values()
     width = 256 // scales.shape[1]
     assert width in (32, 64, 128)
     found = np.array(mx.dequantize(weight, scales, biases, width, 4), np.float64)

@@ -13,7 +13,7 @@ from conftest import ROOT
 from test_sft import folder  # noqa: F401  (a checkpoint)
 
 import lora
-from chat import encode
+from conversations import encode
 from model import GPT, GPTConfig, cross_entropy, load_checkpoint
 from tokenizer import byte_tokenizer
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-import calibrate
 from config import UserError
 from gptq import quantize
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from packing import matrices, round_to_nearest
-from score import read_tokens
+from packing import matrices, matrix_inputs, round_to_nearest
+from score import read_tokens, windows
 from tokenizer import byte_tokenizer
 
 
@@ -90,7 +89,7 @@ def test_inputs(settings):
     logits = model(rows, tap=tap)
     linear = {path: module for path, module in matrices(model).items() if hasattr(module, "input_dims") or
               type(module).__name__ == "Linear"}
-    found = calibrate.inputs(model, linear, rows, 2)
+    found = matrix_inputs(model, linear, rows, 2)
     assert mx.array_equal(model(rows), logits) and found.keys() == linear.keys()
     expected = {"blocks.1.attn.q": model.blocks[1].attn_norm(seen["resid", 1])}
     if not settings.get("n_expert"):
@@ -105,7 +104,7 @@ def test_inputs(settings):
 
 def test_windows():
     tokens = np.arange(100)
-    rows = np.array(calibrate.windows(tokens, 64, 7, 0))
+    rows = np.array(windows(tokens, 64, 7, 0))
     assert rows.shape == (14, 7) and (np.diff(rows) == 1).all() and len(set(rows[:, 0].tolist())) == 14
 
 
@@ -151,11 +150,11 @@ def test_a_block_reads_what_packed_ones_give(tmp_path):
     run("gptq.py", path, f"--data={ROOT / 'README.md'}", "--bits=2", "--samples=8", "--scale_dtype=float32")
     packed, _ = load_checkpoint(str(tmp_path / "ckpt-gptq-2.safetensors"))
     found = packed.blocks[1].attn.q
-    rows = calibrate.windows(read_tokens(str(ROOT / "README.md"), byte_tokenizer()), 8, 32, 1337)
+    rows = windows(read_tokens(str(ROOT / "README.md"), byte_tokenizer()), 8, 32, 1337)
     packed.blocks[1], packed.embed = model.blocks[1], model.embed  # as they were by then
-    same = []
+    same, name = [], "blocks.1.attn.q"
     for before in (packed, model):
-        gram, _ = calibrate.inputs(before, {"blocks.1.attn.q": before.blocks[1].attn.q}, rows, 8)["blocks.1.attn.q"]
+        gram, _ = matrix_inputs(before, {name: before.blocks[1].attn.q}, rows, 8)[name]
         q, _, _ = quantize(model.blocks[1].attn.q.weight, gram, 2, 64)
         theirs = mx.dequantize(found.weight, mx.ones_like(found.scales), mx.zeros_like(found.scales), 64, 2)
         same.append((q == theirs).mean().item())

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, OneLayer, run_here, survives
 
-import hub
+import readers
 from config import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 SOURCE = (ROOT / "gptq_reader.py").read_text()
 START, END = SOURCE.index("# ---- layouts"), SOURCE.index("# ---- run")
-made = {"np": np, "mx": mx, "hub": hub, "UserError": UserError, "Callable": Callable, "scale_dtype": "float32",
+made = {"np": np, "mx": mx, "readers": readers, "UserError": UserError, "Callable": Callable, "scale_dtype": "float32",
         "dense": False}
 exec(SOURCE[START:END], made)  # without what runs
 FIXTURE = {name: np.array(array) for name, array in mx.load(str(ROOT / "tests/fixtures/gptq.safetensors")).items()}

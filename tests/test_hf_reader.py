@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, peak_memory, run_here, survives
 
-import hub
+import readers
 from config import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tokenizer import (
@@ -49,9 +49,9 @@ def test_logits_of_transformers(name, tmp_path):
     logits = np.load(FOLDERS / name / "logits.npy")
     assert near(load_checkpoint(str(out))[0], logits)
     read(out, f"--export={tmp_path / 'folder'}")
-    theirs, ours = (hub.open_folder(str(folder)) for folder in (FOLDERS / name, tmp_path / "folder"))
+    theirs, ours = (readers.open_folder(str(folder)) for folder in (FOLDERS / name, tmp_path / "folder"))
     assert ours.names == {tensor.removeprefix("transformer.") for tensor in theirs.names}
-    assert hub.model_config(ours.raw, "") == hub.model_config(theirs.raw, "")
+    assert readers.model_config(ours.raw, "") == readers.model_config(theirs.raw, "")
     for tensor in theirs.names:
         assert mx.array_equal(ours[tensor], theirs[tensor])
     for key in ours.raw.keys() & theirs.raw.keys():

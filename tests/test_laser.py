@@ -14,9 +14,9 @@ from test_gptq import FLAVOURS, checkpoint
 from tqdm import tqdm
 
 import laser
-from factored import Factored
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from packing import matrices
+from quantized import Factored
 from tokenizer import byte_tokenizer
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from test_sft import folder, sft  # noqa: F401  (a checkpoint)
 
-from chat import encode, encode_prompt, read_conversations, turns
+from conversations import encode, encode_prompt, read_conversations, turns
 from model import load_checkpoint
 from tokenizer import byte_tokenizer
 

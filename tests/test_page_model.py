@@ -15,7 +15,7 @@ from conftest import ROOT, run
 from mlx.utils import tree_flatten, tree_map
 from test_awq_reader import folder_of
 
-import attention
+import attention_maps
 import patching
 import tuned_lens
 from lora import base_fingerprint
@@ -215,7 +215,7 @@ def test_attention(name, page, server):
     maps = in_page(page, path, """
         const { attention } = await import("/inside.js");
         return (await attention(model, ids)).map((map) => Array.from(map));""", IDS, parameters="ids")
-    for found, expected in zip(maps, attention.attention_maps(model, mx.array(IDS)), strict=True):
+    for found, expected in zip(maps, attention_maps.attention_maps(model, mx.array(IDS)), strict=True):
         np.testing.assert_allclose(np.array(found).reshape(expected["map"].shape), expected["map"], atol=1e-5)
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 from test_variants import SOURCE, without
 
-from chat import read_conversations
+from conversations import read_conversations
 from model import GPT, GPTConfig, save_checkpoint
 from tokenizer import byte_tokenizer
 

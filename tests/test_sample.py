@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
 
-from chat import encode_prompt
+from conversations import encode_prompt
 from lora import attach, linear_layers, load_adapter, save_adapter
 from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
 from tokenizer import EOT, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer

@@ -16,7 +16,7 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 
 import lora
-from chat import encode, read_conversations
+from conversations import encode, read_conversations
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tokenizer import byte_tokenizer
 

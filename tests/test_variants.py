@@ -661,10 +661,10 @@ def test_pair(names, tmp_path):
     packed = np.concatenate([n * core.DOCUMENT + np.arange(size) for n, size in enumerate(np.diff(ends))])
     if model.config.sinks:
         with pytest.raises(UserError, match="sinks.*packing"):
-            model(idx, packed=mx.array(packed[None]))
+            model(idx, places=mx.array(packed[None]))
     else:
         alone = [model(idx[:, a:b]) for a, b in zip(ends, ends[1:], strict=False)]
-        found = model(idx, packed=mx.array(np.stack([packed, packed])))
+        found = model(idx, places=mx.array(np.stack([packed, packed])))
         assert mx.abs(found - mx.concatenate(alone, axis=1)).max() < 1e-4 * mx.abs(whole).max()
 
     core.save_checkpoint(str(tmp_path / "c.safetensors"), model, {})

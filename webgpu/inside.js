@@ -1,4 +1,4 @@
-// Looking inside a model: lenses, attention, ablation, patching, as tuned_lens.py, attention.py and patching.py do it.
+// Looking inside a model: lenses, attention, ablation, patching, as tuned_lens.py, attention_maps.py and patching.py do it.
 
 import { UserError } from "./errors.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";

@@ -1,4 +1,4 @@
-"""chat.py: what files may hold, templates as their makers write them, packing."""
+"""conversations.py: what files may hold, templates as their makers write them, packing."""
 import json
 
 import blas  # noqa: F401  (before mlx)
@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from chat import TEMPLATES, encode, encode_prompt, pack, read_conversations, shorten
 from config import UserError
-from model import DOCUMENT, GPT, NOWHERE, GPTConfig
+from conversations import TEMPLATES, encode, encode_prompt, pack, read_conversations, shorten
+from model import DOCUMENT, GPT, PADDING, GPTConfig
 from tokenizer import Tokenizer, byte_tokenizer
 
 BYTES = byte_tokenizer()
@@ -145,14 +145,14 @@ def test_pack_holds_everything_once(together):
     for n in rng.integers(2, 65, 200):
         examples.append((rng.integers(0, 1000, n).tolist(), (rng.random(n) < 0.5).tolist()))
     rows = pack(examples, 64, together)
-    used = rows["places"] < NOWHERE
+    used = rows["places"] < PADDING
     assert used.sum() == sum(len(ids) - 1 for ids, _ in examples)
     assert (len(rows["idx"]) == 200) != together and (not together or used.mean() > 0.95)
     found = []
     for idx, targets, mask, places in zip(*(rows[name] for name in ("idx", "targets", "mask", "places")), strict=True):
-        assert (mask[places == NOWHERE] == 0).all()
-        for document in np.unique(places[places < NOWHERE] // DOCUMENT):
-            which = np.flatnonzero((places // DOCUMENT == document) & (places < NOWHERE))
+        assert (mask[places == PADDING] == 0).all()
+        for document in np.unique(places[places < PADDING] // DOCUMENT):
+            which = np.flatnonzero((places // DOCUMENT == document) & (places < PADDING))
             assert (places[which] % DOCUMENT == np.arange(len(which))).all() and (np.diff(which) == 1).all()
             assert (idx[which][1:] == targets[which][:-1]).all()
             found.append(([*idx[which], targets[which][-1]], mask[which].tolist()))
@@ -167,7 +167,7 @@ def test_packed_equals_unpacked(settings):
     talks = [TALK[1:3], TALK[3:], [{"role": "user", "content": "x" * 20}, TALK[4]]]
     examples = [encode(BYTES, talk, "plain") for talk in talks]
     rows = {name: mx.array(array) for name, array in pack(examples, 64).items()}
-    logits = model(rows["idx"], packed=rows["places"])
+    logits = model(rows["idx"], places=rows["places"])
     nats, alone = 0.0, {}
     for ids, learned in examples:
         for t, row in enumerate(np.array(model(mx.array([ids[:-1]]))[0], np.float64)):
@@ -178,9 +178,9 @@ def test_packed_equals_unpacked(settings):
     assert len(where) == len(alone)
     packed = sorted(np.array(logits)[tuple(at)].tolist() for at in where)
     assert np.abs(np.array(packed) - np.array(sorted(row.tolist() for row in alone.values()))).max() < 1e-4
-    loss = model.loss(rows["idx"], rows["targets"], rows["mask"], packed=rows["places"])
+    loss = model.loss(rows["idx"], rows["targets"], rows["mask"], places=rows["places"])
     assert loss.item() == pytest.approx(nats / len(alone), rel=1e-5)
     gradient = mx.grad(lambda x: model.loss(rows["idx"], rows["targets"], rows["mask"], lambda site, layer, y: (
         x if (site, layer) == ("resid", 2) else y), rows["places"]))
-    g = np.array(gradient(model.residual(rows["idx"], packed=rows["places"])))
+    g = np.array(gradient(model.residual(rows["idx"], places=rows["places"])))
     assert ((g != 0).any(-1) == (np.array(rows["mask"]) > 0)).all()

@@ -1,6 +1,6 @@
 """Where every head of every layer looks, while a model reads a prompt.
 
-    python attention.py out/ckpt.safetensors --prompt="def __init__(self, name):"
+    python attention_maps.py out/ckpt.safetensors --prompt="def __init__(self, name):"
 
 It prints, for each head, how much of its attention goes to the first token, to the token itself and to the one before,
 how far it looks on average, and its entropy; it draws all maps, layer by head; and it writes a page on which each map
@@ -11,7 +11,7 @@ are experts, a table tells which ones each token took, and with Mixture of Depth
 Maps are softmax(q k^T / sqrt(D) + mask) of the queries and keys that the model computed (Vaswani et al. 2017). In
 Python:
 
-    >>> from model import load_checkpoint; from attention import attention_maps; import mlx.core as mx
+    >>> from model import load_checkpoint; from attention_maps import attention_maps; import mlx.core as mx
     >>> model, meta = load_checkpoint("out/ckpt.safetensors")
     >>> maps = attention_maps(model, mx.array([5, 17, 2]))[3]["map"]    # layer 3: (H, T, T), rows look at columns
 """
@@ -30,7 +30,7 @@ from model import (
     compute_dtype,
     crosses,
     load_checkpoint,
-    places,
+    places_of,
     rope_to_sinks,
     score_mask,
     windowed,
@@ -81,7 +81,7 @@ def attention_maps(model: GPT, idx: mx.array, states: dict | None = None) -> lis
             q, k = rope_to_sinks(config, q, k, block.attn._inverse, offset, keys)
         mask = score_mask(config, layer, T, offset, keys)
         if mask is None or isinstance(mask, str):
-            mask = places(T, 0)[..., None] >= mx.arange(T)
+            mask = places_of(T, 0)[..., None] >= mx.arange(T)
         if mask.dtype == mx.bool_:
             mask = mx.where(mask, 0.0, -mx.inf)
         k = mx.repeat(k, q.shape[1] // k.shape[1], axis=1)

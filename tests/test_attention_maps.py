@@ -1,4 +1,4 @@
-"""attention.py: maps that, times the values, are what the heads read, in every variant; routing; the page."""
+"""attention_maps.py: maps that, times the values, are what the heads read, in every variant; routing; the page."""
 import base64
 import json
 import re
@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from test_gptq import FLAVOURS, checkpoint
 
-import attention
-from attention import attention_maps
+import attention_maps
 from model import GPT, GPTConfig, save_checkpoint
 from tokenizer import byte_tokenizer
 
@@ -36,13 +35,13 @@ def test_maps(settings):
             block.threshold = mx.array([0.0])
         if config.diff_attn and config.diff_attn_version == 1:
             block.attn.lambda_q1 = block.attn.lambda_k1 = mx.full((config.head_dim,), 0.1)
-    states, maps = attention.record(model, idx), attention_maps(model, idx)
+    states, maps = attention_maps.record(model, idx), attention_maps.attention_maps(model, idx)
     for layer, block in enumerate(model.blocks):
         named, heads = maps[layer], np.array(states["heads", layer])[0]
         v = np.array(states["v", n if config.yoco and layer >= n else layer])[0]
         order, count = np.arange(T), T
         if "predictor" in block:
-            order, count = attention.order_of(model, layer, states["resid", layer])
+            order, count = attention_maps.order_of(model, layer, states["resid", layer])
             order, count = np.array(order), count.item()
             assert 0 < count < T
             if not (config.yoco and layer >= n):
@@ -75,13 +74,13 @@ def test_experts_and_depth():
                           mod="topk"), seed=1).eval()
     block = model.blocks[1]
     block.predictor.weight, block.threshold = mx.random.normal((1, 64), key=mx.random.key(3)), mx.array([0.0])
-    states = attention.record(model, IDX)
+    states = attention_maps.record(model, IDX)
     chosen = np.array((states["resid", 1][0] @ block.predictor.weight.T)[:, 0] > 0)
     r = np.array(block.depth_router(states["resid", 1]))[0, :, 0]
-    depth = attention.depth(model, states)
+    depth = attention_maps.depth(model, states)
     assert depth[0] is None
     np.testing.assert_allclose(depth[1], np.where(chosen, r, 0), rtol=1e-5)
-    found = attention.experts(model, states)
+    found = attention_maps.experts(model, states)
     x = np.array(model.blocks[0].mlp_norm(states["resid", 0] + states["attn", 0]))[0]
     logits = x @ np.array(model.blocks[0].mlp.router.weight).T
     assert np.array_equal(np.sort(found[0][0]), np.sort(np.argsort(-logits, -1)[:, :2]))
@@ -91,10 +90,10 @@ def test_experts_and_depth():
     soft = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64, n_expert=4, expert_top_k=1,
                          expert_balance="bias", mod="soft"), seed=1).eval()
     soft.blocks[0].mlp.balance = mx.array([0.0, 0, 2, 0])  # chosen by all, as p is below 1
-    states = attention.record(soft, IDX)
+    states = attention_maps.record(soft, IDX)
     r = np.array(soft.blocks[1].depth_router(states["resid", 1]), np.float64)[0, :, 0]
-    np.testing.assert_allclose(attention.depth(soft, states)[1], 1 / (1 + np.exp(-r)), rtol=1e-5)
-    chosen, gates = attention.experts(soft, states)[0]
+    np.testing.assert_allclose(attention_maps.depth(soft, states)[1], 1 / (1 + np.exp(-r)), rtol=1e-5)
+    chosen, gates = attention_maps.experts(soft, states)[0]
     assert (chosen == 2).all()
     np.testing.assert_allclose(gates[:, 0], np.array(mx.softmax(states["router", 0][0], axis=-1))[:, 2], rtol=1e-5)
 
@@ -102,7 +101,7 @@ def test_experts_and_depth():
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-run = partial(conftest.run, "attention.py")
+run = partial(conftest.run, "attention_maps.py")
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(diff_attn=True), dict(n_expert=3, mod="soft")], ids=str)
@@ -111,7 +110,7 @@ def test_script(settings, tmp_path):
     path, model = checkpoint(tmp_path, **settings)
     done = run(path, "--prompt=a <b> c")
     ids = mx.array([256, *b"a <b> c"])
-    maps = attention_maps(model.eval(), ids)
+    maps = attention_maps.attention_maps(model.eval(), ids)
     name = "first" if settings.get("diff_attn") else "map"
     line = re.search(rf"^ +1 +0 {name} +([\d.]+)% +([\d.]+)% +([\d.]+)% +([\d.]+) +([\d.]+)", done.stdout, re.M)
     each = maps[1][name][0]
@@ -133,7 +132,7 @@ def test_script(settings, tmp_path):
 
 def test_docstring(tmp_path):
     checkpoint(tmp_path, n_layer=4)
-    maps = conftest.docstring_use(attention, tmp_path)["maps"]
+    maps = conftest.docstring_use(attention_maps, tmp_path)["maps"]
     assert maps.shape == (2, 3, 3) and np.allclose(maps.sum(-1), 1)
 
 

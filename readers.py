@@ -374,7 +374,7 @@ def skeleton(config: GPTConfig) -> dict[str, nn.Module]:
 
 def tokenizer_of(source: Folder) -> tuple[Tokenizer | None, dict]:
     """The folder's tokenizer, and what else a checkpoint keeps: chat_template, as it is, and `template`, our name for
-    it, where chat.py has it."""
+    it, where conversations.py has it."""
     path = os.path.join(source.folder, "tokenizer.json")
     if not os.path.exists(path):
         print(f"{path} is missing: the checkpoint can compute, but not read text")
@@ -439,7 +439,7 @@ def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator, tokenizer: T
     for name, array in found.items():
         if name.endswith(".scales") or array.dtype == mx.uint32:
             check_packed(name.rpartition(".")[0], found, places[name], wanted)
-    header = {"script": "hub.py", **meta, "version": VERSION, "config": asdict(config)}
+    header = {"script": "readers.py", **meta, "version": VERSION, "config": asdict(config)}
     save_arrays(out, found, header if tokenizer is None else {**header, "tokenizer": tokenizer.to_dict()})
     print(f"{out}: {len(found)} tensors, {sum(array.nbytes for array in found.values()) / 1e6:,.1f} MB"
           + (f"\nnext: python sample.py {out}" if tokenizer else ""))

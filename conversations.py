@@ -3,7 +3,7 @@
     conversations = read_conversations("tasks.jsonl")
     ids, learned = encode(enc, conversations[0], "chatml")   # learned: True for the tokens of responses
     ids = encode_prompt(enc, [{"role": "user", "content": "Hello"}], "chatml")   # ends where the answer begins
-    rows = pack([(ids, learned), ...], block_size)           # several examples a row, for model.loss(..., packed=)
+    rows = pack([(ids, learned), ...], block_size)           # several examples a row, for model.loss(..., places=)
 
 A line of a file is {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}, or {"instruction",
 "input", "output"} (input may be missing), or {"prompt", "response"}.
@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 from config import UserError
-from model import DOCUMENT, NOWHERE
+from model import DOCUMENT, PADDING
 from tokenizer import Tokenizer
 
 # For each role, what stands before and after its text. An answer ends with the template's own mark where the tokenizer
@@ -169,7 +169,7 @@ def pack(examples: list, block_size: int, together: bool = True) -> dict[str, np
     room, rows = [], []
     for example in sorted(examples, key=lambda example: -len(example[0])):
         need = len(example[0]) - 1
-        fitting = (i for i, left in enumerate(room) if left >= need and len(rows[i]) < NOWHERE // DOCUMENT)
+        fitting = (i for i, left in enumerate(room) if left >= need and len(rows[i]) < PADDING // DOCUMENT)
         row = next(fitting, None) if together else None
         if row is None:
             row = len(rows)
@@ -179,7 +179,7 @@ def pack(examples: list, block_size: int, together: bool = True) -> dict[str, np
         room[row] -= need
     shape = len(rows), block_size
     found = {"idx": np.zeros(shape, np.int32), "targets": np.zeros(shape, np.int32),
-             "mask": np.zeros(shape, np.float32), "places": np.full(shape, NOWHERE, np.int32)}
+             "mask": np.zeros(shape, np.float32), "places": np.full(shape, PADDING, np.int32)}
     for row, packed in enumerate(rows):
         start = 0
         for number, (ids, learned) in enumerate(packed):
