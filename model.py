@@ -26,11 +26,15 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
-import cpu
 import quantized
 from config import UserError
 
 ON_CPU = mx.default_device() == mx.cpu
+try:
+    import cpu  # faster functions for a CPU
+except ImportError:
+    cpu = None
+FAST_CPU = ON_CPU and cpu is not None
 if mx.cuda.is_available():  # work queued at a time: less of it frees memory sooner, here by a third, at 1% of the speed
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "500")
 VERSION = 1  # of the checkpoint's header
@@ -76,6 +80,9 @@ class GPTConfig:
     mod_capacity: float = 0.125  # topk: share of the tokens that a routed block works on  # mod
     mod_every: int = 2           # every so many blocks, the last one is routed  # mod
     yoco: bool = False           # the second half of the blocks attends to one set of keys and values  # yoco
+    value_residual: bool = False  # every layer's values are mixed with those of layer 0  # resformer
+    value_embeds: bool = False   # every other layer adds an embedding of the token to its values  # valembed
+    softcap: float = 0.0         # logits are bounded to +-softcap by a tanh; 0: they are not  # softcap
 
     def __post_init__(self):
         check_alibi(self)  # alibi
@@ -83,6 +90,7 @@ class GPTConfig:
         check_window(self)  # window
         check_moe(self)  # moe
         check_mod(self)  # mod
+        check_softcap(self)  # softcap
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be 1 or more")
@@ -111,6 +119,31 @@ def compute_dtype(name: str) -> mx.Dtype:
     if name not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"dtype={name!r} is not one of auto, float32, bfloat16, float16")
     return getattr(mx, ("float32" if ON_CPU else "bfloat16") if name == "auto" else name)
+
+
+# ---- layers that compute in the dtype of their input: float32 parameters train in bfloat16 ---------------------------
+
+
+class Linear(nn.Linear):
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight.astype(x.dtype).T
+        return mx.addmm(self.bias.astype(x.dtype), x, weight) if "bias" in self else x @ weight
+
+
+class Embedding(nn.Embedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x @ self.weight.astype(x.dtype).T
+
+
+class RMSNorm(nn.RMSNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        bias = self.bias.astype(x.dtype) if "bias" in self else None
+        return mx.fast.layer_norm(x, self.weight.astype(x.dtype), bias, self.eps)
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
@@ -400,26 +433,30 @@ class Attention(nn.Module):
         super().__init__()
         C, D, bias = config.n_embd, config.head_dim, config.bias or config.qkv_bias
         self.config, self.layer = config, layer
-        self.q = nn.Linear(C, config.n_head * D, bias=bias)
-        self.k = nn.Linear(C, config.n_kv_head * D, bias=bias)
-        self.v = nn.Linear(C, config.n_kv_head * D, bias=bias)
-        self.out = nn.Linear(config.n_head * D, C, bias=config.bias)
+        self.q = Linear(C, config.n_head * D, bias=bias)
+        self.k = Linear(C, config.n_kv_head * D, bias=bias)
+        self.v = Linear(C, config.n_kv_head * D, bias=bias)
+        self.out = Linear(config.n_head * D, C, bias=config.bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
+            self.q_norm = RMSNorm(D, eps=config.norm_eps)
+            self.k_norm = RMSNorm(D, eps=config.norm_eps)
         if config.pos == "rope":
             self._inverse = mx.array(1 / rope_inv_freq(config), dtype=mx.float32)  # "_": not a parameter
+        if config.value_embeds:  # valembed
+            make_value_embedding(self)  # valembed
+        if config.value_residual and layer > 0:  # resformer
+            self.value_mix = mx.array([0.5, 0.5])  # lambda_1, lambda_2  # resformer
 
     def make_cache(self, room: Callable = mx.zeros):
         if windowed(self.config, self.layer):  # window
             return WindowCache(self.config.sliding_window, self.config.sinks, room)  # window
         return KVCache(room)
 
-    def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
-        y = tap("heads", self.layer, self.heads(x, offset, cache, tap))
+    def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
+        y = tap("heads", self.layer, self.heads(x, offset, cache, tap, carry))
         return self.out(y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
 
-    def heads(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
+    def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         """What each head reads: (B, T, C) -> (B, H, T, D)."""
         (B, T, _), config, layer = x.shape, self.config, self.layer
         q = self.q(x).reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
@@ -428,7 +465,7 @@ class Attention(nn.Module):
         if config.pos == "rope":
             q = rope(q, self._inverse, offset)
         q = tap("q", layer, q)
-        k, v, keys = self.keys_values(x, offset, cache, tap)
+        k, v, keys = self.keys_values(x, offset, cache, tap, carry)
         if config.diff_attn:  # diff
             v = values_of_pairs(config, v)  # diff
         if windowed(config, layer) and config.sinks and config.pos == "rope":  # window
@@ -437,7 +474,7 @@ class Attention(nn.Module):
             return window_attention(config, layer, q, k, v, offset)  # window
         return attend(q, k, v, score_mask(config, layer, T, offset, keys))
 
-    def keys_values(self, x: mx.array, offset: int, cache, tap: Callable):
+    def keys_values(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict):
         """Keys and values (B, KV, S, D) of x (B, T, C) and of what the cache holds, and the keys' positions (S,), or
         None where they are 0, 1, ..."""
         (B, T, _), config, layer = x.shape, self.config, self.layer
@@ -446,6 +483,10 @@ class Attention(nn.Module):
             k = self.k_norm(k)
         if config.pos == "rope":
             k = rope(k, self._inverse, offset)
+        if config.value_embeds:  # valembed
+            v = add_value_embedding(self, x, v, carry)  # valembed
+        if config.value_residual:  # resformer
+            v = mix_first_values(self, v, carry)  # resformer
         k, v = tap("k", layer, k), tap("v", layer, v)
         return (k, v, None) if cache is None else cache.update(k, v)
 
@@ -455,7 +496,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
     scale = q.shape[-1] ** -0.5
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(q.dtype)  # the fused kernels refuse a wider one
-    if ON_CPU and q.shape[2] > 1 and q.dtype == mx.float32:
+    if FAST_CPU and q.shape[2] > 1 and q.dtype == mx.float32:
         return cpu.attention(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
@@ -499,13 +540,13 @@ class DiffAttention(Attention):
             self.lambda_0 = 0.8 - 0.6 * math.exp(-0.3 * layer)
             for name in DIFF_LAMBDAS:
                 self[name] = mx.zeros((D,))
-            self.head_norm = nn.RMSNorm(2 * D, eps=1e-5)
+            self.head_norm = RMSNorm(2 * D, eps=1e-5)
         else:
-            self.q = nn.Linear(C, 2 * config.n_head * D, bias=config.bias or config.qkv_bias)
-            self.lam = nn.Linear(C, config.n_head, bias=False)
+            self.q = Linear(C, 2 * config.n_head * D, bias=config.bias or config.qkv_bias)
+            self.lam = Linear(C, config.n_head, bias=False)
 
-    def heads(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
-        y = super().heads(x, offset, cache, tap)
+    def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
+        y = super().heads(x, offset, cache, tap, carry)
         first, second = y[:, 0::2], y[:, 1::2]
         if self.config.diff_attn_version == 2:
             return first - sigmoid(self.lam(x)).swapaxes(1, 2)[..., None] * second
@@ -515,6 +556,64 @@ class DiffAttention(Attention):
 
 
 # ---- end of diff -----------------------------------------------------------------------------------------------------
+
+# ---- variant resformer: value residual learning (Zhou et al. 2024) ---------------------------------------------------
+#
+#   v_l = lambda_1 v_l + lambda_2 v_0      for every layer l > 0; both lambdas are learned, and start at 1/2
+#
+# Values of layer 0 are close to the token itself; deep layers, whose own values have lost it, get it back. Costs two
+# numbers a layer; the cache holds the mixed values.
+
+
+def mix_first_values(attention: Attention, v: mx.array, carry: dict) -> mx.array:
+    """Values (B, KV, T, D) of a layer, mixed with those of layer 0; layer 0 leaves its own in the carry."""
+    if attention.layer == 0:
+        carry["first_values"] = v.swapaxes(1, 2)
+        return v
+    own, first = attention.value_mix.astype(v.dtype)
+    return own * v + first * carry["first_values"].swapaxes(1, 2)
+
+
+def no_values(config: GPTConfig, x: mx.array) -> mx.array:
+    """What stands in the carry for tokens that layer 0 does not compute, as it may be with Mixture of Depths."""
+    return mx.zeros((*x.shape[:2], config.n_kv_head, config.head_dim), x.dtype)
+
+
+# ---- end of resformer ------------------------------------------------------------------------------------------------
+
+# ---- variant valembed: value embeddings (modded-nanogpt, 2024; nanochat, 2026) ---------------------------------------
+#
+#   v_t = v_t + g_t E_l[token_t],      g = 2 sigmoid(W x[:GATE]), one a head, 1 at the start
+#
+# The last layer and every second one before it have a table E_l of their own, a row a token. It costs V x KV x D
+# parameters for each of these layers, and hardly any time, since a row is looked up, not multiplied.
+
+GATE = 32  # numbers of x that the gate reads
+
+
+def has_value_embedding(attention: Attention) -> bool:
+    return (attention.config.n_layer - 1 - attention.layer) % 2 == 0
+
+
+def make_value_embedding(attention: Attention):
+    config = attention.config
+    if has_value_embedding(attention):
+        attention.value_embed = Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
+        attention.value_gate = Linear(min(GATE, config.n_embd), config.n_kv_head, bias=False)
+        attention.value_gate.weight = mx.zeros(attention.value_gate.weight.shape)
+
+
+def add_value_embedding(attention: Attention, x: mx.array, v: mx.array, carry: dict) -> mx.array:
+    """Values (B, KV, T, D) of tokens that stand in the carry, read from x (B, T, C)."""
+    if not has_value_embedding(attention):
+        return v
+    found = attention.value_embed(carry["tokens"]).astype(v.dtype)  # (B, T, KV D)
+    gate = 2 * sigmoid(attention.value_gate(x[..., :GATE]))         # (B, T, KV)
+    found = found.reshape(*gate.shape, -1) * gate[..., None]
+    return v + found.swapaxes(1, 2)
+
+
+# ---- end of valembed -------------------------------------------------------------------------------------------------
 
 # ---- ffn: what each position computes by itself ----------------------------------------------------------------------
 
@@ -536,7 +635,7 @@ def recompute(f: Callable) -> Callable:
     return f if ON_CPU else mx.checkpoint(f)
 
 
-erf, sigmoid = (cpu.erf, cpu.sigmoid) if ON_CPU else (mx.erf, mx.sigmoid)
+erf, sigmoid = (cpu.erf, cpu.sigmoid) if FAST_CPU else (mx.erf, mx.sigmoid)
 ACTIVATIONS = {
     "relu2": recompute(lambda x: mx.square(mx.maximum(x, 0))),
     "gelu": recompute(lambda x: x * (0.5 + 0.5 * erf(x * 0.5**0.5))),
@@ -550,9 +649,9 @@ class MLP(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         if config.mlp == "swiglu":
-            self.gate = nn.Linear(config.n_embd, config.ffn_dim, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, config.ffn_dim, bias=config.bias)
-        self.down = nn.Linear(config.ffn_dim, config.n_embd, bias=config.bias)
+            self.gate = Linear(config.n_embd, config.ffn_dim, bias=config.bias)
+        self.up = Linear(config.n_embd, config.ffn_dim, bias=config.bias)
+        self.down = Linear(config.ffn_dim, config.n_embd, bias=config.bias)
 
     def __call__(self, x: mx.array, tap: Callable) -> mx.array:
         inputs = (self.gate(x), self.up(x)) if self.config.mlp == "swiglu" else (self.up(x),)
@@ -665,14 +764,15 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, expert: mx.array, ends: mx.array | None) -> mx.array:
         """Rows (n, in) -> (n, out): in blocks as dispatch() lays them, or, without ends, each with its own expert."""
+        weight = self.weight.astype(x.dtype)
         if ends is None:
-            y = gather_mm(x[:, None], self.weight.swapaxes(1, 2), expert)[:, 0]
-            return y + self.bias[expert] if "bias" in self else y
-        y = blocks_by_experts(x, self.weight, expert, ends)
+            y = gather_mm(x[:, None], weight.swapaxes(1, 2), expert)[:, 0]
+            return y + self.bias[expert].astype(x.dtype) if "bias" in self else y
+        y = blocks_by_experts(x, weight, expert, ends)
         if "bias" in self:
             expert = mx.repeat(expert, ROWS)
             empty = mx.arange(len(x)) >= ends[expert, 1]
-            y = y + mx.where(empty[:, None], 0, self.bias[expert])
+            y = y + mx.where(empty[:, None], 0, self.bias[expert]).astype(x.dtype)
         return y
 
     def to_quantized(self, group_size: int, bits: int, **_) -> "PackedExperts":
@@ -726,7 +826,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         E, C, F = config.n_expert, config.n_embd, config.ffn_dim
-        self.router = nn.Linear(C, E, bias=False)
+        self.router = Linear(C, E, bias=False)
         if config.mlp == "swiglu":
             self.gate = Experts(E, C, F, config.bias)
         self.up = Experts(E, C, F, config.bias)
@@ -806,15 +906,15 @@ class Block(nn.Module):
     def make_cache(self, room: Callable = mx.zeros):
         return self.attn.make_cache(room)
 
-    def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
-        x = x + tap("attn", self.layer, self.attn(self.attn_norm(x), offset, cache, tap))
+    def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
+        x = x + tap("attn", self.layer, self.attn(self.attn_norm(x), offset, cache, tap, carry))
         return x + tap("mlp", self.layer, self.mlp(self.mlp_norm(x), tap))
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "layer":
-        return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
-    return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return RMSNorm(config.n_embd, eps=config.norm_eps)
 
 
 # ---- variant mod: Mixture of Depths (Raposo et al. 2024) -------------------------------------------------------------
@@ -844,9 +944,9 @@ class RoutedBlock(Block):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)
         self.config = config
-        self.depth_router = nn.Linear(config.n_embd, 1, bias=False)
+        self.depth_router = Linear(config.n_embd, 1, bias=False)
         if config.mod == "topk":
-            self.predictor = nn.Linear(config.n_embd, 1, bias=False)
+            self.predictor = Linear(config.n_embd, 1, bias=False)
             self.predictor.weight = mx.zeros((1, config.n_embd))
             self.threshold = mx.array([math.log(1 / min(config.mod_capacity, 0.999) - 1)])
 
@@ -854,29 +954,31 @@ class RoutedBlock(Block):
         make = super().make_cache
         return make(room) if self.config.mod == "soft" else RoutedCache(lambda: make(room))
 
-    def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> mx.array:
+    def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         r = tap("depth", self.layer, self.depth_router(x)[..., 0])
         if self.config.mod == "soft":
-            return x + sigmoid(r)[..., None] * (super().__call__(x, offset, cache, tap) - x)
+            return x + sigmoid(r)[..., None] * (super().__call__(x, offset, cache, tap, carry) - x)
         likely = self.likely(x)
         if isinstance(cache, RoutedCache):
-            return self.continued(x, r, likely, offset, cache, tap)
+            return self.continued(x, r, likely, offset, cache, tap, carry)
         T, rows = x.shape[1], mx.arange(len(x))[:, None]
         at = mx.broadcast_to(places_of(T, offset), r.shape)
         if self.training:
             k = max(1, round(self.config.mod_capacity * T))
             order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
             chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
-            at = at[rows, order]
+            at, worked = at[rows, order], mx.ones(order.shape)
             miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
             x = with_loss(x, 0.01 * miss.mean())  # little, lest clipping shorten the model's own gradient
         else:  # the chosen tokens first, the others after them, where no chosen one sees them
             chosen, order = self.taken(x)
-            at = mx.where(chosen[rows, order], at[rows, order], PADDING)
-            r = mx.where(chosen, r, 0)
-        selected = x[rows, order]
-        change = super().__call__(selected, at, cache, tap) - selected
-        return x.at[rows, order].add(change * r[rows, order][..., None])
+            worked = chosen[rows, order]
+            at = mx.where(worked, at[rows, order], PADDING)
+        selected, before = x[rows, order], rows_of(carry, rows, order)
+        own = dict(before)
+        change = super().__call__(selected, at, cache, tap, own) - selected
+        put_rows(carry, rows, order, before, own, worked)
+        return x.at[rows, order].add(change * (worked * r[rows, order]).astype(x.dtype)[..., None])
 
     def likely(self, x: mx.array) -> mx.array:
         """Over 0 where a token of x (B, T, C) would be among the largest: (B, T)."""
@@ -888,17 +990,34 @@ class RoutedBlock(Block):
         chosen, T = self.likely(x) > 0, x.shape[1]
         return chosen, mx.argsort(mx.arange(T) + mx.where(chosen, 0, T), axis=1)
 
-    def continued(self, x: mx.array, r: mx.array, likely: mx.array, offset: int, cache, tap: Callable) -> mx.array:
-        """The same with a cache: what is computed, and what the cache gains, are the chosen tokens alone. Their number
-        is a shape, so the device is waited for; each row of the batch has its own."""
+    def continued(self, x: mx.array, r: mx.array, likely: mx.array, offset: int, cache, tap: Callable,
+                  carry: dict) -> mx.array:
+        """With a cache the block computes the chosen tokens alone, and only they enter the cache. Their number is a
+        shape, so the device is waited for, and each row of the batch is computed by itself."""
         for row, chosen in enumerate(np.array(likely > 0)):
             if chosen.any():
                 place = mx.array(np.flatnonzero(chosen))
-                selected = x[row:row + 1, place]
-                of_row = cache.row(row, place + offset)
-                change = super().__call__(selected, place[None] + offset, of_row, tap) - selected
+                selected, of_row = x[row:row + 1, place], cache.row(row, place + offset)
+                rows, order = mx.array([[row]]), place[None]
+                before = rows_of(carry, rows, order)
+                own = dict(before)
+                change = super().__call__(selected, place[None] + offset, of_row, tap, own) - selected
+                put_rows(carry, rows, order, before, own, mx.ones(order.shape))
                 x = x.at[row, place].add(change[0] * r[row, place, None])
         return x
+
+
+def rows_of(carry: dict, rows: mx.array, order: mx.array) -> dict:
+    """What a routed block sees of the carry: its own positions of arrays (B, T, ...), and tuples whole."""
+    return {name: value[rows, order] if isinstance(value, mx.array) else value for name, value in carry.items()}
+
+
+def put_rows(carry: dict, rows: mx.array, order: mx.array, before: dict, own: dict, worked: mx.array):
+    """Write what a routed block changed in its rows of the carry back, where it worked on them (B, k)."""
+    for name, value in own.items():
+        if value is not before[name]:
+            worked_on = worked.reshape(*worked.shape, *[1] * (value.ndim - 2)) > 0
+            carry[name] = carry[name].at[rows, order].add(mx.where(worked_on, value - before[name], 0))
 
 
 class RoutedCache:
@@ -961,21 +1080,27 @@ class SharedKeysValues(Attention):
             del self[name]
         self.norm = make_norm(config)
 
-    def __call__(self, x: mx.array, offset: int, cache, tap: Callable) -> tuple:
-        k, v, _ = self.keys_values(self.norm(x), offset, cache, tap)
-        return k, v, mx.arange(k.shape[2]) if isinstance(offset, int) else offset
+    def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> tuple:
+        k, v, _ = self.keys_values(self.norm(x), offset, cache, tap, carry)
+        return k, v, mx.arange(k.shape[2])[None] if isinstance(offset, int) else offset
 
 
 class CrossAttention(Attention):
-    """The queries of attention alone; its `cache` is what SharedKeysValues gave."""
+    """The queries of attention alone. Its keys and values are those that SharedKeysValues left in the carry."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)
         for name in {"k", "v", "k_norm"} & self.keys():
             del self[name]
 
-    def keys_values(self, x: mx.array, offset: int, cache, tap: Callable):
-        return cache
+    def keys_values(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict):
+        return carry["keys_values"]
+
+
+def last_position(x: mx.array, offset: int | mx.array, carry: dict) -> tuple[mx.array, int | mx.array, dict]:
+    """Of the residual stream, the offset, and the carry's arrays (B, T, ...)."""
+    rows = {name: value[:, -1:] if isinstance(value, mx.array) else value for name, value in carry.items()}
+    return x[:, -1:], offset + x.shape[1] - 1 if isinstance(offset, int) else offset[:, -1:], rows
 
 
 def cross_attention(config: GPTConfig, layer: int) -> Attention:
@@ -985,6 +1110,26 @@ def cross_attention(config: GPTConfig, layer: int) -> Attention:
 
 
 # ---- end of yoco -----------------------------------------------------------------------------------------------------
+
+# ---- variant softcap: bounded logits (Bello et al. 2016; Gemma Team 2024) --------------------------------------------
+#
+#   logits = c tanh(logits / c)
+#
+# No token can become ever more certain: logits stay within +-c, and the gradient of one that is near vanishes.
+
+
+def check_softcap(config: GPTConfig):
+    if not 0 <= config.softcap < math.inf:
+        raise UserError(f"softcap={config.softcap}: it must be 0, which bounds nothing, or more")
+
+
+def capped(config: GPTConfig, logits: mx.array) -> mx.array:
+    scaled = logits.astype(mx.float32) / config.softcap  # bfloat16 is too coarse near 0
+    tanh = 2 * sigmoid(2 * scaled) - 1                   # by the sigmoid, which is the faster one on a CPU
+    return (config.softcap * tanh).astype(logits.dtype)
+
+
+# ---- end of softcap --------------------------------------------------------------------------------------------------
 
 # ---- tap: looking inside ---------------------------------------------------------------------------------------------
 
@@ -1014,9 +1159,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int | None = 0):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed = Embedding(config.vocab_size, config.n_embd)
         if config.pos == "learned":
-            self.pos_embed = nn.Embedding(config.block_size, config.n_embd)
+            self.pos_embed = Embedding(config.block_size, config.n_embd)
         self.blocks = [Block(config, layer) for layer in range(config.n_layer)]
         if config.mod != "none":  # mod
             for layer in range(config.mod_every - 1, config.n_layer, config.mod_every):  # mod
@@ -1025,8 +1170,9 @@ class GPT(nn.Module):
             self.shared = SharedKeysValues(config)  # yoco
         self.norm = make_norm(config)
         if not config.tie:
-            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.checkpoint_every = 0  # recompute every k-th block's activations in the backward pass; 0: store all
+        self.compute_dtype = None  # of the activations, when it is not that of the parameters, as in training
         if seed is not None:
             init_weights(self, seed)
 
@@ -1044,21 +1190,36 @@ class GPT(nn.Module):
             if offset + T > self.config.block_size:
                 raise UserError(f"{offset + T} tokens, but positions are learned up to {self.config.block_size}")
             x = x + self.pos_embed(places_of(T, offset if places is None else places) % DOCUMENT)
-        offset = offset if places is None else places
+        x = x.astype(self.compute_dtype or mx.result_type(x, self.norm.weight))
+        offset, carry = offset if places is None else places, {}
+        if self.config.value_residual:  # resformer
+            carry["first_values"] = no_values(self.config, x)  # resformer
+        if self.config.value_embeds:  # valembed
+            carry["tokens"] = idx  # valembed
         for layer, block in enumerate(self.blocks):
             memory, x = None if cache is None else cache.layers[layer], tap("resid", layer, x)
+            if self.config.yoco and layer == self.config.n_layer // 2:  # yoco
+                carry["keys_values"] = self.shared(x, offset, cache and cache.layers[-1], tap, carry)  # yoco
+                if last:  # no later block needs the other positions  # yoco
+                    x, offset, carry = last_position(x, offset, carry)  # yoco
             if crosses(self.config, layer):  # yoco
-                if layer == self.config.n_layer // 2:  # yoco
-                    memory = None if cache is None else cache.layers[-1]  # yoco
-                    shared = self.shared(x, offset, memory, tap)  # yoco
-                    x, offset = (x[:, -1:], offset + T - 1) if last else (x, offset)  # yoco
-                memory = shared  # yoco
-            run = block
-            if self.checkpoint_every and self.training and tap is no_tap and layer % self.checkpoint_every == 0:
-                run = nn.utils.checkpoint(block)  # not with a tap: what that captures would get no gradient
-            x = run(x, offset, memory, tap)
+                memory = None  # yoco
+            x, carry = self.run(block, x, offset, memory, tap, carry)
         x = tap("resid", self.config.n_layer, x)
         return x[:, -1:] if last else x
+
+    def run(self, block: Block, x: mx.array, offset: int | mx.array, cache, tap: Callable, carry: dict):
+        """A block: x and the carry as it leaves them. In training with checkpoint_every=k, every k-th block stores its
+        input alone and is computed again in the backward pass (Chen et al. 2016)."""
+
+        def changed(x, carry):
+            carry = dict(carry)
+            return block(x, offset, cache, tap, carry), carry
+
+        k = self.checkpoint_every
+        if k and self.training and tap is no_tap and block.layer % k == 0:  # what a tap captures would get no gradient
+            return nn.utils.checkpoint(block, changed)(x, carry)
+        return changed(x, carry)
 
     def unembed(self, x: mx.array) -> mx.array:
         """Final norm and vocabulary projection: (..., C) -> logits (..., V)."""
@@ -1066,7 +1227,10 @@ class GPT(nn.Module):
 
     def project(self, x: mx.array) -> mx.array:
         """The vocabulary projection alone."""
-        return self.embed.as_linear(x) if self.config.tie else self.head(x)
+        logits = self.embed.as_linear(x) if self.config.tie else self.head(x)
+        if self.config.softcap:  # softcap
+            logits = capped(self.config, logits)  # softcap
+        return logits
 
     def __call__(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,
                  places: mx.array | None = None) -> mx.array:
@@ -1096,7 +1260,7 @@ class GPT(nn.Module):
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """-log softmax(logits)[target] in float32: (N, V), (N,) -> (N,)."""
-    if ON_CPU:
+    if FAST_CPU:
         return cpu.cross_entropy(logits.astype(mx.float32), targets)
     return mx.fast.cross_entropy(logits, targets)
 
@@ -1162,6 +1326,7 @@ def init_weights(model: GPT, seed: int = 0):
     stds.update(dict.fromkeys(DIFF_LAMBDAS, 0.1), lam=std)  # diff
     stds.update(router=std)  # moe
     stds.update(depth_router=std)  # mod
+    stds.update(value_embed=std)  # valembed
 
     def initial(path: str, p: mx.array) -> mx.array:
         *_, module, kind = ["", *path.split(".")]
@@ -1204,39 +1369,57 @@ def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_
     return mx.random.categorical(logits, key=key)
 
 
+def decode(model: GPT, tokens: mx.array, n: int, draw: Callable, cache: Cache, tap: Callable = no_tap) -> Iterator:
+    """Continue token ids (B, T) by n tokens, yielding each as an array (B, 1). draw: logits (B, V) -> tokens (B, 1)."""
+    read = [tokens[:, -model.config.block_size:]]  # all that the cache holds, as token ids
+    token = draw(model(read[0], cache=cache, tap=tap, last=True)[:, -1])
+    mx.async_eval(token)
+    for i in range(1, n + 1):
+        drawn, x = token, token
+        read.append(drawn)
+        if i < n:  # start the next token before the caller looks at this one: the device never waits
+            if is_full(model.config, cache):
+                cache.clear()
+                read = [mx.concatenate(read, axis=1)[:, -max(1, model.config.block_size // 2):]]
+                x = read[0]
+            token = draw(model(x, cache=cache, tap=tap, last=True)[:, -1])
+            mx.async_eval(token)
+        yield drawn
+
+
+def is_full(config: GPTConfig, cache: Cache) -> bool:
+    """Whether another token would see more than block_size tokens."""
+    if endless(config):  # window
+        return False  # window
+    return cache.offset == config.block_size
+
+
 def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, n_vocab: int = 0,
              tap: Callable = no_tap, cache: Cache | None = None) -> Iterator:
-    """Continue token ids (T,), yielding one int a token; or a batch of B rows of them, yielding a list of B.
+    """Continue token ids (T,), yielding one int a token; or a batch of B prompts, yielding a list of B.
 
-    Rows may differ in length: all are read to the end of the shortest, then each goes on with its own tokens, yielding
-    None, until they end; max_new_tokens more follow on the longest. repetition_penalty divides the positive logits of
-    tokens seen before (Keskar et al. 2019) and multiplies the negative ones. n_vocab: ids from here on are padding of
-    the vocabulary and never drawn. When the context is full, the cache is cleared and the second half read again: a
-    token never sees more than block_size tokens. cache: an empty one of model.make_cache(), for a caller who wants to
-    see it.
+    Prompts may differ in length: see generate_batch. repetition_penalty divides the positive logits of tokens seen
+    before (Keskar et al. 2019) and multiplies the negative ones. n_vocab: ids from here on pad the vocabulary to a
+    round number and are never drawn. When the context is full, the cache is cleared and the second half of the context
+    is read again: a token never sees more than block_size tokens. cache: an empty one of model.make_cache(), for a
+    caller who wants to look into it.
     """
-    block_size, V = model.config.block_size, model.config.vocab_size
     single = len(ids) == 0 or np.ndim(ids[0]) == 0
     prompts = [ids] if single else ids
-    lengths = np.array([len(prompt) for prompt in prompts])
-    if lengths.min() == 0:
+    if min(map(len, prompts)) == 0:
         raise UserError("nothing to continue: give at least one token")
-    given = np.full((len(prompts), lengths.max()), -1)
-    for row, prompt in zip(given, prompts, strict=True):
-        row[:len(prompt)] = prompt
-    history, own = given[:, :lengths.min()], mx.array(given[:, lengths.min():])  # own: where not -1, not drawn
-    waiting, max_new_tokens = lengths - lengths.min(), max_new_tokens + own.shape[1]
-    key = mx.random.key(seed)
-    seen = mx.zeros((len(history), V), dtype=mx.bool_)
+    key, V = mx.random.key(seed), model.config.vocab_size
+    common = min(map(len, prompts))
+    start = mx.array(np.array([prompt[:common] for prompt in prompts], dtype=np.int32))
+    seen = mx.zeros((len(prompts), V), dtype=mx.bool_)
     if repetition_penalty != 1:
-        seen = mx.put_along_axis(seen, mx.array(history), mx.array(True), axis=1)
+        seen = mx.put_along_axis(seen, start, mx.array(True), axis=1)
     padding = mx.arange(V) >= (n_vocab or V)
-    cache, read = cache or model.make_cache(), [mx.array(history[:, -block_size:])]  # read: what the cache is of
 
-    def step(x, i):  # x (B, T) -> the next token (B, 1), the i-th; nothing is computed yet
+    def draw(logits: mx.array, given: mx.array | None = None) -> mx.array:
+        """Tokens (B, 1) by logits (B, V), except where a prompt gives one: given (B, 1), -1 where it does not."""
         nonlocal key, seen
-        logits = model(x, cache=cache, tap=tap, last=True)[:, -1]
         if repetition_penalty != 1:
             less = mx.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = mx.where(seen, less, logits)
@@ -1244,29 +1427,34 @@ def generate(model: GPT, ids, max_new_tokens: int, temperature: float = 1.0, top
             logits = mx.where(padding, -mx.inf, logits)
         key, subkey = mx.random.split(key)
         token = sample_token(logits, subkey, temperature, top_k, top_p, min_p)[:, None]
-        if i < own.shape[1]:
-            token = mx.where(own[:, i:i + 1] < 0, token, own[:, i:i + 1])
+        if given is not None:
+            token = mx.where(given < 0, token, given)
         if repetition_penalty != 1:
             seen = mx.put_along_axis(seen, token, mx.array(True), axis=1)
         return token
 
-    token = step(read[0], 0)
-    mx.async_eval(token)
-    for i in range(max_new_tokens):
-        read.append(token)
-        if i + 1 < max_new_tokens:  # start the next token before this one is looked at: the device never waits
-            full = cache.offset == block_size
-            if endless(model.config):  # window
-                full = False  # window
-            if full:
-                cache.clear()
-                read = [mx.concatenate(read, axis=1)[:, -max(1, block_size // 2):]]
-                token = step(read[0], i + 1)
-            else:
-                token = step(token, i + 1)
-            mx.async_eval(token)
-        out = read[-1][:, -1].tolist()
-        yield out[0] if single else [None if i < wait else token for token, wait in zip(out, waiting, strict=True)]
+    cache = cache or model.make_cache()
+    if single:
+        for token in decode(model, start, max_new_tokens, draw, cache, tap):
+            yield token.item()
+    else:
+        rest = [prompt[common:] for prompt in prompts]
+        yield from generate_batch(model, start, rest, max_new_tokens, draw, cache, tap)
+
+
+def generate_batch(model: GPT, start: mx.array, rest: list, max_new_tokens: int, draw: Callable, cache: Cache,
+                   tap: Callable) -> Iterator[list]:
+    """Continue prompts of several lengths: all are read together up to the end of the shortest, start (B, T). Then each
+    goes on with the rest of its own tokens, yielding None, until it ends; max_new_tokens more follow on the longest."""
+    lengths = [len(tokens) for tokens in rest]
+    given = np.full((len(rest), max(lengths)), -1, dtype=np.int32)
+    for row, tokens in zip(given, rest, strict=True):
+        row[:len(tokens)] = tokens
+    columns = iter(mx.split(mx.array(given), given.shape[1], axis=1) if given.size else [])
+    steps = max_new_tokens + given.shape[1]
+    for i, token in enumerate(decode(model, start, steps, lambda x: draw(x, next(columns, None)), cache, tap)):
+        drawn = token[:, 0].tolist()
+        yield [None if i < length else token for token, length in zip(drawn, lengths, strict=True)]
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------------------

@@ -488,7 +488,7 @@ def test_mod_at_full_capacity_is_the_dense_block():
     x = mx.random.normal((2, 50, 32))
     for block, its in zip(dense.blocks, routed.blocks, strict=True):
         one = lambda site, layer, y: mx.ones(y.shape) if site == "depth" else y  # noqa: E731
-        assert mx.abs(its(x, 0, None, one) - block(x, 0, None, core.no_tap)).max() < 1e-5
+        assert mx.abs(its(x, 0, None, one, {}) - block(x, 0, None, core.no_tap, {})).max() < 1e-5
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(alibi=True), dict(sliding_window=6), dict(pos="learned")], ids=str)
@@ -498,13 +498,13 @@ def test_mod_top_k_in_numpy(settings):
     block, dense = model.blocks[1], small(**settings).blocks[1]
     dense.update({name: p for name, p in block.parameters().items() if name in dense})
     x = mx.random.normal((3, 40, 32), key=mx.random.key(1))
-    found, r = np.array(block(x, 0, None, core.no_tap)), np.array(x) @ np.array(block.depth_router.weight[0])
+    found, r = np.array(block(x, 0, None, core.no_tap, {})), np.array(x) @ np.array(block.depth_router.weight[0])
     for row in range(3):
         chosen = np.sort(np.argsort(-r[row])[:8])
         others = np.setdiff1d(np.arange(40), chosen)
         assert np.array_equal(found[row, others], np.array(x)[row, others])
         selected = x[row:row + 1, mx.array(chosen)]
-        y = dense(selected, mx.array(chosen[None]), None, core.no_tap) - selected
+        y = dense(selected, mx.array(chosen[None]), None, core.no_tap, {}) - selected
         wanted = np.array(selected[0]) + r[row, chosen, None] * np.array(y[0])
         assert np.abs(found[row, chosen] - wanted).max() < 1e-5
 
