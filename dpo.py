@@ -24,9 +24,10 @@ from functools import partial
 import blas  # noqa: F401  (before mlx)
 import matplotlib
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from config import UserError, overrides
@@ -203,6 +204,7 @@ train_rows, val_rows = rows_of(pairs, "training"), rows_of(held_out, "held out")
 
 working_dtype = compute_dtype(dtype)
 fingerprint = base_fingerprint(model)
+model.compute_dtype = working_dtype
 if kind == "full":
     model.set_dtype(mx.float32)
 else:
@@ -234,9 +236,8 @@ def side_by_side(x: mx.array) -> mx.array:
     return x.swapaxes(0, 1).flatten(0, 1)
 
 
-def figures_of(parameters, batch) -> tuple[mx.array, mx.array]:
+def figures_of(batch) -> tuple[mx.array, mx.array]:
     """The mean loss of a batch, and (accuracy, margin, chosen, rejected)."""
-    model.update(tree_map(lambda p: p.astype(working_dtype), parameters))
     B = batch["ids"].shape[0]
     ids, learned = side_by_side(batch["ids"]), side_by_side(batch["learned"])
     pi = answer_log_probs(model, ids, learned).reshape(N_PARTS, B)
@@ -260,20 +261,13 @@ def figures_of(parameters, batch) -> tuple[mx.array, mx.array]:
 @compiled
 def step(batch):
     """One update. Returns the loss, its figures, and the gradient's norm before clipping."""
-    parameters = model.trainable_parameters()
-    (value, figures), grads = mx.value_and_grad(figures_of)(parameters, batch)
-    model.update(parameters)
+    (value, figures), grads = nn.value_and_grad(model, figures_of)(batch)
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
     opt.update(model, grads)
     return value, figures, length
 
 
-@compiled
-def without_update(batch):
-    parameters = model.trainable_parameters()
-    found = figures_of(parameters, batch)
-    model.update(parameters)
-    return found
+without_update = compiled(lambda batch: figures_of(batch))
 
 
 @compiled

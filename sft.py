@@ -26,9 +26,10 @@ from functools import partial
 import blas  # noqa: F401  (before mlx)
 import matplotlib
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 from tqdm import tqdm
 
 from config import UserError, overrides
@@ -128,6 +129,7 @@ train_rows, val_rows = rows_of(conversations, "training"), rows_of(held_out, "he
 working_dtype = compute_dtype(dtype)
 fingerprint = base_fingerprint(model)
 bytes_before = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+model.compute_dtype = working_dtype
 if kind == "full":
     model.set_dtype(mx.float32)
 else:
@@ -167,17 +169,14 @@ def noise(site: str, layer: int, x: mx.array) -> mx.array:
     return x + mx.random.uniform(-size, size, x.shape).astype(x.dtype)
 
 
-def loss_in_compute_dtype(parameters, batch, tap=no_tap):
-    model.update(tree_map(lambda p: p.astype(working_dtype), parameters))
+def loss_of(batch, tap=no_tap):
     return model.loss(batch["idx"], batch["targets"], batch["mask"], tap, batch["places"] if packing else None)
 
 
 @compiled
 def step(batch):
     """One update. Returns the loss and the gradient's norm before clipping."""
-    parameters = model.trainable_parameters()
-    loss, grads = mx.value_and_grad(loss_in_compute_dtype)(parameters, batch, noise if neftune else no_tap)
-    model.update(parameters)
+    loss, grads = nn.value_and_grad(model, loss_of)(batch, noise if neftune else no_tap)
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
 
     def decay(path: str, p: mx.array) -> mx.array:
@@ -188,12 +187,7 @@ def step(batch):
     return loss, length
 
 
-@compiled
-def validation_loss(batch):
-    parameters = model.trainable_parameters()
-    loss = loss_in_compute_dtype(parameters, batch)
-    model.update(parameters)
-    return loss
+validation_loss = compiled(lambda batch: loss_of(batch))
 
 
 def batch_of(rows: dict, which) -> dict[str, mx.array]:

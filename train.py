@@ -95,6 +95,9 @@ mod = "none"            # Mixture of Depths: none | topk | soft
 mod_capacity = 0.125    # topk: share of the tokens that a routed block works on
 mod_every = 2           # every so many blocks, the last one is routed
 yoco = False            # the second half of the blocks shares one set of keys and values
+value_residual = False  # every layer's values are mixed with those of layer 0
+value_embeds = False    # every other layer adds an embedding of the token to its values
+softcap = 0.0           # logits are bounded to +-softcap by a tanh; 0: they are not
 # optimization
 max_iters = 450         # updates
 batch_size = 8          # sequences a micro-step, over all devices
@@ -217,7 +220,7 @@ if not model:
     architecture = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
     architecture["vocab_size"] = -(-enc.n_vocab // 64) * 64  # a round number suits the matrix units
     model = GPT(GPTConfig(**architecture), seed=seed)
-model.checkpoint_every = checkpoint_every
+model.checkpoint_every, model.compute_dtype = checkpoint_every, working_dtype
 config = model.config
 n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
 n_active = n_parameters  # weights that a token passes
@@ -306,18 +309,10 @@ state = [model.state, opt.state]
 compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
 
 
-def loss_in_compute_dtype(parameters, x, y):
-    model.update(tree_map(lambda p: p.astype(working_dtype), parameters))
-    return model.loss(x, y)
-
-
 @compiled
 def gradients(x, y):
-    """Loss and float32 gradients of one micro-step; the parameters stay float32."""
-    parameters = model.trainable_parameters()
-    loss, grads = mx.value_and_grad(loss_in_compute_dtype)(parameters, x, y)
-    model.update(parameters)
-    return loss, grads
+    """Loss and float32 gradients of one micro-step: model.py's layers cast the parameters as they multiply."""
+    return nn.value_and_grad(model, model.loss)(x, y)
 
 
 @compiled
@@ -334,12 +329,7 @@ def update(grads):
     return length
 
 
-@compiled
-def validation_loss(x, y):
-    parameters = model.trainable_parameters()
-    loss = loss_in_compute_dtype(parameters, x, y)
-    model.update(parameters)
-    return loss
+validation_loss = compiled(lambda x, y: model.loss(x, y))
 
 
 def evaluate() -> tuple[float, float]:
