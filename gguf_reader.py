@@ -25,7 +25,19 @@ from tqdm import tqdm
 from config import UserError, overrides
 from model import GPT, Experts, GPTConfig, load_checkpoint, rope_inv_freq
 from quantized import dense_weight
-from readers import GGUF, check_spelling, checked, skeleton, template_settings, their_name, write_checkpoint
+from readers import (
+    GGUF,
+    ROPE_SETTINGS,
+    SIZES,
+    check_export,
+    check_spelling,
+    checked,
+    multiply_factors,
+    skeleton,
+    template_settings,
+    their_name,
+    write_checkpoint,
+)
 from tokenizer import (
     GPT2_PATTERN,
     Tokenizer,
@@ -329,25 +341,26 @@ def sentence_piece(file: File) -> Tokenizer:
 
 
 def architecture_of(config: GPTConfig) -> str:
-    """UserError names the setting that no architecture has."""
-    gpt2 = config.pos == "learned"
-    wanted = dict(alibi=False, sinks=0, diff_attn=False, mod="none", yoco=False, n_shared_expert=0,
-                  sliding_window=0)
-    wanted |= dict(norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False, n_kv_head=config.n_head, n_expert=0,
-                   head_dim=config.n_embd // config.n_head) if gpt2 else dict(
-                       pos="rope", norm="rms", mlp="swiglu", bias=False,
-                       qkv_bias=config.qkv_bias and not config.qk_norm,
-                       n_expert=0 if config.qkv_bias or config.qk_norm or config.expert_top_k < 2 else config.n_expert)
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise UserError(f"{name}={getattr(config, name)!r} has no counterpart in GGUF's architectures here, which "
-                            f"have {value!r}: the model cannot be written there")
-    return "gpt2" if gpt2 else "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    """GGUF's name of it. UserError names the setting that no architecture has."""
+    if config.pos == "learned":
+        has = dict(norm=("layer",), mlp=("gelu_tanh",), bias=(True,), qk_norm=(False,), pos=("learned",),
+                   n_kv_head=(config.n_head,), head_dim=(config.n_embd // config.n_head,))
+        check_export(config, "GGUF's gpt2", has, (*SIZES, *ROPE_SETTINGS, "qkv_bias"))  # the last six have no effect
+        return "gpt2"
+    name = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    has = dict(norm=("rms",), mlp=("swiglu",), bias=(False,), pos=("rope",))
+    has |= {"qkv_bias": (False,)} if name == "qwen3" else {}
+    if name == "llama" and config.n_expert:  # Mixtral: gates sum to 1, and no bias takes part in the choice of experts
+        has |= {"expert_top_k": range(2, config.n_expert + 1), "expert_balance": ("loss", "none")}
+    free = (*SIZES, *ROPE_SETTINGS, "n_kv_head", "head_dim", "qk_norm", "qkv_bias")
+    check_export(config, f"GGUF's {name}", has, (*free, "n_expert") if name == "llama" else free)
+    return name
 
 
 def write_gguf(path: str, model: GPT, meta: dict):
     config, temporary = model.config, f"{path}.tmp{os.getpid()}"
     name = architecture_of(config)
+    multiply_factors(model)
     if os.path.exists(path) or not os.path.isdir(os.path.dirname(path) or "."):
         raise UserError(f"{path} exists, or its folder does not: give another --export, or remove it")
     writer = gguf.GGUFWriter(temporary, name)

@@ -29,7 +29,11 @@ from readers import (
     GPT2,
     LLAMA,
     PREFIX,
+    ROPE_SETTINGS,
+    SIZES,
+    check_export,
     model_config,
+    multiply_factors,
     open_folder,
     read_model,
     skeleton,
@@ -50,31 +54,27 @@ settings = overrides(globals(), "source", "out")
 
 def their_config(config: GPTConfig) -> dict:
     """config.json, in the spellings of transformers 4 and 5. UserError names the setting that no architecture has."""
-    gpt2 = config.pos == "learned"
-    wanted = dict(pos="learned", norm="layer", bias=True, qk_norm=False, qkv_bias=False, n_kv_head=config.n_head,
-                  head_dim=config.n_embd // config.n_head, n_expert=0, sliding_window=0) if gpt2 else dict(
-                      pos="rope", norm="rms", bias=False, mlp="swiglu", n_shared_expert=0)
-    wanted = dict(alibi=False, sinks=0, diff_attn=False, mod="none", yoco=False) | wanted
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            family = "GPT-2" if gpt2 else "the Llama family"
-            raise UserError(f"{name}={getattr(config, name)!r} has no counterpart in {family}, which has {value!r}: "
-                            "the model cannot be written there")
-    if gpt2:
-        if config.mlp not in ("gelu", "gelu_tanh"):
-            raise UserError(f"mlp={config.mlp!r} has no counterpart in GPT-2, which has 'gelu': the model cannot be "
-                            "written there")
+    if config.pos == "learned":
+        has = dict(norm=("layer",), mlp=("gelu", "gelu_tanh"), bias=(True,), qk_norm=(False,), pos=("learned",),
+                   n_kv_head=(config.n_head,), head_dim=(config.n_embd // config.n_head,))
+        check_export(config, "GPT-2", has, (*SIZES, *ROPE_SETTINGS, "qkv_bias"))  # the last six have no effect
         return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
                 "n_ctx": config.block_size,
                 "vocab_size": config.vocab_size, "n_layer": config.n_layer, "n_head": config.n_head,
                 "n_embd": config.n_embd, "n_inner": config.ffn_dim, "layer_norm_epsilon": config.norm_eps,
                 "activation_function": "gelu" if config.mlp == "gelu" else "gelu_new",
                 "tie_word_embeddings": config.tie}
+    has = dict(norm=("rms",), mlp=("swiglu",), bias=(False,), pos=("rope",))
+    if config.n_expert:  # "bias" adds a parameter that Mixtral does not have
+        has |= {"expert_balance": ("loss", "none")}
+    check_export(config, "the Llama family", has, (
+        *SIZES, *ROPE_SETTINGS, "n_kv_head", "head_dim", "qkv_bias", "qk_norm", "sliding_window", "window_pattern",
+        "n_expert", "expert_top_k"))
     kinds = {"Mixtral": config.n_expert > 0, "Qwen3": config.qk_norm, "Qwen2": config.qkv_bias,
              "Mistral": config.sliding_window > 0 and config.window_pattern == "S"}
     own = [name for name in ("Mixtral", "Qwen3", "Qwen2") if kinds[name]]
     if len(own) > 1:
-        raise UserError(f"no architecture has what {' and '.join(own)} have: the model cannot be written there")
+        raise UserError(f"no architecture has what {' and '.join(own)} have: the model cannot be exported")
     name = next((name for name, has in kinds.items() if has), "Llama")
     if name == "Qwen2" and config.head_dim * config.n_head != config.n_embd:
         raise UserError(f"head_dim={config.head_dim} has no counterpart in Qwen2, where heads share n_embd")
@@ -99,7 +99,7 @@ def their_config(config: GPTConfig) -> dict:
     if name in ("Mistral", "Mixtral") and not long:
         return found | {"sliding_window": config.sliding_window}
     raise UserError(f"window_pattern={config.window_pattern!r} has no counterpart in {name}: the model cannot be "
-                    "written there")
+                    "exported")
 
 
 def their_rope(config: GPTConfig) -> dict:
@@ -144,6 +144,7 @@ def write_folder(folder: str, model: GPT, meta: dict):
     if os.path.exists(folder):
         raise UserError(f"{folder} exists: give another --export, or remove it")
     config = their_config(model.config)
+    multiply_factors(model)
     temporary = f"{folder.rstrip('/')}.tmp{os.getpid()}"
     os.makedirs(temporary)
     try:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from config import UserError
 from model import GPT, VERSION, GPTConfig, save_arrays
-from quantized import natural
+from quantized import Factored, dense_weight, natural, replace_module
 from tokenizer import Tokenizer, from_tokenizer_json
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def checked(where: str, **settings) -> GPTConfig:
             value = float(value)
             setattr(config, field.name, value)
         fits = type(value) is field.type
-        if fits and field.type in (int, float):
+        if fits and field.type in (int, float) and value != field.default:
             most = {"n_layer": MOST_LAYERS, "norm_eps": 1}.get(field.name, 2**31)
             fits = 0 <= value < most and (value > 0 or field.type is int)
         if not fits:
@@ -177,6 +177,43 @@ def window_settings(raw: dict, where: str) -> dict:
     if "S" not in pattern:
         return {}
     return {"sliding_window": window, "window_pattern": pattern if "L" in pattern else "S"}
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+# Settings of GPTConfig that every family has with any value, and those of rotary positions.
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ffn_dim", "norm_eps", "tie")
+ROPE_SETTINGS = ("rope_theta", "rope_factor", "rope_low_freq", "rope_high_freq", "rope_original")
+# A setting on the left has no effect while the one on the right has its default value.
+PART_OF = {"window_pattern": "sliding_window", "diff_attn_version": "diff_attn", "expert_top_k": "n_expert",
+           "expert_balance": "n_expert", "mod_capacity": "mod", "mod_every": "mod"}
+
+
+def check_export(config: GPTConfig, family: str, limited: dict[str, tuple], free: Sequence[str]):
+    """UserError names the first setting that a family of models does not have. limited: the values that the family has
+    of some settings; free: the settings of which it has every value. All other settings, those that this code has never
+    heard of among them, must have the values that GPTConfig gives them by default."""
+    plain = type(config)(**{name: getattr(config, name) for name in (*limited, *free)})
+    default, others = {field.name: field.default for field in fields(config)}, {}
+    for name, value in reversed(asdict(plain).items()):  # a variant may set fields that stand above its own
+        switch = PART_OF.get(name)
+        if name not in limited and name not in free and not (switch and getattr(config, switch) == default[switch]):
+            others[name] = (value,)
+    for name, values in (others | limited).items():
+        if getattr(config, name) not in values:
+            raise UserError(f"{name}={getattr(config, name)!r} has no counterpart in {family}, which has "
+                            f"{' or '.join(map(repr, values))}: the model cannot be exported")
+
+
+def multiply_factors(model: GPT):
+    """Put the product of its two factors in place of each low-rank layer: files of other projects have none."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, Factored):
+            linear, dtype = nn.Linear(1, 1, bias=False), layer.u.get("scales", layer.u.weight).dtype
+            linear.weight = (dense_weight(layer.u) @ dense_weight(layer.v)).astype(dtype)
+            if "bias" in layer.u:
+                linear.bias = layer.u.bias
+            replace_module(model, path, linear)
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """gguf_reader.py: all types against the gguf package's dequantiser, models by its writer, there and back, fuzz."""
 import json
+import re
 import subprocess
 import sys
 
@@ -304,10 +305,19 @@ def test_peak_memory(tmp_path):
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_what_has_no_counterpart(tmp_path):
-    save_checkpoint(str(tmp_path / "a.safetensors"), GPT(GPTConfig(**USUAL)), {})
-    done = read(tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}", status=2)
-    assert "mlp='relu2' has no counterpart" in done.stderr and not list(tmp_path.glob("b*"))
+@pytest.mark.parametrize("settings, says", [
+    (dict(), "mlp='relu2' has no counterpart"), (dict(mlp="swiglu", sliding_window=8), "sliding_window=8"),
+    (FLAVOURS["mixtral"] | {"expert_top_k": 1}, "expert_top_k=1"), (dict(mlp="swiglu", n_expert=2), "n_expert=2"),
+    (FLAVOURS["mixtral"] | {"expert_balance": "bias"}, "expert_balance='bias'"), (dict(alibi=True), "alibi=True"),
+    (FLAVOURS["gpt2"] | {"mlp": "gelu"}, "mlp='gelu' has no counterpart in GGUF's gpt2, which has 'gelu_tanh'"),
+    (FLAVOURS["gpt2"] | {"head_dim": 8}, "head_dim=8"), (dict(mlp="swiglu", qkv_bias=True), "qkv_bias=True"),
+    (FLAVOURS["llama"] | {"softcap": 15.0}, "softcap=15.0"), (FLAVOURS["qwen3"] | {"yoco": True}, "yoco=True"),
+], ids=str)
+def test_what_has_no_counterpart(settings, says, tmp_path):
+    save_checkpoint(str(tmp_path / "a.safetensors"), GPT(GPTConfig(**USUAL | settings)), {})
+    with pytest.raises(UserError, match=re.escape(says)):
+        run_here("gguf_reader.py", tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}")
+    assert not list(tmp_path.glob("b*"))
 
 
 def test_what_is_not_written_over(tmp_path):

@@ -4,6 +4,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -15,6 +16,7 @@ from conftest import ROOT, peak_memory, run_here, survives
 import readers
 from config import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from quantized import Factored
 from tokenizer import (
     EOT,
     Tokenizer,
@@ -150,18 +152,87 @@ def test_packed_is_unpacked(n_expert, tmp_path):
     assert near(load_checkpoint(str(tmp_path / "dense.safetensors"))[0], logits)
 
 
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("script", ["hf_reader.py", "gguf_reader.py"])
+def test_low_rank_layers_are_multiplied(script, bits, tmp_path):
+    """On export: other projects' files have one matrix where laser.py stores two factors, quantized or not."""
+    if script == "gguf_reader.py":
+        pytest.importorskip("gguf")
+    model = GPT(GPTConfig(block_size=64, vocab_size=40, n_layer=2, n_head=2, n_embd=64, mlp="swiglu", qk_norm=False,
+                          qkv_bias=True))
+    for block in model.blocks:
+        block.attn.q, block.mlp.down = Factored(block.attn.q, 32), Factored(block.mlp.down, 32)
+        block.attn.q.u.bias = mx.random.normal((64,), key=mx.random.key(0))
+    if bits:
+        nn.quantize(model, 32, bits)
+    save_checkpoint(str(tmp_path / "thin.safetensors"), model, {})
+    out = tmp_path / ("folder" if script == "hf_reader.py" else "a.gguf")
+    run_here(script, tmp_path / "thin.safetensors", f"--export={out}")
+    run_here(script, out, tmp_path / "dense.safetensors")
+    assert near(load_checkpoint(str(tmp_path / "dense.safetensors"))[0], np.array(model(mx.array(IDX))),
+                2e-6 if script == "hf_reader.py" else 2e-3)  # GGUF's are float16
+
+
+GPT2 = dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False)
+
+
 @pytest.mark.parametrize("settings, says", [
     (dict(mlp="relu2"), "mlp='relu2'"), (dict(alibi=True), "alibi=True"), (dict(yoco=True), "yoco=True"),
     (dict(norm="layer"), "norm='layer'"), (dict(qkv_bias=True), "what Qwen3 and Qwen2 have"),
     (dict(pos="learned"), "norm='rms' has no counterpart in GPT-2"), (dict(n_shared_expert=1, n_expert=4), "n_shared"),
     (dict(qk_norm=False, sliding_window=8, window_pattern="SL"), "window_pattern='SL' has no counterpart in Llama"),
     (dict(qk_norm=False, n_expert=4, expert_top_k=1), "expert_top_k=1"),
+    (dict(qk_norm=False, n_expert=4, expert_balance="bias"), "expert_balance='bias' has no counterpart"),
+    (dict(softcap=15.0), "softcap=15.0"), (dict(value_residual=True), "value_residual=True"),
+    (dict(value_embeds=True), "value_embeds=True"), (GPT2 | dict(softcap=15.0), "softcap=15.0"),
 ], ids=str)
 def test_what_has_no_counterpart(settings, says, tmp_path):
     path, folder = str(tmp_path / "model.safetensors"), tmp_path / "folder"
     usual = dict(block_size=64, vocab_size=40, n_layer=2, n_head=2, n_embd=32, mlp="swiglu")
     save_checkpoint(path, GPT(GPTConfig(**usual | settings)), {})
     assert says in read(path, f"--export={folder}", status=2).stderr and not folder.exists()
+
+
+@pytest.mark.parametrize("script", ["hf_reader.py", "gguf_reader.py"])
+@pytest.mark.parametrize("flavour", [
+    GPT2 | {"mlp": "gelu_tanh"}, {"mlp": "swiglu"}, {"mlp": "swiglu", "qk_norm": False}], ids=str)
+def test_a_setting_that_is_new(script, flavour, monkeypatch, tmp_path):
+    """Fields that GPTConfig may gain. At their defaults, which need not be 0, models are exported; another value is
+    refused by the field's name."""
+    @dataclass
+    class Wider(GPTConfig):
+        new_flag: bool = False
+        new_number: float = 1.5
+        new_choice: str = "all"
+
+    if script == "gguf_reader.py":
+        pytest.importorskip("gguf")
+    monkeypatch.setattr("model.GPTConfig", Wider)
+    usual = dict(block_size=64, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
+    for name, value in (("new_flag", True), ("new_number", 2.0), ("new_choice", "some"), ("new_flag", False)):
+        path, out = str(tmp_path / f"{name}-{value}.safetensors"), tmp_path / f"{name}-{value}"
+        save_checkpoint(path, GPT(Wider(**usual | flavour | {name: value})), {})
+        if value is False:
+            run_here(script, path, f"--export={out}")
+            assert out.exists()
+        else:
+            with pytest.raises(UserError, match=f"{name}={value!r} has no counterpart in "):
+                run_here(script, path, f"--export={out}")
+            assert not out.exists()
+
+
+@pytest.mark.parametrize("script", ["hf_reader.py", "gguf_reader.py"])
+def test_settings_without_effect(script, tmp_path):
+    """What belongs to a variant that is off does not matter; nor do rotary settings where positions are learned."""
+    if script == "gguf_reader.py":
+        pytest.importorskip("gguf")
+    usual = dict(block_size=64, vocab_size=40, n_layer=2, n_head=2, n_embd=32, expert_top_k=1, diff_attn_version=2,
+                 expert_balance="bias", mod_capacity=0.5, mod_every=1, window_pattern="SL")
+    for i, flavour in enumerate((GPT2 | dict(mlp="gelu_tanh", rope_theta=500.0, rope_factor=2.0, qkv_bias=True),
+                                 dict(mlp="swiglu"))):
+        save_checkpoint(str(tmp_path / f"{i}.safetensors"), GPT(GPTConfig(**usual | flavour)), {})
+        run_here(script, tmp_path / f"{i}.safetensors", f"--export={tmp_path / str(i)}")
+        assert (tmp_path / str(i)).exists()
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
