@@ -1,21 +1,23 @@
-"""Pack a checkpoint's matrices into integers of 2 to 8 bits, by half-quadratic quantization. No data is needed.
+"""Quantize a checkpoint's matrices to integers of 2 to 8 bits by half-quadratic quantization, which needs no data.
 
     python hqq.py out/ckpt.safetensors
     python hqq.py out/ckpt.safetensors --bits="4, mlp=3, embed=8" --group_size=32 --data=book.txt
 
-W ~ (q - zero) scale, with integers q and, for each group of a row, a scale and a zero. Rounding to the nearest takes
-both from the least and the greatest number of a group. HQQ (Badri & Shaji 2023) moves them so that most numbers come
-closer: it minimizes |W - e - (q - zero) scale|^2 + |e|^p / beta, p < 1, by turns over the integers, over errors e,
-which only the farthest numbers may have, and over zero and scale. Departures from the paper: there only the zero moves
-(here: --scale_moves=False); and each group keeps the zero and scale that came closest to it, in the mean square, not
-the last.
+W ~ (q - zero) scale, with integers q, and with a scale and a zero for each group of weights in a row. Rounding to the
+nearest takes scale and zero from the least and the greatest weight of a group. HQQ (Badri & Shaji 2023) chooses them so
+that most weights come closer: it minimizes |W - e - (q - zero) scale|^2 + |e|^p / beta, p < 1, alternately over the
+integers q, over the errors e, which are not 0 for outliers alone, and over zero and scale. Departures from the paper:
+the paper fits only the zero (here: --scale_moves=False); and each group keeps the zero and scale of its least mean
+squared error, not those of the last iteration.
 
-It writes a checkpoint whose weights stay packed, in the file and in memory: model.py runs it, sft.py tunes adapters on
-it. Each line tells a matrix, its bits, its mean error and that of rounding to the nearest, and its megabytes before and
-after. --bits names matrices by regular expressions; the last that fits rules, and 0 leaves a matrix as it is. With
---data, perplexity before and after.
+It writes a checkpoint whose weights stay packed integers, in the file and in memory (quantized.py): sample.py and
+eval.py run it, sft.py trains adapters on it. It prints a table with a line for each matrix: its bits, its mean absolute
+error, that of rounding to the nearest, the ratio of both, and its megabytes before and after. In --bits, a name is a
+regular expression; the last one that matches a matrix counts, and 0 leaves a matrix as it is. With --data, it prints
+the perplexity before and after.
 """
 import math
+import os
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -36,36 +38,36 @@ from packing import (
 )
 from quantized import dense_weight
 
-checkpoint = "out/ckpt.safetensors"  # a dense one
-out = ""                  # the packed one; "": its name with -hqq-BITS
-bits = "4"                # of all matrices, or more: "4, mlp=3, blocks.0=8, head=0"
-group_size = 64           # numbers that share a scale and a zero: 32 | 64 | 128
+checkpoint = "out/ckpt.safetensors"  # a checkpoint that is not quantized
+out = ""                  # the quantized checkpoint; "": the name of the checkpoint with -METHOD-BITS
+bits = "4"                # 2 | 3 | 4 | 5 | 6 | 8 for all matrices, or by name: "4, mlp=3, blocks.0=8, head=0"
+group_size = 64           # weights that share a scale and a zero: 32 | 64 | 128
 method = "hqq"            # hqq | rtn, rounding to the nearest
 iterations = 20           # at most
-scale_moves = True        # False: only the zero does, as in the paper
+scale_moves = True        # fit the scale, too; False: only the zero, as in the paper
 scale_dtype = "float16"   # of scales and biases in the file: float16 | float32
-data = ""                 # a text file, or a folder that data.py made: perplexity before and after
-max_tokens = 0            # of it; 0: all
+data = ""                 # for the perplexity: a text file, or a folder that data.py made (its val split)
+max_tokens = 0            # tokens of that text; 0: all
 
 settings = overrides(globals(), "checkpoint")
-__version__ = "0"         # transformers takes a module called hqq for the package, and asks for its version
+__version__ = "0"         # transformers takes a module called hqq for the hqq package, and asks for its version
 
 # ---- solver ----------------------------------------------------------------------------------------------------------
 
 P, BETA = 0.7, 10.0
-GAIN = 3e-4  # an iteration that takes off a smaller share of the mean square of all errors is the last
-SMALL = BETA ** (-1 / (2 - P))  # shrink() of what is smaller than this is 0
+GAIN = 3e-4  # stop when an iteration lowers the mean squared error of the matrix by a smaller share
+SMALL = BETA ** (-1 / (2 - P))  # shrink(x) is 0 for |x| below this
 
 
 def shrink(x: mx.array) -> mx.array:
-    """sign(x) max(0, |x| - |x|^(p - 1) / beta), the paper's minimum over e."""
+    """sign(x) max(0, |x| - |x|^(p - 1) / beta): the e that minimizes the paper's objective."""
     return x * mx.maximum(1 - mx.maximum(mx.abs(x), SMALL) ** (P - 2) / BETA, 0)
 
 
 def quantize(W: mx.array, bits: int, group_size: int, iterations: int = 20,
              scale_moves: bool = True) -> tuple[mx.array, mx.array, mx.array]:
-    """Integers q, of the shape of W (..., out, in), scale and zero (..., out, in / group_size), float32, with
-    W ~ (q - zero) scale, by HQQ."""
+    """Quantize W (..., out, in) by HQQ: integers q of the same shape, scale and zero (..., out, in / group_size),
+    float32, with W ~ (q - zero) scale."""
     q, scale, zero = round_to_nearest(W, bits, group_size)
     groups, shape = W.astype(mx.float32).reshape(-1, group_size), scale.shape
     mean_w, total = groups.mean(-1, keepdims=True), math.inf
@@ -86,12 +88,12 @@ def quantize(W: mx.array, bits: int, group_size: int, iterations: int = 20,
         if not total < (1 - GAIN * scale_moves) * last:
             break
         mean_q, mean_target, product = q.mean(-1, keepdims=True), mean_w, (q * groups).mean(-1, keepdims=True)
-        if len(far := np.flatnonzero(far)):  # in the other groups shrink() is 0
+        if len(far := np.flatnonzero(far)):  # in all other groups shrink() gives 0
             far = mx.array(far)
             e = shrink(off[far] * tried_scale[far])  # the target is W - e
             mean_target = mean_target.at[far].add(-e.mean(-1, keepdims=True))
             product = product.at[far].add(-(q[far] * e).mean(-1, keepdims=True))
-        if scale_moves:  # least squares of the target by q
+        if scale_moves:  # least-squares fit of the target by q
             variance = mx.square(q).mean(-1, keepdims=True) - mx.square(mean_q)
             slope = (product - mean_q * mean_target) / mx.maximum(variance, 1e-6)
             tried_scale = mx.where(slope > 0, slope, tried_scale)
@@ -107,7 +109,7 @@ if __name__ == "__main__":
         raise UserError(f"method={method!r} is not one of hqq, rtn")
     if iterations < 1:
         raise UserError(f"iterations={iterations}: it must be 1 or more")
-    model, meta, enc, out = open_dense(checkpoint, out, f"{method}-{bits}", scale_dtype)
+    model, meta, enc, out = open_dense(checkpoint, out, f"{method}-{bits}", scale_dtype, data)
     widths = plan(model, bits, group_size)
     if data:
         tokens = text_of(data, enc, checkpoint, "val", max_tokens)
@@ -121,4 +123,4 @@ if __name__ == "__main__":
         bar.write(pack_matrix(model, path, found, width, scale_dtype))
     if data:
         print(f"before: {before}\nafter:  {perplexity(model, tokens, enc.bos)}")
-    save_packed(out, model, meta, settings, "hqq.py", method=method, bits=bits, group_size=group_size)
+    save_packed(out, model, meta, settings, os.path.basename(__file__), method=method, bits=bits, group_size=group_size)

@@ -1,7 +1,10 @@
-"""What hqq.py, gptq.py and awq.py share: integers in MLX's layout, which matrices get how many bits, what is told."""
+"""What hqq.py, gptq.py and awq.py share: packing integers in MLX's layout, choosing the bits of each matrix, recording
+the inputs of layers for calibration, and the table that the scripts print. Terms: quantized.py."""
 import math
 import os
 import re
+import shlex
+import sys
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -13,14 +16,16 @@ from config import UserError, nearest
 from draw import check_folder
 from model import GPT, load_checkpoint, save_checkpoint
 from quantized import BITS, GROUP_SIZES, dense_weight, natural, replace_module
-from score import read_tokens, score
+from score import check_output, read_tokens, score
 from tokenizer import Tokenizer
 
 # ---- integers --------------------------------------------------------------------------------------------------------
 
+
 def pack(q: mx.array, bits: int) -> mx.array:
-    """Integers (..., in) of so many bits -> uint32 (..., in bits / 32): a stream of bits, the low ones first."""
-    q = q.astype(mx.uint32).reshape(*q.shape[:-1], -1, 32)  # 32 integers are as many words as they have bits
+    """Integers (..., in) of `bits` bits -> words of uint32 (..., in * bits / 32). The integers stand one after another
+    without gaps, each with its lowest bit first."""
+    q = q.astype(mx.uint32).reshape(*q.shape[:-1], -1, 32)  # 32 integers fill `bits` words
     words = [mx.zeros(q.shape[:-1], dtype=mx.uint32)] * bits
     for i in range(32):
         word, shift = divmod(i * bits, 32)
@@ -31,11 +36,12 @@ def pack(q: mx.array, bits: int) -> mx.array:
 
 
 def round_to_nearest(weight: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Integers q, of the weight's shape (..., out, in), scale and zero (..., out, in / group_size), float32, with
-    weight ~ (q - zero) scale: from the least number of a group to the greatest in equal steps, zero no integer."""
+    """Quantize a weight (..., out, in) to integers q of the same shape, with weight ~ (q - zero) scale; scale and zero
+    (..., out, in / group_size) are float32. The steps are equal, from the least number of a group to the greatest; zero
+    need not be an integer."""
     groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, group_size)
     least, greatest = groups.min(-1), groups.max(-1)
-    scale = mx.where(greatest - least > 1e-30, (greatest - least) / (2**bits - 1), 1)  # 1: constants come out exactly
+    scale = mx.where(greatest - least > 1e-30, (greatest - least) / (2**bits - 1), 1)  # 1: a constant group is exact
     zero = -least / scale
     q = mx.clip(mx.round(groups / scale[..., None] + zero[..., None]), 0, 2**bits - 1)
     return q.reshape(weight.shape).astype(mx.uint8), scale, zero
@@ -43,10 +49,10 @@ def round_to_nearest(weight: mx.array, bits: int, group_size: int) -> tuple[mx.a
 
 def packed_module(module: nn.Module, q: mx.array, scale: mx.array, zero: mx.array, bits: int,
                   dtype: mx.Dtype = mx.float16) -> nn.Module:
-    """A linear layer, an embedding or experts of the weight (q - zero) scale: integers q (..., out, in), scale and zero
-    (..., out, in / group_size), which are kept as `dtype`. Its bias is kept."""
-    packed = module.to_quantized(group_size=q.shape[-1] // scale.shape[-1], bits=bits)  # lazy: MLX's rounding is never
-    packed.weight, packed.scales = pack(q, bits), scale.astype(dtype)                   # computed
+    """The quantized form of a linear layer, an embedding or experts, with the weight (q - zero) scale: integers q
+    (..., out, in), scale and zero (..., out, in / group_size), stored as `dtype`. A bias is kept as it is."""
+    packed = module.to_quantized(group_size=q.shape[-1] // scale.shape[-1], bits=bits)  # lazy: MLX's own integers are
+    packed.weight, packed.scales = pack(q, bits), scale.astype(dtype)                   # replaced before computed
     packed.biases = (-scale * zero).astype(dtype)
     return packed
 
@@ -55,8 +61,8 @@ def packed_module(module: nn.Module, q: mx.array, scale: mx.array, zero: mx.arra
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """What can be packed, by path: linear layers, experts, the token embedding. Those that choose, as routers do, and
-    positions are left out."""
+    """The modules whose matrix can be quantized, by path: linear layers, experts, the token embedding. Routers, their
+    predictors, the lambdas of differential attention and position embeddings are left out."""
     found = {path: module for path, module in model.named_modules() if hasattr(module, "to_quantized")
              or isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) or "scales" in module}
     return {path: found[path] for path in sorted(found, key=natural)
@@ -64,14 +70,15 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def plan(model: nn.Module, bits: str, group_size: int) -> dict[str, int]:
-    """Bits of each matrix that is to be packed, by path. bits: "4", or "4, mlp=3, head=0": later ones rule, and 0
-    leaves a matrix as it is. UserError names what cannot be packed."""
+    """The bits of each matrix that is to be quantized, by path. bits: "4", or "4, mlp=3, head=0": a name is a regular
+    expression, the last one that matches a path counts, and 0 leaves a matrix as it is. UserError names a matrix that
+    cannot be quantized in groups of group_size."""
     layers = matrices(model)
     if group_size not in GROUP_SIZES:
         raise UserError(f"group_size={group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
     for path, module in layers.items():
         if "scales" in module:
-            raise UserError(f"{path} is packed already, to {module.bits} bits: start from the dense checkpoint")
+            raise UserError(f"{path} is quantized already, to {module.bits} bits: give the checkpoint before that")
     found = dict.fromkeys(layers, 0)
     for rule in bits.split(","):
         name, _, number = rule.strip().rpartition("=")
@@ -80,10 +87,10 @@ def plan(model: nn.Module, bits: str, group_size: int) -> dict[str, int]:
         try:
             matching = [path for path in layers if re.search(name, path)]
         except re.error as error:
-            raise UserError(f"bits={bits!r}: {name!r} is no regular expression ({error})") from error
+            raise UserError(f"bits={bits!r}: {name!r} is not a regular expression ({error})") from error
         if not matching:
             names = sorted({re.sub(r"^blocks\.\d+\.", "", path) for path in layers})
-            raise UserError(f"bits={bits!r}: {name!r} is in no matrix's name: {nearest(name, names)}")
+            raise UserError(f"bits={bits!r}: {name!r} matches no matrix: {nearest(name, names)}")
         found.update(dict.fromkeys(matching, int(number)))
     found = {path: number for path, number in found.items() if number}
     sizes = {path: layers[path].weight.shape[-1] for path in found}
@@ -91,92 +98,103 @@ def plan(model: nn.Module, bits: str, group_size: int) -> dict[str, int]:
     if odd:
         fits = max((size for size in GROUP_SIZES if not any(n % size for n in sizes.values())), default=0)
         rules = dict.fromkeys(f"{re.sub(r'^blocks[.][0-9]+[.]', '', path)}=0" for path in odd)
-        advice = f"take --group_size={fits}" if fits else f"leave such out by --bits=\"{bits}, {', '.join(rules)}\""
-        raise UserError(f"{odd[0]} has {sizes[odd[0]]} inputs, which groups of {group_size} do not divide: {advice}")
+        rest = shlex.quote(", ".join([bits, *rules]))
+        advice = f"give --group_size={fits}" if fits else f"leave it out by --bits={rest}"
+        raise UserError(f"{odd[0]} has {sizes[odd[0]]} inputs, not a multiple of group_size={group_size}: {advice}")
     if not found:
-        raise UserError(f"bits={bits!r} packs nothing")
+        raise UserError(f"bits={bits!r} quantizes nothing: give some matrix more than 0 bits")
     return found
 
 
-# ---- what matrices read of a text ------------------------------------------------------------------------------------
+# ---- calibration: the inputs of layers over a text -------------------------------------------------------------------
 
 
-def place_of(path: str) -> str:
-    """What is calibrated at a time: blocks.3, shared, embed, head."""
+def part_of(path: str) -> str:
+    """The part of the model that a matrix belongs to: blocks.3, shared, embed, head. Parts are calibrated in turn."""
     return ".".join(path.split(".")[:2 if path.startswith("blocks.") else 1])
 
 
 class InputRecorder(nn.Module):
-    """A linear layer that sums up what it reads: x^T x (in, in), and |x| (in,)."""
+    """A linear layer that also sums x^T x (in, in) and |x| (in,) over its inputs x (count, in)."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.layer, self.gram, self.size, self.count = layer, mx.array(0.0), mx.array(0.0), 0
+        self.layer, self.gram, self.absolute, self.count = layer, mx.array(0.0), mx.array(0.0), 0
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-        self.gram, self.size = self.gram + flat.T @ flat, self.size + mx.abs(flat).sum(0)
+        self.gram, self.absolute = self.gram + flat.T @ flat, self.absolute + mx.abs(flat).sum(0)
         self.count += len(flat)
         return self.layer(x)
 
 
 def matrix_inputs(model: GPT, layers: dict[str, nn.Module], rows: mx.array, batch_size: int) -> dict[str, tuple]:
-    """For each of these linear layers, by path: the mean of x^T x (in, in) and of |x| (in,) over all tokens of rows
-    (n, T). Only what leads to these layers is computed, and a batch at a time is in memory."""
+    """For each of the linear layers, by path: the means of x^T x (in, in) and of |x| (in,) of its inputs x over all
+    tokens of rows (n, T). Later layers are not computed, and the activations of one batch are in memory at a time."""
     recorders = {path: InputRecorder(layer) for path, layer in layers.items()}
     for path, recorder in recorders.items():
         replace_module(model, path, recorder)
     try:
         for i in range(0, len(rows), batch_size):
-            model(rows[i:i + batch_size])  # lazily: what no recorder needs is never computed
-            mx.eval([(recorder.gram, recorder.size) for recorder in recorders.values()])
+            model(rows[i:i + batch_size])  # lazy: only what the recorders need is computed
+            mx.eval([(recorder.gram, recorder.absolute) for recorder in recorders.values()])
     finally:
         for path, recorder in recorders.items():
             replace_module(model, path, recorder.layer)
     for path, recorder in recorders.items():
         if not mx.isfinite(recorder.gram).all().item():
-            raise UserError(f"{path} reads numbers of the text that are infinite or none: the checkpoint breaks down "
-                            "on it, nor would a packed one work")
-    return {path: (recorder.gram / recorder.count, recorder.size / recorder.count)
+            raise UserError(f"{path} has infinite or NaN inputs on this text: give another checkpoint or text")
+    return {path: (recorder.gram / recorder.count, recorder.absolute / recorder.count)
             for path, recorder in recorders.items()}
 
 
-# ---- what the scripts tell -------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def output_path(checkpoint: str, out: str, label: str) -> str:
-    """The new file's name: `out`, or the checkpoint's with the label."""
+def output_path(checkpoint: str, out: str, label: str, *texts: str) -> str:
+    """The path of the file to write: `out`, or else the checkpoint's with the label. UserError if it cannot be written,
+    or if it is the checkpoint or one of the texts."""
     out = out or f"{checkpoint.removesuffix('.safetensors')}-{label}.safetensors"
-    if os.path.realpath(out) == os.path.realpath(checkpoint):
-        raise UserError(f"{out} is the checkpoint itself: give another --out")
+    check_output(out, checkpoint, *texts)
     check_folder(out)
     return out
 
 
 def check_finite(model: nn.Module):
+    """UserError where a parameter is infinite or NaN."""
     for name, array in tree_flatten(model.parameters()):
         if not mx.isfinite(array).all().item():
-            raise UserError(f"{name.rpartition('.')[0]} holds numbers that are infinite or none: the checkpoint is "
-                            "broken; train it again")
+            raise UserError(f"{name.rpartition('.')[0]} has infinite or NaN weights: give another checkpoint")
 
 
-def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str) -> tuple[GPT, dict, Tokenizer, str]:
-    """The model, its header and tokenizer, and the packed file's name."""
+def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str,
+               *texts: str) -> tuple[GPT, dict, Tokenizer | None, str]:
+    """The model to quantize, its header, its tokenizer, and the path of the file to write."""
     if scale_dtype not in ("float16", "float32"):
         raise UserError(f"scale_dtype={scale_dtype!r} is not one of float16, float32")
     model, meta = load_checkpoint(checkpoint)
-    out = output_path(checkpoint, out, re.sub(r"[^.0-9a-z_=]+", "-", label))
+    out = output_path(checkpoint, out, re.sub(r"[^.0-9a-z_=]+", "-", label), *texts)
     check_finite(model)
     enc = Tokenizer.from_dict(meta["tokenizer"]) if meta.get("tokenizer") else None
     return model, meta, enc, out
 
 
 def text_of(path: str, enc: Tokenizer | None, checkpoint: str, split: str, max_tokens: int = 0) -> np.ndarray:
+    """The tokens (N,) of a text, as read_tokens gives them. UserError if the checkpoint has no tokenizer."""
     if enc is None:
-        raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
+        raise UserError(f"{checkpoint} holds no tokenizer to encode a text with: give another checkpoint")
     if max_tokens < 0:
         raise UserError(f"max_tokens={max_tokens}: it must be 0, for the whole text, or more")
     return read_tokens(path, enc, split, max_tokens)
+
+
+def save_packed(out: str, model: GPT, meta: dict, settings: dict, script: str, **quantization):
+    """Write the checkpoint. quantization: method, bits and group_size, for the header."""
+    save_checkpoint(out, model, {**meta, "script": script, "settings": settings, "quantization": quantization})
+    print(f"{out}: {os.path.getsize(out) / 1e6:.2f} MB, weights {megabytes(model):.2f} MB")
+
+
+# ---- table -----------------------------------------------------------------------------------------------------------
 
 
 def perplexity(model: GPT, tokens: np.ndarray, bos: int) -> str:
@@ -188,25 +206,24 @@ def megabytes(module: nn.Module) -> float:
     return sum(array.nbytes for _, array in tree_flatten(module.parameters())) / 1e6
 
 
-HEAD = f"{'matrix':24} {'bits':>4} {'error':>9} {'nearest':>9} {'ratio':>6} {'MB':>9} {'packed':>9}"
+HEAD = f"{'matrix':24} {'bits':>4} {'error':>8} {'nearest':>8} {'ratio':>6} {'MB':>7} {'new MB':>7}"
 
 
 def pack_matrix(model: GPT, path: str, found: tuple, bits: int, scale_dtype: str) -> str:
-    """Pack a matrix of the model as (q, scale, zero) found for it, and tell its mean error, and that of rounding to the
-    nearest, on a line as HEAD has it."""
+    """Quantize a matrix of the model with the (q, scale, zero) `found` for it. Returns a line of the table under HEAD:
+    mean absolute error, error of rounding to the nearest, ratio of both, and megabytes before and after."""
     module = matrices(model)[path]
     W, group_size = dense_weight(module), found[0].shape[-1] // found[1].shape[-1]
     packed, rounded = (packed_module(module, *integers, bits, getattr(mx, scale_dtype))
                        for integers in (found, round_to_nearest(W, bits, group_size)))
     error, by_rounding = (mx.abs(dense_weight(layer) - W).mean().item() for layer in (packed, rounded))
     if not math.isfinite(error):
-        raise UserError(f"{path} has scales beyond {scale_dtype}: give --scale_dtype=float32")
+        raise UserError(f"{path} has scales beyond the range of {scale_dtype}: give --scale_dtype=float32")
     replace_module(model, path, packed)
-    return (f"{path:24} {bits:4} {error:9.2e} {by_rounding:9.2e} {error / max(by_rounding, 1e-30):6.3f} "
-            f"{megabytes(module):9.3f} {megabytes(packed):9.3f}")
+    return (f"{path:24} {bits:4} {error:8.2e} {by_rounding:8.2e} {error / max(by_rounding, 1e-30):6.3f} "
+            f"{megabytes(module):7.3f} {megabytes(packed):7.3f}")
 
 
-def save_packed(out: str, model: GPT, meta: dict, settings: dict, script: str, **quantization):
-    """quantization: method, bits, group_size and what else made it."""
-    save_checkpoint(out, model, {**meta, "script": script, "settings": settings, "quantization": quantization})
-    print(f"{out}: {os.path.getsize(out) / 1e6:.2f} MB, weights {megabytes(model):.2f} MB")
+if __name__ == "__main__":
+    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as hqq.py", file=sys.stderr)
+    sys.exit(2)

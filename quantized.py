@@ -1,11 +1,16 @@
-"""Quantized layers: weights that stay packed integers of 2 to 8 bits in memory, in MLX's affine format.
+"""What saves memory: quantized layers, low-rank layers, and a quantized key/value cache.
 
-    w = scale * q + bias        q an integer; scale and bias of each group of 32, 64 or 128 numbers of a row
+    w = scale * q + bias        quantized: an integer q of 2 to 8 bits for each weight w; a scale and a bias for each
+                                group of 32, 64 or 128 weights of a row (MLX's affine format)
+    W = u v                     low rank: u (out, k) and v (k, in)
 
-MLX's product with such weights unpacks them again for every few rows, which suits decoding. For many rows it is faster
-to unpack them once and multiply as usual: 70 times on a CPU, 5 times on CUDA. Metal's kernels need no help.
+"Packed" means that the integers q lie side by side, bit by bit, in words of 32 bits; to unpack is to compute w. MLX's
+product with a packed weight unpacks it again for every few rows of the input, which suits decoding. For many rows it
+is faster to unpack the weight once and to multiply as usual: 70 times on a CPU, 5 times on CUDA. On Metal, MLX's
+product is used for any number of rows.
 """
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -16,22 +21,26 @@ import mlx.nn as nn
 from config import UserError
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-row_by_row = nn.QuantizedLinear.__call__
+mlx_quantized_linear = nn.QuantizedLinear.__call__
+
+# ---- quantized layers ------------------------------------------------------------------------------------------------
 
 
 def few_rows(x: mx.array) -> bool:
-    """Whether MLX's own product is the faster one. On CUDA, MLX 0.32's is wrong for two or more rows of float32."""
+    """Whether x (..., in) has so few rows that MLX's product with a packed weight is the faster one. On CUDA, that
+    product is wrong for two or more rows of float32 (MLX 0.32)."""
     most = 4 if mx.default_device() == mx.cpu else 1 if x.dtype == mx.float32 else 512
     return mx.metal.is_available() or x.size <= most * x.shape[-1]
 
 
 def quantized_linear(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.array) -> mx.array:
-    """x (..., in) through a quantized layer -> (..., out). What is unpacked is unpacked again in the backward pass, so
-    that no more than a few layers are dense at a time. A layer with an `order` holds its columns in that order."""
+    """x (..., in) through a quantized layer -> (..., out). The backward pass unpacks the weight again, so that only a
+    few layers are unpacked at a time. Where a layer has an `order` (in,), column j of its weight is for input order[j].
+    """
     if "order" in layer:
         x = x[..., layer.order]
     if few_rows(x):
-        return row_by_row(layer, x)
+        return mlx_quantized_linear(layer, x).astype(x.dtype)
 
     @mx.custom_function
     def product(x):
@@ -41,12 +50,12 @@ def quantized_linear(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.ar
     def product_backward(x, cotangent, _):
         return cotangent @ unpacked(layer, cotangent)
 
-    return product(x) + layer.bias if "bias" in layer else product(x)
+    return product(x) + layer.bias.astype(x.dtype) if "bias" in layer else product(x)
 
 
 def unpacked(layer: nn.Module, x: mx.array) -> mx.array:
-    """A packed layer's weight (..., out, in) in the dtype of x, not before x is there: else MLX would unpack all layers
-    ahead."""
+    """The weight (..., out, in) of a quantized layer, in the dtype of x. It is unpacked once x is known, not earlier:
+    MLX would otherwise unpack all layers at the start."""
     packed = mx.depends([layer.weight], [x])[0]
     return mx.dequantize(packed, layer.scales, layer.biases, layer.group_size, layer.bits).astype(x.dtype)
 
@@ -55,13 +64,13 @@ nn.QuantizedLinear.__call__ = nn.QuantizedEmbedding.as_linear = quantized_linear
 
 
 def dense_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer, packed or not."""
+    """(out, in) of a linear layer, quantized or not."""
     outputs, inputs = linear.weight.shape
     return outputs, inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs
 
 
 def dense_weight(module: nn.Module) -> mx.array:
-    """(..., out, in) of a linear layer, an embedding or experts, packed or not; float32."""
+    """The weight (..., out, in) of a linear layer, an embedding or experts, quantized or not, in float32."""
     weight = module.weight
     if "scales" in module:
         weight = mx.dequantize(weight, module.scales, module.biases, module.group_size, module.bits)
@@ -70,12 +79,70 @@ def dense_weight(module: nn.Module) -> mx.array:
     return weight.astype(mx.float32)
 
 
-# ---- keys and values -------------------------------------------------------------------------------------------------
+def pack_like(model: nn.Module, arrays: dict[str, mx.array]):
+    """Quantize the layers of a model that have scales in a checkpoint's `arrays` (by name). Bits and group size follow
+    from the shapes."""
+
+    def settings(path: str, module: nn.Module):
+        scales = arrays.get(f"{path}.scales")
+        if scales is None:
+            return False
+        inputs = module.weight.shape[-1]
+        return {"group_size": inputs // scales.shape[-1], "bits": arrays[f"{path}.weight"].shape[-1] * 32 // inputs}
+
+    nn.quantize(model, class_predicate=settings)
+    for path, module in model.named_modules():
+        if f"{path}.order" in arrays:
+            module.order = arrays[f"{path}.order"]
+            module.freeze()
+
+
+# ---- modules by path -------------------------------------------------------------------------------------------------
+
+
+def natural(path: str) -> list:
+    """A key for sorting paths, by which blocks.2 comes before blocks.10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module):
+    """Put a module into the model at a path such as blocks.0.attn.q."""
+    *parents, name = path.split(".")
+    for part in parents:
+        model = model[int(part)] if isinstance(model, list) else model[part]
+    model[name] = module
+
+
+# ---- low-rank layers -------------------------------------------------------------------------------------------------
+
+
+class Factored(nn.Module):
+    """A linear layer of low rank, in place of the linear layer `layer` (out, in): the weight is the product of
+    u (out, rank) and v (rank, in). Both have the class of `layer`, and u has a bias if `layer` has one."""
+
+    def __init__(self, layer: nn.Linear, rank: int):
+        super().__init__()
+        outputs, inputs = layer.weight.shape
+        self.v, self.u = type(layer)(inputs, rank, bias=False), type(layer)(rank, outputs, bias="bias" in layer)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.u(self.v(x))
+
+
+def factor_like(model: nn.Module, arrays: dict[str, mx.array]):
+    """Make the linear layers of a model low-rank that have u and v in a checkpoint's `arrays` (by name)."""
+    for path, module in model.named_modules():
+        v = arrays.get(f"{path}.v.scales", arrays.get(f"{path}.v.weight"))  # quantized, or not: rank rows in both
+        if isinstance(module, nn.Linear) and f"{path}.u.weight" in arrays and v is not None and v.ndim == 2:
+            replace_module(model, path, Factored(module, len(v)))
+
+
+# ---- quantized key/value cache ---------------------------------------------------------------------------------------
 
 
 class PackedRows:
-    """Keys or values of a cache (B, KV, S, D), each token's packed as it comes, in groups of 32. Rows are written and
-    read as those of an array: rows[..., start:end, :]."""
+    """The keys or the values of a cache (B, KV, S, D). They are quantized in groups of 32 as they are written, and
+    unpacked as they are read, with the indices of an array: rows[..., start:end, :]."""
 
     def __init__(self, shape: tuple, dtype: mx.Dtype, bits: int):
         self.bits, self.parts = bits, mx.quantize(mx.zeros(shape, dtype), 32, bits)
@@ -101,69 +168,24 @@ class PackedRows:
 
 
 def packed_rows(bits: int, head_dim: int) -> Callable:
-    """What makes room (shape, dtype) in a cache."""
+    """A function of (shape, dtype) that allocates keys or values of that shape, as mx.zeros does. UserError where
+    `bits` or head_dim cannot be quantized."""
     if bits not in BITS:
-        raise UserError(f"{bits} bits of keys and values is not one of {', '.join(map(str, BITS))}")
+        raise UserError(f"kv_bits={bits} is not one of {', '.join(map(str, BITS))}")
     if head_dim % 32:
-        raise UserError(f"head_dim={head_dim} is no multiple of 32: its keys and values cannot be packed")
+        raise UserError(f"head_dim={head_dim} is not a multiple of 32: keys and values cannot be quantized")
     return partial(PackedRows, bits=bits)
 
 
 def joined(first: mx.array | PackedRows, second: mx.array | PackedRows) -> mx.array | PackedRows:
-    """More room behind the rows of a cache."""
+    """The positions of two parts of a cache, one after the other: (B, KV, S1, D), (B, KV, S2, D) ->
+    (B, KV, S1 + S2, D)."""
     if isinstance(first, mx.array):
         return mx.concatenate([first, second], axis=2)
     first.parts = [mx.concatenate(parts, axis=2) for parts in zip(first.parts, second.parts, strict=True)]
     return first
 
 
-def pack_like(model: nn.Module, arrays: dict[str, mx.array]):
-    """Make the layers of a model packed that are so in `arrays` (by name): those with scales. Bits and group size
-    follow from the shapes."""
-
-    def settings(path: str, module: nn.Module):
-        scales = arrays.get(f"{path}.scales")
-        if scales is None:
-            return False
-        inputs = module.weight.shape[-1]
-        return {"group_size": inputs // scales.shape[-1], "bits": arrays[f"{path}.weight"].shape[-1] * 32 // inputs}
-
-    nn.quantize(model, class_predicate=settings)
-    for path, module in model.named_modules():
-        if f"{path}.order" in arrays:
-            module.order = arrays[f"{path}.order"]
-            module.freeze()
-
-
-def natural(path: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module):
-    *parents, name = path.split(".")
-    for part in parents:
-        model = model[int(part)] if isinstance(model, list) else model[part]
-    model[name] = module
-
-
-# ---- two thin matrices instead of one --------------------------------------------------------------------------------
-
-
-class Factored(nn.Module):
-    """A linear layer of the weight u v: u (out, k), v (k, in)."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool):
-        super().__init__()
-        self.v, self.u = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.u(self.v(x))
-
-
-def factor_like(model: nn.Module, arrays: dict[str, mx.array]):
-    """Make those layers of a model factored that are so in `arrays` (by name)."""
-    for path, module in model.named_modules():
-        thin = arrays.get(f"{path}.v.scales", arrays.get(f"{path}.v.weight"))  # packed, or not
-        if isinstance(module, nn.Linear) and f"{path}.u.weight" in arrays and thin is not None and thin.ndim == 2:
-            outputs, inputs = module.weight.shape
-            replace_module(model, path, Factored(inputs, outputs, len(thin), "bias" in module))
+if __name__ == "__main__":
+    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as hqq.py", file=sys.stderr)
+    sys.exit(2)

@@ -1,10 +1,12 @@
-"""How well a model predicts a text.
+"""How well a model predicts a text: its mean loss and accuracy; and how scripts read that text.
 
     tokens = read_tokens("book.txt", enc)
     nats, accuracy = score(model, tokens, enc.bos)        # perplexity = exp(nats)
 """
+import glob
 import json
 import os
+import sys
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -17,13 +19,13 @@ from tokenizer import Tokenizer
 
 
 def read_tokens(path: str, enc: Tokenizer, split: str = "val", max_tokens: int = 0) -> np.ndarray:
-    """Token ids (N,) of a text file, or of a split, train or val, of a folder that data.py made; at most so many, if
-    not 0."""
+    """Token ids (N,) of a text file, or of a split (train or val) of a folder that data.py made. max_tokens: at most
+    that many, from the start; 0: all."""
     if os.path.exists(os.path.join(path, "meta.json")):
         with open(os.path.join(path, "meta.json")) as file:
             prepared = json.load(file)
         if prepared.get("tokenizer") != enc.to_dict():
-            raise UserError(f"{path} was made with another tokenizer than the checkpoint: give a text file instead")
+            raise UserError(f"{path} was made with another tokenizer than the checkpoint's: give a text file instead")
         tokens = np.fromfile(os.path.join(path, f"{split}.bin"), prepared["dtype"], count=max_tokens or -1)
     elif not os.path.isfile(path):
         raise UserError(f"{path} is not a text file, nor a folder that data.py made")
@@ -39,23 +41,31 @@ def read_tokens(path: str, enc: Tokenizer, split: str = "val", max_tokens: int =
     return tokens.astype(np.int32)
 
 
+def check_output(path: str, *inputs: str):
+    """UserError if the file to write is one of the inputs, or a file in an input folder, by whatever name."""
+    for given in filter(None, inputs):
+        for name in (given, *glob.glob(os.path.join(glob.escape(given), "*"))):
+            if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
+                raise UserError(f"{path} would overwrite the input {name}: give another name")
+
+
 def windows(tokens: np.ndarray, n: int, T: int, seed: int) -> mx.array:
-    """n windows of T tokens each, drawn from a text without a window twice: (n, T)."""
+    """n different windows of T tokens each, drawn from a text at multiples of T: (n, T), or fewer if it is short."""
     if seed < 0:
         raise UserError(f"seed={seed}: it must be 0 or more")
     if len(tokens) < T:
-        raise UserError(f"the text has {len(tokens)} tokens, less than one window of {T}: give a longer one")
+        raise UserError(f"the text has {len(tokens)} tokens, less than one window of {T}: give a longer text")
     starts = np.random.default_rng(seed).permutation(len(tokens) // T)[:n] * T
     return mx.array(np.stack([tokens[start:start + T] for start in starts]))
 
 
 def score(model: GPT, tokens: np.ndarray, bos: int, block_size: int = 0, stride: int = 0,
           batch_size: int = 16, kv_bits: int = 0) -> tuple[float, float]:
-    """The mean loss of tokens (N,) in nats, and the share of them that were the most probable.
+    """The mean loss of tokens (N,), in nats, and the accuracy: the share of tokens that the model held most probable.
 
-    Every token is predicted once, from at least block_size - stride tokens before it, where there are as many: a window
-    of block_size tokens (0: the model's context) slides by stride (0: half of it). Before the first token stands bos.
-    kv_bits: as if read from a cache that packs keys and values; 0: no cache.
+    Every token is predicted once, from at least block_size - stride tokens before it, or from all where there are
+    fewer: a window of block_size tokens (0: the model's context) moves by stride tokens (0: half of block_size). The
+    token bos precedes the text. kv_bits: keys and values go through a cache of that many bits; 0: no cache.
     """
     block_size = block_size or model.config.block_size
     T, stride = min(block_size, len(tokens)), stride or max(1, block_size // 2)
@@ -72,9 +82,14 @@ def score(model: GPT, tokens: np.ndarray, bos: int, block_size: int = 0, stride:
             losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1)).reshape(y.shape)
             losses, right = np.array(losses), np.array(mx.argmax(logits, axis=-1) == y)
             for start, loss, hit in zip(batch, losses, right, strict=True):
-                new = start + T - scored  # the window's last tokens, which no window before it has scored
+                new = start + T - scored  # the window's last tokens, which earlier windows have not scored
                 nats += float(loss[T - new:].sum(dtype=np.float64))
                 hits += int(hit[T - new:].sum())
                 scored += new
                 bar.update(new)
     return nats / scored, hits / scored
+
+
+if __name__ == "__main__":
+    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as eval.py", file=sys.stderr)
+    sys.exit(2)

@@ -1,5 +1,5 @@
-"""awq.py: scaling changes nothing before rounding, in every variant; its scales and ranges against a slow search. Its
-files and bad input: test_gptq.py."""
+"""awq.py: scaling does not change the outputs of any variant; scales and ranges against a slow search. Files and bad
+input are tested in test_gptq.py."""
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
@@ -23,7 +23,7 @@ def dequantized(q, scale, zero):
 
 @pytest.mark.parametrize("settings", [*FLAVOURS, dict(mlp="swiglu", bias=True), dict(mlp="relu2", bias=True)], ids=str)
 def test_scaling_is_exact(settings):
-    """Whatever s, the logits are the same, wherever it is applied."""
+    """The logits do not change, whatever s is and wherever it is applied."""
     sizes = dict(block_size=32, vocab_size=64, n_layer=4, n_head=2, n_embd=64)
     model = GPT(GPTConfig(**sizes | settings), seed=1).eval()
     rng, idx = np.random.default_rng(0), mx.array(np.random.default_rng(1).integers(0, 64, (2, 20)))
@@ -32,19 +32,19 @@ def test_scaling_is_exact(settings):
             module.bias = mx.array(rng.standard_normal(module.bias.shape).astype(np.float32)) * 0.1
     logits, scaled = model(idx), set()
     for start in (*(f"blocks.{i}" for i in range(4)), *(["shared"] if settings.get("yoco") else [])):
-        for paths, makers in awq.places(model, start):
+        for paths, producers in awq.shared_inputs(model, start):
             inputs = dict(model.named_modules())[paths[0]].weight.shape[1]
-            awq.scale_inputs(model, paths, makers, mx.array(rng.uniform(0.5, 2, inputs).astype(np.float32)))
+            awq.scale_inputs(model, paths, producers, mx.array(rng.uniform(0.5, 2, inputs).astype(np.float32)))
             scaled |= {path.split(".", 2 if start != "shared" else 1)[-1] for path in paths}
     assert mx.abs(model(idx) - logits).max() < 2e-4 * mx.abs(logits).max()
     assert ("mlp.down" in scaled) == (settings.get("mlp", "relu2") != "gelu" and not settings.get("n_expert"))
     assert ("attn.out" in scaled) == (not settings.get("diff_attn") and not settings.get("n_kv_head"))
 
 
-def thinned(path: str, model: GPT):
-    """Two thin matrices in place of one."""
+def factor(path: str, model: GPT):
+    """Replace a linear layer by a low-rank one."""
     old = dict(model.named_modules())[path]
-    new = Factored(old.weight.shape[1], old.weight.shape[0], 32, "bias" in old)
+    new = Factored(old, 32)
     if "bias" in old:
         new.u.bias = old.bias
     replace_module(model, path, new)
@@ -52,27 +52,27 @@ def thinned(path: str, model: GPT):
 
 @pytest.mark.parametrize("settings", [dict(), dict(mlp="swiglu", bias=True), dict(yoco=True)], ids=str)
 @pytest.mark.parametrize("names", [["mlp.up"], ["mlp.down", "attn.k"], ["attn.v", "attn.out", "attn.q"]], ids=str)
-def test_thin_matrices(settings, names, tmp_path):
-    """Of a matrix that laser.py made two, one reads and the other writes: scaling is exact, and the file is written."""
+def test_low_rank_layers(settings, names, tmp_path):
+    """Of a low-rank layer u v, v is scaled as the reader of an input, and u as its producer; the file is written."""
     path, model = checkpoint(tmp_path, **settings)
     for name in names:
-        thinned(f"blocks.0.{name}", model)
+        factor(f"blocks.0.{name}", model)
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
     run("awq.py", path, f"--data={ROOT / 'README.md'}", "--bits=8", "--group_size=32", "--samples=4")
     packed, idx = load_checkpoint(str(tmp_path / "ckpt-awq-8.safetensors"))[0], mx.arange(20)[None]
     logits, rng = model.eval()(idx), np.random.default_rng(0)
     assert mx.abs(packed(idx) - logits).max() < 0.05 * mx.abs(logits).max()
     read = set()
-    for paths, makers in awq.places(model, "blocks.0"):
+    for paths, producers in awq.shared_inputs(model, "blocks.0"):
         inputs = dict(model.named_modules())[paths[0]].weight.shape[1]
-        awq.scale_inputs(model, paths, makers, mx.array(rng.uniform(0.5, 2, inputs).astype(np.float32)))
+        awq.scale_inputs(model, paths, producers, mx.array(rng.uniform(0.5, 2, inputs).astype(np.float32)))
         read |= set(paths)
     assert mx.abs(model(idx) - logits).max() < 2e-4 * mx.abs(logits).max()
     assert {f"blocks.0.{name}.v" for name in names} <= read
 
 
 def test_best_scale():
-    """Of the twenty exponents the one whose outputs err the least, by the outputs themselves."""
+    """The chosen exponent of the twenty has the least error of the outputs, computed from the outputs."""
     rng, x = np.random.default_rng(0), correlated(64)
     x[:, 5] *= 30  # an input that matters
     weights = [rng.standard_normal((16, 64)).astype(np.float32) for _ in range(2)]
@@ -92,7 +92,7 @@ def test_best_scale():
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_ranges(bits):
-    """Each group of each row takes the share of its range at which its part of the outputs errs the least."""
+    """Each group of each row takes the share of its range that gives the least error of the outputs."""
     x, weight = correlated(64), np.random.default_rng(1).standard_t(3, (5, 64)).astype(np.float32)
     gram = x.T @ x / len(x)
     found = dequantized(*awq.quantize(mx.array(weight), mx.array(gram.astype(np.float32)), bits, 32))
@@ -112,7 +112,7 @@ def test_ranges(bits):
 
 
 def test_file(tmp_path):
-    """The norm was divided by s; the matrices behind it hold the integers of W s, with the ranges that suit x / s."""
+    """The norm's weights are divided by s; the next matrices hold the integers of W s, with ranges for inputs x / s."""
     path, model = checkpoint(tmp_path)
     model.blocks[0].attn_norm.weight = mx.array(np.random.default_rng(0).lognormal(0, 1, 64).astype(np.float32))
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})

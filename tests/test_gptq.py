@@ -1,5 +1,4 @@
-"""gptq.py: its integers against the method as it is told without Cholesky, in float64; its files; bad input."""
-
+"""gptq.py: its integers against the method without Cholesky factors, in float64; files; bad input. awq.py: files."""
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
@@ -15,14 +14,14 @@ from tokenizer import byte_tokenizer
 
 
 def correlated(n: int, seed: int = 0) -> np.ndarray:
-    """Inputs (2000, n) that tell much of one another."""
+    """Inputs (2000, n) that are strongly correlated."""
     rng = np.random.default_rng(seed)
     return rng.standard_normal((2000, n // 4)) @ rng.standard_normal((n // 4, n)) + 0.3 * rng.standard_normal((2000, n))
 
 
 def one_column_at_a_time(weight, gram, bits, group_size, damping=0.01):
-    """Optimal brain quantization in a fixed order: after each column, the columns F that are left move by
-    -err / [H_F^-1]_jj times its row of H_F^-1, the inverse taken anew."""
+    """Optimal brain quantization in a fixed order: after column j, the remaining columns F change by -err / [H_F^-1]_jj
+    times row j of H_F^-1, an inverse that is computed for every column."""
     W, H = np.array(weight, np.float64), np.array(gram, np.float64)
     H += damping * np.diag(H).mean() * np.eye(len(H))
     q = np.zeros(W.shape, np.int64)
@@ -39,7 +38,7 @@ def one_column_at_a_time(weight, gram, bits, group_size, damping=0.01):
 
 @pytest.mark.parametrize("bits, group_size", [(2, 32), (3, 64), (4, 128), (8, 64)])
 def test_integers(bits, group_size):
-    """The same, but where float32 rounds a near tie the other way; 192 columns are more than one block of 128."""
+    """Nearly all integers are equal: float32 rounds some near ties the other way. 192 columns are more than a block."""
     x = correlated(256 if group_size == 128 else 192)
     gram, weight = x.T @ x / len(x), np.random.default_rng(1).standard_normal((6, x.shape[1])).astype(np.float32)
     q, scale, zero = quantize(mx.array(weight), mx.array(gram.astype(np.float32)), bits, group_size)
@@ -51,7 +50,7 @@ def test_integers(bits, group_size):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_outputs_are_nearer(bits):
-    """Than by rounding, by far; weights are farther."""
+    """The error of the outputs is far below that of rounding to the nearest; the error of the weights is above it."""
     x = correlated(128)
     weight = np.random.default_rng(1).standard_normal((32, 128)).astype(np.float32)
     errors = {}
@@ -64,7 +63,7 @@ def test_outputs_are_nearer(bits):
 
 
 def test_dead_inputs():
-    """What is always 0 becomes 0 and harms nothing."""
+    """Columns of inputs that are always 0 become about 0, and all other weights stay finite."""
     x = correlated(64)
     x[:, [3, 40]] = 0
     q, scale, zero = quantize(mx.random.normal((4, 64)), mx.array((x.T @ x / 2000).astype(np.float32)), 4, 32)
@@ -78,7 +77,8 @@ def test_dead_inputs():
 @pytest.mark.parametrize("settings", [
     dict(), dict(tie=False, mlp="swiglu"), dict(yoco=True), dict(n_expert=3)], ids=str)
 def test_inputs(settings):
-    """Of q the norm's output, of down the hidden neurons, of the head the last norm's; and the model is as before."""
+    """The input of q is the norm's output, that of down the hidden layer, that of the head the last norm's output; the
+    model is unchanged afterwards."""
     model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=64, **settings), seed=1).eval()
     rows, seen = mx.array(np.random.default_rng(0).integers(0, 64, (5, 16))), {}
 
@@ -128,7 +128,7 @@ FLAVOURS = [
 @pytest.mark.parametrize("script", ["gptq.py", "awq.py"])
 @pytest.mark.parametrize("settings", FLAVOURS, ids=str)
 def test_checkpoint(script, settings, tmp_path):
-    """At 8 bits the packed model is the model, whatever its variants; the header tells how it was made."""
+    """At 8 bits the logits of every variant hardly change; the header has the method, the bits and the group size."""
     path, model = checkpoint(tmp_path, **settings)
     text = f"--data={ROOT / 'README.md'}"
     done = run(script, path, text, "--bits=8", "--samples=8", "--scale_dtype=float32", f"--test={ROOT / 'LOG.md'}",
@@ -144,14 +144,14 @@ def test_checkpoint(script, settings, tmp_path):
     assert mx.median(error) < 0.02 * mx.abs(logits).max()
 
 
-def test_a_block_reads_what_packed_ones_give(tmp_path):
-    """The second block's integers are those for its inputs behind the packed first one, not behind the dense one."""
+def test_blocks_are_calibrated_in_order(tmp_path):
+    """The second block's integers are those for its inputs after the quantized first block, not after the dense one."""
     path, model = checkpoint(tmp_path)
     run("gptq.py", path, f"--data={ROOT / 'README.md'}", "--bits=2", "--samples=8", "--scale_dtype=float32")
     packed, _ = load_checkpoint(str(tmp_path / "ckpt-gptq-2.safetensors"))
     found = packed.blocks[1].attn.q
     rows = windows(read_tokens(str(ROOT / "README.md"), byte_tokenizer()), 8, 32, 1337)
-    packed.blocks[1], packed.embed = model.blocks[1], model.embed  # as they were by then
+    packed.blocks[1], packed.embed = model.blocks[1], model.embed  # as they were at that time
     same, name = [], "blocks.1.attn.q"
     for before in (packed, model):
         gram, _ = matrix_inputs(before, {name: before.blocks[1].attn.q}, rows, 8)[name]
@@ -163,10 +163,10 @@ def test_a_block_reads_what_packed_ones_give(tmp_path):
 
 @pytest.mark.parametrize("script", ["gptq.py", "awq.py"])
 @pytest.mark.parametrize("arguments, says", [
-    ([], "give --data=FILE"), (["--data={readme}", "--group_size=128"], "groups of 128 do not divide"),
+    ([], "give --data=FILE"), (["--data={readme}", "--group_size=128"], "not a multiple of group_size=128"),
     (["--data={readme}", "--bits=7"], "'7' is not one of"), (["--data={short}"], "less than one window of 32"),
     (["--data={readme}", "--samples=0"], "samples"), (["--data=none.txt"], "none.txt is not a text file"),
-    (["--data={readme}", "--out={path}"], "is the checkpoint itself"), (["--data={readme}", "--seed=-1"], "seed=-1"),
+    (["--data={readme}", "--out={path}"], "would overwrite the input"), (["--data={readme}", "--seed=-1"], "seed=-1"),
 ])
 def test_bad_input(script, arguments, says, tmp_path):
     path, _ = checkpoint(tmp_path)
@@ -177,10 +177,11 @@ def test_bad_input(script, arguments, says, tmp_path):
 
 
 def test_damping(tmp_path):
-    """Without enough of it, where inputs tell all of one another, there is no inverse."""
+    """Inputs that are fully correlated have no inverse without enough damping."""
     path, _ = checkpoint(tmp_path)
     for damping in ("0", "inf"):
-        assert "damping over 0" in run("gptq.py", path, "--data=x", f"--damping={damping}", status=2).stderr
+        done = run("gptq.py", path, "--data=x", f"--damping={damping}", status=2)
+        assert "damping a finite number over 0" in done.stderr
     with pytest.raises(UserError, match="give a greater --damping"):
         quantize(mx.random.normal((4, 64)), mx.ones((64, 64)), 4, 32, damping=1e-300)
     quantize(mx.random.normal((4, 64)), mx.ones((64, 64)), 4, 32)
@@ -188,13 +189,13 @@ def test_damping(tmp_path):
 
 @pytest.mark.parametrize("script", ["gptq.py", "awq.py"])
 def test_inputs_beyond_float16(script, tmp_path):
-    """Weights that are fine, and what a layer reads is not."""
+    """The weights are finite, but the inputs of a layer are not."""
     path, model = checkpoint(tmp_path)
     model.blocks[0].mlp.up.weight = model.blocks[0].mlp.up.weight * 1e5
     model.set_dtype(mx.float16)
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
     done = run(script, path, f"--data={ROOT / 'README.md'}", "--samples=2", status=2)
-    assert "blocks.0.mlp.down reads numbers of the text that are infinite or none" in done.stderr
+    assert "blocks.0.mlp.down has infinite or NaN inputs on this text" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
 
 
@@ -204,9 +205,9 @@ def test_bad_weights(script, tmp_path):
     text = f"--data={ROOT / 'README.md'}"
     run(script, path, text, "--samples=2")
     packed = next(tmp_path.glob("ckpt-*"))
-    assert "is packed already" in run(script, packed, text, status=2).stderr
+    assert "is quantized already" in run(script, packed, text, status=2).stderr
     model.blocks[1].mlp.up.weight[3, 4] = mx.nan
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
-    assert "blocks.1.mlp.up holds numbers that are infinite or none" in run(
+    assert "blocks.1.mlp.up has infinite or NaN weights" in run(
         script, path, text, "--out=d", "--samples=2", status=2).stderr
     assert not (ROOT / "d").exists()

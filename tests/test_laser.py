@@ -1,4 +1,4 @@
-"""laser.py: Eckart and Young's error in float64; the search finds what was planted; thin matrices; bad input."""
+"""laser.py: the theorem's error in float64; the search finds planted noise; low-rank layers; bad input."""
 import re
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from tokenizer import byte_tokenizer
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40), (3, 20, 30)])
 @pytest.mark.parametrize("rho", [1, 0.5, 0.1, 0.001])
 def test_error(shape, rho):
-    """The root of the sum of squares of the singular values that were dropped, and no less."""
+    """The error is the root of the sum of squares of the singular values that were dropped (Eckart and Young)."""
     W = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     k = laser.rank_of(shape, rho)
     assert k == max(1, int(min(shape[-2:]) * rho))
@@ -44,7 +44,8 @@ ROWS = mx.array(np.random.default_rng(0).integers(0, 64, (20, 33)))
 
 @pytest.mark.parametrize("settings", FLAVOURS, ids=str)
 def test_measure(settings):
-    """From the stream before any block on as from the tokens on, and as the loss is; the model is as before."""
+    """Loss and accuracy from the stream before any block equal those from the tokens, and the model's loss; the model
+    is unchanged afterwards."""
     model = small(**settings)
     logits = model(ROWS[:, :-1])
     loss, accuracy = laser.measure(model, ROWS)
@@ -65,13 +66,13 @@ def test_measure(settings):
 
 
 def planted():
-    """A model, text that it would write, and itself with noise in one matrix that has a rank of 6 without."""
+    """A model with noise added to one matrix of rank 6, and text that the model without the noise generated."""
     model, rng = small(), np.random.default_rng(2)
     for path, module in matrices(model).items():
         if path.startswith("blocks"):
             module.weight = mx.array(rng.standard_normal(module.weight.shape).astype(np.float32)) / 8
     matrix, root = model.blocks[1].mlp.up, model.embed.weight
-    model.embed.weight = root * (4 / mx.abs(root).max())  # sure of what comes next
+    model.embed.weight = root * (4 / mx.abs(root).max())  # confident predictions
     u, s, v = np.linalg.svd(np.array(matrix.weight), full_matrices=False)
     matrix.weight = mx.array((u[:, :6] * (3 * s[:6])) @ v[:6])
     idx = mx.array(rng.integers(0, 64, (32, 1)))
@@ -83,7 +84,7 @@ def planted():
     return model, idx
 
 
-def test_the_search_finds_what_was_planted():
+def test_search_finds_planted_noise():
     model, idx = planted()
     layers = {path: module for path, module in matrices(model).items() if path.startswith("blocks.")}
     dense = laser.measure(model, idx)
@@ -93,11 +94,11 @@ def test_the_search_finds_what_was_planted():
     assert kept[0] == ("blocks.1.mlp.up", 0.1)
     assert laser.measure(model, idx)[0] <= found["blocks.1.mlp.up", 0.1][0] < dense[0]
     assert np.linalg.matrix_rank(np.array(layers["blocks.1.mlp.up"].weight), tol=1e-3) == 6
-    fixed = small()  # where nothing helps, nothing is kept, and nothing has changed
+    fixed = small()  # where no edit helps, none is kept, and the model is unchanged
     layers, logits = {"blocks.1.mlp.up": fixed.blocks[1].mlp.up}, fixed(idx)
     assert laser.compose(fixed, idx, layers, {("blocks.1.mlp.up", 0.1): (1.0, 0)}, 0.5) == []
     assert laser.compose(fixed, idx, layers, {("blocks.1.mlp.up", 0.1): (0.1, 0)}, 0.5) == []
-    assert laser.compose(fixed, idx, layers, {("blocks.1.mlp.up", 0.1): (11.0, 0)}, 10.0) == []  # nor is it tried
+    assert laser.compose(fixed, idx, layers, {("blocks.1.mlp.up", 0.1): (11.0, 0)}, 10.0) == []  # not even tried
     assert mx.array_equal(fixed(idx), logits)
 
 
@@ -110,7 +111,7 @@ run = partial(conftest.run, "laser.py")
 @pytest.mark.parametrize("settings", [dict(), dict(bias=True, norm="layer", mlp="gelu"), dict(mod="soft", yoco=True)],
                          ids=str)
 def test_factored(settings, tmp_path):
-    """The same logits, by two thin matrices, in a smaller file; which hqq.py packs and sample.py runs."""
+    """A low-rank layer gives the logits of the whole matrix, in a smaller file, which hqq.py can quantize."""
     path, model = checkpoint(tmp_path, **settings)
     if settings.get("bias"):
         model.blocks[1].mlp.down.bias = mx.random.normal((64,))
@@ -125,7 +126,11 @@ def test_factored(settings, tmp_path):
     assert not mx.allclose(model.eval()(idx), dense(idx))
     assert meta["laser"] == [{"matrix": "blocks.1.mlp.down", "rho": 0.5, "rank": 32}] and meta["step"] == 7
     twice = run(tmp_path / "ckpt-laser.safetensors", *edit, status=2)
-    assert "blocks.1.mlp.down is two thin matrices already" in twice.stderr
+    assert "blocks.1.mlp.down is stored as two factors" in twice.stderr
+    run(tmp_path / "ckpt-laser.safetensors", "--matrix=mlp.down.u", "--layer=1", "--rho=0.1", "--factored=True",
+        f"--out={tmp_path / 'again.safetensors'}")
+    again = load_checkpoint(str(tmp_path / "again.safetensors"))[0].blocks[1].mlp.down.u.weight
+    assert np.linalg.matrix_rank(np.array(again), tol=1e-4) == 3
     run(path, "--matrix=mlp.down", "--rho=0.9", "--factored=True", f"--out={tmp_path / 'larger.safetensors'}")
     assert not isinstance(load_checkpoint(str(tmp_path / "larger.safetensors"))[0].blocks[0].mlp.down, Factored)
     saved = path.stat().st_size - (tmp_path / "ckpt-laser.safetensors").stat().st_size
@@ -139,7 +144,7 @@ def test_factored(settings, tmp_path):
 
 
 def test_experts(tmp_path):
-    """Each expert for itself; they stay whole."""
+    """Each expert's matrix is edited on its own, and is not stored as factors."""
     path, model = checkpoint(tmp_path, n_expert=3)
     run(path, "--matrix=mlp.down", "--layer=1", "--rho=0.25", "--factored=True")
     found = load_checkpoint(str(tmp_path / "ckpt-laser.safetensors"))[0].blocks[1].mlp.down.weight
@@ -149,13 +154,13 @@ def test_experts(tmp_path):
 
 
 def test_search(tmp_path):
-    """The table, the picture, both kinds of windows, and the header."""
+    """A search prints its table, draws its picture, measures on both kinds of windows, and writes the header."""
     path, _ = checkpoint(tmp_path)
     done = run(path, "--search=True", f"--data={ROOT / 'LOG.md'}", "--samples=4", "--rhos=0.5, 0.1")
     for name in matrices(load_checkpoint(str(path))[0]):
         assert (f"{name} " in done.stdout) == name.startswith("blocks.")
     chose, held_out = (re.search(rf"{name}: loss (\S+) ->", done.stdout)[1]
-                       for name in ("windows that chose", "held-out windows"))
+                       for name in ("windows of the search", "held-out windows"))
     assert chose != held_out
     assert (tmp_path / "ckpt-laser.png").read_bytes().startswith(b"\x89PNG")
     edits = load_checkpoint(str(tmp_path / "ckpt-laser.safetensors"))[1]["laser"]
@@ -164,14 +169,14 @@ def test_search(tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     ([], "give --search=True, or --matrix, one of"), (["--matrix=mlp.upp"], "did you mean mlp.up"),
-    (["--matrix=mlp.up", "--rho=0"], "rho=0 is not"), (["--matrix=mlp.up", "--rho=1.5"], "rho=1.5 is not"),
+    (["--matrix=mlp.up", "--rho=0"], "rho=0: it must be"), (["--matrix=mlp.up", "--rho=1.5"], "rho=1.5: it must be"),
     (["--matrix=mlp.up", "--layer=2"], "layer=2 is not one of 0 to 1"), (["--search=True"], "give --data"),
     (["--matrix=mlp.up", "--layer=-1"], "layer=-1 is not one of 0 to 1"),
-    (["--search=True", "--data={readme}", "--rhos=0.5, all"], "is no list of numbers"),
-    (["--search=True", "--data={readme}", "--rhos=0.5, 2"], "rho=2 is not"),
+    (["--search=True", "--data={readme}", "--rhos=0.5, all"], "is not a list of numbers"),
+    (["--search=True", "--data={readme}", "--rhos=0.5, 2"], "rho=2: it must be"),
     (["--search=True", "--data={readme}", "--samples=0"], "samples"),
     (["--search=True", "--data={short}"], "less than one window"), (["--matrix=embed"], "is in no block"),
-    (["--matrix=mlp.up", "--out={path}"], "is the checkpoint itself"),
+    (["--matrix=mlp.up", "--out={path}"], "would overwrite the input"),
     (["--search=True", "--data={readme}", "--matrix=mlp.up"], "leave out --matrix"),
     (["--search=True", "--data={readme}", "--rho=0.5"], "leave out --rho"),
     (["--search=True", "--data={readme}", "--layer=1"], "leave out --layer"),
@@ -190,12 +195,12 @@ def test_bad_input(arguments, says, tmp_path):
 
 def test_bad_weights(tmp_path):
     path, model = checkpoint(tmp_path, yoco=True)
-    assert "block 1 has no attn.k of its own" in run(path, "--matrix=attn.k", "--layer=1", status=2).stderr
+    assert "block 1 has no attn.k" in run(path, "--matrix=attn.k", "--layer=1", status=2).stderr
     model.blocks[1].mlp.up.weight[3, 4] = mx.nan
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
-    assert "blocks.1.mlp.up holds numbers that are infinite or none" in run(
+    assert "blocks.1.mlp.up has infinite or NaN weights" in run(
         path, "--matrix=mlp.up", "--layer=1", status=2).stderr
     model.blocks[1].mlp.up.weight[3, 4] = 0
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
     assert subprocess.run([sys.executable, ROOT / "hqq.py", path]).returncode == 0
-    assert "is packed to 4 bits" in run(tmp_path / "ckpt-hqq-4.safetensors", "--matrix=mlp.up", status=2).stderr
+    assert "is quantized to 4 bits" in run(tmp_path / "ckpt-hqq-4.safetensors", "--matrix=mlp.up", status=2).stderr

@@ -1,5 +1,7 @@
-"""packing.py: integers of any width, by MLX's own unpacking; which matrices get how many bits."""
+"""packing.py: integers of any number of bits, unpacked by MLX; the choice of bits for each matrix; paths to write."""
+import os
 import re
+import shlex
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -29,7 +31,7 @@ def test_pack(bits, shape):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_packed_module(bits):
-    """(q - zero) scale, whatever the module."""
+    """A linear layer, an embedding and experts compute with the weight (q - zero) scale."""
     rng = np.random.default_rng(0)
     q, scale, zero = rng.integers(0, 2**bits, (40, 128)), rng.uniform(1, 2, (40, 2)), rng.uniform(0, 2**bits, (40, 2))
     weight = (q - np.repeat(zero, 64, 1)) * np.repeat(scale, 64, 1)
@@ -46,7 +48,7 @@ def test_packed_module(bits):
 
 
 def test_plan():
-    """Later rules rule; what chooses stays as it is."""
+    """The last rule that matches counts; routers are left as they are."""
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=64, tie=False, n_expert=4, mod="soft"))
     found = packing.plan(model, "4, mlp=3, head=0, blocks.1=8", 32)
     assert found["embed"] == found["blocks.0.attn.q"] == 4 and found["blocks.0.mlp.up"] == 3 and "head" not in found
@@ -57,9 +59,9 @@ def test_plan():
 
 @pytest.mark.parametrize("bits, group_size, says", [
     ("7", 64, "'7' is not one of 0, 2"), ("4, mlpp=3", 64, "did you mean mlp.up?"), ("", 64, "'' is not one of"),
-    ("4", 48, "group_size=48"), ("0", 64, "packs nothing"),
-    ("4", 128, "attn.k has 64 inputs, which groups of 128 do not divide: take --group_size=64"),
-    ("4, (=3", 64, "no regular expression"), ("four", 64, "'four' is not one of"),
+    ("4", 48, "group_size=48"), ("0", 64, "quantizes nothing"),
+    ("4", 128, "attn.k has 64 inputs, not a multiple of group_size=128: give --group_size=64"),
+    ("4, (=3", 64, "is not a regular expression"), ("four", 64, "'four' is not one of"),
 ])
 def test_plan_is_refused(bits, group_size, says):
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=64))
@@ -68,21 +70,34 @@ def test_plan_is_refused(bits, group_size, says):
 
 
 def test_plan_tells_what_to_leave_out():
-    """Where no group size divides all: the rules that it names make it work."""
+    """Where no group size divides all widths, the message names rules that make it work."""
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=96, ffn_dim=100, vocab_size=64))
-    with pytest.raises(UserError, match='such out by --bits="4, mlp.down=0"'):
+    with pytest.raises(UserError, match="leave it out by --bits='4, mlp.down=0'"):
         packing.plan(model, "4", 32)
     with pytest.raises(UserError) as refused:
         packing.plan(model, "4", 64)
-    rules = re.search('--bits="(.*)"', str(refused.value))[1]
+    rules = shlex.split(str(refused.value))[-1].removeprefix("--bits=")
     assert "blocks" not in rules and "attn.q=0" in rules and rules.count("mlp.down") == 1
-    with pytest.raises(UserError, match="packs nothing"):
+    with pytest.raises(UserError, match="quantizes nothing"):
         packing.plan(model, rules, 64)
     assert "blocks.0.mlp.down" not in packing.plan(model, "4, mlp.down=0", 32)
 
 
-def test_plan_refuses_what_is_packed():
+def test_plan_refuses_quantized_matrices():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=64))
     nn.quantize(model, 64, 4, class_predicate=lambda path, _: path.endswith("mlp.up"))
-    with pytest.raises(UserError, match="mlp.up is packed already, to 4 bits"):
+    with pytest.raises(UserError, match="mlp.up is quantized already, to 4 bits"):
         packing.plan(model, "4", 64)
+
+
+def test_output_path(tmp_path, monkeypatch):
+    """No input is written over, by whatever name it is given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("ckpt.safetensors", "book.txt", "data/val.bin"):
+        (tmp_path / name).touch()
+    os.symlink("ckpt.safetensors", "link")
+    assert packing.output_path("ckpt.safetensors", "", "hqq-4", "book.txt", "") == "ckpt-hqq-4.safetensors"
+    for out in ("ckpt.safetensors", "link", "data/../ckpt.safetensors", str(tmp_path / "book.txt"), "data/val.bin"):
+        with pytest.raises(UserError, match="would overwrite the input"):
+            packing.output_path("./ckpt.safetensors", out, "hqq-4", "book.txt", "data")

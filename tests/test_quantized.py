@@ -1,4 +1,4 @@
-"""quantized.py against float64 numpy, and its memory."""
+"""quantized.py against float64 numpy, and the memory that it takes."""
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +15,7 @@ from model import GPT, GPTConfig, KVCache, load_checkpoint, save_checkpoint
 @pytest.mark.parametrize("shape", [(1, 128), (2, 2, 128), (5, 128), (3, 11, 128)])
 @pytest.mark.parametrize(("bits", "group_size", "bias"), [(2, 32, False), (3, 64, True), (4, 64, True), (8, 128, True)])
 def test_linear(bits, group_size, bias, shape):
-    """As MLX's kernel, for few rows and many, and its gradient that of a dense matmul."""
+    """Few rows and many give what MLX's kernel gives; the gradient is that of a dense matmul."""
     dense = nn.Linear(128, 40, bias=bias)
     layer, x, g = nn.QuantizedLinear.from_linear(dense, group_size, bits), numbers(*shape), numbers(*shape[:-1], 40)
     weight = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, group_size, bits), np.float64)
@@ -23,7 +23,17 @@ def test_linear(bits, group_size, bias, shape):
     y, (gradient,) = mx.vjp(lambda x: quantized.quantized_linear(layer, x), [mx.array(x)], [mx.array(g)])
     assert near(y[0], expected) and near(gradient, g @ weight)
     if mx.default_device() == mx.cpu:  # on CUDA, MLX's is wrong for several rows of float32
-        assert near(y[0], quantized.row_by_row(layer, mx.array(x)))
+        assert near(y[0], quantized.mlx_quantized_linear(layer, mx.array(x)))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_dtype_is_that_of_the_input(rows):
+    """Scales and biases of another dtype do not change the dtype of the output, nor that of the gradient."""
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(128, 40), 64, 4)
+    layer.set_dtype(mx.float16)
+    x = mx.array(numbers(rows, 128)).astype(mx.bfloat16)
+    y, (gradient,) = mx.vjp(lambda x: layer(x), [x], [mx.ones((rows, 40), mx.bfloat16)])
+    assert y[0].dtype == gradient.dtype == mx.bfloat16
 
 
 def test_embedding():
@@ -56,8 +66,8 @@ def test_checkpoint_stays_packed(bits, group_size, tmp_path):
     path = str(tmp_path / "model.safetensors")
     model = GPT(GPTConfig(n_layer=8, n_embd=512, n_head=8, vocab_size=64, block_size=64, qk_norm=False))
     half = sum(p.size * 2 for name, p in tree_flatten(model.parameters()) if "mlp.up" not in name)
-    nn.quantize(model, group_size, bits, class_predicate=lambda path, p: "up" not in path and type(p) is nn.Linear)
-    nn.quantize(model, 64, 8, class_predicate=lambda path, module: type(module) is nn.Linear)
+    nn.quantize(model, group_size, bits, class_predicate=lambda path, p: "up" not in path and isinstance(p, nn.Linear))
+    nn.quantize(model, 64, 8, class_predicate=lambda path, module: isinstance(module, nn.Linear))
     model.set_dtype(mx.float16)
     idx = mx.arange(40)[None]
     logits = np.array(model(idx))
@@ -77,7 +87,7 @@ def test_checkpoint_stays_packed(bits, group_size, tmp_path):
 
 
 def test_columns_in_another_order():
-    """`order`: the layer holds its columns so; what it computes is the same."""
+    """A layer with `order` holds its columns in that order, and computes what a layer without it does."""
     rng, dense = np.random.default_rng(0), nn.Linear(128, 40, bias=False)
     order, x = mx.array(rng.permutation(128)), mx.array(numbers(7, 128))
     turned = nn.Linear(128, 40, bias=False)
@@ -92,7 +102,7 @@ def test_columns_in_another_order():
     assert np.array_equal(np.array(quantized.dense_weight(layer)), back.astype(np.float32))
 
 
-# ---- keys and values -------------------------------------------------------------------------------------------------
+# ---- quantized key/value cache ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [
@@ -100,8 +110,7 @@ def test_columns_in_another_order():
     dict(yoco=True), dict(mod="topk"), dict(alibi=True),
 ], ids=str)
 def test_packed_cache(settings, monkeypatch):
-    """What the queries meet is what MLX's rounding of each token's keys and values stands for, however the room grows;
-    at 8 bits the logits are near those of no cache at all."""
+    """However the cache grows: at 8 bits the logits are near those without a cache, at 4 bits less so."""
     monkeypatch.setattr(KVCache, "STEP", 5)
     model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=64, **settings), seed=3).eval()
     idx = mx.array(np.random.default_rng(0).integers(0, 64, (2, 23)))
@@ -116,7 +125,7 @@ def test_packed_cache(settings, monkeypatch):
 
 
 def test_packed_rows():
-    """Written in pieces and anywhere, they read as MLX's rounding of what was written."""
+    """Rows that are written in pieces and in any order are read as MLX's rounding of what was written."""
     x = mx.random.normal((2, 3, 12, 64), key=mx.random.key(0))
     rows = quantized.packed_rows(4, 64)((2, 3, 8, 64), mx.float32)
     rows[..., :5, :] = x[..., :5, :]
@@ -129,7 +138,7 @@ def test_packed_rows():
     assert rows.nbytes == 2 * 3 * 12 * (64 / 2 + 2 * 2 * 4)
 
 
-@pytest.mark.parametrize("bits, head_dim, says", [(7, 64, "7 bits of keys"), (4, 48, "head_dim=48")])
+@pytest.mark.parametrize("bits, head_dim, says", [(7, 64, "kv_bits=7"), (4, 48, "head_dim=48")])
 def test_packed_rows_are_refused(bits, head_dim, says):
     with pytest.raises(UserError, match=says):
         GPT(GPTConfig(n_layer=1, n_head=1, n_embd=head_dim), None).make_cache(bits)
