@@ -35,7 +35,7 @@ def out(tmp_path_factory):
 
 
 def table(out, readme, status=0):
-    shutil.copy(ROOT / "README.md", readme)
+    shutil.copy(ROOT / "docs" / "variants.md", readme)
     done = subprocess.run([sys.executable, ROOT / "runs" / "architectures.py", out, f"--readme={readme}",
                            "--length=512"], capture_output=True, text=True)
     assert done.returncode == status, done.stderr
@@ -45,7 +45,8 @@ def table(out, readme, status=0):
 def test_table(out, tmp_path):
     done = table(out, tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
-    before, rest = (ROOT / "README.md").read_text().split("<!-- runs/architectures.sh writes this table -->\n")
+    page = (ROOT / "docs" / "variants.md").read_text()
+    before, rest = page.split("<!-- runs/architectures.sh writes this table -->\n")
     after = rest.split("<!-- end of the table -->")[1]
     assert text == (f"{before}<!-- runs/architectures.sh writes this table -->\n{done.stdout}<!-- end of the table -->"
                     f"{after}")
