@@ -14,9 +14,9 @@ by s is folded into the weights that produce x, where that is exact:
     mlp.down                  rows of mlp.up: times 1 / s for swiglu, times 1 / sqrt(s) for relu2; not for gelu
     attn.out                  rows of attn.v, where every query head has its own value head
 
-All other matrices have s = 1: attn.out with grouped heads, with differential attention and in YOCO's second half, and
-the matrices of experts. Then the range of each group is clipped to the one of the shares 1, 0.95, ..., 0.5 of it that
-gives the least error of the outputs.
+All other matrices have s = 1: attn.out with grouped heads, differential attention, value residuals or value embeddings,
+or in YOCO's second half; and the matrices of experts. Then the range of each group is clipped to the one of the shares
+1, 0.95, ..., 0.5 of it that gives the least error of the outputs.
 
 Blocks are quantized in order, and the inputs of a block are computed with the quantized blocks before it. The token
 embedding and experts are rounded to the nearest, and marked "rounded". File and table are as hqq.py's; the error of the
@@ -99,9 +99,9 @@ def shared_inputs(model: GPT, part: str) -> list[tuple[list[str], list[tuple[nn.
 
     if part == "shared":
         return [(reading("shared", "k", "v"), [(modules["shared.norm"], 1)])]
-    found = [(reading(f"{part}.attn", "q", "k", "v", "lam"), [(modules[f"{part}.attn_norm"], 1)])]
-    own_values = f"{part}.attn.v" in modules and config.n_kv_head == config.n_head and not config.diff_attn
-    if own_values:
+    found = [(reading(f"{part}.attn", "q", "k", "v", "lam", "value_gate"), [(modules[f"{part}.attn_norm"], 1)])]
+    other_values = config.diff_attn or config.value_residual or f"{part}.attn.value_embed" in modules
+    if f"{part}.attn.v" in modules and config.n_kv_head == config.n_head and not other_values:
         found.append((reading(f"{part}.attn", "out"), [(producing(f"{part}.attn.v"), 1)]))
     if not config.n_expert:
         found.append((reading(f"{part}.mlp", "gate", "up"), [(modules[f"{part}.mlp_norm"], 1)]))
@@ -116,7 +116,8 @@ def scale_inputs(model: GPT, paths: list[str], producers: list[tuple[nn.Module, 
     model's outputs do not change."""
     modules = dict(model.named_modules())
     for path in paths:
-        modules[path].weight = modules[path].weight * s.astype(modules[path].weight.dtype)
+        weight = modules[path].weight
+        modules[path].weight = weight * s[:weight.shape[1]].astype(weight.dtype)  # value_gate reads the first ones
     for producer, power in producers:
         factor = (s ** -power).astype(producer.weight.dtype)
         producer.weight = producer.weight * (factor if producer.weight.ndim == 1 else factor[:, None])

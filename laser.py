@@ -261,7 +261,7 @@ if __name__ == "__main__":
         factors = k * (m + n) / (m * n) * dense[path].nbytes  # their bytes
         print(f"{path:24} {rho:5g} {k:5} {error:6.3f} {dense[path].nbytes / 1e6:9.3f} {factors / 1e6:9.3f}")
         is_factor = f"{path.rpartition('.')[0]}.u" in dense  # of an earlier edit: it is not split again
-        if factored and W.ndim == 2 and factors < dense[path].nbytes and not is_factor:
+        if factored and isinstance(layers[path], nn.Linear) and factors < dense[path].nbytes and not is_factor:
             u, v = low_rank(svd(W), k)
             new = Factored(layers[path], k)
             new.u.weight, new.v.weight = u.astype(dense[path].dtype), v.astype(dense[path].dtype)

@@ -61,12 +61,12 @@ def packed_module(module: nn.Module, q: mx.array, scale: mx.array, zero: mx.arra
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose matrix can be quantized, by path: linear layers, experts, the token embedding. Routers, their
-    predictors, the lambdas of differential attention and position embeddings are left out."""
+    """The modules whose matrix can be quantized, by path: linear layers, experts, embeddings of tokens. Left out are
+    routers and their predictors, the lambdas of differential attention, gates of value embeddings, and positions."""
     found = {path: module for path, module in model.named_modules() if hasattr(module, "to_quantized")
              or isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) or "scales" in module}
     return {path: found[path] for path in sorted(found, key=natural)
-            if not re.search(r"(router|predictor|lam|pos_embed)$", path)}
+            if not re.search(r"(router|predictor|lam|value_gate|pos_embed)$", path)}
 
 
 def plan(model: nn.Module, bits: str, group_size: int) -> dict[str, int]:

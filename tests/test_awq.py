@@ -30,6 +30,9 @@ def test_scaling_is_exact(settings):
     for module in model.modules():
         if "bias" in module:
             module.bias = mx.array(rng.standard_normal(module.bias.shape).astype(np.float32)) * 0.1
+    for path, module in model.named_modules():
+        if path.endswith("value_gate"):  # 0 at the start
+            module.weight = mx.array(rng.standard_normal(module.weight.shape).astype(np.float32))
     logits, scaled = model(idx), set()
     for start in (*(f"blocks.{i}" for i in range(4)), *(["shared"] if settings.get("yoco") else [])):
         for paths, producers in awq.shared_inputs(model, start):
@@ -37,8 +40,9 @@ def test_scaling_is_exact(settings):
             awq.scale_inputs(model, paths, producers, mx.array(rng.uniform(0.5, 2, inputs).astype(np.float32)))
             scaled |= {path.split(".", 2 if start != "shared" else 1)[-1] for path in paths}
     assert mx.abs(model(idx) - logits).max() < 2e-4 * mx.abs(logits).max()
+    assert ("attn.value_gate" in scaled) == bool(settings.get("value_embeds"))
     assert ("mlp.down" in scaled) == (settings.get("mlp", "relu2") != "gelu" and not settings.get("n_expert"))
-    assert ("attn.out" in scaled) == (not settings.get("diff_attn") and not settings.get("n_kv_head"))
+    assert ("attn.out" in scaled) == (not {"diff_attn", "n_kv_head", "value_residual"} & settings.keys())
 
 
 def factor(path: str, model: GPT):

@@ -121,7 +121,8 @@ def checkpoint(tmp_path, **settings):
 FLAVOURS = [
     dict(), dict(tie=False, bias=True, norm="layer", mlp="gelu", pos="learned"), dict(n_expert=3, mlp="swiglu"),
     dict(diff_attn=True, yoco=True, mlp="swiglu"), dict(mod="topk", alibi=True),
-    dict(sliding_window=9, diff_attn=True, diff_attn_version=2, n_kv_head=1),
+    dict(sliding_window=9, diff_attn=True, diff_attn_version=2, n_kv_head=1), dict(value_residual=True),
+    dict(value_embeds=True, softcap=5.0),
 ]
 
 

@@ -143,6 +143,15 @@ def test_factored(settings, tmp_path):
     assert mx.abs(packed(idx) - dense(idx)).max() < 0.05 * mx.abs(dense(idx)).max()
 
 
+def test_value_embeddings(tmp_path):
+    """An embedding is edited like any matrix, and is not stored as factors."""
+    path, model = checkpoint(tmp_path, value_embeds=True)
+    run(path, "--matrix=attn.value_embed", "--layer=1", "--rho=0.25", "--factored=True")
+    found = load_checkpoint(str(tmp_path / "ckpt-laser.safetensors"))[0].blocks[1].attn.value_embed.weight
+    u, v = laser.low_rank(laser.svd(model.blocks[1].attn.value_embed.weight), 16)
+    assert mx.allclose(found, u @ v, atol=1e-5)
+
+
 def test_experts(tmp_path):
     """Each expert's matrix is edited on its own, and is not stored as factors."""
     path, model = checkpoint(tmp_path, n_expert=3)
