@@ -55,6 +55,7 @@ from model import (
     save_arrays,
     save_checkpoint,
 )
+from muon import Muon, by_muon
 from tokenizer import Tokenizer, tokens_folder
 
 # data
@@ -235,46 +236,6 @@ if config.mod == "topk":  # mod
     flops_per_token -= in_blocks * routed * (1 - config.mod_capacity)  # mod
 
 
-class Muon(optim.Muon):
-    """Muon (Jordan et al. 2024) as MLX has it, but all matrices of one shape go through the Newton-Schulz iteration
-    together, in the compute dtype. One by one, in float32, they take as long as the rest of the step on a GPU."""
-
-    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
-        self.state["step"] = self.step + 1
-
-        def momentum(g: mx.array, state: dict) -> mx.array:  # Nesterov's
-            state["v"] = self.momentum * state["v"] + (1 - self.momentum) * g
-            return (1 - self.momentum) * g + self.momentum * state["v"]
-
-        updates, by_shape = dict(tree_flatten(tree_map(momentum, gradients, self.state))), {}
-        for name, update in updates.items():
-            by_shape.setdefault(update.shape[-2:], []).append(name)
-        for (rows, columns), names in by_shape.items():
-            parts = [updates[name].reshape(-1, rows, columns) for name in names]  # experts are many matrices each
-            X = orthogonalized(mx.concatenate(parts).astype(working_dtype), self.ns_steps)
-            X = X * (max(1, rows / columns) ** 0.5 * self.learning_rate)
-            ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
-            for name, part in zip(names, mx.split(X, ends) if ends else [X], strict=True):
-                updates[name] = part.reshape(updates[name].shape)
-        return tree_map(lambda update, p: p - update, tree_unflatten(list(updates.items())), parameters)
-
-
-def orthogonalized(X: mx.array, steps: int) -> mx.array:
-    """U V^T of each matrix's singular value decomposition U S V^T, roughly: (N, rows, columns)."""
-    tall = X.shape[1] > X.shape[2]
-    X = X.swapaxes(1, 2) if tall else X
-    X = X / (mx.linalg.norm(X, axis=(1, 2), keepdims=True) + 1e-7)
-    for _ in range(steps):  # each singular value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which tends to about 1
-        A = X @ X.swapaxes(1, 2)
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * (A @ A)) @ X
-    return X.swapaxes(1, 2) if tall else X
-
-
-def by_muon(path: str, p: mx.array) -> bool:
-    chooses = "router" in path or "predictor" in path  # few rows, each a direction of its own
-    return optimizer == "muon" and path.startswith("blocks.") and p.ndim > 1 and not chooses
-
-
 # None has its own weight decay: update() decays the matrices alone, the same way for all, which makes Adam AdamW.
 if optimizer not in ("adamw", "muon", "lion"):
     raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon, lion")
@@ -283,7 +244,7 @@ if optimizer == "lion":  # Chen et al. 2023
 else:                    # Kingma & Ba 2015
     opt = rest = optim.Adam(learning_rate, betas=[beta1, beta2], bias_correction=True)
 if optimizer == "muon":  # for the matrices of the blocks, and Adam for the rest
-    muon = Muon(muon_lr, weight_decay=0.0)
+    muon = Muon(muon_lr, dtype=working_dtype)
     opt = optim.MultiOptimizer([muon, rest], [by_muon])
 opt.init(model.trainable_parameters())
 if resume:
@@ -321,7 +282,7 @@ def update(grads):
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
 
     def decay(path: str, p: mx.array) -> mx.array:
-        rate = muon.learning_rate if by_muon(path, p) else rest.learning_rate  # by_muon is never true without muon
+        rate = muon.learning_rate if optimizer == "muon" and by_muon(path, p) else rest.learning_rate
         return p * (1 - weight_decay * rate) if p.ndim > 1 else p
 
     model.update(tree_map_with_path(decay, model.trainable_parameters()))
