@@ -1,14 +1,14 @@
-"""How well a checkpoint predicts a text.
+"""Measure how well a checkpoint predicts a text.
 
     python eval.py out/ckpt.safetensors --data=book.txt
     python eval.py out/ckpt.safetensors --data=data/stdlib-bpe-4096     # the validation split that data.py made
     data/stdlib-bpe-4096: 398,605 tokens, 1,485,568 bytes, 8,706 tok/s, 0.47 GiB
     loss 4.2234 nats | perplexity 68.26 | bits per byte 1.6349 | accuracy 26.66%
 
-Every token of the text is predicted exactly once, from at least block_size - stride tokens before it (where there are
-as many): a window of block_size tokens slides by `stride`. It prints the loss in nats a token, its exponential
-(perplexity), bits per byte of the text, which compares across tokenizers, and the share of tokens that were the most
-probable.
+Every token of the text is predicted exactly once, from at least block_size - stride tokens before it, or from all
+where there are fewer: a window of block_size tokens moves by `stride` tokens. It prints the mean loss in nats per
+token; the perplexity, which is exp(loss); bits per byte of the text, which can be compared between tokenizers; and the
+accuracy, the share of tokens that the model held the most probable one.
 """
 import math
 import time
@@ -23,24 +23,24 @@ from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # from train.py
 data = ""          # a text file, or a folder that data.py made
-block_size = 0     # tokens of context; 0: as in training; more shows how a model extrapolates
-stride = 0         # tokens that the window moves, each of them scored; 0: half of block_size
+block_size = 0     # tokens of context; 0: as in training; a larger one tests longer contexts than in training
+stride = 0         # tokens by which the window moves; 0: half of block_size
 batch_size = 16    # windows at a time
-max_tokens = 0     # stop after as many; 0: the whole text
-kv_bits = 0        # 8 | 4: read keys and values from a cache that packs them; 0: no cache
+max_tokens = 0     # only this many of the first tokens; 0: the whole text
+kv_bits = 0        # 8 | 4: quantize keys and values to this many bits, as sample.py does; 0: no cache
 dtype = "auto"     # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
 
 settings = overrides(globals(), "checkpoint", "data")
 
 if not data:
-    raise UserError("no text to evaluate on: give --data=FILE")
+    raise UserError("there is no text to evaluate on: give --data=FILE")
 if batch_size < 1 or max_tokens < 0 or block_size < 0:
     raise UserError("batch_size must be 1 or more, max_tokens and block_size 0 or more")
 if kv_bits not in (0, 4, 8):
     raise UserError(f"kv_bits={kv_bits} is not one of 0, 4, 8")
 model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
-    raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
+    raise UserError(f"{checkpoint} holds no tokenizer to encode a text with: give another checkpoint")
 enc = Tokenizer.from_dict(meta["tokenizer"])
 model.set_dtype(compute_dtype(dtype))
 

@@ -1,19 +1,22 @@
-"""Let a checkpoint write.
+"""Generate text with a checkpoint.
 
     python sample.py out/ckpt.safetensors --prompt="def main"
     def main(from):
         ...
-    [200 tokens, 269.9 tok/s, 1.5 GB/s, first after 0.02 s, 0.01 GiB, cache 1.05 MB]
+    [200 tokens, 269.9 tok/s, 1.5 GB/s, first 0.02 s, 0.01 GiB, cache 1.05 MB]
 
-    python sample.py out/ckpt.safetensors                     # on a terminal: asks for prompts, one after the other
+    python sample.py out/ckpt.safetensors                     # asks for one prompt after another
     python sample.py out/ckpt.safetensors --adapter=out-sft/sft.safetensors --prompt="Name three birds."
 
-What sft.py has tuned is talked to by its template: a prompt is a message, the text an answer, and on a terminal the
-conversation goes on until an empty line. --template=none continues the text instead. --adapter may be given several
-times, each with a weight (--adapter=a.safetensors:0.5); --merge=True folds them into the weights, which is faster.
-Text comes as it is made. At the end of each text stands its speed: tok/s, tokens written a second, and GB/s, the bytes
-of weights and of key/value cache read for them, which is what bounds decoding; then the peak of all memory, and the
-bytes of the key/value cache, which has room for a multiple of 256 tokens in a layer that sees them all.
+A checkpoint that sft.py fine-tuned answers through its chat template: the prompt is a message, the generated text is
+the answer, and on a terminal the conversation goes on until an empty line. --template=none continues the text instead.
+--adapter can be given several times, each with a weight (--adapter=a.safetensors:0.5); --merge=True folds the adapters
+into the weights, which is faster.
+
+Text is printed as it is generated. A line after each text tells how many tokens were generated; tokens a second; the
+bytes of weights and key/value cache that were read a second, which bounds the speed; the time until the first token;
+the peak of all memory; and the size of the key/value cache, which in a layer without a window has room for a multiple
+of 256 tokens.
 """
 import codecs
 import contextlib
@@ -33,23 +36,23 @@ from tokenizer import Tokenizer
 
 # model
 checkpoint = "out/ckpt.safetensors"  # from train.py or sft.py
-adapter = ()              # adapters of it, each PATH or PATH:WEIGHT; may be given several times
+adapter = ()              # an adapter for it, PATH or PATH:WEIGHT; can be given several times
 merge = False             # fold the adapters into the weights
 # text
-prompt = ""               # what the text begins with; none: asked for on a terminal, else a new document
-max_new_tokens = 200      # length of a sample
-num_samples = 1           # texts a prompt
-stop = ""                 # end a text where this appears; several are separated by |
-template = ""             # plain | alpaca | chatml | llama3: talk by it; none: continue the text. "": the checkpoint's
-system = ""               # with a template: what the conversation begins with
+prompt = ""               # the beginning of the text, or a message; "": ask for it on a terminal, else a new document
+max_new_tokens = 200      # tokens to generate at most
+num_samples = 1           # texts for each prompt
+stop = ""                 # end a text before this string; several are separated by |
+template = ""             # plain | alpaca | chatml | llama3: answer the prompt; none: continue it; "": as trained
+system = ""               # with a template: the system message
 # sampling
 temperature = 0.8         # 0: always the most probable token; 1: the model's own distribution
 top_k = 200               # keep the k most probable tokens; 0: all
 top_p = 1.0               # keep the fewest tokens whose probabilities sum to this
 min_p = 0.0               # keep tokens with at least this share of the largest probability
-repetition_penalty = 1.0  # above 1: tokens that stand in the text already become less probable
-seed = 1337               # of the draws
-kv_bits = 0               # 8 | 4: pack the keys and values of the cache; 0: as they are
+repetition_penalty = 1.0  # above 1: tokens that are in the text already become less probable
+seed = 1337               # of the random draws
+kv_bits = 0               # 8 | 4: quantize the key/value cache to this many bits; 0: do not
 dtype = "auto"            # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
 
 settings = overrides(globals(), "checkpoint", "prompt")
@@ -63,7 +66,7 @@ if not 0 <= seed < 2**63:
 
 model, meta = load_checkpoint(checkpoint)
 if not meta.get("tokenizer"):
-    raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
+    raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
 enc = Tokenizer.from_dict(meta["tokenizer"])
 adapted = load_adapters(model, adapter)
 if merge:
@@ -71,16 +74,16 @@ if merge:
 template = template or adapted.get("template") or meta.get("template") or "none"
 if template != "none":
     check_template(template)
-model.make_cache(kv_bits)  # refuses what cannot be packed, before anything is written
+model.make_cache(kv_bits)  # UserError, before the prompt is printed, where head_dim does not suit kv_bits
 model.set_dtype(compute_dtype(dtype))
 mx.eval(model.parameters())
 config = model.config
-idle = 1 - config.expert_top_k / max(1, config.n_expert)  # share of the experts that a token leaves alone
+idle = 1 - config.expert_top_k / max(1, config.n_expert)  # share of the experts that a token does not run through
 weight_bytes = sum(p.nbytes * (1 - idle * (p.ndim == 3)) for name, p in tree_flatten(model.parameters())
-                   if config.tie or "embed" not in name)  # of an embedding that is no unembedding, one row is read
+                   if "embed" not in name or config.tie and name.startswith("embed."))  # a lookup reads one row only
 size = compute_dtype(dtype).size
-number = kv_bits / 8 + 2 * size / 32 if kv_bits else size  # bytes; 32 packed ones share a scale and a bias
-cache_bytes = 2 * config.n_kv_head * config.head_dim * number  # of a position in a layer
+number = kv_bits / 8 + 2 * size / 32 if kv_bits else size  # bytes of a number; 32 quantized ones share scale and bias
+cache_bytes = 2 * config.n_kv_head * config.head_dim * number  # of one position in one layer
 stops = [part for part in stop.split("|") if part]
 
 
@@ -93,28 +96,29 @@ def ask() -> str:
 
 
 def held(layer, positions: float) -> float:
-    """Positions in a layer's cache, of so many that were read."""
+    """How many of the positions read so far a layer's cache holds."""
     if hasattr(layer, "rows"):  # mod
         return positions * config.mod_capacity  # mod
     return min(positions, getattr(layer, "window", positions))
 
 
 def end_of(new: str) -> tuple[int, int]:
-    """Where a stop string begins in `new` (-1: nowhere), and how many characters at its end may be the start of one."""
+    """Where a stop string begins in `new` (-1: it has none), and how many characters at the end of `new` may be the
+    beginning of one."""
     found = min((new.find(part) for part in stops if part in new), default=-1)
     return found, max((n for part in stops for n in range(1, len(part)) if new.endswith(part[:n])), default=0)
 
 
 def write(prompt: str, seed: int, before: list[dict]) -> str:
-    """Continue a prompt on standard output, or answer it as the next message after those before; up to a stop string,
-    an end-of-text token or max_new_tokens. Returns the new text."""
+    """Continue a prompt on standard output; or, with a template, answer it as the message that follows those in
+    `before`. The text ends at a stop string, an end-of-text token or max_new_tokens. Returns the new text."""
     ids, ends = [enc.bos, *enc.encode(prompt).tolist()], {enc.eot}
     if template != "none":
         ids = encode_prompt(enc, [*before, {"role": "user", "content": prompt}], template)
         ends.add(end_of_answer(enc, template))
     if len(ids) > config.block_size:
         print(f"the prompt has {len(ids)} tokens: only the last {config.block_size} are read", file=sys.stderr)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can take several tokens
     if template == "none":
         print(prompt, end="", flush=True)
     text, new, count, cache, began = "", "", 0, model.make_cache(kv_bits), time.perf_counter()
@@ -129,7 +133,7 @@ def write(prompt: str, seed: int, before: list[dict]) -> str:
         found, waiting = end_of(new)
         if found >= 0:
             new = new[:found]
-            decoder.reset()  # the beginning of a character may stand after it
+            decoder.reset()  # it may hold the first bytes of a character after the stop string
             break
         print(new[:len(new) - waiting], end="", flush=True)
         text += new[:len(new) - waiting]
@@ -140,12 +144,12 @@ def write(prompt: str, seed: int, before: list[dict]) -> str:
         speed = (count - 1) / (time.perf_counter() - first)
         positions = min(len(ids) + count / 2, config.block_size)  # in the cache, on average
         read = weight_bytes + sum(held(layer, positions) for layer in cache.layers[:config.n_layer]) * cache_bytes
-        print(f"[{count} tokens, {speed:.1f} tok/s, {read * speed / 1e9:.1f} GB/s, first after {first - began:.2f} s, "
+        print(f"[{count} tokens, {speed:.1f} tok/s, {read * speed / 1e9:.1f} GB/s, first {first - began:.2f} s, "
               f"{mx.get_peak_memory() / 2**30:.2f} GiB, cache {cache.nbytes / 1e6:.2f} MB]", file=sys.stderr)
     return text + new
 
 
-sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes "?"
+sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks become "?"
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() gains a history and editing)
 
@@ -162,5 +166,5 @@ else:
                 answer = write(prompt, seed + i, opening)
             if template != "none":  # the conversation goes on
                 opening += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        except UserError as error:  # characters that the tokenizer lacks: ask again
+        except UserError as error:  # the tokenizer may lack a character: ask again
             print(error, file=sys.stderr)

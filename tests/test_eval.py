@@ -1,4 +1,4 @@
-"""eval.py, run as a user runs it: its figures against a slow oracle, and bad input."""
+"""eval.py, run from a command line: its figures against a slow oracle, and bad input."""
 import json
 import math
 import re
@@ -31,7 +31,7 @@ def figures(done) -> list[float]:
 
 
 def oracle(checkpoint, tokens, stride) -> list[float]:
-    """The same figures. Each token from its own context, which begins where the first window that holds it does."""
+    """The figures by a slow way: each token from a context that begins with the first window that holds the token."""
     model, meta = load_checkpoint(str(checkpoint))
     tokenizer = Tokenizer.from_dict(meta["tokenizer"])
     tokens = [int(token) for token in tokens]
@@ -66,7 +66,7 @@ def checkpoint_of(tokenizer, folder):
 
 @pytest.fixture(scope="module")
 def chars(tmp_path_factory):
-    """A checkpoint and a text of 100 characters, of which the model itself would write about half."""
+    """A checkpoint and a text of 100 characters, about half of which the model predicts right."""
     tokenizer = char_tokenizer(["abcdefghijklmnopqrstuvwxyz é,."])
     checkpoint = checkpoint_of(tokenizer, tmp_path_factory.mktemp("chars"))
     model, rng, ids = load_checkpoint(str(checkpoint))[0], np.random.default_rng(0), [tokenizer.eot]
@@ -94,7 +94,7 @@ def test_figures(chars, tmp_path, length, stride, batch_size):
 
 
 def test_bits_per_byte_of_bpe(tmp_path):
-    """Tokens of several bytes, characters of several tokens; a byte order mark is no part of the text."""
+    """Some tokens have several bytes, some characters several tokens; a byte order mark is not part of the text."""
     text = "Zoë naïvely ate a crème brûlée — 東京 🙂🙃. " * 2
     tokenizer = train_bpe(iter([text]), 280)
     checkpoint = checkpoint_of(tokenizer, tmp_path)
@@ -128,7 +128,7 @@ def prepare(folder, tokenizer, train, val):
 
 
 def test_prepared_folder(chars, tmp_path):
-    """Its validation split, in which end-of-text tokens stand: predicted like others, but no bytes."""
+    """The validation split is read. Its end-of-text tokens are predicted like others, and count as no bytes."""
     checkpoint, tokenizer, text = chars
     ids = tokenizer.encode(text).tolist()
     val = [*ids[:30], tokenizer.eot, *ids[30:40], tokenizer.eot]
@@ -181,7 +181,7 @@ def test_bad_settings(chars, tmp_path, argument, says):
 
 
 def test_kv_bits(tmp_path):
-    """What is printed is the loss behind a packed cache."""
+    """The loss that is printed is that with a quantized cache."""
     model = GPT(GPTConfig(block_size=T, vocab_size=320, n_layer=2, n_head=1, n_embd=32), seed=3).eval()
     model.embed.weight = model.embed.weight * 20
     save_checkpoint(str(tmp_path / "a"), model, {"tokenizer": byte_tokenizer().to_dict()})

@@ -1,4 +1,4 @@
-"""sample.py, run as a user runs it: what it writes, when, where it stops, on a terminal, and with bad input."""
+"""sample.py, run from a command line: its text, streaming, stop strings, a terminal, adapters, and bad input."""
 import fcntl
 import os
 import pty
@@ -41,7 +41,7 @@ def save(path, model, tokenizer):
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory):
-    """Random weights, made sharp. The rows of the vocabulary's padding are the largest: they would often win."""
+    """A checkpoint of random weights with confident predictions. Padding tokens of the vocabulary would often win."""
     tokenizer = char_tokenizer(["abcdefghijklmnopqrstuvwxyz ,.\n"])
     model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=32, tie=False), seed=1)
     model.head.weight = model.head.weight * mx.where(mx.arange(64) < tokenizer.n_vocab, 10, 30)[:, None]
@@ -49,7 +49,7 @@ def writer(tmp_path_factory):
 
 
 def chain(folder, ids, tokenizer=BYTES):
-    """A checkpoint that writes these ids from an end-of-text token on: after each it is sure of the next."""
+    """A checkpoint that generates these ids, in order, after an end-of-text token."""
     V = tokenizer.n_vocab
     model = GPT(GPTConfig(block_size=64, vocab_size=V, n_layer=1, n_head=1, n_embd=V, head_dim=2, ffn_dim=1, tie=False))
     follows = np.zeros((V, V), dtype=np.float32)
@@ -97,7 +97,7 @@ def test_seed_and_num_samples(writer):
 
 
 def test_prompt(tmp_path):
-    """Bare, as a setting, with =, digits only, in any script, none. It is repeated, and the text goes on from it."""
+    """A prompt is a bare argument or a setting, with "=", digits or any script; the output begins with it."""
     checkpoint = chain(tmp_path, [*b"abc", BYTES.eot])
     for prompt in ("a", "1a", "x=a", "héllo 🙂 a", ""):
         wanted = (prompt or "a") + "bc\n"
@@ -105,7 +105,7 @@ def test_prompt(tmp_path):
 
 
 def test_prompt_longer_than_the_context(writer):
-    """The next token is that of the last block_size tokens."""
+    """The next token is predicted from the last block_size tokens."""
     model, meta = load_checkpoint(str(writer))
     tokenizer = Tokenizer.from_dict(meta["tokenizer"])
     prompt = ("the quick brown fox jumps over the lazy dog. " * 3)[:100]
@@ -116,24 +116,24 @@ def test_prompt_longer_than_the_context(writer):
     assert "are read" not in sample(writer, prompt[:63], "--max_new_tokens=70")[1]
 
 
-def test_heads_that_cannot_be_packed(tmp_path):
-    """Told before the text begins."""
+def test_heads_that_cannot_be_quantized(tmp_path):
+    """The error comes before the prompt is printed."""
     path = save(tmp_path / "ckpt.safetensors", GPT(GPTConfig(vocab_size=320, n_layer=1, n_head=4, n_embd=64)), BYTES)
     done = subprocess.run([sys.executable, ROOT / "sample.py", path, "--prompt=x", "--kv_bits=8"], capture_output=True,
                           text=True)
-    assert done.returncode == 2 and done.stdout == "" and "head_dim=16 is no multiple of 32" in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and "head_dim=16 is not a multiple of 32" in done.stderr
 
 
 @pytest.mark.parametrize("window, kv_bits", [(0, 0), (20, 0), (0, 8), (20, 4)])
 def test_speed(tmp_path, window, kv_bits):
-    """GB/s: all weights but the embedding, and the cache of 51 tokens and on average half of the 100 new ones; where a
-    layer has a window (here all but the fourth), no more than the window. Packed keys and values have two numbers more
-    in 32."""
+    """GB/s counts all weights but the embedding, and the cache of 51 tokens and on average half of the 100 new ones; in
+    a layer with a window (here all but the fourth) at most the window. 32 quantized numbers have two more, scale and
+    bias."""
     model = GPT(GPTConfig(vocab_size=4096, n_layer=4, n_head=8, n_kv_head=4, head_dim=128, n_embd=64, tie=False,
                           sliding_window=window, window_pattern="SSSL"))
     _, error = sample(save(tmp_path / "ckpt.safetensors", model, BYTES), 50 * "x", "--max_new_tokens=100",
                       "--temperature=0", f"--kv_bits={kv_bits}")
-    found = re.fullmatch(r"\[(\d+) tokens, ([\d.]+) tok/s, ([\d.]+) GB/s, first after [\d.]+ s, [\d.]+ GiB, "
+    found = re.fullmatch(r"\[(\d+) tokens, ([\d.]+) tok/s, ([\d.]+) GB/s, first [\d.]+ s, [\d.]+ GiB, "
                          r"cache ([\d.]+) MB\]\n", error)
     count, speed, bandwidth, cache = map(float, found.groups())
     weights = sum(p.size for name, p in tree_flatten(model.parameters()) if name != "embed.weight")
@@ -144,11 +144,11 @@ def test_speed(tmp_path, window, kv_bits):
     assert count == 100 and bandwidth == pytest.approx(speed * read / 1e9, abs=0.06)
 
 
-# ---- as it comes -----------------------------------------------------------------------------------------------------
+# ---- streaming -------------------------------------------------------------------------------------------------------
 
 
 def test_text_streams(tmp_path):
-    """In many writes, and none of them holds a part of a character."""
+    """The text comes in many writes, and none of them holds a part of a character."""
     text = "aé🙂z"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(command(chain(tmp_path, [*text.encode(), *b"a"]), "--max_new_tokens=1600"), env=buffered,
@@ -188,7 +188,7 @@ def test_stop(tmp_path, stop, text):
     ("e", "abcd"), ("ef|cd", "ab"), ("f!", "abcde"), ("!", "abcdef"), ("🙂", "abcdef!"),
 ])
 def test_stop_within_tokens(tmp_path, stop, text):
-    """The token that holds a stop string may begin before it and go on after it, even with half a character."""
+    """A token may begin before the stop string that it holds, and end after it, even with half a character."""
     pieces = [b"a", b"bcdef", b"!\xf0\x9f", b"\x99\x82h"]
     tokenizer = Tokenizer("bpe", [*BYTES.tokens, *pieces[1:]], {EOT: 259}, PATTERN)
     checkpoint = chain(tmp_path, [ord("a"), 256, 257, 258, tokenizer.eot], tokenizer)
@@ -209,7 +209,7 @@ def test_end_of_text(tmp_path):
 
 
 class Terminal:
-    """sample.py with a terminal of its own."""
+    """sample.py on a pseudo-terminal."""
 
     def __init__(self, *arguments):
         self.fd, inner = pty.openpty()
@@ -222,7 +222,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def read(self, end: str = "") -> str:
-        """All that it shows up to `end`, or until it has ended."""
+        """All output up to `end`, or until sample.py has ended."""
         shown = b""
         while not end or not shown.endswith(end.encode()):
             assert select.select([self.fd], [], [], 60)[0], shown
@@ -238,7 +238,7 @@ class Terminal:
 
 @pytest.mark.parametrize("last", ["\n", "\x04"], ids=["empty line", "Ctrl-D"])
 def test_terminal(tmp_path, last):
-    """Asks for prompts; a character that the tokenizer lacks does not end it, an empty line or Ctrl-D does."""
+    """It asks for prompts until an empty line or Ctrl-D; a character that the tokenizer lacks does not end it."""
     tokenizer = char_tokenizer(["abcé"])
     terminal = Terminal(chain(tmp_path, [*tokenizer.encode("abcé"), tokenizer.eot], tokenizer))
     terminal.read("\n> ")
@@ -308,7 +308,7 @@ def test_bad_settings(writer, argument, says):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A base of random weights, and two adapters of it that were shaken, as training would."""
+    """A base of random weights, and two adapters for it with random B, as after training."""
     folder, rng = tmp_path_factory.mktemp("tuned"), np.random.default_rng(0)
 
     def base():
@@ -348,7 +348,7 @@ def test_an_adapter_of_another_base(tuned, tmp_path):
 
 
 def test_answer_by_the_template(tuned):
-    """Of the adapter; the prompt is a message, and is not printed."""
+    """The template is the adapter's; the prompt is a message, and is not printed."""
     model, _ = load_checkpoint(str(tuned / "base.safetensors"))
     load_adapter(model, str(tuned / "b.safetensors"))
     talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
