@@ -607,8 +607,8 @@ def add_value_embedding(attention: Attention, x: mx.array, v: mx.array, carry: d
     """Values (B, KV, T, D) of tokens that stand in the carry, read from x (B, T, C)."""
     if not has_value_embedding(attention):
         return v
-    found = attention.value_embed(carry["tokens"]).astype(v.dtype)  # (B, T, KV D)
-    gate = 2 * sigmoid(attention.value_gate(x[..., :GATE]))         # (B, T, KV)
+    found = attention.value_embed(mx.stop_gradient(carry["token_ids"])).astype(v.dtype)  # (B, T, KV D)
+    gate = 2 * sigmoid(attention.value_gate(x[..., :GATE]))                              # (B, T, KV)
     found = found.reshape(*gate.shape, -1) * gate[..., None]
     return v + found.swapaxes(1, 2)
 
@@ -1092,6 +1092,9 @@ class CrossAttention(Attention):
         super().__init__(config, layer)
         for name in {"k", "v", "k_norm"} & self.keys():
             del self[name]
+        self.pop("value_mix", None)  # resformer
+        self.pop("value_embed", None)  # valembed
+        self.pop("value_gate", None)  # valembed
 
     def keys_values(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict):
         return carry["keys_values"]
@@ -1195,7 +1198,7 @@ class GPT(nn.Module):
         if self.config.value_residual:  # resformer
             carry["first_values"] = no_values(self.config, x)  # resformer
         if self.config.value_embeds:  # valembed
-            carry["tokens"] = idx  # valembed
+            carry["token_ids"] = idx  # valembed
         for layer, block in enumerate(self.blocks):
             memory, x = None if cache is None else cache.layers[layer], tap("resid", layer, x)
             if self.config.yoco and layer == self.config.n_layer // 2:  # yoco
@@ -1501,17 +1504,26 @@ def save_checkpoint(path: str, model: GPT, meta: dict):
     save_arrays(path, arrays, {**meta, "version": VERSION, "config": asdict(model.config)})
 
 
+def known_settings(config, path: str) -> dict:
+    """The settings in a checkpoint's header that this code knows. One that it does not know, since newer code wrote it,
+    is left out where it is off (false, 0 or "none"), and refused by name where it is on."""
+    if not isinstance(config, dict):
+        raise UserError(f"{path} has no config in its header: copy or train it again")
+    known = {field.name for field in fields(GPTConfig)}
+    for name in sorted(config.keys() - known):
+        if config[name] not in (False, "none"):  # 0 == False
+            raise UserError(f"{path} has {name}={config[name]!r}, which this code does not know: update the code")
+    return {name: value for name, value in config.items() if name in known}
+
+
 def load_checkpoint(path: str) -> tuple[GPT, dict]:
     """Read a checkpoint: (model, meta). Its config rules. UserError if it is missing, cut short, or not ours."""
     arrays, meta = load_arrays(path)
     if meta.get("adapter"):
         raise UserError(f"{path} is an adapter: give the checkpoint it belongs to, and this file as --adapter")
-    known = {field.name for field in fields(GPTConfig)}
-    config = meta.get("config")
-    if not isinstance(config, dict) or not config.keys() <= known:
-        raise UserError(f"{path} has settings that this code does not know ({config}): update the code")
+    settings = known_settings(meta.get("config"), path)
     try:
-        model = GPT(GPTConfig(**config), seed=None)
+        model = GPT(GPTConfig(**settings), seed=None)
     except (UserError, TypeError) as error:
         raise UserError(f"{path} has settings that make no model ({error})") from error
     try:

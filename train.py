@@ -145,9 +145,10 @@ if resume:
     if meta.get("script") != "train.py":
         raise UserError(f"{ckpt_path} is not from train.py: it cannot be resumed")
     asked = {name: settings[name] for name in given & meta["config"].keys() - {"vocab_size"}}
-    for name, value in asdict(GPTConfig(**{**meta["config"], **asked})).items():
-        if value != meta["config"][name]:
-            raise UserError(f"{name} is {value}, but {meta['config'][name]} in {ckpt_path}: leave it out or train anew")
+    before = asdict(model.config)
+    for name, value in asdict(GPTConfig(**{**before, **asked})).items():
+        if value != before[name]:
+            raise UserError(f"{name} is {value}, but {before[name]} in {ckpt_path}: leave it out or train anew")
     if "optimizer" in given and optimizer != meta["settings"]["optimizer"]:
         raise UserError(f"optimizer is {meta['settings']['optimizer']} in {ckpt_path}: leave it out or train anew")
     for name in settings.keys() & meta["settings"].keys() - given - {"resume", "out_dir"}:

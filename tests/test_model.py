@@ -58,7 +58,7 @@ FLAVOURS = {
     "MoD, ALiBi": dict(mod="topk", mod_every=1, alibi=True),
     "MoD, window": dict(mod="topk", mod_every=1, sliding_window=7),
     "MoD, window, ALiBi": dict(mod="topk", mod_every=2, sliding_window=11, alibi=True, diff_attn=True),
-    "MoD, MoE": dict(mod="topk", mod_every=1, n_expert=4, ffn_dim=24),
+    "MoD, MoE": dict(mod="topk", mod_every=1, mod_capacity=0.3, n_expert=4, ffn_dim=24),
     "MoD, soft": dict(mod="soft", n_layer=3),
     "MoD, soft, window": dict(mod="soft", sliding_window=5, sinks=2),
     "YOCO": dict(yoco=True, sliding_window=7, n_kv_head=2),
@@ -67,6 +67,16 @@ FLAVOURS = {
     "YOCO, diff 2, ALiBi": dict(yoco=True, sliding_window=9, diff_attn=True, diff_attn_version=2, alibi=True, sinks=2),
     "YOCO, MoD": dict(yoco=True, sliding_window=9, mod="topk", mod_every=1, n_layer=4),
     "YOCO, MoD, MoE, ALiBi": dict(yoco=True, sliding_window=9, mod="topk", n_layer=4, alibi=True, n_expert=3),
+    "value residual": dict(value_residual=True, n_layer=3),
+    "value residual, grouped": dict(value_residual=True, n_kv_head=2, diff_attn=True, bias=True, norm="layer"),
+    "value residual, MoD": dict(value_residual=True, mod="topk", mod_every=1, n_layer=3),
+    "value residual, YOCO": dict(value_residual=True, yoco=True, sliding_window=9, n_layer=4),
+    "value embeddings": dict(value_embeds=True, n_layer=3),
+    "value embeddings, grouped": dict(value_embeds=True, n_kv_head=1, mlp="swiglu", tie=False),
+    "value embeddings, MoD": dict(value_embeds=True, mod="topk", mod_every=1, n_layer=4, value_residual=True),
+    "value embeddings, YOCO": dict(value_embeds=True, yoco=True, sliding_window=9, n_layer=3, value_residual=True),
+    "softcap": dict(softcap=3.0),
+    "softcap, head": dict(softcap=30.0, tie=False, pos="learned", norm="layer"),
     "window": dict(sliding_window=5),
     "window of one": dict(sliding_window=1, n_layer=1, qk_norm=False),
     "window over all": dict(sliding_window=500, n_layer=1),
@@ -121,13 +131,21 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
         z = z * np.exp(1j * at[:, None] * frequencies())[:, None]
         return np.concatenate([z.real, z.imag], axis=-1)
 
-    def keys_values(name, x, at):
+    def keys_values(name, x, layer, at, seen):
         k, v = (linear(f"{name}.{n}", x, c.bias or c.qkv_bias).reshape(len(x), KV, D) for n in "kv")
+        if c.value_embeds and layer % 2 == (c.n_layer - 1) % 2:
+            gate = 2 / (1 + np.exp(-x[:, :32] @ weight(f"{name}.value_gate.weight").T))
+            v = v + gate[..., None] * weight(f"{name}.value_embed.weight")[seen["ids"][at]].reshape(v.shape)
+        if c.value_residual and layer == 0:
+            seen["values"][at] = v
+        elif c.value_residual:
+            own, first = weight(f"{name}.value_mix")
+            v = own * v + first * seen["values"][at]
         return turn(norm(f"{name}.k_norm", k, "rms") if c.qk_norm else k, at), v, at
 
-    def attention(name, x, layer, at, shared):  # x (T, C) at the positions (T,)
-        T = len(x)
-        k, v, at_k = shared or keys_values(name, x, at)
+    def attention(name, x, layer, at, seen):  # x (T, C) at the positions (T,)
+        T, shared = len(x), seen["shared"]
+        k, v, at_k = shared or keys_values(name, x, layer, at, seen)
         q = linear(f"{name}.q", x, c.bias or c.qkv_bias).reshape(T, -1, D)
         if c.qk_norm:
             q = norm(f"{name}.q_norm", q, "rms")
@@ -195,30 +213,32 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
             y = y + gates[:, e, None] * expert_linear("down", hidden, e)
         return y
 
-    def block(x, layer, at, shared):
+    def block(x, layer, at, seen):
         name = f"blocks.{layer}"
-        x = x + attention(f"{name}.attn", norm(f"{name}.attn_norm", x), layer, at, shared)
+        x = x + attention(f"{name}.attn", norm(f"{name}.attn_norm", x), layer, at, seen)
         return x + (experts if c.n_expert else mlp)(f"{name}.mlp", norm(f"{name}.mlp_norm", x))
 
     def row(idx):
-        x, at, shared = weight("embed.weight")[idx], np.arange(len(idx)), None
+        x, at = weight("embed.weight")[idx], np.arange(len(idx))
+        seen = {"ids": idx, "values": np.zeros((len(idx), KV, D)), "shared": None}
         if c.pos == "learned":
             x = x + weight("pos_embed.weight")[at]
         for layer in range(c.n_layer):
             if c.yoco and layer == c.n_layer // 2:
-                shared = keys_values("shared", norm("shared.norm", x), at)
+                seen["shared"] = keys_values("shared", norm("shared.norm", x), layer, at, seen)
             if c.mod == "none" or layer % c.mod_every < c.mod_every - 1:
-                x = block(x, layer, at, shared)
+                x = block(x, layer, at, seen)
                 continue
             r = x @ weight(f"blocks.{layer}.depth_router.weight")[0]
             if c.mod == "soft":
-                x = x + (block(x, layer, at, shared) - x) / (1 + np.exp(-r[:, None]))
+                x = x + (block(x, layer, at, seen) - x) / (1 + np.exp(-r[:, None]))
             else:
                 likely = x @ weight(f"blocks.{layer}.predictor.weight")[0] - weight(f"blocks.{layer}.threshold")
                 chosen, = np.nonzero(likely > 0)
                 x = x.copy()
-                x[chosen] += r[chosen, None] * (block(x[chosen], layer, at[chosen], shared) - x[chosen])
-        return norm("norm", x) @ weight("embed.weight" if c.tie else "head.weight").T
+                x[chosen] += r[chosen, None] * (block(x[chosen], layer, at[chosen], seen) - x[chosen])
+        y = norm("norm", x) @ weight("embed.weight" if c.tie else "head.weight").T
+        return c.softcap * np.tanh(y / c.softcap) if c.softcap else y
 
     logits = np.stack([row(ids) for ids in idx])
     assert used == set(parameters), f"parameters without a use: {set(parameters) - used}"
@@ -327,7 +347,10 @@ def test_future_moves_nothing_in_the_past(flavour):
         changed = idx.copy()
         changed[:, t:] = (idx[:, t:] + 1 + tokens(2, 90 - t, vocab=59)) % 61
         after = np.array(model(mx.array(changed)))
-        assert np.array_equal(before[:, :t], after[:, :t])
+        if model.config.n_expert:  # another token may move a row to another place of its block: rounding differs
+            assert close(after[:, :t], before[:, :t], 1e-6)
+        else:
+            assert np.array_equal(before[:, :t], after[:, :t])
         assert (before[:, t:] != after[:, t:]).any(-1).all()
 
 
@@ -432,7 +455,7 @@ def test_activation_checkpointing(every, recomputed, monkeypatch):
     model, idx, blocks = build("Llama", n_layer=3), mx.array(tokens(2, 20)), []
     expected, gradients = nn.value_and_grad(model, plain_loss)(model, idx, idx)
     checkpoint = nn.utils.checkpoint
-    monkeypatch.setattr(nn.utils, "checkpoint", lambda block: blocks.append(block.layer) or checkpoint(block))
+    monkeypatch.setattr(nn.utils, "checkpoint", lambda block, f: blocks.append(block.layer) or checkpoint(block, f))
     model.checkpoint_every = every
     loss, found = nn.value_and_grad(model, GPT.loss)(model, idx, idx)
     assert blocks == recomputed

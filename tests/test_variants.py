@@ -1,14 +1,17 @@
 """The variants of model.py: each can be deleted and the rest stands; and what test_model.py's oracle leaves out."""
 import re
 import sys
+import traceback
 import types
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
+from test_model import FLAVOURS
 
 import model as core
 from config import UserError
@@ -38,7 +41,8 @@ def words(variant: str) -> set[str]:
     """What the variant alone brings: its name, its settings, and what its section defines."""
     kept = without(SOURCE, variant)
     own = "".join(line for line in SOURCE.splitlines(keepends=True) if line not in kept.splitlines(keepends=True))
-    defined = re.findall(r"^(?:def|class|@mx.custom_function\ndef) (\w+)|^([A-Z_]+)\b.* = |self\.(\w+) = ", own, re.M)
+    defined = re.findall(r"^(?:def|class|@mx.custom_function\ndef) (\w+)|^([A-Z_]+)\b.* = |"
+                         r"\w+\.(\w+) = |carry\[\"(\w+)\"\] = ", own, re.M)
     settings = re.findall(rf"^    (\w+): .*# {variant}$", own, re.M)
     found = {word for group in defined for word in group if word} | {*settings}
     return {variant} | {word for word in found if not re.search(rf"\b{word}\b", kept)}
@@ -61,16 +65,34 @@ def logits(made, **settings) -> np.ndarray:
         model(idx), *chunks, gradient(model.blocks[1].attn.q.weight))])
 
 
+def where(line: str) -> str:
+    """The number and the text of a line in model.py; it may lack its tag."""
+    found = next(i for i, of in enumerate(SOURCE.splitlines(), 1) if of == line or of.startswith(f"{line}  #"))
+    return f"model.py, line {found}: {line.strip()}"
+
+
 def assert_gone(source: str, *variants: str):
     """No word of the variants is left, and the baseline's numbers are the same to the last bit."""
-    brought = {variant: words(variant) for variant in variants}
-    left = [line for line in source.splitlines() for variant in variants
-            if re.search(rf"(?<![a-z]){variant}(?![a-z])", line, re.I)
-            or brought[variant] & {*re.findall(r"\w+", line)}]
-    assert not left, f"these lines are left of it: {left}"
-    made = module(source)
-    for settings in ({}, dict(pos="learned", norm="layer", mlp="gelu", bias=True), dict(n_kv_head=2, mlp="swiglu")):
-        assert np.array_equal(logits(made, **settings), logits(core, **settings))
+    for variant in variants:
+        brought = words(variant)
+        for line in source.splitlines():
+            word = re.search(rf"(?<![a-z]){variant}(?![a-z])", line, re.I)
+            if found := ({word[0]} if word else set()) | brought & {*re.findall(r"\w+", line)}:
+                raise AssertionError(f"{where(line)}\n{min(found)} belongs to the variant {variant}, but this line "
+                                     f"stays when the variant is deleted: end it with the tag '# {variant}'")
+    try:
+        made = module(source)
+        for settings in ({}, dict(pos="learned", norm="layer", mlp="gelu", bias=True), dict(n_kv_head=2, mlp="swiglu")):
+            assert np.array_equal(logits(made, **settings), logits(core, **settings)), (
+                f"without {' and '.join(variants)} the baseline's numbers are others, with {settings}: a tagged line "
+                "changes what runs when the variant is off")
+    except (NameError, AttributeError, TypeError, SyntaxError) as error:
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                  if frame.filename == "model_without.py"]
+        number = error.lineno if isinstance(error, SyntaxError) else frames[-1]
+        raise AssertionError(f"{where(source.splitlines()[number - 1])}\nthis line fails without "
+                             f"{' and '.join(variants)} ({error}): it, or one that it needs, has a tag too few or too "
+                             f"many ('# {variants[0]}')") from error
 
 
 @pytest.mark.parametrize("variants", [[variant] for variant in VARIANTS] + [VARIANTS], ids=" ".join)
@@ -88,8 +110,29 @@ def test_every_tag_counts(variant):
     assert len(tagged) >= 3
     for i in tagged:
         untagged = lines[i].removesuffix(f"# {variant}").rstrip()
-        with pytest.raises((AssertionError, NameError, SyntaxError)):
+        with pytest.raises(AssertionError, match=re.escape("model.py, line")):
             assert_gone(without("\n".join([*lines[:i], untagged, *lines[i + 1:]]), variant), variant)
+
+
+FIELDS = dict(re.findall(r"^    (\w+): \w+ = .* # .*  # (\w+)$", SOURCE, re.M))  # of GPTConfig: their variants
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_is_tested(field):
+    """A setting of a variant stands in the matrix of pairs, in the float64 oracle, in train.py, and in the docs."""
+    assert FIELDS[field] in VARIANTS, f"{field} has the tag # {FIELDS[field]}, of which there is no section"
+    for name, lines in {"IDEAS in test_variants.py": IDEAS, "FLAVOURS in test_model.py": FLAVOURS}.items():
+        assert any(field in settings for settings in lines.values()), f"{field} is in no line of {name}"
+    assert re.search(rf"^{field} = ", (ROOT / "train.py").read_text(), re.M), f"{field} is no setting of train.py"
+    assert f"--{field}=" in (ROOT / "docs" / "variants.md").read_text(), f"--{field}= is not in docs/variants.md"
+
+
+def test_tags_are_words_of_their_own():
+    """Each tag that stands at the end of a line is that of a section, and no line has two."""
+    for number, line in enumerate(SOURCE.splitlines(), 1):
+        if found := re.search(r"\S  # (\w+)$", line):
+            two = re.search(rf"  # ({'|'.join(VARIANTS)})$", line[:found.start() + 1])
+            assert not two, f"model.py, line {number} has two tags: {line}"
 
 
 # ---- alibi -----------------------------------------------------------------------------------------------------------
@@ -601,8 +644,11 @@ IDEAS = {
     "learned": dict(pos="learned"), "no positions": dict(pos="none"), "grouped": dict(n_kv_head=2),
     "no qk_norm": dict(qk_norm=False), "diff": dict(diff_attn=True),
     "diff 2": dict(diff_attn=True, diff_attn_version=2), "moe": dict(n_expert=4, ffn_dim=24),
-    "moe, bias": dict(n_expert=4, ffn_dim=24, expert_balance="bias", n_shared_expert=1),
-    "mod": dict(mod="topk", mod_capacity=0.4), "mod soft": dict(mod="soft"), "yoco": dict(yoco=True, sliding_window=11),
+    "moe, bias": dict(n_expert=4, ffn_dim=24, expert_balance="bias", n_shared_expert=1, expert_top_k=1),
+    "mod": dict(mod="topk", mod_capacity=0.4), "mod soft": dict(mod="soft", mod_every=1),
+    "yoco": dict(yoco=True, sliding_window=11),
+    "value residual": dict(value_residual=True), "value embeddings": dict(value_embeds=True),
+    "softcap": dict(softcap=4.0),
 }
 REFUSED = {("sinks", "mod"): "sinks.*mod=topk", ("alibi", "learned"): "alibi=True.*pos=learned"}
 
@@ -614,7 +660,22 @@ def combine(*names) -> dict:
 PAIRS = [(a, b) for i, a in enumerate(IDEAS) for b in [*IDEAS][i + 1:]
          if all(IDEAS[a].get(name, value) == value for name, value in IDEAS[b].items())]  # not two of one setting
 ALL = [*PAIRS, ("alibi", "diff", "moe", "mod", "yoco"), ("sinks", "diff 2", "moe, bias", "mod soft", "grouped"),
-       ("alibi", "pattern", "diff", "mod", "moe, bias", "no qk_norm")]
+       ("alibi", "pattern", "diff", "mod", "moe, bias", "no qk_norm"),
+       ("value residual", "value embeddings", "softcap", "mod", "yoco"),
+       ("value residual", "value embeddings", "softcap", "moe", "diff", "pattern", "grouped")]
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_idea_recomputed(idea):
+    """Activation checkpointing changes neither the loss nor a gradient."""
+    model = GPT(GPTConfig(block_size=96, vocab_size=61, n_layer=4, n_head=4, n_embd=32, **IDEAS[idea]), seed=3)
+    idx, found = mx.array(np.random.default_rng(0).integers(0, 61, (2, 80))), []
+    for model.checkpoint_every in (0, 1):
+        loss, gradients = nn.value_and_grad(model, model.loss)(idx, idx)
+        found.append((loss, dict(tree_flatten(gradients))))
+    assert mx.abs(found[0][0] - found[1][0]) < 1e-6
+    for name, gradient in found[0][1].items():
+        assert mx.abs(found[1][1][name] - gradient).max() <= 1e-5 * mx.abs(gradient).max() + 1e-9, name
 
 
 @pytest.mark.parametrize("names", ALL, ids=" + ".join)
