@@ -31,6 +31,7 @@ from readers import (
     SIZES,
     check_export,
     check_spelling,
+    check_unknown,
     checked,
     multiply_factors,
     skeleton,
@@ -180,19 +181,25 @@ class File:
                             ) from error
 
 
-# What is read only where it is there.
-OPTIONAL = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "expert_count",
-            "expert_used_count", "rope.dimension_count", "rope.freq_base", "rope.scaling.factor",
-            "rope.scaling.original_context_length", "rope.scaling.type")
-OPTIONAL_TOKENS = ("add_space_prefix", "bos_token_id", "eos_token_id", "model", "pre", "scores", "token_type", "tokens")
+# The settings that are read or checked, after the architecture's name and a dot; and those that no logit depends on.
+SETTINGS = ("attention.causal", "attention.head_count", "attention.head_count_kv", "attention.key_length",
+            "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.value_length", "block_count",
+            "context_length", "embedding_length", "expert_count", "expert_used_count", "feed_forward_length",
+            "rope.dimension_count", "rope.freq_base", "rope.scaling.factor", "rope.scaling.original_context_length",
+            "rope.scaling.type")
+WITHOUT_EFFECT = re.compile(r".*\.(rope\.scaling\.finetuned|tensor_data_layout|vocab_size)")
+TOKENIZER_SETTINGS = ("add_space_prefix", "bos_token_id", "eos_token_id", "model", "pre", "scores", "token_type",
+                      "tokens")
 
 
 def our_config(file: File) -> GPTConfig:
     name = file.fields.get("general.architecture")
     if name not in ("llama", "qwen2", "qwen3", "gpt2"):
         raise UserError(f"{file.path}: architecture {name!r} is not one of llama, qwen2, qwen3, gpt2")
-    check_spelling(file.fields, file.path, [*(f"{name}.{key}" for key in OPTIONAL), "tokenizer.chat_template",
-                                            *(f"tokenizer.ggml.{key}" for key in OPTIONAL_TOKENS)])
+    check_spelling(file.fields, file.path, [*(f"{name}.{key}" for key in SETTINGS), "tokenizer.chat_template",
+                                            *(f"tokenizer.ggml.{key}" for key in TOKENIZER_SETTINGS)])
+    own = {key: value for key, value in file.fields.items() if key.startswith(f"{name}.")}
+    check_unknown(own, [f"{name}.{key}" for key in SETTINGS], WITHOUT_EFFECT, file.path)
 
     def get(key: str, *default):
         found = file.fields.get(f"{name}.{key}", *default)
@@ -202,6 +209,8 @@ def our_config(file: File) -> GPTConfig:
             raise UserError(f"{file.path}: {name}.{key}={found!r} is of the wrong type: copy it again")
         return found
 
+    if not get("attention.causal", True):
+        raise UserError(f"{file.path}: {name}.attention.causal=False is not supported, only True")
     tokens = file.fields.get("tokenizer.ggml.tokens") or []
     vocab = file.tensor("token_embd.weight").shape[-1] if len(file.tensor("token_embd.weight").shape) == 2 else 0
     common = dict(block_size=get("context_length"), vocab_size=int(vocab) or len(tokens), n_layer=get("block_count"),

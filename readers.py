@@ -9,6 +9,7 @@ Pickled weights (.bin, .pt) are refused, since unpickling runs whatever code the
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 
@@ -63,11 +64,33 @@ def their_name(ours: str, column: int) -> str | None:
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-# What is read only where it is there: a name that is a letter off would leave its default in silence.
-OPTIONAL = ("activation_function", "attention_bias", "head_dim", "hidden_act", "layer_norm_epsilon", "layer_types",
-            "max_window_layers", "mlp_bias", "n_inner", "num_key_value_heads", "partial_rotary_factor",
-            "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
-            "use_sliding_window")
+# The settings of config.json that are read or checked, by family; the others of the Llama family have Llama's.
+SETTINGS = {
+    "gpt2": ("activation_function", "is_causal", "layer_norm_epsilon", "n_embd", "n_head", "n_inner", "n_layer",
+             "n_positions", "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "tie_word_embeddings",
+             "vocab_size"),
+    "llama": ("activation", "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "is_causal",
+              "layer_types", "max_position_embeddings", "max_window_layers", "mlp_bias", "num_attention_heads",
+              "num_hidden_layers", "num_key_value_heads", "partial_rotary_factor", "rms_norm_eps", "rope_parameters",
+              "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_sliding_window",
+              "vocab_size")}
+SETTINGS["mixtral"] = (*SETTINGS["llama"], "num_experts_per_tok", "num_local_experts")
+# Those that no logit depends on: what the file is, tokens, training, outputs, other tasks, packing, sampling.
+WITHOUT_EFFECT = re.compile(r"""
+    _.* | architectures | auto_map | is_llama_config | license | model_type | name_or_path | transformers\.js_config
+    | unsloth_.* | .*_version | .*dtype
+    | .*_token_ids? | tokenizer_class | prefix | n_ctx | seq_length | max_seq(uence)?_len(gth)? | model_max_length
+    | .*dropout.* | .*_pdrop | gradient_checkpointing | initializer_range | neftune_noise_alpha | pretraining_tp
+    | router_(aux_loss_coef|jitter_noise) | tf_legacy_loss
+    | .*attn_implementation | chunk_size_feed_forward | is_decoder | output_.* | reorder_and_upcast_attn | return_dict.*
+    | torchscript | use_bfloat16 | use_cache | use_flash_.*
+    | finetuning_task | id2label | label2id | num_labels | predict_special_tokens | problem_type | summary_.*
+    | task_specific_params
+    | quantization(_config)?
+    | (begin_)?suppress_tokens | bad_words_ids | diversity_penalty | do_sample | early_stopping | exponential_decay_.*
+    | (encoder_)?no_repeat_ngram_size | length_penalty | (max|min)_(new_tokens|length) | min_p | num_beam.*
+    | num_return_sequences | remove_invalid_values | repetition_penalty | temperature | top_[kp] | typical_p
+    """, re.X)
 ROPE = {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor",
         "original_max_position_embeddings", "partial_rotary_factor"}
 MOST_LAYERS = 1000
@@ -78,13 +101,16 @@ def model_config(raw: dict, where: str) -> GPTConfig:
     family = raw.get("model_type")
     if family not in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"):
         raise UserError(f"{where}: architecture {family!r} is not one of gpt2, llama, mistral, qwen2, qwen3, mixtral")
-    check_spelling(raw, where)
+    known = SETTINGS.get(family, SETTINGS["llama"])
+    check_spelling(raw, where, known)
+    check_unknown(raw, known, WITHOUT_EFFECT, where)
 
     def refuse(name: str, *allowed):
         if raw.get(name, allowed[0]) not in allowed:
             raise UserError(f"{where}: {name}={raw[name]!r} is not supported, only {' or '.join(map(repr, allowed))}")
 
     try:
+        refuse("is_causal", True)
         if family == "gpt2":
             refuse("scale_attn_weights", True)
             refuse("scale_attn_by_inverse_layer_idx", False)
@@ -95,6 +121,7 @@ def model_config(raw: dict, where: str) -> GPTConfig:
                 n_head=raw["n_head"], n_embd=raw["n_embd"], ffn_dim=raw.get("n_inner") or 0, pos="learned",
                 norm="layer", norm_eps=raw.get("layer_norm_epsilon", 1e-5), mlp=mlp, bias=True, qk_norm=False,
                 tie=raw.get("tie_word_embeddings", True))
+        refuse("activation", "swiglu")  # Falcon 3's; transformers reads hidden_act
         refuse("hidden_act", "silu")
         refuse("attention_bias", False)
         refuse("mlp_bias", False)
@@ -115,11 +142,24 @@ def model_config(raw: dict, where: str) -> GPTConfig:
         raise UserError(f"{where} has a setting of the wrong type ({error}): copy it again") from error
 
 
-def check_spelling(raw: Iterable[str], where: str, names: Sequence[str] = OPTIONAL):
+def check_spelling(raw: Iterable[str], where: str, names: Sequence[str]):
+    """UserError for a name that differs from one of these in a letter: a damaged setting would be left at its default.
+    """
     for found in raw:
         for name in names:
             if len(found) == len(name) and sum(map(str.__ne__, found, name)) == 1 and found not in names:
                 raise UserError(f"{where} has a setting {found!r}, which should be {name!r}: copy it again")
+
+
+def check_unknown(settings: dict, known: Sequence[str], without_effect: re.Pattern, where: str):
+    """UserError names a setting that is neither known nor without effect, as it may change the logits, unless its value
+    turns it off: false, 0, null, "none", nothing, or 1 for what multiplies."""
+    for name, value in settings.items():
+        off = not value or value == "none" or (
+            value == 1 and value is not True and re.search("factor|multiplier|pct|scal", name))
+        if not off and name not in known and not without_effect.fullmatch(name):
+            raise UserError(f"{where}: {name}={reprlib.repr(value)} is not a setting that is known here; if no logit "
+                            "depends on it, remove it from the file")
 
 
 def checked(where: str, **settings) -> GPTConfig:

@@ -338,6 +338,8 @@ def test_what_is_not_written_over(tmp_path):
     ("bias", "holds blk.0.attn_q.bias, and 0 more, for which"), ("split", "is one of 3 parts"),
     ("half a head", "rope.dimension_count=8, which is not the width of a head, 16"), ("no number", "norm_eps=nan"),
     ("negative", "wrong type"), ("a letter", "'llama.rope.freq_basf', which should be 'llama.rope.freq_base'"),
+    ("unknown", "a.gguf: llama.logit_scale=0.5 is not a setting that is known here"),
+    ("older scaling", "llama.rope.scale_linear=4.0 is not a setting"), ("not causal", "llama.attention.causal=False"),
     ("shape", "a.gguf: blk.1.ffn_up.weight has shape (127, 64), but by the settings it is (128, 64)"),
 ])
 def test_bad_files(change, says, tmp_path):
@@ -348,7 +350,10 @@ def test_bad_files(change, says, tmp_path):
     kinds, more = gguf.GGUFValueType, [("blk.0.attn_q.bias", np.ones(64, np.float32))] if change == "bias" else []
     settings = {"split": [("split.count", 3, kinds.UINT16)], "a letter": [("llama.rope.freq_basf", 5e5, kinds.FLOAT32)],
                 "half a head": [("llama.rope.dimension_count", 8, kinds.UINT32)],
-                "negative": [("llama.expert_count", -1.0, kinds.FLOAT32)]}.get(change, [])
+                "negative": [("llama.expert_count", -1.0, kinds.FLOAT32)],
+                "unknown": [("llama.logit_scale", 0.5, kinds.FLOAT32)],
+                "older scaling": [("llama.rope.scale_linear", 4.0, kinds.FLOAT32)],
+                "not causal": [("llama.attention.causal", False, kinds.BOOL)]}.get(change, [])
     if change == "no number":
         model.config.norm_eps = float("nan")
     if change != "none":
@@ -362,6 +367,20 @@ def test_bad_files(change, says, tmp_path):
         path.write_text("GGUF? no.")
     assert says in read(path, tmp_path / "out.safetensors", status=2).stderr
     assert not list(tmp_path.glob("out*"))
+
+
+def test_settings_that_change_nothing(tmp_path):
+    """What llama.cpp's converters write besides, and unknown settings at values that turn them off."""
+    kinds = gguf.GGUFValueType
+    written(tmp_path / "a.gguf", "llama", build("llama"), settings=[
+        ("llama.vocab_size", 96, kinds.UINT32), ("llama.rope.dimension_count", 16, kinds.UINT32),
+        ("llama.tensor_data_layout", "Meta AI original pth", kinds.STRING),
+        ("llama.attention.causal", True, kinds.BOOL),
+        ("llama.rope.scaling.finetuned", True, kinds.BOOL), ("llama.logit_scale", 1.0, kinds.FLOAT32),
+        ("llama.attention.clamp_kqv", 0.0, kinds.FLOAT32), ("llama.use_parallel_residual", False, kinds.BOOL)])
+    run_here("gguf_reader.py", tmp_path / "a.gguf", tmp_path / "a.safetensors")
+    logits = np.array(build("llama")(mx.array(IDX)))
+    assert np.abs(logits_of(tmp_path / "a.safetensors") - logits).max() < 1e-5 * np.abs(logits).max()
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])

@@ -367,6 +367,91 @@ def test_bad_config(name, value, says, tmp_path):
     refused(tmp_path / "bad", says)
 
 
+# As their authors published them, but for the settings that every file of the family has.
+PUBLISHED = {
+    "gpt2": dict(model_type="gpt2", activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1,
+                 bos_token_id=50256, embd_pdrop=0.1, eos_token_id=50256, initializer_range=0.02, n_ctx=1024,
+                 layer_norm_epsilon=1e-5, n_embd=768, n_head=12, n_layer=12, n_positions=1024, resid_pdrop=0.1,
+                 summary_activation=None, summary_first_dropout=0.1, summary_proj_to_labels=True,
+                 summary_type="cls_index", summary_use_proj=True, vocab_size=50257,
+                 task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}),
+    "gpt2-xl": dict(model_type="gpt2", activation_function="gelu_new", architectures=["GPT2LMHeadModel"],
+                    attn_pdrop=0.1, layer_norm_epsilon=1e-5, n_ctx=1024, n_embd=1600, n_head=25, n_layer=48,
+                    n_positions=1024, output_past=True, vocab_size=50257, predict_special_tokens=True,
+                    id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, _num_labels=1),
+    "Llama-2-7b": dict(model_type="llama", _name_or_path="meta-llama/Llama-2-7b-hf", bos_token_id=1, eos_token_id=2,
+                       hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096,
+                       num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, pretraining_tp=1,
+                       rope_scaling=None, torch_dtype="float16", transformers_version="4.31.0.dev0", vocab_size=32000),
+    "Llama-3.2-1B": dict(
+        model_type="llama", attention_bias=False, attention_dropout=0.0, bos_token_id=128000,
+        eos_token_id=[128001, 128008, 128009], head_dim=64, hidden_size=2048, intermediate_size=8192,
+        max_position_embeddings=131072, mlp_bias=False, num_attention_heads=32, num_hidden_layers=16,
+        num_key_value_heads=8, pretraining_tp=1, rope_theta=500000.0, tie_word_embeddings=True, vocab_size=128256,
+        rope_scaling={"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                      "original_max_position_embeddings": 8192, "rope_type": "llama3"}),
+    "SmolLM2-135M": dict(
+        model_type="llama", hidden_size=576, intermediate_size=1536, is_llama_config=True,
+        max_position_embeddings=8192, num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3,
+        rope_interleaved=False, rope_theta=100000, tie_word_embeddings=True, vocab_size=49152,
+        **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}),
+    "Falcon3": dict(model_type="llama", activation="swiglu", head_dim=256, hidden_size=2048, intermediate_size=8192,
+                    max_position_embeddings=8192, num_attention_heads=8, num_hidden_layers=18, num_key_value_heads=4,
+                    rope_theta=1000042, vocab_size=131072, pretraining_tp=1),
+    "unsloth": dict(model_type="mistral", hidden_size=4096, intermediate_size=14336, max_position_embeddings=32768,
+                    num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, sliding_window=None,
+                    unsloth_version="2024.9", unsloth_fixed=True, model_max_length=32768, rope_theta=1e6,
+                    vocab_size=32768, _attn_implementation_autoset=True),
+    "Mixtral-8x7B": dict(model_type="mixtral", hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+                         max_position_embeddings=32768, num_experts_per_tok=2, num_hidden_layers=32,
+                         num_key_value_heads=8, num_local_experts=8, output_router_logits=False, rope_theta=1e6,
+                         router_aux_loss_coef=0.02, sliding_window=None, vocab_size=32000),
+    "DeepSeek-R1-Distill-Qwen": dict(
+        model_type="qwen2", hidden_size=1536, intermediate_size=8960, max_position_embeddings=131072,
+        max_window_layers=21, num_attention_heads=12, num_hidden_layers=28, num_key_value_heads=2, rope_theta=10000,
+        sliding_window=4096, use_mrope=False, use_sliding_window=False, vocab_size=151936),
+    "Qwen3-0.6B": dict(model_type="qwen3", attention_bias=False, head_dim=128, hidden_size=1024, rope_scaling=None,
+                       intermediate_size=3072, max_position_embeddings=40960, max_window_layers=28,
+                       num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8, rope_theta=1000000,
+                       sliding_window=None, use_sliding_window=False, vocab_size=151936)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    """No setting of a well-known model is refused."""
+    usual = dict(architectures=["AnyForCausalLM"], hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False,
+                 initializer_range=0.02, torch_dtype="bfloat16", transformers_version="4.51.0", use_cache=True)
+    found = PUBLISHED[name] if "gpt2" in name else usual | PUBLISHED[name]
+    config = readers.model_config(found, "config.json")
+    assert config.n_embd == found.get("hidden_size", found.get("n_embd")) and config.sliding_window == 0
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral"])
+def test_settings_of_transformers(family):
+    """All that its classes of settings write, at their defaults."""
+    transformers = pytest.importorskip("transformers")
+    found = json.loads(getattr(transformers, f"{family}Config")().to_json_string(use_diff=False))
+    assert readers.model_config(found, "config.json").n_layer == found.get("num_hidden_layers", found.get("n_layer"))
+
+
+@pytest.mark.parametrize("name, value, off", [
+    ("final_logit_softcapping", 30.0, None), ("attn_logit_softcapping", 50.0, 0), ("qk_layernorm", True, False),
+    ("clip_qkv", 8.0, None), ("logit_scale", 0.0625, 1.0), ("residual_multiplier", 0.22, 1.0), ("scale_emb", 12, 1),
+    ("embedding_multiplier", 12.0, 1.0), ("attention_multiplier", 0.0078125, 1), ("rotary_pct", 0.25, 1.0),
+    ("rope_interleaved", True, False), ("use_qk_norm", True, False), ("is_causal", False, True), ("mup", [1], []),
+    ("norm_type", "layer", "none"), ("pruned_heads", {"0": [1]}, {}), ("activation", "geglu", "swiglu"),
+    ("original_max_position_embeddings", 4096, None),
+])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_unknown_settings(family, name, value, off):
+    """One that may change the logits is refused by its name, unless its value turns it off."""
+    raw = json.loads((FOLDERS / family / "config.json").read_text())
+    if name != "activation" or family != "gpt2":
+        assert readers.model_config(raw | {name: off}, "a.json") == readers.model_config(raw, "a.json")
+    with pytest.raises(UserError, match=f"a.json: {name}="):
+        readers.model_config(raw | {name: value}, "a.json")
+
+
 def test_bad_folders(tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(FOLDERS / "llama", bad)
