@@ -145,7 +145,7 @@ def test_lines():
     source, stripped = SOURCE.splitlines(), without(SOURCE, *VARIANTS).splitlines()
     count = len((ROOT / "train.py").read_text().splitlines())
     for told, real in ((whole, len(source)), (variants, len(source) - len(stripped)), (train, count)):
-        assert int(told.replace(",", "")) == 50 * round(real / 50), f"README.md says about {told} lines, there are {real}"
+        assert int(told.replace(",", "")) == 50 * round(real / 50), f"README.md says {told} lines, there are {real}"
 
 
 def test_lines_of_kernels():
