@@ -1,31 +1,33 @@
-"""What a model would say after each of its layers: the logit lens, and the tuned lens.
+"""Read a model's prediction from the residual stream before each layer: the logit lens, and the tuned lens.
 
     python tuned_lens.py out/ckpt.safetensors --data=data/stdlib-bpe-4096
     python tuned_lens.py out/ckpt.safetensors --apply=out/ckpt.lenses --prompt="def __init__(self, name):"
 
-The logit lens (nostalgebraist 2020) reads the residual stream h before a block as if it were the last one's: the
-model's own norm and unembedding make logits of it. The tuned lens (Belrose et al. 2023) first lets h + A h + b take the
-place of h, one translator a layer, which is 0 at the start and learns to say what the model will say in the end: its
-loss is KL(the model's own distribution || the lens's), mean over tokens and layers. All layers learn at once, from one
-forward pass of the model, which does not change. It works with every variant, and on packed weights.
+The logit lens (nostalgebraist 2020) applies the model's last norm and unembedding to the residual stream h before a
+block, as if h were the output of the last block. The tuned lens (Belrose et al. 2023) first replaces h by h + A h + b,
+with one translator (A, b) for each layer. A and b are 0 at the start. They are trained so that the lens predicts the
+model's final output: the loss is KL(the model's distribution || the lens's distribution), mean over tokens and layers.
+All layers are trained together, from one forward pass of the model; the model's weights do not change. It works with
+every variant, and with quantized weights.
 
-It prints for each layer KL and cross-entropy with the next token, in bits per byte of held-out text, beside those of
-the logit lens; and writes the sidecar out/ckpt.lenses (safetensors; its header has a hash of the model's weights) and
-the same as out/ckpt.tgtl, little-endian: "TGTL", u32 version, n_layer, vocabulary, width, then float32 for each layer.
-Version 2 holds A and b; version 1 comes from --head=full: one free linear layer W h + b to the vocabulary for each
-layer, trained on the next token, which learns the data rather than what the model believes.
+For each layer, it prints KL and the cross-entropy with the next token, in bits per byte of held-out text, for both
+lenses. It writes the lenses to out/ckpt.lenses (safetensors; the header has a hash of the model's weights), and also to
+out/ckpt.tgtl, little-endian: "TGTL", u32 version, n_layer, vocabulary, width, then the float32 arrays of each layer.
+Version 2 holds A and b. Version 1 comes from --head=full: instead of a translator, each layer has a linear layer
+W h + b to the vocabulary, trained on the next token; it learns the data rather than what the model predicts.
 
---apply draws a prompt, layer by position: the most probable next token, coloured by its probability or by the entropy;
-on the page beside the picture each cell shows its five best. In Python:
+--apply shows a prompt as a table, a picture and a page, layer by position: the most probable next token, coloured by
+its probability or by the entropy; a cell of the page also shows the five most probable tokens. In Python:
 
     >>> from model import load_checkpoint; from tuned_lens import logit_lens; import mlx.core as mx
     >>> model, meta = load_checkpoint("out/ckpt.safetensors")
     >>> logits = logit_lens(model, mx.array([[5, 17, 2]]))    # (n_layer + 1, B, T, V)
 
-Departures from the paper: Adam in place of SGD with momentum.
+Departure from the paper: Adam instead of SGD with momentum.
 """
 import math
 import os
+import shlex
 import struct
 import time
 
@@ -54,23 +56,23 @@ from draw import (
 from lora import base_fingerprint
 from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, load_checkpoint, save_arrays
 from quantized import dense_weight
-from score import read_tokens
+from score import check_output, read_tokens
 from tokenizer import Tokenizer
 
-checkpoint = "out/ckpt.safetensors"  # any, packed or not
-data = ""               # a folder that data.py made, or a text file, of which the last tenth is held out
-out = ""                # the sidecar, whose name ends in .lenses; "": the checkpoint's name
-head = "affine"         # affine | full, a free linear layer to the vocabulary
+checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
+data = ""               # to train on: a folder that data.py made, or a text file (its last tenth is held out)
+out = ""                # the lens file, which ends in .lenses; "": the name of the checkpoint with .lenses
+head = "affine"         # affine, a translator | full, a linear layer to the vocabulary
 max_iters = 160         # updates
-batch_size = 4          # windows of block_size tokens in each
-learning_rate = 2e-3    # Adam's, falls to 0
-eval_windows = 16       # held out
-seed = 1337
+batch_size = 4          # windows of block_size tokens in an update
+learning_rate = 2e-3    # of Adam; it falls linearly to 0
+eval_windows = 16       # held-out windows to measure on
+seed = 1337             # for the order of windows
 # apply
-apply = ""              # a sidecar, or a .tgtl file; "none": the logit lens alone
-prompt = ""             # with --apply
+apply = ""              # a .lenses or .tgtl file: show a prompt through it; "none": through the logit lens
+prompt = ""             # the prompt to show
 color = "probability"   # probability | entropy
-picture = ""            # "": the checkpoint's name with -lens.png, and .html beside it; of training, -lenses.png
+picture = ""            # a PNG; "": the checkpoint's name with -lens.png, and a page .html; of training, -lenses.png
 
 settings = overrides(globals(), "checkpoint")
 
@@ -78,7 +80,7 @@ settings = overrides(globals(), "checkpoint")
 
 
 def residuals(model: GPT, idx: mx.array) -> mx.array:
-    """The residual stream before every block, and after the last: (n_layer + 1, B, T, C) of tokens (B, T)."""
+    """The residual streams of tokens (B, T) before every block, and after the last block: (n_layer + 1, B, T, C)."""
     found = []
 
     def tap(site, layer, x):
@@ -91,8 +93,8 @@ def residuals(model: GPT, idx: mx.array) -> mx.array:
 
 
 def read(model: GPT, lens: dict[str, mx.array], h: mx.array, layer: int) -> mx.array:
-    """Logits of h (..., C), the stream before a block, through a lens: A (n_layer, C, C) and b (n_layer, C); or W
-    (n_layer, V, C) and b (n_layer, V); or {}, the logit lens."""
+    """Logits (..., V) that a lens reads from the stream h (..., C) before block `layer`. lens: A (n_layer, C, C) and
+    b (n_layer, C); or W (n_layer, V, C) and b (n_layer, V); or {} for the logit lens."""
     if not lens or layer == model.config.n_layer:
         return model.unembed(h)
     if "W" in lens:
@@ -101,14 +103,14 @@ def read(model: GPT, lens: dict[str, mx.array], h: mx.array, layer: int) -> mx.a
 
 
 def logit_lens(model: GPT, idx: mx.array, lens: dict[str, mx.array] | None = None) -> mx.array:
-    """(n_layer + 1, B, T, V) logits of tokens (B, T), as read before every block, and the model's own; through a lens
-    from load_lens(), if there is one."""
+    """Logits (n_layer + 1, B, T, V) of tokens (B, T): those that the lens reads before every block, then the model's.
+    lens: from load_lens(); None: the logit lens."""
     return mx.stack([read(model, lens or {}, h, layer) for layer, h in enumerate(residuals(model, idx))])
 
 
 def start(model: GPT, head: str = "affine") -> dict[str, mx.array]:
-    """A lens before training: the logit lens; of full ones the unembedding, for streams about as large as after a norm.
-    """
+    """A lens before training. "affine" is the logit lens; "full" is the model's unembedding, for streams h of about
+    the size of the norm's output."""
     L, C, V = model.config.n_layer, model.config.n_embd, model.config.vocab_size
     if head == "affine":
         return {"A": mx.zeros((L, C, C)), "b": mx.zeros((L, C))}
@@ -118,7 +120,7 @@ def start(model: GPT, head: str = "affine") -> dict[str, mx.array]:
 
 @mx.custom_function
 def soft_cross_entropy(logits: mx.array, p: mx.array) -> tuple[mx.array, mx.array]:
-    """-sum p log softmax(logits): (N, V), (N, V) -> (N,); and the softmax. KL is that less the entropy of p."""
+    """-sum p log softmax(logits): (N, V), (N, V) -> (N,); and the softmax. KL is this less the entropy of p."""
     q = probabilities(logits)
     logsumexp = logits.max(-1) - mx.log(q.max(-1))
     return logsumexp - (p * logits).sum(-1), q
@@ -135,8 +137,8 @@ def probabilities(logits: mx.array) -> mx.array:
 
 
 def gradients(model: GPT, lens: dict[str, mx.array], h: mx.array, targets: mx.array) -> tuple[mx.array, dict]:
-    """The loss, mean over layers, of streams h (n_layer + 1, N, C) and next tokens (N,), and its gradients, a layer
-    after the other."""
+    """The loss of a lens, mean over layers, for streams h (n_layer + 1, N, C) and next tokens (N,), and its gradients.
+    One layer is computed after another, to save memory."""
     final, losses, found = model.unembed(h[-1]).astype(mx.float32), [], []
     p = probabilities(final)
     entropy = soft_cross_entropy(final, p)[0].mean()
@@ -156,8 +158,8 @@ def gradients(model: GPT, lens: dict[str, mx.array], h: mx.array, targets: mx.ar
 
 
 def measure(model: GPT, lens: dict[str, mx.array], rows: mx.array) -> tuple[np.ndarray, np.ndarray]:
-    """KL to the model's own distribution, and cross-entropy with the next token, in nats, mean over the tokens of rows
-    (n, T + 1): (n_layer + 1,) each."""
+    """KL to the model's distribution, and cross-entropy with the next token, in nats, both (n_layer + 1,): means over
+    the tokens of rows (n, T + 1)."""
     totals = []
     for row in rows:
         h, targets = residuals(model, row[None, :-1])[:, 0], row[1:]
@@ -174,11 +176,11 @@ def measure(model: GPT, lens: dict[str, mx.array], rows: mx.array) -> tuple[np.n
     return kl, ce
 
 
-# ---- sidecars --------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def save_lens(path: str, lens: dict[str, mx.array], model: GPT, header: dict):
-    """The sidecar, and the same as a TGTL file beside it."""
+    """Write the lens to `path`, and also to a TGTL file beside it."""
     config, full = model.config, "W" in lens
     save_arrays(path, lens, {"version": VERSION, "lens": "full" if full else "affine", **header})
     numbers = struct.pack("<4s4I", b"TGTL", 1 if full else 2, config.n_layer, config.vocab_size, config.n_embd)
@@ -193,7 +195,8 @@ def tgtl_of(path: str) -> str:
 
 
 def load_lens(path: str, model: GPT, fingerprint: str = "") -> dict[str, mx.array]:
-    """A sidecar, or a TGTL file, which knows no hash. UserError if it is another model's: fingerprint is this one's."""
+    """Read a .lenses or .tgtl file. UserError if it was made for another model: by its shapes, and for a .lenses file
+    by the fingerprint of the model's weights."""
     L, C, V = model.config.n_layer, model.config.n_embd, model.config.vocab_size
     if path.endswith(".tgtl"):
         with open_or_tell(path) as file:
@@ -201,7 +204,7 @@ def load_lens(path: str, model: GPT, fingerprint: str = "") -> dict[str, mx.arra
         magic, version, layers, vocab, width = struct.unpack("<4s4I", raw[:20].ljust(20, b"\0"))
         rows = vocab if version == 1 else width
         if magic != b"TGTL" or version not in (1, 2) or len(raw) != 20 + 4 * layers * rows * (width + 1):
-            raise UserError(f"{path} is no whole TGTL file of version 1 or 2: make it again")
+            raise UserError(f"{path} is not a whole TGTL file of version 1 or 2: make it again")
         numbers = np.frombuffer(raw, "<f4", offset=20).reshape(layers, rows * (width + 1))
         matrix, b = numbers[:, :-rows].reshape(layers, rows, width), numbers[:, -rows:]
         lens = {"W" if version == 1 else "A": mx.array(matrix), "b": mx.array(b)}
@@ -209,12 +212,12 @@ def load_lens(path: str, model: GPT, fingerprint: str = "") -> dict[str, mx.arra
         open_or_tell(path).close()
         lens, header = load_arrays(path)
         if "lens" not in header:
-            raise UserError(f"{path} is no sidecar of lenses: tuned_lens.py makes one")
+            raise UserError(f"{path} is not a lens file: train one with --data=FILE")
         if fingerprint and header.get("base") != fingerprint:
             raise UserError(f"{path} was made for another checkpoint: train lenses for this one")
     wanted = {"W": (L, V, C), "b": (L, V)} if "W" in lens else {"A": (L, C, C), "b": (L, C)}
     if {name: array.shape for name, array in lens.items()} != wanted:
-        raise UserError(f"{path} was made for another checkpoint: its shapes are not those of this model")
+        raise UserError(f"{path} was made for another checkpoint, of other shapes: train lenses for this one")
     return lens
 
 
@@ -222,23 +225,23 @@ def open_or_tell(path: str):
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UserError(f"cannot read the sidecar {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the lens file {path}: {error.strerror}") from error
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
 
 
 def windows_of(tokens: np.ndarray, bos: int, T: int) -> np.ndarray:
-    """(n, T + 1): as much of the text as fills windows, each after the token before it."""
+    """All whole windows of a text: (n, T + 1), T tokens and the token before them."""
     stream = np.concatenate([[bos], tokens]).astype(np.int32)
     n = (len(stream) - 1) // T
     if n < 1:
-        raise UserError(f"{data} has less than {T} tokens in a part: give a longer text")
+        raise UserError(f"{data} has less than {T} tokens to train on, or to hold out: give a longer text")
     return np.stack([stream[i * T:(i + 1) * T + 1] for i in range(n)])
 
 
 def texts(enc: Tokenizer, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows to learn from, and windows held out."""
+    """Windows to train on, and held-out windows."""
     if os.path.isdir(data):
         parts = read_tokens(data, enc, "train"), read_tokens(data, enc, "val")
     else:
@@ -248,11 +251,11 @@ def texts(enc: Tokenizer, T: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(model: GPT, rows: np.ndarray) -> dict[str, mx.array]:
-    """A lens for a model, from windows (n, T + 1)."""
+    """Train a lens for a model on windows (n, T + 1)."""
     rng, order = np.random.default_rng(seed), []
     optimizer = optim.Adam(optim.linear_schedule(learning_rate, 0, max_iters), bias_correction=True)
     lens, size = start(model, head), mx.ones((model.config.n_layer + 1, 1, 1))
-    if head == "full":  # its input is divided by its mean size while it learns, and its weights from then on
+    if head == "full":  # h is divided by its root mean square in training; afterwards W is, instead
         size[:-1] = mx.sqrt(mx.square(residuals(model, mx.array(rows[:4, :-1]))[:-1]).mean((1, 2, 3)))[:, None, None]
     bar = tqdm(range(max_iters), unit=" updates", disable=None, dynamic_ncols=True)
     for i in bar:
@@ -264,18 +267,18 @@ def train(model: GPT, rows: np.ndarray) -> dict[str, mx.array]:
         lens = optimizer.apply_gradients(gradient, lens)
         mx.eval(loss, lens, optimizer.state)
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()} at update {i}: "
-                            + ("give a smaller --learning_rate" if i else "the model's weights are spoilt"))
+            raise UserError(f"the loss is {loss.item()} at update {i}: give "
+                            + ("a smaller --learning_rate" if i else "another checkpoint, its outputs are not finite"))
         if i % 10 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}")
     return {"W": lens["W"] / size[:-1], "b": lens["b"]} if head == "full" else lens
 
 
 def report(model: GPT, lens: dict[str, mx.array], rows: np.ndarray, enc: Tokenizer):
-    """Bits per byte of held-out windows, for each layer, and a picture of them beside the sidecar."""
+    """Print KL and cross-entropy for each layer, in bits per byte of held-out windows (n, T + 1), and draw KL."""
     scale = rows[:, 1:].size / int(enc.token_bytes[rows[:, 1:].reshape(-1)].sum()) / math.log(2)
     plain, tuned = (np.stack(measure(model, each, mx.array(rows))) * scale for each in ({}, lens))
-    print("bits per byte, held out:  KL to the model's own      cross-entropy\n"
+    print("bits per byte, held out:    KL to the model       cross-entropy\n"
           "layer                     logit lens    tuned      logit lens    tuned")
     for layer in range(model.config.n_layer + 1):
         name = f"before block {layer}" if layer < model.config.n_layer else "the model itself"
@@ -290,9 +293,9 @@ def draw_curves(plain: np.ndarray, tuned: np.ndarray):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(plain[:-1], marker="o", label="logit lens")  # after the last block both are the model, and KL is 0
+    axes.plot(plain[:-1], marker="o", label="logit lens")  # not the last one, the model itself, whose KL is 0
     axes.plot(tuned[:-1], marker="o", label="tuned lens")
-    axes.set(xlabel="before block", ylabel="KL to the model's own distribution, bits per byte", yscale="log")
+    axes.set(xlabel="before block", ylabel="KL to the model's distribution, bits per byte", yscale="log")
     axes.set_xticks(range(len(plain) - 1))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
@@ -306,7 +309,7 @@ def draw_curves(plain: np.ndarray, tuned: np.ndarray):
 
 
 def show(model: GPT, lens: dict[str, mx.array], enc: Tokenizer, ids: list[int], name: str):
-    """The table, picture and page of a prompt, layer by position; the end stands above."""
+    """Print and draw the most probable next tokens, layer by position, with the last layer on top."""
     logits = logit_lens(model, mx.array([ids]), lens)[:, 0, :, :enc.n_vocab].astype(mx.float32)
     p = np.array(mx.softmax(logits, axis=-1))
     check_finite(p)
@@ -321,14 +324,16 @@ def show(model: GPT, lens: dict[str, mx.array], enc: Tokenizer, ids: list[int], 
     values = p.max(-1) if color == "probability" else entropy
     values, rows, tops, hovers = values[::-1], rows[::-1], tops[::-1], hovers[::-1]
     width = min(10, max(len(text) for line in [*tops, columns] for text in line))
-    for title, line in zip(["", *rows], [columns, *tops], strict=True):
-        print(f"{title:9}" + "".join(f" {short(text, width):{width}}" for text in line))
+    step = 71 // (width + 1)  # columns that fit into 80 characters
+    for first in range(0, len(columns), step):
+        for title, line in zip(["", *rows], [columns, *tops], strict=True):
+            print(f"{title:9}" + "".join(f" {short(text, width):{width}}" for text in line[first:first + step]))
     title, unit = f"{name}: the most probable next token", "coloured by its probability"
     if color == "entropy":
         unit = "coloured by the distribution's entropy, bits"
     heat_map(picture, values, rows, columns, title, tops, unit)
-    page(html, title, f"{unit.capitalize()}. The end stands above. A cell shows its five best on hovering or by the "
-         "tabulator key.", grid(values, rows, columns, tops, hovers))
+    page(html, title, f"{unit.capitalize()}. The last layer is on top. Hover over a cell, or reach it with the Tab "
+         "key, to see its five most probable tokens.", grid(values, rows, columns, tops, hovers))
     print(f"drawn: {picture}, {html}")
 
 
@@ -344,17 +349,18 @@ if __name__ == "__main__":
     if seed < 0:
         raise UserError(f"seed={seed}: it must be 0 or more")
     if not data and not apply:
-        raise UserError("nothing to learn from: give --data=FILE; or a prompt to look at, with --apply and --prompt")
+        raise UserError("give --data=FILE to train lenses, or --apply=LENSES and --prompt=TEXT to show a prompt")
     stem = checkpoint.removesuffix(".safetensors")
     out = out or f"{stem}.lenses"
     if not out.endswith(".lenses"):
-        raise UserError(f"out={out!r}: let its name end in .lenses; the .tgtl file is written beside it")
-    for name in (out, tgtl_of(out)):
-        check_folder(name)
+        raise UserError(f"out={out!r}: its name must end in .lenses; a .tgtl file is written beside it")
     picture, html = pictures(picture or (f"{stem}-lens.png" if apply else f"{out.removesuffix('.lenses')}-lenses.png"))
+    for name in (picture, html) if apply else (out, tgtl_of(out), picture):
+        check_output(name, checkpoint, data, apply)
+        check_folder(name)
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
-        raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a text")
+        raise UserError(f"{checkpoint} holds no tokenizer to encode a text with: give another checkpoint")
     enc = Tokenizer.from_dict(meta["tokenizer"])
     fingerprint = base_fingerprint(model)
     lens = load_lens(apply, model, fingerprint) if apply not in ("", "none") else {}
@@ -363,12 +369,13 @@ if __name__ == "__main__":
     if apply:
         show(model, lens, enc, ids, "tuned lens" if lens else "logit lens")
     else:
-        learned_from, held_out = texts(enc, model.config.block_size)
+        train_rows, held_out = texts(enc, model.config.block_size)
         began = time.perf_counter()
-        lens = train(model, learned_from)
+        lens = train(model, train_rows)
         size = sum(p.size for _, p in tree_flatten(lens)) / 1e6
-        print(f"{size:.2f}M parameters of lenses, {max_iters * batch_size * model.config.block_size:,} tokens, "
+        print(f"{size:.2f}M parameters in lenses, {max_iters * batch_size * model.config.block_size:,} tokens, "
               f"{time.perf_counter() - began:.0f} s, {mx.get_peak_memory() / 2**30:.2f} GiB")
-        save_lens(out, lens, model, {"base": fingerprint, "script": "tuned_lens.py", "settings": settings})
+        save_lens(out, lens, model, {"base": fingerprint, "script": os.path.basename(__file__), "settings": settings})
         report(model, lens, held_out[:eval_windows], enc)
-        print(f"{out}, {tgtl_of(out)}\nnext: python tuned_lens.py {checkpoint} --apply={out} --prompt='...'")
+        command = ["python", os.path.basename(__file__), checkpoint, f"--apply={out}", "--prompt=def main"]
+        print(f"written: {out}, {tgtl_of(out)}\nnext: {shlex.join(command)}")

@@ -1,5 +1,5 @@
-"""tuned_lens.py: at the start the logit lens, whatever the variant; the package's KL; gradients; sidecars; bad input.
-"""
+"""tuned_lens.py: before training it is the logit lens, in every variant; KL as by the tuned-lens package; gradients;
+files; bad input."""
 import re
 import struct
 import subprocess
@@ -39,7 +39,8 @@ def log_softmax(logits) -> np.ndarray:
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("settings", FLAVOURS, ids=str)
 def test_the_start(settings, packed):
-    """The logit lens is the model cut off at a layer; the tuned lens starts as exactly that; the last is the model."""
+    """The logit lens equals the model without the later blocks; the tuned lens starts as the logit lens; and the last
+    logits are the model's."""
     model = small(**settings)
     if packed:
         nn.quantize(model, 32, 8, class_predicate=lambda path, module: isinstance(module, nn.Linear | nn.Embedding)
@@ -49,7 +50,7 @@ def test_the_start(settings, packed):
     start = tuned_lens.start(model)
     assert mx.array_equal(logit_lens(model, IDX, start), logits)
     blocks, n_layer = model.blocks, model.config.n_layer
-    for layer in range(3 if settings.get("yoco") else 4):  # without the blocks behind
+    for layer in range(3 if settings.get("yoco") else 4):  # without the later blocks
         model.blocks = blocks[:layer]
         assert mx.allclose(model(IDX), logits[layer], atol=1e-5)
     assert n_layer == 4
@@ -57,7 +58,7 @@ def test_the_start(settings, packed):
 
 @pytest.mark.parametrize("name", ["gpt2", "linear"])
 def test_the_package(name, tmp_path):
-    """tuned-lens 0.2.0's KL of the same translators, at each layer and position: tests/fixtures/make_tuned_lens.py."""
+    """KL at each layer and position equals that of tuned-lens 0.2.0 (tests/fixtures/make_tuned_lens.py)."""
     fixtures = ROOT / "tests" / "fixtures"
     subprocess.run([sys.executable, ROOT / "hf_reader.py", fixtures / "hf" / name, tmp_path / "m.safetensors"],
                    check=True, capture_output=True)
@@ -74,7 +75,7 @@ def test_the_package(name, tmp_path):
 
 @pytest.mark.parametrize("head", ["affine", "full"])
 def test_gradients(head):
-    """Of the mean over layers of KL(model || lens), or of cross-entropy, written as they are told."""
+    """Gradients equal those of the plain formula: the mean over layers of KL(model || lens), or of cross-entropy."""
     model = small(n_layer=2)
     h = tuned_lens.residuals(model, IDX).reshape(3, -1, 64)
     lens = {name: array + 0.1 * mx.random.normal(array.shape)
@@ -127,7 +128,7 @@ def figures(output: str) -> np.ndarray:
 
 @pytest.mark.parametrize("head", ["affine", "full"])
 def test_train(head, learned):
-    """KL falls at every layer below the logit lens's, and cross-entropy too; the sidecars say the same."""
+    """KL and cross-entropy fall below the logit lens's at every layer; both files hold the lens that was measured."""
     path, out = learned / "ckpt.safetensors", learned / f"{head}.lenses"
     done = run(path, f"--data={learned / 'text.txt'}", f"--head={head}", f"--out={out}",
                *(["--max_iters=150", "--learning_rate=3e-3"] if head == "affine" else
@@ -136,7 +137,7 @@ def test_train(head, learned):
     assert table.shape == (4, 4) and (table[3, :2] == 0).all() and table[3, 2] == table[3, 3]
     if head == "affine":
         assert (table[:3, 1] < table[:3, 0]).all()
-        assert (np.diff(table[:, 1]) < 0).all()  # nearer and nearer to the end
+        assert (np.diff(table[:, 1]) < 0).all()  # less at each later layer
     assert (table[:3, 3] < table[:3, 2]).all()
     assert (learned / f"{head}-lenses.png").read_bytes().startswith(b"\x89PNG")
     model, _ = load_checkpoint(str(path))
@@ -153,7 +154,7 @@ def test_train(head, learned):
     assert at == len(raw)
     again = tuned_lens.load_lens(str(learned / f"{head}.tgtl"), model)
     assert all(mx.array_equal(again[name], lens[name]) for name in lens)
-    text = np.frombuffer((learned / "text.txt").read_bytes(), np.uint8)  # held out, its last tenth, by hand
+    text = np.frombuffer((learned / "text.txt").read_bytes(), np.uint8)  # the last tenth is held out
     stream = np.concatenate([[byte_tokenizer().bos], text[len(text) * 9 // 10:]]).astype(np.int32)
     rows = mx.array(np.stack([stream[i * 32:i * 32 + 33] for i in range(16)]))
     log_q = log_softmax(logit_lens(model, rows[:, :-1], lens))
@@ -165,7 +166,7 @@ def test_train(head, learned):
 
 
 def test_apply(learned):
-    """For a prompt: the best token of each layer and position, on the terminal, in a picture and on a page, by hand."""
+    """The table, the picture and the page of a prompt show each layer's most probable tokens, as computed here."""
     path, out = learned / "ckpt.safetensors", learned / "a.lenses"
     text = (learned / "text.txt").read_text()
     run(path, f"--data={learned / 'text.txt'}", f"--out={out}", "--max_iters=20")
@@ -179,7 +180,13 @@ def test_apply(learned):
         entropy = -(np.exp(log_p) * log_p).sum(-1) / np.log(2)
         values = entropy if color == "entropy" else np.exp(log_p.max(-1))
         best = [[chr(i).replace(" ", "·") for i in line] for line in log_p.argmax(-1)[:, 1:]]
-        assert [line.split()[3:] for line in done.stdout.splitlines()[1:5]] == best
+        lines = done.stdout.splitlines()
+        assert all(len(line) <= 80 for line in lines[:-1])
+        found = [[] for _ in range(4)]  # the columns come in tables of 5 lines that fit 80 characters
+        for start in range(0, len(lines) - 1, 5):
+            for row, line in zip(found, lines[start + 1:start + 5], strict=True):
+                row += line[9:].split()
+        assert [row[1:] for row in found] == best
         assert (learned / "p.png").read_bytes().startswith(b"\x89PNG")
         html = (learned / "p.html").read_text()
         shade = np.array(re.findall(r"<td [^>]*rgb\(60 130 235/([\d.]+)\)", html), float).reshape(4, 10)
@@ -195,14 +202,14 @@ def test_apply(learned):
     (["--data={text}", "--max_iters=0"], "must be over 0"), (["--data={short}"], "less than 32 tokens"),
     (["--apply=none"], "give --prompt"), (["--apply=none", "--prompt=" + "x" * 40], "the prompt has 41 tokens"),
     (["--apply=none", "--prompt=x", "--color=red"], "color='red'"), (["--apply=x.lenses", "--prompt=x"], "x.lenses"),
-    (["--apply=x.tgtl", "--prompt=x"], "cannot read the sidecar x.tgtl"),
+    (["--apply=x.tgtl", "--prompt=x"], "cannot read the lens file x.tgtl"),
     (["--data={text}", "--out=none/x.lenses"], "there is no folder none"),
-    (["--data={text}", "--out={path}"], "let its name end in .lenses"),
+    (["--data={text}", "--out={path}"], "its name must end in .lenses"),
     (["--data={text}", "--out={folder}"], "d.lenses: it is a folder"), (["--data={text}", "--seed=-1"], "seed=-1"),
     (["--data={text}", "--picture=x.html"], "let its name end in .png"),
     (["--data={text}", "--out={wild}", "--max_iters=5", "--learning_rate=inf"], "smaller --learning_rate"),
-    (["--apply={path}", "--prompt=x"], "no sidecar of lenses"),
-    (["--apply={cut}", "--prompt=x"], "no whole TGTL file"),
+    (["--apply={path}", "--prompt=x"], "is not a lens file"),
+    (["--apply={cut}", "--prompt=x"], "is not a whole TGTL file"),
 ])
 def test_bad_input(arguments, says, learned, tmp_path):
     (tmp_path / "short.txt").write_text("short")
@@ -222,13 +229,13 @@ def test_docstring(tmp_path):
     assert mx.array_equal(names["logits"][4], names["model"](mx.array([[5, 17, 2]])))
 
 
-def test_spoilt_weights(tmp_path):
-    """A model whose numbers are none: one line, and nothing written."""
+def test_weights_that_are_not_finite(tmp_path):
+    """A model whose outputs are NaN gives a one-line error, and no file is written."""
     path, model = checkpoint(tmp_path)
     model.blocks[1].mlp.up.weight = model.blocks[1].mlp.up.weight * float("nan")
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
     assert "are not finite" in run(path, "--apply=none", "--prompt=x", status=2).stderr
-    assert "weights are spoilt" in run(path, f"--data={ROOT / 'README.md'}", status=2).stderr
+    assert "its outputs are not finite" in run(path, f"--data={ROOT / 'README.md'}", status=2).stderr
     assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
 
 
@@ -241,4 +248,4 @@ def test_another_base(learned, tmp_path):
     done = run(tmp_path / "b.safetensors", f"--apply={out}", "--prompt=x", status=2)
     assert "made for another checkpoint" in done.stderr
     other, _ = checkpoint(tmp_path, n_layer=2)
-    assert "its shapes are not" in run(other, f"--apply={tmp_path / 'a.tgtl'}", "--prompt=x", status=2).stderr
+    assert "of other shapes" in run(other, f"--apply={tmp_path / 'a.tgtl'}", "--prompt=x", status=2).stderr
