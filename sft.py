@@ -36,6 +36,7 @@ from config import UserError, overrides
 from conversations import check_template, encode, encode_prompt, end_of_answer, pack, read_conversations, shorten
 from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged, save_peft
 from model import ON_CPU, PADDING, compute_dtype, generate, load_checkpoint, no_tap, save_checkpoint
+from muon import Muon, by_muon
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # from train.py, or an earlier sft.py
@@ -59,7 +60,9 @@ peft = False            # write the adapter also as OUT_DIR/peft, the folder tha
 # optimization
 epochs = 3              # times every example is seen
 batch_size = 4          # rows an update
+optimizer = "adamw"     # adamw | muon: for the matrices of the blocks and of adapters, AdamW for the rest
 learning_rate = 1e-3    # peak; full fine-tuning wants a tenth
+muon_lr = 0.02          # peak, of the matrices under muon
 warmup_share = 0.05     # of all updates, linear
 min_lr = 0.1            # learning rate at the end of the cosine, as a share of the peak
 weight_decay = 0.0      # of matrices, times the learning rate
@@ -81,6 +84,8 @@ if kind not in ("full", *KINDS):
     raise UserError(f"kind={kind!r} is not one of full, {', '.join(KINDS)}")
 if kind == "full" and base_bits:
     raise UserError(f"base_bits={base_bits} with kind=full: packed weights do not train; take kind=lora")
+if optimizer not in ("adamw", "muon"):
+    raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon")
 for name in ("epochs", "batch_size", "eval_interval", "log_interval"):
     if settings[name] < 1:
         raise UserError(f"{name}={settings[name]}: it must be 1 or more")
@@ -143,16 +148,20 @@ print(f"{trainable / 1e6:.2f}M parameters train{'' if kind == 'full' else f' in 
 
 steps_an_epoch = math.ceil(len(train_rows["idx"]) / batch_size)
 max_iters = epochs * steps_an_epoch
-opt = optim.Adam(learning_rate, betas=[0.9, 0.95], bias_correction=True)
+opt = rest = optim.Adam(learning_rate, betas=[0.9, 0.95], bias_correction=True)
+if optimizer == "muon":
+    muon = Muon(muon_lr, dtype=working_dtype)
+    opt = optim.MultiOptimizer([muon, rest], [by_muon])
 opt.init(model.trainable_parameters())
 
 
-def learning_rate_at(step: int) -> float:
+def learning_rate_at(step: int, peak: float) -> float:
+    """The learning rate of an update: linear warmup to the peak, then a cosine."""
     warmup = max(1, round(warmup_share * max_iters))
     if step < warmup:
-        return learning_rate * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     share = (step - warmup) / max(1, max_iters - warmup)
-    return learning_rate * (min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
+    return peak * (min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
@@ -180,7 +189,8 @@ def step(batch):
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
 
     def decay(path: str, p: mx.array) -> mx.array:
-        return p * (1 - weight_decay * opt.learning_rate) if p.ndim > 1 else p
+        rate = muon.learning_rate if optimizer == "muon" and by_muon(path, p) else rest.learning_rate
+        return p * (1 - weight_decay * rate) if p.ndim > 1 else p
 
     model.update(tree_map_with_path(decay, model.trainable_parameters()))
     opt.update(model, grads)
@@ -303,8 +313,10 @@ while True:
     epoch, i = divmod(number, steps_an_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(len(train_rows["idx"]))
     which = order[i * batch_size:(i + 1) * batch_size]
-    began, rate = time.perf_counter(), learning_rate_at(number)
-    opt.learning_rate = rate
+    began, rate = time.perf_counter(), learning_rate_at(number, learning_rate)
+    rest.learning_rate = rate
+    if optimizer == "muon":
+        muon.learning_rate = learning_rate_at(number, muon_lr)
     loss, length = step(batch_of(train_rows, which))
     mx.async_eval(loss, length, state)
     number += 1

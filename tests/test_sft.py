@@ -91,6 +91,24 @@ def test_learns(folder, tmp_path, arguments):
     assert min(held_out) == pytest.approx(nats / count, rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_first_update_by_muon(folder, tmp_path, kind):
+    """Each matrix of the blocks changes by a norm of muon_lr, times 0.7 to 1.2 (Jordan et al. 2024). Of an adapter
+    that is b alone, as the gradient of a is 0 where b is 0. Vectors and embeddings move as Adam moves them."""
+    sft(folder, tmp_path, f"--kind={kind}", "--optimizer=muon", "--muon_lr=0.5", "--learning_rate=1e-3", "--epochs=1",
+        "--batch_size=999", "--grad_clip=0")
+    after = mx.load(str(tmp_path / "sft.safetensors"))
+    before = mx.load(str(folder / "base.safetensors")) if kind == "full" else {
+        name: mx.zeros(array.shape) for name, array in after.items() if name.endswith(".b")}
+    for name, old in before.items():
+        change = np.array(after[name] - old, np.float64)
+        if name.startswith("blocks.") and change.ndim > 1:
+            assert 0.65 < np.linalg.norm(change, 2) / (0.5 * max(1, len(change) / len(change.T))**0.5) < 1.25, name
+        else:
+            moved = np.abs(change[np.abs(change) > 1e-5])
+            assert moved.max() < 1.01e-3 and np.median(moved) > 0.9e-3, name
+
+
 def test_keeps_the_best_step(folder, tmp_path):
     """Where answers cannot be guessed, what is learned by heart makes the loss held out grow again."""
     rng = np.random.default_rng(0)
@@ -107,7 +125,7 @@ def test_noise_of_neftune():
     """Uniform, within neftune / sqrt(T C) of the embeddings, and nowhere else (Jain et al. 2023)."""
     source = (ROOT / "sft.py").read_text()
     made = {"mx": mx, "math": math, "neftune": 5.0}
-    exec(source[source.index("def noise"):source.index("def loss_in_compute_dtype")], made)
+    exec(source[source.index("def noise"):source.index("def loss_of")], made)
     x = mx.zeros((4, 16, 64))
     found, size = np.array(made["noise"]("resid", 0, x)), 5 / 32
     assert 0.99 * size < np.abs(found).max() <= size and found.std() == pytest.approx(size / 3**0.5, rel=0.05)
@@ -170,6 +188,7 @@ def test_long_examples_are_cut_or_skipped_and_told(folder, tmp_path):
     (["--base_bits=5x"], "base_bits"), (["--base_bits=7"], "base_bits=7"),
     (["--kind=full", "--base_bits=4"], "packed weights do not train"), (["--val_share=1"], "val_share"),
     (["--epochs=0"], "epochs=0"), (["--rank=0"], "rank=0"), (["--dtype=float16"], "float16"),
+    (["--optimizer=lion"], "optimizer='lion'"),
 ], ids=lambda argument: str(argument)[:40])
 def test_mistakes(folder, tmp_path, arguments, says):
     done = sft(folder, tmp_path / "out", *arguments, status=2)
