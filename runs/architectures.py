@@ -1,6 +1,6 @@
 """The table of runs/architectures.sh: python runs/architectures.py out-architectures
 
-It reads each run's loss.csv and checkpoint, prints the table, and puts it into README.md between its two marks.
+It reads each run's loss.csv and checkpoint, prints the table, and puts it into docs/variants.md, between two marks.
 """
 import csv
 import os
@@ -14,7 +14,7 @@ import blas  # noqa: E402, F401  (before mlx)
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from table import put  # noqa: E402
+from table import put_table  # noqa: E402
 
 from config import UserError, overrides  # noqa: E402
 from model import compute_dtype, load_checkpoint  # noqa: E402
@@ -22,7 +22,7 @@ from tokenizer import tokens_folder  # noqa: E402
 
 out = "out-architectures"  # the runs
 length = 4096              # tokens in the cache that is measured
-readme = ""                # where the table goes; none: README.md
+page = ""                  # where the table goes; "": docs/variants.md
 
 settings = overrides(globals(), "out")
 
@@ -69,7 +69,7 @@ def cache_bytes(model, meta: dict) -> int:
 
 with open(os.path.join(here, "runs", "architectures.sh")) as file:
     names = [line.split()[1] for line in file if line.startswith("run ")]
-own = {"out_dir", "seed"}
+own = {"out_dir", "seed", "resume", "overwrite", "log"}
 table = ["| | settings | parameters (active) | validation loss (lowest to highest) | tok/s | peak GiB "
          f"| cache MB at {length} | lines |", "|---|---|---|---|---|---|---|---|"]
 for name in names:
@@ -84,7 +84,8 @@ for name in names:
         baseline = meta["settings"]
     elif len(table) == 2:
         raise UserError(f"{out} has no run of the baseline: start runs/architectures.sh")
-    flags = {key: value for key, value in meta["settings"].items() if value != baseline[key] and key not in own}
+    flags = {key: value for key, value in meta["settings"].items()  # an older baseline has it off: False, 0 or ""
+             if value != baseline.get(key, type(value)()) and key not in own}
     model.set_dtype(compute_dtype("auto"))
     sizes = [(p.size, p.size * (model.config.expert_top_k / model.config.n_expert if p.ndim == 3 else 1))
              for _, p in tree_flatten(model.parameters())]
@@ -100,4 +101,4 @@ if len(table) == 2:
     raise UserError(f"no run in {out}: start runs/architectures.sh")
 print("\n".join(table))
 
-put(readme or os.path.join(here, "README.md"), "runs/architectures.sh", table)
+put_table(page or os.path.join(here, "docs", "variants.md"), "runs/architectures.sh", table)

@@ -2,8 +2,8 @@
 
 For each checkpoint: bits a weight and bytes of its tensors, in the file as in memory (a dense one counts as float16);
 perplexity and accuracy on the text; tokens a second of decoding at batch 1 here, all models in turn, the median of
-several rounds; and the seconds that its script took. It prints the table, puts it into README.md between its two marks,
-and draws compression.png.
+several rounds; and the seconds that its script took. It prints the table, puts it into docs/compression.md, between two
+marks, and draws compression.png.
 """
 import glob
 import math
@@ -18,10 +18,11 @@ import blas  # noqa: E402, F401  (before mlx)
 import matplotlib  # noqa: E402
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from table import put  # noqa: E402
+from table import put_table  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from config import UserError, overrides  # noqa: E402
+from draw import write_figure  # noqa: E402
 from model import compute_dtype, generate, load_checkpoint  # noqa: E402
 from score import read_tokens, score  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -32,7 +33,7 @@ max_tokens = 0        # of it; 0: all
 rounds = 5            # of decoding
 new_tokens = 128      # in each of them
 picture = "out-compress/compression.png"
-readme = ""           # where the table goes; none: README.md
+page = ""             # where the table goes; "": docs/compression.md
 
 settings = overrides(globals(), "out", "data")
 
@@ -96,7 +97,7 @@ for label in sorted(found, key=order):
 print(f"{os.path.basename(data)}, {len(tokens):,} tokens; {weights / 1e6:.2f}M parameters; "
       f"{mx.device_info().get('device_name')}, {str(dtype)[9:]}\n" + "\n".join(lines))
 
-put(readme or os.path.join(here, "README.md"), "runs/compress.sh", lines)
+put_table(page or os.path.join(here, "docs", "compression.md"), "runs/compress.sh", lines)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -119,6 +120,5 @@ axes.set(xlim=(min(points.values())[0] / 1.1, 17), ylim=(-0.2, max(1, 1.3 * max(
 axes.minorticks_off()
 axes.grid(alpha=0.3)
 axes.legend(frameon=False)
-figure.savefig(f"{picture}.tmp", format="png", dpi=150)
-os.replace(f"{picture}.tmp", picture)
+write_figure(picture, figure)
 print(f"drawn: {picture}")

@@ -1,4 +1,4 @@
-"""Tables that the scripts beside this one write into README.md."""
+"""Tables that the scripts beside this one write into the pages of docs/."""
 import os
 
 from config import UserError
@@ -6,7 +6,7 @@ from config import UserError
 END = "<!-- end of the table -->"
 
 
-def put(path: str, script: str, lines: list[str]):
+def put_table(path: str, script: str, lines: list[str]):
     """Write a Markdown table in place of what stands between the script's mark and the next end mark."""
     with open(path, encoding="utf-8") as file:
         before, mark, rest = file.read().partition(f"<!-- {script} writes this table -->\n")

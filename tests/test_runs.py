@@ -1,6 +1,7 @@
 """runs/: the tables of architectures and of compression, from tiny runs; tasks and pairs."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,12 @@ import sys
 import blas  # noqa: F401  (before mlx)
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 from mlx.utils import tree_flatten
 from test_variants import SOURCE, without
 
 from conversations import read_conversations
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tokenizer import byte_tokenizer
 
 TINY = ["--n_layer=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--max_iters=2", "--eval_windows=4",
@@ -34,17 +35,17 @@ def out(tmp_path_factory):
     return folder
 
 
-def table(out, readme, status=0):
-    shutil.copy(ROOT / "docs" / "variants.md", readme)
-    done = subprocess.run([sys.executable, ROOT / "runs" / "architectures.py", out, f"--readme={readme}",
-                           "--length=512"], capture_output=True, text=True)
+def table(out, page, status=0):
+    shutil.copy(ROOT / "docs" / "variants.md", page)
+    done = subprocess.run([sys.executable, ROOT / "runs" / "architectures.py", out, f"--page={page}", "--length=512"],
+                          capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     return done
 
 
 def test_table(out, tmp_path):
-    done = table(out, tmp_path / "README.md")
-    text = (tmp_path / "README.md").read_text()
+    done = table(out, tmp_path / "variants.md")
+    text = (tmp_path / "variants.md").read_text()
     page = (ROOT / "docs" / "variants.md").read_text()
     before, rest = page.split("<!-- runs/architectures.sh writes this table -->\n")
     after = rest.split("<!-- end of the table -->")[1]
@@ -64,7 +65,93 @@ def test_table(out, tmp_path):
 
 
 def test_no_runs(tmp_path):
-    assert "no run in" in table(tmp_path, tmp_path / "README.md", status=2).stderr
+    assert "no run in" in table(tmp_path, tmp_path / "variants.md", status=2).stderr
+
+
+def test_pages():
+    """The pages that the tables go to by default have the marks of the scripts, each once."""
+    for page, script in (("variants", "architectures"), ("compression", "compress")):
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        assert text.count(f"<!-- runs/{script}.sh writes this table -->\n| ") == 1 and f"docs/{page}.md" in (
+            ROOT / "runs" / f"{script}.py").read_text()
+        assert "<!-- end of the table -->" in text.split(f"<!-- runs/{script}.sh writes this table -->")[1]
+
+
+def test_older_baseline(out, tmp_path):
+    """Settings that an older run does not know are off there: they are told only of the runs that have them on."""
+    for name, settings in (("baseline-1", {}), ("alibi-1", {"alibi": True, "softcap": 15.0, "overwrite": True,
+                                                             "value_residual": False, "new_text": ""})):
+        shutil.copytree(out / name, tmp_path / "out" / name)
+        path = tmp_path / "out" / name / "ckpt.safetensors"
+        model, meta = load_checkpoint(str(path))
+        kept = {key: value for key, value in meta["settings"].items() if key not in settings}
+        save_checkpoint(str(path), model, {**meta, "settings": {**kept, **settings}})
+    done = table(tmp_path / "out", tmp_path / "variants.md")
+    assert done.stdout.splitlines()[3].split(" | ")[1] == "`--alibi=True` `--softcap=15.0`"
+
+
+def test_compare(out, tmp_path):
+    """compare.py on these runs: rows as runs/architectures.sh asks for them."""
+    runs = [out / name for name in ("alibi-1", "baseline-1", "baseline-2", "yoco-1")]
+    printed = run("compare.py", *runs, "--against=baseline", f"--out={tmp_path / 'compare.png'}").stdout
+    seeds = {line.split()[0]: line for line in printed.split("\n\n")[1 if "as most" in printed else 0].splitlines()}
+    losses = []
+    for seed in (1, 2):
+        with open(out / f"baseline-{seed}" / "loss.csv") as file:
+            losses.append(float([line.split(",")[4] for line in file if line.startswith("2,")][-1]))
+    assert {*seeds} == {"run", "alibi-1", "baseline", "yoco-1"}
+    assert f"{np.mean(losses):.3f}" in seeds["baseline"].split() and "Beside baseline, in val_loss:" in printed
+
+
+def fake_python(folder, script):
+    """A copy of a script of runs/ in the folder, and a python there that writes down what it is asked, a line each, in
+    the file log. It runs python -c, and makes each --out_dir. Returns (script, environment)."""
+    (folder / "runs").mkdir()
+    shutil.copy(ROOT / "runs" / script, folder / "runs")
+    python = folder / "python"
+    python.write_text(f'''#!/bin/sh
+[ "$1" = -c ] && exec {sys.executable} "$@"
+echo "$@" >> {folder}/log
+for argument; do case $argument in --out_dir=*) mkdir -p "${{argument#--out_dir=}}";; esac; done
+''')
+    python.chmod(0o755)
+    return folder / "runs" / script, {**os.environ, "PYTHON": str(python)}
+
+
+def test_architectures_sh(tmp_path):
+    """Every variant with three seeds, over what a stopped run has left, then the table and the comparison; what is done
+    is not done again, and settings after the script's name go to every run."""
+    script, environment = fake_python(tmp_path, "architectures.sh")
+    for name, last in (("baseline-1", "done"), ("baseline-2", "loss.csv")):
+        (tmp_path / "out-architectures" / name).mkdir(parents=True)
+        (tmp_path / "out-architectures" / name / last).touch()
+    subprocess.run(["bash", script, "--n_layer=3"], check=True, capture_output=True, env=environment)
+    *trained, last, comparison = (tmp_path / "log").read_text().splitlines()
+    assert " --out_dir=out-architectures/baseline-2 --seed=2 --n_layer=8 " in trained[0]
+    assert all(line.startswith("train.py --overwrite=True ") and line.endswith(" --n_layer=3") for line in trained)
+    names = {re.search(r"out-architectures/(\S+)-[123] ", line)[1] for line in trained}
+    assert len(trained) == 3 * len(names) - 1 and {"value-residual", "value-embeds", "softcap", "yoco"} <= names
+    assert any("/softcap-3 --seed=3 " in line and " --softcap=15 " in line for line in trained)
+    assert last == "runs/architectures.py out-architectures"
+    compared = comparison.split()
+    assert compared[0] == "compare.py" and len(compared) == 3 + 3 * len(names)
+    assert compared[-2:] == ["--against=baseline", "--out=out-architectures/compare.png"]
+    subprocess.run(["bash", script], check=True, capture_output=True, env=environment)
+    assert len((tmp_path / "log").read_text().splitlines()) == len(trained) + 4
+
+
+def test_finetune_sh(tmp_path):
+    """It may run again over its folders; the ways to tune are compared."""
+    script, environment = fake_python(tmp_path, "finetune.sh")
+    texts = tmp_path / "a b.txt", tmp_path / "tasks.jsonl"
+    for text in texts:
+        text.touch()
+    subprocess.run(["bash", script, *texts], check=True, capture_output=True, env=environment)
+    asked = (tmp_path / "log").read_text().splitlines()
+    trained = [line for line in asked if line.split()[0] in ("train.py", "sft.py", "dpo.py")]
+    assert len(trained) == 7 and all(" --overwrite=True --out_dir=out-finetune/" in line for line in trained)
+    assert trained[0].startswith(f"train.py --data={tmp_path}/a b.txt ")
+    assert asked[-2] == "runs/finetune.py out-finetune" and asked[-1].startswith("compare.py out-finetune/full out-fin")
 
 
 # ---- compression -----------------------------------------------------------------------------------------------------
@@ -80,15 +167,15 @@ def test_compression(tmp_path):
         subprocess.run([sys.executable, ROOT / "hqq.py", base, f"--bits={bits}", f"--method={method}",
                         f"--out={tmp_path / f'{method}-{bits}.safetensors'}"], check=True, capture_output=True)
     (tmp_path / "hqq-4.seconds").write_text("1.26")
-    text, readme = ROOT / "ruff.toml", tmp_path / "README.md"
+    text, page = ROOT / "ruff.toml", tmp_path / "page.md"
     marks = "<!-- runs/compress.sh writes this table -->", "<!-- end of the table -->"
-    readme.write_text(f"one\n{marks[0]}\nold\n{marks[1]}\ntwo\n{marks[1]}\n")
+    page.write_text(f"one\n{marks[0]}\nold\n{marks[1]}\ntwo\n{marks[1]}\n")
     command = [sys.executable, ROOT / "runs" / "compress.py", tmp_path, text, "--new_tokens=4", "--rounds=1",
-               f"--picture={tmp_path / 'p.png'}", f"--readme={readme}"]
+               f"--picture={tmp_path / 'p.png'}", f"--page={page}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()[1:-1]
-    assert readme.read_text() == "\n".join(["one", marks[0], *lines, marks[1], "two", marks[1], ""])
+    assert page.read_text() == "\n".join(["one", marks[0], *lines, marks[1], "two", marks[1], ""])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     rows = {line.split(" | ")[0][2:]: line[2:-2].split(" | ") for line in lines[2:]}
     assert [*rows] == ["dense", "dense, --kv_bits=4", "dense, --kv_bits=8", "rtn-8", "hqq-4"]
@@ -109,18 +196,16 @@ def test_compression(tmp_path):
 
 def test_compress_sh(tmp_path):
     """Every method at every width, timed, then the table; with a python that only writes down what it is asked."""
-    (tmp_path / "runs").mkdir()
-    shutil.copy(ROOT / "runs" / "compress.sh", tmp_path / "runs")
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$@" >> {tmp_path}/log\n')
-    python.chmod(0o755)
+    script, environment = fake_python(tmp_path, "compress.sh")
     (tmp_path / "out-compress" / "base").mkdir(parents=True)
+    (tmp_path / "out-compress" / "base" / "best.safetensors").touch()  # of a run that was stopped half-way
     for text in ("a.txt", "b.txt"):
         (tmp_path / text).write_text(text)
-    command = ["bash", tmp_path / "runs" / "compress.sh", tmp_path / "a.txt", tmp_path / "b.txt"]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHON": str(python)})
+    command = ["bash", script, tmp_path / "a.txt", tmp_path / "b.txt"]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     asked = (tmp_path / "log").read_text().splitlines()
     assert asked[0].startswith(f"train.py --data={tmp_path}/a.txt") and len(asked) == 1 + 4 * 5 + 2
+    assert "--overwrite=True" in asked[0] and (tmp_path / "out-compress" / "base" / "done").exists()
     for line in asked[1:-1]:
         name = line.split("--out=")[1].removesuffix(".safetensors")
         assert 0 <= float((tmp_path / f"{name}.seconds").read_text()) < 60
