@@ -1,4 +1,4 @@
-"""Grids of numbers as pictures (PNG) and as pages that stand alone (HTML); the tokens of a prompt as labels."""
+"""Curves and grids of numbers as pictures (PNG), grids also as pages (HTML) of one file each; tokens as labels."""
 import contextlib
 import html
 import io
@@ -38,14 +38,14 @@ def prompt_ids(enc: Tokenizer, text: str, model: GPT, name: str = "prompt") -> l
 
 
 def labels(enc: Tokenizer, ids: list[int]) -> list[str]:
-    """Tokens as people read them: blanks as dots in the middle, and what cannot be printed as in Python."""
+    """Tokens as text: a space is written as a dot, and a character that cannot be printed as its Python escape."""
     texts = [enc.decode_bytes([i]).decode(errors="backslashreplace") for i in ids]
     return ["".join("·" if letter == " " else letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
             for text in texts]
 
 
 def pictures(path: str) -> tuple[str, str]:
-    """The names of a picture and of its page. UserError, before any work, if it cannot be written there."""
+    """The paths of a picture and of its page (PNG, HTML). UserError if one of them cannot be written."""
     stem, ending = os.path.splitext(path)
     if ending != ".png":
         raise UserError(f"picture={path!r}: it is a PNG, so let its name end in .png")
@@ -55,7 +55,7 @@ def pictures(path: str) -> tuple[str, str]:
 
 
 def check_folder(path: str):
-    """UserError, before any work, if no file of that name can be written."""
+    """UserError if no file can be written at this path. Called before long work, whose result would be lost."""
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise UserError(f"cannot write {path}: there is no folder {folder}")
@@ -66,13 +66,13 @@ def check_folder(path: str):
 
 
 def check_finite(values):
-    """UserError where a table would tell nonsense."""
+    """UserError if a value is infinite or not a number."""
     if not np.isfinite(values).all():
-        raise UserError("the model's numbers are not finite: its weights are spoilt; take another checkpoint")
+        raise UserError("the model's numbers are not finite: its weights are damaged; take another checkpoint")
 
 
 def write_whole(path: str, content: bytes):
-    """Write a file: the path has the old one or the whole new one."""
+    """Write a file so that the path holds either the old content or all of the new one, never a part."""
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
@@ -93,17 +93,56 @@ def write_figure(path: str, figure, dpi: int = 150):
     write_whole(path, file.getvalue())
 
 
+def curves(path: str, rows: list[dict], panels: dict[str, dict[str, str]], title: str, level: dict | None = None):
+    """A PNG of columns of loss.csv over its steps. panels: for each panel the label of its vertical axis, with its
+    columns and what the legend calls them. A row without a value in a column is left out of that curve. level: the
+    legend and the height of a dotted line in the first panel."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 + 4 * len(panels), 4), layout="constrained")
+    for axes, (label, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for column, name in columns.items():
+            points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column) not in (None, "")]
+            if points:
+                style = "o-" if column.startswith("val") else "-"
+                axes.plot(*zip(*points, strict=True), style, label=f"{name}, last {points[-1][1]:.4g}", ms=4)
+        for name, height in (level or {}).items():
+            axes.axhline(height, color="gray", lw=0.8, ls=":", label=name)
+        level = None
+        axes.set(xlabel="step", ylabel=label)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, parse_math=False)
+    write_figure(path, figure)
+
+
+def expert_load(path: str, steps: list[int], load: np.ndarray, title: str):
+    """A PNG of how many tokens each expert took, over the mean of its layer: load (steps, layers, experts). The column
+    of a step stands for all steps since the one before it."""
+    from matplotlib.figure import Figure
+
+    _, L, E = load.shape
+    figure = Figure(figsize=(7, 1.2 + 0.1 * L * E), layout="constrained")
+    axes = figure.subplots()
+    image = axes.pcolormesh([0, *steps], np.arange(L * E + 1), load.reshape(-1, L * E).T, cmap="RdBu_r", vmin=0, vmax=2)
+    axes.set(xlabel="step", ylabel="layer", yticks=[E * (layer + 0.5) for layer in range(L)], yticklabels=range(L))
+    axes.set_title(title, parse_math=False)
+    axes.hlines([E * layer for layer in range(1, L)], 0, steps[-1], color="black", lw=1)
+    axes.invert_yaxis()
+    figure.colorbar(image, ax=axes, extend="max")
+    write_figure(path, figure)
+
+
 def short(text: str, width: int = 10) -> str:
     return text if len(text) <= width else f"{text[:width - 1]}…"
 
 
 def heat_map(path: str, values, rows: list[str], columns: list[str], title: str, texts, unit: str,
              signed: bool = False):
-    """A PNG of values (rows, columns); texts (rows, columns) stand in the cells. signed: colours differ below and above
-    0. unit: what the colours tell."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """A PNG of values (rows, columns), with texts (rows, columns) in the cells. signed: values below and above 0 have
+    different colours. unit: what the colours measure."""
+    from matplotlib.figure import Figure
 
     values, columns = np.asarray(values, np.float64), [short(name, 14) for name in columns]
     texts = [[short(text) for text in line] for line in texts]
@@ -112,7 +151,8 @@ def heat_map(path: str, values, rows: list[str], columns: list[str], title: str,
         low, high = -np.abs(values).max() if signed else min(0, values.min()), np.abs(values).max()
     width = max(0.35, 0.08 * max(len(text) for line in texts for text in line)) * len(columns)
     size = max(2.2 + width, 0.5 + 0.075 * max(len(title), len(unit))), 1.8 + 0.3 * len(rows)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu_r" if signed else "Blues", vmin=low, vmax=high, aspect="auto",
                         interpolation="nearest")
     for i, line in enumerate(texts):
@@ -124,13 +164,13 @@ def heat_map(path: str, values, rows: list[str], columns: list[str], title: str,
                     rotation=90 if max(map(len, columns)) * len(columns) > 12 * width else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_title(f"{title}\n{unit}", fontsize=10, parse_math=False)
-    figure.colorbar(image, fraction=0.5 / size[0], pad=0.1 / size[0])
+    figure.colorbar(image, ax=axes, fraction=0.5 / size[0], pad=0.1 / size[0])
     write_figure(path, figure)
-    plt.close(figure)
 
 
 def grid(values, rows: list[str], columns: list[str], texts, hovers, signed: bool = False) -> str:
-    """The HTML of a table of values (rows, columns): texts stand in the cells, hovers appear above them."""
+    """The HTML of a table of values (rows, columns), with texts in its cells. A cell's hover text appears while the
+    mouse is over it. signed: values below and above 0 have different colours."""
     values = np.nan_to_num(np.asarray(values, np.float64))
     top = np.abs(values).max() or 1
     lines = ["<div class=scroll><table><tr><th>" + "".join(f"<th scope=col>{html.escape(name)}" for name in columns)]
@@ -145,7 +185,7 @@ def grid(values, rows: list[str], columns: list[str], texts, hovers, signed: boo
 
 
 def page(path: str, title: str, text: str, *parts: str):
-    """An HTML page that needs nothing beside itself: title and text are escaped, parts are HTML."""
+    """Write an HTML page that needs no other file. title and text are escaped, parts are HTML."""
     title = html.escape(title)
     content = "\n".join([
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'

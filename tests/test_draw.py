@@ -1,7 +1,8 @@
-"""draw.py: tokens as labels; files whole or not at all; cells of a page; pictures of any grid."""
+"""draw.py: tokens as labels; files whole or not at all; cells of a page; curves and grids as pictures."""
 import re
 import stat
 
+import numpy as np
 import pytest
 
 import draw
@@ -57,3 +58,40 @@ def test_heat_map(values, signed, tmp_path):
     texts = [["$x^$", "·" * 30] * (len(columns) // 2) for _ in rows]
     draw.heat_map(str(tmp_path / "x.png"), values, rows, columns, "a $title$", texts, "unit", signed)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are written, as Matplotlib holds them; the files are written too."""
+    figures, write = [], draw.write_figure
+    monkeypatch.setattr(draw, "write_figure", lambda path, figure: (figures.append(figure), write(path, figure)))
+    return figures
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves(drawn, tmp_path):
+    """Rows as csv.DictReader reads them and as a script holds them; a column that no row has leaves no curve."""
+    rows = [{"step": "0", "train_loss": "", "val_loss": "3.5"}, {"step": "1", "train_loss": "3", "val_loss": ""},
+            {"step": 2, "train_loss": 2.5, "val_loss": 2.25}, {"step": 3, "train_loss": None}]
+    panels = {"nats": {"train_loss": "training", "val_loss": "validation"}, "share": {"val_accuracy": "accuracy"}}
+    draw.curves(str(tmp_path / "x.png"), rows, panels, "a $title$", {"guessing": 4.0})
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    first, second = drawn[0].axes
+    training, validation, guessing = first.get_lines()
+    assert training.get_xydata().tolist() == [[1, 3], [2, 2.5]] and training.get_marker() == "None"
+    assert validation.get_xydata().tolist() == [[0, 3.5], [2, 2.25]] and validation.get_marker() == "o"
+    assert guessing.get_ydata() == [4, 4] and not second.get_lines() and second.get_ylabel() == "share"
+    assert [text.get_text() for text in first.get_legend().get_texts()] == [
+        "training, last 2.5", "validation, last 2.25", "guessing"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_expert_load(drawn, tmp_path):
+    """A row of cells for each expert, from layer 0 at the top; a column as wide as the steps that it stands for."""
+    load = np.random.default_rng(0).uniform(0, 2, (3, 2, 4))
+    draw.expert_load(str(tmp_path / "x.png"), [25, 50, 60], load, "4 experts")
+    axes = drawn[0].axes[0]
+    mesh, = axes.collections[:1]
+    np.testing.assert_allclose(mesh.get_array(), [load[:, layer, e] for layer in (0, 1) for e in range(4)])
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 25, 50, 60] and axes.yaxis_inverted()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
