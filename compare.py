@@ -1,19 +1,46 @@
-"""Compare runs: their curves over one another, the settings that differ, and whether the seeds explain the difference.
+"""Compare runs: their curves in one picture, the settings that differ, and whether a difference is more than noise.
 
+    for seed in 1 2 3; do
+        python train.py --seed=$seed --out_dir=out-base-$seed
+        python train.py --seed=$seed --out_dir=out-alibi-$seed --alibi=True
+        python train.py --seed=$seed --out_dir=out-low-$seed --muon_lr=0.01
+    done
     python compare.py out-*
-    python compare.py out-1 out-2 --x=tokens --out=two.png
+    out-alibi  alibi=True
+    out-base   as most
+    out-low    muon_lr=0.01
 
-RUN is an OUT_DIR of train.py, sft.py or dpo.py; one that is still going is drawn as far as it is. Runs whose settings
-differ in nothing but the seed (and OUT_DIR, logging, resuming) make one row: the mean, the range from the lowest to the
-highest, and how many seeds. It prints a table and draws a picture, and a page to hover over, on which a click on a name
-hides that row. Thin: training loss. Thick, with markers: validation loss; the band is the range of the seeds.
+    run        seeds  val_loss        range  step   last  val_bpb  tok/s   GiB
+    out-alibi      3     4.711  4.624-4.776    60  4.711    3.646    724  0.02
+    out-base       3     4.777  4.749-4.815    60  4.777    3.697  1,274  0.02
+    out-low        3     4.974  4.961-4.986    60  4.974    3.849  5,392  0.02
 
-val_loss: the lowest validation loss, in nats; range: of the seeds; step: where it was; last: the validation loss of the
-last step; val_bpb: bits a byte, and accuracy: dpo.py's, both at that step; tok/s: the median; GiB: peak memory.
+    These rows have a higher val_loss than out-alibi (the best), and the ranges do
+    not overlap: out-low (+0.263).
 
-Noise: each row is compared with the best one (or with --against=NAME). They are said to differ only if both have two
-seeds or more and their ranges do not overlap. If the settings made no difference at all, ranges would still lie apart
-in 1 of 3 such comparisons with two seeds each, in 1 of 10 with three, in 1 of 35 with four.
+    These rows differ from out-alibi (the best) by no more than noise, as the ranges
+    of val_loss overlap: out-base (+0.066).
+
+    drawn: compare-alibi-base-low.png, compare-alibi-base-low.html
+
+    python compare.py out-base-1 out-low-1 --x=tokens --out=two.png
+
+(Models of 2 layers and width 64, 60 updates of 8 x 64 tokens, on 0.5 MB of Python; two AMD EPYC cores, 2026-11-26. They
+were busy with other work besides, which is all that tok/s shows here.)
+
+Each argument is an OUT_DIR of train.py, sft.py or dpo.py; a run that is still going is drawn as far as it has come.
+Runs whose settings differ in nothing but the seed (and out_dir, log, resume and the like) make one row. In the table,
+val_loss is the mean over the row's seeds of each run's lowest validation loss, in nats; step is where those losses were
+reached; last is the validation loss of the last evaluation. val_bpb (bits a byte) and accuracy (of dpo.py) belong to the
+step of val_loss. range is from the lowest to the highest seed, of the column on its left. tok/s is the median; GiB is
+the peak memory.
+
+The picture and the page beside it show training loss as a thin line, validation loss as a thick one with markers, and
+the range of the seeds as a band. On the page, pointing at a line tells run, step and loss.
+
+Noise: each row is compared with the best row, or with the row named by --against. Two rows are said to differ only if
+both have two seeds or more and their ranges do not overlap. If the settings made no difference at all, the ranges would
+still lie apart in 1 of 3 comparisons with two seeds a row, in 1 of 10 with three, and in 1 of 35 with four.
 """
 import csv
 import json
@@ -305,22 +332,26 @@ def span(values: list, form: str = "{:.3f}") -> str:
     return low if low == high else f"{low}-{high}"
 
 
-def table_of(rows: list[dict]) -> list[list[str]]:
-    """A header and a line a row: name, seeds, figures. Columns that are empty in all rows are left out."""
+def table_of(rows: list[dict], ranged: str) -> list[list[str]]:
+    """A header and a line a row: name, seeds, figures, and the range of the figure `ranged`. Columns that are empty in
+    all rows are left out."""
     columns = {
         "val_loss": lambda f: f"{statistics.fmean(f['val_loss']):.3f}",
-        "range": lambda f: span(f["val_loss"]) if len(f["val_loss"]) > 1 else "",
         "step": lambda f: span(f["step"], "{:.0f}"),
         "last": lambda f: f"{statistics.fmean(f['last']):.3f}",
         "val_bpb": lambda f: f"{statistics.fmean(f['val_bpb']):.3f}",
+        "range": lambda f: span(f[ranged]) if len(f[ranged]) > 1 else "",
         "accuracy": lambda f: f"{statistics.fmean(f['accuracy']):.1%}",
         "tok/s": lambda f: f"{statistics.median(f['tok_per_s']):,.0f}",
         "GiB": lambda f: f"{max(f['peak_gib']):.2f}",
     }
-    needs = {"range": "val_loss", "tok/s": "tok_per_s", "GiB": "peak_gib"}
+    order = list(columns)
+    if ranged == "val_loss":
+        order.insert(1, order.pop(order.index("range")))
+    needs = {"range": ranged, "tok/s": "tok_per_s", "GiB": "peak_gib"}
     made = {"run": [row["name"] for row in rows], "seeds": [str(seeds(row)) for row in rows]}
-    for name, form in columns.items():
-        cells = [form(row["figures"]) if row["figures"].get(needs.get(name, name)) else "" for row in rows]
+    for name in order:
+        cells = [columns[name](row["figures"]) if row["figures"].get(needs.get(name, name)) else "" for row in rows]
         if any(cells):
             made[name] = cells
     return [list(made), *map(list, zip(*made.values(), strict=True))]
@@ -356,9 +387,8 @@ def settings_lines(rows: list[dict], width: int) -> list[str]:
     return lines
 
 
-def table_lines(rows: list[dict], names: list[str], width: int) -> list[str]:
-    """The table as the terminal shows it."""
-    table = table_of(rows)
+def table_lines(table: list[list[str]], rows: list[dict], names: list[str], width: int) -> list[str]:
+    """The table as the terminal shows it: with the settings as columns, or before it where they do not fit."""
     lines = aligned(with_settings(table, rows, names))
     if max(map(len, lines)) <= width:
         return lines
@@ -607,7 +637,7 @@ def drawn_runs(html: str) -> list[str] | None:
 
 def default_out(rows: list[dict]) -> str:
     """compare-NAMES.png in the working folder."""
-    names = [re.sub(r"[^\w.-]+", "-", row["name"]).strip("-.") for row in sorted(rows, key=lambda row: row["name"])]
+    names = sorted(re.sub(r"[^\w.-]+", "-", row["name"].removeprefix("out-")).strip("-.") for row in rows)
     whole = "-".join(names)
     return f"compare-{whole if len(whole) <= 40 else f'{names[0][:30]}-and-{len(names) - 1}-more'}.png"
 
@@ -633,8 +663,9 @@ if __name__ == "__main__":
         raise UserError(f"{path} is {what}: name a new one with --out=, or that one to replace it")
 
     width = shutil.get_terminal_size().columns
-    table = with_settings(table_of(rows), rows, names)
-    print("\n".join(markdown_lines(table) if markdown else table_lines(rows, names, width)))
+    figures_alone = table_of(rows, name or "val_loss")
+    table = with_settings(figures_alone, rows, names)
+    print("\n".join(markdown_lines(table) if markdown else table_lines(figures_alone, rows, names, width)))
     for note in notes:
         print("\n" + textwrap.fill(note, width, break_long_words=False, break_on_hyphens=False))
     val = name if name == "val_bpb" else "val_loss"

@@ -150,6 +150,10 @@ def test_incomparable(tmp_path, monkeypatch, capsys):
     write(tmp_path / "byte", {0: 3.0, 20: 2.0}, tokenizer="byte")
     printed = called(monkeypatch, capsys, tmp_path, tmp_path / "bpe", tmp_path / "byte")
     assert "differ in tokenizer: losses a token cannot be compared" in printed and "in val_bpb: bpe (+1.000)" in printed
+    write(tmp_path / "byte-2", {0: 3.0, 20: 2.5}, tokenizer="byte", seed=2)
+    lines = called(monkeypatch, capsys, tmp_path, tmp_path / "bpe", tmp_path / "byte", tmp_path / "byte-2").splitlines()
+    assert lines[0].split()[-4:] == ["val_bpb", "range", "tok/s", "GiB"] and "1.125  1.000-1.250" in lines[1]
+    printed = called(monkeypatch, capsys, tmp_path, tmp_path / "bpe", tmp_path / "byte")
     data = page_data(tmp_path / "c.html")
     assert data["unit"] == "bits a byte" and [row["mean"][1][2] for row in data["rows"]] == [1.0, 2.0]
     assert not any(row["train"] for row in data["rows"])
