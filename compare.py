@@ -31,9 +31,9 @@ were busy with other work besides, which is all that tok/s shows here.)
 Each argument is an OUT_DIR of train.py, sft.py or dpo.py; a run that is still going is drawn as far as it has come.
 Runs whose settings differ in nothing but the seed (and out_dir, log, resume and the like) make one row. In the table,
 val_loss is the mean over the row's seeds of each run's lowest validation loss, in nats; step is where those losses were
-reached; last is the validation loss of the last evaluation. val_bpb (bits a byte) and accuracy (of dpo.py) belong to the
-step of val_loss. range is from the lowest to the highest seed, of the column on its left. tok/s is the median; GiB is
-the peak memory.
+reached; last is the validation loss of the last evaluation. val_bpb (bits a byte) and accuracy (of dpo.py) belong to
+the step of val_loss. range is from the lowest to the highest seed, of the column on its left. tok/s is the median; GiB
+is the peak memory.
 
 The picture and the page beside it show training loss as a thin line, validation loss as a thick one with markers, and
 the range of the seeds as a band. On the page, pointing at a line tells run, step and loss.
