@@ -1,29 +1,31 @@
-"""Which parts of a model matter for an answer: activation patching, causal tracing, ablation.
+"""Find the parts of a model that matter for an answer: activation patching, causal tracing, ablation.
 
     python patching.py CKPT --clean="The capital of France is" --corrupt="The capital of Italy is" --target=" Paris"
     python patching.py CKPT --mode=zero --clean="The capital of France is" --target=" Paris"
     python patching.py CKPT --mode=trace --clean="The capital of France is" --subject=France --target=" Paris"
     python patching.py CKPT --mode=ablate --data=book.txt
 
-swap: the model reads the corrupted prompt, the recipient, but at one layer and position its state is that of the clean
-prompt, the donor. The effect of a cell is (patched - corrupt) / (clean - corrupt): 0 where the state changes nothing, 1
-where it alone brings the clean answer back. It is measured in the target's log-probability after the prompt, or, with
---foil, in its logit less the foil's. Prompts of unequal lengths need --pairs: "4:5, 6:7" puts the donor's state at 4 in
-place of the recipient's at 5. States are the residual stream that enters a block, or what attention or the MLP adds to
-it (--site=resid, attn, mlp). --mode=zero and mean put zeros, or the mean over the prompt's positions, in their place,
-and tell the change of the target's log-probability in nats.
+swap: the model reads the corrupted prompt (the recipient), but its state at one layer and position is replaced by the
+state that it has there for the clean prompt (the donor). Each layer and position is a cell of a table; the effect of a
+cell is (patched - corrupt) / (clean - corrupt): 0 if the patch changes nothing, 1 if it restores the clean answer. It
+is measured in the log-probability of the target after the prompt, or, with --foil, in the target's logit less the
+foil's. Prompts of different lengths need --pairs: "4:5, 6:7" puts the donor's state of position 4 at the recipient's
+position 5. --site chooses the state: resid, the residual stream that enters a block; attn or mlp, the output of
+attention or of the MLP. --mode=zero and --mode=mean replace a state by zeros, or by its mean over the prompt's
+positions, and measure the change of the target's log-probability in nats.
 
-trace (Meng et al. 2022): noise of --noise times the embeddings' standard deviation on the subject's tokens, then one
-clean state at a time is put back, or a window of layers around it; the effect is the probability of the target that
-comes back, mean over --draws of noise.
+trace (Meng et al. 2022): noise is added to the embeddings of the subject's tokens, --noise times the standard deviation
+of the embeddings. Then one clean state at a time is restored, or those of --window layers around it. The effect is the
+increase in the target's probability, mean over --draws of the noise.
 
-ablate: each layer's attention, MLP or whole block, and each head, in turn by zeros, by its mean over the tokens that
-are read, or by skipping it (of what is added to the stream, zeros are skipping); change of the loss in nats on a text,
-and of the target's log-probability on a prompt.
+ablate: attention, the MLP or the whole block of each layer, and each head, is removed in turn: its output is set to
+zeros, or to its mean over the tokens, or it is skipped. For the outputs of attention, an MLP or a head, skip and zero
+are equal; for a block both mean that the stream goes around it. The effect is the change of the loss on a text, and of
+the target's log-probability on a prompt, in nats.
 
-It prints a table, and draws a picture and a page to hover over. All cells of a layer run in batches, and only the
-layers from there on. In YOCO's second half a patch leaves the common keys and values, made before, as they are. In
-Python:
+It prints a table, and draws a picture and a page with more about each cell. The cells of a layer run in batches, and
+earlier layers are not computed again. A patch does not change what a layer takes from before it: the shared keys and
+values in YOCO's second half, the values of layer 0 for value residuals, and value embeddings. In Python:
 
     >>> from model import load_checkpoint; from patching import swap, ablate; import mlx.core as mx
     >>> model, meta = load_checkpoint("out/ckpt.safetensors")
@@ -42,30 +44,30 @@ from tqdm import tqdm
 from config import UserError, overrides
 from draw import check_finite, grid, heat_map, labels, page, pictures, prompt_ids, short
 from model import GPT, compute_dtype, load_checkpoint, no_tap
-from score import read_tokens, windows
+from score import check_output, read_tokens, windows
 from tokenizer import Tokenizer
 
-checkpoint = "out/ckpt.safetensors"  # any, packed or not
+checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
 mode = "swap"         # swap | zero | mean | trace | ablate
-clean = ""            # prompt
-corrupt = ""          # the recipient of swap
-target = ""           # the token after it
-foil = ""             # swap, zero, mean: the token that the target is weighed against; "": none
-pairs = ""            # swap: "donor position:recipient position, ..."; "": all, of prompts of one length
+clean = ""            # the clean prompt
+corrupt = ""          # swap: the corrupted prompt
+target = ""           # the token that should follow the clean prompt
+foil = ""             # swap, zero, mean: a token to compare the target with; "": none
+pairs = ""            # swap: "donor position:recipient position, ..."; "": equal positions of equally long prompts
 site = "resid"        # resid | attn | mlp
 # trace
-subject = ""          # part of the clean prompt
-noise = 3.0           # standard deviations of the embeddings
-draws = 10
-window = 1            # layers around each that are put back together
+subject = ""          # the part of the clean prompt that gets the noise
+noise = 3.0           # in standard deviations of the embeddings
+draws = 10            # draws of the noise
+window = 1            # layers that are restored together
 # ablate
 how = "zero"          # zero | mean | skip
 data = ""             # a text file, or a folder that data.py made (its val split)
-samples = 16          # windows of it, of block_size tokens
+samples = 16          # windows of block_size tokens of that text
 # run
-batch_size = 64       # rows that run at a time
-seed = 1337
-picture = ""          # "": the checkpoint's name with -MODE.png, and .html beside it
+batch_size = 64       # rows at a time
+seed = 1337           # for the noise, and for the choice of windows
+picture = ""          # a PNG; "": the name of the checkpoint with -MODE.png; a page .html is written beside it
 
 settings = overrides(globals(), "checkpoint")
 
@@ -75,8 +77,8 @@ SITES = "resid", "attn", "mlp"
 
 
 def routed(model: GPT, layer: int, stream: mx.array) -> tuple[mx.array, mx.array]:
-    """Whether a block works on each token of the stream (B, T, C) that enters it, and in which row of what it taps that
-    token stands, (B, T) each: with mod=topk some are skipped, and the others come first."""
+    """For the stream (B, T, C) that enters a block: whether the block computes each token, and the token's row in the
+    arrays that the block taps, both (B, T). With mod=topk, skipped tokens come after the others in these arrays."""
     block, shape = model.blocks[layer], stream.shape[:2]
     if "predictor" not in block:
         return mx.ones(shape, mx.bool_), mx.broadcast_to(mx.arange(shape[1]), shape)
@@ -85,8 +87,8 @@ def routed(model: GPT, layer: int, stream: mx.array) -> tuple[mx.array, mx.array
 
 
 def record(model: GPT, idx: mx.array, noisy: Callable | None = None) -> dict[tuple[str, int], mx.array]:
-    """The states (B, T, C) of tokens (B, T) at each (site, layer), 0 where a block skips a token. noisy: what makes the
-    first stream another."""
+    """The states (B, T, C) of tokens (B, T) at each (site, layer), 0 where a block skips a token. noisy: a function
+    that is applied to the embeddings."""
     found = {}
 
     def tap(at, layer, x):
@@ -107,14 +109,14 @@ def record(model: GPT, idx: mx.array, noisy: Callable | None = None) -> dict[tup
 
 
 def last_logits(model: GPT, idx: mx.array, tap: Callable) -> mx.array:
-    """(B, V), of the last position."""
+    """Logits (B, V) of the last position."""
     return model.unembed(model.residual(idx, tap=tap)[:, -1])
 
 
 def patched(model: GPT, idx: mx.array, states: dict, site: str, layers: Iterable[int], positions: list[int],
             values: dict[int, mx.array], batch_size: int = 64, bar: tqdm | None = None) -> mx.array:
-    """Logits of the last position (P, D, V), with the states at one of P positions replaced in these layers by
-    values[layer] (P, C). idx (D, T): what is patched, and its states, by record(). Blocks before are not computed."""
+    """Logits of the last position (P, D, V), with the states at one of P positions replaced by values[layer] (P, C) in
+    these layers. idx (D, T): D prompts to patch; states: their states, by record(). Earlier blocks are not computed."""
     layers, (D, T) = sorted(layers), idx.shape
     step, logits, stream = max(1, batch_size // D), [], None
     for start in range(0, len(positions), step):
@@ -124,7 +126,7 @@ def patched(model: GPT, idx: mx.array, states: dict, site: str, layers: Iterable
 
         def tap(name, layer, x, n=n, rows=rows, at=at, start=start):
             nonlocal stream
-            if name == "resid" and layer <= layers[0]:  # lazily: what led there is never computed
+            if name == "resid" and layer <= layers[0]:  # lazy: the blocks before it are not computed
                 x = mx.broadcast_to(states["resid", layer], (n, D, T, x.shape[-1])).flatten(0, 1)
             if name == site and layer in layers:
                 x, row = mx.array(x), at
@@ -143,22 +145,23 @@ def patched(model: GPT, idx: mx.array, states: dict, site: str, layers: Iterable
 
 
 def checked_pairs(donor: mx.array, recipient: mx.array, pairs: list[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    """The pairs of positions, by default (i, i) for each. UserError if they do not fit the prompts."""
     if pairs is None:
         if len(donor) != len(recipient):
-            raise UserError(f"prompts of {len(donor)} and {len(recipient)} tokens: say which position takes the place "
-                            'of which, as in --pairs="4:5, 6:7"')
+            raise UserError(f"the prompts have {len(donor)} and {len(recipient)} tokens: say which positions "
+                            'correspond, as in --pairs="4:5, 6:7"')
         return [(i, i) for i in range(len(recipient))]
     for i, j in pairs:
         if not (0 <= i < len(donor) and 0 <= j < len(recipient)):
-            raise UserError(f"{i}:{j} are not positions of prompts of {len(donor)} and {len(recipient)} tokens, from 0")
+            raise UserError(f"pair {i}:{j}: the prompts have positions 0 to {len(donor) - 1} and 0 to "
+                            f"{len(recipient) - 1}")
     return pairs
 
 
 def swap(model: GPT, donor: mx.array, recipient: mx.array, site: str = "resid",
          pairs: list[tuple[int, int]] | None = None, batch_size: int = 64) -> mx.array:
-    """Logits of the recipient's last position, for each layer and position at which its state is the donor's:
-    (n_layer, T, V) of tokens (T,) and (T,); or (n_layer, P, V) of P pairs of the donor's position and the recipient's.
-    """
+    """Logits of the recipient's last position, with the donor's state at each layer and position in turn:
+    (n_layer, T, V) for tokens (T,) and (T,); or (n_layer, P, V) for P pairs of a donor's and a recipient's position."""
     pairs = checked_pairs(donor, recipient, pairs)
     return replaced(model, recipient, record(model, donor[None]), site, [i for i, _ in pairs], [j for _, j in pairs],
                     batch_size)
@@ -166,8 +169,8 @@ def swap(model: GPT, donor: mx.array, recipient: mx.array, site: str = "resid",
 
 def replaced(model: GPT, idx: mx.array, source: dict | str, site: str, froms: list[int], positions: list[int],
              batch_size: int = 64) -> mx.array:
-    """(n_layer, P, V): the states of tokens (T,) replaced by those of `source`, by record(), or by "zero" or their own
-    "mean" over positions."""
+    """Logits (n_layer, P, V) of tokens (T,), with the state at each of P positions in turn replaced: by the states
+    `source`, from record(), at the positions `froms`; or by "zero"; or by the "mean" over the prompt's positions."""
     states, found = record(model, idx[None]), []
     with tqdm(total=model.config.n_layer * len(positions), unit=" cells", disable=None, dynamic_ncols=True) as bar:
         for layer in range(model.config.n_layer):
@@ -180,7 +183,7 @@ def replaced(model: GPT, idx: mx.array, source: dict | str, site: str, froms: li
 
 
 def mean_of(x: mx.array, worked: mx.array) -> mx.array:
-    """The mean of states (..., C) over the tokens that are worked on, (...)."""
+    """The mean (C,) of states (..., C) over the tokens where worked (...) is true."""
     worked = worked.astype(mx.float32)
     total = (x.astype(mx.float32) * worked[..., None]).sum([*range(x.ndim - 1)])
     return (total / mx.maximum(worked.sum(), 1)).astype(x.dtype)
@@ -189,8 +192,8 @@ def mean_of(x: mx.array, worked: mx.array) -> mx.array:
 def trace(model: GPT, idx: mx.array, subject: list[int], noise: mx.array, site: str = "resid", window: int = 1,
           batch_size: int = 64) -> tuple[mx.array, mx.array]:
     """Causal tracing of tokens (T,): noise (D, len(subject), C) is added to the embeddings of the subject's positions.
-    Logits of the last position (D, V) so corrupted, and (n_layer, T, D, V) with the clean states of one position put
-    back in `window` layers around one layer."""
+    Returns the logits of the last position with that noise (D, V); and those with the clean states of one position
+    restored in `window` layers around one layer (n_layer, T, D, V)."""
     if len(noise) > batch_size:
         parts = [trace(model, idx, subject, noise[i:i + batch_size], site, window, batch_size)
                  for i in range(0, len(noise), batch_size)]
@@ -217,8 +220,8 @@ HOWS = "zero", "mean", "skip"
 
 def ablation(model: GPT, site: str, layers: int | Iterable[int], how: str = "zero",
              head: int | None = None) -> Callable:
-    """A tap that takes out what attention ("attn"), the MLP ("mlp"), the whole block ("block"), or one head ("head") of
-    these layers adds, or has read: "zero", "mean" over the tokens that the block works on, or "skip"."""
+    """A tap that replaces the output of a site of these layers. site: "attn", "mlp", "block" or "head". how: "zero",
+    "mean" over the tokens that the block computes, or "skip"."""
     layers, stream = {layers} if isinstance(layers, int) else set(layers), None
     if layers - set(range(model.config.n_layer)):
         raise UserError(f"layers {sorted(layers)}: the model has 0 to {model.config.n_layer - 1}")
@@ -229,7 +232,7 @@ def ablation(model: GPT, site: str, layers: int | Iterable[int], how: str = "zer
 
     def mean(layer, x):  # (B, T, C)
         worked = routed(model, layer, stream)[0]
-        return mean_of(x, mx.arange(x.shape[1]) < worked.sum(1, keepdims=True))  # these come first
+        return mean_of(x, mx.arange(x.shape[1]) < worked.sum(1, keepdims=True))  # these rows come first
 
     def tap(name, layer, x):
         nonlocal stream
@@ -254,12 +257,12 @@ def ablation(model: GPT, site: str, layers: int | Iterable[int], how: str = "zer
 
 def ablate(model: GPT, idx: mx.array, site: str, layer: int | Iterable[int], how: str = "zero",
            head: int | None = None) -> mx.array:
-    """Logits (B, T, V) of tokens (B, T) without what a site of a layer, or of several, does: see ablation()."""
+    """Logits (B, T, V) of tokens (B, T) with a site of one or several layers ablated: see ablation()."""
     return model(idx, tap=ablation(model, site, layer, how, head))
 
 
 def heads_of(model: GPT) -> int:
-    """Heads that can be ablated: of differential attention, pairs."""
+    """How many heads of a layer can be ablated; with differential attention, these are pairs."""
     found = []
     model(mx.array([[0]]), tap=lambda site, layer, x: found.append(x.shape[1]) or x if site == "heads" else x)
     return max(found)
@@ -269,7 +272,7 @@ def heads_of(model: GPT) -> int:
 
 
 def show(values, columns: list[str], title: str, hovers, unit: str, picture: str):
-    """The table of values (n_layer, columns), its picture, and its page beside it."""
+    """Print values (n_layer, columns) as a table, and draw them as a picture and a page."""
     check_finite(values)
     largest = np.abs(values).max()
     digits = min(5, max(2, 1 - math.floor(math.log10(largest)))) if largest else 2
@@ -282,27 +285,33 @@ def show(values, columns: list[str], title: str, hovers, unit: str, picture: str
     hovers = [[f"{row}, {column}\n{more}" for column, more in zip(columns, line, strict=True)]
               for row, line in zip(rows, hovers, strict=True)]
     width = max(digits + 5, min(10, max(map(len, columns))))
-    print(f"{title}: {unit}\n{'':9}" + "".join(f" {short(name, width):>{width}}" for name in columns))
-    for name, line in zip(rows, values, strict=True):
-        print(f"{name:9}" + "".join(f" {signed(value, digits + 1):>{width}}" for value in line))
+    print(f"{title}: {unit}" if len(title) + len(unit) < 79 else f"{title}:\n{unit}")
+    step = 71 // (width + 1)  # columns that fit into 80 characters
+    for first in range(0, len(columns), step):
+        print(f"{'':9}" + "".join(f" {short(name, width):>{width}}" for name in columns[first:first + step]))
+        for name, line in zip(rows, values, strict=True):
+            texts = [signed(value, digits + 1) for value in line[first:first + step]]
+            print(f"{name:9}" + "".join(f" {text:>{width}}" for text in texts))
     texts = [[signed(value, digits) for value in line] for line in values]
     heat_map(picture, values, rows, columns, title, texts, unit, signed=True)
     picture, html = pictures(picture)
-    page(html, title, f"Colour: {unit}. More of each cell on hovering or by the tabulator key.",
+    page(html, title, f"Colour: {unit}. Hover over a cell, or reach it with the Tab key, to see more.",
          grid(values, rows, columns, texts, hovers, signed=True))
     print(f"drawn: {picture}, {html}")
 
 
 def numbered(enc: Tokenizer, ids: list[int]) -> list[str]:
+    """The labels of tokens, with their positions."""
     return [f"{i} {text}" for i, text in enumerate(labels(enc, ids))]
 
 
 def one_token(enc: Tokenizer, text: str, name: str) -> int:
+    """The first token of the setting `name`. UserError if it is empty."""
     ids = enc.encode(text).tolist()
     if not ids:
         raise UserError(f"no {name}: give --{name}=TOKEN")
     if len(ids) > 1:
-        print(f"{name} {text!r} is {len(ids)} tokens: its first, {enc.decode(ids[:1])!r}, is used")
+        print(f"{name} {text!r} is {len(ids)} tokens: the first, {enc.decode(ids[:1])!r}, is used")
     return ids[0]
 
 
@@ -310,18 +319,18 @@ def parsed_pairs(pairs: str) -> list[tuple[int, int]] | None:
     try:
         return [(int(i), int(j)) for i, _, j in (pair.partition(":") for pair in pairs.split(","))] if pairs else None
     except ValueError:
-        raise UserError(f'pairs={pairs!r} is not as in "4:5, 6:7"') from None
+        raise UserError(f'pairs={pairs!r}: write pairs of positions, as in "4:5, 6:7"') from None
 
 
 def positions_of(enc: Tokenizer, ids: list[int], part: str) -> list[int]:
-    """Where tokens stand that hold a part of the prompt; its last occurrence."""
+    """The positions of the tokens that hold the last occurrence of a part of the prompt."""
     if not part:
-        raise UserError("no subject: give --subject=PART, a part of the clean prompt")
-    pieces = [enc.decode_bytes([i]) if n else b"" for n, i in enumerate(ids)]  # without the token that begins a text
+        raise UserError("there is no subject: give --subject=TEXT, a part of the clean prompt")
+    pieces = [enc.decode_bytes([i]) if n else b"" for n, i in enumerate(ids)]  # the first is not part of the text
     ends = np.cumsum([len(piece) for piece in pieces])
     low = b"".join(pieces).rfind(part.encode())
     if low < 0:
-        raise UserError(f"subject={part!r} is not in the prompt: give a part of it, as it is written there")
+        raise UserError(f"subject={part!r} is not in the prompt: give a part of the prompt, spelled as there")
     high = low + len(part.encode())
     return [n for n, piece in enumerate(pieces) if ends[n] > low and ends[n] - len(piece) < high and piece]
 
@@ -332,11 +341,11 @@ def log_p(logits: mx.array) -> mx.array:
 
 
 def run_grid(model: GPT, enc: Tokenizer):
-    """swap, zero, mean."""
+    """The modes swap, zero and mean."""
     ids = prompt_ids(enc, clean, model, "clean")
     wanted, against = one_token(enc, target, "target"), one_token(enc, foil, "foil") if foil else None
     if wanted == against:
-        raise UserError(f"target and foil are the same token, {enc.decode([wanted])!r}: give another foil")
+        raise UserError(f"target and foil begin with the same token, {enc.decode([wanted])!r}: give another foil")
 
     def measure(logits):
         if against is None:
@@ -352,11 +361,11 @@ def run_grid(model: GPT, enc: Tokenizer):
         at = parsed_pairs(pairs)
         best = measure(model(donor[None])[0, -1])
         if abs(best - before) < 1e-4:
-            raise UserError("both prompts give the target the same probability: there is no effect to share out")
+            raise UserError("the target is as probable after both prompts, so there is no effect: give other prompts")
         logits = swap(model, donor, mx.array(other), site, at, batch_size)
         values = (measure(logits) - before) / (best - before)
         columns = [f"{i}:{j} {labels(enc, ids[i:i + 1])[0]}" for i, j in at] if at else numbered(enc, ids)
-        title, unit = f"the donor's {site} in the recipient", f"(patched - corrupt) / (clean - corrupt) of {of}"
+        title, unit = f"swap, {site}", f"(patched - corrupt) / (clean - corrupt) of {of}"
         print(f"{of}: clean {best:.4f}, corrupt {before:.4f}")
     else:
         logits = replaced(model, donor, mode, site, [*range(len(ids))], [*range(len(ids))], batch_size)
@@ -364,7 +373,7 @@ def run_grid(model: GPT, enc: Tokenizer):
         title, unit = f"{site} replaced by {mode}", f"change of {of}" + (", nats" if against is None else "")
         print(f"{of}: clean {before:.4f}")
     tops = np.array(mx.argmax(logits[..., :enc.n_vocab], axis=-1))
-    hovers = [[f"{value:+.4f}\nmost probable then: {labels(enc, [int(top)])[0]}"
+    hovers = [[f"{value:+.4f}\nmost probable token: {labels(enc, [int(top)])[0]}"
                for value, top in zip(*line, strict=True)] for line in zip(values, tops, strict=True)]
     show(values, columns, title, hovers, unit, picture)
 
@@ -378,19 +387,19 @@ def run_trace(model: GPT, enc: Tokenizer):
     clean_p = float(mx.exp(log_p(model(mx.array([ids]))[0, -1])[wanted]))
     low = np.exp(np.array(log_p(corrupted)[:, wanted]))
     p = np.exp(np.array(log_p(restored)[..., wanted]))
-    print(f"subject at {', '.join(map(str, at))}; {of}: clean {clean_p:.4f}, corrupted {low.mean():.4f} "
-          f"(from {low.min():.4f} to {low.max():.4f} over {draws} draws)")
+    print(f"subject at {', '.join(map(str, at))}; {of}: clean {clean_p:.4f}, corrupted {low.mean():.4f}\n"
+          f"(corrupted: from {low.min():.4f} to {low.max():.4f} over {draws} draws)")
     values, columns = p.mean(-1) - low.mean(), numbered(enc, ids)
     columns = [f"{name}*" if n in at else name for n, name in enumerate(columns)]
     hovers = [[f"p {each.mean():.4f}, from {each.min():.4f} to {each.max():.4f}" for each in line] for line in p]
-    title = f"clean {site} put back" + (f", in windows of {window} layers" if window > 1 else "")
-    show(values, columns, f"{title} (* noise)", hovers, f"{of} that comes back", picture)
+    title = f"trace, {site} restored" + (f", in windows of {window} layers" if window > 1 else "")
+    show(values, columns, f"{title} (*: has noise)", hovers, f"increase in {of}", picture)
 
 
 def run_ablate(model: GPT, enc: Tokenizer):
     config = model.config
     if not data and not clean:
-        raise UserError("nothing to read: give --data=FILE, or --clean and --target")
+        raise UserError("there is nothing to measure on: give --data=FILE, or --clean and --target")
     sites = [("attn", None), ("mlp", None), ("block", None), *(("head", head) for head in range(heads_of(model)))]
     columns = [site if head is None else f"head {head}" for site, head in sites]
     measures = []
@@ -416,7 +425,7 @@ def run_ablate(model: GPT, enc: Tokenizer):
                 values[cell] = measure(ablation(model, site, cell[0], how, head)) - whole
                 bar.update()
             bar.clear()
-            show(values, columns, f"{how} ablation ({name} {whole:.4f} when whole)",
+            show(values, columns, f"{how} ablation ({name} {whole:.4f} without it)",
                  [[f"{value + whole:.4f}" for value in line] for line in values], f"change of {name}, nats", path)
 
 
@@ -428,15 +437,17 @@ if __name__ == "__main__":
     if site not in SITES:
         raise UserError(f"site={site!r} is not one of {', '.join(SITES)}")
     if min(batch_size, draws, window, samples) < 1 or not 0 <= noise <= 1e6:
-        raise UserError("batch_size, draws, window and samples must be 1 or more, noise 0 to 1e6")
+        raise UserError("batch_size, draws, window and samples must be 1 or more, and noise from 0 to 1e6")
     if seed < 0:
         raise UserError(f"seed={seed}: it must be 0 or more")
     if how not in HOWS:
         raise UserError(f"how={how!r} is not one of {', '.join(HOWS)}")
-    picture, _ = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png")
+    picture, html = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png")
+    for name in (picture, html):
+        check_output(name, checkpoint, data)
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
-        raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
+        raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
     enc = Tokenizer.from_dict(meta["tokenizer"])
     model.set_dtype(compute_dtype("auto"))
     (run_trace if mode == "trace" else run_ablate if mode == "ablate" else run_grid)(model, enc)

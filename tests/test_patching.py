@@ -1,5 +1,5 @@
-"""patching.py: what must hold of patches and ablations, whatever the model; grids against one pass a cell; a circuit
-that was planted; bad input."""
+"""patching.py: properties of patches and ablations in every variant; each cell against a pass of its own; a model with
+a known circuit; bad input."""
 import re
 from functools import partial
 
@@ -25,13 +25,14 @@ def small(n_layer=3, **settings):
     sizes = dict(block_size=32, vocab_size=64, n_head=2, n_embd=64, n_layer=n_layer)
     model = GPT(GPTConfig(**sizes | settings), seed=1).eval()
     for block in model.blocks:
-        if "predictor" in block:  # else no token would be chosen
+        if "predictor" in block:  # by default no token is chosen
             block.predictor.weight, block.threshold = mx.random.normal((1, 64), key=mx.random.key(2)), mx.array([0.0])
     return model
 
 
 def in_place(model, layer, stream, x):
-    """What a block taps of tokens, (T, C), by position: mod=topk has the chosen ones first, and gives the others 0."""
+    """The row of each position in an array x (T, C) that a block taps, and x by position. With mod=topk, the rows of
+    chosen tokens come first, and the others count as 0."""
     block = model.blocks[layer]
     if "predictor" not in block:
         return np.arange(len(x)), x
@@ -42,7 +43,7 @@ def in_place(model, layer, stream, x):
 
 
 def one_cell(model, donor, recipient, site, layers, i, j):
-    """The recipient's last logits with the donor's state at one place, in a pass of its own."""
+    """The recipient's last logits with the donor's state in one cell, by a forward pass for this cell alone."""
     states, own = {}, {}
 
     def record(name, layer, x):
@@ -69,7 +70,8 @@ def one_cell(model, donor, recipient, site, layers, i, j):
 
 @pytest.mark.parametrize("settings", [*FLAVOURS, dict(mod="topk", mod_every=1)], ids=str)
 def test_swap(settings):
-    """Donor = self changes nothing; the grid is one pass a cell; all positions at once are the donor."""
+    """A donor that is the recipient changes nothing; each cell equals a pass of its own; with all positions patched at
+    once, the logits are the donor's."""
     model = small(4, **settings)
     own, theirs = model(RECIPIENT[None])[0], model(DONOR[None])[0]
     tolerance = 1e-4 * mx.abs(own).max()
@@ -81,8 +83,10 @@ def test_swap(settings):
             for i in (0, 5, 11):
                 alone = one_cell(model, DONOR, RECIPIENT, site, [layer], i, i)
                 assert mx.abs(found[layer, i] - alone).max() < tolerance
-    below = 2 if settings.get("yoco") else 3  # behind the middle YOCO's keys and values are the recipient's
-    for layer in range(below + 1):
+    # some keys and values stay the recipient's: in YOCO's second half, value residuals after layer 0, value embeddings
+    layers = 3 if settings.get("yoco") else 1 if settings.get("value_residual") else 0 if settings.get(
+        "value_embeds") else 4
+    for layer in range(layers):
         states = {}
         model(DONOR[None], tap=lambda name, at, x, states=states: states.setdefault((name, at), x))
         whole = model(RECIPIENT[None], tap=lambda name, at, x, layer=layer, states=states: (
@@ -92,7 +96,7 @@ def test_swap(settings):
 
 @pytest.mark.parametrize("settings", FLAVOURS, ids=str)
 def test_the_past_stays(settings):
-    """A patch at position p leaves the outputs before p alone, and moves that at p."""
+    """A patch at position p changes the output at p, and no output before p."""
     model = small(4, **settings)
     donor, own = patching.record(model, DONOR[None]), model(RECIPIENT[None])[0]
     for p in (0, 4, 11):
@@ -108,7 +112,7 @@ def test_the_past_stays(settings):
 
 @pytest.mark.parametrize("settings", FLAVOURS, ids=str)
 def test_with_a_cache(settings):
-    """A patch in a pass that reads the prompt in pieces, with a cache, gives the same."""
+    """A patch gives equal logits in a pass that reads the prompt in pieces, with a cache."""
     model = small(4, **settings)
     donor = patching.record(model, DONOR[None])
     found = swap(model, DONOR, RECIPIENT)
@@ -126,16 +130,16 @@ def test_with_a_cache(settings):
 
 
 def test_pairs():
-    """Prompts of unequal length: which position takes the place of which."""
+    """Pairs of positions, for prompts of different lengths."""
     model, donor = small(), DONOR[:7]
-    with pytest.raises(UserError, match="prompts of 7 and 12 tokens"):
+    with pytest.raises(UserError, match="prompts have 7 and 12 tokens"):
         swap(model, donor, RECIPIENT)
     found = swap(model, donor, RECIPIENT, "attn", [(6, 11), (2, 9)])
     assert found.shape == (3, 2, 64)
     for n, (i, j) in enumerate([(6, 11), (2, 9)]):
         assert mx.allclose(found[2, n], one_cell(model, donor, RECIPIENT, "attn", [2], i, j), atol=1e-4)
     for bad in ((7, 0), (0, 12), (-1, 0)):
-        with pytest.raises(UserError, match="are not positions"):
+        with pytest.raises(UserError, match="have positions 0 to 6 and 0 to 11"):
             swap(model, donor, RECIPIENT, "resid", [bad])
 
 
@@ -143,7 +147,7 @@ def test_pairs():
 @pytest.mark.parametrize("source", ["zero", "mean"])
 @pytest.mark.parametrize("settings", [dict(), dict(mod="topk", mod_every=1)], ids=str)
 def test_zero_and_mean(settings, site, source):
-    """Zeros, or the mean of the tokens that a block works on."""
+    """A state is replaced by zeros, or by the mean over the tokens that the block computes."""
     model, stream = small(**settings), []
     model(RECIPIENT[None], tap=lambda name, layer, x: stream.append(x[0]) or x if name == "resid" else x)
     found = patching.replaced(model, RECIPIENT, source, site, [*range(12)], [*range(12)])
@@ -166,7 +170,7 @@ def test_zero_and_mean(settings, site, source):
 @pytest.mark.parametrize("site, window", [("resid", 1), ("mlp", 1), ("attn", 2), ("mlp", 3)])
 @pytest.mark.parametrize("settings", [dict(), dict(yoco=True, pos="learned"), dict(n_expert=3)], ids=str)
 def test_trace(site, window, settings):
-    """Each cell as a pass of its own; without noise nothing changes; with everything put back the clean answer."""
+    """Each cell equals a pass of its own; noise of 0 changes nothing."""
     model, subject = small(4, **settings), [2, 3]
     noise = mx.array(RNG.standard_normal((3, 2, 64)).astype(np.float32))
     corrupted, found = patching.trace(model, RECIPIENT, subject, noise, site, window, batch_size=8)
@@ -198,19 +202,19 @@ def test_trace(site, window, settings):
     assert mx.abs(same - model(RECIPIENT[None])[0, -1]).max() < 1e-3 and mx.abs(still - same[0, 0]).max() < 1e-3
 
 
-def planted():
-    """A model in which block 1's attention takes the token at position 2 to the last one, and nothing else is done."""
+def copying():
+    """A model that only copies, in block 1's attention, the token at position 2 to the last position."""
     config = GPTConfig(block_size=8, vocab_size=16, n_layer=3, n_head=1, n_embd=64, pos="learned", qk_norm=False,
                        norm="rms", tie=False)
     model = GPT(config, seed=1).eval()
     for block in model.blocks:
         block.attn.out.weight, block.mlp.down.weight = mx.zeros((64, 64)), mx.zeros((64, 256))
     embed, place, head = np.zeros((16, 64)), np.zeros((8, 64)), np.zeros((16, 64))
-    embed[np.arange(16), np.arange(16)] = 1          # 0 ... 15: the token
-    place[np.arange(8), 16 + np.arange(8)] = 3       # 16 ... 23: the place
+    embed[np.arange(16), np.arange(16)] = 1          # dimensions 0 ... 15: the token
+    place[np.arange(8), 16 + np.arange(8)] = 3       # 16 ... 23: the position
     head[np.arange(16), 32 + np.arange(16)] = 1      # 32 ... 47: the answer
     q, k, v, out = (np.zeros((64, 64)) for _ in range(4))
-    q[0, 16 + 5] = k[0, 16 + 2] = 10                 # from place 5 to place 2
+    q[0, 16 + 5] = k[0, 16 + 2] = 10                 # position 5 attends to position 2
     v[np.arange(16), np.arange(16)] = out[32 + np.arange(16), np.arange(16)] = 1
     model.embed.weight, model.pos_embed.weight, model.head.weight = (mx.array(x.astype(np.float32))
                                                                      for x in (embed, place, head))
@@ -219,9 +223,9 @@ def planted():
     return model
 
 
-def test_a_planted_circuit_is_found():
-    """The token at position 2 answers until block 1 has read it, the last position from then on."""
-    model, donor, recipient = planted(), mx.array([1, 2, 3, 4, 5, 6]), mx.array([1, 2, 9, 4, 5, 6])
+def test_a_known_circuit_is_found():
+    """Before block 1 the state at position 2 decides the answer, after it the state at the last position."""
+    model, donor, recipient = copying(), mx.array([1, 2, 3, 4, 5, 6]), mx.array([1, 2, 9, 4, 5, 6])
     clean, corrupt = model(donor[None])[0, -1], model(recipient[None])[0, -1]
     assert clean.argmax() == 3 and corrupt.argmax() == 9
 
@@ -246,7 +250,8 @@ def test_a_planted_circuit_is_found():
 
 @pytest.mark.parametrize("settings", FLAVOURS, ids=str)
 def test_ablation(settings):
-    """Every block skipped is the unembedded embedding; a block skipped is a model without it; zeros are skipping."""
+    """With all blocks skipped, the logits are those of the embeddings; with one skipped, those of a model without it;
+    zeroing a block is skipping it."""
     model, idx = small(4, **settings), mx.stack([DONOR, RECIPIENT])
     start = {}
     model(idx, tap=lambda name, layer, x: start.setdefault((name, layer), x))
@@ -256,7 +261,7 @@ def test_ablation(settings):
     blocks, skipped = model.blocks, type(model.blocks[2]).__call__
 
     class Nothing(type(blocks[2])):
-        def __call__(self, x, offset, cache, tap):
+        def __call__(self, x, *_, **__):
             return x
 
     blocks[2].__class__ = Nothing
@@ -276,7 +281,7 @@ def test_ablation(settings):
 
 
 def test_means_of_chosen_tokens():
-    """With mod=topk the mean is of the tokens that the block works on, whatever it computes of the others."""
+    """With mod=topk, the mean is over the tokens that the block computes."""
     model, idx = small(mod="topk", mod_every=1), mx.stack([DONOR, RECIPIENT])
     states = {}
     model(idx, tap=lambda name, layer, x: states.setdefault((name, layer), x))
@@ -336,6 +341,12 @@ def test_heads_and_means():
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+def row(output: str, name: str) -> np.ndarray:
+    """The numbers of a table's row, whose columns come in several tables one below the other."""
+    parts = [line.removeprefix(name).split() for line in output.splitlines() if line.startswith(f"{name} ")]
+    return np.array(sum(parts, []), float)
+
+
 run = partial(conftest.run, "patching.py")
 
 
@@ -350,11 +361,13 @@ CLEAN, CORRUPT, TARGET = "--clean=the cat sat", "--corrupt=the dog sat", "--targ
     ["--mode=ablate", CLEAN, TARGET, "--how=mean"], ["--mode=ablate", "--data={readme}", "--samples=2", CLEAN, TARGET],
 ], ids=str)
 def test_scripts(arguments, tmp_path):
-    """A table, a picture and a page of each mode."""
+    """Each mode prints a table that fits 80 columns, and draws a picture and a page."""
     path, model = checkpoint(tmp_path)
     done = run(path, *(argument.format(readme=ROOT / "README.md") for argument in arguments))
     mode = next((argument[7:] for argument in arguments if argument.startswith("--mode")), "swap")
-    assert len(re.findall(r"^layer [01] ", done.stdout, re.M)) == (4 if "--data={readme}" in arguments else 2)
+    tables = -(-12 // (71 // 8)) if "--mode=ablate" not in arguments and "--pairs=5:3, 6:4" not in arguments else 1
+    assert len(re.findall(r"^layer [01] ", done.stdout, re.M)) == (4 if "--data={readme}" in arguments else 2 * tables)
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith("drawn"))
     assert (tmp_path / f"ckpt-{mode}.png").read_bytes().startswith(b"\x89PNG")
     assert "http" not in (tmp_path / f"ckpt-{mode}.html").read_text()
     if "--pairs=5:3, 6:4" in arguments:  # the donor's positions first, and its tokens
@@ -364,7 +377,7 @@ def test_scripts(arguments, tmp_path):
 
 
 def test_figures(tmp_path):
-    """The effect of a cell, from the logits of that cell; the change of the loss, from the loss."""
+    """Effects and changes of the loss in the tables equal those computed here from the logits."""
     path, model = checkpoint(tmp_path)
     model.eval()
 
@@ -375,53 +388,52 @@ def test_figures(tmp_path):
         return float((logits - mx.logsumexp(logits))[32])
 
     done = run(path, CLEAN, CORRUPT, TARGET)
-    line = done.stdout.splitlines()[-2].split()
+    line = row(done.stdout, "layer 1")
     found = swap(model, ids("the cat sat"), ids("the dog sat"))[1]
     clean, corrupt = (log_p(model(ids(f"the {animal} sat")[None])[0, -1]) for animal in ("cat", "dog"))
     expected = [(log_p(each) - corrupt) / (clean - corrupt) for each in found]
-    np.testing.assert_allclose(np.array(line[2:], float), expected, atol=2e-3)
+    np.testing.assert_allclose(line, expected, atol=2e-3)
     assert f"clean {clean:.4f}, corrupt {corrupt:.4f}" in done.stdout
     idx = ids("the cat sat")[None]
     done = run(path, "--mode=mean", CLEAN, TARGET, "--foil=x")
-    line = done.stdout.splitlines()[-2].split()
+    line = row(done.stdout, "layer 1")
     found = patching.replaced(model, idx[0], "mean", "resid", [*range(12)], [*range(12)])[1]
-    np.testing.assert_allclose(np.array(line[2:], float), (found - model(idx)[0, -1])[:, 32] -
+    np.testing.assert_allclose(line, (found - model(idx)[0, -1])[:, 32] -
                                (found - model(idx)[0, -1])[:, ord("x")], atol=2e-3)
     done = run(path, "--mode=trace", CLEAN, TARGET, "--subject=cat", "--draws=3", "--noise=2", "--window=2")
-    line = done.stdout.splitlines()[-2].split()
+    line = row(done.stdout, "layer 1")
     noise = np.random.default_rng(1337).standard_normal((3, 3, 64)) * 2 * np.array(model.embed(idx)).std()
     low, found = patching.trace(model, idx[0], [5, 6, 7], mx.array(noise.astype(np.float32)), "resid", 2)
     expected = [np.mean([np.exp(log_p(each)) for each in cell]) - np.mean([np.exp(log_p(each)) for each in low])
                 for cell in found[1]]
-    np.testing.assert_allclose(np.array(line[2:], float), expected, rtol=0.02, atol=2e-6)
+    np.testing.assert_allclose(line, expected, rtol=0.02, atol=2e-6)
     done = run(path, "--mode=ablate", CLEAN, TARGET)
-    line = done.stdout.splitlines()[-2].split()
+    line = row(done.stdout, "layer 1")
     expected = [log_p(ablate(model, idx, site, 1, head=head)[0, -1]) - clean for site, head in
                 (("attn", None), ("mlp", None), ("block", None), ("head", 0), ("head", 1))]
-    np.testing.assert_allclose(np.array(line[2:], float), expected, atol=1e-3)
+    np.testing.assert_allclose(line, expected, atol=1e-3)
     text, whole = (ROOT / "ruff.toml").read_bytes() * 9, []
     (tmp_path / "text.txt").write_bytes(text)
     done = run(path, "--mode=ablate", f"--data={tmp_path / 'text.txt'}", "--samples=3", "--batch_size=16")
     rows = patching.windows(np.frombuffer(text, np.uint8), 3, 33, 1337).astype(mx.int32)
     for tap in (lambda name, layer, x: x, patching.ablation(model, "mlp", 0)):
         whole.append(model.loss(rows[:, :-1], rows[:, 1:], tap=tap).item())
-    line = done.stdout.splitlines()[-3].split()
-    assert f"{whole[0]:.4f} when whole" in done.stdout
-    assert float(line[3]) == pytest.approx(whole[1] - whole[0], abs=1e-3)
+    assert f"loss {whole[0]:.4f} without it" in done.stdout
+    assert row(done.stdout, "layer 0")[1] == pytest.approx(whole[1] - whole[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("arguments, says", [
     ([], "give --clean"), ([CLEAN, TARGET], "give --corrupt"), ([CLEAN, CORRUPT], "give --target"),
-    ([CLEAN, "--corrupt=a dog", TARGET], "say which position"),
-    ([CLEAN, CORRUPT, TARGET, "--pairs=5:99"], "5:99 are not positions"),
-    ([CLEAN, CORRUPT, TARGET, "--pairs=5"], "is not as"),
+    ([CLEAN, "--corrupt=a dog", TARGET], "say which positions correspond"),
+    ([CLEAN, CORRUPT, TARGET, "--pairs=5:99"], "pair 5:99: the prompts have positions 0 to 11"),
+    ([CLEAN, CORRUPT, TARGET, "--pairs=5"], "write pairs of positions"),
     ([CLEAN, "--corrupt=" + "x" * 40, TARGET], "--corrupt: the prompt has 41 tokens"),
     ([CLEAN, "--mode=patch"], "mode='patch'"), ([CLEAN, CORRUPT, TARGET, "--foil= "], "the same token"),
     ([CLEAN, CORRUPT, TARGET, "--site=heads"], "site='heads'"), ([CLEAN, "--corrupt=the cat sat", TARGET], "no effect"),
     (["--mode=trace", CLEAN, TARGET, "--subject=dog"], "is not in the prompt"),
-    (["--mode=trace", CLEAN, TARGET], "give --subject"), (["--mode=trace", "--noise=-1"], "noise 0 to 1e6"),
-    (["--mode=trace", "--noise=1e300"], "noise 0 to 1e6"), ([CLEAN, CORRUPT, TARGET, "--seed=-1"], "seed=-1"),
-    (["--mode=ablate"], "nothing to read"), ([CLEAN, "--picture=none/x.png"], "there is no folder none"),
+    (["--mode=trace", CLEAN, TARGET], "give --subject"), (["--mode=trace", "--noise=-1"], "noise from 0 to 1e6"),
+    (["--mode=trace", "--noise=1e300"], "noise from 0 to 1e6"), ([CLEAN, CORRUPT, TARGET, "--seed=-1"], "seed=-1"),
+    (["--mode=ablate"], "there is nothing to measure on"), ([CLEAN, "--picture=none/x.png"], "there is no folder none"),
     (["--mode=ablate", CLEAN, TARGET, "--how=noise"], "how='noise'"), ([CLEAN, "--batch_size=0"], "batch_size"),
 ])
 def test_bad_input(arguments, says, tmp_path):
@@ -437,7 +449,7 @@ def test_docstring(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[CLEAN, CORRUPT, TARGET], ["--mode=ablate", CLEAN, TARGET]], ids=str)
-def test_spoilt_weights(arguments, tmp_path):
+def test_weights_that_are_not_finite(arguments, tmp_path):
     path, model = checkpoint(tmp_path)
     model.blocks[1].mlp.up.weight = model.blocks[1].mlp.up.weight * float("nan")
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
@@ -446,7 +458,7 @@ def test_spoilt_weights(arguments, tmp_path):
 
 
 def test_the_subject():
-    """Where its last occurrence stands, whole tokens; the one that begins a text is none of it."""
+    """The tokens of the last occurrence; the token that precedes a text is not part of it."""
     enc, text = byte_tokenizer(), "a cat, a cät"
     ids = [enc.bos, *enc.encode(text).tolist()]
     for part, at in (("cat", [3, 4, 5]), ("a ", [8, 9]), ("ä", [11, 12]), ("a cat", [1, 2, 3, 4, 5])):
@@ -457,4 +469,4 @@ def test_the_subject():
 
 def test_a_longer_target(tmp_path):
     path, _ = checkpoint(tmp_path)
-    assert "target 'mat' is 3 tokens: its first, 'm', is used" in run(path, CLEAN, CORRUPT, "--target=mat").stdout
+    assert "target 'mat' is 3 tokens: the first, 'm', is used" in run(path, CLEAN, CORRUPT, "--target=mat").stdout
