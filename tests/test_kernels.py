@@ -5,7 +5,6 @@ from functools import cache, partial
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -442,20 +441,32 @@ def test_attention_map(case):
 
 
 @pytest.mark.parametrize("judge", [False, True])
-def test_loss(judge):
-    """Cross-entropy and the gradient of its mean; logits of hundreds; JUDGE leaves them."""
+@pytest.mark.parametrize("softcap", [0.0, 2.5, 50.0])
+def test_loss(judge, softcap):
+    """Cross-entropy and the gradient of its mean, also of bounded logits, by float64 formulas; logits of hundreds;
+    JUDGE leaves them."""
     for R, V in ((1, 1), (5, 3), (4, 128), (7, 300)):
         logits, targets = numbers(R, V, seed=R, scale=3), np.random.default_rng(R).integers(0, V, R).astype(np.uint32)
         logits[0] += 300
         targets[-1] = V - 1
-        after, losses = run("loss", {"JUDGE": judge}, (R, V, 1 / R), [targets, logits, zeros(R)], R, [2, 3])
+        after, losses = run("loss", {"JUDGE": judge}, (R, V, 1 / R, softcap), [targets, logits, zeros(R)], R, [2, 3])
 
         wide = logits.astype(np.float64)
-        exact = np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)) + wide.max(-1) - wide[range(R), targets]
+        slope = 1 - np.tanh(wide / softcap) ** 2 if softcap else 1
+        wide = softcap * np.tanh(wide / softcap) if softcap else wide
+        p = np.exp(wide - wide.max(-1, keepdims=True))
+        exact = np.log(p.sum(-1)) + wide.max(-1) - wide[range(R), targets]
         assert np.abs(losses - exact).max() < 4e-5  # float32 of 300
-        expected, = grad(partial(nn.losses.cross_entropy, targets=mx.array(targets)), logits,
-                         cotangent=np.full(R, 1 / R, np.float32))
+        expected = (p / p.sum(-1, keepdims=True) - np.eye(V)[targets]) * slope / R
         assert np.abs(after - (logits if judge else expected)).max() < 1e-6
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_softcap(softcap):
+    """To the digits that float32 has of softcap; large numbers do not overflow."""
+    y = np.concatenate([numbers(200), 1e-6 * numbers(20, seed=1), np.float32([0, 100, -100, 1e4, -1e4, 3e38, -3e38])])
+    found, = run("softcap", {}, (len(y), softcap), [y], elements(len(y)), [1])
+    np.testing.assert_allclose(found, softcap * np.tanh(y.astype(np.float64) / softcap), rtol=1e-6, atol=1e-7 * softcap)
 
 
 @pytest.mark.parametrize("accumulate", [True, False])

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import asdict
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -19,7 +20,7 @@ import attention_maps
 import patching
 import tuned_lens
 from lora import base_fingerprint
-from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, generate, load_checkpoint, save_arrays, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer
 
 RNG = np.random.default_rng(0)
@@ -31,8 +32,8 @@ FLAVOURS = {
     "llama": dict(mlp="swiglu", qk_norm=False, tie=False, n_kv_head=1),
     "qwen": dict(mlp="swiglu", qk_norm=False, n_kv_head=1, qkv_bias=True, rope_factor=8.0, rope_original=64),
     "window": dict(sliding_window=9, window_pattern="SL"), "alibi": dict(alibi=True, n_head=3, n_embd=96),
-    "odd": dict(n_embd=54, n_head=3, head_dim=10, ffn_dim=77), "4-bit": dict(mlp="swiglu"), "8-bit": {}, "3-bit": {},
-    "2-bit": {},
+    "softcap": dict(softcap=2.0), "odd": dict(n_embd=54, n_head=3, head_dim=10, ffn_dim=77),
+    "4-bit": dict(mlp="swiglu"), "8-bit": {}, "3-bit": {}, "2-bit": {},
 }
 FILES = """
 const fileOf = (text, name) => new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name);
@@ -181,7 +182,7 @@ def test_probabilities(page, server):
 # ---- looking inside --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "4-bit", "gpt2"])
+@pytest.mark.parametrize("name", ["default", "4-bit", "gpt2", "softcap"])
 def test_lens(name, page, server, tmp_path):
     """The logit lens, and a tuned lens out of its sidecar, as tuned_lens.py has them; another model's is refused."""
     path, model = flavour(server, name)
@@ -320,6 +321,7 @@ def follow(page, data, out, settings: list[str], updates: int) -> tuple[dict, li
 @pytest.mark.parametrize("settings", [
     ["--mlp=swiglu", "--tie=False", "--n_head=2", "--n_kv_head=1", "--qkv_bias=True"],
     ["--pos=learned", "--norm=layer", "--mlp=gelu", "--bias=True", "--qk_norm=False", "--n_head=2"],
+    ["--softcap=0.5", "--n_head=2"],
     ["--mlp=gelu_tanh", "--sliding_window=9", "--window_pattern=SL", "--alibi=True", "--n_head=2"],
 ], ids=" ".join)
 def test_gradients(settings, page, data, tmp_path):
@@ -351,7 +353,8 @@ def test_training(page, data, tmp_path):
 def test_from_scratch(page):
     """A model of chance knows nothing; learning, it knows more; its file says what it is."""
     first, last, meta = js(page, """async (text) => {
-        const { GPU } = await import("/gpu.js"), { Trainer, configOf } = await import("/train.js");
+        const { GPU } = await import("/gpu.js"), { Trainer } = await import("/train.js");
+        const { configOf } = await import("/gpt.js");
         const { charTokenizer } = await import("/tokenizer.js"), { readHeader } = await import("/safetensors.js");
         const config = configOf({ block_size: 16, vocab_size: 64, n_layer: 1, n_head: 1, n_embd: 32 });
         const gpu = await GPU.open(), tokenizer = charTokenizer(text);
@@ -370,11 +373,34 @@ def test_from_scratch(page):
 
 @pytest.mark.parametrize("settings, says", [
     (dict(yoco=True), "yoco"), (dict(diff_attn=True), "diff_attn"), (dict(n_expert=3), "n_expert"),
-    (dict(mod="topk"), "mod"), (dict(sliding_window=8, sinks=2), "sinks"),
+    (dict(mod="topk"), "mod"), (dict(sliding_window=8, sinks=2), "sinks"), (dict(value_embeds=True), "value_embeds"),
+    (dict(value_residual=True), "value_residual"),
 ], ids=str)
 def test_lacking(settings, says, page, server):
     path = save(server, "lacking.safetensors", small(**settings))
-    assert says in refused(page, path)
+    assert f"This checkpoint uses {says}, which this page cannot run" in refused(page, path)
+
+
+def test_settings_that_are_new(page, server):
+    """A field that GPTConfig may gain: at a value that turns it off the checkpoint runs, else it is refused by name; so
+    does a field that belongs to one that is off, whatever its value; and what an older checkpoint lacks is its default.
+    """
+    model = small()
+    weights, path = dict(tree_flatten(model.parameters())), "new.safetensors"
+
+    def save_with(**change):
+        config = {name: value for name, value in (asdict(model.config) | change).items() if value is not ...}
+        save_arrays(str(server.folder / path), weights, {"version": 1, "config": config})
+
+    logits = np.array(model(mx.array([IDS]))[0])
+    lacking = dict.fromkeys(("norm_eps", "softcap", "window_pattern", "tie", "n_kv_head", "yoco", "mod"), ...)
+    for change in (dict(new_flag=False, new_number=0, new_choice="none"), dict(expert_top_k=7, mod_every=9), lacking):
+        save_with(**change)
+        found = np.array(in_page(page, path, "return Array.from(await model.logits(ids));", IDS, parameters="ids"))
+        assert np.abs(found.reshape(logits.shape) - logits).max() < 1e-5 * np.abs(logits).max()
+    for name, value in (("new_flag", True), ("new_number", 0.5), ("new_choice", "some"), ("toString", "x")):
+        save_with(**{name: value})
+        assert f"This checkpoint uses {name}, which this page cannot run" in refused(page, path)
 
 
 def refused(page, path: str) -> str:
@@ -391,7 +417,8 @@ def test_broken(page, server):
     model.norm.weight = mx.ones((32,))
     assert "norm.weight has the shape 32" in refused(page, save(server, "broken.safetensors", model))
     for name, value in (("pos", "spiral"), ("norm", "none"), ("mlp", "toString"), ("rope_theta", "x"), ("head_dim", 31),
-                        ("n_kv_head", 3), ("window_pattern", ""), ("sliding_window", -1), ("n_layer", 1.5)):
+                        ("n_kv_head", 3), ("window_pattern", ""), ("sliding_window", -1), ("n_layer", 1.5),
+                        ("softcap", "x"), ("bias", "yes"), ("n_embd", None)):
         fine = small()
         setattr(fine.config, name, value)
         assert f"no model ({name})" in refused(page, save(server, "senseless.safetensors", fine)), name

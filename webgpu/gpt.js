@@ -12,43 +12,45 @@ import { Tokenizer } from "./tokenizer.js";
 
 // ---- config ---------------------------------------------------------------------------------------------------------
 
-const KNOWN = ["block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim", "pos", "rope_theta",
-  "rope_factor", "rope_low_freq", "rope_high_freq", "rope_original", "norm", "norm_eps", "mlp", "bias", "qkv_bias", "qk_norm",
-  "tie", "alibi", "sliding_window", "window_pattern"];
 export const KINDS = { relu2: 0, gelu: 1, gelu_tanh: 2, swiglu: 3 };
-const LACKING = [  // what the page has no kernels for, and when a config asks for it
-  ["sinks", (config) => config.sinks > 0], ["diff_attn", (config) => config.diff_attn], ["n_expert", (config) => config.n_expert > 0],
-  ["mod", (config) => (config.mod ?? "none") !== "none"], ["yoco", (config) => config.yoco],
-];
-const WHOLE = ["block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim"];
-const NUMBERS = ["rope_theta", "rope_factor", "rope_low_freq", "rope_high_freq", "rope_original", "norm_eps"];
-const CHOICES = { pos: ["rope", "learned", "none"], norm: ["rms", "layer"], mlp: Object.keys(KINDS) };
-const OF_THOSE = ["sinks", "diff_attn", "diff_attn_version", "n_expert", "expert_top_k", "n_shared_expert", "expert_balance",
-  "mod", "mod_capacity", "mod_every", "yoco"];
+const whole = (least) => (value) => Number.isInteger(value) && value >= least;
+const number = (value) => Number.isFinite(value) && value >= 0;
+const flag = (value) => typeof value === "boolean";
+const among = (...all) => (value) => all.includes(value);
+const SETTINGS = {  // that the page handles: for each its default, as in model.py's GPTConfig, and what a value must be
+  block_size: [256, whole(1)], vocab_size: [4096, whole(1)], n_layer: [4, whole(1)], n_head: [2, whole(1)], n_kv_head: [0, whole(1)],
+  n_embd: [128, whole(1)], head_dim: [0, whole(1)], ffn_dim: [0, whole(1)],  // 0: see configOf()
+  pos: ["rope", among("rope", "learned", "none")], rope_theta: [1e4, number], rope_factor: [1, number], rope_low_freq: [1, number],
+  rope_high_freq: [4, number], rope_original: [8192, number], norm: ["rms", among("rms", "layer")], norm_eps: [1e-5, number],
+  mlp: ["relu2", among(...Object.keys(KINDS))], bias: [false, flag], qkv_bias: [false, flag], qk_norm: [true, flag], tie: [true, flag],
+  alibi: [false, flag], sliding_window: [0, whole(0)], window_pattern: ["S", (value) => /^[SL]+$/.test(value)], softcap: [0, number],
+};
+// Every other setting must be off. These may have any value: they belong to a setting that must be off itself.
+const PARTS = ["diff_attn_version", "expert_top_k", "expert_balance", "mod_capacity", "mod_every"];
+const isOff = (value) => [false, 0, "none"].includes(value);
 
-/** UserError, by name, for an architecture that the page cannot run. */
-export function checkConfig(config) {
+/** The config of a checkpoint, or any settings of GPTConfig, with defaults for what it lacks. UserError names the settings
+ *  that the page cannot run, or one whose value makes no model. */
+export function configOf(settings) {
   const senseless = (name) => new UserError(`This checkpoint has settings that make no model (${name}): make it again.`);
-  if (typeof config !== "object") throw senseless("config");
-  const lacks = LACKING.filter(([, asks]) => asks(config)).map(([name]) => name);
-  const unknown = Object.keys(config).filter((name) => !KNOWN.includes(name) && !OF_THOSE.includes(name));
-  if (lacks.length || unknown.length) {
-    throw new UserError(`This checkpoint uses ${[...lacks, ...unknown].join(", ")}, which this page cannot run: ` +
-      "python sample.py can.");
+  if (typeof settings !== "object" || settings === null) throw senseless("config");
+  const lacks = Object.keys(settings).filter((name) => !Object.hasOwn(SETTINGS, name) && !PARTS.includes(name) &&
+    !isOff(settings[name]));
+  if (lacks.length) {
+    throw new UserError(`This checkpoint uses ${lacks.join(", ")}, which this page cannot run: python sample.py can.`);
   }
-  const fits = {
-    ...Object.fromEntries(KNOWN.map((name) => [name, () => config[name] !== undefined])),
-    ...Object.fromEntries(WHOLE.map((name) => [name, (value) => Number.isInteger(value) && value > 0])),
-    ...Object.fromEntries(NUMBERS.map((name) => [name, (value) => Number.isFinite(value) && value >= 0])),
-    ...Object.fromEntries(Object.entries(CHOICES).map(([name, all]) => [name, (value) => all.includes(value)])),
-    sliding_window: (value) => Number.isInteger(value) && value >= 0,
-    window_pattern: (value) => /^[SL]+$/.test(value),
-  };
-  const wrong = KNOWN.find((name) => !fits[name](config[name]));
+  const defaults = Object.fromEntries(Object.entries(SETTINGS).map(([name, [value]]) => [name, value]));
+  const config = { ...defaults, ...settings };
+  config.n_kv_head ||= config.n_head;
+  config.head_dim ||= config.n_embd / config.n_head;
+  config.ffn_dim ||= config.mlp === "swiglu" ? Math.ceil(8 * config.n_embd / (3 * 64)) * 64 : 4 * config.n_embd;
+  if (config.alibi) config.pos = "none";
+  const wrong = Object.keys(SETTINGS).find((name) => !SETTINGS[name][1](config[name]));
   if (wrong) throw senseless(wrong);
   if (config.n_head % config.n_kv_head) throw senseless("n_kv_head");
   if (config.pos === "rope" && config.head_dim % 2) throw senseless("head_dim");
   if (config.head_dim > 256) throw new UserError(`This model has heads of width ${config.head_dim}: this page goes up to 256.`);
+  return config;
 }
 
 /** Cosine and sine of each position and pair of a head: (block_size, D / 2, 2). See rope_inv_freq in model.py. */
@@ -124,13 +126,13 @@ export class GPT {
         : "a safetensors file, but none of this project's checkpoints: python hf_reader.py makes one of a Hugging Face folder";
       throw new UserError(`${name} is ${why}.`);
     }
-    checkConfig(meta.config);
-    gpu.kernel("attention", { WIDTH: meta.config.head_dim }).catch(() => {});  // compiles longest: while weights are read
+    const config = configOf(meta.config);
+    gpu.kernel("attention", { WIDTH: config.head_dim }).catch(() => {});  // compiles longest: while weights are read
     const weights = new Map(), made = [];
     const keep = (content) => (made.push(gpu.buffer(content)), made.at(-1));
     try {
-      await gpu.guard(() => readWeights(blob, meta.config, tensors, weights, keep, onProgress));
-      return new GPT(gpu, meta.config, weights, { meta, made, blob });
+      await gpu.guard(() => readWeights(blob, config, tensors, weights, keep, onProgress));
+      return new GPT(gpu, config, weights, { meta, made, blob });
     } catch (error) {
       made.forEach((buffer) => buffer.destroy());
       throw error;
@@ -277,9 +279,10 @@ export class GPT {
 
   /** Logits (R, V) of the stream x (R, C). */
   unembed(plan, x, R, logits = plan.scratch(4 * R * this.config.vocab_size)) {
-    const h = plan.scratch(4 * R * this.config.n_embd);
-    this.norm(plan, "norm", x, h, R, this.config.n_embd);
-    this.gpu.linear(plan, { ...this.weights.get(this.config.tie ? "embed" : "head"), bias: undefined }, h, logits, R);
+    const { n_embd: C, vocab_size: V, tie, softcap } = this.config, h = plan.scratch(4 * R * C);
+    this.norm(plan, "norm", x, h, R, C);
+    this.gpu.linear(plan, { ...this.weights.get(tie ? "embed" : "head"), bias: undefined }, h, logits, R);
+    if (softcap) plan.add("softcap", {}, [R * V, softcap], [logits], this.gpu.threads(R * V));
     return logits;
   }
 

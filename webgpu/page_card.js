@@ -28,8 +28,9 @@ function layers({ n_layer, n_head, n_kv_head, n_embd }) {
   return `${n_layer} of ${n_head} heads${groups}, width ${n_embd}`;
 }
 
-function design({ alibi, pos, norm, mlp, qk_norm, tie }) {
-  const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm], MLPS[mlp], qk_norm && "QK-norm", tie && "tied"];
+function design({ alibi, pos, norm, mlp, qk_norm, softcap, tie }) {
+  const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm], MLPS[mlp], qk_norm && "QK-norm",
+    softcap > 0 && `softcap ${softcap}`, tie && "tied"];
   return all.filter(Boolean).join(", ");
 }
 

@@ -1,14 +1,14 @@
 // Training: the text, the settings, the run with its chart and samples, and what is kept of it should the tab close.
 
 import { UserError } from "./errors.js";
-import { parametersOf } from "./gpt.js";
+import { configOf, parametersOf } from "./gpt.js";
 import { $, alone, attempt, count, doing, during, idsOf, lossIsKnown, make, many, needModel, notice, numberOf, onModel,
   page } from "./page_common.js";
 import { lossChart, smooth } from "./page_draw.js";
 import { discardRun, keepText, keptRun, keptText, recall, remember, saveRun } from "./page_store.js";
 import { isWriting, notWriting } from "./page_write.js";
 import { byteTokenizer, charTokenizer } from "./tokenizer.js";
-import { configOf, Trainer } from "./train.js";
+import { Trainer } from "./train.js";
 
 const SHOWN = 200_000;       // characters of a text that can be edited
 const LARGEST = 50_000_000;  // bytes of a text

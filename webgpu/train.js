@@ -8,30 +8,13 @@
 
 import { UserError } from "./errors.js";
 import { Plan } from "./gpu.js";
-import { checkConfig, GPT, KINDS, parametersOf } from "./gpt.js";
+import { configOf, GPT, KINDS, parametersOf } from "./gpt.js";
 import { readHeader, readTensor, toFloat32, writeSafetensors } from "./safetensors.js";
 import { Tokenizer } from "./tokenizer.js";
 
 const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
   beta1: 0.9, beta2: 0.95, seed: 1337 };
 const LOGITS = 2 ** 24;  // that exist at a time
-const ELSEWHERE = { sinks: 0, diff_attn: false, diff_attn_version: 1, n_expert: 0, expert_top_k: 2, n_shared_expert: 0,
-  expert_balance: "loss", mod: "none", mod_capacity: 0.125, mod_every: 2, yoco: false };  // model.py's, which the page lacks
-
-/** A config of model.py from what differs from its defaults. */
-export function configOf(settings) {
-  const config = { block_size: 128, vocab_size: 320, n_layer: 4, n_head: 2, n_kv_head: 0, n_embd: 128, head_dim: 0, ffn_dim: 0,
-    pos: "rope", rope_theta: 1e4, rope_factor: 1, rope_low_freq: 1, rope_high_freq: 4, rope_original: 8192, norm: "rms", norm_eps: 1e-5,
-    mlp: "relu2", bias: false, qkv_bias: false, qk_norm: true, tie: true, alibi: false, sliding_window: 0, window_pattern: "S",
-    ...ELSEWHERE, ...settings };
-  config.n_kv_head ||= config.n_head;
-  config.head_dim ||= config.n_embd / config.n_head;
-  config.ffn_dim ||= config.mlp === "swiglu" ? Math.ceil(8 * config.n_embd / (3 * 64)) * 64 : 4 * config.n_embd;
-  if (config.alibi) config.pos = "none";
-  checkConfig(config);
-  return config;
-}
-
 export class Trainer {
   /** model: a GPT to start from, packed or not (its weights are unpacked); or config and tokenizer, to start from chance.
    *  text: what to learn, or ids, its tokens; the last tenth is held out. resume: {checkpoint, optimizer}, files of save().
@@ -41,9 +24,9 @@ export class Trainer {
     const blob = resume?.checkpoint ?? model?.blob;
     const { meta } = blob ? await readHeader(blob) : { meta: { config, tokenizer } };
     if (resume && meta.script !== "train.py") throw new UserError("This checkpoint is not from a training run: it cannot be resumed.");
-    checkConfig(meta.config);
+    const architecture = configOf(meta.config);
     if (!meta.tokenizer) throw new UserError("This checkpoint holds no tokenizer: it cannot read a text.");
-    Object.assign(trainer, { gpu, meta, config: meta.config, settings: { ...DEFAULTS, ...(resume && meta.settings), ...settings } });
+    Object.assign(trainer, { gpu, meta, config: architecture, settings: { ...DEFAULTS, ...(resume && meta.settings), ...settings } });
     trainer.updates = resume ? meta.step : 0;
     trainer.losses = { train: null, val: null, bits_per_byte: null, best_val: null, ...(resume && meta.losses) };
     trainer.enc = new Tokenizer(meta.tokenizer);
@@ -138,7 +121,7 @@ export class Trainer {
         const n = Math.min(rows, R - start);
         const part = (buffer, width) => ({ buffer, offset: 4 * start * width, size: 4 * n * width });
         gpu.linear(plan, { ...head, bias: undefined }, part(h, C), logits, n, { ACCUMULATE: false });
-        plan.add("loss", learn ? {} : { JUDGE: true }, [n, this.config.vocab_size, 1 / R], [part(this.targets, 1), logits, part(losses, 1)], gpu.groups(n));
+        plan.add("loss", learn ? {} : { JUDGE: true }, [n, this.config.vocab_size, 1 / R, this.config.softcap], [part(this.targets, 1), logits, part(losses, 1)], gpu.groups(n));
         if (learn) {
           this.weightGradient(plan, part(h, C), logits, head_name, n, start > 0);
           this.inputGradient(plan, head, logits, part(d_h, C), n);
@@ -315,7 +298,7 @@ export class Trainer {
     state.set("step", { dtype: "U64", shape: [], data: BigUint64Array.of(BigInt(step)) });
     state.set("learning_rate", { dtype: "F32", shape: [], data: Float32Array.of(this.rate(step)) });
     const { config, losses } = this, { data, ...own } = this.settings;  // where the text is, Python must be told
-    const meta = { version: 1, script: "train.py", commit: "", step, losses, tokenizer: this.meta.tokenizer, config: { ...ELSEWHERE, ...config },
+    const meta = { version: 1, script: "train.py", commit: "", step, losses, tokenizer: this.meta.tokenizer, config,
       settings: { tokenizer: this.meta.tokenizer.kind, ...own, ...config, optimizer: "adamw", schedule: "cosine", decay_iters: 0, grad_accum: 1 } };
     return { checkpoint: writeSafetensors(weights, meta), name: "ckpt.safetensors",
       optimizer: writeSafetensors(state, { version: 1, step }), optimizerName: `ckpt.optimizer-${step}.safetensors` };

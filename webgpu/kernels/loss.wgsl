@@ -1,16 +1,25 @@
-// Cross-entropy of logits (R, V) with targets (R,): losses[row] = log sum exp - the target's logit; and its gradient in
-// place of the logits: scale (softmax - 1 at the target), unless JUDGE. A workgroup has a row.
+// Cross-entropy of logits (R, V) with targets (R,): losses[row] = log sum exp(logits) - the target's logit; and, unless
+// JUDGE, the gradient scale (softmax - 1 at the target), which replaces the logits. With softcap > 0 the logits are first
+// bounded as in softcap.wgsl: l = softcap tanh(logit / softcap), whose derivative is 1 - (l / softcap)^2.
+//
+// A workgroup computes a row.
 
 override SIZE: u32 = 128;  // threads
 override JUDGE: bool = false;
 
-struct Params { R: u32, V: u32, scale: f32 }
+struct Params { R: u32, V: u32, scale: f32, softcap: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> targets: array<u32>;
 @group(0) @binding(2) var<storage, read_write> logits: array<f32>;
 @group(0) @binding(3) var<storage, read_write> losses: array<f32>;
 
 var<workgroup> parts: array<f32, SIZE>;
+
+fn logit_at(at: u32) -> f32 {
+  if (p.softcap == 0) { return logits[at]; }
+  let e = exp(-2 * abs(logits[at]) / p.softcap);
+  return sign(logits[at]) * p.softcap * (1 - e) / (1 + e);
+}
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -19,24 +28,26 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   if (row >= p.R) { return; }
   let start = row * p.V;
   var top = -1e30;
-  for (var i = thread; i < p.V; i += SIZE) { top = max(top, logits[start + i]); }
+  for (var i = thread; i < p.V; i += SIZE) { top = max(top, logit_at(start + i)); }
   parts[thread] = top;
   workgroupBarrier();
   for (var i = 0u; i < SIZE; i++) { top = max(top, parts[i]); }
   workgroupBarrier();
   var sum = 0.0;
-  for (var i = thread; i < p.V; i += SIZE) { sum += exp(logits[start + i] - top); }
+  for (var i = thread; i < p.V; i += SIZE) { sum += exp(logit_at(start + i) - top); }
   parts[thread] = sum;
   workgroupBarrier();
   sum = 0.0;
   for (var i = 0u; i < SIZE; i++) { sum += parts[i]; }
   let target_at = targets[row];
-  if (thread == 0) { losses[row] = log(sum) + top - logits[start + target_at]; }
+  if (thread == 0) { losses[row] = log(sum) + top - logit_at(start + target_at); }
   workgroupBarrier();
   if (!JUDGE) {
     for (var i = thread; i < p.V; i += SIZE) {
-      var gradient = exp(logits[start + i] - top) / sum;
+      let logit = logit_at(start + i);
+      var gradient = exp(logit - top) / sum;
       if (i == target_at) { gradient -= 1; }
+      if (p.softcap > 0) { gradient *= 1 - (logit / p.softcap) * (logit / p.softcap); }
       logits[start + i] = gradient * p.scale;
     }
   }
