@@ -185,7 +185,7 @@ def finished(run: dict) -> bool:
 
 def rows_of(found: list[dict]) -> list[dict]:
     """Rows {"name", "settings", "runs", "counted", "figures"}. counted: its finished runs, or all if none is; figures:
-    name -> the values of those. The best row comes first."""
+    name -> the values of those."""
     names, groups = differing(found), {}
     for run in found:
         key = json.dumps([run["settings"].get(name) for name in names])

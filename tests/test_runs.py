@@ -68,15 +68,6 @@ def test_no_runs(tmp_path):
     assert "no run in" in table(tmp_path, tmp_path / "variants.md", status=2).stderr
 
 
-def test_pages():
-    """The pages that the tables go to by default have the marks of the scripts, each once."""
-    for page, script in (("variants", "architectures"), ("compression", "compress")):
-        text = (ROOT / "docs" / f"{page}.md").read_text()
-        assert text.count(f"<!-- runs/{script}.sh writes this table -->\n| ") == 1 and f"docs/{page}.md" in (
-            ROOT / "runs" / f"{script}.py").read_text()
-        assert "<!-- end of the table -->" in text.split(f"<!-- runs/{script}.sh writes this table -->")[1]
-
-
 def test_older_baseline(out, tmp_path):
     """Settings that an older run does not know are off there: they are told only of the runs that have them on."""
     for name, settings in (("baseline-1", {}), ("alibi-1", {"alibi": True, "softcap": 15.0, "overwrite": True,
