@@ -42,7 +42,6 @@ Noise: each row is compared with the best row, or with the row named by --agains
 both have two seeds or more and their ranges do not overlap. If the settings made no difference at all, the ranges would
 still lie apart in 1 of 3 comparisons with two seeds a row, in 1 of 10 with three, and in 1 of 35 with four.
 """
-import csv
 import json
 import math
 import os
@@ -68,7 +67,6 @@ settings = overrides(globals(), *["runs"] * len(sys.argv))  # any number of argu
 
 RUN_ONLY = {"out_dir", "seed", "resume", "overwrite", "log", "log_interval", "sample_tokens", "samples", "peft"}
 NUMBERS = "step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "accuracy", "tok_per_s", "peak_gib"
-
 CHECKPOINTS = "ckpt", "best", "sft", "dpo"
 MOST_COLUMNS = 6  # of settings, in a table
 
@@ -79,10 +77,10 @@ def read_rows(path: str) -> list[dict[str, float]]:
     """The numbers of a loss.csv, a dict a line. dpo.py says in a column, split, which loss a line has. UserError names
     a line that is spoilt; a last line without its end is still being written, and left out."""
     with open(path, newline="", errors="replace") as file:
-        lines = file.read().splitlines(keepends=True)
-    lines = [line for line in lines if line.endswith("\n")]
+        lines = file.read().split("\n")[:-1]
     rows = []
-    for number, fields in enumerate(csv.reader(lines), 1):
+    for number, line in enumerate(lines, 1):
+        fields = line.rstrip("\r").split(",")  # numbers, which need no quotes
         if number == 1:
             names = fields
             if "step" not in names or not {"train_loss", "val_loss", "split"} & {*names}:
@@ -92,7 +90,7 @@ def read_rows(path: str) -> list[dict[str, float]]:
             raise UserError(f"{path}, line {number} has {len(fields)} fields, not {len(names)}: mend or delete it")
         row = dict(zip(names, fields, strict=True))
         if "split" in row:
-            row["val_loss" if row["split"] == "val" else "train_loss"] = row["loss"]
+            row["val_loss" if row["split"] == "val" else "train_loss"] = row.get("loss", "")
         if not row["step"]:
             raise UserError(f"{path}, line {number} has no step: mend or delete it")
         rows.append({name: to_number(row[name], f"{path}, line {number}: {name}") for name in NUMBERS if row.get(name)})

@@ -225,7 +225,7 @@ def test_header(tmp_path, monkeypatch, capsys):
     (3, "10,100,2.5,,2.x,1,,,,", "line 3: val_loss is '2.x'"),
     (3, "10,100,2.5,,nan,1,,,,", "line 3: val_loss is 'nan'"),
     (4, "10,100", "line 4 has 2 fields, not 10"), (5, ",100,2.5,,2,1,,,,", "line 5 has no step"),
-    (1, "a,b", "line 1 names no step and loss")])
+    (4, "20,200,5,\x0c,2,1,,,,", "line 4: train_loss is '\\x0c'"), (1, "a,b", "line 1 names no step and loss")])
 def test_spoilt_line(number, line, told, tmp_path, monkeypatch, capsys):
     write(tmp_path / "a", {0: 3.0, 10: 2.5, 20: 2.0})
     lines = (tmp_path / "a" / "loss.csv").read_text().splitlines()
