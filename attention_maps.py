@@ -1,19 +1,18 @@
-"""Where every head of every layer looks, while a model reads a prompt.
+"""Show what every head of every layer attends to, while a model reads a prompt.
 
     python attention_maps.py out/ckpt.safetensors --prompt="def __init__(self, name):"
 
-It prints, for each head, how much of its attention goes to the first token, to the token itself and to the one before,
-how far it looks on average, and its entropy; it draws all maps, layer by head; and it writes a page on which each map
-can be enlarged and tells token, token and weight under the pointer. Differential attention shows both maps and their
-difference, A1 - lambda A2, before its norm. Windows, ALiBi, sinks and YOCO's common keys show in the maps; where there
-are experts, a table tells which ones each token took, and with Mixture of Depths, which tokens a block skipped.
-
-Maps are softmax(q k^T / sqrt(D) + mask) of the queries and keys that the model computed (Vaswani et al. 2017). In
-Python:
+A map holds the attention weights of a head, softmax(q k^T / sqrt(D) + mask), with a row for each query and a column for
+each key, computed from the model's own queries and keys (Vaswani et al. 2017). For each head, it prints the mean weight
+on the first token, on the token itself and on the token before; the mean distance; and the entropy in bits. It draws
+all maps, layer by head, and writes a page on which a map can be enlarged, with the tokens and the weight under the
+pointer. For differential attention it shows both maps and their difference A1 - lambda A2, before the norm. Windows,
+ALiBi, sinks and YOCO's shared keys are part of the maps. With experts, it prints the experts of each token; with
+Mixture of Depths, the tokens that a block skipped. In Python:
 
     >>> from model import load_checkpoint; from attention_maps import attention_maps; import mlx.core as mx
     >>> model, meta = load_checkpoint("out/ckpt.safetensors")
-    >>> maps = attention_maps(model, mx.array([5, 17, 2]))[3]["map"]    # layer 3: (H, T, T), rows look at columns
+    >>> maps = attention_maps(model, mx.array([5, 17, 2]))[3]["map"]    # layer 3: (H, T, T), queries by keys
 """
 import base64
 import json
@@ -35,11 +34,12 @@ from model import (
     score_mask,
     windowed,
 )
+from score import check_output
 from tokenizer import Tokenizer
 
-checkpoint = "out/ckpt.safetensors"  # any, packed or not
-prompt = ""
-picture = ""   # "": the checkpoint's name with -attention.png, and .html beside it
+checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
+prompt = ""    # the text to read
+picture = ""   # a PNG; "": the name of the checkpoint with -attention.png; a page .html is written beside it
 
 settings = overrides(globals(), "checkpoint")
 
@@ -47,7 +47,7 @@ settings = overrides(globals(), "checkpoint")
 
 
 def record(model: GPT, idx: mx.array) -> dict[tuple[str, int], mx.array]:
-    """What tokens (T,) leave at every (site, layer), by name: see no_tap in model.py."""
+    """The arrays that the model taps for tokens (T,), by (site, layer): see no_tap in model.py."""
     states = {}
 
     def tap(site, layer, x):
@@ -59,14 +59,15 @@ def record(model: GPT, idx: mx.array) -> dict[tuple[str, int], mx.array]:
 
 
 def order_of(model: GPT, layer: int, x: mx.array) -> tuple[mx.array, mx.array]:
-    """The order in which a routed block, mod=topk, takes tokens of the stream x (1, T, C), and how many it works on."""
+    """The order (T,) in which a routed block (mod=topk) holds the tokens of the stream x (1, T, C), the computed tokens
+    first, and how many tokens it computes."""
     chosen, order = model.blocks[layer].taken(x)
     return order[0], chosen.sum()
 
 
 def attention_maps(model: GPT, idx: mx.array, states: dict | None = None) -> list[dict[str, np.ndarray]]:
-    """For each layer {"map": (H, T, T)} of tokens (T,): rows look at columns. Of differential attention "first",
-    "second" and "difference". What a routed block skips is nan. states: what record() gave, if it is there already."""
+    """For each layer {"map": (H, T, T)}, queries by keys, for tokens (T,); with differential attention "first",
+    "second" and "difference". Rows of tokens that a routed block skips are nan. states: from record(), if known."""
     config, T, found = model.config, len(idx), []
     states = states or record(model, idx)
     for layer, block in enumerate(model.blocks):
@@ -100,7 +101,8 @@ def attention_maps(model: GPT, idx: mx.array, states: dict | None = None) -> lis
 
 
 def differential(config, attn, x: mx.array, maps: mx.array) -> dict[str, mx.array]:
-    """Maps (2 pairs, T, T) of x (1, T, C), the norm's output: both of each pair, and A1 - lambda A2."""
+    """Split maps (2 pairs, T, T) into the first and the second of each pair, and add the difference A1 - lambda A2.
+    x (1, T, C): the output of the norm before attention."""
     first, second = maps[0::2], maps[1::2]
     if config.diff_attn_version == 2:
         weight = mx.sigmoid(attn.lam(x))[0].T[..., None].astype(mx.float32)
@@ -114,7 +116,7 @@ def differential(config, attn, x: mx.array, maps: mx.array) -> dict[str, mx.arra
 
 
 def experts(model: GPT, states: dict) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """For each layer, which experts each token took, the best first, and with what weight: (T, k), (T, k)."""
+    """For each layer, the experts of each token, that of the largest weight first, and their weights: (T, k) both."""
     config, found = model.config, []
     for layer, block in enumerate(model.blocks):
         logits = np.array(states["router", layer].astype(mx.float32))[0]
@@ -125,7 +127,7 @@ def experts(model: GPT, states: dict) -> list[tuple[np.ndarray, np.ndarray]] | N
         gates = np.take_along_axis(p, chosen, -1)
         if config.expert_top_k > 1:
             gates = gates / gates.sum(-1, keepdims=True)
-        if "predictor" in block:  # mod=topk has its tokens in another order
+        if "predictor" in block:  # with mod=topk, the tokens are in another order
             order, n = order_of(model, layer, states["resid", layer])
             back = np.argsort(np.array(order))
             chosen, gates = np.where(np.arange(len(chosen)) < n.item(), chosen.T, -1).T[back], gates[back]
@@ -134,8 +136,8 @@ def experts(model: GPT, states: dict) -> list[tuple[np.ndarray, np.ndarray]] | N
 
 
 def depth(model: GPT, states: dict) -> list[np.ndarray | None]:
-    """For each layer, the weight of what a block computes for each token (T,), 0 where it is skipped; None: not routed.
-    """
+    """For each layer, the weight of the block's output for each token (T,), 0 where the token is skipped; None for a
+    block that is not routed."""
     found = []
     for layer in range(model.config.n_layer):
         r = states.get(("depth", layer))
@@ -154,6 +156,7 @@ def depth(model: GPT, states: dict) -> list[np.ndarray | None]:
 
 
 def table(maps: list[dict[str, np.ndarray]]):
+    """Print, for each head, its mean weights on three tokens, its mean distance and its entropy."""
     print(f"{'layer':>5} {'head':>4} {'map':10} {'first':>6} {'itself':>6} {'before':>6} {'distance':>8} {'bits':>5}")
     for layer, named in enumerate(maps):
         for name, each in named.items():
@@ -175,8 +178,8 @@ def draw(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str]):
 
     rows = [(f"layer {layer}" if name == "map" else f"layer {layer}\n{name}", name, each)
             for layer, named in enumerate(maps) for name, each in named.items()]
-    most, told = max(len(each) for _, _, each in rows), [*map(short, tokens)] if len(tokens) <= 32 else []
-    size = max(1.3, 0.09 * len(told))
+    most, names = max(len(each) for _, _, each in rows), [*map(short, tokens)] if len(tokens) <= 32 else []
+    size = max(1.3, 0.09 * len(names))
     figure, axes = plt.subplots(len(rows), most, figsize=(1.2 + size * most, 1.2 + size * len(rows)), squeeze=False,
                                 layout="constrained")
     for line, (label, name, each) in zip(axes, rows, strict=True):
@@ -190,11 +193,11 @@ def draw(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str]):
             else:
                 spot.imshow(each[head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         line[0].set_ylabel(label, fontsize=8)
-        line[0].set_yticks(range(len(told)), told, fontsize=5, family="monospace", parse_math=False)
+        line[0].set_yticks(range(len(names)), names, fontsize=5, family="monospace", parse_math=False)
     for head, spot in enumerate(axes[0]):
         spot.set_title(f"head {head}", fontsize=8)
     for spot in axes[-1]:
-        spot.set_xticks(range(len(told)), told, fontsize=5, family="monospace", rotation=90, parse_math=False)
+        spot.set_xticks(range(len(names)), names, fontsize=5, family="monospace", rotation=90, parse_math=False)
     write_figure(path, figure, dpi=110)
     plt.close(figure)
 
@@ -240,7 +243,7 @@ large.onpointermove = event => {
   const at = x => Math.max(0, Math.min(T - 1, Math.floor(x * T)));
   const column = at((event.clientX - box.left) / box.width), row = at((event.clientY - box.top) / box.height);
   const w = shown.weights[row * T + column];
-  said.textContent = `${row} ${data.tokens[row]}  looks at  ${column} ${data.tokens[column]}:  ` +
+  said.textContent = `${row} ${data.tokens[row]}  attends to  ${column} ${data.tokens[column]}:  ` +
     (w === -128 ? 'skipped' : (w / 1.27).toFixed(0) + '%');
 };
 """
@@ -261,16 +264,16 @@ button canvas { width: 84px; height: 84px; }
 #said { font: 13px ui-monospace, monospace; white-space: pre-wrap; min-height: 2.6em; }
 </style><div id=both><div><h2 id=which></h2>
 <div id=frame><div id=left></div><canvas id=large></canvas><div id=below></div></div>
-<p id=said aria-live=polite>Move over the map; rows look at columns.</p></div><div id=maps></div></div>"""
+<p id=said aria-live=polite>Move the pointer over the map: rows attend to columns.</p></div><div id=maps></div></div>"""
 
 
 def write_page(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str], parts: list[str]):
-    def packed(weights):
+    def encoded(weights):  # bytes in base64: weight * 127, -128 where a token is skipped
         whole = np.nan_to_num(np.clip(np.round(weights * 127), -127, 127), nan=-128).astype(np.int8)
         return base64.b64encode(whole.tobytes()).decode()
 
     data = {"tokens": tokens, "maps": [
-        {"name": f"layer {layer}" + (f", {name}" if name != "map" else ""), "heads": [packed(head) for head in each]}
+        {"name": f"layer {layer}" + (f", {name}" if name != "map" else ""), "heads": [encoded(head) for head in each]}
         for layer, named in enumerate(maps) for name, each in named.items()]}
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     page(path, "Attention", "Every layer and head; choose a map to enlarge it.", PAGE,
@@ -278,7 +281,14 @@ def write_page(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str], 
 
 
 def routing(model: GPT, states: dict, tokens: list[str]) -> list[str]:
-    """Print, and return as HTML, the experts that tokens took, and the tokens that blocks skipped."""
+    """Print, and return as HTML, the experts of each token, and the weights that Mixture of Depths gives to tokens."""
+    def show(title: str, texts: list[list[str]]):
+        print(title)
+        step = 71 // (width + 1)  # columns that fit into 80 characters
+        for first in range(0, len(tokens), step):
+            for row, line in zip(["", *rows], [tokens, *texts], strict=True):
+                print(f"{row:9}" + "".join(f" {text[:width]:>{width}}" for text in line[first:first + step]))
+
     parts, config = [], model.config
     rows = [f"layer {layer}" for layer in range(config.n_layer)]
     width = max(7, min(12, max(map(len, tokens))))
@@ -288,16 +298,12 @@ def routing(model: GPT, states: dict, tokens: list[str]) -> list[str]:
         hovers = [[f"{token}: " + ", ".join(f"expert {e} {g:.0%}" for e, g in zip(*pair, strict=True))
                    for token, pair in zip(tokens, zip(*layer, strict=True), strict=True)] for layer in found]
         parts += ["<h2>Experts</h2>", grid([gates[:, 0] for _, gates in found], rows, tokens, texts, hovers)]
-        print("experts of each token\n" + "\n".join(
-            f"{row:9}" + "".join(f" {text[:width]:>{width}}" for text in line)
-            for row, line in zip(["", *rows], [tokens, *texts], strict=True)))
+        show("experts of each token", texts)
     if config.mod != "none":
         found = [np.ones(len(tokens)) if each is None else each for each in depth(model, states)]
         texts = [["skipped" if value == 0 else f"{value:.2f}" for value in line] for line in found]
         parts += ["<h2>Depth</h2>", grid(found, rows, tokens, texts, texts, signed=True)]
-        print("weight of what a block computes for each token\n" + "\n".join(
-            f"{row:9}" + "".join(f" {text[:width]:>{width}}" for text in line)
-            for row, line in zip(["", *rows], [tokens, *texts], strict=True)))
+        show("weight of the block's output for each token", texts)
     return parts
 
 
@@ -305,9 +311,11 @@ def routing(model: GPT, states: dict, tokens: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     picture, html = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-attention.png")
+    for name in (picture, html):
+        check_output(name, checkpoint)
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
-        raise UserError(f"{checkpoint} holds no tokenizer: it cannot read a prompt")
+        raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
     enc = Tokenizer.from_dict(meta["tokenizer"])
     ids = prompt_ids(enc, prompt, model)
     model.set_dtype(compute_dtype("auto"))

@@ -1,4 +1,4 @@
-"""attention_maps.py: maps that, times the values, are what the heads read, in every variant; routing; the page."""
+"""attention_maps.py: maps times values equal the heads' outputs in every variant; routing; the page."""
 import base64
 import json
 import re
@@ -24,7 +24,7 @@ IDX = mx.array(np.random.default_rng(0).integers(0, 64, 30))
     dict(mod="topk", yoco=True), dict(sliding_window=4, block_size=300, long=True),
 ], ids=str)
 def test_maps(settings):
-    """Map times values is what each head read, as model.py computes it; of differential attention before its norm."""
+    """A map times the values equals the head's output in model.py; with differential attention, before the norm."""
     settings = dict(settings)
     idx = mx.array(np.random.default_rng(0).integers(0, 64, 200)) if settings.pop("long", False) else IDX
     config = GPTConfig(**dict(block_size=32, vocab_size=64, n_layer=4, n_head=2, n_embd=64) | settings)
@@ -69,7 +69,7 @@ def test_maps(settings):
 
 
 def test_experts_and_depth():
-    """Which experts a token took, and with what weight, and which tokens a block skipped, by hand."""
+    """The experts of a token, their weights, and the tokens that a block skips equal those computed here."""
     model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64, n_expert=4, expert_top_k=2,
                           mod="topk"), seed=1).eval()
     block = model.blocks[1]
@@ -89,7 +89,7 @@ def test_experts_and_depth():
     assert np.array_equal((found[1][0] < 0).all(-1), ~chosen)
     soft = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64, n_expert=4, expert_top_k=1,
                          expert_balance="bias", mod="soft"), seed=1).eval()
-    soft.blocks[0].mlp.balance = mx.array([0.0, 0, 2, 0])  # chosen by all, as p is below 1
+    soft.blocks[0].mlp.balance = mx.array([0.0, 0, 2, 0])  # all tokens choose expert 2, as p is below 1
     states = attention_maps.record(soft, IDX)
     r = np.array(soft.blocks[1].depth_router(states["resid", 1]), np.float64)[0, :, 0]
     np.testing.assert_allclose(attention_maps.depth(soft, states)[1], 1 / (1 + np.exp(-r)), rtol=1e-5)
@@ -106,7 +106,7 @@ run = partial(conftest.run, "attention_maps.py")
 
 @pytest.mark.parametrize("settings", [dict(), dict(diff_attn=True), dict(n_expert=3, mod="soft")], ids=str)
 def test_script(settings, tmp_path):
-    """The table by hand, the picture, and a page that holds every map and needs nothing beside."""
+    """The table equals figures computed here; a picture is drawn; the page holds every map and loads nothing else."""
     path, model = checkpoint(tmp_path, **settings)
     done = run(path, "--prompt=a <b> c")
     ids = mx.array([256, *b"a <b> c"])
@@ -119,6 +119,7 @@ def test_script(settings, tmp_path):
     expected = each[:, 0].mean() * 100, np.diag(each).mean() * 100, np.diag(each, -1).sum() / 8 * 100, distance, bits
     np.testing.assert_allclose([float(part) for part in line.groups()], expected, atol=0.06)
     assert ("experts of each token" in done.stdout) == ("n_expert" in settings)
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()[:-1])
     assert (tmp_path / "ckpt-attention.png").read_bytes().startswith(b"\x89PNG")
     html = (tmp_path / "ckpt-attention.html").read_text()
     assert "http" not in html and "src=" not in html
