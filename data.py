@@ -3,27 +3,29 @@
     python data.py
     stdlib: 609 documents, 10,703,912 bytes, 13.9% of them for validation
     bpe: 4,096 tokens, made in 1.1 s
-    data/stdlib-bpe-4096: 2,515,448 + 398,605 tokens, 3.67 bytes a token, 14.2 MB/s, 1.8 s in all
+    data/stdlib-bpe-4096: 2,515,448 + 398,605 tokens, 3.67 bytes a token
+    encoded at 14.2 MB/s, 1.8 s in all
 
     python data.py shakespeare --tokenizer=char
     shakespeare: 1 document, 1,115,394 bytes, 10.0% of them for validation
     char: 66 tokens, made in 0.0 s
-    data/shakespeare-char: 1,003,836 + 111,559 tokens, 1.00 bytes a token, 32.0 MB/s, 0.1 s in all
+    data/shakespeare-char: 1,003,836 + 111,559 tokens, 1.00 bytes a token
+    encoded at 32.0 MB/s, 0.1 s in all
 
-(2 CPU cores, Linux, Python 3.11, 2026-11-23. MB/s: reading, encoding and writing, without making the tokenizer.)
+(2 CPU cores, Linux, Python 3.11, 2026-11-23. MB/s counts reading, encoding and writing, not making the tokenizer.)
 
-It writes OUT/train.bin and OUT/val.bin, all token ids one after the other (little-endian, uint16, or uint32 for more
-than 65,536 tokens), and OUT/meta.json, which says what they are and holds the tokenizer. If they are there already,
-made with the same settings from files that have not changed, it does nothing.
+It writes OUT/train.bin and OUT/val.bin, each with all token ids one after another (little-endian uint16, or uint32 for
+more than 65,536 tokens), and OUT/meta.json, which describes them and holds the tokenizer. If these files exist, were
+made with the same settings, and the source files have not changed, it does nothing.
 
-Sources: stdlib, the Python source text that comes with Python itself; shakespeare, a download of 1.1 MB; hf:NAME or
-hf:NAME:CONFIG, a dataset on Hugging Face, or one in a folder or file that its `datasets` library reads; a file of
-text, .jsonl or .parquet; a folder of them, with its subfolders; or a pattern such as "notes/*.md". A text file is one
-document, as is a line of .jsonl or a row of .parquet. After every document stands the end-of-text token.
+Sources: stdlib, the source text of Python's standard library; shakespeare, a download of 1.1 MB; hf:NAME or
+hf:NAME:CONFIG, a dataset on Hugging Face; hf:PATH, a folder or a file that the `datasets` library reads; a file of
+text, .jsonl or .parquet; a folder, with its subfolders; or a pattern such as "notes/*.md". A text file is one document,
+and so is a line of .jsonl or a row of .parquet. An end-of-text token follows every document.
 
-Whole documents go to validation, chosen by a hash of their text, so that equal documents are on the same side. A single
-document is cut: its end is for validation, and no end-of-text token stands at the cut. A byte order mark is dropped;
-line ends are kept as they are, since a model should be able to write back what it has read.
+Whole documents are chosen for validation, by a hash of their text, so that equal documents are in one split. A source
+of one document is cut: the end is for validation, and no end-of-text token is put at the cut. A byte order mark is
+dropped; line ends are kept, since a model should be able to generate the text that it has read.
 """
 import codecs
 import contextlib
@@ -50,28 +52,29 @@ from tokenizer import byte_tokenizer, char_tokenizer, tiktoken_tokenizer, tokens
 
 # text
 source = "stdlib"           # stdlib | shakespeare | hf:NAME | a file, a folder or a pattern
-field = "text"              # which field of .jsonl, column of .parquet or of a dataset holds the text
-hf_split = "train"          # which split of a Hugging Face dataset
-max_bytes = 0               # take the first bytes alone; 0: all
+field = "text"              # the field of .jsonl, or the column of .parquet or of a dataset, that holds the text
+hf_split = "train"          # the split of a Hugging Face dataset to read
+max_bytes = 0               # read only so many bytes; 0: all
 val_fraction = 0.1          # share of the documents for validation
-seed = 1337                 # of the order of files and of the choice of documents for validation
+seed = 1337                 # for the order of files and the choice of documents for validation
 # tokens
 tokenizer = "bpe"           # bpe | byte | char | a tiktoken name such as gpt2
-vocab_size = 4096           # for bpe, with the end-of-text token
-train_bytes = 50_000_000    # text from which bpe learns its merges, spread over the training documents
-threads = 0                 # for encoding; 0: one a core
+vocab_size = 4096           # for bpe, including the end-of-text token
+train_bytes = 50_000_000    # bytes of text to train bpe on, spread over the training documents
+threads = 0                 # for encoding; 0: one for each core
 # output
-out = ""                    # folder; none: data/SOURCE-TOKENIZER
+out = ""                    # the folder to write; "": data/SOURCE-TOKENIZER, with -VOCAB_SIZE for bpe
 
 settings = overrides(globals(), "source")
 
-VERSION = 1  # of the format of meta.json and of the files
-PIECE = 4 * 2**20  # bytes: longer documents are read and encoded in pieces, so that memory stays bounded
-BATCH = 2**19      # characters that go to a thread together
+VERSION = 1  # of the format of the output files
+PIECE = 4 * 2**20  # bytes; longer documents are read and encoded in pieces, to bound the memory
+BATCH = 2**19      # characters that a thread encodes at a time
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_FILE = os.path.join("data", "tinyshakespeare.txt")
-HF_BUILDERS = {".jsonl": "json", ".txt": "text"}  # where datasets has another name for it than the extension
+HF_BUILDERS = {".jsonl": "json", ".txt": "text"}  # formats that `datasets` does not call by their extension
+OUTPUT = ["train.bin", "val.bin", "meta.json"]
 TEMPORARY = ["train.bin.tmp", "val.bin.tmp", "meta.json.tmp", "documents.jsonl.tmp"]
 
 if not 0 < val_fraction < 1:
@@ -82,16 +85,17 @@ out = out or tokens_folder(source, tokenizer, vocab_size)
 path = os.path.expanduser(source.removeprefix("hf:"))
 n_threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
-# ---- which files -----------------------------------------------------------------------------------------------------
+# ---- source files ----------------------------------------------------------------------------------------------------
 
 
 def find_files() -> list[str]:
-    if source == "stdlib":  # its tests are three fifths of it, and much of them is data; so are its code pages
+    """The files of the source; none for a source that is fetched later."""
+    if source == "stdlib":  # without tests, three fifths of it, and code pages, which are mostly data
         root, leave_out = sysconfig.get_path("stdlib"), ("test", "tests", "idle_test", "encodings", "site-packages",
                                                          "dist-packages")
         return shuffled(name for name in walk(root, leave_out) if name.endswith(".py"))
     if source == "shakespeare" or source.startswith("hf:"):
-        return []  # fetched later, if there is need
+        return []
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
@@ -102,7 +106,7 @@ def find_files() -> list[str]:
 
 
 def walk(root: str, leave_out: tuple = ()) -> Iterator[str]:
-    """All files in a folder but hidden ones, and our own output."""
+    """All files in a folder, except hidden files, the folders `leave_out`, and the output folder."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in leave_out
                       and os.path.realpath(os.path.join(folder, name)) != os.path.realpath(out)]
@@ -111,14 +115,14 @@ def walk(root: str, leave_out: tuple = ()) -> Iterator[str]:
 
 
 def shuffled(paths) -> list[str]:
-    """In an order that depends on the seed alone, so that max_bytes takes a fair sample."""
+    """Paths in an order that depends only on the seed, so that max_bytes takes a random sample."""
     paths = sorted(paths)
     random.Random(seed).shuffle(paths)
     return paths
 
 
 def text_size(path: str) -> int:
-    """Bytes of text in a file: roughly for .jsonl and .parquet."""
+    """Bytes of text in a file, which is an estimate for .jsonl and .parquet."""
     if path.lower().endswith(".parquet"):
         metadata = open_parquet(path).metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -128,17 +132,18 @@ def text_size(path: str) -> int:
 
 
 def fetch_shakespeare() -> str:
+    """The path of the text, which is downloaded once."""
     cached = os.path.exists(SHAKESPEARE_FILE)
     place = SHAKESPEARE_FILE if cached else SHAKESPEARE_URL
     try:
         with open(place, "rb") if cached else urllib.request.urlopen(place, timeout=60) as file:
             content = file.read(2**22)
     except OSError as error:
-        raise UserError(f"cannot read {place} ({getattr(error, 'reason', error)}): get it another way and save it as "
-                        f"{SHAKESPEARE_FILE}") from error
+        raise UserError(f"cannot read {place} ({getattr(error, 'reason', error)}): download the text another way, and "
+                        f"save it as {SHAKESPEARE_FILE}") from error
     if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        raise UserError(f"{place} is not the text of 1,115,394 bytes that is meant (its SHA-256 differs): save the "
-                        f"right one as {SHAKESPEARE_FILE}")
+        raise UserError(f"{place} is not the expected text of 1,115,394 bytes (its SHA-256 differs): save the right "
+                        f"text as {SHAKESPEARE_FILE}")
     if not cached:
         os.makedirs(os.path.dirname(SHAKESPEARE_FILE), exist_ok=True)
         with open(SHAKESPEARE_FILE + ".tmp", "wb") as file:
@@ -148,7 +153,7 @@ def fetch_shakespeare() -> str:
 
 
 def fetch_dataset() -> str:
-    """Copy a Hugging Face dataset into a temporary .jsonl: we read it two or three times, and download it once."""
+    """Copy a Hugging Face dataset into a temporary .jsonl file: it is read two or three times, but downloaded once."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -170,7 +175,7 @@ def fetch_dataset() -> str:
                     break
         except UserError:
             raise
-        except Exception as error:  # datasets raises many kinds
+        except Exception as error:  # datasets raises errors of many types
             raise UserError(f"datasets cannot read {source}: {str(error).strip().splitlines()[0][:200]}") from error
     return copy
 
@@ -179,8 +184,9 @@ def fetch_dataset() -> str:
 
 
 def field_of(row, where: str) -> str | None:
+    """The text of a row, a dict. UserError, which names `where` the row comes from, if it has none."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object such as {{\"{field}\": \"...\"}}: correct it")
+        raise UserError(f"{where}: not a JSON object such as {{\"{field}\": \"...\"}}: correct the line")
     if field not in row:
         raise UserError(f"{where} has no field {field!r}, but {', '.join(map(repr, row)) or 'none'}: give --field=NAME")
     if not isinstance(row[field], str | None):
@@ -194,7 +200,7 @@ class NotText(UserError):
 
 
 def read_text(path: str) -> Iterator[tuple[bool, str]]:
-    """(whether it is the first, text) of the pieces of a file, which is one document."""
+    """The pieces of a text file, which is one document: (whether it is the first piece, text)."""
     decoder, rest, position, block = codecs.getincrementaldecoder("utf-8")(), "", 0, None
     with open(path, "rb") as file:
         while block is None or len(block) == PIECE:
@@ -204,7 +210,7 @@ def read_text(path: str) -> Iterator[tuple[bool, str]]:
             first, position = position == 0, position + len(block)
             try:
                 text = rest + decoder.decode(block, final=len(block) < PIECE)
-            except UnicodeDecodeError as error:  # error.object begins with what the decoder had kept
+            except UnicodeDecodeError as error:  # error.object begins with bytes of the block before
                 raise NotText(path, position - len(error.object) + error.start) from error
             text = text.removeprefix("\ufeff") if first else text
             end = boundary(text, len(text)) if len(block) == PIECE else len(text)
@@ -220,7 +226,7 @@ def read_jsonl(path: str) -> Iterator[str | None]:
                 try:
                     row = json.loads(line.decode("utf-8-sig"))
                 except ValueError as error:
-                    raise UserError(f"{where}: not valid JSON ({error}): correct it") from error
+                    raise UserError(f"{where}: not valid JSON ({error}): correct the line") from error
                 yield field_of(row, where)
 
 
@@ -228,7 +234,7 @@ def open_parquet(path: str):
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(".parquet needs pyarrow: pip install pyarrow") from error
+        raise UserError(".parquet files need the Python package pyarrow: pip install pyarrow") from error
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
@@ -246,9 +252,9 @@ def read_parquet(path: str) -> Iterator[str | None]:
 
 
 def boundary(text: str, end: int) -> int:
-    """Where to cut text at or a little before `end`: before a space, or after a newline, that stands alone and has a
-    letter or digit behind it. There all the patterns of tiktoken and ours end a word in any case, so the tokens of the
-    pieces are the tokens of the whole. If there is no such place, the cut is at `end`, and a few tokens may differ."""
+    """The position at or shortly before `end` at which to cut a text: before a single space, or after a single newline,
+    that is followed by a letter or digit. The patterns of tiktoken and of tokenizer.py end a word there in any case, so
+    that cutting does not change the tokens. Without such a position it is `end`, and a few tokens may change."""
     for i in range(end - 2, max(end - 2**16, 0), -1):
         if text[i] in " \n" and text[i + 1].isalnum() and not text[i - 1].isspace():
             return i + (text[i] == "\n")
@@ -256,7 +262,7 @@ def boundary(text: str, end: int) -> int:
 
 
 def cut_up(texts: Iterator[str | None]) -> Iterator[tuple[bool, str]]:
-    """As read_text, of documents that are in memory one by one."""
+    """The pieces of documents, each of which is in memory: (whether it is the first piece of a document, text)."""
     for text in texts:
         text, start = well_formed(text or ""), 0
         while start < len(text):
@@ -270,11 +276,11 @@ def utf8_size(text: str) -> int:
 
 
 def pieces() -> Iterator[tuple[bool, str, int]]:
-    """(whether a document begins, text, its bytes), of all documents in order, up to max_bytes."""
+    """The pieces of all documents in order, up to max_bytes: (whether a document begins, text, bytes of the text)."""
     left = max_bytes or math.inf
     for name in files:
         extension, taken = os.path.splitext(name.removesuffix(".tmp"))[1].lower(), False
-        if extension in (".pkl", ".pickle"):  # they may look like text
+        if extension in (".pkl", ".pickle"):  # a pickle may look like text
             skipped.add(name)
             continue
         if extension == ".parquet":
@@ -292,23 +298,24 @@ def pieces() -> Iterator[tuple[bool, str, int]]:
                 if left <= 0:
                     return
         except NotText:
-            if taken or files == [path]:  # named by the user, or half used
+            if taken or files == [path]:  # the only source file, or partly used already
                 raise
             skipped.add(name)
 
 
-# ---- training or validation ------------------------------------------------------------------------------------------
+# ---- splits ----------------------------------------------------------------------------------------------------------
 
 
 def draw(text: str) -> float:
-    """A number in [0, 1) that depends on the text and the seed alone."""
+    """A pseudo-random number in [0, 1) that depends only on the text and the seed."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def plan_split() -> tuple[float, float]:
-    """(documents that draw less are for validation, or for a single document: the byte where validation begins).
-    Reads as many documents as it takes to see one on each side; if there are too few for that, one is moved."""
+    """(the limit of draw() below which a document is for validation, the byte at which validation begins if the source
+    is a single document). It reads documents until it has seen one of each split; if one split would stay empty, the
+    limit is moved by one document."""
     lowest, highest, documents, total = math.inf, -1.0, 0, 0
     for begins, text, size in pieces():
         total += size
@@ -322,17 +329,17 @@ def plan_split() -> tuple[float, float]:
     if documents == 1:
         return 0.0, total * (1 - val_fraction)
     if lowest == highest:
-        raise UserError(f"the {documents} documents of {source} are all the same: give others, for validation")
+        raise UserError(f"the {documents} documents of {source} are all equal: add other ones, for validation")
     return (highest if highest < val_fraction else math.nextafter(lowest, 1)), math.inf
 
 
 def split_pieces() -> Iterator[tuple[str, bool, str, int]]:
-    """As pieces(), with "train" or "val" before each."""
+    """The pieces() with their split, "train" or "val", before each."""
     position, split = 0, ""
     for begins, text, size in pieces():
         if begins:
             split = "val" if draw(text) < val_below else "train"
-        if position <= val_from < position + size:  # cut the single document, if possible at the end of a line or word
+        if position <= val_from < position + size:  # cut a single document, at the end of a line or word if possible
             end = len(text.encode()[:int(val_from - position)].decode(errors="ignore"))
             near = max(0, end - 2000)
             end = text.rfind("\n", near, end) + 1 or text.rfind(" ", near, end) + 1 or end
@@ -343,7 +350,7 @@ def split_pieces() -> Iterator[tuple[str, bool, str, int]]:
 
 
 def bpe_sample() -> Iterator[str]:
-    """Text for bpe to learn from: about train_bytes of the training documents, in slices from all over them."""
+    """Texts to train bpe on: about train_bytes, in slices spread evenly over the training documents."""
     share, due, left, step = train_bytes / (estimate * (1 - val_fraction)), 1.0, train_bytes, min(100_000, train_bytes)
     for split, _, text, _ in split_pieces():
         for start in range(0, len(text) if split == "train" else 0, step):
@@ -359,14 +366,14 @@ def bpe_sample() -> Iterator[str]:
 def make_tokenizer():
     if tokenizer == "byte":
         return byte_tokenizer()
-    if tokenizer == "char":  # of validation too, which it could not encode otherwise
+    if tokenizer == "char":  # with the characters of validation, too, which must be encoded
         return char_tokenizer(text for _, text, _ in pieces())
     if tokenizer == "bpe":
         return train_bpe(bpe_sample(), vocab_size)
     return tiktoken_tokenizer(tokenizer)
 
 
-# ---- encoding, in threads: tiktoken lets them run side by side, and processes were no faster -------------------------
+# ---- encoding, in threads: tiktoken releases Python's lock, and processes were not faster ----------------------------
 
 
 def batches() -> Iterator[list]:
@@ -385,7 +392,7 @@ def encode(batch: list) -> list[np.ndarray]:
 
 
 def encode_all(bins: dict):
-    """Write all tokens, in the order of the documents. Only a few batches are in memory at a time."""
+    """Encode all documents and write their tokens in order. Only a few batches are in memory at a time."""
     def put(split: str, ids: np.ndarray):
         bins[split].write(ids.tobytes())
         count[f"{split}_tokens"] += len(ids)
@@ -409,7 +416,7 @@ def encode_all(bins: dict):
         for batch, future in waiting:
             write(batch, future.result())
     for split in ("train", "val"):
-        if split == "val" or val_from == math.inf:  # a single document does not end at the cut
+        if split == "val" or val_from == math.inf:  # not at the cut of a single document
             put(split, end)
 
 
@@ -422,7 +429,7 @@ def progress(what: str, total: int) -> tqdm:
 
 @contextlib.contextmanager
 def output_folder() -> Iterator[int]:
-    """Make the folder and keep other runs out of it; after an error leave nothing new behind."""
+    """Make the output folder, and lock it against other runs. After an error, everything new in it is removed."""
     missing, parent = [], os.path.abspath(out)
     while not os.path.lexists(parent):
         missing.append(parent)
@@ -433,7 +440,7 @@ def output_folder() -> Iterator[int]:
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): give another --out") from error
     with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(folder, fcntl.LOCK_EX)  # a second run for the same folder waits, then finds it up to date
+        fcntl.flock(folder, fcntl.LOCK_EX)  # a second run waits, then finds the folder up to date
     try:
         yield folder
     except BaseException:
@@ -453,8 +460,8 @@ def remove(names: list[str]):
 
 
 def fingerprint() -> str:
-    """Changes with the settings that matter and with the source's files. Of a remote dataset only the name counts."""
-    listed = files or [*filter(os.path.isfile, [path]), *walk(path)]
+    """A hash of the settings that matter and of the source files' names, sizes and times; for a remote dataset, of the
+    name."""
     state = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in listed]
     used = {name: value for name, value in settings.items() if name not in ("out", "threads")}
     return hashlib.sha256(json.dumps([VERSION, used, sorted(state)]).encode()).hexdigest()
@@ -476,7 +483,12 @@ def up_to_date() -> bool:
 began = time.perf_counter()
 skipped: set[str] = set()  # files that are not text
 files = find_files()
+listed = files or [*filter(os.path.isfile, [path]), *walk(path)]  # a dataset of `datasets` may be files, too
 wanted = fingerprint()
+written = {os.path.realpath(os.path.join(out, name)) for name in OUTPUT + TEMPORARY}
+for name in listed:
+    if os.path.realpath(name) in written:
+        raise UserError(f"--out={out} would overwrite {name}, a file of the source: give another --out")
 
 with output_folder() as folder:
     if up_to_date():
@@ -504,8 +516,8 @@ with output_folder() as folder:
         for file in (train_bin, val_bin, meta_json):
             file.flush()
             os.fsync(file.fileno())
-    remove(["meta.json"])  # from here on there is no preparation, until there is the new one
-    for name in ("train.bin", "val.bin", "meta.json"):
+    remove(["meta.json"])  # until the new one is in place, the folder counts as empty
+    for name in OUTPUT:
         os.replace(os.path.join(out, name + ".tmp"), os.path.join(out, name))
         os.fsync(folder)
     remove(TEMPORARY)
@@ -517,5 +529,5 @@ if skipped:
 print(f"{source}: {count['documents']:,} document{'s' * (count['documents'] > 1)}, {n_bytes:,} bytes, "
       f"{count['val_bytes'] / n_bytes:.1%} of them for validation\n"
       f"{tokenizer}: {tokens.n_vocab:,} tokens, made in {trained - began:.1f} s\n"
-      f"{out}: {count['train_tokens']:,} + {count['val_tokens']:,} tokens, {n_bytes / n_tokens:.2f} bytes a token, "
-      f"{n_bytes / 1e6 / (now - trained):.1f} MB/s, {now - began:.1f} s in all")
+      f"{out}: {count['train_tokens']:,} + {count['val_tokens']:,} tokens, {n_bytes / n_tokens:.2f} bytes a token\n"
+      f"encoded at {n_bytes / 1e6 / (now - trained):.1f} MB/s, {now - began:.1f} s in all")

@@ -1,4 +1,4 @@
-"""data.py, run as a user runs it, on little corpora of every kind."""
+"""data.py, run from a command line, on small corpora of every kind."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def write_jsonl(path: Path, texts, field="text"):
 
 
 def whole(folder: Path, texts, *arguments):
-    """Prepare; the documents come back exactly, each in one split only. Returns the splits."""
+    """Run data.py, and check that the documents decode exactly, each in one split only. Returns the splits."""
     prepare(folder, *arguments)
     train, val = documents(folder / "out")
     assert sorted(train + val) == sorted(texts)
@@ -203,7 +203,8 @@ def test_deterministic_whatever_the_threads(tmp_path):
 
 @pytest.mark.parametrize("kind", ["prose", "windows", "no blanks"])
 def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(tmp_path, kind):
-    """Exactly, where a lone blank stands before a letter or digit. Elsewhere only next to a cut may they differ."""
+    """The tokens are equal where a text can be cut at a single blank before a letter or digit; elsewhere a few tokens
+    next to a cut may differ."""
     rng = random.Random(1)
     words = ["the", "of", "naïve", "x=1;", "“日本”", "12345", "and"]
     space, line = {"prose": (" ", "\n"), "windows": (" ", "\r\n"), "no blanks": ("", "")}[kind]
@@ -280,7 +281,23 @@ def test_killed_in_the_middle(tmp_path):
     assert documents(tmp_path / "out") == before
     for name in tmp_path.glob("*.tmp"):
         name.rename(tmp_path / "out" / name.name)
-    whole(tmp_path, some_texts(), "a.jsonl", "--tokenizer=byte")  # removes what the other left, too
+    whole(tmp_path, some_texts(), "a.jsonl", "--tokenizer=byte")  # it also removes the files that the killed run left
+
+
+@pytest.mark.parametrize("source, name", [("in", "in/meta.json"), ("in/*", "in/val.bin"), ("link/a.txt", "in/a.txt")])
+def test_no_source_is_written_over(tmp_path, source, name):
+    """The output's files may be neither a file of the source nor a link to one."""
+    (tmp_path / "in").mkdir()
+    for file in {name, "in/b.txt"}:
+        (tmp_path / file).write_bytes(LINES)
+    (tmp_path / "link").symlink_to("in")
+    (tmp_path / "out").mkdir()
+    if source.startswith("link"):
+        (tmp_path / "out" / "train.bin").symlink_to("../in/a.txt")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    done = data(tmp_path, source, "--out=" + ("out" if source.startswith("link") else "in"), "--tokenizer=byte")
+    assert done.returncode == 2 and "would overwrite" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def bad(name: str, content: bytes = b"", *arguments, message: str):
@@ -303,7 +320,7 @@ LINES = b"".join(b'{"text": "line %d"}\n' % i for i in range(300))
     bad("a.jsonl", b'"text"\n', message="line 1: not a JSON object"),
     bad("a.jsonl", b'{"messages": [], "id": 1}\n', message="has no field 'text', but 'messages', 'id'"),
     bad("a.jsonl", b'{"messages": []}\n', "--field=messages", message="field 'messages' is list, not text"),
-    bad("a.jsonl", b'{"text": "same"}\n' * 9, message="are all the same"),
+    bad("a.jsonl", b'{"text": "same"}\n' * 9, message="are all equal"),
     bad("a.parquet", b"nonsense", message="a.parquet is not a parquet file"),
     bad("a.txt", LINES, "--tokenizer=gtp2", message="unknown tokenizer 'gtp2': did you mean gpt2?"),
     bad("a.txt", LINES, "--tokenizer=bite", message="did you mean byte?"),
