@@ -1,14 +1,14 @@
-"""From text to token ids and back.
+"""Tokenizers: from text to token ids and back.
 
-A tokenizer is a list of byte strings, tokens[id], and a way to choose among them. Four kinds:
+A tokenizer has a list of byte strings, tokens[id], and a method to split text into them. There are four kinds:
     byte    the 256 bytes
     char    the characters of one corpus
-    bpe     byte pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): a regex cuts the text into words, and in
-            each word the neighbours whose union has the lowest id are merged, until there are none. Trained here by
-            rustbpe, or copied from tiktoken or a tokenizer.json; run by tiktoken.
-    hf      any other tokenizer.json, kept as it is and run by the tokenizers package.
-Each has special tokens, which no text can produce: one ends a document (<|endoftext|>), one begins it (the same, if
-nothing else is said).
+    bpe     byte pair encoding (Sennrich et al. 2016; on bytes as in GPT-2): a regex splits the text into words; in each
+            word, the two neighbours whose concatenation has the lowest id are merged, until no concatenation is a
+            token. It is trained by rustbpe, or copied from tiktoken or from a tokenizer.json, and run by tiktoken.
+    hf      any other tokenizer.json, stored whole, and run by the tokenizers package
+Each also has special tokens, which encoding a text never gives. One of them, <|endoftext|>, ends a document; it also
+precedes each document, unless the tokenizer has another special token for that.
 """
 import base64
 import json
@@ -25,24 +25,24 @@ from config import UserError, nearest
 
 EOT = "<|endoftext|>"
 KINDS = ("byte", "char", "bpe", "hf")
-# As GPT-4's: contractions; letters with one character before them; up to three digits; punctuation with the newlines
-# after it; lines that are blank; spaces, of which the last goes to the next word.
+# GPT-4's words: contractions; letters, with one other character before them; up to three digits; punctuation, with the
+# newlines after it; blank lines; spaces, the last of which belongs to the next word.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
            r"|\s*[\r\n]|\s+(?!\S)|\s+")
-LONGEST_BLANK = 50_000  # where runs of blanks are cut that are too long for the regex engine (a million)
+LONGEST_BLANK = 50_000  # runs of blanks that are too long for the regex engine (a million) are cut into such pieces
 
 
 class Tokenizer:
     def __init__(self, kind: str, tokens: list[bytes], special: dict[str, int], pattern: str = "",
                  bos: int | None = None, eot: int | None = None, source: str = ""):
         self.kind = kind        # byte | char | bpe | hf
-        self.tokens = tokens    # by id, special tokens excluded; b"" where there is none
-        self.special = special  # their text -> id
-        self.pattern = pattern  # bpe: the regex that cuts text into words
+        self.tokens = tokens    # by id; b"" at ids of special tokens, and at unused ids
+        self.special = special  # special tokens: text -> id
+        self.pattern = pattern  # bpe: the regex that splits text into words
         self.source = source    # hf: the text of tokenizer.json
         self.n_vocab = max(len(tokens), 1 + max(special.values(), default=0))
-        self.eot = special[EOT] if eot is None else eot  # what ends a document
-        self.bos = self.eot if bos is None else bos      # what begins it
+        self.eot = special[EOT] if eot is None else eot  # the token after a document
+        self.bos = self.eot if bos is None else bos      # the token before a document
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (n,), uint32. The text of a special token is encoded like any other text."""
@@ -63,13 +63,13 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """Length of each token in bytes (n_vocab,), int32; 0 for special tokens, which are no text: for bits a byte."""
+        """The bytes of each token (n_vocab,), int32; 0 for special tokens, which are not text. For bits per byte."""
         lengths = np.zeros(self.n_vocab, dtype=np.int32)
         lengths[:len(self.tokens)] = [len(token) for token in self.tokens]
         return lengths
 
     def to_dict(self) -> dict:
-        """For JSON: what a checkpoint carries and the browser reads."""
+        """The tokenizer as JSON, for a checkpoint's header, which Python and the browser read."""
         more = {"source": self.source} if self.source else {}
         if (self.bos, self.eot) != (self.special.get(EOT),) * 2:
             more |= {"bos": self.bos, "eot": self.eot}
@@ -79,7 +79,7 @@ class Tokenizer:
     @classmethod
     def from_dict(cls, d: dict) -> "Tokenizer":
         if d["kind"] not in KINDS:
-            raise UserError(f"a tokenizer of the unknown kind {d['kind']!r}: it must be one of {', '.join(KINDS)}")
+            raise UserError(f"the tokenizer is of unknown kind {d['kind']!r}: it must be one of {', '.join(KINDS)}")
         return cls(d["kind"], [base64.b64decode(token) for token in d["tokens"]], d["special"], d["pattern"],
                    d.get("bos"), d.get("eot"), d.get("source", ""))
 
@@ -91,7 +91,7 @@ class Tokenizer:
         return pieces
 
     @cached_property
-    def _bpe(self):  # built on first use, as decoding and loading do not need it
+    def _bpe(self):  # built when needed: decoding and loading do without it
         import tiktoken
         ranks = {token: i for i, token in enumerate(self.tokens) if token}
         return tiktoken.Encoding("tinygpt", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special)
@@ -101,19 +101,19 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise UserError("this checkpoint's tokenizer is run by the tokenizers package: pip install tokenizers"
+            raise UserError("this checkpoint's tokenizer needs the Python package tokenizers: pip install tokenizers"
                             ) from error
         try:
             found = tokenizers.Tokenizer.from_str(self.source)
-        except Exception as error:  # it raises no other kind
-            raise UserError(f"tokenizer.json is none that the tokenizers package can read ({error}): copy it again"
+        except Exception as error:  # the package raises no other type
+            raise UserError(f"the tokenizers package cannot read this tokenizer.json ({error}): copy the file again"
                             ) from error
-        found.encode_special_tokens = True  # as the text that they are
+        found.encode_special_tokens = True  # encode their names as ordinary text
         return found
 
     @cached_property
     def _char_ids(self) -> np.ndarray:
-        """Id of each code point, -1 where it has none."""
+        """The id of each code point (largest code point + 2,), -1 where it has none."""
         points = [ord(token.decode()) for token in self.tokens]
         ids = np.full(max(points, default=0) + 2, -1, dtype=np.int32)
         ids[points] = np.arange(len(points))
@@ -125,21 +125,21 @@ class Tokenizer:
         if (ids < 0).any():
             missing = [chr(point) for point in np.unique(points[ids < 0])]
             shown = ", ".join(map(ascii, missing[:10])) + (f" and {len(missing) - 10} more" if missing[10:] else "")
-            raise UserError(f"the char tokenizer has no {shown}: leave them out, or prepare data that has them")
+            raise UserError(f"the char tokenizer lacks {shown}: leave them out, or train on text that has them")
         return ids.astype(np.uint32)
 
     def _encode_bpe(self, text: str) -> np.ndarray:
-        # encode_to_numpy is 1.5 times faster than lists on two threads, since it holds no lock while it works.
-        # disallowed_special=(): the text of special tokens is no error; it stays text, as no special token is allowed.
+        # encode_to_numpy is 1.5 times faster than encode on two threads, since it releases Python's lock.
+        # disallowed_special=(): names of special tokens in the text are encoded as text, and are not an error.
         try:
             return self._bpe.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # a lone surrogate, or a run of blanks that overflows the stack of the regex engine
+        except ValueError:  # half a surrogate pair, or blanks that overflow the regex engine's stack
             parts = re.split(rf"(\s{{{LONGEST_BLANK}}})", well_formed(text))
             return np.concatenate([self._bpe.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
 
 def well_formed(text: str) -> str:
-    """What UTF-8 can hold: half of a surrogate pair, which JSON may have, becomes U+FFFD."""
+    """The text in a form that UTF-8 can hold: half of a surrogate pair, which JSON may have, becomes U+FFFD."""
     try:
         text.encode()
         return text
@@ -148,7 +148,7 @@ def well_formed(text: str) -> str:
 
 
 def tokens_folder(source: str, tokenizer: str, vocab_size: int) -> str:
-    """Where data.py writes the tokens of a source, if it is not told where, and where train.py looks for them."""
+    """The folder in which data.py by default writes the tokens of a source, and in which train.py looks for them."""
     stem = os.path.splitext(os.path.basename(source.rstrip("/")))[0] if os.path.exists(source) else source
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)
     return os.path.join("data", f"{safe}-{tokenizer}" + (f"-{vocab_size}" if tokenizer == "bpe" else ""))
@@ -159,7 +159,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Of all characters in the texts, sorted."""
+    """A tokenizer of all characters in the texts, sorted."""
     characters = set()
     for text in texts:
         characters.update(text)
@@ -167,7 +167,8 @@ def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """vocab_size counts the end-of-text token. Texts should be short of some 100 KB each: 256 are held at a time."""
+    """Train byte pair encoding. vocab_size includes the end-of-text token. 256 texts are in memory at a time, so that
+    each should have at most about 100 KB."""
     import rustbpe
     if vocab_size < 257:
         raise UserError(f"vocab_size={vocab_size}: bpe needs 257 or more, for 256 bytes and the end-of-text token")
@@ -175,13 +176,13 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     trainer.train_from_iterator(iter(texts), vocab_size - 1, buffer_size=256, pattern=PATTERN)
     tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
     if len(tokens) < vocab_size - 1:
-        print(f"the text has no more pairs to merge: the vocabulary has {len(tokens) + 1} tokens, not {vocab_size}",
+        print(f"no more pairs to merge: the vocabulary has {len(tokens) + 1} tokens, not {vocab_size}",
               file=sys.stderr)
     return Tokenizer("bpe", tokens, {EOT: len(tokens)}, PATTERN)
 
 
 def tiktoken_tokenizer(name: str) -> Tokenizer:
-    """A copy of tiktoken's, so that a checkpoint which holds it never downloads."""
+    """A copy of a tiktoken tokenizer, so that a checkpoint with this tokenizer needs no download."""
     import tiktoken
     names = [*KINDS, *tiktoken.list_encoding_names()]
     if name not in names:
@@ -189,22 +190,22 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
-        raise UserError(f"tiktoken could not download {name} ({type(error).__name__}): connect once, or set "
-                        f"TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe") from error
+        raise UserError(f"tiktoken could not download {name} ({type(error).__name__}): connect to the internet once, "
+                        "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe") from error
     tokens = [b""] * (1 + max(encoding._mergeable_ranks.values()))
     for token, i in encoding._mergeable_ranks.items():
         tokens[i] = token
     return Tokenizer("bpe", tokens, dict(encoding._special_tokens), encoding._pat_str)
 
 
-# ---- tokenizer.json, of Hugging Face ---------------------------------------------------------------------------------
+# ---- Hugging Face's tokenizer.json -----------------------------------------------------------------------------------
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def from_tokenizer_json(text: str, bos: str = "", eos: str = "") -> Tokenizer:
-    """A tokenizer.json: of kind bpe, where byte pair encoding by ids is exactly what it does, else of kind hf. bos and
-    eos: the tokens that begin and end a document; without them, the special token whose name says so."""
+    """Read a tokenizer.json. The kind is bpe (or byte) if that gives exactly equal ids, else hf. bos and eos: the names
+    of the tokens that begin and end a document; without them, the usual names are searched for."""
     try:
         found = json.loads(text)
         model, added = found["model"], {token["content"]: token["id"] for token in found.get("added_tokens") or ()}
@@ -219,15 +220,16 @@ def from_tokenizer_json(text: str, bos: str = "", eos: str = "") -> Tokenizer:
         ends = [eos, EOT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"]
         eot = next((added[name] for name in ends if name in added), None)
         if eot is None:
-            raise UserError("tokenizer.json names no token that ends a document: there is no eos_token")
+            raise UserError("tokenizer.json has no token that ends a document: name one as eos_token in "
+                            "tokenizer_config.json")
         start = next((added[name] for name in (bos, "<s>", "<|begin_of_text|>") if name in added), eot)
         pattern = bpe_pattern(found)
         exact = pattern is not None and byte_level and merges_go_by_ids(model["merges"], vocab)
-        exact = exact and {bytes([i]) for i in range(256)} <= set(tokens)  # tiktoken cannot do without
+        exact = exact and {bytes([i]) for i in range(256)} <= set(tokens)  # tiktoken needs all bytes
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"tokenizer.json is none that can be read ({error!r}): copy it again") from error
+        raise UserError(f"tokenizer.json cannot be read ({error!r}): copy the file again") from error
     if tokens[:256] == [bytes([i]) for i in range(256)] and not any(tokens[256:]) and not model.get("merges"):
         return Tokenizer("byte", tokens[:256], added, "", start, eot)
     theirs = Tokenizer("hf", tokens, added, "", start, eot, text)
@@ -235,12 +237,12 @@ def from_tokenizer_json(text: str, bos: str = "", eos: str = "") -> Tokenizer:
     if exact and same_ids(ours, theirs):
         return ours
     if find_spec("tokenizers"):
-        theirs.encode("")  # UserError, if it is none
+        theirs.encode("")  # UserError if the tokenizers package cannot read it
     return theirs
 
 
 def bpe_pattern(found: dict) -> str | None:
-    """The regex that cuts text into words, if nothing else happens to the text than byte pair encoding."""
+    """The regex that splits text into words, or None if the tokenizer.json does more than byte pair encoding."""
     model, pre = found["model"], found.get("pre_tokenizer") or {}
     plain = model.get("type", "BPE") == "BPE" and not found.get("normalizer") and not any(
         model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
@@ -257,8 +259,8 @@ def bpe_pattern(found: dict) -> str | None:
 
 
 def merges_go_by_ids(merges: list, vocab: dict[str, int]) -> bool:
-    """Whether each merge makes a token of a higher id than the merges before, as tiktoken takes for granted. (Where a
-    token may come of several pairs, all that are its first are listed in one run.)"""
+    """Whether the tokens that the merges make have increasing ids, as tiktoken assumes. Several merges in a row may
+    make one token."""
     last = -1
     for merge in merges:
         i = vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)]
@@ -269,7 +271,8 @@ def merges_go_by_ids(merges: list, vocab: dict[str, int]) -> bool:
 
 
 def same_ids(ours: Tokenizer, theirs: Tokenizer) -> bool:
-    """Of a text that holds every token twice, in both orders; theirs may not be there to ask."""
+    """Whether both tokenizers encode a text that has every token twice, in both orders, to equal ids. True if the
+    tokenizers package is not installed."""
     pieces = [token.decode("utf-8", "ignore") for token in ours.tokens]
     text = "".join(pieces) + " ".join(reversed(pieces))
     try:
@@ -280,7 +283,7 @@ def same_ids(ours: Tokenizer, theirs: Tokenizer) -> bool:
 
 
 def letters_of_bytes() -> dict[int, str]:
-    """GPT-2's way to write bytes as letters: printable ones as they are, the others from U+0100 on."""
+    """GPT-2's letters for bytes: printable bytes are their own letters, the others are letters from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -296,13 +299,13 @@ def bytes_of_letters(piece: str) -> bytes:
 
 
 def bytes_of_piece(piece: str) -> bytes:
-    """SentencePiece's way: a lower one-eighth block is a blank, <0x0A> a byte."""
+    """The bytes of a SentencePiece token, where U+2581 is a blank, and <0x0A> is a byte."""
     match = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
     return bytes([int(match[1], 16)]) if match else piece.replace("\u2581", " ").encode()
 
 
 def to_tokenizer_json(enc: Tokenizer) -> dict | None:
-    """The same tokenizer as a tokenizer.json, for kinds byte, bpe and hf; None for others."""
+    """The tokenizer as a tokenizer.json, for the kinds byte, bpe and hf; None for char."""
     if enc.kind == "hf":
         return json.loads(enc.source)
     if enc.kind not in ("byte", "bpe"):
@@ -310,7 +313,7 @@ def to_tokenizer_json(enc: Tokenizer) -> dict | None:
     letters, ranks = letters_of_bytes(), {token: i for i, token in enumerate(enc.tokens) if token}
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
-    for token in sorted(ranks, key=ranks.get):  # tiktoken merges any two tokens that make it
+    for token in sorted(ranks, key=ranks.get):  # tiktoken merges any two tokens that make a token
         merges += [[spelled[token[:i]], spelled[token[i:]]] for i in range(1, len(token))
                    if token[:i] in ranks and token[i:] in ranks]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -324,3 +327,8 @@ def to_tokenizer_json(enc: Tokenizer) -> dict | None:
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
                       "vocab": {spelled[token]: i for token, i in ranks.items()}, "merges": merges}}
+
+
+if __name__ == "__main__":
+    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as data.py", file=sys.stderr)
+    sys.exit(2)

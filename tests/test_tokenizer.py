@@ -1,4 +1,4 @@
-"""tokenizer.py, against tiktoken set up apart from it and against byte pair encoding written from its definition."""
+"""tokenizer.py, against tiktoken used directly, and against byte pair encoding written from the definition."""
 
 import json
 
@@ -59,7 +59,8 @@ def test_layout_of_the_vocabularies(bpe):
 
 
 def naive_bpe(text: str, tokens: list[bytes]) -> list[int]:
-    """Cut into words; in each, while two neighbours together are a token, merge the pair that makes the lowest."""
+    """Split the text into words; in each, merge the two neighbours whose concatenation has the lowest id, until no
+    concatenation is a token."""
     rank = {token: i for i, token in enumerate(tokens)}
     ids = []
     for word in regex.findall(PATTERN, text):
@@ -74,7 +75,7 @@ def naive_bpe(text: str, tokens: list[bytes]) -> list[int]:
     return ids
 
 
-def test_bpe_is_what_its_definition_says(bpe):
+def test_bpe_follows_its_definition(bpe):
     merged = 0
     for text in CORPUS:
         assert bpe.encode(text).tolist() == naive_bpe(text, bpe.tokens)
@@ -82,7 +83,7 @@ def test_bpe_is_what_its_definition_says(bpe):
     assert merged > 500
 
 
-def test_bpe_is_what_tiktoken_does(bpe):
+def test_bpe_equals_tiktoken(bpe):
     ranks = {token: i for i, token in enumerate(bpe.tokens)}
     other = tiktoken.Encoding("other", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     for text in CORPUS:
@@ -106,10 +107,10 @@ def test_a_small_text_gives_a_smaller_vocabulary(capsys):
         train_bpe(iter(["aaab"]), 256)
 
 
-def test_what_the_regex_engine_or_utf8_cannot_hold(bpe):
+def test_long_blanks_and_half_surrogate_pairs(bpe):
     for blanks in (" " * 3_000_000, "\t \u3000" * 500_000):
         assert bpe.decode(bpe.encode(f"a{blanks}b")) == f"a{blanks}b"
-    with pytest.raises(ValueError):  # or else the code for it is not needed any more
+    with pytest.raises(ValueError):  # otherwise the code for long blanks can be deleted
         bpe._bpe.encode_to_numpy(" " * 3_000_000)
     for tokenizer in (bpe, byte_tokenizer(), char_tokenizer(["a\ufffd🙂"])):
         assert tokenizer.decode(tokenizer.encode("a\ud83da")) == "a\ufffda"
