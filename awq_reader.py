@@ -1,12 +1,12 @@
-"""A folder that AutoAWQ packed, into a checkpoint of this collection that stays packed.
+"""A folder that AutoAWQ packed into a checkpoint of this collection, which stays packed.
 
     python awq_reader.py Llama-3.2-1B-AWQ llama.safetensors
     python awq_reader.py Llama-3.2-1B-AWQ llama.safetensors --dense=True
 
 AWQ (Lin et al. 2024) stores integers q of 4 bits with a scale and a zero point for each group of inputs: w = (q - zero)
-scale. They are repacked into MLX's layout, w = scale q + bias with bias = -scale zero, integer by integer: nothing is
-rounded, and no layer becomes dense on the way. Both of AutoAWQ's layouts are read, GEMM and GEMV. Layers that it left
-alone, often the unembedding, stay as they are.
+scale. The integers are repacked into MLX's layout, w = scale q + bias with bias = -scale zero: nothing is rounded, and
+no layer is unpacked to floating point on the way. Both of AutoAWQ's layouts are read, GEMM and GEMV. Layers that
+AutoAWQ did not pack, often the unembedding, stay as they are.
 """
 import os
 from collections.abc import Callable
@@ -31,7 +31,7 @@ COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]  # GEMM: nibble i of a word, from th
 
 
 def nibbles(words: np.ndarray, columns: list[int]) -> np.ndarray:
-    """int32 (n, m) -> uint8 (n, 8 m): the nibbles of each word, the i-th going to columns[i]."""
+    """int32 (n, m) -> uint8 (n, 8 m): the eight nibbles of each word; the i-th goes to columns[i]."""
     words = words.view(np.uint32)
     found = np.empty((*words.shape, 8), np.uint8)
     for i, column in enumerate(columns):
@@ -40,7 +40,7 @@ def nibbles(words: np.ndarray, columns: list[int]) -> np.ndarray:
 
 
 def pack(q: np.ndarray) -> np.ndarray:
-    """uint8 (n, m) of 4 bits -> uint32 (n, m / 8), low bits first: MLX's layout."""
+    """uint8 (n, m) of 4 bits -> uint32 (n, m / 8), low bits first, which is MLX's layout."""
     return np.ascontiguousarray(q[:, ::2] | q[:, 1::2] << 4).view("<u4")
 
 
@@ -52,7 +52,8 @@ def from_gemm(qweight, qzeros, scales) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def from_gemv(qweight, qzeros, scales, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """qweight (out, in / 8), which is MLX's layout already; qzeros (out, words) and scales (out, 8 words), padded."""
+    """As from_gemm(), of qweight (out, in / 8), which is in MLX's layout already, qzeros (out, words) and scales (out,
+    8 words); the last two end in padding."""
     return qweight.view(np.uint32), nibbles(qzeros, range(8))[:, :groups], scales[:, :groups]
 
 
@@ -60,13 +61,13 @@ def from_gemv(qweight, qzeros, scales, groups: int) -> tuple[np.ndarray, np.ndar
 
 
 def reader(settings: dict, where: str) -> Callable[[readers.Folder, str], dict[str, mx.array]]:
-    """What readers.read_model calls for each linear layer. settings: quantization_config."""
+    """The function that readers.read_model calls for each linear layer. settings: quantization_config."""
     version, bits = str(settings.get("version", "gemm")).lower(), settings.get("bits", settings.get("w_bit", 4))
     if bits != 4 or version not in ("gemm", "gemv"):
-        raise UserError(f"{where}: {bits} bits in the layout {version!r}; AutoAWQ's gemm and gemv of 4 bits are read")
+        raise UserError(f"{where}: {bits} bits in the layout {version!r} cannot be read, only gemm and gemv of 4 bits")
     group_size = settings.get("group_size", settings.get("q_group_size", 128))
     if type(group_size) is not int or group_size < 1 and group_size != -1:
-        raise UserError(f"{where}: group_size={group_size!r} is no number of inputs, nor -1, which is all of them")
+        raise UserError(f"{where}: group_size={group_size!r} is neither a number of inputs nor -1, which means all")
 
     def linear(source: readers.Folder, name: str) -> dict[str, mx.array]:
         if f"{name}.qweight" not in source.names:
@@ -96,7 +97,7 @@ def reader(settings: dict, where: str) -> Callable[[readers.Folder, str], dict[s
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 if not source:
-    raise UserError("nothing to read: give a folder that AutoAWQ wrote")
+    raise UserError("there is nothing to read: give a folder that AutoAWQ wrote")
 if scale_dtype not in ("float32", "float16"):
     raise UserError(f"scale_dtype={scale_dtype!r} is not one of float32, float16")
 folder = readers.open_folder(source)
@@ -104,5 +105,4 @@ where = os.path.join(source, "config.json")
 linear = reader(readers.quantization(folder, "awq", ("bits", "group_size", "version")), where)
 config = readers.model_config(folder.raw, where)
 tokenizer, more = readers.tokenizer_of(folder)
-more["script"] = "awq_reader.py"
 readers.write_checkpoint(out, config, readers.read_model(config, folder, linear), tokenizer, more)

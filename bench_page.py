@@ -1,7 +1,7 @@
-"""The page's side of bench.py: its kernels through Vulkan, and the page in headless Chromium. Prints lines of JSON.
+"""The part of bench.py about the page: its kernels through Vulkan, and the page in headless Chromium. It prints JSON.
 
-    python bench_page.py kernels      # [what, unit, figure, of which peak], by wgsl.py
-    python bench_page.py chromium     # the page's own benchmark, on the checkpoint that it opens with
+    python bench_page.py kernels      # lines of [what, unit, figure, the device's peak], measured by wgsl.py
+    python bench_page.py chromium     # the text of the page's own benchmark, with the page's own checkpoint
 """
 import json
 import os
@@ -12,14 +12,18 @@ import sys
 import numpy as np
 
 import wgsl
-from config import UserError
+from config import UserError, overrides
 
-# TFLOP/s of float32, and GB/s
+part = "kernels"  # kernels | chromium
+
+settings = overrides(globals(), "part")
+
+# peak TFLOP/s of float32, and peak GB/s
 PEAKS = {"H100": (66.9, 3350), "H200": (66.9, 4800), "A100": (19.5, 2039), "RTX 4090": (82.6, 1008)}
 
 
 def kernels():
-    """A matmul of float32, as a share of the device's peak; a row by packed weights of 4 bits, by its bandwidth."""
+    """Speed of a float32 matmul, beside the device's peak; bandwidth of a product of one row with 4-bit weights."""
     gpu = wgsl.device()
     name = gpu.adapter.info["device"]
     flops, bandwidth = next((peak for known, peak in PEAKS.items() if known in name), (0, 0))
@@ -40,7 +44,7 @@ def kernels():
         x, y = (wgsl.buffer(rng.standard_normal(size, dtype=np.float32)) for size in (K, N))
         several = [[wgsl.buffer(rng.integers(0, 2**32, N * K // 8, dtype=np.uint32)),
                     *(wgsl.buffer(np.full(N * K // 64, 0.01, np.float16)) for _ in range(2)), nothing, x, y]
-                   for _ in range(1 if software else 6)]  # together more than a cache holds
+                   for _ in range(1 if software else 6)]  # together larger than a cache
         for kernel, rows in (("matvec", 4), ("matvec_subgroup", 128 // lanes), ("matvec_packed", 512 // lanes)):
             taken = wgsl.seconds(kernel, {"BITS": 4}, (N, K), several, wgsl.threads(N, max(1, rows)))
             size = N * K * (0.5 + 4 / 64) + 4 * (N + K)
@@ -48,14 +52,14 @@ def kernels():
 
 
 def chromium():
-    """What webgpu/bench.js says of demo.safetensors."""
+    """The text that webgpu/bench.js makes for demo.safetensors."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError as error:
-        raise UserError("no browser: pip install playwright, and install chromium") from error
+        raise UserError("there is no browser: pip install playwright, and install chromium") from error
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not path:
-        raise UserError("no browser: install chromium")
+        raise UserError("there is no browser: install chromium")
     here = os.path.dirname(os.path.abspath(__file__))
     server = subprocess.Popen([sys.executable, os.path.join(here, "playground.py"), "--port=0", "--open=False"],
                               stdout=subprocess.PIPE, text=True)
@@ -82,9 +86,11 @@ def chromium():
         server.wait()
 
 
-if __name__ == "__main__":
-    try:
-        {"kernels": kernels, "chromium": chromium}[sys.argv[1]]()
-    except UserError as error:
-        print(f"bench_page.py: {error}", file=sys.stderr)
-        sys.exit(2)
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+if part not in ("kernels", "chromium"):
+    raise UserError(f"part={part!r} is not one of kernels, chromium")
+if part == "kernels":
+    kernels()
+else:
+    chromium()

@@ -1,13 +1,14 @@
-"""A GGUF file, as llama.cpp runs it, into a checkpoint of this collection, and back.
+"""A GGUF file, as llama.cpp runs it, into a checkpoint of this collection, and back into a GGUF file.
 
     python gguf_reader.py model.gguf model.safetensors
     python gguf_reader.py out/ckpt.safetensors --export=model.gguf --type=Q8_0
 
-Read: the architectures llama (with its rope scaling and Mixtral's experts), qwen2, qwen3 and gpt2. F32, F16 and BF16
-stay as they are; Q8_0, Q4_0 and Q4_1 stay packed, since MLX's layout holds them exactly, in groups of 32; all other
-types are unpacked by the gguf package, and packed again, with a loss, only if --bits says so. Byte-level tokenizers
-come along where their way to cut words is known here (gpt-2, llama-bpe, qwen2), SentencePiece's, as Llama 2 and Mistral
-have it, by the tokenizers package. Written: F16 or Q8_0.
+It reads the architectures llama (with rope scaling, and with Mixtral's experts), qwen2, qwen3 and gpt2. Tensors of the
+types F32, F16 and BF16 keep their dtype; Q8_0, Q4_0 and Q4_1 stay packed, since MLX's layout holds them exactly, in
+groups of 32; the gguf package unpacks all other types, and --bits quantizes them again, with a loss. A byte-level
+tokenizer goes into the checkpoint if its regex is known here (gpt-2, llama-bpe, qwen2), and so does SentencePiece's, as
+Llama 2 and Mistral have it, which is then run by the tokenizers package. A setting of the architecture that is not
+known here is refused, unless its value turns it off. It writes matrices of the types F16 or Q8_0.
 """
 import errno
 import json
@@ -50,8 +51,8 @@ from tokenizer import (
 
 source = ""  # a .gguf file; with --export: a checkpoint
 out = "model.safetensors"  # the checkpoint to be written
-bits = 0  # pack what the file holds in other types again, to 2 | 3 | 4 | 5 | 6 | 8 bits; 0: float16
-export = ""  # a .gguf file to be written, in place of `out`
+bits = 0  # quantize tensors of other types again, to 2 | 3 | 4 | 5 | 6 | 8 bits; 0: float16
+export = ""  # a .gguf file to be written, instead of `out`
 type = "F16"  # of the matrices in it: F16 | Q8_0
 
 settings = overrides(globals(), "source", "out")
@@ -61,7 +62,7 @@ try:
 except ImportError as error:
     raise UserError("the gguf package is missing: pip install gguf") from error
 
-WORDS = {  # what cuts text into words, by the name of tokenizer.ggml.pre
+WORDS = {  # regexes that cut a text into words, by their names in tokenizer.ggml.pre
     "gpt-2": GPT2_PATTERN,
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -83,13 +84,13 @@ def halves(blocks: np.ndarray) -> np.ndarray:
 
 
 def nibbles(blocks: np.ndarray) -> np.ndarray:
-    """uint8 (n, groups, 16) -> (n, 32 groups): a block's low halves, then its high ones."""
+    """uint8 (n, groups, 16) -> (n, 32 groups): of each block the low nibbles, then the high ones."""
     return np.concatenate([blocks & 15, blocks >> 4], axis=-1).reshape(len(blocks), -1)
 
 
 def packed(data: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows of blocks, uint8 (out, bytes) -> words (out, in bits / 32), scales and biases (out, in / 32), float16, which
-    holds them exactly, since 8 and 128 are powers of two; or with the experts before all of that."""
+    is exact, since 8 and 128 are powers of two. Of experts, all arrays have one more dimension, the first."""
     if data.ndim == 3:
         return tuple(np.stack(parts) for parts in zip(*(packed(one, kind) for one in data), strict=True))
     size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
@@ -99,15 +100,15 @@ def packed(data: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndar
         return low_bits_first(nibbles(blocks[..., 2:]), 4), scales, -8 * scales
     if kind == "Q4_1":  # d q + m
         return low_bits_first(nibbles(blocks[..., 4:]), 4), scales, halves(blocks[..., 2:4])
-    q = np.ascontiguousarray(blocks[..., 2:]).reshape(len(data), -1) ^ 128  # d q, q from -128: q + 128 has no sign
+    q = np.ascontiguousarray(blocks[..., 2:]).reshape(len(data), -1) ^ 128  # d q, with q from -128 on: ^ 128 adds 128
     return low_bits_first(q, 8), scales, -128 * scales
 
 
-DENSE, PACKED = ("F32", "F16", "BF16"), ("Q8_0", "Q4_0", "Q4_1")  # what stays as it is
+DENSE, PACKED = ("F32", "F16", "BF16"), ("Q8_0", "Q4_0", "Q4_1")  # types whose numbers are not changed
 
 
 def arrays_of(kind: gguf.GGMLQuantizationType, data: np.ndarray, linear: bool) -> dict[str, np.ndarray | mx.array]:
-    """weight, or weight, scales and biases, of a tensor of this type and its rows of blocks."""
+    """The weight of a tensor, by its type and rows of blocks; of a quantized one also scales and biases."""
     if kind.name in PACKED and linear:
         return dict(zip(("weight", "scales", "biases"), packed(data, kind.name), strict=True))
     if kind.name in ("F32", "F16"):
@@ -122,13 +123,14 @@ def arrays_of(kind: gguf.GGMLQuantizationType, data: np.ndarray, linear: bool) -
 
 
 def rows_in_halves(x, n_head: int):
-    """llama.cpp's rows of q and k stand in pairs that are turned together, ours in two halves of a head."""
+    """The rows of a q or k matrix in the order of this collection: rotary positions turn row i of a head together with
+    row i + D/2, and in llama.cpp's order row 2i with row 2i + 1."""
     heads = x.reshape(n_head, -1, 2, *x.shape[1:])
     return heads.swapaxes(1, 2).reshape(x.shape)
 
 
 def rows_in_pairs(x, n_head: int):
-    """The inverse."""
+    """The inverse of rows_in_halves()."""
     heads = x.reshape(n_head, 2, -1, *x.shape[1:])
     return heads.swapaxes(1, 2).reshape(x.shape)
 
@@ -147,20 +149,20 @@ class File:
             with open(path, "rb") as file:
                 counts = np.frombuffer(file.read(24)[8:], "<u8")
             if len(counts) < 2 or counts.max() > size:
-                raise ValueError("the header is cut, or says nonsense")
+                raise ValueError("its header is cut short or damaged")
             reader = gguf.GGUFReader(path)
             self.fields = {name: field.contents() for name, field in reader.fields.items()}
             place = reader.data_offset
-            for tensor in reader.tensors:  # one after the other
+            for tensor in reader.tensors:  # they must follow one another without gaps
                 if tensor.data_offset != place:
                     raise ValueError(f"tensor {tensor.name} begins at byte {tensor.data_offset}, not at {place}")
                 place += -(-tensor.n_bytes // reader.alignment) * reader.alignment
             if size > place:
                 raise ValueError(f"{size - place} bytes belong to no tensor")
-        except Exception as error:  # whatever a parser may raise on bytes that are no file of its format
+        except Exception as error:  # a parser may raise anything on a damaged file
             raise UserError(f"{path} is not a whole GGUF file ({error}): copy it again") from error
         self.path, self.tensors = path, {tensor.name: tensor for tensor in reader.tensors}
-        self.used = set()  # names that were read
+        self.used = set()  # names of tensors that were read
         if self.fields.get("split.count", 1) != 1:
             raise UserError(f"{path} is one of {self.fields['split.count']} parts: join them with llama.cpp's "
                             "`llama-gguf-split --merge`")
@@ -171,9 +173,10 @@ class File:
         return self.tensors[name]
 
     def arrays(self, name: str, linear: bool) -> dict:
+        """arrays_of() a tensor. linear: whether its layer can be quantized."""
         tensor = self.tensor(name)
         self.used.add(name)
-        try:  # read from the file, as pages of a map would count as memory
+        try:  # not through the package's memory map, whose pages would count as memory
             data = np.fromfile(self.path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
             return arrays_of(tensor.tensor_type, data.reshape(tensor.data.shape), linear)
         except (ValueError, NotImplementedError, KeyError) as error:
@@ -193,6 +196,7 @@ TOKENIZER_SETTINGS = ("add_space_prefix", "bos_token_id", "eos_token_id", "model
 
 
 def our_config(file: File) -> GPTConfig:
+    """The GPTConfig for a file's settings. UserError names one that GPT cannot follow."""
     name = file.fields.get("general.architecture")
     if name not in ("llama", "qwen2", "qwen3", "gpt2"):
         raise UserError(f"{file.path}: architecture {name!r} is not one of llama, qwen2, qwen3, gpt2")
@@ -237,8 +241,8 @@ def our_config(file: File) -> GPTConfig:
 
 
 def with_rope_scaling(config: GPTConfig, file: File, kind: str, factor: float) -> GPTConfig:
-    """Linear scaling is a setting; Llama 3's is a tensor of what each frequency is divided by, which must be what its
-    formula gives."""
+    """The config with the file's rope scaling. Linear scaling is a setting. Llama 3's is a tensor of divisors, one for
+    each frequency, for which the settings of Llama 3's formula are found. UserError if there are none."""
     if kind == "linear" and factor != 1:
         config.rope_factor, config.rope_low_freq, config.rope_high_freq = factor, 1e9, 2e9
     elif kind not in ("none", "linear"):
@@ -252,25 +256,26 @@ def with_rope_scaling(config: GPTConfig, file: File, kind: str, factor: float) -
             config.rope_original = length
             if divisors.shape == plain.shape and np.allclose(plain / rope_inv_freq(config), divisors, rtol=1e-4):
                 return config
-        raise UserError(f"{file.path}: rope_freqs.weight is no scaling of Llama 3.1's kind")
+        raise UserError(f"{file.path}: rope_freqs.weight does not follow Llama 3.1's formula, and cannot be read")
     return config
 
 
 def gguf_name(path: str, config: GPTConfig) -> str:
-    """Of a tensor, without .weight; experts stand in one tensor."""
+    """The name of a module's tensor in GGUF, without .weight. All experts of a layer are one tensor."""
     experts = config.n_expert and re.search(r"\.mlp\.(gate|up|down)$", path)
     return their_name(path, GGUF) + ("_exps" if experts else "")
 
 
 def read_model(file: File, config: GPTConfig) -> Iterator:
-    """Our names, arrays, and their names there, one at a time."""
+    """All arrays of a GPT, one at a time: the name in the checkpoint, the array, and the file and the tensor that the
+    array was read from."""
     llama, gpt2 = (file.fields["general.architecture"] == name for name in ("llama", "gpt2"))
     for path, module in skeleton(config).items():
         theirs, inner = gguf_name(path, config), path.partition(".attn.")[2]
         linear = isinstance(module, (nn.Linear, nn.Embedding, Experts)) and not path.endswith(("pos_embed", "router"))
         fused = gpt2 and inner in ("q", "k", "v")
         if fused and inner != "q":
-            continue  # came with q
+            continue  # these came with q
         theirs = theirs.replace("attn_q", "attn_qkv") if fused else theirs
         found = file.arrays(f"{theirs}.weight", linear)
         if "bias" in module.parameters():
@@ -279,8 +284,8 @@ def read_model(file: File, config: GPTConfig) -> Iterator:
             place = f"{file.path}: {theirs}.{'bias' if part == 'bias' else 'weight'}"
             heads = {"q": config.n_head, "k": config.n_kv_head}.get(inner)
             if fused and array.shape[0] != 3 * config.n_embd or llama and heads and array.shape[0] % (2 * heads):
-                raise UserError(f"{place} has {array.shape[0]} rows, which is no number for {config.n_head} heads of "
-                                f"{config.head_dim}: the file is not whole")
+                raise UserError(f"{place} has {array.shape[0]} rows, which does not fit {config.n_head} heads of "
+                                f"{config.head_dim}: copy it again")
             if fused:
                 for i, letter in enumerate("qkv"):
                     rows = array[i * config.n_embd:(i + 1) * config.n_embd]
@@ -289,31 +294,33 @@ def read_model(file: File, config: GPTConfig) -> Iterator:
                 yield f"{path}.{part}", mx.array(rows_in_halves(array, heads) if llama and heads else array), place
     if more := sorted(file.tensors.keys() - file.used):
         raise UserError(f"{file.path} holds {more[0]}, and {len(more) - 1} more, for which its architecture has no "
-                        "place here")
+                        "place: it cannot be read")
 
 
 def our_tokenizer(file: File) -> tuple[Tokenizer | None, dict]:
-    """The tokenizer, if it is byte-level and its words are known, or SentencePiece's; and the chat template."""
+    """The tokenizer, if it is SentencePiece's, or byte-level with a regex in WORDS; and entries for the checkpoint's
+    header about the chat template."""
     get = file.fields.get
     more, model, pre = template_settings(get("tokenizer.chat_template")), get("tokenizer.ggml.model"), None
     pre = get("tokenizer.ggml.pre", "gpt-2")
     if model == "llama":
         return sentence_piece(file), more
     if model != "gpt2" or pre not in WORDS:
-        print(f"the tokenizer ({model}, {pre}) is not known here: the checkpoint can compute, but not read text")
+        print(f"the tokenizer ({model}, {pre}) is not known here: the checkpoint cannot read or write text")
         return None, more
     names, types = get("tokenizer.ggml.tokens") or [], get("tokenizer.ggml.token_type") or []
-    special = {name: i for i, name in enumerate(names) if i < len(types) and types[i] in (3, 4)}  # control, user's own
+    special = {name: i for i, name in enumerate(names) if i < len(types) and types[i] in (3, 4)}  # control, user's
     tokens = [b"" if name in special else bytes_of_letters(name) for name in names]
     eot = get("tokenizer.ggml.eos_token_id")
     if eot is None or not 0 <= eot < len(names):
-        raise UserError(f"{file.path} names no token that ends a document (tokenizer.ggml.eos_token_id)")
+        raise UserError(f"{file.path} does not say which token ends a document (tokenizer.ggml.eos_token_id)")
     return Tokenizer("bpe", tokens, special, WORDS[pre], get("tokenizer.ggml.bos_token_id"), eot), more
 
 
 def sentence_piece(file: File) -> Tokenizer:
-    """A model of SentencePiece's, of kind BPE: of neighbours that make a known piece, those of the best score merge
-    first; what is no piece falls back on bytes. Told as a tokenizer.json, which ranks pairs in place of pieces."""
+    """SentencePiece's BPE: of all neighbours that together make a known piece, those with the best score are merged
+    first; a character that is not a piece becomes bytes. It is built as a tokenizer.json, in which not pieces but the
+    pairs that make them are ranked."""
     get = file.fields.get
     pieces, scores, types = (get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
     if not pieces or not scores or not types or not len(pieces) == len(scores) == len(types):
@@ -350,7 +357,7 @@ def sentence_piece(file: File) -> Tokenizer:
 
 
 def architecture_of(config: GPTConfig) -> str:
-    """GGUF's name of it. UserError names the setting that no architecture has."""
+    """GGUF's name of the architecture. UserError names a setting that the architecture does not have."""
     if config.pos == "learned":
         has = dict(norm=("layer",), mlp=("gelu_tanh",), bias=(True,), qk_norm=(False,), pos=("learned",),
                    n_kv_head=(config.n_head,), head_dim=(config.n_embd // config.n_head,))
@@ -367,11 +374,12 @@ def architecture_of(config: GPTConfig) -> str:
 
 
 def write_gguf(path: str, model: GPT, meta: dict):
+    """Write a checkpoint as a new GGUF file. UserError if it exists, or no architecture fits the model."""
     config, temporary = model.config, f"{path}.tmp{os.getpid()}"
     name = architecture_of(config)
     multiply_factors(model)
     if os.path.exists(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        raise UserError(f"{path} exists, or its folder does not: give another --export, or remove it")
+        raise UserError(f"{path} exists, or its folder does not: give another --export")
     writer = gguf.GGUFWriter(temporary, name)
     try:
         add_settings(writer, config, name)
@@ -406,6 +414,7 @@ def write_gguf(path: str, model: GPT, meta: dict):
 
 
 def add_settings(writer, config: GPTConfig, name: str):
+    """The settings of an architecture, and the tensor of Llama 3's rope scaling."""
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
@@ -437,13 +446,14 @@ def add_settings(writer, config: GPTConfig, name: str):
 
 
 def add_tokenizer(writer, enc: Tokenizer, config: GPTConfig):
+    """The tokenizer, if it is of kind byte or bpe."""
     if enc.kind not in ("byte", "bpe"):
-        print(f"no tokenizer is written: one of kind {enc.kind} has no counterpart in GGUF")
+        print(f"the tokenizer is not written: one of kind {enc.kind} has no counterpart in GGUF")
         return
     pre = next((name for name, pattern in WORDS.items() if pattern == enc.pattern), None)
     if pre is None:
         pre = "default"
-        print("llama.cpp does not know how this tokenizer cuts text into words: it will cut by its default")
+        print("llama.cpp does not know the regex of this tokenizer: it will cut texts into words by its default one")
     letters, names = letters_of_bytes(), {i: name for name, i in enc.special.items()}
     spelled = ["".join(letters[byte] for byte in token) for token in enc.tokens]
     spelled += [""] * (config.vocab_size - len(spelled))
@@ -460,7 +470,7 @@ def add_tokenizer(writer, enc: Tokenizer, config: GPTConfig):
 
 
 def their_arrays(path: str, modules: dict, config: GPTConfig, name: str) -> Iterator[tuple[str, mx.array]]:
-    """Their names, and float32 arrays, of one of our modules."""
+    """The tensors of a module, by their names in GGUF, float32."""
     module, theirs, inner = modules[path], gguf_name(path, config), path.partition(".attn.")[2]
     if name == "gpt2" and inner in ("q", "k", "v"):
         if inner == "q":
@@ -479,7 +489,7 @@ def their_arrays(path: str, modules: dict, config: GPTConfig, name: str) -> Iter
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 if not source:
-    raise UserError("nothing to read: give a .gguf file, or a checkpoint and --export=FILE.gguf")
+    raise UserError("there is nothing to read: give a .gguf file, or a checkpoint and --export=FILE.gguf")
 if type not in ("F16", "Q8_0"):
     raise UserError(f"type={type!r} is not one of F16, Q8_0")
 if bits not in (0, 2, 3, 4, 5, 6, 8):
@@ -492,6 +502,6 @@ else:
     tokenizer, more = our_tokenizer(file)
     others = [tensor.tensor_type.name for tensor in file.tensors.values()]
     if others := [kind for kind in others if kind not in DENSE + PACKED]:
-        done = f"and packed again to {bits} bits, with a loss" if bits else "(--bits=4 packs them again, with a loss)"
+        done = f"and quantized again to {bits} bits, with a loss" if bits else "(--bits=4 quantizes them, with a loss)"
         print(f"{len(others)} tensors of {', '.join(sorted(set(others)))} are unpacked to float16 {done}")
-    write_checkpoint(out, config, read_model(file, config), tokenizer, {"script": "gguf_reader.py", **more})
+    write_checkpoint(out, config, read_model(file, config), tokenizer, more)

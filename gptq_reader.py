@@ -1,13 +1,13 @@
-"""A folder that GPTQ packed, into a checkpoint of this collection that stays packed.
+"""A folder that GPTQ packed into a checkpoint of this collection, which stays packed.
 
     python gptq_reader.py Llama-3.2-1B-GPTQ llama.safetensors
     python gptq_reader.py Llama-3.2-1B-GPTQ llama.safetensors --dense=True
 
-GPTQ (Frantar et al. 2023), as AutoGPTQ and GPTQModel write it: integers q of 2, 3, 4 or 8 bits, with a scale and a zero
-point for each group of inputs, w = (q - zero) scale. The integers go into MLX's layout, w = scale q + bias with bias =
--scale zero, as they are. The first version of the format stores zero - 1, the second zero. Where groups were made of
-inputs in another order (desc_act), the layer keeps its columns in the order of the groups, and the model takes its
-inputs in that order.
+GPTQ (Frantar et al. 2023), as AutoGPTQ and GPTQModel write it, stores integers q of 2, 3, 4 or 8 bits, with a scale and
+a zero point for each group of inputs: w = (q - zero) scale. The integers are repacked into MLX's layout, w = scale q +
+bias with bias = -scale zero, without rounding. The first version of the format stores zero - 1, the second one zero.
+Where a group's inputs are not neighbours (desc_act), the layer keeps its columns in the order of the groups, and the
+model brings the inputs into this order.
 """
 import os
 from collections.abc import Callable
@@ -30,7 +30,7 @@ settings = overrides(globals(), "source", "out")
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
-    """uint32 (n, m) -> uint8 (n, 32 m / bits): fields of so many bits, low bits first, over the words' borders."""
+    """uint32 (n, m) -> uint8 (n, 32 m / bits): fields of `bits` bits each, low bits first; one may span two words."""
     words = words.reshape(len(words), -1, 3 if bits == 3 else 1)
     q = np.empty((*words.shape[:2], words.shape[2] * 32 // bits), np.uint8)
     for i in range(q.shape[2]):
@@ -42,7 +42,7 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack(q: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of unpack."""
+    """uint8 (n, m) -> uint32 (n, m bits / 32): the inverse of unpack()."""
     width = 3 if bits == 3 else 1
     q = q.reshape(len(q), -1, width * 32 // bits)
     words = np.zeros((*q.shape[:2], width), np.uint32)
@@ -56,8 +56,9 @@ def pack(q: np.ndarray, bits: int) -> np.ndarray:
 
 
 def zeros_of(qzeros: np.ndarray, bits: int, version: int) -> np.ndarray:
-    """int32 (groups, out bits / 32) -> (groups, out). Version 1 had 1 taken from each: from the word as a whole, so
-    that a zero point of 0 borrowed from its neighbour; but at 3 bits, where fields go over the words' borders."""
+    """Zero points: int32 (groups, out bits / 32) -> (groups, out). Version 1 stores zero - 1. It subtracts in whole
+    words, so that a zero point of 0 borrows from the next one; only at 3 bits, where a field may span two words, it
+    subtracts field by field."""
     words = qzeros.view(np.uint32)
     if version == 2:
         return unpack(words, bits)
@@ -70,10 +71,10 @@ def zeros_of(qzeros: np.ndarray, bits: int, version: int) -> np.ndarray:
 
 
 def reader(settings: dict, where: str) -> Callable[[readers.Folder, str], dict[str, mx.array]]:
-    """What readers.read_model calls for each linear layer. settings: quantization_config."""
+    """The function that readers.read_model calls for each linear layer. settings: quantization_config."""
     bits, form = settings.get("bits"), settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if type(bits) is not int or bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
-        raise UserError(f"{where}: {bits} bits in the format {form!r}; gptq and gptq_v2 of 2, 3, 4, 8 bits are read")
+        raise UserError(f"{where}: {bits} bits in the format {form!r} cannot be read, only 2, 3, 4, 8 in gptq, gptq_v2")
 
     def linear(source: readers.Folder, name: str) -> dict[str, mx.array]:
         if f"{name}.qweight" not in source.names:
@@ -108,7 +109,7 @@ def reader(settings: dict, where: str) -> Callable[[readers.Folder, str], dict[s
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 if not source:
-    raise UserError("nothing to read: give a folder that AutoGPTQ or GPTQModel wrote")
+    raise UserError("there is nothing to read: give a folder that AutoGPTQ or GPTQModel wrote")
 if scale_dtype not in ("float32", "float16"):
     raise UserError(f"scale_dtype={scale_dtype!r} is not one of float32, float16")
 folder = readers.open_folder(source)
@@ -116,5 +117,4 @@ where = os.path.join(source, "config.json")
 linear = reader(readers.quantization(folder, "gptq", ("bits", "checkpoint_format", "format")), where)
 config = readers.model_config(folder.raw, where)
 tokenizer, more = readers.tokenizer_of(folder)
-more["script"] = "gptq_reader.py"
 readers.write_checkpoint(out, config, readers.read_model(config, folder, linear), tokenizer, more)

@@ -3,12 +3,13 @@
     python hf_reader.py Llama-3.2-1B llama.safetensors
     python hf_reader.py out/ckpt.safetensors --export=my-gpt2
 
-Read: GPT-2, Llama (with its rope scaling), Mistral (with its window), Qwen2, Qwen3 and Mixtral, from config.json and
-.safetensors, one file or several; numbers stay in the dtype they have. The tokenizer comes along (tokenizer.json), and
-the chat template, by its name where conversations.py has it. Models packed by AWQ or GPTQ have readers of their own.
+It reads GPT-2, Llama (with rope scaling), Mistral (with a window), Qwen2, Qwen3 and Mixtral, from config.json and one
+or several .safetensors files. Weights stay in their dtype. The tokenizer (tokenizer.json) and the chat template go into
+the checkpoint too. Models packed by AWQ or GPTQ are read by awq_reader.py and gptq_reader.py. A setting of config.json
+that is not known here is refused, unless its value turns it off.
 
-Written: the same folder, which transformers and mlx-lm load, for every checkpoint whose architecture is one of these;
-layers that are packed are unpacked.
+It writes such a folder, which transformers and mlx-lm load, of every checkpoint whose architecture is one of these six.
+Quantized layers are unpacked, and low-rank layers multiplied out.
 """
 import json
 import math
@@ -45,7 +46,7 @@ from tokenizer import EOT, Tokenizer, to_tokenizer_json
 
 source = ""  # a folder with config.json; with --export: a checkpoint
 out = "model.safetensors"  # the checkpoint to be written
-export = ""  # a folder to be written, in place of `out`
+export = ""  # a folder to be written, instead of `out`
 
 settings = overrides(globals(), "source", "out")
 
@@ -53,7 +54,8 @@ settings = overrides(globals(), "source", "out")
 
 
 def their_config(config: GPTConfig) -> dict:
-    """config.json, in the spellings of transformers 4 and 5. UserError names the setting that no architecture has."""
+    """The settings for config.json, spelled for transformers 4 and 5. UserError names a setting that no architecture
+    has."""
     if config.pos == "learned":
         has = dict(norm=("layer",), mlp=("gelu", "gelu_tanh"), bias=(True,), qk_norm=(False,), pos=("learned",),
                    n_kv_head=(config.n_head,), head_dim=(config.n_embd // config.n_head,))
@@ -103,17 +105,18 @@ def their_config(config: GPTConfig) -> dict:
 
 
 def their_rope(config: GPTConfig) -> dict:
+    """The settings of rotary positions for config.json."""
     if config.rope_factor == 1:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "rope_scaling": None}
     scaling = {"rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": config.rope_low_freq,
                "high_freq_factor": config.rope_high_freq, "original_max_position_embeddings": config.rope_original}
-    if config.rope_original / config.rope_low_freq < 2 * math.pi:  # no wavelength is short enough to stay
+    if config.rope_original / config.rope_low_freq < 2 * math.pi:  # no wavelength is short enough to stay as it is
         scaling = {"rope_type": "linear", "type": "linear", "factor": config.rope_factor}
     return {"rope_parameters": {**scaling, "rope_theta": config.rope_theta}, "rope_scaling": scaling}
 
 
 def their_arrays(model: GPT) -> Iterator[tuple[str, mx.array]]:
-    """Their names and arrays, unpacked."""
+    """The folder's tensors, by name, unpacked."""
     config, modules = model.config, dict(model.named_modules())
     column = GPT2 if config.pos == "learned" else LLAMA
     for path in skeleton(config):
@@ -141,6 +144,7 @@ def their_arrays(model: GPT) -> Iterator[tuple[str, mx.array]]:
 
 
 def write_folder(folder: str, model: GPT, meta: dict):
+    """Write a checkpoint as a new folder. UserError if it exists, or no architecture fits the model."""
     if os.path.exists(folder):
         raise UserError(f"{folder} exists: give another --export, or remove it")
     config = their_config(model.config)
@@ -170,7 +174,7 @@ def write_folder(folder: str, model: GPT, meta: dict):
                 **({"chat_template": meta["chat_template"]} if meta.get("chat_template") else {})}
         for name, content in files.items():
             if content is None:
-                print(f"no {name}: this tokenizer (kind {enc.kind}) has no counterpart there")
+                print(f"{name} is not written: a tokenizer of kind {enc.kind} has no counterpart there")
                 continue
             with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
                 json.dump(content, file, indent=2, ensure_ascii=False)
@@ -188,9 +192,9 @@ def write_folder(folder: str, model: GPT, meta: dict):
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 if not source:
-    raise UserError("nothing to read: give a folder with config.json, or a checkpoint and --export=FOLDER")
+    raise UserError("there is nothing to read: give a folder with config.json, or a checkpoint and --export=FOLDER")
 if export and os.path.isdir(source):
-    raise UserError(f"{source} is a folder, where --export takes a checkpoint: read it into one first")
+    raise UserError(f"{source} is a folder, but --export takes a checkpoint: read the folder into one first")
 if export:
     write_folder(export, *load_checkpoint(source))
 else:
@@ -203,4 +207,4 @@ else:
         raise UserError(f"{folder.file_of(packed)}: {packed} is packed: read it with awq_reader.py or gptq_reader.py")
     config = model_config(folder.raw, os.path.join(source, "config.json"))
     tokenizer, more = tokenizer_of(folder)
-    write_checkpoint(out, config, read_model(config, folder), tokenizer, {"script": "hf_reader.py", **more})
+    write_checkpoint(out, config, read_model(config, folder), tokenizer, more)

@@ -6,13 +6,13 @@
 
     python playground.py out --port=9000 --open=False
 
-The page lists every checkpoint under the folder, newest first; folders whose names begin with a dot and links are left
-out. Nobody but this machine can reach it, and it gives out nothing but the page (webgpu/) and these checkpoints. Any
-other server of plain files does for the page alone, without the list: python -m http.server -d webgpu
+The page lists every checkpoint under the folder, newest first, but no links, and nothing in folders whose names begin
+with a dot. Only this machine can reach the server, and it serves nothing but the page (webgpu/) and these checkpoints.
+Any other server of plain files can serve the page, without the list: python -m http.server -d webgpu
 
-For programs: GET /checkpoints.json gives [{name, path, size, parameters, modified}]: the name is the file's path under
-the folder, `path` its address here, size is in bytes, modified in seconds since 1970, parameters missing if the weights
-are packed. GET /checkpoints/NAME is the file.
+For programs: GET /checkpoints.json gives [{name, path, size, parameters, modified}]. `name` is the file's path under
+the folder, `path` its address on this server, `size` in bytes, `modified` in seconds since 1970; `parameters` is
+missing if the weights are quantized. GET /checkpoints/NAME gives the file.
 """
 import errno
 import functools
@@ -29,9 +29,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 from config import UserError, overrides
 
-folder = "."  # where checkpoints are looked for, with its subfolders
+folder = "."  # the checkpoints in it and in its subfolders are listed
 port = 8000   # of http://localhost; if it is taken, the next free one; 0: any
-open = True   # the page, in the browser, at once
+open = True   # open the page in the browser at once
 
 settings = overrides(globals(), "folder")
 
@@ -40,7 +40,7 @@ TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
          ".js": "text/javascript; charset=utf-8", ".wgsl": "text/plain; charset=utf-8",
          ".safetensors": "application/octet-stream"}  # nothing else is part of the page
 if not os.path.isdir(folder):
-    raise UserError(f"{folder} is no folder: give the one that your checkpoints are in")
+    raise UserError(f"{folder} is not a folder: give the one that your checkpoints are in")
 if not 0 <= port < 65536:
     raise UserError(f"port={port}: it must be from 0 to 65535")
 
@@ -48,11 +48,11 @@ if not 0 <= port < 65536:
 
 
 def checkpoints() -> dict[str, dict]:
-    """What is listed, by name: the checkpoints that are there now, newest first."""
+    """The checkpoints that are under the folder at the moment, newest first: the facts of the list, by name."""
     found = []
-    for place, folders, files in os.walk(folder):  # which follows no links to folders
+    for place, folders, files in os.walk(folder):  # it follows no links to folders
         folders[:] = [name for name in folders if not name.startswith(".")
-                      and os.path.realpath(os.path.join(place, name)) != PAGE]  # the page has its own at hand
+                      and os.path.realpath(os.path.join(place, name)) != PAGE]  # its own checkpoint is not listed
         for file in files:
             path = os.path.join(place, file)
             if file.endswith(".safetensors") and os.path.isfile(path) and not os.path.islink(path):
@@ -60,7 +60,7 @@ def checkpoints() -> dict[str, dict]:
                     stat = os.stat(path)
                     facts = read_header(path, stat.st_size, stat.st_mtime_ns)
                 except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
-                    continue  # just removed, not readable, or no safetensors file
+                    continue  # it was just removed, cannot be read, or is not a safetensors file
                 if facts is not None:
                     name = os.path.relpath(path, folder).replace(os.sep, "/")
                     found.append({"name": name, "path": "/checkpoints/" + quote(os.fsencode(name)), **facts,
@@ -68,9 +68,10 @@ def checkpoints() -> dict[str, dict]:
     return {facts["name"]: facts for facts in sorted(found, key=lambda facts: -facts["modified"])}
 
 
-@functools.lru_cache(maxsize=10_000)  # it is asked for again at every request
+@functools.lru_cache(maxsize=10_000)  # each request asks for all of them
 def read_header(path: str, size: int, modified: int) -> dict | None:
-    """Facts for the list; None if it is none of our checkpoints, but an adapter, an optimizer, or someone else's."""
+    """Facts for the list; None for what is not a checkpoint of this collection: an adapter, an optimizer's state, or a
+    file of another project."""
     with Path(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, 100_000_000):  # the format's own limit
@@ -90,7 +91,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # one connection for all files of the page
 
     def do_GET(self):
-        # A page of another site can make its own name point to this machine, and then ask us; but by that name.
+        # Another site can make its own name point to this machine, and its page then ask this server; but the request
+        # still has that name.
         if self.headers.get("Host", "").rsplit(":", 1)[0] not in ("localhost", "127.0.0.1"):
             return self.send_error(403, "ask for localhost")
         name = unquote(urlsplit(self.path).path, errors="surrogateescape")
@@ -130,20 +132,21 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     def handle_error(self, *request):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a browser that has enough is none
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a browser may close a connection early
             super().handle_error(*request)
 
 
 def listen() -> Server:
+    """The server, at `port` or the next free one. UserError if there is none."""
     for number in [0] if port == 0 else range(port, min(port + 100, 65536)):
         try:
             server = Server(("127.0.0.1", number), Handler)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise UserError(f"port {number} cannot be had ({error.strerror}): give another --port") from error
+                raise UserError(f"port {number} cannot be used ({error.strerror}): give another --port") from error
             continue
         if port and number != port:
-            print(f"port {port} is taken: here is {number}, for which the browser keeps other runs than for {port}")
+            print(f"port {port} is taken: here is {number} (the page keeps its training runs by port)")
         return server
     raise UserError(f"the ports from {port} on are taken: give another --port")
 
@@ -153,7 +156,7 @@ url = f"http://localhost:{server.server_port}"
 count = len(checkpoints())
 print(f"{count} checkpoint{'' if count == 1 else 's'} under {folder}\n{url} (Ctrl-C ends it)", flush=True)
 if open:
-    threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()  # one in the terminal would block us
+    threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()  # a browser in the terminal would block
 try:
     server.serve_forever()
 except KeyboardInterrupt:

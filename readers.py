@@ -1,15 +1,18 @@
-"""Other people's models: Hugging Face folders read tensor by tensor, the names and settings of their architectures.
+"""Models of other projects: reads Hugging Face folders tensor by tensor; knows the tensors' names and the settings of
+the architectures gpt2, llama, mistral, qwen2, qwen3 and mixtral; writes checkpoints.
 
     source = open_folder("Llama-3.2-1B")
     config = model_config(source.raw, source.folder)
     write_checkpoint("llama.safetensors", config, read_model(config, source), *tokenizer_of(source))
 
-Pickled weights (.bin, .pt) are refused, since unpickling runs whatever code they hold; and no code of a folder is run.
+Pickled weights (.bin, .pt) are refused, since unpickling runs whatever code they hold. No code of a folder is run.
 """
 import json
 import os
 import re
 import reprlib
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 
@@ -53,7 +56,8 @@ EXPERTS = {"mlp.gate": "w1", "mlp.up": "w3", "mlp.down": "w2"}  # Mixtral: block
 
 
 def their_name(ours: str, column: int) -> str | None:
-    """blocks.3.attn.q -> model.layers.3.self_attn.q_proj, or as GPT-2 or GGUF calls it; None where they have none."""
+    """The name of a module in another project: blocks.3.attn.q -> model.layers.3.self_attn.q_proj, or GPT-2's or GGUF's
+    name for it, by the column of NAMES. None if that project has no such module."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", ours)
     for row in NAMES if match else OUTSIDE:
         if row[OURS] == (match[2] if match else ours):
@@ -64,7 +68,7 @@ def their_name(ours: str, column: int) -> str | None:
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-# The settings of config.json that are read or checked, by family; the others of the Llama family have Llama's.
+# The settings of config.json that are read or checked, by family. mistral, qwen2 and qwen3 have llama's.
 SETTINGS = {
     "gpt2": ("activation_function", "is_causal", "layer_norm_epsilon", "n_embd", "n_head", "n_inner", "n_layer",
              "n_positions", "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "tie_word_embeddings",
@@ -75,7 +79,7 @@ SETTINGS = {
               "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_sliding_window",
               "vocab_size")}
 SETTINGS["mixtral"] = (*SETTINGS["llama"], "num_experts_per_tok", "num_local_experts")
-# Those that no logit depends on: what the file is, tokens, training, outputs, other tasks, packing, sampling.
+# Settings that no logit depends on, of: the file, tokens, training, outputs, other tasks, quantization, sampling.
 WITHOUT_EFFECT = re.compile(r"""
     _.* | architectures | auto_map | is_llama_config | license | model_type | name_or_path | transformers\.js_config
     | unsloth_.* | .*_version | .*dtype
@@ -97,7 +101,8 @@ MOST_LAYERS = 1000
 
 
 def model_config(raw: dict, where: str) -> GPTConfig:
-    """Our settings for a config.json, in the spelling of transformers 4 or 5. UserError names what we do not have."""
+    """The GPTConfig for the settings `raw` of a config.json, spelled as transformers 4 or 5 spells them. where: the
+    file, for messages. UserError names a setting that GPT cannot follow."""
     family = raw.get("model_type")
     if family not in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"):
         raise UserError(f"{where}: architecture {family!r} is not one of gpt2, llama, mistral, qwen2, qwen3, mixtral")
@@ -143,8 +148,8 @@ def model_config(raw: dict, where: str) -> GPTConfig:
 
 
 def check_spelling(raw: Iterable[str], where: str, names: Sequence[str]):
-    """UserError for a name that differs from one of these in a letter: a damaged setting would be left at its default.
-    """
+    """UserError for a name that differs in one letter from one of `names`: the reader would not find the setting and
+    would take its default value."""
     for found in raw:
         for name in names:
             if len(found) == len(name) and sum(map(str.__ne__, found, name)) == 1 and found not in names:
@@ -152,8 +157,8 @@ def check_spelling(raw: Iterable[str], where: str, names: Sequence[str]):
 
 
 def check_unknown(settings: dict, known: Sequence[str], without_effect: re.Pattern, where: str):
-    """UserError names a setting that is neither known nor without effect, as it may change the logits, unless its value
-    turns it off: false, 0, null, "none", nothing, or 1 for what multiplies."""
+    """UserError names a setting that is neither in `known` nor matched by without_effect: it may change the logits. It
+    passes if its value turns it off: false, 0, null, "none", an empty list, or 1 for a factor."""
     for name, value in settings.items():
         off = not value or value == "none" or (
             value == 1 and value is not True and re.search("factor|multiplier|pct|scal", name))
@@ -163,7 +168,8 @@ def check_unknown(settings: dict, known: Sequence[str], without_effect: re.Patte
 
 
 def checked(where: str, **settings) -> GPTConfig:
-    """The settings, each of its type and of a size that a model can have: a broken file may say anything."""
+    """A GPTConfig of these settings. UserError if one has the wrong type or is too large for any model, as in a damaged
+    file."""
     try:
         config = GPTConfig(**settings)
     except UserError as error:
@@ -178,13 +184,14 @@ def checked(where: str, **settings) -> GPTConfig:
             most = {"n_layer": MOST_LAYERS, "norm_eps": 1}.get(field.name, 2**31)
             fits = 0 <= value < most and (value > 0 or field.type is int)
         if not fits:
-            raise UserError(f"{where}: {field.name}={value!r} is nothing that a model can have: copy it again")
+            raise UserError(f"{where}: {field.name}={value!r} is no value for a model: copy the file again")
     if config.n_head * config.head_dim >= 2**31:
-        raise UserError(f"{where}: no model can have {config.n_head} heads of {config.head_dim}: copy it again")
+        raise UserError(f"{where}: no model can have {config.n_head} heads of {config.head_dim}: copy the file again")
     return config
 
 
 def rope_settings(raw: dict, where: str) -> dict:
+    """The rotary settings of GPTConfig for a config.json."""
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     if unknown := rope.keys() - ROPE:
         raise UserError(f"{where}: rope setting {min(unknown)!r} is not supported")
@@ -196,7 +203,7 @@ def rope_settings(raw: dict, where: str) -> dict:
     if kind == "llama3":
         found |= {"rope_factor": rope["factor"], "rope_low_freq": rope["low_freq_factor"],
                   "rope_high_freq": rope["high_freq_factor"], "rope_original": rope["original_max_position_embeddings"]}
-    elif kind == "linear":  # all wavelengths grow: none is short enough to stay
+    elif kind == "linear":  # all wavelengths grow: none is short enough to stay as it is
         found |= {"rope_factor": rope["factor"], "rope_low_freq": 1e9, "rope_high_freq": 2e9}
     elif kind != "default":
         raise UserError(f"{where}: rope scaling {kind!r} is not one of default, linear, llama3")
@@ -204,6 +211,7 @@ def rope_settings(raw: dict, where: str) -> dict:
 
 
 def window_settings(raw: dict, where: str) -> dict:
+    """sliding_window and window_pattern for a config.json; {} if no layer has a window."""
     family = raw["model_type"]
     window, qwen = raw.get("sliding_window", None if family == "mixtral" else 4096), family.startswith("qwen")
     if family == "llama" or window is None or qwen and not raw.get("use_sliding_window"):
@@ -212,7 +220,7 @@ def window_settings(raw: dict, where: str) -> dict:
     n_layer, first = min(raw["num_hidden_layers"], MOST_LAYERS), raw.get("max_window_layers", 28) if qwen else 0
     kinds = raw.get("layer_types") or [[*letters][i >= first] for i in range(n_layer)]
     if len(kinds) != n_layer or set(kinds) - letters.keys():
-        raise UserError(f"{where}: layer_types is no list of {' and '.join(letters)}, one a layer")
+        raise UserError(f"{where}: layer_types is not a list of {' and '.join(letters)}, one for each layer")
     pattern = "".join(letters[kind] for kind in kinds)
     if "S" not in pattern:
         return {}
@@ -221,7 +229,7 @@ def window_settings(raw: dict, where: str) -> dict:
 
 # ---- export ----------------------------------------------------------------------------------------------------------
 
-# Settings of GPTConfig that every family has with any value, and those of rotary positions.
+# Settings of GPTConfig that every family has, with any value; and those of rotary positions.
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ffn_dim", "norm_eps", "tie")
 ROPE_SETTINGS = ("rope_theta", "rope_factor", "rope_low_freq", "rope_high_freq", "rope_original")
 # A setting on the left has no effect while the one on the right has its default value.
@@ -230,12 +238,12 @@ PART_OF = {"window_pattern": "sliding_window", "diff_attn_version": "diff_attn",
 
 
 def check_export(config: GPTConfig, family: str, limited: dict[str, tuple], free: Sequence[str]):
-    """UserError names the first setting that a family of models does not have. limited: the values that the family has
-    of some settings; free: the settings of which it has every value. All other settings, those that this code has never
-    heard of among them, must have the values that GPTConfig gives them by default."""
+    """UserError names a setting that a family of models does not have. limited: settings of which the family has some
+    values, and these values; free: settings of which it has every value. All other settings must have the value that
+    GPTConfig gives them by default, so that a setting which is new to GPTConfig is not lost in silence."""
     plain = type(config)(**{name: getattr(config, name) for name in (*limited, *free)})
     default, others = {field.name: field.default for field in fields(config)}, {}
-    for name, value in reversed(asdict(plain).items()):  # a variant may set fields that stand above its own
+    for name, value in reversed(asdict(plain).items()):  # the last first: a variant may set fields above its own
         switch = PART_OF.get(name)
         if name not in limited and name not in free and not (switch and getattr(config, switch) == default[switch]):
             others[name] = (value,)
@@ -246,7 +254,7 @@ def check_export(config: GPTConfig, family: str, limited: dict[str, tuple], free
 
 
 def multiply_factors(model: GPT):
-    """Put the product of its two factors in place of each low-rank layer: files of other projects have none."""
+    """Replace each low-rank layer by the product of its two factors: other projects have no low-rank layers."""
     for path, layer in model.named_modules():
         if isinstance(layer, Factored):
             linear, dtype = nn.Linear(1, 1, bias=False), layer.u.get("scales", layer.u.weight).dtype
@@ -260,11 +268,12 @@ def multiply_factors(model: GPT):
 
 
 class Folder:
-    """A Hugging Face folder: `raw`, its config.json; `names`, of its tensors; folder[name], an array."""
+    """A Hugging Face folder. raw: the settings of its config.json; names: of its tensors; folder[name]: an array, which
+    is read when it is asked for."""
 
     def __init__(self, folder: str):
         self.folder, self.raw, self.files, self.open = folder, read_json(folder, "config.json"), {}, {}
-        self.used = set()  # names that were read
+        self.used = set()  # names of tensors that were read
         found = sorted(os.listdir(folder))
         index = next((name for name in found if name.endswith(".safetensors.index.json")), None)
         shards = [name for name in found if name.endswith(".safetensors")]
@@ -298,20 +307,20 @@ class Folder:
         return self.files[name]
 
     def place(self, module: str, part: str) -> str:
-        """The file and the tensor of a part of a module, for messages."""
+        """The file and the name of a tensor, part (weight, bias) of a module, for messages."""
         for name in (f"{module}.{part}", f"{module}.{part}".removeprefix("transformer."), f"{module}.qweight"):
             if name in self.files:
                 return f"{self.files[name]}: {name}"
         return f"{self.folder}: {module}.{part}"
 
     def __getitem__(self, name: str) -> mx.array:
-        """It is read from the file now, and not kept here."""
+        """The tensor of this name, read from its file. The folder keeps no copy of it."""
         path = self.file_of(name)
         name = name if name in self.files else name.removeprefix("transformer.")
         self.used.add(name)
         try:
             if name not in self.open.get(path, {}):
-                self.open[path] = mx.load(path, format="safetensors")  # read when they are computed
+                self.open[path] = mx.load(path, format="safetensors")  # lazy arrays: MLX reads one when it is evaluated
             found = self.open[path].pop(name)
             mx.eval(found)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -320,12 +329,14 @@ class Folder:
 
 
 def open_folder(folder: str) -> Folder:
+    """UserError if it is not a folder, or not a whole one."""
     if not os.path.isdir(folder):
-        raise UserError(f"{folder} is no folder: give the one that holds config.json and the .safetensors files")
+        raise UserError(f"{folder} is not a folder: give the one that holds config.json and the .safetensors files")
     return Folder(folder)
 
 
 def read_json(folder: str, name: str) -> dict:
+    """The object in a JSON file of a folder. UserError if there is none."""
     path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
@@ -335,12 +346,13 @@ def read_json(folder: str, name: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): copy it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is not an object of settings: copy it again")
+        raise UserError(f"{path} is not a JSON object of settings: copy it again")
     return found
 
 
 def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
-    """weight (out, in), and bias (out,) if there is one, of their module. GPT-2 keeps its matrices transposed."""
+    """The weight (out, in), and the bias (out,) if there is one, of a module, by its name in the folder. GPT-2's
+    matrices are stored transposed."""
     found = {"weight": source[f"{name}.weight"]}
     if name.startswith("transformer.h."):
         found["weight"] = found["weight"].T
@@ -350,7 +362,7 @@ def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
 
 
 def packed_parts(source: Folder, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """qweight and qzeros, int32, and scales, float32, of a layer that AWQ or GPTQ packed."""
+    """qweight (int32), qzeros (int32) and scales (float32) of a layer that AWQ or GPTQ packed."""
     found = [source[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")]
     kinds = [array.dtype for array in found]
     if any(array.ndim != 2 for array in found) or kinds[:2] != [mx.int32] * 2 or kinds[2] not in NOT_FINITE:
@@ -359,25 +371,25 @@ def packed_parts(source: Folder, name: str) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def quantization(source: Folder, method: str, names: Sequence[str]) -> dict:
-    """What config.json says of how the model was packed, by this method, or, in older folders, a file beside it; names:
-    of its settings."""
+    """The settings by which `method`, awq or gptq, packed a folder's model. They stand in config.json, or, in older
+    folders, in a file beside it. names: of the settings that the caller reads."""
     where, found = os.path.join(source.folder, "config.json"), source.raw.get("quantization_config")
     for older in ("quantize_config.json", "quant_config.json"):  # AutoGPTQ's, AutoAWQ's
         if not found and os.path.exists(os.path.join(source.folder, older)):
             found = read_json(source.folder, older)
     if not found or not isinstance(found, dict):
-        raise UserError(f"{where} has no quantization_config: the model is not packed; read it with hf_reader.py")
+        raise UserError(f"{where} has no quantization_config: the model is not quantized; read it with hf_reader.py")
     check_spelling(found, where, ("quant_method", *names))
     if found.get("quant_method", method) != method:
-        raise UserError(f"{where}: quant_method is {found['quant_method']!r}, not {method}: take that one's reader")
+        raise UserError(f"{where}: quant_method is {found['quant_method']!r}, not {method}: take another reader")
     return found
 
 
 def packed_linear(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, bits: int, scale_dtype: str = "float32",
                   dense: bool = False) -> dict[str, mx.array]:
-    """Weight, scales and biases, as MLX has them, of w = (q - zero) scale: words (out, in bits / 32) of integers q,
-    zeros and scales (out, groups). A group of a width that MLX has not, a multiple of 32, becomes several. dense: the
-    weight alone, float16."""
+    """Weight, scales and biases, in MLX's format, of a quantized layer w = (q - zero) scale: words (out, in bits / 32)
+    of integers q, zeros and scales (out, groups). A group is a multiple of 32 wide; where MLX does not have its width,
+    it becomes several groups. dense: only the weight, unpacked to float16."""
     inputs, scales = words.shape[1] * 32 // bits, scales.astype(np.float32)
     biases, width = -scales * zeros, inputs // scales.shape[1]
     if width not in (32, 64, 128):
@@ -392,9 +404,9 @@ def packed_linear(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, bits
 
 def read_model(config: GPTConfig, source: Folder,
                linear: Callable[[Folder, str], dict[str, mx.array]] = dense_linear) -> Iterator:
-    """All arrays of our model, one at a time: our name, the array, its file and its name there. linear(source, their
-    name) reads a linear layer: weight, perhaps bias; where it is packed also scales and biases, and `order` (see
-    quantized.py)."""
+    """All arrays of a GPT, one at a time: the name in the checkpoint, the array, and the file and the name it was read
+    from. linear(source, name in the folder) reads a linear layer: its weight, and its bias if there is one; of a
+    quantized layer also scales, biases and `order` (see quantized.py)."""
     column = GPT2 if source.raw.get("model_type") == "gpt2" else LLAMA
     for path, module in skeleton(config).items():
         theirs = their_name(path, column)
@@ -408,7 +420,7 @@ def read_model(config: GPTConfig, source: Folder,
                 for letter, piece in zip("qkv", mx.split(array, 3), strict=True):
                     yield f"{layer}.attn.{letter}.{part}", mx.contiguous(piece), source.place(theirs, part)
         elif column == GPT2 and path.endswith((".attn.k", ".attn.v")):
-            continue  # came with q
+            continue  # these came with q
         elif theirs is not None and path.partition(".mlp.")[2] in ("gate", "up", "down") and config.n_expert:
             name, number = f"mlp.{path.partition('.mlp.')[2]}", layer.removeprefix("blocks.")
             names = [f"{PREFIX[LLAMA]}{number}.block_sparse_moe.experts.{expert}.{EXPERTS[name]}"
@@ -423,7 +435,7 @@ def read_model(config: GPTConfig, source: Folder,
                 yield f"{path}.{part}", mx.stack([found.pop(part) for found in experts]), source.place(names[0], part)
         elif isinstance(module, nn.Linear):
             for part, array in linear(source, theirs).items():
-                if part != "bias" or "bias" in module or array.any().item():  # some packers write biases of zeros
+                if part != "bias" or "bias" in module or array.any().item():  # some quantizers write biases of zeros
                     yield f"{path}.{part}", array, source.place(theirs, part)
         else:
             for part in module.parameters():
@@ -431,16 +443,16 @@ def read_model(config: GPTConfig, source: Folder,
     more = [name for name in sorted(source.names - source.used) if not re.search(IGNORED, name)
             and not (config.tie and name == "lm_head.weight")]
     if more:
-        raise UserError(f"{source.file_of(more[0])} holds {more[0]}, and {len(more) - 1} more, for which config.json "
-                        "has no place: they do not fit")
+        raise UserError(f"{source.file_of(more[0])} holds {more[0]}, and {len(more) - 1} more, which have no "
+                        "place in the architecture of config.json: copy the files again")
 
 
-# Constants that some versions of transformers wrote: masks, and what rotary positions are computed from.
+# Constants that some versions of transformers wrote: causal masks, and the frequencies of rotary positions.
 IGNORED = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$"
 
 
 def skeleton(config: GPTConfig) -> dict[str, nn.Module]:
-    """The modules of a model that have parameters of their own, by path; nothing of them is computed."""
+    """The modules of a model that have parameters of their own, by path. Their arrays are lazy and take no memory."""
     modules = GPT(config, seed=None).named_modules()
     return {path: module for path, module in sorted(modules, key=lambda pair: natural(pair[0]))
             if any(isinstance(value, mx.array) for value in module.parameters().values())}
@@ -450,11 +462,11 @@ def skeleton(config: GPTConfig) -> dict[str, nn.Module]:
 
 
 def tokenizer_of(source: Folder) -> tuple[Tokenizer | None, dict]:
-    """The folder's tokenizer, and what else a checkpoint keeps: chat_template, as it is, and `template`, our name for
-    it, where conversations.py has it."""
+    """The folder's tokenizer, if it has one, and further entries for a checkpoint's header: chat_template, unchanged,
+    and `template`, the name that conversations.py has for it."""
     path = os.path.join(source.folder, "tokenizer.json")
     if not os.path.exists(path):
-        print(f"{path} is missing: the checkpoint can compute, but not read text")
+        print(f"{path} is missing: the checkpoint will have no tokenizer")
         return None, {}
     settings = {}
     if os.path.exists(os.path.join(source.folder, "tokenizer_config.json")):
@@ -484,7 +496,7 @@ def tokenizer_of(source: Folder) -> tuple[Tokenizer | None, dict]:
 
 
 def template_settings(template) -> dict:
-    """Of a Jinja template, which is kept and never run."""
+    """The header's entries for a Jinja template. It is stored, and never run."""
     if not isinstance(template, str):
         return {}
     for name, mark in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
@@ -497,35 +509,35 @@ def template_settings(template) -> dict:
 
 
 def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator, tokenizer: Tokenizer | None, meta: dict):
-    """Write our checkpoint of (our name, array, its file and name there), computed one at a time, with a progress bar.
-    UserError for a shape that does not fit the config, a number that is none, and what is missing; then nothing is
-    written."""
+    """Write a checkpoint of the arrays (name, array, the file and the name it was read from), which are computed one at
+    a time, with a progress bar. UserError, before anything is written, if an array is missing, has a shape that does
+    not fit the config, or holds infinite numbers or NaN."""
     check_out(out)
     modules, found, places = skeleton(config), {}, {}
     wanted = {f"{path}.{part}": p.shape for path, module in modules.items() for part, p in module.parameters().items()}
     bar = tqdm(total=len(wanted), unit=" tensors", disable=None, dynamic_ncols=True)
     for name, array, place in arrays:
-        array = mx.contiguous(array)  # what is a transposed view would be copied when all are written
+        array = mx.contiguous(array)  # else a transposed view would be copied later, beside all others
         mx.eval(array)
         check_array(name, array, place, wanted)
         found[name], places[name] = array, place
-        bar.update(name in wanted)  # not scales and biases
+        bar.update(name in wanted)  # scales and biases are not counted
     bar.close()
     if missing := [name for name in wanted if name not in found]:
         raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more: copy the whole model")
     for name, array in found.items():
         if name.endswith(".scales") or array.dtype == mx.uint32:
             check_packed(name.rpartition(".")[0], found, places[name], wanted)
-    header = {"script": "readers.py", **meta, "version": VERSION, "config": asdict(config)}
+    header = {"script": os.path.basename(sys.argv[0]), **meta, "version": VERSION, "config": asdict(config)}
     save_arrays(out, found, header if tokenizer is None else {**header, "tokenizer": tokenizer.to_dict()})
     print(f"{out}: {len(found)} tensors, {sum(array.nbytes for array in found.values()) / 1e6:,.1f} MB"
-          + (f"\nnext: python sample.py {out}" if tokenizer else ""))
+          + (f"\nnext: python sample.py {shlex.quote(out)}" if tokenizer else ""))
 
 
 def check_out(out: str):
-    """Before anything is read. Another's file, perhaps the one that is to be read, is not written over."""
+    """UserError if `out` cannot be written, or is a file that is not a checkpoint: it may be the reader's own input."""
     if not os.path.isdir(os.path.dirname(out) or ".") or os.path.isdir(out):
-        raise UserError(f"cannot write {out}: it is a folder, or its folder is not there")
+        raise UserError(f"cannot write {out}: it is a folder, or its folder does not exist")
     if os.path.exists(out):
         try:
             with safe_open(out, "numpy") as file:
@@ -533,34 +545,37 @@ def check_out(out: str):
         except (SafetensorError, OSError):
             ours = False
         if not ours:
-            raise UserError(f"{out} exists and is no checkpoint of ours: give another file to write, or remove it")
+            raise UserError(f"{out} exists and is not a checkpoint: give another name, or remove it")
 
 
 def check_array(name: str, array: mx.array, place: str, wanted: dict):
+    """UserError for an array that is not one of the `wanted` (shapes by name), or damaged. place: its origin."""
     path, _, part = name.rpartition(".")
     packed = part in ("scales", "biases", "order") or part == "weight" and array.dtype == mx.uint32  # see check_packed
     if (f"{path}.weight" if packed else name) not in wanted:
-        raise UserError(f"{place} has no place in this architecture: the settings and the weights do not fit")
+        raise UserError(f"{place} has no place in this architecture: the settings do not fit the weights")
     if not packed and array.shape != wanted[name]:
-        raise UserError(f"{place} has shape {array.shape}, but by the settings it is {wanted[name]}: they do not fit")
+        raise UserError(f"{place} has shape {array.shape}, but by the settings it is {wanted[name]}: copy both again")
     if not packed and array.dtype not in NOT_FINITE:
         raise UserError(f"{place} holds {str(array.dtype)[9:]}, where floating-point numbers of 16 or 32 bits should "
-                        "be: this format is not known here")
+                        "be: this format cannot be read")
     if array.dtype in NOT_FINITE and not finite(array):
-        raise UserError(f"{place} holds numbers that are infinite or none: copy the file again")
+        raise UserError(f"{place} holds infinite numbers or NaN: copy the file again")
 
 
 NOT_FINITE = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
 
 
 def finite(array: mx.array) -> bool:
-    """By the exponent's bits, which takes a tenth of the time of mx.isfinite on a CPU."""
+    """Whether no number is infinite or NaN. It looks at the exponent's bits, which takes a tenth of the time of
+    mx.isfinite on a CPU."""
     integer, exponent = NOT_FINITE[array.dtype]
     bits = array.view(integer) & (2 ** (8 * array.dtype.size - 1) - 1)  # without the sign
     return array.size == 0 or bits.max().item() < exponent
 
 
 def check_packed(path: str, found: dict, place: str, wanted: dict):
+    """UserError if weight, scales and biases of a quantized layer do not fit each other or the `wanted` shape."""
     *_, outputs, inputs = wanted[f"{path}.weight"]
     parts = [found.get(f"{path}.{part}") for part in ("weight", "scales", "biases")]
     shapes = [None if array is None else array.shape for array in parts]
@@ -568,3 +583,9 @@ def check_packed(path: str, found: dict, place: str, wanted: dict):
     fits = fits and shapes[0][:-1] == wanted[f"{path}.weight"][:-1] and inputs % shapes[1][-1] == 0
     if not fits or shapes[0][-1] * 32 % inputs or inputs // shapes[1][-1] not in (32, 64, 128):
         raise UserError(f"{place} is packed in shapes {shapes}, which do not fit ({outputs}, {inputs}) by the settings")
+
+
+if __name__ == "__main__":
+    print("readers.py has no command of its own: run hf_reader.py, awq_reader.py, gptq_reader.py or gguf_reader.py",
+          file=sys.stderr)
+    sys.exit(2)

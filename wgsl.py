@@ -1,7 +1,8 @@
-"""The page's kernels, webgpu/kernels/*.wgsl, run by Python, with the wgpu package, on a GPU or a driver in software."""
+"""Runs the page's kernels, webgpu/kernels/*.wgsl, from Python, with the wgpu package, on a GPU or a software driver."""
 import glob
 import os
 import re
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -17,25 +18,27 @@ KERNELS = Path(__file__).resolve().parent / "webgpu" / "kernels"
 def device():
     """A WebGPU device. UserError where there is none."""
     if not os.environ.get("VK_DRIVER_FILES") and not glob.glob("/dev/nvidia*"):
-        found = glob.glob("/usr/share/vulkan/icd.d/lvp*.json")  # others only complain
+        found = glob.glob("/usr/share/vulkan/icd.d/lvp*.json")  # other drivers only print warnings
         if found:
             os.environ["VK_DRIVER_FILES"] = found[0]
     os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
     try:
         import wgpu
     except ImportError as error:
-        raise UserError("the page's kernels are run by the wgpu package: pip install wgpu") from error
+        raise UserError("the page's kernels need the wgpu package: pip install wgpu") from error
     try:
         adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
-    except Exception as error:  # whatever its driver says
-        raise UserError(f"no adapter for WebGPU ({error}): install a Vulkan driver, say mesa-vulkan-drivers") from error
+    except Exception as error:  # a driver may raise anything
+        raise UserError(f"WebGPU finds no adapter ({error}): install a Vulkan driver, such as mesa-vulkan-drivers"
+                        ) from error
     limits = {name: adapter.limits[name] for name in ("max-buffer-size", "max-storage-buffer-binding-size")}
     return adapter.request_device_sync(required_features=["subgroup"] if "subgroup" in adapter.features else [],
                                        required_limits=limits)
 
 
 def source(name: str) -> str:
-    """As gpu.js puts it together. naga does without `enable subgroups`, and refuses it."""
+    """A kernel's code, joined with the file that its first comment names, as gpu.js joins them. `enable subgroups` is
+    left out: wgpu does not need it and refuses it."""
     text = (KERNELS / f"{name}.wgsl").read_text()
     text = re.sub(r"^enable subgroups;\n", "", text, flags=re.M)
     more = re.match(r"// \(\+ (\S+)\)\n", text)
@@ -44,12 +47,14 @@ def source(name: str) -> str:
 
 @cache
 def pipeline(name: str, constants: tuple):
+    """A compiled kernel with its override constants, ((name, value), ...)."""
     module = device().create_shader_module(code=source(name), label=name)
     return device().create_compute_pipeline(
         layout="auto", compute={"module": module, "entry_point": "main", "constants": dict(constants)})
 
 
 def buffer(array: np.ndarray):
+    """A storage buffer that holds the array."""
     import wgpu
     raw = np.ascontiguousarray(array).tobytes()
     raw += bytes(-len(raw) % 16 or (16 if not raw else 0))
@@ -57,7 +62,7 @@ def buffer(array: np.ndarray):
 
 
 def bound(name: str, constants: dict, params: tuple, buffers: list):
-    """A kernel and what it works on: its pipeline, and the group of its uniforms and buffers."""
+    """A kernel's pipeline, and the bind group of its uniforms, `params`, and buffers."""
     import wgpu
     gpu, made = device(), pipeline(name, tuple(sorted((key, float(value)) for key, value in constants.items())))
     uniform = b"".join(np.array(value, np.float32 if isinstance(value, float) else np.uint32).tobytes()
@@ -69,7 +74,7 @@ def bound(name: str, constants: dict, params: tuple, buffers: list):
 
 
 def submit(made, bindings: list, groups: tuple, times: int = 1):
-    """Dispatch a kernel with each of the groups of buffers in turn, all of them so many times."""
+    """Dispatch a kernel with each of the bind groups in turn, and all of that `times` times."""
     encoder = device().create_command_encoder()
     work = encoder.begin_compute_pass()
     work.set_pipeline(made)
@@ -82,8 +87,8 @@ def submit(made, bindings: list, groups: tuple, times: int = 1):
 
 def run(name: str, constants: dict, params: tuple, arrays: list, groups: tuple, out: list[int],
         times: int = 1) -> list[np.ndarray]:
-    """Run a kernel, so many times in turn: params are its uniforms, in order (int: u32, float: f32); arrays those of
-    bindings 1, 2, ...; what is then in those numbered `out` comes back."""
+    """Run a kernel `times` times. params: its uniforms, in order (int: u32, float: f32); arrays: for the bindings 1, 2,
+    ...; out: the bindings whose contents are returned afterwards."""
     buffers = [*map(buffer, arrays)]
     made, binding = bound(name, constants, params, buffers)
     submit(made, [binding], groups, times)
@@ -96,8 +101,9 @@ def run(name: str, constants: dict, params: tuple, arrays: list, groups: tuple, 
 
 
 def seconds(name: str, constants: dict, params: tuple, several: list[list], groups: tuple, rounds: int = 5) -> float:
-    """What a dispatch takes, the median of some rounds. several: lists of buffers, taken in turn, so that a cache does
-    not hold them all. What submitting itself takes is taken off: it is the difference of many dispatches and a few."""
+    """Seconds that one dispatch takes, the median of some rounds. several: lists of buffers, used in turn, so that a
+    cache does not hold them all. The time of submitting cancels: each round takes the difference between many
+    dispatches and few."""
     bindings = [bound(name, constants, params, buffers) for buffers in several]
     made, bindings = bindings[0][0], [binding for _, binding in bindings]
 
@@ -114,6 +120,11 @@ def seconds(name: str, constants: dict, params: tuple, several: list[list], grou
 
 
 def threads(n: int, size: int = 64) -> tuple[int, int]:
-    """Workgroups for n threads, as gpu.js lays them out."""
+    """The number of workgroups of `size` threads for n threads, in two dimensions as in gpu.js."""
     groups = -(-n // size)
     return (groups, 1) if groups <= 65535 else (65535, -(-groups // 65535))
+
+
+if __name__ == "__main__":
+    print("wgsl.py has no command of its own: run bench_page.py, which uses it", file=sys.stderr)
+    sys.exit(2)

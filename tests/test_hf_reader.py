@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import ROOT, peak_memory, run_here, survives
+from conftest import ROOT, peak_memory, run, run_here, survives
 
 import readers
 from config import UserError
@@ -314,11 +314,13 @@ def test_the_tokenizer_travels(tmp_path):
     meta = {"tokenizer": enc.to_dict(), "chat_template": "{{ '<|im_start|>' }}"}
     save_checkpoint(str(tmp_path / "a.safetensors"), model, meta)
     read(tmp_path / "a.safetensors", f"--export={tmp_path / 'b'}")
-    read(tmp_path / "b", tmp_path / "c.safetensors")
-    _, found = load_checkpoint(str(tmp_path / "c.safetensors"))
+    out = tmp_path / "the model.safetensors"
+    assert f"next: python sample.py '{out}'\n" in read(tmp_path / "b", out).stdout
+    _, found = load_checkpoint(str(out))
+    assert found["script"] == "hf_reader.py"
     assert Tokenizer.from_dict(found["tokenizer"]).encode("ab").tolist() == [97, 98]
     assert found["template"] == "chatml" and found["chat_template"] == "{{ '<|im_start|>' }}"
-    done = subprocess.run([sys.executable, ROOT / "sample.py", tmp_path / "c.safetensors", "--prompt=ab",
+    done = subprocess.run([sys.executable, ROOT / "sample.py", out, "--prompt=ab",
                            "--max_new_tokens=5", "--template=none"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("ab") and raw["model_type"] == "llama"
 
@@ -452,6 +454,11 @@ def test_unknown_settings(family, name, value, off):
         readers.model_config(raw | {name: value}, "a.json")
 
 
+@pytest.mark.parametrize("module", ["readers.py", "wgsl.py"])
+def test_a_module_is_no_script(module):
+    assert f"{module} has no command of its own: run " in run(module, status=2).stderr
+
+
 def test_bad_folders(tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(FOLDERS / "llama", bad)
@@ -466,7 +473,7 @@ def test_bad_folders(tmp_path):
     refused(bad, "not JSON")
     (bad / "config.json").unlink()
     refused(bad, "config.json is missing")
-    assert "no folder" in read(tmp_path / "nothing", tmp_path / "out", status=2).stderr
+    assert "not a folder" in read(tmp_path / "nothing", tmp_path / "out", status=2).stderr
     assert "nothing to read" in read(status=2).stderr
 
 
@@ -491,7 +498,7 @@ def test_numbers_that_are_none(tmp_path):
     arrays = mx.load(str(FOLDERS / "qwen3" / "model.safetensors"))
     arrays["model.norm.weight"] = arrays["model.norm.weight"] * mx.inf
     mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays)
-    refused(tmp_path / "bad", "model.safetensors: model.norm.weight holds numbers")
+    refused(tmp_path / "bad", "model.safetensors: model.norm.weight holds infinite numbers")
 
 
 def outcome(folder, name, **change):
@@ -540,8 +547,8 @@ def test_what_transformers_takes_for_granted(tmp_path):
     older = dict(layer_types=..., max_window_layers=1)
     assert outcome(tmp_path / "qwen2", "qwen2", **older)[0]["window_pattern"] == "LS"
     assert outcome(tmp_path / "qwen2", "qwen2", **older | {"max_window_layers": ...})[0]["sliding_window"] == 0
-    assert "layer_types is no list" in outcome(tmp_path / "qwen2", "qwen2", layer_types=["chunked_attention"] * 2)
-    assert "layer_types is no list" in outcome(tmp_path / "qwen2", "qwen2", layer_types=["sliding_attention"])
+    assert "layer_types is not a list" in outcome(tmp_path / "qwen2", "qwen2", layer_types=["chunked_attention"] * 2)
+    assert "layer_types is not a list" in outcome(tmp_path / "qwen2", "qwen2", layer_types=["sliding_attention"])
 
 
 @pytest.mark.parametrize("name, tensor, change, says", [
@@ -569,8 +576,8 @@ def test_what_is_not_written_over(tmp_path):
     shutil.copytree(FOLDERS / "qwen3", tmp_path / "folder")
     path = tmp_path / "folder" / "model.safetensors"
     before = path.read_bytes()
-    for out, says in ((path, "is no checkpoint of ours"), (tmp_path, "it is a folder"),
-                      (tmp_path / "none" / "a.safetensors", "its folder is not there")):
+    for out, says in ((path, "exists and is not a checkpoint"), (tmp_path, "it is a folder"),
+                      (tmp_path / "none" / "a.safetensors", "its folder does not exist")):
         with pytest.raises(UserError, match=says):
             run_here("hf_reader.py", tmp_path / "folder", out)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["folder"]

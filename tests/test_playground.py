@@ -224,7 +224,7 @@ def test_a_browser_that_leaves_is_no_error(tmp_path):
 
 def test_bad_settings(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "is no folder" in run("playground.py", tmp_path / "missing", status=2).stderr
-    assert "is no folder" in run("playground.py", tmp_path / "file", status=2).stderr
+    assert "is not a folder" in run("playground.py", tmp_path / "missing", status=2).stderr
+    assert "is not a folder" in run("playground.py", tmp_path / "file", status=2).stderr
     assert "port=65536" in run("playground.py", tmp_path, "--port=65536", status=2).stderr
     assert "playground.py [folder]" in run("playground.py", "--help").stdout
