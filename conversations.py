@@ -1,12 +1,12 @@
-"""Conversations: jsonl files of them, chat templates, and their tokens, of which some are to be learned.
+"""Conversations: reading them from .jsonl files, chat templates, and tokens with a loss mask.
 
     conversations = read_conversations("tasks.jsonl")
-    ids, learned = encode(enc, conversations[0], "chatml")   # learned: True for the tokens of responses
+    ids, learned = encode(enc, conversations[0], "chatml")   # learned: True for tokens of the assistant's messages
     ids = encode_prompt(enc, [{"role": "user", "content": "Hello"}], "chatml")   # ends where the answer begins
-    rows = pack([(ids, learned), ...], block_size)           # several examples a row, for model.loss(..., places=)
+    rows = pack([(ids, learned), ...], block_size)           # several examples in a row, for model.loss(..., places=)
 
-A line of a file is {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}, or {"instruction",
-"input", "output"} (input may be missing), or {"prompt", "response"}.
+A line of a file is a JSON object: {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}, or
+{"instruction": ..., "input": ..., "output": ...}, where input is optional, or {"prompt": ..., "response": ...}.
 """
 import json
 import re
@@ -18,8 +18,8 @@ from config import UserError
 from model import DOCUMENT, PADDING
 from tokenizer import Tokenizer
 
-# For each role, what stands before and after its text. An answer ends with the template's own mark where the tokenizer
-# has that as a special token, else with the end-of-text token; what follows it stands before the next turn only.
+# For each role, the texts before and after a message. The assistant's message ends with the special token "end" if the
+# tokenizer has it, else with the end-of-text token; the text after that message is left out after the last message.
 TEMPLATES = {
     "plain": {"start": "", "system": ("", "\n\n"), "user": ("", "\n\n"), "assistant": ("", "\n\n"), "end": ""},
     "alpaca": {"start": "", "system": ("", "\n\n"), "user": ("### Instruction:\n", "\n\n"),
@@ -38,8 +38,8 @@ ROLES = ("system", "user", "assistant")
 
 
 def read_jsonl(path: str, convert) -> list:
-    """convert(the object of each line). Where a line is not JSON or convert raises ValueError, the first ten are told
-    with their numbers, and UserError is raised."""
+    """convert(object) for the JSON object in each line. A line is bad if it is not JSON, or if convert raises ValueError:
+    the first ten bad lines are printed with their numbers, and UserError is raised."""
     found, bad = [], []
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -49,26 +49,27 @@ def read_jsonl(path: str, convert) -> list:
                 try:
                     found.append(convert(json.loads(line)))
                 except ValueError as error:  # JSONDecodeError is one
-                    what = f"no JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
+                    what = f"no JSON can be read ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
                     bad.append(f"{path}, line {number}: {what}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
     if bad:
         print("\n".join(bad[:10]), file=sys.stderr)
-        raise UserError(f"{len(bad)} bad lines in {path}, of which {min(10, len(bad))} stand above: mend them")
+        raise UserError(f"{len(bad)} bad lines in {path}, of which {min(10, len(bad))} are shown above: correct them")
     if not found:
-        raise UserError(f"{path} is empty: give one conversation a line")
+        raise UserError(f"{path} is empty: it must have a conversation in each line")
     return found
 
 
 def read_conversations(path: str) -> list[list[dict]]:
+    """The messages of each line of a .jsonl file."""
     return read_jsonl(path, to_messages)
 
 
 def to_messages(line) -> list[dict]:
-    """The messages of a line, the last of them an answer. ValueError says what is wrong with it."""
+    """The messages of a line; the last one is the assistant's. ValueError tells what is wrong with the line."""
     if not isinstance(line, dict):
-        raise ValueError("not an object of fields in { }")
+        raise ValueError("not an object in { }")
     if "messages" in line:
         messages = check_messages(line["messages"])
         if not messages or messages[-1]["role"] != "assistant":
@@ -87,7 +88,7 @@ def to_messages(line) -> list[dict]:
 
 
 def check_messages(messages) -> list[dict]:
-    """The role and content of each message. ValueError says what is wrong."""
+    """The role and content of each message. ValueError tells what is wrong."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages is not a list of objects")
     for message in messages:
@@ -97,12 +98,14 @@ def check_messages(messages) -> list[dict]:
 
 
 def text_of(line: dict, field: str) -> str:
+    """The text in a field. ValueError if it is missing or not a text."""
     if not isinstance(line.get(field), str):
         raise ValueError(f"{field} is missing" if field not in line else f"{field} is not a text")
     return line[field]
 
 
 def turns(prompt: str, response: str) -> list[dict]:
+    """A user's message and the assistant's."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
@@ -116,7 +119,7 @@ def check_template(name: str) -> str:
 
 
 def encode_marked(enc: Tokenizer, text: str) -> list[int]:
-    """Tokens of a template's text: where it names a special token that the tokenizer has, that token."""
+    """Tokens of a template's text, in which names of special tokens stand for these tokens."""
     if not enc.special:
         return enc.encode(text).tolist()
     ids = []
@@ -126,12 +129,13 @@ def encode_marked(enc: Tokenizer, text: str) -> list[int]:
 
 
 def end_of_answer(enc: Tokenizer, template: str) -> int:
+    """The token that ends a message of the assistant."""
     return enc.special.get(TEMPLATES[template]["end"], enc.eot)
 
 
 def encode(enc: Tokenizer, messages: list[dict], template: str) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation, and which of them are an answer or end one. It begins with the template's start, or as
-    documents in training do."""
+    """The tokens of a conversation, and for each whether it belongs to a message of the assistant, its end token
+    included. The first token is the template's start token if the tokenizer has it, else bos."""
     form = TEMPLATES[template]
     ids = encode_marked(enc, form["start"]) if form["start"] in enc.special else [enc.bos]
     learned = [False] * len(ids)
@@ -147,15 +151,15 @@ def encode(enc: Tokenizer, messages: list[dict], template: str) -> tuple[list[in
 
 
 def encode_prompt(enc: Tokenizer, messages: list[dict], template: str, role: str = "assistant") -> list[int]:
-    """Tokens of a conversation up to where the next message, of this role, begins."""
+    """The tokens of a conversation, and those that begin the next message, which is of this role."""
     ids, _ = encode(enc, [*messages, {"role": role, "content": ""}], template)
     end = 1 if role == "assistant" else len(encode_marked(enc, TEMPLATES[template][role][1]))
     return ids[:len(ids) - end]
 
 
 def shorten(examples: list, block_size: int) -> tuple[list, int, int]:
-    """Cut examples (ids, learned) to block_size + 1 tokens, and leave out those that then have nothing to learn.
-    Returns what is left, how many were cut, and how many left out."""
+    """Cut examples (ids, learned) to block_size + 1 tokens, and drop those without a learned token. Returns the other
+    examples, how many were cut, and how many were dropped."""
     cut = sum(len(ids) > block_size + 1 for ids, _ in examples)
     short = [(ids[:block_size + 1], learned[:block_size + 1]) for ids, learned in examples]
     left = [(ids, learned) for ids, learned in short if any(learned[1:])]
@@ -163,9 +167,9 @@ def shorten(examples: list, block_size: int) -> tuple[list, int, int]:
 
 
 def pack(examples: list, block_size: int, together: bool = True) -> dict[str, np.ndarray]:
-    """Rows (R, block_size) of examples (ids, learned): "idx", "targets", "mask" (1 where the target is learned),
-    "places" (each token's position, and its document: see model.py). together: several examples a row where they fit,
-    longest first; else one. No target reaches from one example into the next."""
+    """Put examples (ids, learned) into rows (R, block_size): "idx", "targets", "mask" (1 where the target is learned),
+    and "places" (position and document of each token: see model.py). together: examples share a row where they fit, the
+    longest first; otherwise each has a row of its own. A target is always of the same example as its input."""
     room, rows = [], []
     for example in sorted(examples, key=lambda example: -len(example[0])):
         need = len(example[0]) - 1
@@ -188,3 +192,8 @@ def pack(examples: list, block_size: int, together: bool = True) -> dict[str, np
             found["places"][part] = number * DOCUMENT + np.arange(len(ids) - 1)
             start += len(ids) - 1
     return found
+
+
+if __name__ == "__main__":
+    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as sft.py", file=sys.stderr)
+    sys.exit(2)

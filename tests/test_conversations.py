@@ -1,4 +1,4 @@
-"""conversations.py: what files may hold, templates as their makers write them, packing."""
+"""conversations.py: the forms of a file's lines, templates against texts written by hand, packing."""
 import json
 
 import blas  # noqa: F401  (before mlx)
@@ -62,7 +62,7 @@ def test_bad_line(tmp_path, capsys, line, says):
 
 
 def test_first_ten(tmp_path, capsys):
-    with pytest.raises(UserError, match="30 bad lines.*10 stand above"):
+    with pytest.raises(UserError, match="30 bad lines.*10 are shown above"):
         read_conversations(write(tmp_path / "a.jsonl", *["x"] * 30))
     assert len(capsys.readouterr().err.splitlines()) == 10
     with pytest.raises(UserError, match="is empty"):
@@ -74,7 +74,7 @@ def test_first_ten(tmp_path, capsys):
 
 # ---- templates -------------------------------------------------------------------------------------------------------
 
-WRITTEN = {  # as their makers write them, special tokens as text; answers between brackets are learned
+WRITTEN = {  # in the form that the models' makers publish; the tokens between brackets are learned
     "chatml": "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
               "[Hello!<|im_end|>]\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[See you.<|im_end|>]",
     "llama3": "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|><|start_header_id|>user<|end_header_id|>"
@@ -99,7 +99,7 @@ def test_template(template):
         inside = yes
     assert text + "]" * inside == WRITTEN[template]
     assert all(enc.special[name] in ids for name in SPECIALS[template])
-    plain, _ = encode(BYTES, TALK, template)  # without those tokens they are spelled, and answers end with its own
+    plain, _ = encode(BYTES, TALK, template)  # without these special tokens, their names are encoded as text
     assert plain.count(BYTES.eot) == 3 and BYTES.decode(plain).count("Hello!<|endoftext|>") == 1
 
 
@@ -127,7 +127,7 @@ def test_byte_order_mark(tmp_path):
     assert read_conversations(str(path)) == [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
 
 
-def test_shorten_counts_what_is_cut():
+def test_shorten_counts_cut_examples():
     for length, cut in ((10, 0), (11, 0), (12, 1)):  # 11 tokens are 10 inputs and 10 targets
         assert shorten([([1] * length, [True] * length)], 10)[1:] == (cut, 0)
 
@@ -162,7 +162,7 @@ def test_pack_holds_everything_once(together):
 
 @pytest.mark.parametrize("settings", [dict(), dict(pos="learned"), dict(alibi=True, sliding_window=9)], ids=str)
 def test_packed_equals_unpacked(settings):
-    """Token by token; and no gradient comes from what is not learned."""
+    """Logits of packed examples equal those of each example alone; tokens that are not learned give no gradient."""
     model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=32, **settings), seed=1).eval()
     talks = [TALK[1:3], TALK[3:], [{"role": "user", "content": "x" * 20}, TALK[4]]]
     examples = [encode(BYTES, talk, "plain") for talk in talks]
