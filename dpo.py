@@ -16,13 +16,13 @@ mean log-probability of a token (simpo, orpo).
 Losses: dpo (Rafailov et al. 2023; label_smoothing: Mitchell 2023), ipo (Azar et al. 2023), simpo (Meng et al. 2024),
 orpo (Hong et al. 2024), kto (Ethayarajh et al. 2024).
 """
-import csv
 import math
 import os
+import time
+from collections import Counter
 from functools import partial
 
 import blas  # noqa: F401  (before mlx)
-import matplotlib
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -30,6 +30,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+import draw
+import run_folder
 from config import UserError, overrides
 from conversations import check_messages, check_template, encode, encode_prompt, read_jsonl, text_of
 from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged, save_peft
@@ -69,8 +71,12 @@ eval_interval = 20      # updates between evaluations
 log_interval = 5        # updates between log lines
 dtype = "auto"          # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
 compile = not ON_CPU    # mx.compile the step
+overwrite = False       # replace the results of another run in OUT_DIR without asking
+log = ""                # send the rows of loss.csv also to tensorboard | wandb
 
 settings = overrides(globals(), "checkpoint", "data")
+
+SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 
 # ---- losses: a number a pair, from the log-probabilities of its answers ----------------------------------------------
 #
@@ -136,6 +142,8 @@ if not 0 < val_share < 1 or not 0 <= label_smoothing < 0.5:
     raise UserError("val_share must be between 0 and 1, label_smoothing from 0 up to 0.5")
 if dtype == "float16":
     raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
+run_folder.check_log(log)
+run_folder.check(out_dir, SCRIPT, overwrite)
 
 
 def to_pair(line) -> tuple[list[dict], str, str]:
@@ -194,7 +202,7 @@ def rows_of(pairs: list, what: str) -> dict[str, np.ndarray]:
         for part, row in enumerate(rows):
             ids[i, part, :len(row)], learned[i, part, given:len(row)] = row, 1
     print(f"{what}: {len(found)} pairs, at most {T - 1} tokens"
-          f"{f'; {skipped} SKIPPED, longer than {block_size} tokens' if skipped else ''}")
+          f"{f'; {skipped} SKIPPED, over {block_size} tokens' if skipped else ''}")
     return {"ids": ids, "learned": learned}
 
 
@@ -236,8 +244,8 @@ def side_by_side(x: mx.array) -> mx.array:
     return x.swapaxes(0, 1).flatten(0, 1)
 
 
-def figures_of(batch) -> tuple[mx.array, mx.array]:
-    """The mean loss of a batch, and (accuracy, margin, chosen, rejected)."""
+def loss_and_figures(batch) -> tuple[mx.array, dict[str, mx.array]]:
+    """The mean loss of a batch; and by name the share of pairs that it orders rightly, and means over its pairs."""
     B = batch["ids"].shape[0]
     ids, learned = side_by_side(batch["ids"]), side_by_side(batch["learned"])
     pi = answer_log_probs(model, ids, learned).reshape(N_PARTS, B)
@@ -254,20 +262,21 @@ def figures_of(batch) -> tuple[mx.array, mx.array]:
         losses = kto(pi[0], pi[1], ref[0], ref[1], pi[2], ref[2], beta)
     rewards = beta * (pi / n if loss in ("simpo", "orpo") else pi - ref)
     margin = rewards[0] - rewards[1]
-    accuracy = ((mx.sign(margin) + 1) / 2).mean()
-    return losses.mean(), mx.stack([accuracy, margin.mean(), pi[0].mean(), pi[1].mean()])
+    value = losses.mean()
+    return value, {"loss": value, "accuracy": ((mx.sign(margin) + 1) / 2).mean(), "margin": margin.mean(),
+                   "chosen": pi[0].mean(), "rejected": pi[1].mean()}
 
 
 @compiled
 def step(batch):
-    """One update. Returns the loss, its figures, and the gradient's norm before clipping."""
-    (value, figures), grads = nn.value_and_grad(model, figures_of)(batch)
+    """One update. Returns its figures, with the gradient's norm before clipping."""
+    (_, figures), grads = nn.value_and_grad(model, loss_and_figures)(batch)
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
     opt.update(model, grads)
-    return value, figures, length
+    return {**figures, "norm": length}
 
 
-without_update = compiled(lambda batch: figures_of(batch))
+validation_figures = compiled(lambda batch: loss_and_figures(batch)[1])
 
 
 @compiled
@@ -288,27 +297,29 @@ def batch_of(rows: dict, which) -> dict[str, mx.array]:
     return {name: mx.array(array[which]) for name, array in rows.items()}
 
 
-def evaluate() -> list[float]:
-    """Loss and figures of the pairs held out."""
+def evaluate() -> dict[str, float]:
+    """The figures of all pairs held out."""
     model.eval()
-    total, n = np.zeros(5), len(val_rows["ids"])
+    totals, n = Counter(), len(val_rows["ids"])
     for start in range(0, n, batch_size):
         batch = batch_of(val_rows, slice(start, start + batch_size))
-        value, figures = without_update(batch)
-        total += np.array([value.item(), *figures.tolist()]) * len(batch["ids"])
+        totals.update({name: figure.item() * len(batch["ids"]) for name, figure in validation_figures(batch).items()})
     model.train()
-    return (total / n).tolist()
+    return {name: total / n for name, total in totals.items()}
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
-result, NAMES = os.path.join(out_dir, "dpo.safetensors"), ["loss", "accuracy", "margin", "chosen", "rejected"]
+FIGURES = ["accuracy", "margin", "chosen", "rejected"]
+COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", *FIGURES, "learning_rate", "grad_norm", "tok_per_s",
+           "peak_gib"]
+result = os.path.join(out_dir, "dpo.safetensors")
 rows = []
 
 
-def save(step: int, held_out: list[float]):
-    header = {"script": "dpo.py", "settings": settings, "step": step, "template": template,
-              "losses": dict(zip(NAMES, held_out, strict=True))}
+def save(step: int, held_out: dict[str, float]):
+    header = {"script": SCRIPT, "settings": settings, "commit": commit, "step": step, "template": template,
+              "losses": {"val": held_out["loss"], **held_out}}
     if kind == "full":
         save_checkpoint(result, model, {**header, "tokenizer": meta["tokenizer"]})
     elif merge:
@@ -319,38 +330,30 @@ def save(step: int, held_out: list[float]):
             save_peft(os.path.join(out_dir, "peft"), model)
 
 
-def log(step: int, what: str, figures: list[float], more: str = ""):
-    tqdm.write(f"step {step:6d} | {what:5} {figures[0]:7.4f} | acc {figures[1]:6.1%} | margin {figures[2]:7.3f} | "
-               f"chosen {figures[3]:8.2f} | rejected {figures[4]:8.2f}{more}")
-    rows.append({"step": step, "split": what, **dict(zip(NAMES, figures, strict=True))})
-    with open(os.path.join(out_dir, "loss.csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "split", *NAMES])
-        writer.writeheader()
-        writer.writerows(rows)
+def record(**row):
+    row["seconds"] = round(time.perf_counter() - began, 2)
+    rows.append(row)
+    run_folder.add_row(out_dir, COLUMNS, row)
+    send(row)
 
 
-def draw():
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axes, names in zip(panels, (["loss"], ["accuracy"], ["chosen", "rejected"]), strict=True):
-        for name in names:
-            for split, label, style in (("loss", "training", "-"), ("val", "held out", "o-")):
-                points = [(row["step"], row[name]) for row in rows if row["split"] == split]
-                axes.plot(*zip(*points, strict=True), style, label=f"{name}, {label}", ms=4)
-        axes.set(xlabel="step", ylabel="nats" if "chosen" in names else names[0])
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{os.path.basename(data)}, {loss}, {kind}")
-    temporary = os.path.join(out_dir, "loss.tmp.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    os.replace(temporary, os.path.join(out_dir, "loss.png"))
+def draw_curves():
+    """loss.png: loss, accuracy and log-probabilities, each of the training pairs and of those held out."""
+    both = []  # rows whose figures are named as their loss is: train_accuracy, val_accuracy
+    for row in rows:
+        split = "val" if "val_loss" in row else "train"
+        both.append({**row, **{f"{split}_{name}": row[name] for name in FIGURES}})
+    panels = {label: {f"{split}_{name}": f"{name}, {which}" for name in names
+                      for split, which in (("train", "training"), ("val", "held out"))}
+              for label, names in (("loss", ["loss"]), ("accuracy", ["accuracy"]), ("nats", ["chosen", "rejected"]))}
+    draw.curves(os.path.join(out_dir, "loss.png"), both, panels, f"{os.path.basename(data)}, {loss}, {kind}")
 
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
-os.makedirs(out_dir, exist_ok=True)
+run_folder.start(out_dir, SCRIPT, settings, source)
+run_folder.write_rows(out_dir, COLUMNS, rows)
+send, commit = run_folder.log_to(log, out_dir, settings), run_folder.git_commit()
 if peft and kind != "full":
     save_peft(os.path.join(out_dir, "peft"), model)  # if it cannot be, that is told now
 model.eval()
@@ -358,43 +361,60 @@ add_reference(train_rows)
 add_reference(val_rows)
 model.train()
 bar = tqdm(total=max_iters, unit="step", disable=None, dynamic_ncols=True)
-number, best, pending = 0, math.inf, None
+best, pending, began = math.inf, None, time.perf_counter()
 
 
-def finish(number: int, value: mx.array, figures: mx.array, length: mx.array, rate: float):
-    """Read a step's figures, a step late; log them."""
-    found = [value.item(), *figures.tolist()]
-    if not (math.isfinite(found[0]) and math.isfinite(length.item())):
-        raise UserError(f"step {number}: the loss is {found[0]}, the gradient's norm {length.item()}; {result} is of"
+def finish(number: int, figures: dict[str, mx.array], rate: float):
+    """Read a step's figures, a step late, and log them."""
+    global lap_time, lap_tokens
+    figures = {name: figure.item() for name, figure in figures.items()}
+    value, norm = figures["loss"], figures["norm"]
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        raise UserError(f"step {number}: the loss is {value}, the gradient's norm {norm}; {result} is of"
                         " the best step before, if there was one. Try a smaller learning_rate")
     if number % log_interval == 0 or number in (1, max_iters):
-        log(number, "loss", found, f" | lr {rate:.1e} | norm {length.item():6.2f}")
+        speed = lap_tokens / lap_time if lap_time else 0.0
+        lap_time, lap_tokens = 0.0, 0
+        tqdm.write(f"step {number:6d} | loss {value:6.4f} | acc {figures['accuracy']:4.0%} | "
+                   f"margin {figures['margin']:6.3f} | lr {rate:.1e} | norm {norm:4.2f}")
+        record(step=number, tokens=tokens, train_loss=value, learning_rate=rate, grad_norm=norm,
+               tok_per_s=round(speed), peak_gib=round(mx.get_peak_memory() / 2**30, 3),
+               **{name: figures[name] for name in FIGURES})
 
 
+lengths = train_rows["ids"].shape[-1] - train_rows["learned"][..., ::-1].argmax(-1)  # the answer ends a row
+number, tokens, lap_time, lap_tokens = 0, 0, 0.0, 0  # tokens: of prompts and answers, without padding
 while True:
     if number % eval_interval == 0 or number == max_iters:
         if pending:
             finish(*pending)
             pending = None
         figures = evaluate()
-        is_best = number > 0 and figures[0] < best
-        log(number, "val", figures, " | best so far" if is_best else "")
+        is_best = number > 0 and figures["loss"] < best
+        tqdm.write(f"step {number:6d} | val  {figures['loss']:6.4f} | acc {figures['accuracy']:4.0%} | "
+                   f"margin {figures['margin']:6.3f} | log p {figures['chosen']:6.1f} {figures['rejected']:6.1f}"
+                   f"{' | best' if is_best else ''}")
+        record(step=number, tokens=tokens, val_loss=figures["loss"], **{name: figures[name] for name in FIGURES})
         if is_best:
-            best = figures[0]
+            best = figures["loss"]
             save(number, figures)
         if number == max_iters:
             break
     epoch, i = divmod(number, max_iters // epochs)
     order = np.random.default_rng([seed, epoch]).permutation(len(train_rows["ids"]))
-    rate = learning_rate_at(number)
+    which = order[i * batch_size:(i + 1) * batch_size]
+    lap_began, rate = time.perf_counter(), learning_rate_at(number)
     opt.learning_rate = rate
-    found = step(batch_of(train_rows, order[i * batch_size:(i + 1) * batch_size]))
-    mx.async_eval(found, state)
+    figures = step(batch_of(train_rows, which))
+    mx.async_eval(figures, state)
     number += 1
     if pending:
         finish(*pending)
-    pending = number, *found, rate
+    pending = number, figures, rate
+    lap_time += time.perf_counter() - lap_began
+    in_step = int(lengths[which].sum())
+    tokens, lap_tokens = tokens + in_step, lap_tokens + in_step
     bar.update(1)
 bar.close()
-draw()
-print(f"{result}: the step of the lowest loss held out, {best:.4f}; curves in {out_dir}/loss.png")
+draw_curves()
+print(f"{result}: the step of the lowest loss held out, {best:.4f}\ncurves: {out_dir}/loss.png")

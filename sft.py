@@ -17,14 +17,12 @@ out.
 Kinds: full; lora (Hu et al. 2021); rslora (Kalajdzievski 2023); dora (Liu et al. 2024). --base_bits packs the base
 first, as in QLoRA (Dettmers et al. 2023). --neftune adds noise to embeddings (Jain et al. 2023).
 """
-import csv
 import math
 import os
 import time
 from functools import partial
 
 import blas  # noqa: F401  (before mlx)
-import matplotlib
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -32,6 +30,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from tqdm import tqdm
 
+import draw
+import run_folder
 from config import UserError, overrides
 from conversations import check_template, encode, encode_prompt, end_of_answer, pack, read_conversations, shorten
 from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged, save_peft
@@ -75,9 +75,12 @@ dtype = "auto"          # float32 | bfloat16; auto: bfloat16 on a GPU, float32 o
 compile = not ON_CPU    # mx.compile the step
 samples = 2             # held-out prompts answered before and after
 sample_tokens = 60      # of an answer
+overwrite = False       # replace the results of another run in OUT_DIR without asking
+log = ""                # send the rows of loss.csv also to tensorboard | wandb
 
 settings = overrides(globals(), "checkpoint", "data")
 
+SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 if not data:
     raise UserError("no examples: give --data=FILE.jsonl")
 if kind not in ("full", *KINDS):
@@ -93,6 +96,8 @@ if not 0 < val_share < 1:
     raise UserError(f"val_share={val_share}: it must be between 0 and 1")
 if dtype == "float16":
     raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
+run_folder.check_log(log)
+run_folder.check(out_dir, SCRIPT, overwrite)
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -121,9 +126,9 @@ def rows_of(conversations: list, what: str) -> dict[str, np.ndarray]:
         raise UserError(f"no {what} example has a response within {block_size} tokens: train a longer context")
     rows = pack(examples, block_size, packing)
     print(f"{what}: {len(examples)} examples, {sum(len(ids) for ids, _ in examples):,} tokens, "
-          f"{int(rows['mask'].sum()):,} to learn, in {len(rows['idx'])} rows of {block_size}"
-          f"{f'; {cut} cut at {block_size} tokens' if cut else ''}"
-          f"{f'; {skipped} SKIPPED, since no response was left' if skipped else ''}")
+          f"{int(rows['mask'].sum()):,} to learn, in {len(rows['idx'])} rows of {block_size}")
+    if cut or skipped:
+        print(f"    {cut} cut at {block_size} tokens; {skipped} SKIPPED, as no response was left")
     return rows
 
 
@@ -184,7 +189,7 @@ def loss_of(batch, tap=no_tap):
 
 @compiled
 def step(batch):
-    """One update. Returns the loss and the gradient's norm before clipping."""
+    """One update. Returns its figures: the loss, and the gradient's norm before clipping."""
     loss, grads = nn.value_and_grad(model, loss_of)(batch, noise if neftune else no_tap)
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
 
@@ -194,7 +199,7 @@ def step(batch):
 
     model.update(tree_map_with_path(decay, model.trainable_parameters()))
     opt.update(model, grads)
-    return loss, length
+    return {"loss": loss, "norm": length}
 
 
 validation_loss = compiled(lambda batch: loss_of(batch))
@@ -217,12 +222,14 @@ def evaluate() -> float:
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
+COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tok_per_s", "peak_gib"]
 result = os.path.join(out_dir, "sft.safetensors")
 rows = []
 
 
 def save(step: int, val: float):
-    header = {"script": "sft.py", "settings": settings, "step": step, "losses": {"val": val}, "template": template}
+    header = {"script": SCRIPT, "settings": settings, "commit": commit, "step": step, "losses": {"val": val},
+              "template": template}
     if kind == "full":
         save_checkpoint(result, model, {**header, "tokenizer": meta["tokenizer"]})
     elif merge:
@@ -234,28 +241,10 @@ def save(step: int, val: float):
 
 
 def record(**row):
+    row["seconds"] = round(time.perf_counter() - began, 2)
     rows.append(row)
-    columns = ["step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tok_per_s"]
-    with open(os.path.join(out_dir, "loss.csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def draw():
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for column, label, style in (("train_loss", "training", "-"), ("val_loss", "held out", "o-")):
-        points = [(row["step"], row[column]) for row in rows if column in row]
-        axes.plot(*zip(*points, strict=True), style, label=f"{label}, last {points[-1][1]:.3f}", ms=4)
-    axes.set(xlabel="step", ylabel="nats a response token", title=f"{os.path.basename(data)}, {kind}")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    temporary = os.path.join(out_dir, "loss.tmp.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    os.replace(temporary, os.path.join(out_dir, "loss.png"))
+    run_folder.add_row(out_dir, COLUMNS, row)
+    send(row)
 
 
 def answers() -> list[str]:
@@ -272,30 +261,33 @@ def answers() -> list[str]:
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
-os.makedirs(out_dir, exist_ok=True)
+run_folder.start(out_dir, SCRIPT, settings, source)
+run_folder.write_rows(out_dir, COLUMNS, rows)
+send, commit = run_folder.log_to(log, out_dir, settings), run_folder.git_commit()
 if peft and kind != "full":
     save_peft(os.path.join(out_dir, "peft"), model)  # if it cannot be, that is told now
 before, best, pending = answers(), math.inf, None
 model.train()
+began = time.perf_counter()
 bar = tqdm(total=max_iters, unit="step", disable=None, dynamic_ncols=True)
 
 
-def finish(number: int, loss: mx.array, length: mx.array, rate: float):
-    """Read a step's figures, a step late; log them."""
+def finish(number: int, figures: dict[str, mx.array], rate: float):
+    """Read a step's figures, a step late, and log them."""
     global lap_time, lap_tokens
-    loss, length = loss.item(), length.item()
-    if not (math.isfinite(loss) and math.isfinite(length)):
-        raise UserError(f"step {number}: the loss is {loss}, the gradient's norm {length}; {result} is of the best step"
+    loss, norm = figures["loss"].item(), figures["norm"].item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(f"step {number}: the loss is {loss}, the gradient's norm {norm}; {result} is of the best step"
                         " before, if there was one. Try a smaller learning_rate")
     if number % log_interval == 0 or number == max_iters:
         speed = lap_tokens / lap_time if lap_time else 0.0
         lap_time, lap_tokens = 0.0, 0
-        tqdm.write(f"step {number:6d} | loss {loss:7.4f} | lr {rate:.2e} | norm {length:6.2f} | {speed:9,.0f} tok/s"
-                   f" | mem {mx.get_peak_memory() / 2**30:5.2f} GiB")
-        record(step=number, train_loss=loss, learning_rate=rate, grad_norm=length, tok_per_s=round(speed))
+        tqdm.write(f"step {number:6d} | loss {loss:6.4f} | lr {rate:.1e} | norm {norm:4.2f} | {speed:7,.0f} tok/s")
+        record(step=number, tokens=tokens, train_loss=loss, learning_rate=rate, grad_norm=norm, tok_per_s=round(speed),
+               peak_gib=round(mx.get_peak_memory() / 2**30, 3))
 
 
-number, lap_time, lap_tokens = 0, 0.0, 0
+number, tokens, lap_time, lap_tokens = 0, 0, 0.0, 0  # tokens: trained on, without padding
 while True:
     if number % eval_interval == 0 or number == max_iters:
         if pending:
@@ -303,8 +295,9 @@ while True:
             pending = None
         val = evaluate()
         is_best = val < best
-        tqdm.write(f"step {number:6d} | val  {val:7.4f}{' | best so far' if is_best and number else ''}")
-        record(step=number, val_loss=val)
+        tqdm.write(f"step {number:6d} | val  {val:6.4f} | {mx.get_peak_memory() / 2**30:4.2f} GiB"
+                   f"{' | best' if is_best and number else ''}")
+        record(step=number, tokens=tokens, val_loss=val)
         if is_best and number:
             best = val
             save(number, val)
@@ -313,24 +306,26 @@ while True:
     epoch, i = divmod(number, steps_an_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(len(train_rows["idx"]))
     which = order[i * batch_size:(i + 1) * batch_size]
-    began, rate = time.perf_counter(), learning_rate_at(number, learning_rate)
+    lap_began, rate = time.perf_counter(), learning_rate_at(number, learning_rate)
     rest.learning_rate = rate
     if optimizer == "muon":
         muon.learning_rate = learning_rate_at(number, muon_lr)
-    loss, length = step(batch_of(train_rows, which))
-    mx.async_eval(loss, length, state)
+    figures = step(batch_of(train_rows, which))
+    mx.async_eval(figures, state)
     number += 1
     if pending:
         finish(*pending)
-    pending = number, loss, length, rate
-    lap_time += time.perf_counter() - began
-    lap_tokens += int((train_rows["places"][which] < PADDING).sum())
+    pending = number, figures, rate
+    lap_time += time.perf_counter() - lap_began
+    in_step = int((train_rows["places"][which] < PADDING).sum())
+    tokens, lap_tokens = tokens + in_step, lap_tokens + in_step
     bar.update(1)
 bar.close()
-draw()
+draw.curves(os.path.join(out_dir, "loss.png"), rows, {"nats a response token": {
+    "train_loss": "training", "val_loss": "held out"}}, f"{os.path.basename(data)}, {kind}")
 
 # ---- look at it ------------------------------------------------------------------------------------------------------
 
 for messages, old, new in zip(held_out, before, answers(), strict=False):
     print(f"\n> {messages[-2]['content'] if len(messages) > 1 else ''}\nbefore: {old}\nafter:  {new}")
-print(f"\n{result}: the step of the lowest loss held out, {best:.4f}; curves in {out_dir}/loss.png")
+print(f"\n{result}: the step of the lowest loss held out, {best:.4f}\ncurves: {out_dir}/loss.png")

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,7 +34,6 @@ from dataclasses import asdict, fields
 from functools import partial
 
 import blas  # before mlx
-import matplotlib
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -41,6 +41,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
+import draw
+import run_folder
 from config import UserError, given, overrides
 from model import (
     GPT,
@@ -122,9 +124,12 @@ dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
 compile = not ON_CPU    # mx.compile the step; on a CPU a tenth faster, after half a minute of g++ the first time
 sample_tokens = 200     # written at the end, as a sample
+overwrite = False       # replace the results of another run in OUT_DIR without asking
+log = ""                # send the rows of loss.csv also to tensorboard | wandb
 
 settings = overrides(globals())
 
+SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}  # dense bfloat16
 ckpt_path, best_path = os.path.join(out_dir, "ckpt.safetensors"), os.path.join(out_dir, "best.safetensors")
 world = mx.distributed.init()
@@ -141,9 +146,8 @@ def say(*words):
 
 start_step, meta, model = 0, {}, None
 if resume:
+    run_folder.check_maker(ckpt_path, SCRIPT, out_dir)
     model, meta = load_checkpoint(ckpt_path)
-    if meta.get("script") != "train.py":
-        raise UserError(f"{ckpt_path} is not from train.py: it cannot be resumed")
     asked = {name: settings[name] for name in given & meta["config"].keys() - {"vocab_size"}}
     before = asdict(model.config)
     for name, value in asdict(GPTConfig(**{**before, **asked})).items():
@@ -151,7 +155,7 @@ if resume:
             raise UserError(f"{name} is {value}, but {before[name]} in {ckpt_path}: leave it out or train anew")
     if "optimizer" in given and optimizer != meta["settings"]["optimizer"]:
         raise UserError(f"optimizer is {meta['settings']['optimizer']} in {ckpt_path}: leave it out or train anew")
-    for name in settings.keys() & meta["settings"].keys() - given - {"resume", "out_dir"}:
+    for name in settings.keys() & meta["settings"].keys() - given - {"resume", "out_dir", "overwrite"}:
         settings[name] = globals()[name] = meta["settings"][name]
     start_step = meta["step"]
     if start_step >= max_iters:
@@ -172,6 +176,9 @@ if dtype == "float16":
 if schedule not in ("cosine", "wsd"):
     raise UserError(f"schedule={schedule!r} is not one of cosine, wsd")
 working_dtype = compute_dtype(dtype)
+run_folder.check_log(log)
+if rank == 0:
+    run_folder.check(out_dir, SCRIPT, overwrite, resume)
 
 # ---- data: random windows of a flat file of tokens -------------------------------------------------------------------
 
@@ -314,38 +321,36 @@ def evaluate() -> tuple[float, float]:
 
 COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "learning_rate", "grad_norm", "tok_per_s",
            "peak_gib"]
-csv_path = os.path.join(out_dir, "loss.csv")
 losses = {"train": None, "val": None, "bits_per_byte": None, "best_val": None, **meta.get("losses", {})}
 rows = []
 seconds_before = 0.0
 saved = resume  # whether this run has a checkpoint
 if rank == 0:
-    os.makedirs(out_dir, exist_ok=True)
-    for name in os.listdir(out_dir):
-        if re.fullmatch(r"(ckpt.*|best)\.safetensors\.tmp\d+|(loss|experts)\.tmp\.png", name):  # a killed run left it
-            os.remove(os.path.join(out_dir, name))
-    if resume and os.path.exists(csv_path):
-        with open(csv_path, newline="") as file:
+    run_folder.start(out_dir, SCRIPT, settings, source, start_step)
+    send = run_folder.log_to(log, out_dir, settings, start_step)
+    if resume and os.path.exists(os.path.join(out_dir, "loss.csv")):
+        with open(os.path.join(out_dir, "loss.csv"), newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start_step]
         seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
-    with open(csv_path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    run_folder.write_rows(out_dir, COLUMNS, rows)
+commit = run_folder.git_commit()
 
 
 def record(**row):
-    rows.append({name: row.get(name, "") for name in COLUMNS})
-    with open(csv_path, "a", newline="") as file:
-        csv.DictWriter(file, COLUMNS).writerow(rows[-1])
+    if rank == 0:
+        row["seconds"] = round(seconds_before + time.perf_counter() - began, 2)
+        rows.append(row)
+        run_folder.add_row(out_dir, COLUMNS, row)
+        send(row)
 
 
 def save(step: int, is_best: bool = False):
-    """The optimizer, under a name with the step, and the best first; then the checkpoint, which points to the optimizer
-    by its own step. So at every moment the checkpoint on disk is whole, and so is the optimizer that belongs to it."""
+    """Write the optimizer's state to a file named after the step, then best.safetensors if this step is the best one,
+    and the checkpoint last. A checkpoint belongs to the optimizer's file of its step, which is older than it: so if the
+    process is killed at any moment, the checkpoint on disk is whole, and its optimizer's state is there too."""
     global saved
     if rank == 0:
-        header = {"script": "train.py", "settings": settings, "commit": commit, "step": step,
+        header = {"script": SCRIPT, "settings": settings, "commit": commit, "step": step,
                   "losses": losses, "tokenizer": data_meta["tokenizer"]}
         own = f"ckpt.optimizer-{step}.safetensors"
         save_arrays(os.path.join(out_dir, own), dict(tree_flatten(opt.state)), {"version": VERSION, "step": step})
@@ -357,42 +362,16 @@ def save(step: int, is_best: bool = False):
         for name in os.listdir(out_dir):
             if re.fullmatch(r"ckpt\.optimizer-\d+\.safetensors", name) and name != own:
                 os.remove(os.path.join(out_dir, name))
-        draw()
+        draw.curves(os.path.join(out_dir, "loss.png"), rows, {"nats a token": {
+            "train_loss": "training", "val_loss": "validation"}}, f"{data}, {n_parameters / 1e6:.1f}M parameters",
+            {f"guessing, ln {enc.n_vocab}": math.log(enc.n_vocab)})
         if load_rows:  # moe
-            draw_load()  # moe
+            save_load()  # moe
     saved = True
     mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # all wait: mlx.launch ends the others when one has left
 
 
-def draw():
-    """loss.png: both losses over the steps."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for column, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(int(row["step"]), float(row[column])) for row in rows if row[column] not in ("", None)]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=f"{label}, last {points[-1][1]:.3f}", ms=4)
-    axes.axhline(math.log(enc.n_vocab), color="gray", lw=0.8, ls=":", label=f"guessing, ln {enc.n_vocab}")
-    axes.set(xlabel="step", ylabel="nats a token", title=f"{data}, {n_parameters / 1e6:.1f}M parameters")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    temporary = os.path.join(out_dir, "loss.tmp.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    os.replace(temporary, os.path.join(out_dir, "loss.png"))
-
-
-def git_commit() -> str:
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True)
-        return found.stdout.decode().strip()
-    except OSError:
-        return ""
-
-
-# ---- variant moe: what each expert had to do, over the mean of its layer: experts.csv, experts.png -------------------
+# ---- variant moe: how many tokens each expert took, over the mean of its layer: experts.csv, experts.png -------------
 
 load_path, load_rows, loads = os.path.join(out_dir, "experts.csv"), [], []  # loads: of the steps since a log line
 if config.n_expert and resume and os.path.exists(load_path):
@@ -401,44 +380,24 @@ if config.n_expert and resume and os.path.exists(load_path):
 
 
 def record_load(step: int) -> str:
-    """Keep the mean load of all layers and experts since the last log line; return what the log says of it."""
-    load = np.mean(loads, axis=0).reshape(config.n_layer, -1)
+    """Keep the mean load of all layers and experts since the last log line; return the largest, for the log."""
+    load = np.mean(loads, axis=0)
     loads.clear()
     load_rows.extend([step, layer, *np.round(of_layer, 4)] for layer, of_layer in enumerate(load))
     return f" | load {load.max():4.2f}"
 
 
-def draw_load():
+def save_load():
     with open(f"{load_path}.tmp", "w", newline="") as file:
         csv.writer(file).writerows([["step", "layer", *(f"expert{e}" for e in range(config.n_expert))], *load_rows])
     os.replace(f"{load_path}.tmp", load_path)
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    L, E = config.n_layer, config.n_expert
-    steps = [int(row[0]) for row in load_rows[::L]]
-    load = np.array([row[2:] for row in load_rows], dtype=float).reshape(len(steps), L * E).T
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.1 * L * E), layout="constrained")
-    edges = [0, *steps]  # a column stands for the steps since the line before
-    image = axes.pcolormesh(edges, np.arange(L * E + 1), load, cmap="RdBu_r", vmin=0, vmax=2)
-    axes.set(xlabel="step", ylabel="layer", yticks=[E * (layer + 0.5) for layer in range(L)], yticklabels=range(L),
-             title=f"{E} experts, {config.expert_top_k} a token: load of each over the mean")
-    axes.hlines([E * layer for layer in range(1, L)], 0, steps[-1], color="black", lw=1)
-    axes.invert_yaxis()
-    figure.colorbar(image, ax=axes, extend="max")
-    temporary = os.path.join(out_dir, "experts.tmp.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    os.replace(temporary, os.path.join(out_dir, "experts.png"))
+    steps = [int(row[0]) for row in load_rows[::config.n_layer]]
+    load = np.array([row[2:] for row in load_rows], dtype=float).reshape(len(steps), config.n_layer, config.n_expert)
+    draw.expert_load(os.path.join(out_dir, "experts.png"), steps, load,
+                     f"{config.n_expert} experts, {config.expert_top_k} a token: load of each over the mean")
 
 
 # ---- end of moe ------------------------------------------------------------------------------------------------------
-
-commit = git_commit()
-if rank == 0:
-    path = os.path.join(out_dir, "run.json")
-    with open(f"{path}.tmp", "w") as file:
-        json.dump({"commit": commit, "arguments": sys.argv[1:], "settings": settings}, file, indent=1)
-    os.replace(f"{path}.tmp", path)
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
@@ -460,13 +419,13 @@ peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in str(info
 peak_flops = peak_flops if working_dtype == mx.bfloat16 else 0
 active = f" ({n_active / 1e6:.2f}M active)" if n_active < n_parameters else ""
 say(f"{n_parameters / 1e6:.2f}M parameters{active}, {len(tokens['train']) / 1e6:.2f}M training tokens, "
-    f"{batch_size * grad_accum * block_size:,} tokens an update; {info.get('device_name')}, "
-    f"{str(working_dtype).split('.')[-1]}{', ' + blas.loaded if blas.loaded else ''}"
+    f"{batch_size * grad_accum * block_size:,} tokens an update\n"
+    f"{info.get('device_name')}, {str(working_dtype).split('.')[-1]}{', ' + blas.loaded if blas.loaded else ''}"
     f"{f', {n_ranks} processes' if n_ranks > 1 else ''}")
 
 model.train()
 step, pending, began = start_step, None, time.perf_counter()
-lap_time, lap_steps = 0.0, 0
+lap_time, lap_steps, speed = 0.0, 0, 0.0  # speed: tokens a second, up to the last log line
 bar = tqdm(total=max_iters, initial=start_step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
 tokens_per_step = batch_size * grad_accum * block_size
 
@@ -476,29 +435,26 @@ def diverged(what: str):
     raise UserError(f"{what}. The last good checkpoint: {kept}. Try a smaller learning_rate or a longer warmup")
 
 
-def finish(pending) -> int:
-    """Read a step's figures, a step late; log them. Returns how many processes were asked to stop by then."""
-    global lap_time, lap_steps
+def finish(pending) -> bool:
+    """Read a step's figures, a step late, and log them. Returns whether a process was asked to stop by then."""
+    global lap_time, lap_steps, speed
     number, figures, lr = pending
-    loss, length, stops, *load = figures.tolist()
-    if not (math.isfinite(loss) and math.isfinite(length)):
-        diverged(f"step {number}: the loss is {loss}, the gradient's norm {length}")
+    figures = {name: figure.tolist() for name, figure in figures.items()}
+    loss, norm = figures["loss"], figures["norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        diverged(f"step {number}: the loss is {loss}, the gradient's norm {norm}")
     losses["train"] = loss
-    loads.append(load)  # moe
+    if config.n_expert:  # moe
+        loads.append(figures["load"])  # moe
     if number % log_interval == 0 or number == max_iters:
-        speed = tokens_per_step * lap_steps / lap_time if lap_time else 0.0
-        lap_time, lap_steps = 0.0, 0
-        mfu = f" | mfu {flops_per_token * speed / peak_flops / n_ranks:5.1%}" if peak_flops else ""
+        speed, lap_time, lap_steps = tokens_per_step * lap_steps / lap_time if lap_time else 0.0, 0.0, 0
         more = ""
         if config.n_expert:  # moe
             more = record_load(number)  # moe
-        say(f"step {number:6d} | loss {loss:7.4f} | lr {lr:.2e} | norm {length:6.2f} | {speed:9,.0f} tok/s{mfu}"
-            f" | mem {mx.get_peak_memory() / 2**30:5.2f} GiB{more}")
-        if rank == 0:
-            record(step=number, tokens=number * tokens_per_step, train_loss=loss, learning_rate=lr, grad_norm=length,
-                   seconds=round(seconds_before + time.perf_counter() - began, 2), tok_per_s=round(speed),
-                   peak_gib=round(mx.get_peak_memory() / 2**30, 3))
-    return round(stops)
+        say(f"step {number:6d} | loss {loss:6.4f} | lr {lr:.1e} | norm {norm:4.2f} | {speed:7,.0f} tok/s{more}")
+        record(step=number, tokens=number * tokens_per_step, train_loss=loss, learning_rate=lr, grad_norm=norm,
+               tok_per_s=round(speed), peak_gib=round(mx.get_peak_memory() / 2**30, 3))
+    return figures["stops"] > 0
 
 
 def evaluate_and_save(step: int):
@@ -507,11 +463,10 @@ def evaluate_and_save(step: int):
         diverged(f"step {step}: the validation loss is {nats}")
     is_best = step > 0 and (losses["best_val"] is None or nats < losses["best_val"])
     losses.update(val=nats, bits_per_byte=bpb, best_val=nats if is_best else losses["best_val"])
-    say(f"step {step:6d} | val  {nats:7.4f} | ppl {math.exp(min(nats, 99)):9.2f} | bpb {bpb:.4f}"
-        f"{' | best so far' if is_best else ''}")
-    if rank == 0:
-        record(step=step, tokens=step * tokens_per_step, val_loss=nats, val_bpb=bpb,
-               seconds=round(seconds_before + time.perf_counter() - began, 2))
+    mfu = f" | mfu {flops_per_token * speed / peak_flops / n_ranks:3.0%}" if peak_flops and speed else ""
+    say(f"step {step:6d} | val  {nats:6.4f} | ppl {math.exp(min(nats, 99)):6.1f} | bpb {bpb:.4f}"
+        f" | {mx.get_peak_memory() / 2**30:4.2f} GiB{mfu}{' | best' if is_best else ''}")
+    record(step=step, tokens=step * tokens_per_step, val_loss=nats, val_bpb=bpb)
     if step > start_step:
         save(step, is_best)
 
@@ -522,7 +477,7 @@ stopping = False
 while True:
     if step == max_iters or stopping or (step % eval_interval == 0 and (step > start_step or not resume)):
         if pending:
-            stopping = finish(pending) > 0 or stopping
+            stopping = finish(pending) or stopping
             pending = None
         if stopping and step < max_iters:
             save(step)
@@ -546,17 +501,18 @@ while True:
             mx.async_eval(loss, grads)  # before the next micro-step begins: only one is in memory
     if grad_accum > 1:
         grads = tree_map(lambda g: g / grad_accum, grads)
-    if n_ranks > 1:
+    figures = {"loss": loss, "stops": mx.array(float(interrupted))}  # finish() reads and logs them
+    if n_ranks > 1:  # means over the processes
         grads = nn.average_gradients(grads)
-        loss, stops = mx.distributed.all_sum(mx.array([loss, interrupted * n_ranks])) / n_ranks
-    length = update(grads)
-    figures = mx.stack([loss, length, mx.array(float(interrupted)) if n_ranks == 1 else stops])
+        means = mx.distributed.all_sum(mx.stack([*figures.values()])) / n_ranks
+        figures = dict(zip(figures, means, strict=True))
+    figures["norm"] = update(grads)
     if config.n_expert:  # moe
-        figures = mx.concatenate([figures, rebalance(model).flatten()])  # moe
+        figures["load"] = rebalance(model)  # moe
     mx.async_eval(figures, state)
     step += 1
     if pending:
-        stopping = finish(pending) > 0
+        stopping = finish(pending)
     pending = (step, figures, learning_rate * scale)
     lap_time, lap_steps = lap_time + time.perf_counter() - lap_began, lap_steps + 1
     bar.update(1)
@@ -566,7 +522,8 @@ bar.close()
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if step < max_iters:
-    say(f"stopped at step {step}, saved {ckpt_path}; go on with: python train.py --out_dir={out_dir} --resume=True")
+    command = f"python {shlex.quote(sys.argv[0])} --out_dir={shlex.quote(out_dir)} --resume=True"
+    say(f"stopped at step {step}, saved {ckpt_path}\ngo on with: {command}")
     sys.exit(130)
 if rank == 0:
     model.eval()
@@ -577,5 +534,11 @@ if rank == 0:
     ids = list(generate(model, prompt, sample_tokens, temperature=0.8, top_k=50, seed=seed, n_vocab=enc.n_vocab))
     say("\na piece of the validation text, and after the bar how the model goes on:\n\n"
         f"{enc.decode(prompt)}▌{enc.decode(ids[:ids.index(enc.eot)] if enc.eot in ids else ids)}\n")
-    say(f"{ckpt_path}: step {step}, validation loss {losses['val']:.4f}, {losses['bits_per_byte']:.4f} bits a byte; "
-        f"curves in {out_dir}/loss.png\nnext: python sample.py {ckpt_path} --prompt='def main'")
+    text = enc.decode(window)
+    lines = [line.strip() for line in text.splitlines()[1:-1]]  # the first and the last may be cut
+    lines.append(" ".join(text.split()[1:4]))                   # a text without lines may have words
+    text = next((line for line in lines if len(line) > 3 and line.isprintable()), "")[:24].rstrip()
+    beside = os.path.relpath(os.path.join(os.path.dirname(run_folder.__file__), "sample.py"))
+    command = f"python {shlex.quote(beside)} {shlex.quote(ckpt_path)}" + (f" --prompt={shlex.quote(text)}" if text else "")
+    say(f"{ckpt_path}: step {step}, validation loss {losses['val']:.4f}, {losses['bits_per_byte']:.4f} bits a byte\n"
+        f"curves: {out_dir}/loss.png\nnext: {command}")

@@ -78,8 +78,9 @@ def test_learns(folder, tmp_path, arguments):
     done = sft(folder, out, *arguments, "--template=plain")
     losses, held_out = column(out, "train_loss"), column(out, "val_loss")
     assert losses[-1] < 0.6 * losses[0] and held_out[-1] < 0.7 * held_out[0]
-    assert re.search(r"step +\d+ \| loss .* tok/s .* GiB", done.stdout) and "before:" in done.stdout
-    assert {path.name for path in out.iterdir()} == {"sft.safetensors", "loss.csv", "loss.png"}
+    assert re.search(r"step +\d+ \| loss .* tok/s\n", done.stdout) and "before:" in done.stdout
+    assert {path.name for path in out.iterdir()} == {"sft.safetensors", "loss.csv", "loss.png", "run.json",
+                                                         "run.lock", "source"}
     model, talks = tuned(folder, out), read_conversations(str(folder / "tasks.jsonl"))
     nats, count = 0.0, 0
     for i in np.random.default_rng(1337).permutation(40)[:4]:
@@ -179,7 +180,7 @@ def test_long_examples_are_cut_or_skipped_and_told(folder, tmp_path):
         + [{"prompt": "x", "response": "y" * 90}] * 2))
     done = sft(folder, tmp_path / "out", f"--data={path}", f"--val_data={folder / 'tasks.jsonl'}", "--template=plain",
                "--epochs=1")
-    assert re.search(r"training: 42 examples.*; 5 cut at 64 tokens; 3 SKIPPED", done.stdout)
+    assert re.search(r"training: 42 examples.*\n +5 cut at 64 tokens; 3 SKIPPED", done.stdout)
 
 
 @pytest.mark.parametrize("arguments, says", [
