@@ -38,8 +38,8 @@ ROLES = ("system", "user", "assistant")
 
 
 def read_jsonl(path: str, convert) -> list:
-    """convert(object) for the JSON object in each line. A line is bad if it is not JSON, or if convert raises ValueError:
-    the first ten bad lines are printed with their numbers, and UserError is raised."""
+    """convert(object) for the JSON object in each line. A line is bad if it is not JSON or convert raises ValueError.
+    The first ten bad lines are printed with their numbers, and UserError is raised."""
     found, bad = [], []
     try:
         with open(path, encoding="utf-8-sig") as file:

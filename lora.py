@@ -1,22 +1,24 @@
-"""Adapters: LoRA, rsLoRA and DoRA on any linear layer, dense or packed.
+"""Adapters for fine-tuning: LoRA, rsLoRA and DoRA on any linear layer, quantized or not.
 
-    attach(model, "attn, mlp", rank=8, alpha=16)               # the base is frozen, the adapter trains
+    attach(model, "attn, mlp", rank=8, alpha=16)               # freezes the base; A and B (and m) are trained
     save_adapter("adapter.safetensors", model)
-    load_adapter(model, "adapter.safetensors", weight=0.5)     # onto the same base; several add up
-    merge(model)                                               # dense layers again
+    load_adapter(model, "adapter.safetensors", weight=0.5)     # onto a model with equal weights; several add up
+    merge(model)                                               # folds the adapters into the weights
 
     lora    W x + s B A x                       s = alpha / rank        (Hu et al. 2021)
-    rslora  the same                            s = alpha / sqrt(rank)  (Kalajdzievski 2023)
-    dora    m (W + s B A) x / ||W + s B A||     norms of rows, not differentiated (Liu et al. 2024)
+    rslora  W x + s B A x                       s = alpha / sqrt(rank)  (Kalajdzievski 2023)
+    dora    m (W + s B A) x / ||W + s B A||     s = alpha / rank        (Liu et al. 2024)
 
-B starts at 0 and m at ||W||, so an adapter starts as nothing. On a packed base this is QLoRA (Dettmers et al. 2023),
-with MLX's affine integers in place of NF4: the integers stay packed and frozen, and gradients flow past them.
+||.|| is the norm of each row, a constant for the gradient. B starts at 0 and m at ||W||, so that a new adapter does not
+change the model. On a quantized base this is QLoRA (Dettmers et al. 2023), with MLX's affine integers instead of NF4:
+the integers stay packed and frozen, and the gradient of a layer's input is computed from them.
 """
 import hashlib
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -28,7 +30,7 @@ from mlx.utils import tree_flatten
 
 import quantized
 from config import UserError
-from model import GPT, VERSION, load_arrays, save_arrays
+from model import GPT, VERSION, Linear, load_arrays, save_arrays
 from packing import matrices
 from quantized import BITS, replace_module
 from readers import GPT2, LLAMA, NAMES, OURS, PREFIX
@@ -37,41 +39,44 @@ KINDS = ("lora", "rslora", "dora")
 
 
 class Adapter(nn.Module):
-    """A linear layer and what an adapter adds to it. Its own parameters: a (rank, in), b (out, rank), m (out,)."""
+    """A linear layer `base` with an adapter. The adapter's parameters are a (rank, in), b (out, rank) and, for dora,
+    m (out,). They are cast to the dtype of the input, so that float32 parameters can be trained in bfloat16."""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, kind: str, seed: list[int]):
         super().__init__()
         outputs, inputs = dense_shape(base)
         self.base, self.kind, self.alpha = base, kind, alpha
         self.scale = alpha / (math.sqrt(rank) if kind == "rslora" else rank)
-        bound = inputs ** -0.5  # Kaiming's uniform, as PEFT has it
+        bound = inputs ** -0.5  # Kaiming's uniform distribution, as in PEFT
         self.a = mx.array(np.random.default_rng(seed).uniform(-bound, bound, (rank, inputs)).astype(np.float32))
         self.b = mx.zeros((outputs, rank))
         if kind == "dora":
             self.m = row_norms(base)
-            self._norms = self.m  # of the base: a constant
+            self._norms = self.m  # of the base's rows; "_": not a parameter
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.base(x)
-        change = (self.scale * (x @ self.a.T)) @ self.b.T
+        a, b, y = self.a.astype(x.dtype), self.b.astype(x.dtype), self.base(x)
+        change = (self.scale * (x @ a.T)) @ b.T
         if self.kind != "dora":
             return y + change
-        bias = 0 if self.bias is None else self.bias
-        return (y - bias + change) * (self.m / mx.stop_gradient(self.norms())).astype(y.dtype) + bias
+        bias = 0 if self.bias is None else self.bias.astype(x.dtype)
+        return (y - bias + change) * (self.m / mx.stop_gradient(self.norms(a, b))).astype(x.dtype) + bias
 
-    def norms(self) -> mx.array:
-        """||W + s B A||, of each row, without W: ||W||^2 + 2 s b (A W^T) + s^2 b A A^T b^T."""
-        a, b, s = self.a.astype(mx.float32), self.b.astype(mx.float32), self.scale
-        cross = (self.base(self.a) - (0 if self.bias is None else self.bias)).astype(mx.float32).T  # (out, rank)
+    def norms(self, a: mx.array, b: mx.array) -> mx.array:
+        """||W + s B A|| of each row (out,), float32, by products with A and B alone: the square is
+        ||W||^2 + 2 s b (A W^T) + s^2 b A A^T b^T for a row b of B."""
+        bias = 0 if self.bias is None else self.bias.astype(a.dtype)
+        cross = (self.base(a) - bias).astype(mx.float32).T  # W A^T (out, rank)
+        a, b, s = a.astype(mx.float32), b.astype(mx.float32), self.scale
         square = mx.square(self._norms) + 2 * s * (b * cross).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)
         return mx.sqrt(mx.maximum(square, 1e-12))
 
-    def merged(self) -> nn.Linear:
-        """A dense linear layer that does the same."""
+    def merged(self) -> Linear:
+        """A dense linear layer with the weight that the adapter gives."""
         weight = dense_weight(self.base) + self.scale * self.b.astype(mx.float32) @ self.a.astype(mx.float32)
         if self.kind == "dora":
             weight = weight * (self.m / mx.linalg.norm(weight, axis=1))[:, None]
-        linear = nn.Linear(*weight.shape[::-1], bias=self.bias is not None)
+        linear = Linear(*weight.shape[::-1], bias=self.bias is not None)
         linear.weight = weight.astype(self.b.dtype)
         if self.bias is not None:
             linear.bias = self.bias
@@ -83,12 +88,12 @@ class Adapter(nn.Module):
 
 
 def dense_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer: adapted, packed or dense."""
+    """(out, in) of a linear layer, with or without adapters, quantized or not."""
     return quantized.dense_shape(linear) if not isinstance(linear, Adapter) else dense_shape(linear.base)
 
 
 def dense_weight(linear: nn.Module) -> mx.array:
-    """(out, in), float32."""
+    """The weight (out, in) of a linear layer, with its adapters folded in, in float32."""
     if isinstance(linear, Adapter):
         return linear.merged().weight.astype(mx.float32)
     return quantized.dense_weight(linear)
@@ -102,7 +107,8 @@ def row_norms(linear: nn.Module) -> mx.array:
 
 
 def linear_layers(model: GPT) -> dict[str, nn.Module]:
-    """By path: blocks.0.attn.q, ... An adapted one is an Adapter. Those that choose, as routers do, are left out."""
+    """The linear layers by path (blocks.0.attn.q, ...), those with an adapter as Adapter. Routers and their predictors
+    are left out."""
     found = {}
     for path, module in sorted(model.named_modules(), key=lambda pair: pair[0]):
         linear = isinstance(module, (nn.Linear, nn.QuantizedLinear, Adapter))
@@ -113,8 +119,9 @@ def linear_layers(model: GPT) -> dict[str, nn.Module]:
 
 def attach(model: GPT, targets: str = "attn, mlp", rank: int = 8, alpha: float = 16, kind: str = "lora",
            seed: int = 0) -> list[str]:
-    """Freeze the model and put an adapter on every linear layer whose path holds one of the targets, which are regular
-    expressions separated by commas ("attn, mlp": all; "attn.(q|v)$": Hu et al.'s). Returns the paths."""
+    """Freeze the model, and put an adapter on every linear layer whose path matches one of the targets: regular
+    expressions separated by commas ("attn, mlp": all of the blocks; "attn.(q|v)$": those of Hu et al.). Returns the
+    paths."""
     if kind not in KINDS:
         raise UserError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
     if rank < 1:
@@ -124,13 +131,13 @@ def attach(model: GPT, targets: str = "attn, mlp", rank: int = 8, alpha: float =
         try:
             matching = {path for path in layers if re.search(target, path)}
         except re.error as error:
-            raise UserError(f"target {target!r} is no regular expression ({error})") from error
+            raise UserError(f"target {target!r} is not a regular expression ({error})") from error
         if not matching:
             names = sorted({re.sub(r"^blocks\.\d+\.", "", path) for path in layers})
-            raise UserError(f"target {target!r} is in no linear layer's name: they are {', '.join(names)}")
+            raise UserError(f"target {target!r} matches no linear layer: they are {', '.join(names)}")
         chosen |= matching
     if not chosen:
-        raise UserError("no targets: name some layers, such as attn")
+        raise UserError("there are no targets: name some layers, such as attn")
     model.freeze()
     paths = [path for path in layers if path in chosen]
     for i, path in enumerate(paths):
@@ -142,18 +149,18 @@ def attach(model: GPT, targets: str = "attn, mlp", rank: int = 8, alpha: float =
 
 
 def merge(model: GPT):
-    """Each adapted layer becomes a dense one that does the same; a packed base is unpacked by it."""
+    """Fold all adapters into the weights. A quantized layer with an adapter becomes a dense one."""
     for path, module in linear_layers(model).items():
         if isinstance(module, Adapter):
             replace_module(model, path, module.merged())
 
 
-# ---- the base, and files ---------------------------------------------------------------------------------------------
+# ---- files, and quantizing the base ----------------------------------------------------------------------------------
 
 
 def base_fingerprint(model: GPT) -> str:
-    """A hash of the model's weights, adapters left out: what tells one base from another. Take it before a change of
-    dtype and quantize_base, which change them."""
+    """A hash of the model's weights without adapters, which identifies the base of an adapter. Take it before a change
+    of dtype and before quantize_base(), which change the weights."""
     digest, own = hashlib.sha256(), adapter_arrays(model)
     arrays = {name.replace(".base", ""): p for name, p in tree_flatten(model.parameters())
               if name not in own and not re.search(r"\.base\.[abm]$", name)}
@@ -164,19 +171,19 @@ def base_fingerprint(model: GPT) -> str:
 
 
 def adapter_arrays(model: GPT) -> dict[str, mx.array]:
-    """The adapter's own parameters, by path: blocks.0.attn.q.a, ..."""
+    """The parameters of the adapters by path: blocks.0.attn.q.a, ..."""
     return {f"{path}.{name}": module[name] for path, module in linear_layers(model).items()
             if isinstance(module, Adapter) for name in ("a", "b", "m") if name in module}
 
 
 def save_adapter(path: str, model: GPT, meta: dict | None = None, fingerprint: str | None = None):
-    """Write the adapter alone, all of its layers of one kind, rank and alpha. fingerprint: the base's, None: as it is
-    now. meta: whatever else JSON can hold; base_bits: what the base was quantized to before the adapter was attached,
-    0: not at all."""
+    """Write the adapters alone, which must be of one kind, rank and alpha. fingerprint: the base_fingerprint() of the
+    base; None: of the model as it is. meta: more for the header, as JSON; meta["base_bits"]: the bits that the base was
+    quantized to before the adapters were attached, 0: none."""
     adapters = [module for module in linear_layers(model).values() if isinstance(module, Adapter)]
     facts = {(module.kind, len(module.a), module.alpha) for module in adapters}
     if len(facts) != 1 or any(isinstance(module.base, Adapter) for module in adapters):
-        raise UserError("a file holds adapters of one kind, rank and alpha, one a layer: merge first")
+        raise UserError("a file holds adapters of one kind, rank and alpha, one for each layer: merge the others first")
     kind, rank, alpha = facts.pop()
     save_arrays(path, adapter_arrays(model), {"kind": kind, "rank": rank, "alpha": alpha, **(meta or {}),
                                               "version": VERSION, "adapter": True,
@@ -184,7 +191,7 @@ def save_adapter(path: str, model: GPT, meta: dict | None = None, fingerprint: s
 
 
 def save_merged(path: str, model: GPT, meta: dict):
-    """Write the whole model as a checkpoint, its adapters folded in; the model keeps them."""
+    """Write the model as a checkpoint with its adapters folded in. The model itself is unchanged."""
     layers = linear_layers(model)
     adapted = {path: module.merged() for path, module in layers.items() if isinstance(module, Adapter)}
     arrays = {name: p for name, p in tree_flatten(model.parameters())
@@ -194,29 +201,30 @@ def save_merged(path: str, model: GPT, meta: dict):
 
 
 def load_adapter(model: GPT, path: str, weight: float = 1.0, fingerprint: str | None = None) -> dict:
-    """Put a saved adapter, a file of ours or a folder of PEFT's, on a model, its change times `weight`. A file of ours
-    must belong to the base of this fingerprint, None: the model as it is now; PEFT's do not tell. Returns its meta."""
+    """Put a saved adapter onto a model: a file that save_adapter() wrote, or a folder of PEFT's. The change B A is
+    multiplied by `weight`. A file's base must have this fingerprint (None: that of the model as it is); PEFT's folders
+    do not identify their base. Returns the adapter's meta."""
     if os.path.isdir(path):
         modules, meta = read_peft(path)
     else:
         arrays, meta = load_arrays(path)
         if not meta.get("adapter"):
-            raise UserError(f"{path} is a checkpoint, not an adapter: give it as the checkpoint")
+            raise UserError(f"{path} is a checkpoint, not an adapter: give it as --checkpoint")
         if meta["base"] != (fingerprint or base_fingerprint(model)):
-            raise UserError(f"{path} was trained on another base than this checkpoint: give the one it belongs to")
+            raise UserError(f"{path} was trained on another base than this checkpoint: give the adapter's own base")
         modules = {}
         for name, array in arrays.items():
             target, _, part = name.rpartition(".")
             modules.setdefault(target, {"alpha": meta["alpha"]})[part] = array
     if meta["kind"] == "dora" and weight != 1:
-        raise UserError(f"{path} is of kind dora, which has no weight but 1: its norms do not add up")
+        raise UserError(f"{path} is of kind dora, which can have no weight but 1: leave out the weight")
     quantize_base(model, meta.get("base_bits", 0))
     layers = linear_layers(model)
     for target, found in modules.items():
         if target not in layers:
-            raise UserError(f"{path} adapts {target}, which this model has not")
+            raise UserError(f"{path} adapts {target}, which this model lacks: give the adapter's own base")
         if meta["kind"] == "dora" and isinstance(layers[target], Adapter):
-            raise UserError(f"{path} is of kind dora, which goes on no other adapter: {target} has one; load it first")
+            raise UserError(f"{path} is of kind dora, and {target} already has an adapter: load dora first")
         rank = found["a"].shape[0] if "a" in found else meta["rank"]
         adapter = Adapter(layers[target], rank, found["alpha"] * weight, meta["kind"], [0])
         for name in ("a", "b", "m"):
@@ -232,20 +240,20 @@ def load_adapter(model: GPT, path: str, weight: float = 1.0, fingerprint: str | 
 
 
 def load_adapters(model: GPT, adapters: Sequence[str]) -> dict:
-    """Put several on a model, each PATH or PATH:WEIGHT. Returns the last one's meta; none: {}."""
+    """Put several adapters onto a model, each given as PATH or PATH:WEIGHT. Returns the meta of the last one, or {}."""
     fingerprint, meta = base_fingerprint(model) if adapters else "", {}
     for adapter in adapters:
         path, colon, weight = adapter.rpartition(":")
         try:
             path, weight = (path, float(weight)) if colon else (adapter, 1.0)
-        except ValueError:  # the colon belongs to the path
+        except ValueError:  # the colon is part of the path
             path, weight = adapter, 1.0
         meta = load_adapter(model, path, weight, fingerprint)
     return meta
 
 
 def quantize_base(model: GPT, bits: int):
-    """Pack the dense matrices of the blocks, 64 numbers a scale; 0 leaves them."""
+    """Quantize the dense matrices of the blocks by rounding, in groups of 64; 0 bits: leave them as they are."""
     if not bits:
         return
     if bits not in BITS:
@@ -258,29 +266,29 @@ def quantize_base(model: GPT, bits: int):
 # ---- PEFT's folders: adapter_config.json, adapter_model.safetensors --------------------------------------------------
 
 PREFIXES = {PREFIX[column]: {row[OURS]: row[column] for row in NAMES if row[column] and "norm" not in row[column]}
-            for column in (LLAMA, GPT2)}  # GPT-2 besides: attn.c_attn, q, k and v in one
+            for column in (LLAMA, GPT2)}  # GPT-2 also has attn.c_attn: q, k and v in one
 
 
 def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
-    """For each of our linear layers a, b, m and alpha, and a meta like that of our own files."""
+    """The arrays a, b, m and the alpha for each linear layer of GPT, by path; and a meta as save_adapter() writes."""
     config_path, path = (os.path.join(folder, name) for name in ("adapter_config.json", "adapter_model.safetensors"))
     for wanted in (config_path, path):
         if not os.path.exists(wanted):
-            raise UserError(f"{wanted} is missing: PEFT's folders hold adapter_config.json and "
-                            "adapter_model.safetensors (a .bin is a pickle, and is not read)")
+            raise UserError(f"{wanted} is missing: a folder of PEFT's must hold adapter_config.json and "
+                            "adapter_model.safetensors (a .bin file is a pickle, and is not read)")
     try:
         with open(config_path) as file:
             config = json.load(file)
         arrays = mx.load(path)
         mx.eval(arrays)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{folder} is not a whole adapter ({error}): copy it again") from error
+        raise UserError(f"{folder} is not a whole adapter ({error}): copy the folder again") from error
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise UserError(f"{config_path}: peft_type {config.get('peft_type')}, bias {config.get('bias')}; only LORA "
-                        "with bias none is read")
+        raise UserError(f"{config_path} has peft_type {config.get('peft_type')} and bias {config.get('bias')}: only "
+                        "LORA with bias none can be read")
     kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     if kind == "dora" and config.get("use_rslora"):
-        raise UserError(f"{config_path} has both use_dora and use_rslora: not supported")
+        raise UserError(f"{config_path} has both use_dora and use_rslora: only one of them can be read")
     modules = {}
     parts = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "m"}
     for name, array in arrays.items():
@@ -289,12 +297,12 @@ def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
         theirs = match and (match[3] or match[4])
         ours = {new: old for old, new in PREFIXES[match[1]].items()} if match and match[1] else {"lm_head": "head"}
         if not match or theirs not in ours and theirs != "attn.c_attn":
-            raise UserError(f"{path} holds {name}, which has no place in GPT-2 or the Llama family here")
+            raise UserError(f"{path} holds {name}, which is not a layer of GPT-2 or the Llama family here")
         key = f"{match[1]}{match[2]}.{theirs}" if match[1] else theirs
         alpha = next((value for pattern, value in config.get("alpha_pattern", {}).items()
                       if re.fullmatch(rf"(.*\.)?({pattern})", key)), config["lora_alpha"])
         part, block = parts[match[5]], f"blocks.{match[2]}." if match[1] else ""
-        if theirs == "attn.c_attn":  # one matrix: the three share A, and B's rows are theirs in turn
+        if theirs == "attn.c_attn":  # one matrix for q, k, v: they share A, and have a third of B's rows each
             pieces = zip("qkv", [array] * 3 if part == "a" else mx.split(array, 3), strict=True)
             targets = {f"{block}attn.{letter}": piece for letter, piece in pieces}
         else:
@@ -305,12 +313,13 @@ def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
 
 
 def save_peft(folder: str, model: GPT):
-    """Write the model's adapters, all of one kind, as PEFT's folder: for GPT-2's architecture or the Llama family's."""
+    """Write the model's adapters, which must be of one kind, as a folder of PEFT's. The architecture must be that of
+    GPT-2 or of the Llama family."""
     adapters = {path: module for path, module in linear_layers(model).items() if isinstance(module, Adapter)}
     prefix = "transformer.h." if model.config.norm == "layer" else "model.layers."
     names, kinds = PREFIXES[prefix], {module.kind for module in adapters.values()}
     if len(kinds) != 1 or any(isinstance(module.base, Adapter) for module in adapters.values()):
-        raise UserError("PEFT's folders hold adapters of one kind, one a layer: save others as a file")
+        raise UserError("a folder of PEFT's holds adapters of one kind, one for each layer: save others as a file")
     arrays, ranks, alphas = {}, {}, {}
 
     def add(key: str, a: mx.array, b: mx.array, m: mx.array | None, scale: float):
@@ -329,7 +338,7 @@ def save_peft(folder: str, model: GPT):
         elif prefix == "model.layers." or name not in ("attn.q", "attn.k", "attn.v"):
             raise UserError(f"{path} has no name in PEFT's folders: save the adapter as a file")
     if prefix == "transformer.h.":
-        for layer in range(model.config.n_layer):  # q, k, v are one matrix there: A stacked, B block-diagonal
+        for layer in range(model.config.n_layer):  # q, k, v are one matrix in PEFT: A is stacked, B block-diagonal
             three = [linear_layers(model)[f"blocks.{layer}.attn.{letter}"] for letter in "qkv"]
             adapted = [module for module in three if isinstance(module, Adapter)]
             if adapted:
@@ -352,3 +361,8 @@ def save_peft(folder: str, model: GPT):
         with open(f"{path}.tmp.{temporary}", "rb") as file:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp.{temporary}", os.path.join(folder, name))
+
+
+if __name__ == "__main__":
+    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as sft.py", file=sys.stderr)
+    sys.exit(2)

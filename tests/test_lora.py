@@ -1,4 +1,4 @@
-"""lora.py: against the formulas in float64 numpy, on dense and packed bases, through files."""
+"""lora.py: against the formulas in float64 numpy, on dense and quantized bases, through files, and against PEFT."""
 import json
 import sys
 
@@ -34,7 +34,7 @@ def base(bits=0, seed=0, **settings) -> GPT:
 
 
 def shake(model: GPT, seed=1):
-    """Give the adapter parameters as training would."""
+    """Give the adapters random b and m, as after training."""
     rng = np.random.default_rng(seed)
     for module in lora.linear_layers(model).values():
         if isinstance(module, Adapter):
@@ -48,21 +48,21 @@ IDX = mx.array(np.random.default_rng(0).integers(0, 61, (2, 40)))
 
 @every_kind
 @pytest.mark.parametrize("bits", [0, 4, 8])
-def test_starts_as_nothing(kind, bits):
+def test_a_new_adapter_changes_nothing(kind, bits):
     model = base(bits)
     before = model(IDX)
     paths = attach(model, "attn, mlp", rank=4, kind=kind)
     assert len(paths) == 12 and mx.abs(model(IDX) - before).max() < 1e-4
     trained = {name.rpartition(".")[2] for name, _ in tree_flatten(model.trainable_parameters())}
     assert trained == ({"a", "b", "m"} if kind == "dora" else {"a", "b"})
-    starts = [module.a for module in lora.linear_layers(model).values()][:3]  # of one shape, each with draws of its own
+    starts = [module.a for module in lora.linear_layers(model).values()][:3]  # of equal shape, but drawn separately
     assert all(not mx.array_equal(starts[0], other) for other in starts[1:])
 
 
 @every_kind
 @pytest.mark.parametrize("bits", [0, 4])
 def test_one_layer_is_its_formula(kind, bits):
-    """float64, with the whole matrix; on a packed base with the matrix that its integers stand for."""
+    """A layer's output equals the formula in float64; on a quantized base, W is the weight of the integers."""
     model = base(bits)
     layer = model.blocks[0].mlp.up
     W, bias = np.array(lora.dense_weight(layer), np.float64), np.array(layer.bias)
@@ -80,7 +80,7 @@ def test_one_layer_is_its_formula(kind, bits):
 
 
 def test_dora_norm_is_a_constant_for_the_gradient():
-    """As the paper proposes: the gradient of b, from the formula with the norms held."""
+    """The gradient of b equals that of the formula with constant norms, as the paper proposes."""
     model = base()
     attach(model, "mlp.up", rank=3, alpha=3, kind="dora")
     shake(model)
@@ -92,6 +92,29 @@ def test_dora_norm_is_a_constant_for_the_gradient():
     scale = m / np.linalg.norm(V, axis=1)
     wanted = (np.cos(x @ V.T * scale + bias) * scale).T @ (x @ a.T)
     assert np.abs(np.array(found) - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+@every_kind
+@pytest.mark.parametrize("bits", [0, 4])
+def test_bfloat16_with_float32_parameters(kind, bits):
+    """The output has the dtype of the input, and is near that of float32; gradients are float32, as the parameters."""
+    model = base(bits)
+    attach(model, "mlp.up", rank=3, alpha=5, kind=kind)
+    shake(model)
+    adapter, x = model.blocks[0].mlp.up, mx.random.normal((7, 64), key=mx.random.key(5))
+    parameters = {name: adapter[name] for name in ("a", "b", "m") if name in adapter}
+
+    def loss(parameters, x):
+        adapter.update(parameters)
+        return mx.square(adapter(x).astype(mx.float32)).mean()
+
+    found, expected = (mx.grad(loss)(parameters, x.astype(dtype)) for dtype in (mx.bfloat16, mx.float32))
+    y = adapter(x.astype(mx.bfloat16))
+    assert y.dtype == mx.bfloat16 and mx.abs(y - adapter(x)).max() < 0.03 * mx.abs(y).max()
+    for name, gradient in found.items():
+        assert gradient.dtype == adapter[name].dtype == mx.float32
+        assert mx.abs(gradient - expected[name]).max() < 0.05 * mx.abs(expected[name]).max()
+    assert adapter.merged()(x.astype(mx.bfloat16)).dtype == mx.bfloat16
 
 
 @every_kind
@@ -108,7 +131,7 @@ def test_merged_equals_unmerged(kind, bits):
 
 @pytest.mark.parametrize("bits", [0, 4])
 def test_merged_into_a_file(bits, tmp_path):
-    """A checkpoint like any other; layers without an adapter stay packed, and the model keeps its adapters."""
+    """The merged file is an ordinary checkpoint; layers without an adapter stay quantized; the model is unchanged."""
     model = base(bits)
     attach(model, "attn.q", rank=4, kind="dora")
     shake(model)
@@ -123,7 +146,7 @@ def test_merged_into_a_file(bits, tmp_path):
 @every_kind
 @pytest.mark.parametrize("bits", [0, 4])
 def test_through_a_file(kind, bits, tmp_path):
-    """The same logits on a fresh base; the base itself is quantized as it was in training."""
+    """A saved adapter gives equal logits on a fresh base, which is quantized to the bits of the training."""
     model, path = base(), str(tmp_path / "adapter.safetensors")
     fingerprint = base_fingerprint(model)
     quantize_base(model, bits)
@@ -140,7 +163,7 @@ def test_through_a_file(kind, bits, tmp_path):
 
 
 def test_fingerprint():
-    """Of the base alone, whatever stands on it; of every number in it."""
+    """The fingerprint depends on every weight of the base, and not on adapters."""
     model = base()
     before = base_fingerprint(model)
     for _ in range(2):
@@ -149,7 +172,7 @@ def test_fingerprint():
         assert base_fingerprint(model) == before == base_fingerprint(base())
     model.blocks[1].mlp.up.weight[3, 5] += 1e-6
     assert base_fingerprint(model) != before
-    with pytest.raises(UserError, match="one a layer: merge first"):
+    with pytest.raises(UserError, match="one for each layer: merge the others first"):
         save_adapter("nowhere", model)
 
 
@@ -174,7 +197,7 @@ def test_several_add_up(tmp_path):
 
 @pytest.mark.parametrize("bits, share", [(4, 0.29), (8, 0.54)])
 def test_qlora_trains_the_adapter_alone(bits, share):
-    """The base stays packed, bit for bit, in `share` of float16's bytes with its scales, and the loss falls."""
+    """The loss falls; the base stays quantized, bit for bit, in `share` of the bytes of float16, scales included."""
     model = base(n_embd=128, bias=False)
     dense = sum(module.weight.nbytes / 2 for module in lora.linear_layers(model).values())
     quantize_base(model, bits)
@@ -183,13 +206,13 @@ def test_qlora_trains_the_adapter_alone(bits, share):
     assert sum(p.nbytes for module in layers.values() for _, p in tree_flatten(module.parameters())) < share * dense
     attach(model, rank=8)
     before = {name: np.array(p.view(mx.uint8)) for name, p in tree_flatten(model.parameters()) if ".base." in name}
-    optimizer, losses = optim.Adam(1e-2), []
+    optimizer, losses = optim.Adam(3e-3), []
     step = nn.value_and_grad(model, lambda: model.loss(IDX[:, :-1], IDX[:, 1:]))
     for _ in range(150):
         loss, gradients = step()
         optimizer.update(model, gradients)
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     after = dict(tree_flatten(model.parameters()))
     assert all(np.array_equal(before[name], np.array(after[name].view(mx.uint8))) for name in before)
 
@@ -212,7 +235,7 @@ def test_on_every_architecture(settings):
 def test_mistakes(tmp_path):
     path, model = str(tmp_path / "adapter.safetensors"), base()
     for bad, says in ((dict(targets="atn"), "target 'atn' .*attn.q"), (dict(targets=" ,"), "no targets"),
-                      (dict(targets="attn.("), "no regular expression"), (dict(rank=0), "rank=0"),
+                      (dict(targets="attn.("), "is not a regular expression"), (dict(rank=0), "rank=0"),
                       (dict(kind="vera"), "vera")):
         with pytest.raises(UserError, match=says):
             attach(base(), **bad)
@@ -221,7 +244,7 @@ def test_mistakes(tmp_path):
     other = base(seed=1)
     with pytest.raises(UserError, match="another base"):
         load_adapter(other, path)
-    with pytest.raises(UserError, match="attn.k has not|adapts blocks.1"):
+    with pytest.raises(UserError, match="adapts blocks.1.* which this model lacks"):
         load_adapter(base(n_layer=1), path, fingerprint=base_fingerprint(base()))
     with pytest.raises(UserError, match=r"attn.[kv].b has shape \(64, 4\), but \(32, 4\)"):
         load_adapter(base(n_kv_head=1), path, fingerprint=base_fingerprint(base()))
@@ -244,7 +267,7 @@ THEIR_TARGETS = {"GPT-2": ["c_attn", "c_fc", "mlp.c_proj"], "Llama": ["q_proj", 
 @pytest.mark.parametrize("flavour, targets", [
     ("GPT-2", "attn, mlp"), ("GPT-2", "attn.v"), ("Llama", "attn, mlp, head"), ("Qwen2", "attn.[qk]$, mlp.down")])
 def test_folder_of_peft_and_back(flavour, targets, kind, tmp_path):
-    """What we write, we read."""
+    """A folder that save_peft() wrote can be loaded."""
     model = build(flavour)
     attach(model, targets, rank=3, alpha=7, kind=kind)
     shake(model)
@@ -322,7 +345,7 @@ def test_bad_folders_of_peft(tmp_path):
     with pytest.raises(UserError, match="not a whole adapter"):
         load_adapter(base(), str(tmp_path))
     mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), {"base_model.model.wte.lora_A.weight": mx.ones(3)})
-    with pytest.raises(UserError, match="wte.lora_A.weight, which has no place"):
+    with pytest.raises(UserError, match="wte.lora_A.weight, which is not a layer"):
         load_adapter(base(), str(tmp_path))
     moe = base(diff_attn=True, diff_attn_version=2)
     attach(moe, "attn.lam")
