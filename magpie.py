@@ -18,12 +18,14 @@ writes the same file as one that is not.
 import json
 import os
 import re
+import shlex
 import textwrap
 from collections import Counter
 
 import blas  # noqa: F401  (before mlx)
 from tqdm import tqdm
 
+import run_folder
 from config import UserError, overrides
 from conversations import TEMPLATES, check_template, encode_prompt, end_of_answer, read_conversations, turns
 from lora import load_adapters
@@ -40,6 +42,7 @@ system = ""               # what every conversation begins with
 out = "magpie.jsonl"      # for sft.py --data
 n = 100                   # conversations wanted
 resume = False            # go on with the file
+overwrite = False         # replace the file without asking
 # sampling
 batch_size = 32           # conversations at a time
 temperature = 0.8         # of the user's turn; the paper's is 1, which suits large models
@@ -57,13 +60,18 @@ patience = 20             # batches without a single find, until it gives up
 
 settings = overrides(globals(), "checkpoint", "out")
 
+SCRIPT = os.path.basename(__file__)
 for name in ("n", "batch_size", "patience"):
     if settings[name] < 1:
         raise UserError(f"{name}={settings[name]}: it must be 1 or more")
 if temperature < 0 or answer_temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
     raise UserError("temperatures must be 0 or more, top_p over 0 and up to 1, repetition_penalty over 0")
-if not resume and os.path.exists(out):
-    raise UserError(f"{out} exists: go on with it by --resume=True, or give another --out")
+if overwrite and resume:
+    raise UserError("--overwrite=True begins anew and --resume=True goes on: give one of them")
+if os.path.exists(out) and not overwrite and not resume:
+    run_folder.ask_to_replace(f"{out} exists", [
+        "--overwrite=True to replace it", "--resume=True to go on with it",
+        f"--out={shlex.quote(run_folder.free_name(out, os.path.splitext(out)[1]))}"])
 
 # ---- filters ---------------------------------------------------------------------------------------------------------
 
@@ -132,24 +140,26 @@ known, kept, batch = Known(), 0, 0
 if avoid:
     for messages in read_conversations(avoid):
         known.add(next((message["content"] for message in messages if message["role"] == "user"), ""))
-if resume and os.path.exists(out):
-    with open(out, "rb") as file:
-        lines = [line for line in file if line.endswith(b"\n")]  # the last one may have been cut by a crash
+file = open(out, "a+b")
+if not run_folder.locked(file):
+    raise UserError(f"another process is writing {out}: wait until it ends, or give another --out")
+if resume:
+    file.seek(0)
+    lines = [line for line in file if line.endswith(b"\n")]  # the last one may have been cut by a crash
     try:
         rows = [json.loads(line) for line in lines]
         batch = rows[-1]["batch"] if rows else 0
-        lines = [line for line, row in zip(lines, rows, strict=True) if row["batch"] < batch]  # it may not be whole
-        for row in rows[:len(lines)]:
+        if any(row["batch"] > later["batch"] for row, later in zip(rows, rows[1:], strict=False)):
+            raise ValueError("its batches are out of order")
+        rows = [row for row in rows if row["batch"] < batch]  # the last batch may not be whole
+        for row in rows:
             known.add(row["messages"][-2]["content"])
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{out} is not a file of magpie.py ({error!r}): give another --out") from error
-    kept = len(lines)
-    temporary = f"{out}.tmp{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, out)
+        raise UserError(f"{out} is not a file of {SCRIPT} ({error!r}): give another --out") from error
+    kept = len(rows)
+    file.truncate(sum(map(len, lines[:kept])))
+else:
+    file.truncate(0)
 
 # ---- write -----------------------------------------------------------------------------------------------------------
 
@@ -210,22 +220,21 @@ def conversations(batch: int) -> list[list[dict]]:
 dropped, without, began_with, made = Counter(), 0, kept, 0
 bar = tqdm(total=n, initial=min(kept, n), unit=" conversations", disable=None, dynamic_ncols=True)
 last = []
-with open(out, "a", encoding="utf-8") as file:
-    while kept < n:
-        found = conversations(batch)[:n - kept]
-        made += batch_size
-        file.write("".join(json.dumps({"messages": messages, "batch": batch}) + "\n" for messages in found))
-        file.flush()
-        os.fsync(file.fileno())
-        kept, batch, without, last = kept + len(found), batch + 1, 0 if found else without + 1, found or last
-        bar.update(len(found))
-        bar.set_postfix_str(f"{(kept - began_with) / made:.0%} kept")
-        if without == patience:
-            bar.close()
-            reasons = ", ".join(f"{count} {reason}" for reason, count in (+dropped).most_common())
-            raise UserError(f"nothing of {patience * batch_size} conversations passed ({reasons}); {out} holds {kept}. "
-                            "Tune with sft.py --learn_prompts=True, lower the temperature of unended prompts, raise "
-                            "that of unended or repetitive answers")
+while kept < n:
+    found = conversations(batch)[:n - kept]
+    made += batch_size
+    file.write("".join(json.dumps({"messages": messages, "batch": batch}) + "\n" for messages in found).encode())
+    file.flush()
+    os.fsync(file.fileno())
+    kept, batch, without, last = kept + len(found), batch + 1, 0 if found else without + 1, found or last
+    bar.update(len(found))
+    bar.set_postfix_str(f"{(kept - began_with) / made:.0%} kept")
+    if without == patience:
+        bar.close()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in (+dropped).most_common())
+        raise UserError(f"nothing of {patience * batch_size} conversations passed ({reasons}); {out} holds {kept}. "
+                        "Tune with sft.py --learn_prompts=True, lower the temperature of unended prompts, raise "
+                        "that of unended or repetitive answers")
 bar.close()
 
 # ---- look at it ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from config import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there, two runs in one folder go unnoticed
+except ImportError:  # Windows has no such locks: two runs in one folder go unnoticed there
     fcntl = None
 
 RESULTS = ("ckpt", "best", "sft", "dpo")
@@ -49,28 +49,34 @@ def check(out_dir: str, script: str, overwrite: bool, resume: bool | None = None
     if overwrite or resume or not path:
         return
     header = header_of(path)
-    what = f"{out_dir} holds {describe(path, header)}"
+    ways = ["--overwrite=True to replace it", f"--out_dir={shlex.quote(free_name(out_dir))}"]
+    if resume is not None and header.get("script") == script and os.path.exists(f"{out_dir}/ckpt.safetensors"):
+        step = header.get("step", 0)
+        done = step and step == header.get("settings", {}).get("max_iters")
+        more = f" --max_iters={2 * step}" if done else ""
+        ways.insert(1, f"--resume=True{more} to go on with it")
+    ask_to_replace(f"{out_dir} holds {describe(path, header)}", ways)
+
+
+def ask_to_replace(what: str, ways: list[str]):
+    """Ask at a terminal whether the results described by `what` may be replaced. UserError, which names the ways out,
+    if the answer is no or nobody can be asked."""
     if sys.stdin and sys.stdin.isatty():
         print(what, flush=True)
         with contextlib.suppress(EOFError):
             if input("replace it? [y/N] ").strip().lower() in ("y", "yes"):
                 return
-        what = f"{out_dir} stays as it is"
-    ways = ["--overwrite=True to replace it", f"--out_dir={shlex.quote(free_name(out_dir))}"]
-    if resume is not None and header.get("script") == script and os.path.exists(f"{out_dir}/ckpt.safetensors"):
-        done = header.get("step") == (header.get("settings") or {}).get("max_iters")
-        more = f" --max_iters={2 * header['step']}" if done and header["step"] else ""
-        ways.insert(1, f"--resume=True{more} to go on")
-    raise UserError(f"{what}: give {', '.join(ways[:-1])} or {ways[-1]}")
+        what = "nothing was replaced"
+    raise UserError(f"{what}: give {', '.join(ways[:-1])}, or {ways[-1]}")
 
 
 def check_maker(path: str, script: str, out_dir: str):
     """UserError if the checkpoint at this path was made by another script than the one that is to resume it."""
     header = header_of(path)
-    maker = str(header.get("script", "an unknown script"))
+    maker = header.get("script", "an unknown script")
     if maker == script or not header:  # a file that is no checkpoint is refused when it is loaded
         return
-    if "resume" not in (header.get("settings") or {}):
+    if "resume" not in header.get("settings", {}):
         raise UserError(f"{path} was made by {maker}: it cannot be resumed")
     beside = os.path.join(os.path.dirname(sys.argv[0]), maker)
     command = f"python {shlex.quote(beside if os.path.exists(beside) else maker)}"
@@ -80,21 +86,29 @@ def check_maker(path: str, script: str, out_dir: str):
 def lock(out_dir: str, script: str):
     """Hold OUT_DIR/run.lock as long as this process lives. UserError, which names the holder, if another one does."""
     path = os.path.abspath(os.path.join(out_dir, "run.lock"))
-    if path in locks or not fcntl:
+    if path in locks:
         return
     file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not locked(file):
         file.seek(0)
         holder = file.read().strip() or "another process"
-        raise UserError(f"{holder} is writing to {out_dir}: wait until it ends, or give another --out_dir") from error
-    except OSError:  # some file systems have no locks
-        return
+        raise UserError(f"{holder} is writing to {out_dir}: wait until it ends, or give another --out_dir")
     locks[path] = file
     file.truncate(0)
     file.write(f"{script} (process {os.getpid()})\n")
     file.flush()
+
+
+def locked(file) -> bool:
+    """Lock an open file against other processes until it is closed. False if another process has locked it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some file systems have no locks: two runs in one folder go unnoticed there
+        pass
+    return True
 
 
 def newest_result(out_dir: str) -> str | None:
@@ -107,19 +121,20 @@ def newest_result(out_dir: str) -> str | None:
 
 
 def header_of(path: str) -> dict:
-    """What the header of a checkpoint says, without its weights; {} if it is no checkpoint of ours."""
+    """What the header of a checkpoint says of the run that made it; {} if the file is no checkpoint of ours."""
     try:
         with safe_open(path, "numpy") as file:
-            header = json.loads((file.metadata() or {}).get("tinygpt", "{}"))
-        return header if isinstance(header, dict) else {}
+            header = json.loads((file.metadata() or {}).get("tinygpt", "null"))
     except (SafetensorError, OSError, ValueError):
         return {}
+    kinds = {"version": int, "script": str, "step": int, "losses": dict, "settings": dict}
+    header = header if isinstance(header, dict) else {}
+    return {name: header[name] for name, kind in kinds.items() if isinstance(header.get(name), kind)}
 
 
 def describe(path: str, header: dict) -> str:
     """A checkpoint in a few words: its file, script, step, loss and date."""
-    losses = header.get("losses")
-    loss = losses.get("val") if isinstance(losses, dict) else None
+    loss = header.get("losses", {}).get("val")
     facts = [header.get("script"), f"step {header['step']}" if "step" in header else None,
              f"validation loss {loss:.4f}" if isinstance(loss, float) else None,
              datetime.datetime.fromtimestamp(os.path.getmtime(path)).strftime("%Y-%m-%d %H:%M")]

@@ -1,4 +1,5 @@
 """magpie.py, run as a user runs it: what it makes, filters, resumes; and its filters against plain formulas."""
+import fcntl
 import itertools
 import json
 import re
@@ -91,6 +92,21 @@ def test_resume_is_exact(tuned, tmp_path):
     assert batches == sorted(batches) and batches[-1] > 0
 
 
+def test_overwrite_and_lock(tuned, tmp_path):
+    """--overwrite=True begins the file anew, but never a file that another process is writing."""
+    out = tmp_path / "made.jsonl"
+    magpie(tuned, out, "--n=5")
+    first = out.read_bytes()
+    out.write_bytes(first * 2)
+    magpie(tuned, out, "--n=5", "--overwrite=True")
+    assert out.read_bytes() == first
+    with open(out) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for way in ("--overwrite=True", "--resume=True"):
+            assert "another process is writing" in magpie(tuned, out, "--n=9", way, status=2).stderr
+    assert out.read_bytes() == first
+
+
 def test_avoid(tuned, tmp_path):
     """What another file has is not made again."""
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
@@ -113,9 +129,16 @@ def test_bad_input(folder, tuned, tmp_path):  # noqa: F811
     done = magpie(folder / "base.safetensors", out, "--template=alpaca", "--patience=2", status=2)
     assert "nothing of 32 conversations passed" in done.stderr and "learn_prompts" in done.stderr
     out.write_text("{}\n")
-    assert "exists: go on with it by --resume=True" in magpie(tuned, out, status=2).stderr
+    told = magpie(tuned, out, status=2).stderr
+    assert f"{out} exists: give --overwrite=True to replace it, --resume=True" in told
+    assert told.endswith(f" or --out={tmp_path / 'made-2.jsonl'}\n")
+    assert "give one of them" in magpie(tuned, out, "--resume=True", "--overwrite=True", status=2).stderr
     assert "is not a file of magpie.py" in magpie(tuned, out, "--resume=True", status=2).stderr
     assert out.read_text() == "{}\n"
+    row = '{"messages": [{"content": "a"}, {"content": "b"}], "batch": %d}\n'
+    out.write_text(row % 5 + row % 2)
+    assert "out of order" in magpie(tuned, out, "--resume=True", status=2).stderr
+    assert out.read_text() == row % 5 + row % 2
     new = tmp_path / "new.jsonl"
     assert "batch_size=0" in magpie(tuned, new, "--batch_size=0", status=2).stderr
     assert "half of the context" in magpie(tuned, new, f"--system={'long ' * 20}", status=2).stderr

@@ -1,0 +1,335 @@
+"""run_folder.py, through the scripts: their source, their lock, what they replace, where rows go; copied scripts."""
+import contextlib
+import csv
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from datetime import datetime
+
+import pytest
+from conftest import ROOT
+from test_sft import folder  # noqa: F401  (a checkpoint and tasks)
+from test_train import TINY, data  # noqa: F401  (tokens)
+
+import run_folder
+from model import load_checkpoint
+
+QUICK = [*TINY, "--max_iters=2", "--sample_tokens=0"]
+
+
+def python(*command, status=0, **options) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
+    return done
+
+
+def pasted(command: str, **options) -> subprocess.CompletedProcess:
+    """A command that a script printed, run by a shell."""
+    assert command.startswith("python ")
+    done = subprocess.run(f"{shlex.quote(sys.executable)} {command.removeprefix('python ')}", shell=True,
+                          capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def contents(out) -> dict:
+    """All files of a run but its lock."""
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "run.lock"}
+
+
+# ---- a copied script -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of this checkout's modules, with train.py and a changed copy of it that claims to know the peak FLOPS."""
+    copy = tmp_path / "a checkout"
+    copy.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, copy)
+    source = (copy / "train.py").read_text()
+    assert "PEAK_FLOPS = {" in source
+    (copy / "train_mine.py").write_text(source.replace("PEAK_FLOPS = {", 'PEAK_FLOPS = {"": 1e11, '))
+    return copy
+
+
+def test_a_copied_script(checkout, data):  # noqa: F811
+    """It trains, stops at Ctrl-C, is resumed by the commands that are printed, is refused by the script that it was
+    copied from, and keeps its own source, also after a change. All of its log fits 80 columns."""
+    out = checkout / "my runs" / "one"
+    begin = [sys.executable, "train_mine.py", f"--data={data}", f"--out_dir={out}", *TINY, "--max_iters=40",
+             "--dtype=bfloat16", "--n_expert=2", "--eval_interval=4"]
+    process = subprocess.Popen(begin, cwd=checkout, stdout=subprocess.PIPE, text=True)
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if line.startswith("step      6"):
+            process.send_signal(signal.SIGINT)
+            break
+    printed += process.stdout.read()
+    assert process.wait() == 130
+    log = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert max(map(len, log)) <= 80 and len(log) > 8
+    assert re.search(r"^step      6 \| loss .*\| load \d\.\d\d$", printed, re.M)
+    assert re.search(r"^step      4 \| val .* GiB \| mfu +\d+% \| best$", printed, re.M)
+
+    _, meta = load_checkpoint(str(out / "ckpt.safetensors"))
+    start = json.loads((out / "run.json").read_text())
+    assert meta["script"] == start["script"] == "train_mine.py" and start["arguments"] == begin[2:]
+    assert abs((datetime.now().astimezone() - datetime.fromisoformat(start["started"])).total_seconds()) < 600
+    source = {path.name: path.read_text() for path in (out / "source").iterdir()}
+    assert {"train_mine.py", "model.py", "muon.py", "config.py", "run_folder.py", "tokenizer.py"} <= {*source}
+    assert not {"train.py", "sample.py"} & {*source}
+    assert all(text == (checkout / name).read_text() for name, text in source.items())
+
+    before = contents(out)
+    refused = python("train.py", f"--out_dir={out}", "--resume=True", cwd=checkout, status=2).stderr
+    assert "was made by train_mine.py: go on with python train_mine.py" in refused and before == contents(out)
+    with open(checkout / "muon.py", "a") as file:
+        file.write("# changed\n")
+    own, = re.findall("^go on with: (.*)", printed, re.M)
+    command = refused.split("go on with ")[1]
+    assert shlex.split(own) == shlex.split(command) and "'" in command
+    done = pasted(command, cwd=checkout)
+    assert "step     40 | val" in done.stdout
+    assert {path.name: path.read_text() for path in (out / "source").iterdir()} == source
+    changed = out / f"source-{meta['step']}" / "muon.py"
+    assert changed.read_text() == source["muon.py"] + "# changed\n"
+    assert json.loads((out / "run.json").read_text())["started"] == start["started"]
+
+
+def test_a_script_beside_nothing(data, tmp_path):  # noqa: F811
+    """Its modules come from elsewhere, and are kept; the next command, to write, can be pasted."""
+    shutil.copy(ROOT / "train.py", tmp_path / "mine.py")
+    done = python("mine.py", f"--data={data}", "--out_dir=an out", *QUICK, cwd=tmp_path,
+                  env={**os.environ, "PYTHONPATH": str(ROOT)})
+    kept = {path.name for path in (tmp_path / "an out" / "source").iterdir()}
+    assert {"mine.py", "model.py", "run_folder.py"} <= kept and "conftest.py" not in kept
+    command, = re.findall("^next: (.*)", done.stdout, re.M)
+    prompt, = (word.partition("=")[2] for word in shlex.split(command) if word.startswith("--prompt="))
+    assert 3 < len(prompt) <= 24 and any(prompt in path.read_text() for path in ROOT.glob("*.py"))
+    assert prompt in pasted(f"{command} --max_new_tokens=2", cwd=tmp_path).stdout
+
+
+def test_source_of_many_resumptions(tmp_path):
+    """A folder for each change, none of them written over, and none where nothing has changed."""
+    out, settings = str(tmp_path / "out"), {}
+    for step, text in ((0, b"a"), (10, b"a"), (20, b"b"), (20, b"b"), (20, b"c"), (20, b"d"), (100, b"d"), (100, b"a")):
+        run_folder.start(out, "x.py", settings, {"x.py": text}, step)
+    kept = {path.name: (path / "x.py").read_bytes() for path in (tmp_path / "out").glob("source*")}
+    assert kept == {"source": b"a", "source-20": b"b", "source-20-2": b"c", "source-20-3": b"d", "source-100": b"a"}
+    run_folder.start(out, "y.py", settings, {"y.py": b"e"})  # a new run
+    assert [path.name for path in (tmp_path / "out").glob("source*")] == ["source"]
+    assert [path.name for path in (tmp_path / "out" / "source").iterdir()] == ["y.py"]
+
+
+def test_a_folder_that_is_called_source(tmp_path):
+    """A new run never deletes a folder that no run has made."""
+    mine = tmp_path / "source"
+    mine.mkdir()
+    (mine / "notes.py").write_text("mine")
+    for _ in range(2):
+        run_folder.start(str(tmp_path), "x.py", {}, {"x.py": b"a"})
+        assert (mine / "notes.py").read_text() == "mine" and [*mine.iterdir()] == [mine / "notes.py"]
+
+
+# ---- one process a folder --------------------------------------------------------------------------------------------
+
+
+def test_lock(data, tmp_path):  # noqa: F811
+    """A second run in the folder of the first is refused, in whatever way it is started, until the first is killed."""
+    command = [ROOT / "train.py", f"--data={data}", f"--out_dir={tmp_path}", *TINY]
+    first = subprocess.Popen([sys.executable, *command, "--max_iters=100000", "--eval_interval=2"],
+                             stdout=subprocess.PIPE, text=True)
+    try:
+        for line in first.stdout:
+            if line.startswith("step      3"):
+                break
+        for more in ("--overwrite=True", "--resume=True"):
+            told = python(*command, more, status=2).stderr
+            assert f"train.py (process {first.pid}) is writing to {tmp_path}: " in told
+    finally:
+        first.kill()
+        first.communicate()
+    python(*command, "--overwrite=True", "--max_iters=1")
+
+
+# ---- nothing is replaced unasked -------------------------------------------------------------------------------------
+
+
+def test_replacing(data, tmp_path):  # noqa: F811
+    """Without a terminal a new run in a used folder is refused; each way out that the message names can be pasted."""
+    out = tmp_path / "an out"
+    command = [ROOT / "train.py", f"--data={data}", f"--out_dir={out}", *QUICK]
+    python(*command)
+    before = contents(out)
+    told = python(*command, "--seed=2", status=2, stdin=subprocess.DEVNULL).stderr
+    loss, = (float(row["val_loss"]) for row in csv.DictReader((out / "loss.csv").open()) if row["step"] == "2"
+             and row["val_loss"])
+    written = datetime.fromtimestamp((out / "ckpt.safetensors").stat().st_mtime)
+    assert f"ckpt.safetensors (train.py, step 2, validation loss {loss:.4f}, {written:%Y-%m-%d %H:%M})" in told
+    assert before == contents(out)
+    overwrite, resume, other = re.search("give (.*) to replace it, (.*) to go on with it, or (.*)", told).groups()
+    assert (overwrite, resume) == ("--overwrite=True", "--resume=True --max_iters=4")
+    assert other == f"--out_dir='{out}-2'"
+    python(*command, *shlex.split(resume))
+    assert load_checkpoint(str(out / "ckpt.safetensors"))[1]["step"] == 4
+    python(*command, *shlex.split(other))
+    assert (tmp_path / "an out-2" / "ckpt.safetensors").exists()
+    told = python(*command, "--resume=True", "--overwrite=True", "--max_iters=9", status=2).stderr
+    assert "give one of them" in told
+    python(*command, overwrite, "--seed=2")
+    assert load_checkpoint(str(out / "ckpt.safetensors"))[1]["settings"]["seed"] == 2
+
+
+@pytest.mark.parametrize("answer, status", [(b"n\n", 2), (b"\n", 2), (b"\x04", 2), (b"y\n", 0), (b"YES\n", 0)])
+def test_question(answer, status, tmp_path):
+    """At a terminal the user is asked, and no is the answer unless it is yes."""
+    (tmp_path / "sft.safetensors").write_bytes(b"x")
+    script = ("from config import overrides\nimport run_folder\nsettings = overrides(globals())\n"
+              f"run_folder.check({str(tmp_path)!r}, 'sft.py', False)\nprint('trains')\n")
+    (tmp_path / "script.py").write_text(script)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, tmp_path / "script.py"], stdin=theirs, stdout=theirs, stderr=theirs,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    os.close(theirs)
+    printed = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while True:
+            printed += os.read(ours, 1000)
+            if printed.endswith(b"replace it? [y/N] "):
+                os.write(ours, answer)
+    os.close(ours)
+    assert process.wait() == status
+    assert f"{tmp_path} holds sft.safetensors (20".encode() in printed and (b"trains" in printed) == (status == 0)
+    assert (b"script.py: nothing was replaced: give --overwrite=True" in printed) == (status == 2)
+    assert b"--resume" not in printed
+
+
+def test_another_script_s_folder(folder, data, tmp_path):  # noqa: F811
+    """sft.py would replace the curve of a run of train.py, and is refused; results of no run are left alone."""
+    python(ROOT / "train.py", f"--data={data}", f"--out_dir={tmp_path}", *QUICK)
+    before = contents(tmp_path)
+    command = [ROOT / "sft.py", folder / "base.safetensors", f"--data={folder / 'tasks.jsonl'}",
+               f"--out_dir={tmp_path}", "--epochs=1", "--samples=0", "--compile=False"]
+    told = python(*command, status=2).stderr
+    assert "ckpt.safetensors (train.py, step 2" in told and "--resume" not in told and before == contents(tmp_path)
+    python(*command, "--overwrite=True")
+    assert (tmp_path / "sft.safetensors").exists() and (tmp_path / "ckpt.safetensors").exists()
+    start = json.loads((tmp_path / "run.json").read_text())
+    assert start["script"] == "sft.py" and start["settings"]["overwrite"]
+    assert {path.name for path in tmp_path.glob("source*")} == {"source"}
+    assert (tmp_path / "source" / "sft.py").exists() and not (tmp_path / "source" / "train.py").exists()
+    told = python(ROOT / "train.py", f"--out_dir={tmp_path}", f"--data={data}", *QUICK, status=2).stderr
+    assert "sft.safetensors (sft.py" in told and "--resume" not in told
+
+
+def test_what_counts_as_a_result(tmp_path):
+    """In any folder the names of our scripts' results; in a run's folder every checkpoint but an optimizer's state."""
+    out = str(tmp_path)
+    for name in ("model.safetensors", "ckpt.optimizer-5.safetensors", "best.safetensors.tmp12", "loss.csv"):
+        (tmp_path / name).write_bytes(b"x")
+    assert run_folder.newest_result(out) is None and run_folder.newest_result(f"{out}/none") is None
+    (tmp_path / "run.json").write_text("{}")
+    assert run_folder.newest_result(out) == f"{out}/model.safetensors"
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "dpo.safetensors").write_bytes(b"x")
+    assert run_folder.newest_result(out) == f"{out}/dpo.safetensors"
+
+
+@pytest.mark.parametrize("header", [b"x", b"[1]", b'{"losses": [], "step": "a", "script": 3, "version": 1}',
+                                    b'{"losses": {"val": "x"}, "settings": {}, "script": "hf_reader.py"}'])
+def test_odd_headers(header, tmp_path):
+    """Files that are no checkpoints of ours, or say odd things, are described by what can be said."""
+    text = json.dumps({"__metadata__": {"tinygpt": header.decode()}}).encode()
+    path = tmp_path / "ckpt.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(run_folder.UserError, match=r"holds ckpt.safetensors \("):
+        run_folder.check(str(tmp_path), "train.py", False, False)
+    if header.startswith(b"{"):
+        with pytest.raises(run_folder.UserError, match="was made by (hf_reader.py|an unknown script): it cannot be"):
+            run_folder.check_maker(str(path), "train.py", str(tmp_path))
+
+
+def test_free_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("out-2", "out-3", "v1.5", "made-2.jsonl"):
+        (tmp_path / name).touch()
+    names = {"out": "out-4", "out/": "out-4", "out-2": "out-4", "v1.5": "v1.5-2", ".": "out-4", "a/b-7": "a/b-2"}
+    assert {name: run_folder.free_name(name) for name in names} == names
+    assert run_folder.free_name("made.jsonl", ".jsonl") == "made-3.jsonl"
+
+
+# ---- rows elsewhere --------------------------------------------------------------------------------------------------
+
+
+def events(logs) -> dict:
+    """{(name, step): value} of TensorBoard's files, records of a length, its checksum, an event, and its checksum."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = {}
+    for path in sorted(logs.iterdir()):
+        content, start = path.read_bytes(), 0
+        while start < len(content):
+            length, = struct.unpack_from("<Q", content, start)
+            event = event_pb2.Event.FromString(content[start + 12:start + 12 + length])
+            found.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
+            start += length + 16
+    return found
+
+
+def test_tensorboard(data, tmp_path):  # noqa: F811
+    """Its events are the numbers of loss.csv; of a run that is replaced, none is left."""
+    pytest.importorskip("tensorboardX")
+    command = [ROOT / "train.py", f"--data={data}", f"--out_dir={tmp_path}", *QUICK, "--log=tensorboard"]
+    python(*command, "--max_iters=3")
+    python(*command, "--overwrite=True")
+    python(ROOT / "train.py", f"--out_dir={tmp_path}", "--resume=True", "--max_iters=4")  # log is the checkpoint's
+    with open(tmp_path / "loss.csv", newline="") as file:
+        rows = {(name, int(row["step"])): float(value) for row in csv.DictReader(file) for name, value in row.items()
+                if value and name not in ("step", "tokens", "seconds")}
+    found = {key: value for key, value in events(tmp_path / "tensorboard").items()
+             if key[0] not in ("tokens", "seconds")}
+    assert found == pytest.approx(rows, rel=1e-6) and ("val_loss", 4) in found and ("train_loss", 1) in found
+
+
+def test_wandb(folder, tmp_path):  # noqa: F811
+    """Through a module that stands in for it: offline unless WANDB_MODE says otherwise, a row for each of loss.csv."""
+    (tmp_path / "wandb.py").write_text("""
+import json
+class Run:
+    def log(self, row, step):
+        print("row", json.dumps([row, step]))
+def init(**arguments):
+    print("init", json.dumps(arguments))
+    return Run()
+""")
+    out = tmp_path / "out"
+    command = [ROOT / "sft.py", folder / "base.safetensors", f"--data={folder / 'tasks.jsonl'}", f"--out_dir={out}",
+               "--epochs=1", "--samples=0", "--log=wandb", "--compile=False"]
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+    done = python(*command, env={**environment, "PYTHONPATH": str(tmp_path)})
+    init, = (json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("init"))
+    assert (init["mode"], init["dir"], init["name"]) == ("offline", str(out), "out")
+    assert init["config"]["epochs"] == 1
+    rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("row")]
+    with open(out / "loss.csv", newline="") as file:
+        wanted = [({name: float(value) for name, value in row.items() if value and name != "step"}, int(row["step"]))
+                  for row in csv.DictReader(file)]
+    assert [(row, step) for row, step in rows] == wanted and len(rows) > 3
+
+
+@pytest.mark.parametrize("log, says", [("tensorboard", "pip install tensorboardX"), ("wandb", "pip install wandb"),
+                                       ("mlflow", "log='mlflow' is not one of tensorboard, wandb")])
+def test_log_that_is_not_there(log, says, monkeypatch):
+    monkeypatch.setattr(run_folder.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(run_folder.UserError, match=says):
+        run_folder.check_log(log)
+    run_folder.check_log("")
