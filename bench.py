@@ -1,13 +1,14 @@
-"""How fast is it here? One table, beside PyTorch, mlx-lm and tokenizers where they are installed.
+"""Measure the speed on this machine, beside PyTorch, mlx-lm and tokenizers where they are installed.
 
     python bench.py
     python bench.py --only=train --shapes=124M,124M-gpt2      # on a GPU
 
-Ours and the peer's are timed in turn, A B A B ..., each in a process of its own, after a warm-up. Figures are medians
-over the rounds, and `ratio` is the median (and range) of the peer's time by ours in a round: above 1 we are faster.
-A training step is forward, backward, clipping and AdamW. Peak memory is what MLX and torch.cuda allocated. The peers
-stand in bench_peers.py: a nanoGPT-like GPT-2 in PyTorch, which trains and decodes the same shape with its own
-architecture; mlx-lm's Llama, for the shapes that end in "-llama"; and the tokenizers package, on our vocabulary.
+Our code and a peer are timed in turn, A B A B ..., each in a process of its own, after a warm-up. The table shows
+medians over the rounds. `ratio` is the median (and range) over the rounds of the peer's time divided by our time: above
+1 our code is faster. A training step is forward, backward, clipping and AdamW. GiB is the peak memory that MLX and
+torch.cuda allocated. The peers (bench_peers.py) are a GPT-2 in PyTorch, as nanoGPT writes it, with the sizes of our
+shape; mlx-lm's Llama, for the shapes that end in "-llama"; and the tokenizers package with our vocabulary. Where a line
+names two methods ("A; B"), both are ours: B is in the peer's column.
 """
 import contextlib
 import datetime
@@ -38,17 +39,17 @@ from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, no_ta
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
 only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # sections
-shapes = ""            # of SHAPES below, separated by commas; none: those that suit the device
+shapes = ""            # 4x4x128 | 6x6x384 | 6x6x384-llama | 124M | 124M-gpt2 | 124M-llama, with commas; "": by device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
-new_tokens = 64        # written in each round of decoding
-compile = True         # compile our training step (--compile=False is train.py's default on a CPU)
-task = ""              # JSON; bench.py runs itself with it, to have our side in a process of its own
+new_tokens = 64        # tokens to generate in a round of decoding
+compile = True         # compile our training step (train.py's default on a CPU is False)
+task = ""              # internal: JSON of the task that a process of bench.py's own is to time
 
 settings = overrides(globals())
 
 GPT2 = dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False)
 LLAMA = dict(mlp="swiglu", qk_norm=False)
-SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture, steps a round
+SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture, steps in a round
     "4x4x128": (4, 4, 128, 64, 12, 128, {}, 10),
     "6x6x384": (6, 6, 384, 256, 12, 128, {}, 1),
     "6x6x384-llama": (6, 6, 384, 256, 12, 128, LLAMA, 1),
@@ -58,33 +59,27 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
 }
 names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
 if unknown := set(names) - set(SHAPES):
-    raise UserError(f"no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
+    raise UserError(f"there is no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
 SECTIONS = "train", "decode", "tokenize", "variants", "adapters", "packed", "inside", "convert", "page"
 if unknown := set(only.split(",")) - set(SECTIONS):
-    raise UserError(f"no section {unknown.pop()!r}: choose among {', '.join(SECTIONS)}")
+    raise UserError(f"there is no section {unknown.pop()!r}: choose among {', '.join(SECTIONS)}")
 rounds = rounds or (7 if ON_CPU else 20)
 dtype = compute_dtype("auto")
 
-# ---- our side: what a round does -------------------------------------------------------------------------------------
+# ---- our side: the work of a round -----------------------------------------------------------------------------------
 
 
 def our_training(model: GPT, task: dict):
-    """train.py's step, with AdamW."""
+    """A function that takes task["steps"] training steps as train.py does, with AdamW."""
+    model.compute_dtype = dtype
     opt = optim.Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
     opt.init(model.trainable_parameters())
     state = [model.state, opt.state]
     compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
 
-    def loss(parameters, x, y):
-        model.update(tree_map(lambda p: p.astype(dtype), parameters))
-        return model.loss(x, y)
-
     @compiled
     def gradients(x, y):
-        parameters = model.trainable_parameters()
-        value, grads = mx.value_and_grad(loss)(parameters, x, y)
-        model.update(parameters)
-        return value, grads
+        return nn.value_and_grad(model, model.loss)(x, y)
 
     @compiled
     def update(grads):
@@ -108,6 +103,7 @@ def our_training(model: GPT, task: dict):
 
 
 def our_decoding(model: GPT, task: dict):
+    """A function that reads a prompt and generates task["new"] tokens."""
     model.eval()
     model.set_dtype(dtype)
     prompt = mx.random.randint(0, model.config.vocab_size, (task["batch"], task["prompt"])).tolist()
@@ -132,46 +128,49 @@ if task:
         print(json.dumps({"seconds": time.perf_counter() - began, "peak": mx.get_peak_memory() / 2**30}), flush=True)
     sys.exit()
 
-# ---- the race --------------------------------------------------------------------------------------------------------
+# ---- timing, and the table -------------------------------------------------------------------------------------------
 
-WIDTHS = 7, 13, 13, 22, 11, 11, 16
+WIDTHS = 15, 13, 21, 18, 13
 
 
 def show(what: str, *cells: str):
-    tqdm.write(f"{what:44}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
+    """Print a row of the table in two lines: what was measured, and the figures."""
+    figures = "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+    tqdm.write(f"{what}\n{figures}" if what else figures)
 
 
 def row(what: str, unit: str, work: float, ours: list[float], peer: list[float], memory: str = ""):
-    """Print a line: `work` units were done in each round, of so many seconds."""
-    speeds = [f"{work / statistics.median(seconds):,.1f}" if seconds else "not there" for seconds in (ours, peer)]
-    ms = [f"{statistics.median(seconds) * 1e3:,.1f}" if seconds else "" for seconds in (ours, peer)]
+    """Print the row of a measurement. ours, peer: the seconds of each round, in which `work` units were done."""
+    speeds = [f"{work / statistics.median(seconds):,.1f}" if seconds else "missing" for seconds in (ours, peer)]
+    ms = "/".join(f"{statistics.median(seconds) * 1e3:,.1f}" for seconds in (ours, peer) if seconds)
     ratios = sorted(b / a for a, b in zip(ours, peer, strict=False))
     ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else ""
-    show(what, unit, *speeds, ratio, *ms, memory)
+    show(f"{what}: {unit}", *speeds, ratio, ms, memory)
 
 
 def start(*command: str):
-    """A process that stands ready to do rounds, or None if its packages are not installed."""
+    """A process that is ready to do rounds, or None if its packages are not installed."""
     process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     if process.stdout.readline():
         return process
     if process.wait() != 3:
-        raise UserError(f"{command[0]} failed with exit status {process.returncode}: its message stands above")
+        raise UserError(f"{command[0]} failed with exit status {process.returncode}: see its message above")
     return None
 
 
 def race(what: str, kind: str, name: str, batch: int, peer: str, prompt: int = 0, new: int = 0):
+    """Time our code and a peer in turn, in processes. kind: train | decode. prompt, new: tokens to read, to write."""
     L, H, C, T, B, V, architecture, steps = SHAPES[name]
     config = GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V, **architecture)
     task = dict(vars(config), kind=kind, batch=batch, prompt=prompt, new=new, steps=steps, dtype=str(dtype)[9:])
     here = os.path.dirname(os.path.abspath(__file__))
-    sides = [start(os.path.join(here, "bench.py"), f"--task={json.dumps(task)}", f"--compile={compile}"),
+    sides = [start(os.path.abspath(__file__), f"--task={json.dumps(task)}", f"--compile={compile}"),
              start(os.path.join(here, "bench_peers.py"), peer, json.dumps(task))]
     seconds, peaks = ([], []), ["", ""]
     for _ in tqdm(range(rounds), desc=what, leave=False, disable=None):
         for i, process in enumerate(sides):
             if process:
-                time.sleep(0.1)  # the threads of the other side spin for a moment after their work
+                time.sleep(0.1)  # the other side's threads still spin for a moment
                 print(file=process.stdin, flush=True)
                 answer = json.loads(process.stdout.readline())
                 seconds[i].append(answer["seconds"])
@@ -187,7 +186,7 @@ def race(what: str, kind: str, name: str, batch: int, peer: str, prompt: int = 0
 
 
 def their_tokenizer(ours: Tokenizer):
-    """The same vocabulary in the tokenizers package, or None if it is not installed."""
+    """A tokenizer of the tokenizers package with our vocabulary, or None if the package is not installed."""
     try:
         import tokenizers
         from tokenizers import Regex, models, pre_tokenizers
@@ -196,7 +195,7 @@ def their_tokenizer(ours: Tokenizer):
     letters = letters_of_bytes()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ours.tokens}
     ranks, merges = {token: i for i, token in enumerate(ours.tokens)}, []
-    for token in ours.tokens[256:]:  # tiktoken merges any two tokens that make it, whichever it was learned from
+    for token in ours.tokens[256:]:  # tiktoken merges any two tokens that make a token
         for i in range(1, len(token)):
             if token[:i] in ranks and token[i:] in ranks:
                 merges.append((spelled[token[:i]], spelled[token[i:]]))
@@ -208,7 +207,7 @@ def their_tokenizer(ours: Tokenizer):
 
 
 def bench_tokenizing():
-    """Python's own sources, by a vocabulary of 4096 learned from them; one thread each."""
+    """Encode the source text of Python's standard library with 4096 tokens trained on it, on one thread."""
     text = ""
     for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
         with open(path, encoding="utf-8", errors="ignore") as file:
@@ -217,7 +216,7 @@ def bench_tokenizing():
     ours = train_bpe([text[i:i + 100_000] for i in range(0, len(text), 100_000)], 4096)
     peer = their_tokenizer(ours)
     if peer and peer.encode(text[:20_000]).ids != ours.encode(text[:20_000]).tolist():
-        raise UserError("tokenizers gives other tokens than ours: nothing to compare")
+        raise UserError("the tokenizers package gives other tokens than ours, so that speeds cannot be compared")
     seconds = [], []
     for _ in tqdm(range(rounds), desc="tokenize", leave=False, disable=None):
         for side, kept in zip((ours, peer), seconds, strict=True):
@@ -228,11 +227,11 @@ def bench_tokenizing():
     row("tokenize stdlib, one thread, tokenizers", "MB/s", len(text.encode()) / 1e6, *seconds)
 
 
-# ---- variants, beside what they replace ------------------------------------------------------------------------------
+# ---- variants, beside the baseline -----------------------------------------------------------------------------------
 
 
 def alternate(what: str, unit: str, work: float, ours, peer):
-    """Time two functions in turn in this process; peer None: ours alone."""
+    """Time two functions in turn in this process. peer None: time ours alone."""
     seconds = [], []
     for i in tqdm(range(rounds + 1), desc=what, leave=False, disable=None):
         for f, kept in zip((ours, peer), seconds, strict=True):
@@ -247,7 +246,7 @@ def alternate(what: str, unit: str, work: float, ours, peer):
 
 
 def bench_window():  # window
-    """Attention alone, forward and backward, against causal attention over all keys."""
+    """Windowed attention, forward and backward, against causal attention over all keys."""
     from model import window_attention
     B, H, T = (1, 4, 4096) if ON_CPU else (16, 12, 4096)
     config = GPTConfig(n_head=H, n_embd=64 * H, sliding_window=128)
@@ -262,28 +261,30 @@ def bench_window():  # window
 
 
 def bench_moe():  # moe
-    """A training step of 8 experts, 2 a token, of half the width, against a dense model of as many active weights."""
+    """A training step with 8 experts of half the width, 2 for each token, against a dense model with an equal number of
+    active weights."""
     shape = dict(n_layer=4, n_embd=256, n_head=4, block_size=256, vocab_size=4096) if ON_CPU else dict(
         n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=50304)
     batch = 8 if ON_CPU else 16
     half = 2 * shape["n_embd"]
     dense, sparse = (our_training(GPT(GPTConfig(**shape, **own)), dict(batch=batch, steps=1))
                      for own in (dict(ffn_dim=2 * half), dict(ffn_dim=half, n_expert=8)))
-    alternate("8 experts, 2 a token; dense, as many active", "tok/s", batch * shape["block_size"], sparse, dense)
+    alternate("8 experts, 2 for each token; dense model of equal active weights", "tok/s",
+              batch * shape["block_size"], sparse, dense)
 
 
 def bench_mod():  # mod
-    """A training step where every other block works on an eighth of the tokens, against one of whole blocks."""
+    """A training step in which every other block computes an eighth of the tokens, against a dense model."""
     shape = dict(n_layer=8, n_embd=256, n_head=4, vocab_size=4096) if ON_CPU else dict(
         n_layer=12, n_embd=768, n_head=12, vocab_size=50304)
     batch = 2 if ON_CPU else 16
     dense, routed = (our_training(GPT(GPTConfig(**shape, **own, block_size=1024)), dict(batch=batch, steps=1))
                      for own in (dict(), dict(mod="topk")))
-    alternate("MoD, 1/8 every other block, T 1024; dense", "tok/s", batch * 1024, routed, dense)
+    alternate("MoD, 1/8 of the tokens in every other block; dense model", "tok/s", batch * 1024, routed, dense)
 
 
 def bench_yoco():  # yoco
-    """12 layers and a window of 128: the time to read a prompt, and the bytes of the cache after 32768 tokens."""
+    """12 layers with a window of 128: the time to read a prompt, and the bytes of the cache after 32768 tokens."""
 
     def read(model, T):
         cache = model.make_cache()
@@ -293,33 +294,31 @@ def bench_yoco():  # yoco
     for own in (dict(yoco=True, sliding_window=128), dict()):
         models.append(GPT(GPTConfig(n_layer=12, n_embd=128, block_size=T, vocab_size=256, **own)).eval())
         models[-1].set_dtype(dtype)
-    alternate(f"YOCO, 12 layers, prompt of {T}; all keys", "tok/s", T, *(lambda m=m: read(m, T)[0] for m in models))
+    alternate(f"YOCO, 12 layers, prompt of {T}; baseline", "tok/s", T, *(lambda m=m: read(m, T)[0] for m in models))
     ours, peer = (read(model, 32768)[1].nbytes for model in models)  # not evaluated: the shapes are enough
     sizes = f"{ours / 1e6:.2f}", f"{peer / 1e6:.2f}", f"{peer / ours:.2f}"
-    show("YOCO, 12 layers, cache of 32768; all keys", "MB", *sizes, "", "", "")
+    show("YOCO, 12 layers, cache of 32768; baseline: MB", *sizes, "", "")
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
 def bench_adapters():
-    """A step's gradients with LoRA of rank 8 on all layers, against those of the frozen model with regard to what its
-    first block reads and, on their own, the matmuls that the adapters add; against all weights' gradients; and with the
-    model packed to 4 bits, against itself."""
+    """The gradients of a step with LoRA of rank 8 on all layers. They are timed against the gradient of the embeddings
+    in the frozen model and the adapters' matmuls alone; against the gradients of all weights; and, with the base
+    quantized to 4 bits, against a dense base."""
     shape = dict(n_layer=4, n_embd=256, n_head=4, block_size=256, vocab_size=4096) if ON_CPU else dict(
         n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=50304)
     batch, rank, compiled = 8 if ON_CPU else 16, 8, mx.compile if compile else lambda f: f
     T = shape["block_size"]
     tokens = mx.random.randint(0, shape["vocab_size"], (batch, T + 1))
 
-    def model_of(bits: int | None) -> GPT:
-        """None: without an adapter."""
+    def model_of(bits: int | None) -> GPT:  # bits of the base, 0: dense; None: dense, without an adapter
         model = GPT(GPTConfig(**shape))
         model.set_dtype(dtype)
         if bits is not None:
             quantize_base(model, bits)
             attach(model, rank=rank)
-            model.set_dtype(dtype, lambda kind: mx.issubdtype(kind, mx.floating))
         mx.eval(model.parameters())
         return model
 
@@ -332,7 +331,7 @@ def bench_adapters():
     whole, adapted, packed = (gradients(model_of(bits)) for bits in (None, 0, 4))
     frozen = model_of(None)
 
-    def past_the_weights(change):
+    def loss_of_embeddings(change):
         def add(site, layer, x):
             return x + change if (site, layer) == ("resid", 0) else x
         return frozen.loss(tokens[:, :-1], tokens[:, 1:], tap=add)
@@ -348,21 +347,21 @@ def bench_adapters():
         down, back = x @ a.T, g @ b
         return down @ b.T, back @ a, back.T @ x, g.T @ down
 
-    base = compiled(mx.grad(past_the_weights))
+    base = compiled(mx.grad(loss_of_embeddings))
     alone = compiled(lambda extra: [matmuls(*arrays) for arrays in extra])
-    alternate("LoRA 8; the base, and the matmuls alone", "tok/s", batch * T, lambda: adapted[0](adapted[1]),
-              lambda: (base(change), alone(extra)))
+    alternate("LoRA 8; frozen base, and the adapters' matmuls alone", "tok/s", batch * T,
+              lambda: adapted[0](adapted[1]), lambda: (base(change), alone(extra)))
     alternate("LoRA 8; all weights", "tok/s", batch * T, lambda: adapted[0](adapted[1]), lambda: whole[0](whole[1]))
-    alternate("LoRA 8 on 4 bits; on a dense base", "tok/s", batch * T, lambda: packed[0](packed[1]),
+    alternate("LoRA 8 on a base of 4 bits; on a dense base", "tok/s", batch * T, lambda: packed[0](packed[1]),
               lambda: adapted[0](adapted[1]))
 
 
-# ---- packed weights --------------------------------------------------------------------------------------------------
+# ---- quantized weights -----------------------------------------------------------------------------------------------
 
 
 def bench_packed():
-    """Decoding at batch 1 with all matrices packed in groups of 64, against the model as it is; and the bytes of the
-    weights in memory, by those of float16."""
+    """Decoding at batch 1 with all matrices quantized in groups of 64, against the dense model; and the bytes of the
+    weights in memory, against those of float16."""
     shape = dict(n_layer=8, n_embd=512, vocab_size=8192) if ON_CPU else dict(n_layer=24, n_embd=2048, vocab_size=50304)
     n = min(new_tokens, 256)
 
@@ -374,7 +373,7 @@ def bench_packed():
         mx.eval(model.parameters())
         return model
 
-    def size(model: GPT, dtype: mx.Dtype) -> float:  # floating-point numbers are of this dtype
+    def size(model: GPT, dtype: mx.Dtype) -> float:  # MB, if floating-point numbers have this dtype
         arrays = [array for _, array in tree_flatten(model.parameters())]
         return sum(p.nbytes if p.dtype == mx.uint32 else p.size * dtype.size for p in arrays) / 1e6
 
@@ -385,15 +384,15 @@ def bench_packed():
         alternate(f"decode {what}; {str(dtype)[9:]}", "tok/s", n, lambda packed=packed: [*generate(packed, [1], n)],
                   lambda: [*generate(dense, [1], n)])
         sizes = size(packed, mx.float16), size(dense, mx.float16)
-        show(f"memory {what}; float16", "MB", *(f"{x:,.2f}" for x in (*sizes, sizes[1] / sizes[0])), "", "", "")
+        show(f"memory {what}; float16: MB", *(f"{x:,.2f}" for x in (*sizes, sizes[1] / sizes[0])), "", "")
 
 
 # ---- looking inside --------------------------------------------------------------------------------------------------
 
 
 def bench_inside():
-    """A patching grid, every layer by 32 positions of the 124M shape, against passes of the same rows through the same
-    blocks, with no patch."""
+    """Patching each layer and each of 32 positions in the 124M shape, against forward passes of as many rows through
+    the blocks without patches."""
     from patching import swap
     L, H, C, _, _, V, *_ = SHAPES["124M"]
     T = min(new_tokens, 32)
@@ -407,7 +406,7 @@ def bench_inside():
         for layer in range(L):
             x = rows
             for block in model.blocks[layer:]:
-                x = block(x, 0, None, no_tap)
+                x = block(x, 0, None, no_tap, {})
             mx.eval(model.unembed(x[:, -1]))
 
     alternate(f"patching 124M, {L} x {T} cells; passes alone", "cells/s", L * T, lambda: swap(model, donor, recipient),
@@ -418,7 +417,7 @@ def bench_inside():
 
 
 def bench_convert():
-    """A Hugging Face folder of a Llama of 134M parameters in bfloat16: into our checkpoint, and by mlx-lm into its."""
+    """Convert a Hugging Face folder, a Llama of 134M parameters in bfloat16: ours and mlx-lm each to its own format."""
     try:
         from mlx_lm import convert
     except ImportError:
@@ -452,7 +451,7 @@ def bench_convert():
 
 
 def bench_page():
-    """The page's kernels through Vulkan, beside the device's peak; the page's own benchmark in Chromium. By
+    """The page's kernels through Vulkan, beside the device's peak; then the page's benchmark in Chromium. Both by
     bench_page.py."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench_page.py")
     for part in "kernels", "chromium":
@@ -462,16 +461,16 @@ def bench_page():
                 print(line)
                 continue
             what, unit, figure, peak = line
-            show(what, unit, f"{figure:,.2f}" if unit else "", f"{peak:,.1f}" if peak else "",
-                 f"{figure / peak:.2f}" if peak else "", "", "", "")
+            show(f"{what}: {unit}" if unit else what, f"{figure:,.2f}" if unit else "", f"{peak:,.1f}" if peak else "",
+                 f"{figure / peak:.2f}" if peak else "", "", "")
         process.wait()
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
 
-print(f"{mx.device_info().get('device_name')}, {os.cpu_count()} cores, mlx {mx.__version__}, "
+print(f"{mx.device_info().get('device_name')}, {os.cpu_count()} cores, mlx {mx.__version__}\n"
       f"{blas.loaded or 'no other BLAS'}, {str(dtype)[9:]}, {datetime.date.today()}")
-show("", "unit", "ours", "peer", "ratio (range)", "ours ms", "peer ms", "GiB ours/peer")
+show("", "ours", "peer", "ratio (range)", "ms ours/peer", "GiB")
 for name in names:
     _, _, _, T, B, *_ = SHAPES[name]
     llama = name.endswith("-llama")

@@ -1,10 +1,11 @@
-"""The peers that bench.py measures us against, each in a process of its own, away from our threads.
+"""The peers that bench.py compares our code with. bench.py runs them in a process without our threads:
 
     python bench_peers.py torch '{"kind": "train", "n_layer": 4, ...}'
 
-It builds one task and prints a line when it is warm; then it does a round for every line that it reads, and prints
-{"seconds": ..., "peak": GiB}. torch: GPT-2 as nanoGPT writes it; eager float32 on a CPU; torch.compile, bfloat16 and a
-fused AdamW on a GPU; decoding with a preallocated key/value cache. mlx_lm: its Llama and its generate_step.
+It builds the task, does two rounds to warm up, and prints a line. Then it does a round for every line on its standard
+input, and prints {"seconds": ..., "peak": GiB}. torch: GPT-2 as nanoGPT writes it; eager float32 on a CPU;
+torch.compile, bfloat16 and a fused AdamW on a GPU; decoding with a preallocated key/value cache. mlx_lm: mlx-lm's Llama
+and generate_step. Exit status 3: the package is not installed.
 """
 import json
 import sys
@@ -89,7 +90,7 @@ def torch_round(task: dict):
         for _ in range(task["new"] - 1):
             token, offset = model(token, None, caches, offset).argmax(-1, keepdim=True), offset + 1
             if offset % 16 == 0:
-                token.tolist()  # a user reads them as they come
+                token.tolist()  # as if a user read the tokens as they are generated
         return token.tolist()
 
     return decode, peak
@@ -122,6 +123,9 @@ def mlx_lm_round(task: dict):
 # ---- serve -----------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        print(f"{sys.argv[0]} is started by bench.py: run `python bench.py` instead", file=sys.stderr)
+        sys.exit(2)
     name, task = sys.argv[1], json.loads(sys.argv[2])
     try:
         work, peak = {"torch": torch_round, "mlx_lm": mlx_lm_round}[name](task)
