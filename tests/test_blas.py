@@ -1,4 +1,4 @@
-"""blas.py, in processes of its own: it acts on import, before MLX. No test asserts a time."""
+"""blas.py, each test in a new process, since it works on import, before MLX. No test asserts a time."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="blas.py acts on Linux only")
 
-# a system OpenBLAS comes first, which would leave the renamed copy untested
+# hides a system OpenBLAS, which would be taken instead of the renamed copy
 NO_SYSTEM = """
 import ctypes
 real = ctypes.CDLL
@@ -23,7 +23,7 @@ def CDLL(name, **options):
 ctypes.CDLL = CDLL
 """
 NO_PATCHELF = "import shutil; shutil.which = lambda *a, **k: None\n"
-# the address that a library loaded from now on gets for cblas_sgemm lies in this file
+# the file that holds the address of cblas_sgemm for a library that is loaded later
 OWNER = """
 def owner():
     import ctypes
@@ -62,7 +62,7 @@ def run(code, cache, **environment):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache that the tests of this file share, so that most need not rename."""
+    """A cache that the tests of this file share, so that most of them find a renamed copy."""
     folder = tmp_path_factory.mktemp("cache")
     yield folder
     shutil.rmtree(folder)  # 25 MB
@@ -79,14 +79,14 @@ def test_product_goes_through_openblas(cache):
     assert loaded.startswith("OpenBLAS ") and loaded.endswith(")")
     assert "openblas" in library
     assert right == "product is right"
-    assert err == ""  # what it loaded is told on a terminal only, and errors alone stand on a piped stderr
+    assert err == ""  # only a terminal is told which library was loaded
 
 
 def test_renamed_copy(cache, package):
     shutil.rmtree(cache / "tinygpt", ignore_errors=True)
     code = NO_SYSTEM + "import blas\n" + OWNER + "print(blas.loaded)\nprint(owner())" + PRODUCT
-    for _ in range(2):  # made, then found: without patchelf, so that it must be found
-        out, _ = run(code, cache, TMPDIR="/dev/shm")  # another file system, from which nothing can be renamed
+    for _ in range(2):  # first it is made; then, without patchelf, it must be found
+        out, _ = run(code, cache, TMPDIR="/dev/shm")  # on another file system than the cache
         loaded, library, _ = out.splitlines()
         assert "scipy-openblas32" in loaded
         assert Path(library).parent == cache / "tinygpt"
@@ -177,7 +177,7 @@ def test_broken_cache(tmp_path, cache, package, damage, patchelf):
     hide = NO_SYSTEM + ("" if patchelf else NO_PATCHELF)
     out, err = run(hide + "import blas\nprint(blas.loaded)" + PRODUCT, tmp_path)
     assert err.count("\n") == (not patchelf) and out.endswith("product is right\n")
-    if patchelf:  # made anew
+    if patchelf:  # made again
         assert "scipy-openblas32" in out and copy.stat().st_size == len(content)
     else:
         assert "patchelf is missing" in err
