@@ -72,7 +72,7 @@ def rounded(W: mx.array, bits: int, group_size: int) -> mx.array:
 
 
 def best_scale(weights: list[mx.array], gram: mx.array, a: mx.array, bits: list[int], group_size: int) -> mx.array:
-    """s (in,) for weights (out, in) that all multiply the same input x: gram is the mean of x x^T (in, in), a is the
+    """s (in,) for weights (out, in) that multiply one input x: gram is the mean of x x^T (in, in), a is the
     mean of |x| (in,)."""
     errors, scales, a = [], [], mx.maximum(a, 1e-4 * a.max())
     for r in range(20):

@@ -258,7 +258,7 @@ if __name__ == "__main__":
         W, k = dense[path].astype(mx.float32), rank_of(dense[path].shape, rho)
         error = (mx.linalg.norm(W - layers[path].weight) / mx.linalg.norm(W)).item()
         m, n = W.shape[-2:]
-        factors = k * (m + n) / (m * n) * dense[path].nbytes  # their bytes
+        factors = k * (m + n) / (m * n) * dense[path].nbytes  # in bytes
         print(f"{path:24} {rho:5g} {k:5} {error:6.3f} {dense[path].nbytes / 1e6:9.3f} {factors / 1e6:9.3f}")
         is_factor = f"{path.rpartition('.')[0]}.u" in dense  # of an earlier edit: it is not split again
         if factored and isinstance(layers[path], nn.Linear) and factors < dense[path].nbytes and not is_factor:

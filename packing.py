@@ -1,5 +1,5 @@
-"""What hqq.py, gptq.py and awq.py share: packing integers in MLX's layout, choosing the bits of each matrix, recording
-the inputs of layers for calibration, and the table that the scripts print. Terms: quantized.py."""
+"""Functions that hqq.py, gptq.py and awq.py share: packing integers in MLX's layout, choosing the bits of each matrix,
+recording the inputs of layers for calibration, files, and the printed table. quantized.py explains the terms."""
 import math
 import os
 import re

@@ -1,4 +1,4 @@
-"""What saves memory: quantized layers, low-rank layers, and a quantized key/value cache.
+"""Save memory: quantized layers, low-rank layers, and a quantized key/value cache.
 
     w = scale * q + bias        quantized: an integer q of 2 to 8 bits for each weight w; a scale and a bias for each
                                 group of 32, 64 or 128 weights of a row (MLX's affine format)

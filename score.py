@@ -1,4 +1,4 @@
-"""How well a model predicts a text: its mean loss and accuracy; and how scripts read that text.
+"""Read the tokens of a text, and measure how well a model predicts them: mean loss and accuracy.
 
     tokens = read_tokens("book.txt", enc)
     nats, accuracy = score(model, tokens, enc.bos)        # perplexity = exp(nats)
