@@ -74,9 +74,9 @@ def chromium():
             page.route(f"{url}/empty.html", lambda route: route.fulfill(**empty))
             page.goto(f"{url}/empty.html")
             text = page.evaluate("""async () => {
-                const { GPU, climb } = await import("/gpu.js"), { GPT } = await import("/gpt.js");
+                const { GPU, chooseKernels } = await import("/gpu.js"), { GPT } = await import("/gpt.js");
                 const { benchmark } = await import("/bench.js"), gpu = await GPU.open();
-                await climb(gpu);
+                await chooseKernels(gpu);
                 const model = await GPT.load(gpu, await (await fetch("/demo.safetensors")).blob());
                 return (await benchmark(gpu, model)).text;
             }""")

@@ -440,16 +440,16 @@ def test_attention_map(case):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("judge", [False, True])
+@pytest.mark.parametrize("evaluate", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 2.5, 50.0])
-def test_loss(judge, softcap):
+def test_loss(evaluate, softcap):
     """Cross-entropy and the gradient of its mean, also of bounded logits, by float64 formulas; logits of hundreds;
-    JUDGE leaves them."""
+    EVALUATE leaves them."""
     for R, V in ((1, 1), (5, 3), (4, 128), (7, 300)):
         logits, targets = numbers(R, V, seed=R, scale=3), np.random.default_rng(R).integers(0, V, R).astype(np.uint32)
         logits[0] += 300
         targets[-1] = V - 1
-        after, losses = run("loss", {"JUDGE": judge}, (R, V, 1 / R, softcap), [targets, logits, zeros(R)], R, [2, 3])
+        after, losses = run("loss", {"EVALUATE": evaluate}, (R, V, 1 / R, softcap), [targets, logits, zeros(R)], R, [2, 3])
 
         wide = logits.astype(np.float64)
         slope = 1 - np.tanh(wide / softcap) ** 2 if softcap else 1
@@ -458,7 +458,7 @@ def test_loss(judge, softcap):
         exact = np.log(p.sum(-1)) + wide.max(-1) - wide[range(R), targets]
         assert np.abs(losses - exact).max() < 4e-5  # float32 of 300
         expected = (p / p.sum(-1, keepdims=True) - np.eye(V)[targets]) * slope / R
-        assert np.abs(after - (logits if judge else expected)).max() < 1e-6
+        assert np.abs(after - (logits if evaluate else expected)).max() < 1e-6
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])

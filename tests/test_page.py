@@ -201,7 +201,7 @@ def test_served(opened, files, server):
 @pytest.mark.parametrize("name, words", [
     ("picture.png", "neither a checkpoint"), ("config.safetensors", "make no model"), ("cut.safetensors", "cut short"),
     ("adapter.safetensors", "an adapter"),
-    ("yoco.safetensors", "yoco"), ("nan.safetensors", "infinite or none"), ("model.gguf", "gguf_reader.py")])
+    ("yoco.safetensors", "yoco"), ("nan.safetensors", "infinite numbers or NaN"), ("model.gguf", "gguf_reader.py")])
 def test_wrong_file(name, words, opened, files):
     """It is told what is wrong, the model stays, and still writes."""
     before = opened.inner_text("#card-name")
@@ -314,7 +314,7 @@ def test_destroyed_device(page, files):
     page.wait_for_selector("#notices [role=alert]:has-text('lost')", timeout=LONG)
     says(page, "train-wrong", "was lost")
     page.click("text=Reload the device")
-    page.wait_for_selector(".notice:has-text('A training run on your text is kept')", timeout=LONG)
+    page.wait_for_selector(".notice:has-text('A training run on your text was stored')", timeout=LONG)
     assert page.inner_text("#train-wrong") == ""
     page.click("text=Continue")
     says(page, "m-step", r"^\d[\d,]* of 100,000")
@@ -347,7 +347,7 @@ def test_training(page, files, tmp_path):
                             sample_every=40, learning_rate=0.02).items():
         page.fill(f"#{name}", str(value))
     page.click("#start")
-    says(page, "train-wrong", "width of 18 cannot be shared out")
+    says(page, "train-wrong", "width of 18 cannot be divided")
     page.fill("#n_embd", "16")
     page.press("#start", "Enter")
     says(page, "m-step", r"^([89]|\d\d+) of 200")
@@ -362,7 +362,7 @@ def test_training(page, files, tmp_path):
     page.reload()
     page.wait_for_selector(f".notice:has-text('update {step} of 200')", timeout=LONG)
     page.click("text=Continue")
-    says(page, "train-says", "All updates are done at update 200. The run is kept")
+    says(page, "train-says", "All updates are done at update 200. The run is stored")
     labels = page.locator("#samples b").all_inner_texts()
     assert [label.split(",")[0] for label in labels] == [f"update {step}" for step in (200, 160, 120, 80, 40)]
     label = page.get_attribute("#chart svg", "aria-label")
@@ -414,7 +414,7 @@ def test_training_on(opened):
         };
     }""")
     opened.click("#start")
-    says(opened, "train-wrong", "At update 1 the loss is no number any more: begin again with a smaller learning rate")
+    says(opened, "train-wrong", "At update 1 the loss is not a number: begin again with a smaller learning rate")
     assert opened.inner_text("#start") == "Start" and opened.is_visible("#start")
 
 
@@ -450,15 +450,15 @@ def test_accessible(opened):
     assert js(opened, "() => document.activeElement.ariaChecked") == "true"
     opened.focus("#attention .large canvas")
     opened.keyboard.press("Home")
-    assert re.search(r"Token 3, c, looks at token 0, begin of text: [\d.]+%",
+    assert re.search(r"Token 3, c, attends to token 0, begin of text: [\d.]+%",
                      opened.get_attribute("#attention .large canvas", "aria-label"))
 
 
 def test_speed(opened):
-    """The ladder with a reason for each way, and figures to copy."""
+    """The kernels, with a reason for each choice, and figures to copy."""
     opened.click("#tab-speed")
     says(opened, "doing", "Ready")
-    rows = [row.split("\t") for row in opened.inner_text("#ladder").split("\n")]
+    rows = [row.split("\t") for row in opened.inner_text("#choices").split("\n")]
     assert len(rows) == 7 and all(len(row) == 3 and row[2] not in ("", "not tried yet") for row in rows), rows
     assert "software adapter" in opened.inner_text("#adapter")
     opened.context.grant_permissions(["clipboard-read", "clipboard-write"])

@@ -143,9 +143,9 @@ def test_packed_by_our_scripts(script, page, server, tmp_path):
 
 
 def test_gate(page):
-    """The speed ladder leaves out a kernel that gives other numbers, and says so, for the bits that it does so with."""
-    packed, ladder = js(page, """async () => {
-        const { climb, GPU } = await import("/gpu.js"), gpu = await GPU.open();
+    """A kernel that gives other numbers is not used, for the bits with which it does, and the page says so."""
+    packed, choices = js(page, """async () => {
+        const { chooseKernels, GPU } = await import("/gpu.js"), gpu = await GPU.open();
         const spoil = async (name, right, wrong) => {
             const code = await gpu.text(name);
             if (!code.includes(right)) throw new Error(`${name} has no ${right}`);
@@ -153,10 +153,10 @@ def test_gate(page):
         };
         await spoil("matvec_packed.wgsl", "products += four(second", "products -= four(second");  // that of 8 bits
         await spoil("matvec_subgroup.wgsl", "subgroupAdd(sum)", "sum");
-        await climb(gpu);
-        return [gpu.paths.packed, gpu.ladder];
+        await chooseKernels(gpu);
+        return [gpu.paths.packed, gpu.choices];
     }""")
-    way = {rung["name"]: rung for rung in ladder}
+    way = {choice["name"]: choice for choice in choices}
     assert not way["subgroups"]["used"] and way["subgroups"]["reason"].startswith("dropped: error")
     verdicts = r"4 bits: error \S+, \S+ times as fast; 8 bits: dropped: error \S+"
     assert re.fullmatch(verdicts, way["packed vectors"]["reason"])
@@ -412,7 +412,7 @@ def test_broken(page, server):
     """Numbers that are none, shapes of another config, prompts that do not fit: told in words."""
     model = small()
     model.blocks[1].mlp.up.weight[3, 5] = math.nan
-    assert "blocks.1.mlp.up.weight holds numbers" in refused(page, save(server, "broken.safetensors", model))
+    assert "blocks.1.mlp.up.weight holds infinite numbers" in refused(page, save(server, "broken.safetensors", model))
     model = small()
     model.norm.weight = mx.ones((32,))
     assert "norm.weight has the shape 32" in refused(page, save(server, "broken.safetensors", model))

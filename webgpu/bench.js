@@ -1,11 +1,11 @@
-// How fast this device is: a matmul, and the model writing, reading and learning.
+// Measures the speed of this device: of a matmul, and of the model when it writes, reads and learns.
 //
 //   const { text } = await benchmark(gpu, model, (line) => console.log(line));
 
 import { Plan } from "./gpu.js";
 import { Trainer } from "./train.js";
 
-/** Milliseconds that `work` takes, the median of some rounds after one that does not count. */
+/** Milliseconds that work() takes: the median of some rounds, after a first one that is not counted. */
 async function median(work, rounds = 5) {
   const times = [];
   for (let round = 0; round <= rounds; round++) {
@@ -30,7 +30,7 @@ export async function matmul(gpu, n) {
   return times * 2 * n ** 3 / time / 1e6;
 }
 
-/** {decode, prefill}: tokens a second, written one by one after a short prompt, and read of a long one. */
+/** Tokens a second, {decode, prefill}: written one by one after a short prompt, and read in a long prompt. */
 export async function generation(model, new_tokens = 32) {
   const write = async (ids, n) => {
     for await (const _ of model.generate(ids, { max_new_tokens: n, temperature: 0 }));
@@ -41,7 +41,7 @@ export async function generation(model, new_tokens = 32) {
   return { decode: 1000 * new_tokens / decode, prefill: 1000 * long.length / prefill };
 }
 
-/** Tokens a second that this model would learn from, in batches of four windows. */
+/** Tokens a second in training, with batches of four windows. */
 export async function training(gpu, model) {
   const T = model.config.block_size, ids = Array.from({ length: 20 * T }, (_, i) => i % Math.min(97, model.n_vocab));
   const trainer = await Trainer.create(gpu, { model, ids, batch_size: 4 });
@@ -52,14 +52,14 @@ export async function training(gpu, model) {
   }
 }
 
-/** All of them; onLine is told each line of the text that is returned. */
+/** All measurements, as {text}; onLine(line) is called for each line as soon as it is measured. */
 export async function benchmark(gpu, model, onLine = () => {}) {
   const lines = [], say = (line) => {
     lines.push(line);
     onLine(line);
   };
   const n = gpu.info.fallback ? 256 : 2048;
-  say(`${gpu.info.name}${gpu.info.fallback ? " (software)" : ""}; ${gpu.ladder.filter(({ used }) => used).map(({ name }) => name).join(", ")}`);
+  say(`${gpu.info.name}${gpu.info.fallback ? " (software)" : ""}; ${gpu.choices.filter(({ used }) => used).map(({ name }) => name).join(", ")}`);
   say(`matmul ${n} x ${n} x ${n}: ${(await matmul(gpu, n)).toFixed(1)} GFLOP/s`);
   say(`model: ${(model.n_parameters / 1e6).toFixed(2)}M parameters, ${model.format}, ${model.config.n_layer} layers, width ${model.config.n_embd}`);
   const { decode, prefill } = await generation(model);

@@ -1,2 +1,2 @@
-/** A message for the person at the page, one or two plain sentences: what is wrong, and what to do. */
+/** An error that the user can put right. Its message says in one or two plain sentences what is wrong and what to do. */
 export class UserError extends Error {}

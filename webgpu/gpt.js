@@ -1,4 +1,4 @@
-// The GPT of model.py, as lists of dispatches: load a checkpoint, run it, continue a text.
+// The GPT of model.py, as plans of dispatches: loads a checkpoint, runs it, continues a text.
 //
 //   const model = await GPT.load(gpu, file);
 //   for await (const { token } of model.generate(ids, { max_new_tokens: 100 })) ...
@@ -17,22 +17,23 @@ const whole = (least) => (value) => Number.isInteger(value) && value >= least;
 const number = (value) => Number.isFinite(value) && value >= 0;
 const flag = (value) => typeof value === "boolean";
 const among = (...all) => (value) => all.includes(value);
-const SETTINGS = {  // that the page handles: for each its default, as in model.py's GPTConfig, and what a value must be
+// The settings that the page handles: the default value of each, as in model.py's GPTConfig, and a check of a value.
+const SETTINGS = {
   block_size: [256, whole(1)], vocab_size: [4096, whole(1)], n_layer: [4, whole(1)], n_head: [2, whole(1)], n_kv_head: [0, whole(1)],
-  n_embd: [128, whole(1)], head_dim: [0, whole(1)], ffn_dim: [0, whole(1)],  // 0: see configOf()
+  n_embd: [128, whole(1)], head_dim: [0, whole(1)], ffn_dim: [0, whole(1)],  // configOf() replaces a 0
   pos: ["rope", among("rope", "learned", "none")], rope_theta: [1e4, number], rope_factor: [1, number], rope_low_freq: [1, number],
   rope_high_freq: [4, number], rope_original: [8192, number], norm: ["rms", among("rms", "layer")], norm_eps: [1e-5, number],
   mlp: ["relu2", among(...Object.keys(KINDS))], bias: [false, flag], qkv_bias: [false, flag], qk_norm: [true, flag], tie: [true, flag],
   alibi: [false, flag], sliding_window: [0, whole(0)], window_pattern: ["S", (value) => /^[SL]+$/.test(value)], softcap: [0, number],
 };
-// Every other setting must be off. These may have any value: they belong to a setting that must be off itself.
+// Every other setting must be off, but for these: they belong to a setting that must be off itself.
 const PARTS = ["diff_attn_version", "expert_top_k", "expert_balance", "mod_capacity", "mod_every"];
 const isOff = (value) => [false, 0, "none"].includes(value);
 
 /** The config of a checkpoint, or any settings of GPTConfig, with defaults for what it lacks. UserError names the settings
  *  that the page cannot run, or one whose value makes no model. */
 export function configOf(settings) {
-  const senseless = (name) => new UserError(`This checkpoint has settings that make no model (${name}): make it again.`);
+  const senseless = (name) => new UserError(`This checkpoint has settings that make no model (${name}): make the checkpoint again.`);
   if (typeof settings !== "object" || settings === null) throw senseless("config");
   const lacks = Object.keys(settings).filter((name) => !Object.hasOwn(SETTINGS, name) && !PARTS.includes(name) &&
     !isOff(settings[name]));
@@ -53,7 +54,7 @@ export function configOf(settings) {
   return config;
 }
 
-/** Cosine and sine of each position and pair of a head: (block_size, D / 2, 2). See rope_inv_freq in model.py. */
+/** Cosine and sine for each position and each pair of a head: (block_size, D / 2, 2). See rope_inv_freq in model.py. */
 function turnsOf(config) {
   const { block_size: T, head_dim: D } = config, turns = new Float32Array(T * D);
   for (let i = 0; i < D / 2; i++) {
@@ -68,7 +69,7 @@ function turnsOf(config) {
   return turns;
 }
 
-/** ALiBi's, of each head; zeros without it. See alibi_slopes in model.py. */
+/** The slope of ALiBi for each head; zeros without ALiBi. See alibi_slopes in model.py. */
 function slopesOf({ n_head: H, alibi }) {
   if (!alibi) return new Float32Array(H);
   const power = 2 ** Math.floor(Math.log2(H));
@@ -77,7 +78,8 @@ function slopesOf({ n_head: H, alibi }) {
   return Float32Array.from(slopes);
 }
 
-/** The parameters of a config: a Map from paths to [rows, width] of matrices and [width] of vectors, in model.py's order. */
+/** The shapes of a config's parameters: a Map from names to [rows, width] of matrices and [width] of vectors, in model.py's
+ *  order. */
 export function parametersOf(config) {
   const { vocab_size: V, n_embd: C, ffn_dim: F, head_dim: D } = config, found = new Map();
   const linear = (path, rows, width, bias) => {
@@ -114,20 +116,20 @@ export function parametersOf(config) {
 // ---- model ----------------------------------------------------------------------------------------------------------
 
 const CHUNK = 64;  // tokens of a prompt that are read at a time
-const FEW = 8;     // so many are read one by one: the kernels for that are compiled anyway
-const AHEAD = 2;   // tokens that are on their way while one is looked at
+const FEW = 8;     // up to so many are read one by one, by the kernels that writing needs too
+const AHEAD = 2;   // tokens that are being computed before the caller has taken the next one
 
 export class GPT {
-  /** A checkpoint of train.py, hqq.py, a reader ...; onProgress is told the share that has been read. */
+  /** Load a checkpoint of train.py, hqq.py, a reader ...; onProgress(share) is called while it is read. */
   static async load(gpu, blob, onProgress = () => {}) {
     const { meta, tensors } = await readHeader(blob), name = blob.name ?? "This file";
     if (!meta?.config) {
-      const why = meta?.lens ? "lenses: drop it on the lens panel" : meta?.adapter ? "an adapter: fold it into its model by --merge"
-        : "a safetensors file, but none of this project's checkpoints: python hf_reader.py makes one of a Hugging Face folder";
+      const why = meta?.lens ? "a file of lenses: drop it on the lens panel" : meta?.adapter ? "an adapter: lora.py --merge folds it into its model"
+        : "a safetensors file, but not a checkpoint of this project: python hf_reader.py makes one of a Hugging Face folder";
       throw new UserError(`${name} is ${why}.`);
     }
     const config = configOf(meta.config);
-    gpu.kernel("attention", { WIDTH: config.head_dim }).catch(() => {});  // compiles longest: while weights are read
+    gpu.kernel("attention", { WIDTH: config.head_dim }).catch(() => {});  // this kernel compiles longest: begin while weights are read
     const weights = new Map(), made = [];
     const keep = (content) => (made.push(gpu.buffer(content)), made.at(-1));
     try {
@@ -140,18 +142,19 @@ export class GPT {
   }
 
   /** weights: a Map from paths to {buffer, rows, width, bits, group, scaleBits, scales, biases, bias} of matrices, and
-   *  {buffer, bias} of norms; each buffer a buffer or {buffer, offset, size}. */
+   *  {buffer, bias} of norms; each buffer is a buffer or {buffer, offset, size}. made: buffers that the GPT destroys with
+   *  itself. blob: the file that it was read from. */
   constructor(gpu, config, weights, { meta, made = [], blob = null }) {
     Object.assign(this, { gpu, config, weights, meta, made, blob });
     this.enc = meta.tokenizer ? new Tokenizer(meta.tokenizer) : null;
-    this.n_vocab = Math.min(this.enc?.n_vocab ?? config.vocab_size, config.vocab_size);  // the rest is padding
+    this.n_vocab = Math.min(this.enc?.n_vocab ?? config.vocab_size, config.vocab_size);  // ids from here on are padding
     this.bytes = made.reduce((sum, buffer) => sum + buffer.size, 0);
     this.n_parameters = [...parametersOf(config).values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
     const { bits = 32, group } = weights.get("blocks.0.mlp.up");
     this.format = bits < 16 ? `${bits} bits, groups of ${group}` : `float${bits}`;
     this.slopes = this.own(slopesOf(config));
     this.turns = config.pos === "rope" ? this.own(turnsOf(config)) : gpu.none;
-    this.plans = new Map();  // by what they do: see planned()
+    this.plans = new Map();  // see planned()
   }
 
   own(content) {
@@ -159,11 +162,11 @@ export class GPT {
     return this.made.at(-1);
   }
 
-  /** A plan that is made once: build(plan) adds its steps, and returns what is kept with it. */
+  /** A plan that is built once for each key: build(plan) adds its steps, and returns properties that are kept with it. */
   async planned(key, build) {
     const paths = JSON.stringify(this.gpu.paths);
     let found = this.plans.get(key);
-    if (found?.paths !== paths) {  // none yet, or of slower kernels
+    if (found?.paths !== paths) {  // there is none yet, or it has slower kernels
       found?.plan.destroy();
       const plan = new Plan(this.gpu);
       found = { plan, paths, ...build(plan) };
@@ -178,7 +181,7 @@ export class GPT {
     this.made.forEach((buffer) => buffer.destroy());
   }
 
-  /** The keys that a layer's queries see; 0: all. */
+  /** The number of keys that a layer's queries see; 0: all. */
   windowOf(layer) {
     const { sliding_window, window_pattern } = this.config;
     return window_pattern[layer % window_pattern.length] === "S" ? sliding_window : 0;
@@ -186,7 +189,7 @@ export class GPT {
 
   // ---- forward ------------------------------------------------------------------------------------------------------
 
-  /** Buffers for the states of one block, of R rows. */
+  /** Buffers for the activations of one block, R rows each, by name. */
   room(plan, R) {
     const { n_embd: C, n_head: H, n_kv_head: KV, head_dim: D, ffn_dim: F } = this.config;
     const sizes = { h: C, q: H * D, qn: H * D, qr: H * D, k: KV * D, kn: KV * D, kr: KV * D, v: KV * D, o: H * D, lse: 2 * H,
@@ -207,16 +210,18 @@ export class GPT {
 
   add(plan, x, y, n) { plan.add("add", {}, [n], [y, x], this.gpu.threads(n)); }
 
-  /** The residual stream after the last block (B T, C), from tokens (B T,): adds its steps to the plan.
+  /** Add to the plan the steps from tokens (B T,) to the residual stream after the last block (B T, C), whose buffer is
+   *  returned.
    *
-   *  at: a buffer of the position of the first token, and how many of T are no padding. cache: {k, v}, a buffer of
-   *  block_size rows for each layer, which the tokens continue. tap(site, layer, buffer, width): adds steps that look at
-   *  what lies in the buffer (B T, width), or change it; sites are model.py's resid, heads, attn, mlp. rooms(layer): see
-   *  room(). start, stream: begin at a later layer, with what enters it. embedded: a buffer for what enters the first.
+   *  at: a buffer of two numbers, the position of the first token, and how many of the T tokens are not padding. cache:
+   *  {k, v}, a buffer of block_size rows for each layer, which the tokens continue. tap(site, layer, buffer, width): may
+   *  add steps that read or change the buffer (B T, width); sites are model.py's resid, heads, attn, mlp. rooms(layer):
+   *  the layer's buffers, see room(). start, stream: begin at a later layer, with its input. embedded: a buffer for the
+   *  input of the first layer.
    */
   forward(plan, { B, T, tokens, at, cache = null, tap = null, rooms, start = 0, stream = null, embedded = null }) {
     const { n_embd: C, n_layer } = this.config, R = B * T, { gpu } = this;
-    let x = stream, more = null;  // the stream, and what is still to be added to it
+    let x = stream, more = null;  // the residual stream, and a buffer that is still to be added to it
     if (!x) {
       x = embedded ?? plan.scratch(4 * R * C);
       const { buffer, scales, biases, bits = 32, group, scaleBits } = this.weights.get("embed");
@@ -236,7 +241,7 @@ export class GPT {
       this.norm(plan, `${path}.attn_norm`, x, room.h, R, C, more);
       this.attention(plan, layer, room, { B, T, at, cache, tap });
       tap?.("attn", layer, room.attn, C);
-      this.norm(plan, `${path}.mlp_norm`, room.attn, room.h2, R, C, x);  // from here on the stream is in room.attn
+      this.norm(plan, `${path}.mlp_norm`, room.attn, room.h2, R, C, x);  // this adds x to room.attn, which is the stream from here on
       this.mlp(plan, path, room, R);
       tap?.("mlp", layer, room.mlp, C);
       [x, more] = [room.mlp, room.attn];
@@ -277,7 +282,7 @@ export class GPT {
     this.linear(plan, `${path}.mlp.down`, room.act, room.mlp, R);
   }
 
-  /** Logits (R, V) of the stream x (R, C). */
+  /** Add the steps from the stream x (R, C) to the logits (R, V), whose buffer is returned. */
   unembed(plan, x, R, logits = plan.scratch(4 * R * this.config.vocab_size)) {
     const { n_embd: C, vocab_size: V, tie, softcap } = this.config, h = plan.scratch(4 * R * C);
     this.norm(plan, "norm", x, h, R, C);
@@ -295,8 +300,8 @@ export class GPT {
     if (ids.some((id) => !(id < vocab_size))) throw new UserError("The prompt has tokens that this model does not know.");
   }
 
-  /** Run once what build(plan) adds to a plan, and read the buffers, sizes in bytes, that it returns: [[buffer, size], ...].
-   */
+  /** Run a plan once. build(plan) adds its steps and returns the buffers to read, with sizes in bytes: [[buffer, size],
+   *  ...]. The result is their contents. */
   async once(build) {
     const plan = new Plan(this.gpu);
     try {
@@ -311,13 +316,13 @@ export class GPT {
     }
   }
 
-  /** The stream after the last block, of ids (T,), without a cache: see forward(). */
+  /** forward() of ids (T,), without a cache. */
   read(plan, ids, tap = null, room = this.room(plan, ids.length)) {
     const T = ids.length, tokens = plan.scratch(Uint32Array.from(ids)), at = plan.scratch(Uint32Array.of(0, T));
     return this.forward(plan, { B: 1, T, tokens, at, tap, rooms: () => room });
   }
 
-  /** All logits (T V) of ids (T,). */
+  /** The logits of ids (T,): T V numbers. */
   async logits(ids) {
     this.checkPrompt(ids);
     const T = ids.length, V = this.config.vocab_size;
@@ -327,7 +332,7 @@ export class GPT {
 
   // ---- generate -----------------------------------------------------------------------------------------------------
 
-  /** What generation keeps on the device: caches, where it is, what it has drawn. */
+  /** The buffers that generation keeps on the device: its caches, its position, the tokens that it has drawn. */
   writer() {
     if (!this.written) {
       const { n_layer, block_size, n_kv_head, head_dim } = this.config, layers = Array.from({ length: n_layer });
@@ -338,8 +343,8 @@ export class GPT {
     return this.written;
   }
 
-  /** The pass over T tokens that continue the cache: one, after which a token is drawn; or a chunk of a prompt, after
-   *  which one is drawn if it is the last. */
+  /** The plan of a pass over T tokens, which continue the cache. draws: whether the next token is drawn after them, as it
+   *  is after the last chunk of a prompt, and after each token that was drawn. */
   pass(T, draws) {
     const { cache, at, token, last, drawn, found } = this.writer(), { n_embd: C, vocab_size: V } = this.config;
     return this.planned(`pass ${T} ${draws}`, (plan) => {
@@ -358,9 +363,9 @@ export class GPT {
     });
   }
 
-  /** Continue ids: yields {token, top}; top: the five most probable, [[id, p], ...], as the model has them before
-   *  temperature and filters, if probabilities are asked for. When the context is full, the second half is read again, as
-   *  in model.py. One generation at a time. */
+  /** Continue ids: yields {token, top}. top: with `probabilities`, the five most probable tokens, [[id, p], ...], before
+   *  temperature and filters. When the context is full, its second half is read again, as in model.py. There can be one
+   *  generation at a time. */
   async* generate(ids, { max_new_tokens = 200, temperature = 0.8, top_k = 50, top_p = 1, min_p = 0, seed = 0, signal, probabilities } = {}) {
     this.checkPrompt(ids);
     const { gpu } = this, { block_size } = this.config, { at, token, last, drawn, found } = this.writer();
@@ -371,7 +376,7 @@ export class GPT {
     };
     const history = Array.from(ids);
     let offset = 0, steps = 0;
-    const read = async (tokens) => {  // into an empty cache, and draw
+    const read = async (tokens) => {  // reads them into an empty cache, and draws the next one
       const size = tokens.length <= FEW ? 1 : CHUNK;
       for (let start = 0; start < tokens.length; start += size) {
         const part = Uint32Array.from(tokens.slice(start, start + size));
@@ -383,21 +388,21 @@ export class GPT {
       }
       offset = tokens.length;
     };
-    const arrive = (step) => Promise.all([  // asked for at once: what comes later may overwrite it
+    const arrive = (step) => Promise.all([  // read at once: later steps overwrite it
       gpu.read(drawn, 4, 4 * (step % 8)), probabilities ? gpu.read(found, 64) : null]);
     const coming = [];
     for (let yielded = 0; yielded < max_new_tokens && !signal?.aborted; yielded++) {
       while (coming.length < AHEAD && steps < max_new_tokens) {
         if (steps === 0) await read(history);
         else if (offset === block_size) {
-          if (coming.length) break;  // all tokens must be known
+          if (coming.length) break;  // first all tokens must be known
           await read(history.slice(-Math.max(1, Math.floor(block_size / 2))));
         } else {
-          (await ready(1, true)).run();  // asked for anew: climb() may have found faster kernels since
+          (await ready(1, true)).run();  // a new plan if chooseKernels() has changed gpu.paths meanwhile
           offset += 1;
         }
         coming.push(arrive(steps));
-        coming.at(-1).catch(() => {});  // if the device is lost, the one that is awaited tells it
+        coming.at(-1).catch(() => {});  // if the device is lost, awaiting the next one will throw
         steps += 1;
       }
       const [bytes, top] = await coming.shift(), drawnToken = new Uint32Array(bytes)[0];
@@ -412,18 +417,18 @@ export class GPT {
 // ---- weights --------------------------------------------------------------------------------------------------------
 
 async function readWeights(blob, config, tensors, weights, keep, onProgress) {
-  const wrong = (path, why) => new UserError(`${blob.name ?? "This file"}: ${path} ${why}. The checkpoint is damaged, or of another program.`);
+  const wrong = (path, why) => new UserError(`${blob.name ?? "This file"}: ${path} ${why}. The checkpoint is damaged, or another program wrote it.`);
   const same = (a, b) => a.length === b.length && a.every((n, i) => n === b[i]);
   const expected = parametersOf(config), used = new Set();
   for (const name of tensors.keys()) {
-    if (/\.order$/.test(name)) throw new UserError("This checkpoint's columns stand in the order of act-order GPTQ, which this page cannot run: python sample.py can.");
-    if (/\.u\.weight$/.test(name)) throw new UserError("This checkpoint has factored matrices (laser.py --factored), which this page cannot run: python sample.py can.");
+    if (/\.order$/.test(name)) throw new UserError("This checkpoint's columns have the order of GPTQ's act-order, which this page cannot run: python sample.py can.");
+    if (/\.u\.weight$/.test(name)) throw new UserError("This checkpoint has low-rank layers (laser.py --factored=True), which this page cannot run: python sample.py can.");
   }
   let done = 0;
   const get = async (name, shape, dtypes) => {
     const entry = tensors.get(name);
     if (!entry) throw wrong(name, "is missing");
-    if (!same(entry.shape, shape)) throw wrong(name, `has the shape ${entry.shape.join(" x ")} in place of ${shape.join(" x ")}`);
+    if (!same(entry.shape, shape)) throw wrong(name, `has the shape ${entry.shape.join(" x ")} instead of ${shape.join(" x ")}`);
     if (!dtypes.includes(entry.dtype)) throw wrong(name, `is of the type ${entry.dtype}`);
     used.add(name);
     const bytes = await readTensor(blob, entry);
@@ -432,7 +437,7 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
     return { dtype: entry.dtype, bytes };
   };
   const finite = (name, numbers) => {
-    if (!allFinite(numbers)) throw wrong(name, "holds numbers that are infinite or none");
+    if (!allFinite(numbers)) throw wrong(name, "holds infinite numbers or NaN");
     return numbers;
   };
   const floats = async (name, shape) => {
@@ -455,7 +460,7 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
       continue;
     }
     const bits = tensors.get(name)?.shape[1] * 32 / width, group = width / scales.shape[1];
-    if (![2, 3, 4, 5, 6, 8].includes(bits) || ![32, 64, 128].includes(group)) throw wrong(name, "is packed in a way that this page does not know");
+    if (![2, 3, 4, 5, 6, 8].includes(bits) || ![32, 64, 128].includes(group)) throw wrong(name, "is quantized in a way that this page does not know");
     const { bytes } = await get(name, [rows, width * bits / 32], ["U32"]);
     const affine = [];
     for (const part of ["scales", "biases"]) {
@@ -466,7 +471,7 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
       scales: affine[0], biases: affine[1] });
   }
   const more = [...tensors.keys()].find((name) => !used.has(name));
-  if (more) throw wrong(more, "has no place in its architecture");
+  if (more) throw wrong(more, "has no place in the architecture of its settings");
 }
 
 function allFinite(numbers) {

@@ -1,4 +1,4 @@
-// The device: buffers, kernels, and lists of dispatches that are made once and run often.
+// The device: buffers, kernels, and plans, which are lists of dispatches that are built once and run often.
 //
 //   const gpu = await GPU.open();
 //   const plan = new Plan(gpu);
@@ -16,10 +16,10 @@ export class GPU {
     if (!globalThis.navigator?.gpu) throw new UserError(NO_WEBGPU);
     const adapter = await navigator.gpu.requestAdapter({ powerPreference: prefer });
     if (!adapter) {
-      throw new UserError("WebGPU is here, but no graphics card that it could use. Updating the driver, or the browser, " +
-        "may help; so may turning on hardware acceleration in the browser's settings.");
+      throw new UserError("This browser has WebGPU, but it found no graphics card. An update of the driver or of the browser " +
+        "may help, or turning on hardware acceleration in the browser's settings.");
     }
-    const wanted = ["maxBufferSize", "maxStorageBufferBindingSize"];  // as large as they come; all else by default
+    const wanted = ["maxBufferSize", "maxStorageBufferBindingSize"];  // as large as the card allows; all other limits stay at their defaults
     const device = await adapter.requestDevice({
       requiredFeatures: ["subgroups", "timestamp-query"].filter((name) => adapter.features.has(name)),
       requiredLimits: Object.fromEntries(wanted.map((name) => [name, adapter.limits[name]])),
@@ -35,22 +35,22 @@ export class GPU {
       fallback: Boolean(isFallbackAdapter ?? adapter.isFallbackAdapter),
       limits: { buffer: device.limits.maxBufferSize, binding: device.limits.maxStorageBufferBindingSize },
     };
-    this.lanes = subgroupMaxSize || 0;  // of a subgroup, at most
+    this.lanes = subgroupMaxSize || 0;  // the largest number of threads in a subgroup
     this.lost = device.lost.then(({ message }) => message);
-    this.errors = [];                   // what no one waited for: of validation, each a mistake of ours
+    this.errors = [];                   // of validation: each is a bug of this page
     device.onuncapturederror = ({ error }) => {
       this.errors.push(error.message);
       console.error(error.message);
     };
     this.texts = new Map();
     this.pipelines = new Map();
-    this.none = this.buffer(16);        // in place of a buffer that a kernel's settings leave unread
-    this.trash = this.buffer(16);       // and unwritten
-    this.paths = { tile: 0, subgroups: false, packed: [] };  // packed: for which bits; see climb()
-    this.ladder = ladderAtStart(this);
+    this.none = this.buffer(16);        // for a binding that a kernel, with its settings, does not read
+    this.trash = this.buffer(16);       // for one that it does not write
+    this.paths = { tile: 0, subgroups: false, packed: [] };  // packed: the bits for which it is used; see chooseKernels()
+    this.choices = choicesAtStart(this);
   }
 
-  // A storage buffer of so many bytes, or of what an array holds; UserError if the device's limits forbid it.
+  // A storage buffer: content is its size in bytes, or an array, which is copied. UserError beyond the device's limits.
   buffer(content) {
     const size = Math.max(16, Math.ceil((content.byteLength ?? content) / 16) * 16);
     const most = Math.min(this.info.limits.buffer, this.info.limits.binding);
@@ -74,7 +74,7 @@ export class GPU {
     this.device.queue.writeBuffer(buffer, offset, bytes);
   }
 
-  // The bytes of a buffer, once all that was submitted before is done.
+  // The bytes of a buffer, once all work that was submitted before is done.
   async read(buffer, size = buffer.size, offset = 0) {
     const { COPY_DST, MAP_READ } = GPUBufferUsage;
     const staging = this.device.createBuffer({ size: Math.ceil(size / 4) * 4, usage: COPY_DST | MAP_READ });
@@ -87,7 +87,7 @@ export class GPU {
     return bytes;
   }
 
-  // What `work` returns; UserError if the device ran out of memory in it.
+  // The result of work(). UserError if the device ran out of memory meanwhile.
   async guard(work) {
     this.device.pushErrorScope("out-of-memory");
     let result, failure;
@@ -98,13 +98,13 @@ export class GPU {
     }
     if (await this.device.popErrorScope()) {
       throw new UserError("The graphics card ran out of memory: take a smaller model, a smaller batch or a shorter context, " +
-        "or close other pages that use it.");
+        "or close other pages that use the card.");
     }
     if (failure) throw failure;
     return result;
   }
 
-  // Workgroups for n threads, in a kernel that has so many in each; beyond 65535 in two dimensions.
+  // The number of workgroups for n threads, of which each workgroup has `size`; in two dimensions if it is over 65535.
   threads(n, size = 64) { return this.groups(Math.ceil(n / size)); }
 
   groups(n) { return n <= 65535 ? [n] : [65535, Math.ceil(n / 65535)]; }
@@ -119,7 +119,8 @@ export class GPU {
     return this.texts.get(name);
   }
 
-  // A kernel with its settings, compiled once. A kernel whose first comment says "(+ FILE)" has that file before it.
+  // A kernel with its settings (override constants), compiled once. If its first comment says "(+ FILE)", that file is put
+  // before it.
   kernel(name, settings) {
     const key = name + JSON.stringify(settings);
     if (!this.pipelines.has(key)) this.pipelines.set(key, this.compile(name, settings));
@@ -132,11 +133,12 @@ export class GPU {
     if (more) code = (enable ?? "") + await this.text(more) + code.slice((enable ?? "").length);
     const module = this.device.createShaderModule({ code, label: name });
     const constants = Object.fromEntries(Object.entries(settings).map(([key, value]) => [key, Number(value)]));
-    if (this.info.fallback && /^override SIZE/m.test(code)) constants.SIZE = 4;  // a barrier costs a processor dearly
+    if (this.info.fallback && /^override SIZE/m.test(code)) constants.SIZE = 4;  // on a processor, barriers are slow
     return this.device.createComputePipelineAsync({ label: name, layout: "auto", compute: { module, constants } });
   }
 
-  // y (M, N) = x (M, K) W^T + bias, W (N, K) of a checkpoint; with `more`, settings of matmul.wgsl that say otherwise.
+  // y (M, N) = x (M, K) W^T + bias, with W (N, K) of a checkpoint. more: settings of matmul.wgsl, and N and K, for other
+  // products.
   linear(plan, weight, x, y, M, more = {}) {
     const [N, K] = [more.N ?? weight.rows, more.K ?? weight.width];
     const bias = weight.bias && !more.TRANSPOSE_W ? { BIAS: true } : {};
@@ -170,7 +172,7 @@ export const megabytes = (n) => n < 1e6 ? `${(n / 1e3).toFixed(0)} KB` : `${(n /
 
 // ---- plans ----------------------------------------------------------------------------------------------------------
 
-// A list of dispatches and copies, with the buffers that it made for itself.
+// A list of dispatches and copies, with the buffers that belong to it.
 export class Plan {
   constructor(gpu) {
     this.gpu = gpu;
@@ -178,7 +180,7 @@ export class Plan {
     this.own = [];
   }
 
-  // A buffer that lives as long as the plan.
+  // A buffer that is destroyed with the plan.
   scratch(content) {
     const buffer = this.gpu.buffer(content);
     this.own.push(buffer);
@@ -215,7 +217,7 @@ export class Plan {
     return this;
   }
 
-  // Other uniforms for a step from the next run on.
+  // Changes the uniforms of a step, from the next run on.
   set(step, uniforms) {
     const { offset, floats } = this.steps[step];
     this.gpu.device.queue.writeBuffer(this.uniforms, offset, packed(uniforms, floats));
@@ -263,63 +265,64 @@ function packed(uniforms, floats) {
   return new Uint8Array(view.buffer);
 }
 
-// ---- the speed ladder -----------------------------------------------------------------------------------------------
+// ---- faster kernels -------------------------------------------------------------------------------------------------
 
-// What is slower everywhere is what is right everywhere: float32, no subgroups, the limits that every device has. Each
-// faster way must first give the same numbers on this device, and then be the faster one. Until climb() has seen that,
-// and wherever it fails, the first rung carries everything.
+// The plain kernels run on every device: they compute in float32, without subgroups, within the limits that every device
+// has. A faster kernel replaces a plain one if, on this device, it gives the same numbers and takes less time, by the
+// measurements of chooseKernels(). Before these, and where a faster kernel fails, the plain ones are used.
 
-const GATE = 2e-5;  // the largest error, as a share of the largest number
+const LARGEST_ERROR = 2e-5;  // as a share of the largest number
 
-function ladderAtStart(gpu) {
+function choicesAtStart(gpu) {
   const waiting = (name) => ({ name, used: false, reason: "not tried yet" });
   return [
-    { name: "float32", used: true, reason: "always: what the other ways are held against" },
-    { name: "float16 weights", used: true, reason: "read as they are, two in a word; needs no shader-f16" },
+    { name: "float32", used: true, reason: "always: the other kernels are compared with these" },
+    { name: "float16 weights", used: true, reason: "always: they are read two to a word, which needs no shader-f16" },
     waiting("tiles in shared memory"), waiting("subgroups"), waiting("packed vectors"),
     { name: "dot4I8", used: false, reason: "left out: it rounds activations to 8 bits" },
-    { name: "subgroup matrices", used: false, reason: "left out: browsers have them as an experiment only" },
+    { name: "subgroup matrices", used: false, reason: "left out: browsers have them only as an experiment" },
   ];
 }
 
-// Try the faster kernels against the plain ones. onStep is told the ladder after each.
-export async function climb(gpu, onStep = () => {}) {
+// Measures the faster kernels against the plain ones, and sets gpu.paths by the result. onStep(gpu.choices) is called after
+// each measurement.
+export async function chooseKernels(gpu, onStep = () => {}) {
   const told = (name, used, reason) => {
-    Object.assign(gpu.ladder.find((rung) => rung.name === name), { used, reason });
-    onStep(gpu.ladder);
+    Object.assign(gpu.choices.find((choice) => choice.name === name), { used, reason });
+    onStep(gpu.choices);
   };
   if (gpu.info.fallback) {
-    told("tiles in shared memory", false, "left out: slow where the processor plays the graphics card");
+    told("tiles in shared memory", false, "left out: it is slow on a processor");
   } else {
     const [M, N, K] = [512, 512, 512];
-    const sizes = await race(gpu, "matmul", { M, N, K }, [64, 128].map((SIDE) => ["matmul_tiled", { SIDE, WHOLE: true }, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]]));
-    const good = sizes.filter(({ error, speedup }) => error < GATE && speedup > 1);
+    const sizes = await compare(gpu, "matmul", { M, N, K }, [64, 128].map((SIDE) => ["matmul_tiled", { SIDE, WHOLE: true }, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]]));
+    const good = sizes.filter(({ error, speedup }) => error < LARGEST_ERROR && speedup > 1);
     const best = good.sort((a, b) => b.speedup - a.speedup)[0];
     gpu.paths.tile = best?.settings.SIDE ?? 0;
     told("tiles in shared memory", Boolean(best), best ? `${gpu.paths.tile} x ${gpu.paths.tile}: ${verdict(best)}` : sizes.map(verdict).join("; "));
   }
   if (!gpu.device.features.has("subgroups")) {
-    told("subgroups", false, "this device, or this browser, has none");
-    told("packed vectors", false, "they need subgroups");
+    told("subgroups", false, "this device, or this browser, has no subgroups");
+    told("packed vectors", false, "left out: it needs subgroups");
     return;
   }
   const side = gpu.info.fallback ? 512 : 2048, [M, N, K] = [1, side, side];
-  const [row] = await race(gpu, "matvec", { M, N, K }, [["matvec_subgroup", {}, gpu.groups(Math.ceil(N * gpu.lanes / 128))]]);
-  gpu.paths.subgroups = row.error < GATE && row.speedup > 1;
+  const [row] = await compare(gpu, "matvec", { M, N, K }, [["matvec_subgroup", {}, gpu.groups(Math.ceil(N * gpu.lanes / 128))]]);
+  gpu.paths.subgroups = row.error < LARGEST_ERROR && row.speedup > 1;
   told("subgroups", gpu.paths.subgroups, verdict(row));
   const both = [];  // of 4 bits, and of 8
   for (const BITS of [4, 8]) {
-    both.push(...await race(gpu, "matvec", { M, N, K, BITS }, [["matvec_packed", {}, gpu.groups(Math.ceil(N * gpu.lanes / 512))]]));
+    both.push(...await compare(gpu, "matvec", { M, N, K, BITS }, [["matvec_packed", {}, gpu.groups(Math.ceil(N * gpu.lanes / 512))]]));
   }
-  gpu.paths.packed = [4, 8].filter((_, i) => both[i].error < GATE && both[i].speedup > 1);
+  gpu.paths.packed = [4, 8].filter((_, i) => both[i].error < LARGEST_ERROR && both[i].speedup > 1);
   told("packed vectors", gpu.paths.packed.length > 0, both.map((found, i) => `${[4, 8][i]} bits: ${verdict(found)}`).join("; "));
 }
 
-const verdict = ({ error, speedup }) => error < GATE
+const verdict = ({ error, speedup }) => error < LARGEST_ERROR
   ? `error ${error.toExponential(0)}, ${speedup.toFixed(1)} times as fast` : `dropped: error ${error.toExponential(0)}`;
 
-// A plain kernel and others with its arguments on random numbers: the others' errors and how much faster they are.
-async function race(gpu, name, { M, N, K, BITS = 32 }, others) {
+// Runs a plain kernel, and others in its place, on random numbers: {settings, error, speedup} of each of the others.
+async function compare(gpu, name, { M, N, K, BITS = 32 }, others) {
   const random = (n) => new Float32Array(n).map(() => Math.random() - 0.5);  // from() takes ten times as long
   const words = (n) => new Uint32Array(n).map(() => Math.random() * 2 ** 32);
   const own = [];

@@ -1,17 +1,19 @@
-// Looking inside a model: lenses, attention, ablation, patching, as tuned_lens.py, attention_maps.py and patching.py do it.
+// Looking inside a model: lenses, attention maps, ablation and patching, as tuned_lens.py, attention_maps.py and patching.py
+// compute them.
 
 import { UserError } from "./errors.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
 
-const ROWS = 64;  // logits are made of so many rows at a time
+const ROWS = 64;  // rows whose logits are computed at a time
 
 // ---- lenses ---------------------------------------------------------------------------------------------------------
 
-/** A sidecar of tuned_lens.py for this model: for each layer {matrix, affine}. UserError if it belongs to another one. */
+/** Load a sidecar file of tuned_lens.py for this model: for each layer {matrix, affine}. UserError if the file belongs to
+ *  another model. */
 export async function loadLens(model, blob) {
   const { meta, tensors } = await readHeader(blob), name = blob.name ?? "This file";
   const { n_layer: L, n_embd: C, vocab_size: V } = model.config, affine = meta?.lens === "affine";
-  if (!meta?.lens) throw new UserError(`${name} holds no lenses: python tuned_lens.py makes them.`);
+  if (!meta?.lens) throw new UserError(`${name} holds no lenses: python tuned_lens.py trains them.`);
   if (meta.base && model.blob && meta.base !== await fingerprint(model.blob)) {
     throw new UserError(`${name} was made for another checkpoint: train lenses for this one with python tuned_lens.py.`);
   }
@@ -28,7 +30,7 @@ export async function loadLens(model, blob) {
     bias: model.own(biases.subarray(layer * rows, (layer + 1) * rows)) } }));
 }
 
-/** What base_fingerprint of lora.py makes of a checkpoint: the hash that a sidecar remembers its base by. */
+/** The hash of a checkpoint's weights, as base_fingerprint of lora.py: a sidecar file stores that of its model. */
 async function fingerprint(blob) {
   const { tensors } = await readHeader(blob), parts = [];
   const dtypes = { F32: "float32", F16: "float16", BF16: "bfloat16", U32: "uint32", I32: "int32" };
@@ -40,8 +42,9 @@ async function fingerprint(blob) {
   return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** What the model would say after each layer: rows[n_layer + 1][T] of {ids, p} of the five most probable tokens, and
- *  entropy in bits. The last row is the model itself. lenses: of loadLens; null: the logit lens. */
+/** Predictions from the residual stream after the embedding and each layer: rows[n_layer + 1][T] of {ids, p, entropy}, the
+ *  five most probable tokens, their probabilities, and the entropy in bits. The last row is the model's own prediction.
+ *  lenses: see loadLens; null: the logit lens. */
 export async function lens(model, ids, lenses = null) {
   model.checkPrompt(ids);
   const { gpu } = model, T = ids.length, { n_layer: L, n_embd: C, vocab_size: V } = model.config;
@@ -75,7 +78,7 @@ export async function lens(model, ids, lenses = null) {
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
-/** The attention maps of a prompt: for each layer (H T T), a row looks at columns. */
+/** The attention maps of a prompt: for each layer H T T weights, with queries in rows and keys in columns. */
 export async function attention(model, ids) {
   model.checkPrompt(ids);
   const { n_head: H, n_kv_head: KV, head_dim: D } = model.config, T = ids.length;
@@ -93,9 +96,9 @@ export async function attention(model, ids) {
   return found.map((bytes) => new Float32Array(bytes));
 }
 
-// ---- states, and what follows from them -----------------------------------------------------------------------------
+// ---- interventions --------------------------------------------------------------------------------------------------
 
-/** Buffers of the states (T, C) of a prompt: {resid, attn, mlp}, each by layer. They are freed with the plan. */
+/** Buffers with the activations (T, C) of a prompt: {resid, attn, mlp}, each by layer. They are destroyed with the plan. */
 function record(model, plan, ids) {
   const size = 4 * ids.length * model.config.n_embd, states = { resid: [], attn: [], mlp: [] };
   model.read(plan, ids, (site, layer, x) => {
@@ -106,8 +109,8 @@ function record(model, plan, ids) {
   return states;
 }
 
-/** For B sequences of T states x (B T, C) after the last block: [buffer, bytes] of what top.wgsl finds of the last
- *  position of each, with one target. */
+/** Add top.wgsl for the last position of B sequences, whose streams after the last block are x (B T, C), with one target:
+ *  [buffer, bytes] of its results. */
 function answer(model, plan, x, B, T, target) {
   const { n_embd: C, vocab_size: V } = model.config, { gpu } = model;
   const which = plan.scratch(Uint32Array.from({ length: B }, (_, b) => b * T + T - 1)), last = plan.scratch(4 * B * C);
@@ -124,8 +127,9 @@ function checkTarget(model, target) {
   if (!(target < model.n_vocab)) throw new UserError("There is no target: type the token that should come next.");
 }
 
-/** What a site of a layer does for the target's log-probability after ids: {whole, columns, values[n_layer][columns]},
- *  the change in nats without it. how: zero, mean over the positions, or skip. */
+/** The effect of each part of each layer on the target's log-probability after ids: {whole, columns,
+ *  values[n_layer][columns]}. whole: that of the unchanged model; values: the change without the part, in nats. how: replace
+ *  the part's output by zero, by its mean over positions, or skip it. */
 export async function ablate(model, ids, target, how = "zero", onProgress = () => {}) {
   model.checkPrompt(ids);
   checkTarget(model, target);
@@ -158,25 +162,26 @@ export async function ablate(model, ids, target, how = "zero", onProgress = () =
   return { whole, columns, values };
 }
 
-/** The donor's state in the recipient, at each layer and position: {clean, corrupt, values[n_layer][P], tops[n_layer][P]},
- *  values (patched - corrupt) / (clean - corrupt) of the target's log-probability. site: resid, attn, mlp. pairs: of the
- *  donor's position and the recipient's, [[i, j], ...]; without them prompts must be of one length. */
+/** The effect of the donor's activation in the recipient's forward pass, at each layer and position: {clean, corrupt,
+ *  values[n_layer][P], tops[n_layer][P]}. values: (patched - corrupt) / (clean - corrupt) of the target's log-probability;
+ *  tops: the most probable token. site: resid, attn, mlp. pairs: a position in the donor and one in the recipient, [[i, j],
+ *  ...]; without pairs both prompts must have the same length. */
 export async function swap(model, donor, recipient, target, site = "resid", onProgress = () => {}, pairs = null) {
   [donor, recipient].forEach((ids) => model.checkPrompt(ids));
   checkTarget(model, target);
   if (!pairs && donor.length !== recipient.length) {
     throw new UserError(`The prompts have ${donor.length} and ${recipient.length} tokens: make them equally long, or say which ` +
-      "position takes the place of which, as in 4:5, 6:7.");
+      "position of the donor goes to which of the recipient, as in 4:5, 6:7.");
   }
   const places = pairs ?? Array.from(recipient, (_, i) => [i, i]);
   const off = places.find(([i, j]) => !(i >= 0 && i < donor.length && j >= 0 && j < recipient.length));
-  if (off) throw new UserError(`${off.join(":")} are not positions of prompts of ${donor.length} and ${recipient.length} tokens, from 0.`);
+  if (off) throw new UserError(`${off.join(":")} are not positions, which count from 0, in prompts of ${donor.length} and ${recipient.length} tokens.`);
   const { n_layer: L, n_embd: C } = model.config, T = recipient.length, size = 4 * T * C, { gpu } = model;
   const [cleanTop, corruptTop] = await model.once((plan) => [donor, recipient].map((ids) =>
     answer(model, plan, model.read(plan, ids), 1, ids.length, target)));
   const clean = logP(cleanTop), corrupt = logP(corruptTop), values = [], tops = [];
   if (Math.abs(clean - corrupt) < 1e-4) {
-    throw new UserError("Both prompts give the target the same probability: there is no effect to share out.");
+    throw new UserError("Both prompts give the target the same probability, so that patching can have no effect: change one of them.");
   }
   const step = Math.max(1, Math.floor(1024 / T));
   for (let layer = 0; layer < L; layer++) {

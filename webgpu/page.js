@@ -1,20 +1,20 @@
-// The page: opens the device and a checkpoint, and brings what is dropped on it to the part that it is for. What is
-// computed is computed elsewhere: gpt.js, inside.js, train.js.
+// The page: opens the device and a checkpoint, and gives each file that is dropped on it to the part that it is for. The
+// computation is in gpt.js, inside.js and train.js.
 
 import { UserError } from "./errors.js";
 import { GPT } from "./gpt.js";
-import { climb, GPU, megabytes } from "./gpu.js";
+import { chooseKernels, GPU, megabytes } from "./gpu.js";
 import { showCard } from "./page_card.js";
-import { $, alone, attempt, doing, during, forgetLoss, make, many, needModel, notice, onModel, page, say, setModel,
+import { $, queue, attempt, doing, during, forgetLoss, make, many, needModel, notice, onModel, page, say, setModel,
   wordsOf } from "./page_common.js";
 import { lookByItself, setUpLooking, takeLens } from "./page_look.js";
 import { recall, remember, keepFields } from "./page_store.js";
 import { offerRun, setUpTraining, takeText } from "./page_train.js";
-import { setUpSpeed, showLadder } from "./page_speed.js";
+import { setUpSpeed, showChoices } from "./page_speed.js";
 import { beginText, begun, setUpWriting, stopWriting } from "./page_write.js";
 
 const TEXTS = /\.(txt|md|rst|tex|log|srt|csv|tsv|jsonl?|ya?ml|html?|css|wgsl|py|m?js|ts|c|h|cc|cpp|rs|go|java|sh)$/i;
-const ELSEWHERE = [  // what is no checkpoint of ours, and what makes one of it
+const FOREIGN = [  // files of other projects, and how to make a checkpoint of them
   [/\.gguf$/i, "python gguf_reader.py makes a checkpoint of it"],
   [/\.(bin|pt|pth|ckpt)$/i, "python hf_reader.py makes a checkpoint of a Hugging Face folder"],
 ];
@@ -25,10 +25,10 @@ async function openDevice() {
   const gpu = await GPU.open();
   Object.assign(page, { gpu, lost: false, why: "" });
   gpu.lost.then((message) => lose(gpu, message));
-  showLadder();
+  showChoices();
 }
 
-/** The device went away: a driver that was restarted, too much memory, a laptop that slept. */
+/** The device was lost: the driver was restarted, memory ran out, or the laptop slept. */
 async function lose(gpu, message) {
   if (page.gpu !== gpu) return;
   console.warn(`The device was lost: ${message}`);
@@ -54,7 +54,7 @@ async function reopen(blob) {
 
 // ---- the model ------------------------------------------------------------------------------------------------------
 
-/** Open a checkpoint; until it is whole, and if it is none, the page goes on with the one that it has. */
+/** Open a checkpoint. The page keeps the model that it has until the new one is loaded, and also if that fails. */
 function openModel(blob) {
   return attempt("card-wrong", async () => {
     if (!page.gpu) needModel();
@@ -66,9 +66,9 @@ async function load(blob) {
   const bar = $("loading");
   bar.hidden = false;
   try {
-    const model = await alone(() => GPT.load(page.gpu, blob, (share) => { bar.value = share; }));
+    const model = await queue(() => GPT.load(page.gpu, blob, (share) => { bar.value = share; }));
     await stopWriting();
-    await alone(() => setModel(model));
+    await queue(() => setModel(model));
   } finally {
     bar.hidden = true;
     bar.value = 0;
@@ -106,11 +106,11 @@ async function fetched(path, name) {
 async function kindOf(file) {
   if (/\.lenses$/i.test(file.name)) return "lens";
   if (/\.safetensors$/i.test(file.name)) return (await metaOf(file))?.lens ? "lens" : "model";
-  if (ELSEWHERE.some(([name]) => name.test(file.name))) return "";
+  if (FOREIGN.some(([name]) => name.test(file.name))) return "";
   if (TEXTS.test(file.name) || file.type.startsWith("text/")) return "text";
   const bytes = new Uint8Array(await file.slice(0, 65536).arrayBuffer());
   if (bytes[8] === 0x7b && bytes[7] === 0) return (await metaOf(file))?.lens ? "lens" : "model";
-  try {  // a text of another name: UTF-8, but for a character that is cut at the end, and no zeros
+  try {  // a text whose name does not say so: UTF-8 without zeros; a character may be cut at the end
     new TextDecoder("utf-8", { fatal: true }).decode(bytes, { stream: true });
     return bytes.length && !bytes.includes(0) ? "text" : "";
   } catch {
@@ -131,8 +131,8 @@ async function takeFiles(files) {
     if (kind === "model") await openModel(file);
     else if (kind === "lens") choose("lens"), await takeLens(file);
     else if (kind === "text") choose("train"), await takeText(file);
-    else say("card-wrong", `${file.name} is neither a checkpoint (.safetensors), nor its lenses, nor a text` +
-      `${ELSEWHERE.find(([name]) => name.test(file.name))?.[1].replace(/^/, ": ") ?? ": nothing was changed"}.`);
+    else say("card-wrong", `${file.name} is neither a checkpoint (.safetensors), nor its lenses, nor a text: ` +
+      `${FOREIGN.find(([name]) => name.test(file.name))?.[1] ?? "nothing was changed"}.`);
   }
 }
 
@@ -142,7 +142,7 @@ function setUpFiles() {
   });
   $("open").addEventListener("change", async ({ target }) => {
     await takeFiles(target.files);
-    target.value = "";  // so that the same file can be chosen again
+    target.value = "";  // so that this file can be chosen again
   });
   const hasFiles = (event) => [...event.dataTransfer?.types ?? []].includes("Files");
   addEventListener("dragover", (event) => {
@@ -169,7 +169,7 @@ function choose(name) {
     tab.setAttribute("aria-selected", chosen);
     tab.tabIndex = chosen ? 0 : -1;
     $(tab.getAttribute("aria-controls")).hidden = !chosen;
-    if (chosen) tab.scrollIntoView({ block: "nearest", inline: "nearest" });  // on a phone not all tabs are in sight
+    if (chosen) tab.scrollIntoView({ block: "nearest", inline: "nearest" });  // a phone does not show all tabs
   }
   document.dispatchEvent(new CustomEvent("panel", { detail: name }));
 }
@@ -195,7 +195,7 @@ function setUpColours() {
     if (name === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = name;
     button.querySelector("span").textContent = name;
-    button.setAttribute("aria-label", `Colours: ${name === "auto" ? "as the system has them" : name}`);
+    button.setAttribute("aria-label", `Colours: ${name === "auto" ? "those of the system" : name}`);
     tell();
   };
   button.addEventListener("click", () => {
@@ -207,7 +207,7 @@ function setUpColours() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", tell);
 }
 
-// ---- the opening ----------------------------------------------------------------------------------------------------
+// ---- opening the page -----------------------------------------------------------------------------------------------
 
 async function open() {
   setUpColours();
@@ -232,9 +232,9 @@ async function open() {
     await openModel(file);
   }
   offerRun();
-  if (page.model) await begun;  // the first words come before all else
-  await attempt("speed-wrong", () => during("climb", "Trying faster kernels", () =>
-    alone(() => climb(page.gpu, showLadder))));
+  if (page.model) await begun;  // the first words come first
+  await attempt("speed-wrong", () => during("kernels", "Trying faster kernels", () =>
+    queue(() => chooseKernels(page.gpu, showChoices))));
 }
 
 open();

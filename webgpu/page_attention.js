@@ -1,19 +1,19 @@
-// The attention panel: a small map for each head, and the one that is chosen large.
+// The attention panel: a small map for each head, and a large one of the chosen head.
 
 import { attention } from "./inside.js";
-import { aloneWith, finish, heard, make, percent, resultOf, seen, token } from "./page_common.js";
+import { queueWith, finish, heard, make, percent, resultOf, seen, token } from "./page_common.js";
 import { drawMap, roving, strength } from "./page_draw.js";
 
 let redraw = () => {};
 
-/** Draw the maps again, in other colours or sizes. */
+/** Draw the maps again, after colours or sizes have changed. */
 export const drawAgain = () => redraw();
 
 export const forgetMaps = () => { redraw = () => {}; };
 
 export async function runAttention(model, ids) {
   const { enc } = model, { n_layer: L, n_head: H } = model.config, T = ids.length;
-  const layers = await aloneWith(model, () => attention(model, ids));
+  const layers = await queueWith(model, () => attention(model, ids));
   const heads = Array.from({ length: L }, (_, l) => Array.from({ length: H }, (_, h) => {
     const weights = layers[l].subarray(h * T * T, (h + 1) * T * T);
     return { l, h, weights, ...habit(weights, ids, T) };
@@ -35,19 +35,19 @@ export async function runAttention(model, ids) {
 // ---- what a head does -----------------------------------------------------------------------------------------------
 
 const HABITS = {
-  start: ["start", "rests on the start"], self: ["itself", "looks at the token itself"],
-  previous: ["previous", "looks at the previous token"],
-  again: ["induction", "looks at what followed the same token before (induction)"],
+  start: ["start", "attends to the start of the text"], self: ["itself", "attends to the token itself"],
+  previous: ["previous", "attends to the previous token"],
+  again: ["induction", "attends to the token that followed an earlier copy of the current one (induction)"],
 };
 
-/** What a head mostly does, by the mean weight of each habit: {short, words, distinct}. */
+/** The habit to which a head gives most of its weight: {short, words, distinct}. distinct: how unusual the head is. */
 function habit(map, ids, T) {
   const sums = { start: 0, self: 0, previous: 0, again: 0 };
   let repeats = 0;
   for (let i = 1; i < T; i++) {
     sums.start += map[i * T];
     sums.self += map[i * T + i];
-    if (i > 1) sums.previous += map[i * T + i - 1];  // else that is the start
+    if (i > 1) sums.previous += map[i * T + i - 1];  // at 1, the previous token is the start
     const after = Array.from({ length: i }, (_, k) => k).filter((k) => k > 1 && ids[k - 1] === ids[i]);
     if (after.length) repeats += 1;
     sums.again += after.reduce((sum, k) => sum + map[i * T + k], 0);
@@ -56,15 +56,15 @@ function habit(map, ids, T) {
   const shares = { start: sums.start / n, self: sums.self / n, previous: sums.previous / Math.max(1, n - 1),
     again: repeats > 1 ? sums.again / repeats : 0 };
   const [kind, share] = Object.entries(shares).reduce((a, b) => b[1] > a[1] ? b : a);
-  if (share < 0.3) return { short: "spread", words: "spreads its attention", distinct: 0 };
+  if (share < 0.3) return { short: "spread", words: "attends to many tokens", distinct: 0 };
   const [short, words] = HABITS[kind];
-  const distinct = kind === "start" ? share / 100 : share;  // most heads do that
+  const distinct = kind === "start" ? share / 100 : share;  // most heads attend to the start
   return { short, words: `${words} (${percent(share)} of its weight)`, distinct };
 }
 
 // ---- small maps -----------------------------------------------------------------------------------------------------
 
-/** A button with a map for each head, layers upwards; show(head) is called for the one that is chosen. */
+/** A button with a map for each head, layer 0 at the bottom. show(head) is called for the one that is chosen. */
 function smallMaps(heads, show) {
   const node = make("div", { class: "maps", role: "radiogroup", "aria-label": "Heads, by layer" });
   const buttons = heads.map((line) => line.map((head) => {
@@ -88,7 +88,8 @@ function smallMaps(heads, show) {
 
 // ---- the large map --------------------------------------------------------------------------------------------------
 
-/** One head's map with a cursor, its reading in words, and the prompt tinted by what the cursor's row looks at. */
+/** One head's map with a cursor, a sentence about the weight at the cursor, and the prompt, coloured by the weights of the
+ *  cursor's row. */
 function largeMap(enc, ids) {
   const T = ids.length, labels = ids.map((id) => seen(enc, id)), title = make("h3", {});
   const canvas = make("canvas", { tabindex: 0, role: "img" });
@@ -103,10 +104,10 @@ function largeMap(enc, ids) {
     const [i, j] = at, row = head.weights.subarray(i * T, i * T + T), share = percent(row[j]);
     drawMap(canvas, head.weights, T, { at, labels });
     title.textContent = `Layer ${head.l}, head ${head.h}`;
-    said.replaceChildren(`Token ${i}, `, token(enc, ids[i]), `, looks at token ${j}, `, token(enc, ids[j]),
+    said.replaceChildren(`Token ${i}, `, token(enc, ids[i]), `, attends to token ${j}, `, token(enc, ids[j]),
       `: ${share}`);
-    canvas.setAttribute("aria-label", `${title.textContent}. Token ${i}, ${heard(enc, ids[i])}, looks at token ${j}, ` +
-      `${heard(enc, ids[j])}: ${share}. Arrow keys go to other tokens.`);
+    canvas.setAttribute("aria-label", `${title.textContent}. Token ${i}, ${heard(enc, ids[i])}, attends to token ${j}, ` +
+      `${heard(enc, ids[j])}: ${share}. Arrow keys move to other tokens.`);
     [...strip.children].forEach((part, k) => {
       const size = k <= i ? Math.sqrt(row[k]) : 0;
       part.style.setProperty("--s", size.toFixed(3));
@@ -128,7 +129,7 @@ function largeMap(enc, ids) {
   return { node, show, draw };
 }
 
-/** tell(row, column) where a pointer or the arrow keys go. */
+/** Call tell(row, column) when the pointer or the arrow keys move. where(): the current row and column. */
 function pointAt(canvas, T, tell, where) {
   const follow = ({ clientX, clientY }) => {
     const { left, top, height } = canvas.getBoundingClientRect();

@@ -1,4 +1,4 @@
-// The card of the model that is open.
+// The card that describes the model that is open.
 
 import { megabytes } from "./gpu.js";
 import { $, count, make, many } from "./page_common.js";
@@ -24,7 +24,7 @@ export function showCard(model) {
 }
 
 function layers({ n_layer, n_head, n_kv_head, n_embd }) {
-  const groups = n_kv_head < n_head ? ` (${n_kv_head} of keys)` : "";
+  const groups = n_kv_head < n_head ? ` (${n_kv_head} for keys)` : "";
   return `${n_layer} of ${n_head} heads${groups}, width ${n_embd}`;
 }
 
@@ -42,11 +42,11 @@ function reads({ config, enc }) {
 
 function loss({ losses }) {
   if (!Number.isFinite(losses?.val)) return "";
-  const bits = Number.isFinite(losses.bits_per_byte) ? `, ${losses.bits_per_byte.toFixed(2)} bits a byte` : "";
-  return `${losses.val.toFixed(2)} nats a token held out${bits}`;
+  const bits = Number.isFinite(losses.bits_per_byte) ? `, ${losses.bits_per_byte.toFixed(2)} bits per byte` : "";
+  return `${losses.val.toFixed(2)} nats per held-out token${bits}`;
 }
 
-/** Each layer a line: its heads, and the MLP. */
+/** A small picture of the model: a line for each layer, with its heads and its MLP. */
 function glyph({ n_layer, n_head }) {
   if (n_layer > 12 || n_head > 8) return [];
   const heads = () => Array.from({ length: n_head }, () => make("b"));

@@ -1,29 +1,30 @@
-// What the parts of the page share: the model that is open, whose turn it is on the device, words for errors, and a few
-// helpers for the document. page.js begins; page_write.js, page_look.js, page_train.js and page_speed.js are its parts.
+// Shared by the parts of the page, which are page_write.js, page_look.js, page_train.js and page_speed.js: the model that is
+// open, a queue for the device, messages of errors, and functions for the document. page.js starts them.
 
 import { UserError } from "./errors.js";
 
 const LOST = "The graphics card's device was lost: press Reload the device, at the top.";
 
-/** gpu and model are null until they are there; lost says that the device went away, and has not been opened again. */
+/** gpu and model are null until they are loaded. lost: the device was lost, and has not been opened again. why: the message
+ *  if there is no device. */
 export const page = { gpu: null, model: null, lenses: null, lost: false, why: "" };
 
-// ---- turns ----------------------------------------------------------------------------------------------------------
+// ---- a queue for the device -----------------------------------------------------------------------------------------
 
-// One thing at a time: writing takes a turn for each token, training for each update, a panel for all that it computes.
-// So a panel that is asked for comes next, and what else was going on goes on after it.
+// The device does one piece of work at a time. Writing queues each token by itself, training each update, and a panel its
+// whole computation: so a panel that the user asks for is computed next, and then writing or training goes on.
 
 let turn = Promise.resolve();
 
-export function alone(work) {
+export function queue(work) {
   const mine = turn.then(work);
   turn = mine.catch(() => {});
   return mine;
 }
 
-/** A turn for what needs this model, if it is still the one that is open. */
-export function aloneWith(model, work) {
-  return alone(() => {
+/** Queue work() with this model. UserError if another model has been opened before its turn. */
+export function queueWith(model, work) {
+  return queue(() => {
     if (model !== page.model) throw new UserError("Another model was opened before this was done: try it once more.");
     return work();
   });
@@ -31,11 +32,11 @@ export function aloneWith(model, work) {
 
 const going = new Map();
 
-/** What is going on, for the head of the page: doing("train", "Training"); doing("train", "") when it is over. */
+/** Show at the top of the page what is going on: doing("train", "Training"); doing("train", "") when it is over. */
 export function doing(what, words) {
   if (words) going.set(what, words);
   else going.delete(what);
-  const idle = page.lost ? "The device is gone" : page.model ? "Ready" : "No model";
+  const idle = page.lost ? "The device was lost" : page.model ? "Ready" : "No model";
   const text = [...going.values()].join(" · ") || idle;
   if ($("doing").textContent !== text) $("doing").textContent = text;
   $("doing").classList.toggle("busy", going.size > 0);
@@ -50,7 +51,7 @@ export async function during(what, words, work) {
   }
 }
 
-// ---- those who want to know of a new model --------------------------------------------------------------------------
+// ---- opening a model ------------------------------------------------------------------------------------------------
 
 const asked = [];
 
@@ -62,7 +63,7 @@ export function setModel(model) {
   asked.forEach((tell) => tell(model));
 }
 
-/** The model, or UserError in words. */
+/** The model that is open. UserError if there is none. */
 export function needModel() {
   if (page.lost) throw new UserError(LOST);
   if (!page.gpu) throw new UserError(page.why || "The graphics card is not ready yet: wait a moment.");
@@ -70,7 +71,7 @@ export function needModel() {
   return page.model;
 }
 
-/** Token ids of a text, after the token that begins one, as sample.py and patching.py have it. */
+/** The token ids of a text, after the token that begins a text, as in sample.py and patching.py. */
 export function idsOf(model, text) {
   if (!model.enc) throw new UserError("This checkpoint holds no tokenizer: it cannot read or write text.");
   const ids = [model.enc.bos, ...model.enc.encode(text)];
@@ -87,10 +88,10 @@ export function wordsOf(error) {
     return "The browser has not enough memory for this: take a smaller model, a smaller batch or a shorter text.";
   }
   console.error(error);
-  return `This is a mistake of ours: ${error?.message ?? error}. The page goes on with what it had.`;
+  return `The page has a bug: ${error?.message ?? error}. You can go on with the model that is open.`;
 }
 
-/** Run `work`; what goes wrong is told at `place`, an element's id. True if all went well. */
+/** Run work(). An error is shown at `place`, the id of an element. True if there was none. */
 export async function attempt(place, work) {
   say(place, "");
   try {
@@ -103,11 +104,11 @@ export async function attempt(place, work) {
   }
 }
 
-/** If a device is lost, what waits for it may fail a moment before that is told. */
+/** When a device is lost, work on it may fail a moment before the browser reports the loss: wait for the report. */
 export async function lossIsKnown() {
   const moment = new Promise((resolve) => setTimeout(resolve, 1000));
   await Promise.race([moment, page.gpu?.lost]);
-  await null;  // page.js hears of it, too
+  await null;  // so that page.js handles it first
 }
 
 export function say(place, words) {
@@ -115,12 +116,12 @@ export function say(place, words) {
   $(place).hidden = !words;
 }
 
-/** With a new device, what was said of the loss is over. */
+/** Once there is a new device, remove the messages about the lost one. */
 export function forgetLoss() {
   for (const { id, textContent } of document.querySelectorAll(".wrong")) if (textContent === LOST) say(id, "");
 }
 
-/** A number that was typed, or UserError. */
+/** The number in an input field; null if the field is empty and may be. UserError if it is not a number in range. */
 export function numberOf(id) {
   const input = $(id), name = input.parentElement.textContent.trim(), { min, max } = input;
   if (input.value === "" && input.placeholder && !input.validity.badInput) return null;
@@ -136,7 +137,8 @@ export function numberOf(id) {
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element. Attributes: on... are listeners, --... properties of its style, false and null are left out. */
+/** A new element. Attributes that begin with "on" are listeners, those with "--" style properties; false and null are left
+ *  out. */
 export function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -149,7 +151,8 @@ export function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** A notice at the top of the page, with buttons {label: action}; it goes away when one is pressed, or by remove(). */
+/** A notice at the top of the page, with buttons {label: action}. Pressing a button removes the notice, and so does its
+ *  remove(). */
 export function notice(words, buttons, role = "status") {
   const node = make("div", { class: "notice", role }, make("span", {}, words));
   for (const [label, action] of Object.entries(buttons)) {
@@ -171,18 +174,18 @@ export function many(n) {
 
 export const resultOf = (name) => document.querySelector(`#${name} .result`);
 
-/** A panel's result: words, and what is drawn. */
+/** Show a panel's result: words, and nodes for its figure. */
 export function finish(name, words, ...figure) {
   resultOf(name).replaceChildren(...words);
   document.querySelector(`#${name} .figure`).replaceChildren(...figure);
   for (const part of figure) part.scrollLeft = part.scrollWidth;  // to the last token
 }
 
-// ---- tokens, for the eye and for the ear ----------------------------------------------------------------------------
+// ---- tokens, as text and for screen readers -------------------------------------------------------------------------
 
 const hex = (n) => `<${n.toString(16).toUpperCase().padStart(2, "0")}>`;
 
-/** A token as text to look at: a dot for each blank, an arrow for the end of a line; bytes that are no text as <C3>. */
+/** A token as visible text: a dot for each blank, an arrow for the end of a line; bytes that are not text as <C3>. */
 export function seen(enc, id) {
   if (!enc) return String(id);
   if (id === enc.bos || id === enc.eot) return "⟨text⟩";
@@ -192,7 +195,7 @@ export function seen(enc, id) {
     .replace(/[\p{Cc}\p{Cf}]/gu, (character) => hex(character.codePointAt(0)));
 }
 
-/** As words to hear: a screen reader says nothing of dots. */
+/** A token in words, for a screen reader, which does not read dots. */
 export function heard(enc, id) {
   if (!enc || id === enc.bos || id === enc.eot) return enc ? "begin of text" : `token ${id}`;
   return seen(enc, id).replace(/·+/g, (dots) => dots.length > 1 ? ` ${dots.length} blanks ` : " blank ")

@@ -1,11 +1,11 @@
-// Bars, heat maps and the loss chart. Each can be reached with the keyboard, and says in words what it shows.
+// Bars, heat maps and the loss chart. All can be used with the keyboard, and describe in words what they show.
 
 import { heard, make, percent, piece, seen } from "./page_common.js";
 
 // ---- bars -----------------------------------------------------------------------------------------------------------
 
-/** Rows of {id, p, taken?, words?} in a list, in place: what has the focus keeps it. act(id): what pressing one does.
- */
+/** Show rows of {id, p, taken?, words?} in a list. Existing elements are kept, so that the focus stays where it is. act(id)
+ *  is called when a row is pressed. */
 export function bars(list, enc, rows, act = null) {
   while (list.children.length > rows.length) list.lastChild.remove();
   while (list.children.length < rows.length) {
@@ -23,8 +23,9 @@ export function bars(list, enc, rows, act = null) {
 
 // ---- heat maps ------------------------------------------------------------------------------------------------------
 
-/** A table of cells {text, share, says}, share from -1 to 1. Arrow keys go from cell to cell; onlook(row, column) is
- *  told which one is looked at. rows: labels, of which row 0 stands at the bottom; columns: {text, says}. */
+/** A table of the cells {text, share, says} that cell(row, column) returns; share, from -1 to 1, is the colour. Arrow keys
+ *  move from cell to cell; onlook(row, column) is called for the cell that is looked at. rows: labels, row 0 at the bottom;
+ *  columns: {text, says}. */
 export function heatMap({ caption, rows, columns, cell, onlook }) {
   const table = make("table", { class: "heat", role: "grid", "aria-label": caption });
   const head = make("tr", {}, make("th", { scope: "col" }, make("span", { class: "unseen" }, "layer")));
@@ -45,11 +46,11 @@ export function heatMap({ caption, rows, columns, cell, onlook }) {
   return table;
 }
 
-/** The class of a ground of so much colour, on which some inks cannot be read. */
+/** The class of a background by the strength of its colour, 0 to 1: on strong colours the text needs another colour. */
 export const strength = (share) => share > 0.85 ? "strong" : share > 0.6 ? "half" : "";
 
-/** One stop of the Tab key for all of cells[row][column]; arrows, Home and End move inside. Returns what brings the
- *  stop to a row and column. */
+/** Make cells[row][column] one stop of the Tab key; arrow keys, Home and End move between the cells. Returns a function that
+ *  moves to a row and column. */
 export function roving(container, cells, onlook) {
   let here = null;
   const look = (node) => {
@@ -78,7 +79,7 @@ export function roving(container, cells, onlook) {
   return (r, c) => look(cells[r][c]);
 }
 
-/** What the colours of a heat map go from and to; both: through none, from what is below 0. */
+/** The legend of a heat map's colours, from one text to another. both: the colours of negative values are shown too. */
 export function key(from, to, both = false) {
   const colours = make("i", { class: both ? "both" : null, "aria-hidden": "true" });
   return make("p", { class: "key" }, make("span", {}, from, colours, to));
@@ -86,8 +87,8 @@ export function key(from, to, both = false) {
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
-/** T x T weights on a canvas, in its own colour: rows look at columns. at: [row, column] to be marked. labels: of the
- *  rows, which stand in the empty half, right of the diagonal. */
+/** Draw T x T attention weights on a canvas, in its text colour: queries in rows, keys in columns. at: [row, column] to be
+ *  marked. labels: of the rows, drawn in the empty half, right of the diagonal. */
 export function drawMap(canvas, weights, T, { at = null, labels = null } = {}) {
   const scale = globalThis.devicePixelRatio || 1, size = Math.round(canvas.clientHeight * scale) || T, side = size / T;
   [canvas.width, canvas.height] = [Math.round(canvas.clientWidth * scale) || T, size];
@@ -97,7 +98,7 @@ export function drawMap(canvas, weights, T, { at = null, labels = null } = {}) {
     for (let j = 0; j <= i; j++) {
       const weight = weights[i * T + j];
       if (weight < 0.004) continue;
-      pen.globalAlpha = Math.sqrt(weight);  // small weights are seen, too
+      pen.globalAlpha = Math.sqrt(weight);  // so that small weights can be seen
       const [x, y] = [Math.round(j * side), Math.round(i * side)];
       pen.fillRect(x, y, Math.round((j + 1) * side) - x, Math.round((i + 1) * side) - y);
     }
@@ -130,7 +131,8 @@ function svg(tag, attributes, ...children) {
   return node;
 }
 
-/** train: [[step, loss], ...]; held: of the text held out; until: where the training ends; W: pixels of width. */
+/** The chart of losses. train: [[step, loss], ...]; held: likewise, of the text held out; until: the last step; W: the width
+ *  in pixels. */
 export function lossChart({ train, held, until, W = 560 }) {
   const [H, left, right, top, bottom] = [250, 34, 66, 10, 24];
   const values = [...train, ...held].map(([, loss]) => loss);
@@ -164,14 +166,14 @@ function lossInWords(calm, held) {
     `${last}.` + (held.length ? ` Held out: ${held.at(-1)[1].toFixed(2)}.` : "");
 }
 
-/** Heights of two labels, that neither stands on the other. */
+/** The heights of two labels, moved apart if they would overlap. */
 function apart(places) {
   if (places.length < 2 || Math.abs(places[0] - places[1]) >= 14) return places;
   const middle = (places[0] + places[1]) / 2;
   return places[0] < places[1] ? [middle - 7, middle + 7] : [middle + 7, middle - 7];
 }
 
-/** Round numbers that enclose two: [low, high, gap]. */
+/** Round numbers for the ticks of an axis from least to most: [low, high, gap]. */
 function ticksOf(least, most) {
   const rough = (most - least) / 4 || 0.1, power = 10 ** Math.floor(Math.log10(rough));
   const gap = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough);

@@ -1,14 +1,14 @@
-// The panels that look inside: lens, attention, ablation, patching. They share the prompt.
+// The panels that look inside the model: lens, attention, ablation, patching. They share a prompt.
 
 import { UserError } from "./errors.js";
 import { ablate, lens, loadLens, swap } from "./inside.js";
 import { drawAgain, forgetMaps, runAttention } from "./page_attention.js";
-import { $, aloneWith, attempt, during, finish, heard, idsOf, make, needModel, onModel, page, percent, resultOf, say,
+import { $, queueWith, attempt, during, finish, heard, idsOf, make, needModel, onModel, page, percent, resultOf, say,
   seen, token } from "./page_common.js";
 import { bars, heatMap, key } from "./page_draw.js";
 import { notWriting, textSoFar } from "./page_write.js";
 
-// For each: what it is called while it runs, its fields beside the prompt, and what computes and shows the result.
+// For each: the words shown while it runs, its fields besides the prompt, and the function that computes and shows it.
 const PANELS = {
   lens: { doing: "Reading through the lens", fields: ["colour", "tuned"], run: runLens },
   attention: { doing: "Following attention", fields: [], run: runAttention },
@@ -18,8 +18,8 @@ const PANELS = {
 const FIELDS = [...new Set(Object.values(PANELS).flatMap(({ fields }) => fields))];
 
 let chosen = "lens";
-const shown = {};  // by panel: of which model and settings its figure is
-let serial = 0;
+const shown = {};  // by panel: the model and the settings of its figure, see keyOf()
+let serial = 0;    // of the model
 
 function choosePanel(name) {
   chosen = name;
@@ -36,7 +36,7 @@ function choosePanel(name) {
 const valueOf = (id) => $(id).type === "checkbox" ? $(id).checked : $(id).value;
 const keyOf = (name) => JSON.stringify([serial, valueOf("look-prompt"), ...PANELS[name].fields.map(valueOf)]);
 
-/** Compute and show the panel that is chosen. */
+/** Compute the chosen panel and show it. */
 function look() {
   const name = chosen, { doing, run } = PANELS[name];
   return attempt("look-wrong", async () => {
@@ -54,7 +54,7 @@ function look() {
   });
 }
 
-/** The first look is the page's own, once the first text stands. */
+/** Compute a panel without being asked, once the first text is written. */
 export async function lookByItself() {
   await notWriting();
   const { model } = page;
@@ -62,12 +62,12 @@ export async function lookByItself() {
   try {
     idsOf(model, $("look-prompt").value);
   } catch {
-    return;  // a prompt that is not for this model: no one has asked for it
+    return;  // this model cannot read the prompt: no message, as the user has not asked
   }
   await look();
 }
 
-/** A number with its sign, and no sign for nothing. */
+/** A number with its sign; 0 has none. */
 const signed = (x, plus = "+") => Math.abs(x) < 0.005 ? "0" : `${x < 0 ? "−" : plus}${Math.abs(x).toFixed(2)}`;
 const scrolled = (table) => make("div", { class: "scroll" }, table);
 const layersOf = (values) => values.map((_, layer) => `layer ${layer}`);
@@ -76,7 +76,7 @@ const layersOf = (values) => values.map((_, layer) => `layer ${layer}`);
 
 async function runLens(model, ids) {
   const { enc, n_vocab } = model, byP = $("colour").value === "p", lenses = $("tuned").checked ? page.lenses : null;
-  const rows = await aloneWith(model, () => lens(model, ids, lenses)), last = rows.length - 1;
+  const rows = await queueWith(model, () => lens(model, ids, lenses)), last = rows.length - 1;
   const said = make("p", { class: "said" }), list = make("ol", { class: "bars five" });
   const nameOf = (row) => row ? `layer ${row - 1}` : "embedding";
   const table = heatMap({
@@ -90,32 +90,33 @@ async function runLens(model, ids) {
     },
     onlook(r, c) {
       const { ids: best, p, entropy } = rows[r][c];
-      const itself = r === last ? ", where the model itself speaks" : "";
+      const itself = r === last ? ", the model's own prediction" : "";
       said.replaceChildren(`After ${r ? nameOf(r) : "the embedding"}${itself}, position ${c}, `, token(enc, ids[c]),
         ` – entropy ${entropy.toFixed(1)} bits`);
       bars(list, enc, best.map((id, i) => ({ id, p: p[i] })));
     },
   });
   finish("lens", lensInWords(enc, rows.map((row) => row.at(-1)), lenses), said, list, scrolled(table),
-    key(...byP ? ["unsure", "sure: 100%"] : ["could be anything", "certain"]));
+    key(...byP ? ["unsure", "sure: 100%"] : ["high entropy: unsure", "low entropy: sure"]));
 }
 
-/** What comes next, and from where on it is on top; found: of each layer at the last position. */
+/** A sentence about the next token, and from which layer on it is the most probable one. found: each layer's prediction at
+ *  the last position. */
 function lensInWords(enc, found, lenses) {
   const last = found.length - 1, { ids: [answer], p: [p] } = found[last];
   let first = last;
   while (first > 0 && found[first - 1].ids[0] === answer) first -= 1;
   const where = first === last ? "only at the end" : `from ${first ? `layer ${first - 1}` : "the embedding"} on`;
   const through = lenses ? "Seen through tuned lenses." : page.lenses ? "Seen through the logit lens." :
-    "This is the logit lens; drop a .lenses file of tuned_lens.py for the tuned one.";
-  return ["Next comes ", token(enc, answer), `, the model says (${percent(p)}). It is on top ${where}. ${through}`];
+    "This is the logit lens; for the tuned lens, drop a .lenses file of tuned_lens.py here.";
+  return ["The model predicts ", token(enc, answer), ` (${percent(p)}). This token is the most probable one ${where}. ${through}`];
 }
 
-/** A sidecar of tuned_lens.py. */
+/** Load a sidecar file of tuned_lens.py. */
 export async function takeLens(file) {
   const well = await attempt("look-wrong", async () => {
     const model = needModel();
-    const lenses = await during("look", `Reading ${file.name}`, () => aloneWith(model, () => loadLens(model, file)));
+    const lenses = await during("look", `Reading ${file.name}`, () => queueWith(model, () => loadLens(model, file)));
     if (model === page.model) page.lenses = lenses;
   });
   if (!well) return;
@@ -141,7 +142,7 @@ const partOf = (column, layer) => column === "block" ? `all of layer ${layer}` :
 
 async function runAblation(model, ids, onProgress) {
   const { enc } = model, { target, note } = targetOf(model), how = $("how").value;
-  const { whole, columns, values } = await aloneWith(model, () => ablate(model, ids, target, how, onProgress));
+  const { whole, columns, values } = await queueWith(model, () => ablate(model, ids, target, how, onProgress));
   const said = make("p", { class: "said" }), most = Math.max(0.5, ...values.flat().map(Math.abs));
   const p = (change) => percent(Math.exp(whole + change));
   const table = heatMap({
@@ -159,9 +160,9 @@ async function runAblation(model, ids, onProgress) {
     },
   });
   const [c, r] = lowest(values.map((row) => row.map((value, i) => columns[i] === "block" ? 0 : value)));
-  finish("ablation", [token(enc, target), ` has ${p(0)} after this prompt. What matters most for it is ` +
-    `${partOf(columns[c], r)}: without it, ${p(values[r][c])}.${note}`], said, scrolled(table),
-    key(`−${most.toFixed(1)} nats: less probable without it`, `+${most.toFixed(1)}: more`, true));
+  finish("ablation", [token(enc, target), ` has a probability of ${p(0)} after this prompt. It depends most on ` +
+    `${partOf(columns[c], r)}: without that part it is ${p(values[r][c])}.${note}`], said, scrolled(table),
+    key(`−${most.toFixed(1)} nats: less probable without the part`, `+${most.toFixed(1)}: more probable`, true));
 }
 
 /** [column, row] of the lowest number. */
@@ -178,8 +179,8 @@ function pairsOf(text) {
   return text.split(",").map((part) => {
     const found = part.match(/^\s*(\d+)\s*:\s*(\d+)\s*$/);
     if (!found) {
-      throw new UserError(`“${part.trim()}” is no pair of positions: write the donor's and the recipient's, as in ` +
-        "4:5, 6:7.");
+      throw new UserError(`“${part.trim()}” is no pair of positions: write the donor's and the recipient's position, as ` +
+        "in 4:5, 6:7.");
     }
     return [Number(found[1]), Number(found[2])];
   });
@@ -188,42 +189,43 @@ function pairsOf(text) {
 async function runPatching(model, donor, onProgress) {
   const { enc } = model, { target, note } = targetOf(model), site = $("site").value;
   const recipient = idsOf(model, $("recipient").value), pairs = pairsOf($("pairs").value);
-  const found = await aloneWith(model, () => swap(model, donor, recipient, target, site, onProgress, pairs));
+  const found = await queueWith(model, () => swap(model, donor, recipient, target, site, onProgress, pairs));
   const { clean, corrupt, values, tops } = found, said = make("p", { class: "said" });
   const columns = (pairs ?? recipient.map((_, i) => [i, i])).map(([i, j]) => placeOf(enc, donor[i], recipient[j], j));
   const p = (value) => percent(Math.exp(corrupt + value * (clean - corrupt)));
   const table = heatMap({
-    caption: "Share of the donor's answer that one state brings back, by layer and position",
+    caption: "Share of the donor's answer that one state restores, by layer and position",
     rows: layersOf(values),
     columns,
     cell(r, c) {
       const value = values[r][c];
       return { text: signed(value, ""), share: value, says: `layer ${r}, ${columns[c].says}: effect ` +
-        `${value.toFixed(2)}, ${heard(enc, target)} ${p(value)}, on top ${heard(enc, tops[r][c])}` };
+        `${value.toFixed(2)}, ${heard(enc, target)} ${p(value)}, most probable ${heard(enc, tops[r][c])}` };
     },
     onlook(r, c) {
       said.replaceChildren(`Layer ${r}, position ${columns[c].at}: `, token(enc, target), ` goes from ${p(0)} to ` +
-        `${p(values[r][c])} (with the donor's prompt: ${p(1)}); on top then `, token(enc, tops[r][c]));
+        `${p(values[r][c])} (after the donor: ${p(1)}); the most probable token is then `, token(enc, tops[r][c]));
     },
   });
-  finish("patching", [token(enc, target), ` has ${p(1)} after the donor and ${p(0)} after the recipient. `,
-    ...mostOf(values, columns), `.${note}`], said, scrolled(table), key("−1: the other way", "1: all of it", true));
+  finish("patching", [token(enc, target), ` has a probability of ${p(1)} after the donor and ${p(0)} after the recipient. `,
+    ...mostOf(values, columns), `.${note}`], said, scrolled(table), key("−1: away from the donor's answer", "1: the donor's answer", true));
 }
 
-/** A column: the donor's token that takes the place of the recipient's, at a position. */
+/** A column of the table: a position, with the donor's token and the recipient's. */
 function placeOf(enc, given, had, at) {
   if (given === had) return { text: seen(enc, had), says: `position ${at}, ${heard(enc, had)}`, at, same: true };
   return { text: `${seen(enc, given)}→${seen(enc, had)}`, at, same: false,
     says: `position ${at}, ${heard(enc, given)} in place of ${heard(enc, had)}` };
 }
 
-/** Where most comes back; and, if that is where the prompts differ, where it has gone to. */
+/** A sentence about the state that restores most of the answer; and, if that is where the prompts differ, about the one of
+ *  all other positions. */
 function mostOf(values, columns) {
   const cells = values.flatMap((row, r) => row.map((value, c) => ({ r, c, value }))).sort((a, b) => b.value - a.value);
-  const words = ({ r, c, value }) => [`layer ${r} of `, make("code", {}, columns[c].text), ` (${signed(value, "")})`];
-  const moved = cells.find(({ c }) => columns[c].same), [best] = cells, most = ["Most comes back at ", ...words(best)];
+  const words = ({ r, c, value }) => [`layer ${r} at `, make("code", {}, columns[c].text), ` (${signed(value, "")})`];
+  const moved = cells.find(({ c }) => columns[c].same), [best] = cells, most = ["The state that restores most is ", ...words(best)];
   if (!moved || columns[best.c].same) return most;
-  return [...most, "; of the tokens that are the same in both, at ", ...words(moved)];
+  return [...most, "; among tokens that both prompts share, ", ...words(moved)];
 }
 
 // ---- setting up -----------------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ export function setUpLooking() {
     $("look-prompt").dispatchEvent(new Event("input", { bubbles: true }));
     look();
   });
-  onModel(() => {  // figures are of the model of before
+  onModel(() => {  // the figures are those of the previous model
     serial += 1;
     forgetMaps();
     $("tuned-field").hidden = true;

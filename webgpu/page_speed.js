@@ -1,13 +1,13 @@
-// The ladder of kernels, and what they measure.
+// The speed panel: the kernels that this device uses, and measurements.
 
-import { $, aloneWith, attempt, during, make, needModel, onModel, page } from "./page_common.js";
+import { $, queueWith, attempt, during, make, needModel, onModel, page } from "./page_common.js";
 import { stopWriting } from "./page_write.js";
 
-export function showLadder() {
-  const { info, ladder } = page.gpu;
-  const slow = ". It is a software adapter, the processor in place of a graphics card: take small models.";
+export function showChoices() {
+  const { info, choices } = page.gpu;
+  const slow = ". It is a software adapter: the processor computes, not a graphics card, so take small models.";
   $("adapter").textContent = info.name + (info.fallback ? slow : "");
-  $("ladder").replaceChildren(...ladder.map(({ name, used, reason }) => make("tr", {},
+  $("choices").replaceChildren(...choices.map(({ name, used, reason }) => make("tr", {},
     make("td", {}, name), make("td", {}, used ? "✓ yes" : "– no"), make("td", {}, reason))));
 }
 
@@ -26,7 +26,7 @@ function measure() {
     try {
       const line = (text) => { figures.textContent += `${text}\n`; };
       const { text } = await during("measure", "Measuring", () =>
-        aloneWith(model, () => benchmark(page.gpu, model, line)));
+        queueWith(model, () => benchmark(page.gpu, model, line)));
       figures.textContent = text;
       $("copy").hidden = false;
       $("measured").textContent = "Measured.";
@@ -41,7 +41,7 @@ async function copy() {
     await navigator.clipboard.writeText($("figures").textContent);
     $("measured").textContent = $("copy").textContent = "Copied";
     setTimeout(() => { $("copy").textContent = "Copy as text"; }, 2000);
-  } catch {  // not allowed: mark it, for the person to copy
+  } catch {  // not allowed: select the text, so that the user can copy it
     getSelection().selectAllChildren($("figures"));
   }
 }

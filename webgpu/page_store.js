@@ -1,4 +1,5 @@
-// What outlives the tab: what was typed, in localStorage; training runs, in the browser's private folder (OPFS).
+// Storage beyond the life of the tab: of input fields, in localStorage; of training runs, in the origin private file system
+// (OPFS).
 
 import { $ } from "./page_common.js";
 
@@ -15,20 +16,20 @@ function kept() {
 export function remember(name, value) {
   try {
     localStorage.setItem(KEY, JSON.stringify({ ...kept(), [name]: value }));
-  } catch {}  // a full or forbidden store: the page works without
+  } catch {}  // the storage is full or forbidden: the page works without it
 }
 
 export const recall = (name) => kept()[name];
 
 const valueOf = (field) => field.type === "checkbox" ? field.checked : field.value;
 
-/** What is as it was at the start is not kept: so that a page with other defaults can have them. */
+/** Whether a field differs from its default. Others are not stored, so that a later version can change the defaults. */
 function isChanged(field) {
   if (field.type === "checkbox") return field.checked !== field.defaultChecked;
   return field.value !== (field.tagName === "SELECT" ? field.options[0].value : field.defaultValue);
 }
 
-/** Fields with data-keep are as they were left. */
+/** Restore the fields with data-keep, and store them when they change. */
 export function keepFields() {
   const values = kept().fields ?? {};
   let timer = 0;
@@ -53,8 +54,8 @@ export function keepFields() {
 
 // ---- files ----------------------------------------------------------------------------------------------------------
 
-// A run is kept as files with names of their own, and state.json says which of them belong together. It is written
-// last, and whole or not at all: a crash leaves the run as it was saved before.
+// A run is stored as files with new names, and state.json lists the files that belong together. state.json is replaced last,
+// in one step: after a crash it still lists the files of the previous save.
 
 async function folder() {
   const root = await navigator.storage.getDirectory();
@@ -67,7 +68,7 @@ async function put(where, name, content) {
   await writer.close();
 }
 
-/** files: {name: Blob or string}, of which null keeps the one of before; state: what JSON can hold. */
+/** Store a run. files: {name: Blob or string}, where null keeps the previous file; state: anything that JSON can hold. */
 export async function saveRun(files, state) {
   const where = await folder(), before = await readState(where), names = {};
   for (const [name, content] of Object.entries(files)) {
@@ -92,7 +93,7 @@ async function sweep(where, names) {
   }
 }
 
-/** {files: {name: File}, state} of the run that is kept, or null. */
+/** The stored run, {files: {name: File}, state}, or null. */
 export async function keptRun() {
   try {
     const where = await folder(), found = await readState(where);
@@ -103,7 +104,7 @@ export async function keptRun() {
     }
     return { files, state: found.state };
   } catch {
-    return null;  // no such store here, or one that is not whole: there is nothing to go on with
+    return null;  // the browser has no such storage, or a file is missing: no run can go on
   }
 }
 
@@ -113,7 +114,7 @@ export async function discardRun() {
   await sweep(where, []);
 }
 
-/** A large text, which localStorage would not hold. */
+/** Store a large text, which does not fit into localStorage. */
 export async function keepText(text) {
   const root = await navigator.storage.getDirectory();
   await put(root, "text.txt", text);

@@ -1,8 +1,8 @@
-// Training: the text, the settings, the run with its chart and samples, and what is kept of it should the tab close.
+// The training panel: the text, the settings, the run with its chart and samples, and storage of the run.
 
 import { UserError } from "./errors.js";
 import { configOf, parametersOf } from "./gpt.js";
-import { $, alone, attempt, count, doing, during, idsOf, lossIsKnown, make, many, needModel, notice, numberOf, onModel,
+import { $, queue, attempt, count, doing, during, idsOf, lossIsKnown, make, many, needModel, notice, numberOf, onModel,
   page } from "./page_common.js";
 import { lossChart, smooth } from "./page_draw.js";
 import { discardRun, keepText, keptRun, keptText, recall, remember, saveRun } from "./page_store.js";
@@ -10,10 +10,10 @@ import { isWriting, notWriting } from "./page_write.js";
 import { byteTokenizer, charTokenizer } from "./tokenizer.js";
 import { Trainer } from "./train.js";
 
-const SHOWN = 200_000;       // characters of a text that can be edited
+const SHOWN = 200_000;       // the largest number of characters of a text that can be edited
 const LARGEST = 50_000_000;  // bytes of a text
-const OFTEN = 20_000;        // milliseconds from save to save
-const SOON = 3_000;          // to the first one
+const OFTEN = 20_000;        // milliseconds between two saves
+const SOON = 3_000;          // milliseconds to the first save
 const SETTINGS = ["batch_size", "learning_rate", "max_iters"];
 const LARGER = { n_layer: 4, n_head: 4, n_embd: 128, block_size: 128, batch_size: 16, learning_rate: 0.003,
   max_iters: 1000, sample_every: 100 };
@@ -26,7 +26,7 @@ let run = null;
 
 const source = { name: "", text: null };  // text: one that is too long for its field; null: what the field holds
 let timer = 0;
-let before = "";  // what was typed, before another text took its place
+let before = "";  // the typed text that another text has replaced
 
 const textNow = () => source.text ?? $("text").value;
 
@@ -38,17 +38,17 @@ function setText(text, name) {
   $("text").value = long ? `${text.slice(0, 5000)}\n…` : text;
   $("text").readOnly = long;
   remember("text", { name, long, text: long ? "" : text });
-  if (long) keepText(text).catch(() => {});  // where there is no such store, the file has to be dropped again
+  if (long) keepText(text).catch(() => {});  // without such storage, the file must be dropped again next time
   describe();
 }
 
 async function recallText() {
   const kept = recall("text"), there = kept?.long ? await keptText() : kept?.text;
   const [text, name] = kept ? [there, kept.name] : await ownCode();
-  if (text !== null && !textNow()) setText(text, name);  // unless one was dropped meanwhile
+  if (text !== null && !textNow()) setText(text, name);  // unless a file was dropped meanwhile
 }
 
-/** A text to begin with, that is always at hand: this page's own. */
+/** A text to begin with, which is always available: the page's own code. */
 async function ownCode() {
   const parts = await Promise.all(OWN_CODE.map((name) => fetch(name).then((answer) => answer.ok ? answer.text() : "")));
   return [parts.join("\n"), "this page's own code"];
@@ -59,14 +59,14 @@ export async function takeText(file) {
   await attempt("train-wrong", async () => {
     let text;
     if (file.size > LARGEST) {
-      throw new UserError(`${file.name} is larger than ${LARGEST / 1e6} MB: take a part of it, or python train.py.`);
+      throw new UserError(`${file.name} is larger than ${LARGEST / 1e6} MB: take a part of it, or train with python train.py.`);
     }
     try {
       text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
     } catch {
       throw new UserError(`${file.name} is not in UTF-8: save it as a UTF-8 text.`);
     }
-    if (!text.trim()) throw new UserError(`${file.name} is empty: the text is as it was.`);
+    if (!text.trim()) throw new UserError(`${file.name} is empty: the text was not changed.`);
     setText(text.replaceAll("\r\n", "\n"), file.name);
   });
 }
@@ -77,14 +77,14 @@ function sizes() {
   const [n_layer, n_head, n_embd, block_size] = ["n_layer", "n_head", "n_embd", "block_size"].map(numberOf);
   const near = Math.max(1, Math.round(n_embd / 2 / n_head)) * 2 * n_head;
   if (n_embd % (2 * n_head)) {
-    throw new UserError(`A width of ${n_embd} cannot be shared out to ${n_head} heads of even width: take ${near}.`);
+    throw new UserError(`A width of ${n_embd} cannot be divided into ${n_head} heads of even width: take ${near}.`);
   }
   return { n_layer, n_head, n_embd, block_size };
 }
 
 let made = { text: null, tokenizer: null };
 
-/** charTokenizer(), once for each text: of a long one it takes half a second, and each key asks for it. */
+/** charTokenizer(), once for each text: for a long text it takes half a second, and it is needed after every key press. */
 function charactersOf(text) {
   if (made.text !== text) made = { text, tokenizer: charTokenizer(text) };
   return made.tokenizer;
@@ -96,14 +96,14 @@ function fromScratch(text) {
   return { tokenizer, config: configOf({ ...sizes(), vocab_size: Math.ceil(tokens / 64) * 64 }) };
 }
 
-/** What would be trained, in a line. */
+/** Describe the text and the size of the model in a line each. */
 function describe() {
   const text = textNow(), scratch = $("begin").value === "scratch";
   const part = source.text === null ? "" : "of which the first are shown";
   $("text-says").textContent = [source.name, `${count(text.length)} characters`, part].filter(Boolean).join(", ");
   for (const id of ["tokens", "n_layer", "n_head", "n_embd", "block_size"]) {
     $(id).disabled = isOpen();
-    $(id).parentElement.hidden = !scratch;  // the open model has its own
+    $(id).parentElement.hidden = !scratch;  // the open model has sizes of its own
   }
   let words = "";
   try {
@@ -121,7 +121,7 @@ function describe() {
 
 const isOpen = () => run !== null && run.state !== "ended";
 
-/** A device that is fast can have more to begin with. */
+/** Larger default settings for a fast device. */
 function defaults() {
   if (page.gpu.info.fallback) return;
   for (const [id, value] of Object.entries(LARGER)) {
@@ -131,7 +131,7 @@ function defaults() {
   }
 }
 
-/** A model that has learnt something is changed in smaller steps. */
+/** Other default settings for a model that is already trained: smaller steps, and on a slow device smaller batches. */
 function beginChanged() {
   const scratch = $("begin").value === "scratch", rate = $("learning_rate");
   if (!scratch && rate.value === rate.defaultValue) rate.value = 0.0005;
@@ -157,8 +157,8 @@ function start() {
     if (model && !model.enc) idsOf(model, text);
     const what = model ? { model } : fromScratch(text);
     end();
-    const trainer = await during("train", "Making ready", () =>
-      alone(() => Trainer.create(page.gpu, { ...what, text, ...settings })));
+    const trainer = await during("train", "Preparing", () =>
+      queue(() => Trainer.create(page.gpu, { ...what, text, ...settings })));
     begin({ trainer, text, name: source.name || "your text", train: [], held: [], samples: [], saved: 0 });
     await claim();
     await goOn();
@@ -173,29 +173,29 @@ function begin(parts) {
   $("download-says").hidden = true;
 }
 
-/** What was trained before gives its memory back. */
+/** Free the memory of the previous run. */
 function end() {
   run?.trainer.destroy();
   run?.release?.();
   run = null;
 }
 
-/** Only one tab can keep its run: the others are told so. */
+/** Claim the storage, which only one tab can use at a time; in other tabs, say so. */
 async function claim() {
   const mine = run;
   const tell = (words) => { $("train-says").textContent = words; };
   if (!navigator.locks || !navigator.storage?.getDirectory) {
-    return tell("This browser keeps nothing: download the model before you close the tab.");
+    return tell("This browser cannot store the run: download the model before you close the tab.");
   }
   await new Promise((got) => navigator.locks.request("tinygpt training", { ifAvailable: true }, (lock) => {
     mine.kept = Boolean(lock);
-    if (!lock) tell("Another tab is training, and only one run is kept: download this one before you close the tab.");
+    if (!lock) tell("Another tab is training, and only one run can be stored: download this one before you close the tab.");
     got();
     return lock ? new Promise((release) => { mine.release = release; }) : null;
   }));
 }
 
-/** Go on with other settings, as far as they can be changed. */
+/** Go on, with the settings that can be changed during a run. */
 function resume() {
   const { trainer } = run, max_iters = numberOf("max_iters");
   if (trainer.updates >= max_iters) {
@@ -221,7 +221,7 @@ async function goOn() {
     });
   } catch (error) {
     if (!(error instanceof UserError)) await lossIsKnown();
-    if (page.lost) end();  // what was saved is offered again, once there is a device
+    if (page.lost) end();  // once there is a device again, the page offers the run as it was last saved
     throw error;
   } finally {
     if (mine.state === "going") mine.state = "paused";
@@ -229,7 +229,7 @@ async function goOn() {
   }
   const all = trainer.updates >= trainer.settings.max_iters, ended = mine.state === "ended" ? "Stopped" : "Paused";
   $("train-says").textContent = `${all ? "All updates are done" : ended} at update ${count(trainer.updates)}.` +
-    (mine.kept ? " The run is kept in this browser until another one begins." : "");
+    (mine.kept ? " The run is stored in this browser until another one begins." : "");
 }
 
 async function letWrite() {
@@ -240,11 +240,11 @@ async function letWrite() {
 
 async function update(mine) {
   const { trainer } = mine, every = Number($("sample_every").value) || 50, began = performance.now();
-  const { step, loss, norm } = await alone(() => trainer.step());
+  const { step, loss, norm } = await queue(() => trainer.step());
   if (!Number.isFinite(loss) || !Number.isFinite(norm)) {
     mine.state = "ended";
-    throw new UserError(`At update ${step} the loss is no number any more: begin again with a smaller learning rate.` +
-      (mine.saved ? ` What is kept is update ${mine.saved}.` : ""));
+    throw new UserError(`At update ${step} the loss is not a number: begin again with a smaller learning rate.` +
+      (mine.saved ? ` Update ${mine.saved} is stored.` : ""));
   }
   const time = performance.now() - began;
   mine.perUpdate = mine.perUpdate ? 0.9 * mine.perUpdate + 0.1 * time : time;
@@ -256,7 +256,7 @@ async function update(mine) {
 }
 
 async function judge(mine) {
-  mine.held.push([mine.trainer.updates, await alone(() => mine.trainer.evaluate())]);
+  mine.held.push([mine.trainer.updates, await queue(() => mine.trainer.evaluate())]);
 }
 
 async function sample(mine) {
@@ -264,11 +264,11 @@ async function sample(mine) {
   let first = [enc.bos];
   try {
     first = [...enc.encode("\n")];
-  } catch {}  // a text of one line: there is no such character
+  } catch {}  // the text has one line, and its tokenizer no line break
   const ids = [], max_new_tokens = enc.kind === "bpe" ? 60 : 160;
   const tokens = trainer.model.generate(first, { max_new_tokens, temperature: 0.8, seed: step });
   for (;;) {
-    const { value, done } = await alone(() => tokens.next());
+    const { value, done } = await queue(() => tokens.next());
     if (done || value.token === enc.eot) break;
     ids.push(value.token);
   }
@@ -278,7 +278,7 @@ async function sample(mine) {
   if (mine === run) showSample(mine.samples.at(-1));
 }
 
-// ---- what is shown of it --------------------------------------------------------------------------------------------
+// ---- showing the run ------------------------------------------------------------------------------------------------
 
 function showSample({ step, loss, text }) {
   const title = make("b", {}, `update ${count(step)}, loss ${loss.toFixed(2)}`);
@@ -326,7 +326,7 @@ function show() {
   $("start").hidden = state === "going";
   $("pause").hidden = state !== "going";
   $("stop").hidden = !isOpen();
-  if (focused.hidden) (state === "going" ? $("pause") : $("start")).focus();  // for those who press keys
+  if (focused.hidden) (state === "going" ? $("pause") : $("start")).focus();  // for users of the keyboard
   for (const id of ["begin", "batch_size"]) $(id).disabled = isOpen();
   describe();
   showCourse();
@@ -341,15 +341,15 @@ function pause(state) {
 
 // ---- files ----------------------------------------------------------------------------------------------------------
 
-/** Keep the run, for the next time that this page is opened. */
+/** Store the run, so that it can go on when the page is opened again. */
 async function keep(mine) {
   if (!mine.kept || mine.saving || mine.saved === mine.trainer.updates) return;
   mine.saving = true;
   try {
     const { name, text, train, held, samples, trainer } = mine, { max_iters, learning_rate } = trainer.settings;
-    const { step, checkpoint, optimizer } = await alone(async () =>
+    const { step, checkpoint, optimizer } = await queue(async () =>
       ({ step: trainer.updates, ...await trainer.save() }));
-    const upTo = (points) => points.filter(([at]) => at <= step);  // others may have come meanwhile
+    const upTo = (points) => points.filter(([at]) => at <= step);  // there may be newer ones meanwhile
     const state = { name, step, settings: { max_iters, learning_rate }, train: upTo(train), held: upTo(held),
       samples: samples.filter((each) => each.step <= step), when: Date.now() };
     await saveRun({ checkpoint, optimizer, text: mine.textKept ? null : text }, state);
@@ -357,9 +357,9 @@ async function keep(mine) {
   } catch (error) {
     await lossIsKnown();
     if (page.lost) throw error;
-    mine.kept = false;  // a full disk, most likely: go on without
+    mine.kept = false;  // the disk is full, most likely: go on without storage
     console.warn(error);
-    $("train-says").textContent = "The run could not be kept in this browser (is its storage full?): download it " +
+    $("train-says").textContent = "The run could not be stored in this browser (is its storage full?): download it " +
       "before you close the tab.";
   } finally {
     mine.saving = false;
@@ -368,7 +368,7 @@ async function keep(mine) {
 
 let offer = null;
 
-/** On opening: the run that is kept, if there is one and no other tab has it. */
+/** When the page opens: offer the stored run, if there is one and no other tab uses it. */
 export async function offerRun() {
   defaults();
   offer?.remove();
@@ -378,18 +378,18 @@ export async function offerRun() {
   if (!kept || run) return;
   const { name, step, settings, when } = kept.state;
   const time = new Date(when).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
-  const words = `A training run on ${name} is kept from ${time}, update ${count(step)} of ` +
+  const words = `A training run on ${name} was stored at ${time}: update ${count(step)} of ` +
     `${count(settings.max_iters)}.`;
   offer = notice(words, { Continue: () => goOnWith(kept), Discard: () => discardRun() });
 }
 
 function goOnWith({ files, state }) {
   document.dispatchEvent(new CustomEvent("choose", { detail: "train" }));
-  $("tab-train").focus();  // as the notice's button is gone
+  $("tab-train").focus();  // the button that had the focus is gone
   return attempt("train-wrong", async () => {
     if (!page.gpu) needModel();
     const text = await files.text.text(), { checkpoint, optimizer } = files;
-    const trainer = await during("train", "Making ready", () => alone(() =>
+    const trainer = await during("train", "Preparing", () => queue(() =>
       Trainer.create(page.gpu, { resume: { checkpoint, optimizer }, text, ...state.settings })));
     const { name, train, held, samples } = state;
     begin({ trainer, text, name, train, held, samples, saved: trainer.updates, textKept: true });
@@ -403,7 +403,7 @@ function goOnWith({ files, state }) {
 
 function download() {
   return attempt("train-wrong", async () => {
-    const { checkpoint, name, optimizer, optimizerName } = await alone(() => run.trainer.save());
+    const { checkpoint, name, optimizer, optimizerName } = await queue(() => run.trainer.save());
     for (const [blob, file] of [[checkpoint, name], [optimizer, optimizerName]]) {
       const url = URL.createObjectURL(blob);
       make("a", { href: url, download: file }).click();
@@ -415,10 +415,10 @@ function download() {
   });
 }
 
-/** Write with what was trained, and look inside. */
+/** Open the trained model, for writing and for the other panels. */
 function adopt() {
   return attempt("train-wrong", async () => {
-    const { checkpoint } = await alone(() => run.trainer.save());
+    const { checkpoint } = await queue(() => run.trainer.save());
     const file = new File([checkpoint], `trained-${run.trainer.updates}.safetensors`);
     document.dispatchEvent(new CustomEvent("checkpoint", { detail: file }));
   });

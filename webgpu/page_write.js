@@ -1,21 +1,21 @@
-// Writing: the text as it comes, and what the model had considered at each token.
+// Writing: shows the text as it is generated, and for each token the candidates that the model gave a high probability.
 
-import { $, aloneWith, attempt, count, during, heard, idsOf, make, needModel, numberOf } from "./page_common.js";
+import { $, queueWith, attempt, count, during, heard, idsOf, make, needModel, numberOf } from "./page_common.js";
 import { bars } from "./page_draw.js";
 
-// The sheet: the ids of the prompt, and for each token that follows {id, top, forced, node}. enc is the tokenizer of
-// the model that wrote it; at: the token that is looked at, null: always the newest.
+// The sheet holds the ids of the prompt, and for each token after it {id, top, forced, node}. enc: the tokenizer of the model
+// that wrote it; at: the index of the token that is looked at, null: the newest one.
 const sheet = { prompt: [], written: [], enc: null, model: null, at: null, stream: null };
-let current = null;  // the writing that goes on: {abort, done}
+let current = null;  // the generation that is going on: {abort, done}
 let frame = 0;
 let tellBegun;
 
-/** Settles once there are a few words to read, or it is clear that none come. */
+/** Settles once there are a few words to read, or the generation has ended without them. */
 export const begun = new Promise((resolve) => { tellBegun = resolve; });
 
 export const isWriting = () => current !== null;
 
-/** Settles once nothing is being written. */
+/** Settles once no text is being generated. */
 export async function notWriting() {
   while (current) await current.done;
 }
@@ -25,7 +25,8 @@ export async function stopWriting() {
   await notWriting();
 }
 
-/** Begin a new text with the prompt. If the page does so by itself, a prompt that the model cannot read is left out. */
+/** Generate a new text from the prompt. byItself: nobody has pressed a button; a prompt that the model cannot read is then
+ *  left out. */
 export async function beginText({ byItself = false } = {}) {
   await attempt("write-wrong", async () => {
     const model = needModel(), options = settings();
@@ -45,7 +46,7 @@ export async function beginText({ byItself = false } = {}) {
   tellBegun();
 }
 
-/** Cut the text at its i-th token, put another one there, and go on. */
+/** Cut the text before its i-th token, put another token there, and go on. */
 function take(i, id) {
   return attempt("write-wrong", async () => {
     const model = needModel(), options = settings();
@@ -93,10 +94,10 @@ async function drawTokens(options, signal) {
   const tokens = model.generate(ids, { ...options, signal, probabilities: true });
   let began = 0;
   for (;;) {
-    const { value, done } = await aloneWith(model, () => tokens.next());
+    const { value, done } = await queueWith(model, () => tokens.next());
     if (done || signal.aborted) break;
     if (value.token === sheet.enc?.eot) {
-      $("sheet").append(make("span", { class: "end" }, " – here its text ends –"));
+      $("sheet").append(make("span", { class: "end" }, " – the model ends its text here –"));
       break;
     }
     began ||= performance.now();
@@ -111,7 +112,7 @@ async function drawTokens(options, signal) {
 
 // ---- the sheet ------------------------------------------------------------------------------------------------------
 
-/** A stream that has heard all that stands on the sheet: a character may be cut between two tokens. */
+/** A decoder that has decoded the whole sheet: a character may be cut between two tokens. */
 function restream() {
   sheet.stream = sheet.enc?.stream();
   sheet.written.forEach(({ id }) => sheet.stream?.push(id));
@@ -133,7 +134,7 @@ function append(entry) {
   if (atEnd) view.scrollTop = view.scrollHeight;
 }
 
-/** The bars and the slider, of the token that is looked at. */
+/** Show the bars and the slider for the token that is looked at. */
 function draw() {
   frame = 0;
   const n = sheet.written.length, i = Math.min(sheet.at ?? n - 1, n - 1), entry = sheet.written[i];
@@ -189,7 +190,7 @@ function listen() {
   });
 }
 
-/** What stands on the sheet before the token that is looked at, or all; its end, for the panels show every token. */
+/** The text before the token that is looked at, or all of it; only its last tokens, as the panels show every token. */
 export function textSoFar() {
   if (!sheet.enc) return "";
   const before = sheet.written.slice(0, sheet.at ?? sheet.written.length);

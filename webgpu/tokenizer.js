@@ -1,4 +1,4 @@
-// From text to token ids and back: id for id what tokenizer.py does, from the dict that a checkpoint's header holds.
+// From text to token ids and back, with the same ids as tokenizer.py, by the dict in a checkpoint's header.
 //
 //   const enc = new Tokenizer(meta.tokenizer);
 //   enc.decode(enc.encode("def main"))
@@ -25,15 +25,15 @@ export class Tokenizer {
     this.encode = encoder(tokens, dict.pattern);
   }
 
-  /** The text of token ids; what is no UTF-8 becomes U+FFFD. An id beyond the vocabulary is padding, without text. */
+  /** The text of token ids. Bytes that are not UTF-8 become U+FFFD. An id beyond the vocabulary is padding, without text. */
   decode(ids) {
     const stream = this.stream();
     return Array.from(ids, stream.push).join("") + stream.end();
   }
 
-  /** For text that comes token by token: push(id) gives what is complete, end() what is left of a cut character. */
+  /** For text that comes token by token: push(id) returns the characters that are complete, end() the rest of a cut one. */
   stream() {
-    const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // or else a U+FEFF at the start would be dropped
+    const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // ignoreBOM keeps a U+FEFF at the start
     return {
       push: (id) => decoder.decode(this.pieces[id] ?? NOTHING, { stream: true }),
       end: () => decoder.decode(),
@@ -54,7 +54,7 @@ export function charTokenizer(text) {
   return { kind: "char", tokens, special: { [EOT]: tokens.length }, pattern: "" };
 }
 
-/** UserError if a dict is none that this page can use. */
+/** UserError if a dict is not one that this page can use. */
 function check(dict) {
   if (!dict) throw new UserError("This checkpoint holds no tokenizer: it cannot read or write text.");
   const { kind, tokens, special, pattern, bos, eot } = dict;
@@ -74,8 +74,8 @@ function check(dict) {
 }
 
 // ---- bytes ----------------------------------------------------------------------------------------------------------
-// Where bytes are looked up they are "binary strings", a character U+0000 to U+00FF for each byte, as a Map finds
-// strings by what they hold, and typed arrays only by identity.
+// Bytes that are keys of a Map are "binary strings", with a character U+0000 to U+00FF for each byte, since a Map compares
+// strings by their content, and typed arrays only by identity.
 
 const byteOf = (character) => character.charCodeAt(0);
 
@@ -92,10 +92,10 @@ function binary(text) {
   if (/^[\0-\x7f]*$/.test(text)) return text;
   const bytes = new TextEncoder().encode(text), parts = [];
   for (let i = 0; i < bytes.length; i += 8192) parts.push(String.fromCharCode(...bytes.subarray(i, i + 8192)));
-  return parts.join(""); // in parts, as a call takes only so many arguments
+  return parts.join(""); // in parts, as the number of arguments is limited
 }
 
-/** A text with the escapes of Python's unicode_escape. */
+/** A text with the escape sequences of Python's unicode_escape. */
 function escaped(text) {
   const names = { "\t": "\\t", "\n": "\\n", "\r": "\\r", "\\": "\\\\" };
   return text.replace(/[^ -[\]-~]/gu, (character) => {
@@ -106,10 +106,10 @@ function escaped(text) {
 
 // ---- byte, char, hf -------------------------------------------------------------------------------------------------
 
-// Each takes the tokens, as binary strings, and returns the function that encodes.
+// Each of these takes the tokens, as binary strings, and returns a function that encodes a text.
 
 function byteEncoder() {
-  return (text) => Uint32Array.from(new TextEncoder().encode(text)); // which itself makes U+FFFD of half a pair
+  return (text) => Uint32Array.from(new TextEncoder().encode(text)); // it replaces half a surrogate pair by U+FFFD itself
 }
 
 function charEncoder(tokens) {
@@ -130,8 +130,8 @@ function charEncoder(tokens) {
 
 function hfEncoder() {
   return () => {
-    throw new UserError("This checkpoint's tokenizer is run by a Python package, so the page can show what the model " +
-      "writes but cannot read a text for it: use sample.py.");
+    throw new UserError("This checkpoint's tokenizer is run by a Python package, so that the page can show what the " +
+      "model writes, but cannot encode a text for it: use sample.py.");
   };
 }
 
@@ -141,16 +141,16 @@ function bpeEncoder(tokens, pattern) {
   const ranks = new Map();
   let longest = 0, regex;
   tokens.forEach((token, id) => {
-    if (token) ranks.set(token, id); // an empty one is a gap
+    if (token) ranks.set(token, id); // an empty token stands for an id that is not used
     longest = Math.max(longest, token.length);
   });
   return (text) => {
-    regex ??= wordRegex(pattern ?? ""); // not before: where the page cannot run it, it can still decode
+    regex ??= wordRegex(pattern ?? ""); // made only now: without it, the page can still decode
     const well = text.toWellFormed(), seen = withoutFalsePairs(well), ids = [];
-    const known = new Map(); // a text repeats most of its words; it is forgotten then, as its keys hold the whole text
+    const known = new Map(); // most words of a text repeat; the Map is dropped after it, as its keys keep the text in memory
     try {
       checkBlanks(well, well === text ? 999_999 : 50_000);
-      for (const { 0: { length }, index } of seen.matchAll(regex)) { // what it leaves out is left out, as in tiktoken
+      for (const { 0: { length }, index } of seen.matchAll(regex)) { // text that it does not match is left out, as in tiktoken
         const word = well.slice(index, index + length);
         let found = known.get(word);
         if (!found) known.set(word, found = encodeWord(binary(word), ranks, longest));
@@ -165,14 +165,15 @@ function bpeEncoder(tokens, pattern) {
   };
 }
 
-/** The ids of a word: of its two neighbours whose union has the lowest id (rank), and of such the leftmost, again and
- *  again. A heap finds them, so that a word of a megabyte takes a second and not an hour. */
+/** The ids of a word. The two neighbouring parts whose union is the token with the lowest id (its rank) are merged, the
+ *  leftmost first where several are equal, until there are none. A heap finds them, so that a word of a megabyte takes a
+ *  second and not an hour. */
 function encodeWord(word, ranks, longest) {
   const whole = ranks.get(word);
-  if (whole !== undefined) return [whole]; // as tiktoken does, even where no merges lead there
+  if (whole !== undefined) return [whole]; // as in tiktoken, even if no merges lead to it
   const n = word.length, end = new Int32Array(n), previous = new Int32Array(n);
-  const rank = new Int32Array(n); // of the part that begins here together with the next; -1 if they are no token
-  const heap = []; // rank * 2^31 + place: the smallest is the next to be merged, if it is still true
+  const rank = new Int32Array(n); // of the part that begins here joined with the next part; -1 if that is not a token
+  const heap = []; // of rank * 2^31 + place: the smallest is merged next, if it is still valid
   const look = (place) => {
     const next = end[place], last = next < n ? end[next] : Infinity;
     rank[place] = last - place > longest ? -1 : ranks.get(word.slice(place, last)) ?? -1;
@@ -185,7 +186,7 @@ function encodeWord(word, ranks, longest) {
   }
   while (heap.length) {
     const key = pop(heap), place = key % 2 ** 31;
-    if (rank[place] !== Math.floor(key / 2 ** 31)) continue; // one of the two has become another part since
+    if (rank[place] !== Math.floor(key / 2 ** 31)) continue; // one of the two parts has changed since
     const next = end[place];
     rank[next] = -1; // no part begins there any more
     end[place] = end[next];
@@ -220,21 +221,21 @@ function pop(heap) {
   return smallest;
 }
 
-/** UserError for a run of blanks that tokenizer.py cuts, which gives other ids: its regex engine cannot take a million;
- *  and in a text with half of a surrogate pair, which it cannot take either, 50,000 are cut along the way. */
+/** UserError for a run of blanks that tokenizer.py cuts, which gives other ids: its regex engine cannot handle a million,
+ *  and it cuts 50,000 in a text with half a surrogate pair. */
 function checkBlanks(text, limit) {
   for (const [blanks] of text.length < limit ? [] : text.matchAll(/[\p{White_Space}\x1c-\x1f]{1000,}/gu)) {
     if (blanks.length >= limit) throw new UserError(`The text has ${blanks.length} blanks in a row: leave some out.`);
   }
 }
 
-const LIKE = [ // what may stand for another character of its kind
+const LIKE = [ // for each kind of character, one that may replace another of that kind
   [/\p{Script=Han}/u, "\u4e00"], [/\p{Lo}/u, "\u05d0"], [/\p{Ll}/u, "\u0149"], [/\p{M}/u, "\u05bf"],
   [/\p{S}/u, "\u2212"], [/\p{Co}/u, "\ue000"], [/\p{Cn}/u, "\ufdd0"],
 ];
 
-/** A text with the same words, for the regex. WebKitGTK 2.50 reads one of U+F800 to U+FBFF (forms of Arabic and
- *  Chinese letters) before one from U+FC00 on (a wide comma) as a surrogate pair, which is another character. */
+/** A text with the same word boundaries, for the regex. WebKitGTK 2.50 takes a character from U+F800 to U+FBFF (forms of
+ *  Arabic and Chinese letters) before one from U+FC00 on (a wide comma) for a surrogate pair, which is another character. */
 function withoutFalsePairs(text) {
   return text.replace(/[\uf800-\ufbff](?=[\ufc00-\uffff])/g, (character) =>
     LIKE.find(([kind]) => kind.test(character))[1]);
@@ -242,18 +243,18 @@ function withoutFalsePairs(text) {
 
 // ---- the regex that cuts a text into words --------------------------------------------------------------------------
 
-const SETS = { // what Rust means by them, written so that it fits inside a class, too
-  s: "\\p{White_Space}", // JavaScript's own has U+FEFF, which is no blank in Unicode, and lacks U+0085, which is one
+const SETS = { // the characters that Rust means by these, written so that they fit inside a class
+  s: "\\p{White_Space}", // JavaScript's \s has U+FEFF, which is not a blank in Unicode, and lacks U+0085, which is one
   d: "\\p{Nd}", // the digits of all scripts
   w: "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}",
 };
 const CONTROLS = { n: "\n", r: "\r", t: "\t", f: "\f", v: "\v", a: "\x07" };
 
-/** The RegExp that matches what a regex matches in Rust's fancy-regex. It knows what tokenizers use; anything else is a
- *  UserError, as a regex that is almost the same would give other tokens than the model was trained on.
+/** The RegExp that matches what a regex matches in Rust's fancy-regex. It translates the syntax that tokenizers use. For any
+ *  other syntax it throws a UserError, since a regex that is not quite equal would give other tokens than in training.
  *
- *  What differs: JavaScript has no possessive quantifiers; (?i:...) is too new for some browsers; \s, \d, \w and . mean
- *  other characters; and with the u flag most escapes of signs are errors.
+ *  The differences are: JavaScript has no possessive quantifiers; (?i:...) is too new for some browsers; \s, \d, \w and .
+ *  mean other characters; and with the u flag most escapes of punctuation are errors.
  */
 export function wordRegex(pattern) {
   let i = 0;
@@ -261,7 +262,7 @@ export function wordRegex(pattern) {
   const unknown = (what) => new UserError(
     `This checkpoint's tokenizer has ${what} in its regex, which the page cannot run: use sample.py.`);
 
-  /** Goes past what a sticky RegExp matches here; null if it matches nothing. */
+  /** The match of a sticky RegExp at the current position, which moves behind it; null if there is no match. */
   function take(regex) {
     regex.lastIndex = i;
     const match = regex.exec(pattern);
@@ -282,8 +283,8 @@ export function wordRegex(pattern) {
     refuseQuantifier();
     const [whole, sign, least, most = least, lazy, possessive] = repeat;
     if (!possessive) return source + whole;
-    // X++ never gives back what it took, which is all X there are: where it stops there is none, or it has enough. (The
-    // shorter ways, to look for a group and then refer to it, or X{2}|X, WebKitGTK 2.50 does not always get right.)
+    // X++ matches as many X as there are and never fewer: after it comes no further X, or it has as many as it may. (There
+    // are shorter ways, a lookahead with a group and a reference to it, or X{2}|X, but WebKitGTK 2.50 has bugs in them.)
     if (!single || lazy) throw unknown(`the possessive ${whole} after more than a character`);
     if (sign === "*" || sign === "+" || !most && sign !== "?") return `${source}${sign}(?!${source})`;
     const upTo = (n) => n > 0 ? `(?:${source}${upTo(n - 1)}|(?!${source}))` : "";
@@ -303,7 +304,7 @@ export function wordRegex(pattern) {
     if (take(/\[/y)) return characterClass(anyCase);
     const opening = take(/\((\?(?:i?:|<?[=!]))?/y);
     if (opening) {
-      const kind = opening[1] ?? "?:"; // what a plain group captures is of no use here
+      const kind = opening[1] ?? "?:"; // a plain group need not capture here
       if (pattern[i] === "?") throw unknown(`the group (${pattern.slice(i, i + 3)}`);
       const source = alternatives(anyCase || kind === "?i:");
       if (!take(/\)/y)) throw unknown("a group without end");
@@ -324,7 +325,7 @@ export function wordRegex(pattern) {
       const { set, character: first } = element(anyCase);
       if (set) {
         source += set;
-      } else if (!take(/-(?![-\]])/y)) { // a - at the end is itself
+      } else if (!take(/-(?![-\]])/y)) { // a - at the end stands for itself
         source += sameLetters(first, anyCase).map(literal).join("");
       } else {
         const { character: last } = element(anyCase);
@@ -336,7 +337,7 @@ export function wordRegex(pattern) {
     return `[${source}]`;
   }
 
-  /** The next character, or the set that an escape stands for, as it is written in a class. */
+  /** The next character, or the set that an escape sequence stands for, as it is written in a class. */
   function element(anyCase) {
     const character = take(/[^\\]/uy);
     if (character) return { character: character[0] };
@@ -368,11 +369,11 @@ export function wordRegex(pattern) {
     throw unknown(property[0]);
   }
 
-  /** What (?i:...) takes for the same letter, in Unicode's simple case folding. */
+  /** The letters that (?i:...) treats as equal to one, by Unicode's simple case folding. */
   function sameLetters(character, anyCase) {
-    if (!anyCase || /[\p{P}\p{Z}\p{Nd}]/u.test(character)) return [character]; // which have no case
+    if (!anyCase || /[\p{P}\p{Z}\p{Nd}]/u.test(character)) return [character]; // these have no case
     if (character > "\x7f") throw unknown(`${character} in (?i:...)`);
-    const strange = { s: ["\u017f"], k: ["\u212a"] }; // the long s, the sign of kelvin: of ASCII's letters no others
+    const strange = { s: ["\u017f"], k: ["\u212a"] }; // the long s and the kelvin sign; no other letter folds to ASCII
     const lower = character.toLowerCase();
     return [...new Set([lower, lower.toUpperCase(), ...strange[lower] ?? []])];
   }
@@ -383,7 +384,7 @@ export function wordRegex(pattern) {
     return letters.filter((letter) => first <= letter && letter <= last);
   }
 
-  /** A character as a RegExp has it, inside a class or not. */
+  /** A character as it is written in a RegExp, inside a class or not. */
   function literal(character) {
     return /^[\dA-Za-z]$/.test(character) ? character : `\\u{${character.codePointAt(0).toString(16)}}`;
   }
@@ -393,9 +394,9 @@ export function wordRegex(pattern) {
   let regex;
   try {
     regex = new RegExp(source, "gu");
-  } catch (error) { // a quantifier of what has no width, a property that this browser does not know
+  } catch (error) { // such as a quantifier of a lookahead, or a property that this browser does not know
     throw unknown(`what this browser refuses (${error.message})`);
   }
-  if (regex.test("")) throw unknown("a way to match nothing"); // which tiktoken cannot run, either
+  if (regex.test("")) throw unknown("a way to match nothing"); // tiktoken cannot run that either
   return regex;
 }

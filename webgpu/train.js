@@ -1,10 +1,10 @@
-// Training: forward, backward, clipping and AdamW on the device, as train.py --optimizer=adamw does it.
+// Training: forward pass, backward pass, clipping and AdamW on the device, as train.py --optimizer=adamw does them.
 //
 //   const trainer = await Trainer.create(gpu, { model, text });        // or { config, tokenizer, text }: from scratch
 //   while (trainer.updates < 500) show(await trainer.step());
 //   const { checkpoint, optimizer } = await trainer.save();            // what train.py --resume=True takes
 //
-// All parameters lie in one buffer, matrices first; so do their gradients, and their two moments.
+// All parameters are in one buffer, matrices first; another one holds their gradients, and a third their two moments.
 
 import { UserError } from "./errors.js";
 import { Plan } from "./gpu.js";
@@ -14,23 +14,23 @@ import { Tokenizer } from "./tokenizer.js";
 
 const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
   beta1: 0.9, beta2: 0.95, seed: 1337 };
-const LOGITS = 2 ** 24;  // that exist at a time
+const LOGITS = 2 ** 24;  // that are in memory at a time
 export class Trainer {
-  /** model: a GPT to start from, packed or not (its weights are unpacked); or config and tokenizer, to start from chance.
-   *  text: what to learn, or ids, its tokens; the last tenth is held out. resume: {checkpoint, optimizer}, files of save().
-   *  The rest: DEFAULTS. */
+  /** model: a GPT to start from (quantized weights are unpacked); or config and tokenizer, to start from random weights.
+   *  text: to learn from, or ids, its tokens; the last tenth is held out. resume: {checkpoint, optimizer}, files of save().
+   *  settings: see DEFAULTS. */
   static async create(gpu, { model, config, tokenizer, text, ids, resume, ...settings }) {
     const trainer = new Trainer();
     const blob = resume?.checkpoint ?? model?.blob;
     const { meta } = blob ? await readHeader(blob) : { meta: { config, tokenizer } };
-    if (resume && meta.script !== "train.py") throw new UserError("This checkpoint is not from a training run: it cannot be resumed.");
+    if (resume && meta.script !== "train.py") throw new UserError("This checkpoint is not from a training run: its training cannot go on.");
     const architecture = configOf(meta.config);
     if (!meta.tokenizer) throw new UserError("This checkpoint holds no tokenizer: it cannot read a text.");
     Object.assign(trainer, { gpu, meta, config: architecture, settings: { ...DEFAULTS, ...(resume && meta.settings), ...settings } });
     trainer.updates = resume ? meta.step : 0;
     trainer.losses = { train: null, val: null, bits_per_byte: null, best_val: null, ...(resume && meta.losses) };
     trainer.enc = new Tokenizer(meta.tokenizer);
-    trainer.share(ids ?? trainer.enc.encode(text));
+    trainer.split(ids ?? trainer.enc.encode(text));
     try {
       await gpu.guard(async () => {
         await trainer.layOut(blob, resume?.optimizer);
@@ -43,12 +43,12 @@ export class Trainer {
     return trainer;
   }
 
-  /** Token ids to learn from, and to be judged by. */
-  share(ids) {
+  /** Split token ids into those to learn from and those held out for evaluation. */
+  split(ids) {
     const T = this.config.block_size, part = Math.max(T + 1, Math.ceil(ids.length / 10));
     if (ids.length < 2 * (T + 1) + 2) {
       throw new UserError(`The text has ${ids.length} tokens, and windows of ${T} need at least ${2 * (T + 1) + 2}: ` +
-        "give a longer text, or take a shorter context.");
+        "give a longer text, or a shorter context.");
     }
     this.tokens = ids.slice(0, ids.length - part);
     this.held_out = ids.slice(ids.length - part);
@@ -56,7 +56,7 @@ export class Trainer {
 
   // ---- parameters ---------------------------------------------------------------------------------------------------
 
-  /** Where each parameter lies, what it is at the start, and what the optimizer remembers of it. */
+  /** Lay the parameters out in one buffer (places: name -> {shape, at, size}), with their values and moments at the start. */
   async layOut(blob, optimizer) {
     const shapes = [...parametersOf(this.config)];
     shapes.sort(([, a], [, b]) => b.length - a.length);  // matrices first; else in order
@@ -66,7 +66,7 @@ export class Trainer {
       if (shape.length === 1) this.decayed ??= at;
       const size = shape.reduce((a, b) => a * b);
       this.places.set(name, { shape, at, size });
-      at += Math.ceil(size / 64) * 64;  // buffers can be bound at multiples of 256 bytes only
+      at += Math.ceil(size / 64) * 64;  // a buffer can be bound only at multiples of 256 bytes
     }
     this.n = at;
     const values = new Float32Array(at), moments = new Float32Array(2 * at);
@@ -115,13 +115,13 @@ export class Trainer {
     const d = this.d = plan.scratch(4 * R * C), d_h = plan.scratch(4 * R * C);
 
     const forward = (plan) => model.forward(plan, { B, T, tokens: this.inputs, at, rooms: (layer) => rooms[layer], embedded });
-    const judge = (plan, x, learn) => {  // the loss, and d_h, in chunks of rows: all logits at once may be too many
+    const addLoss = (plan, x, learn) => {  // the loss, and with `learn` d_h, in chunks of rows: all logits may need too much memory
       model.norm(plan, "norm", x, h, R, C);
       for (let start = 0; start < R; start += rows) {
         const n = Math.min(rows, R - start);
         const part = (buffer, width) => ({ buffer, offset: 4 * start * width, size: 4 * n * width });
         gpu.linear(plan, { ...head, bias: undefined }, part(h, C), logits, n, { ACCUMULATE: false });
-        plan.add("loss", learn ? {} : { JUDGE: true }, [n, this.config.vocab_size, 1 / R, this.config.softcap], [part(this.targets, 1), logits, part(losses, 1)], gpu.groups(n));
+        plan.add("loss", learn ? {} : { EVALUATE: true }, [n, this.config.vocab_size, 1 / R, this.config.softcap], [part(this.targets, 1), logits, part(losses, 1)], gpu.groups(n));
         if (learn) {
           this.weightGradient(plan, part(h, C), logits, head_name, n, start > 0);
           this.inputGradient(plan, head, logits, part(d_h, C), n);
@@ -131,7 +131,7 @@ export class Trainer {
     };
     this.loss = plan.scratch(16);
     const x = forward(plan);
-    judge(plan, x, true);
+    addLoss(plan, x, true);
     this.backward(plan, { B, T, R, at, rooms, embedded, x, d, d_h });
     plan.add("sum_squares", {}, [this.n], [this.gradients, this.parts], [256]);
     plan.add("column_sum", {}, [256, 1], [gpu.none, this.parts, gpu.none, this.squares], [1]);
@@ -139,12 +139,12 @@ export class Trainer {
       [this.now, this.squares, this.gradients, this.moments, this.values], gpu.threads(this.n));
     await plan.ready();
 
-    this.judging = new Plan(gpu);
-    judge(this.judging, forward(this.judging), false);
-    await this.judging.ready();
+    this.evaluation = new Plan(gpu);
+    addLoss(this.evaluation, forward(this.evaluation), false);
+    await this.evaluation.ready();
   }
 
-  /** dW = dy^T x of a matrix, and its bias's gradient; `more` is added to what is there. */
+  /** dW = dy^T x of a matrix, and the gradient of its bias. more: add dW to the buffer's contents. */
   weightGradient(plan, x, dy, name, R, more = false) {
     const { shape: [rows, width] } = this.places.get(name), bias = this.gradient(name.replace("weight", "bias"));
     this.gpu.linear(plan, { buffer: x, rows, width }, dy, this.gradient(name), rows,
@@ -157,7 +157,7 @@ export class Trainer {
     this.gpu.linear(plan, weight, dy, dx, R, { TRANSPOSE_W: true, ACCUMULATE: more, N: weight.width, K: weight.rows });
   }
 
-  /** dx of norm.wgsl, or with `more` dx += it, and the gradients of its weight and bias. */
+  /** The gradient dx of a norm's input, which with `more` is added to dx, and those of its weight and bias. */
   normGradient(plan, path, x, dy, dx, R, C, more) {
     const { gpu } = this, LAYER = this.config.norm === "layer" && !/[qk]_norm$/.test(path);
     const statistics = this.statistics[R] ??= plan.scratch(8 * R), bias = this.gradient(`${path}.bias`);
@@ -168,7 +168,8 @@ export class Trainer {
     if (bias) plan.add("column_sum", {}, [R, C], [gpu.none, dy, gpu.none, bias], groups);
   }
 
-  /** From d_h, the gradient of the last norm's output, to all others. x: the stream after the last block. */
+  /** Add the steps of the backward pass, from d_h, the gradient of the last norm's output. x: the stream after the last
+   *  block. */
   backward(plan, { B, T, R, at, rooms, embedded, x, d, d_h }) {
     const { gpu, model, config } = this, { n_embd: C, n_head: H, n_kv_head: KV, head_dim: D, ffn_dim: F, n_layer } = config;
     const weight = (path) => model.weights.get(path), size = (width) => plan.scratch(4 * R * width);
@@ -178,7 +179,7 @@ export class Trainer {
     this.normGradient(plan, "norm", x, d_h, d, R, C, false);
     for (let layer = n_layer - 1; layer >= 0; layer--) {
       const room = rooms[layer], path = `blocks.${layer}`, entered = layer ? rooms[layer - 1].mlp : embedded;
-      // the MLP: d is the gradient of what the block gives on
+      // the MLP: d is the gradient of the block's output
       this.weightGradient(plan, room.act, d, `${path}.mlp.down.weight`, R);
       this.inputGradient(plan, weight(`${path}.mlp.down`), d, d_act, R);
       plan.add("activation_backward", { KIND: KINDS[config.mlp] }, [R * F], [room.gate ?? room.up, room.up, d_act, room.gate ? d_gate : gpu.trash], gpu.threads(R * F));
@@ -189,7 +190,7 @@ export class Trainer {
         this.inputGradient(plan, weight(`${path}.mlp.gate`), d_gate, d_h, R, true);
       }
       this.normGradient(plan, `${path}.mlp_norm`, room.attn, d_h, d, R, C, true);
-      // attention: d is the gradient of the stream between the two
+      // attention: d is the gradient of the stream between attention and MLP
       this.weightGradient(plan, room.o, d, `${path}.attn.out.weight`, R);
       this.inputGradient(plan, weight(`${path}.attn.out`), d, d_o, R);
       const q = room.qr ?? room.qn ?? room.q, k = room.kr ?? room.kn ?? room.k;
@@ -215,17 +216,17 @@ export class Trainer {
       this.normGradient(plan, `${path}.attn_norm`, entered, d_h, d, R, C, true);
     }
     const embed = this.gradient("embed.weight");
-    if (!config.tie) plan.add("ablate", {}, [config.vocab_size, C, 0, C], [gpu.none, embed], gpu.threads(C));  // zeros: most ids are not in a batch
+    if (!config.tie) plan.add("ablate", {}, [config.vocab_size, C, 0, C], [gpu.none, embed], gpu.threads(C));  // set to 0, as a batch has gradients only for its own ids
     plan.add("embed_backward", {}, [C, R], [this.lists, d, embed], gpu.threads(R * C));
     if (config.pos === "learned") {
-      const rows = Array.from({ length: R }, (_, i) => (i % B) * T + Math.floor(i / B));  // of a position after the other
+      const rows = Array.from({ length: R }, (_, i) => (i % B) * T + Math.floor(i / B));  // the rows of position 0, then of position 1, ...
       const lists = plan.scratch(Uint32Array.from([T, ...Array.from({ length: T }, (_, t) => t), ...Array.from({ length: T + 1 }, (_, t) => t * B), ...rows]));
       plan.add("embed_backward", { ACCUMULATE: false }, [C, T], [lists, d, this.gradient("pos_embed.weight")], gpu.threads(T * C));
     }
   }
 
-  /** Windows of a text: fill `inputs` and `targets` from these starts, and the lists of where each id stands. */
-  bring(tokens, starts) {
+  /** Write windows of tokens, by their starts, to `inputs` and `targets`, and the lists of the rows of each id. */
+  writeWindows(tokens, starts) {
     const T = this.config.block_size, R = this.settings.batch_size * T, inputs = new Uint32Array(R), targets = new Uint32Array(R);
     starts.forEach((start, b) => {
       inputs.set(tokens.slice(start, start + T), b * T);
@@ -247,7 +248,7 @@ export class Trainer {
     this.gpu.write(this.lists, lists);
   }
 
-  rate(step) {  // train.py's schedule_at, times the peak
+  learningRate(step) {  // the learning rate: train.py's schedule_at times the peak
     const { warmup_iters, max_iters, min_lr, learning_rate } = this.settings;
     if (step < warmup_iters) return learning_rate * (step + 1) / warmup_iters;
     if (step >= max_iters) return learning_rate * min_lr;
@@ -255,12 +256,12 @@ export class Trainer {
     return learning_rate * (min_lr + (1 - min_lr) * 0.5 * (1 + Math.cos(Math.PI * share)));
   }
 
-  /** One update; {step, loss, norm, lr} of it, once the device has done it. starts: of the windows; random ones. */
+  /** One update: {step, loss, norm, lr}. starts: those of the windows; by default random ones. */
   async step(starts = null) {
     const { batch_size: B, beta1, beta2, seed } = this.settings, R = B * this.config.block_size;
     const random = generator(seed + 7919 * (this.updates + 1)), room = this.tokens.length - this.config.block_size;
-    this.bring(this.tokens, starts ?? Array.from({ length: B }, () => Math.floor(random() * room)));
-    const lr = this.rate(this.updates), step = this.updates += 1;
+    this.writeWindows(this.tokens, starts ?? Array.from({ length: B }, () => Math.floor(random() * room)));
+    const lr = this.learningRate(this.updates), step = this.updates += 1;
     this.gpu.write(this.now, Float32Array.of(lr, 1 - beta1 ** step, Math.sqrt(1 - beta2 ** step)));
     this.plan.run();
     const [loss, norm] = await Promise.all([this.gpu.read(this.loss, 4), this.gpu.read(this.squares, 4)]);
@@ -268,14 +269,14 @@ export class Trainer {
     return { step, loss: this.losses.train, norm: Math.sqrt(new Float32Array(norm)[0]), lr };
   }
 
-  /** Mean loss in nats on windows of the text held out, the same ones each time. */
+  /** Mean loss in nats on windows of the text held out, which are always the same windows. */
   async evaluate() {
     const { batch_size: B } = this.settings, T = this.config.block_size, last = this.held_out.length - T - 1;
     const starts = Array.from({ length: B }, (_, b) => Math.floor(last * b / Math.max(1, B - 1)));
-    this.bring(this.held_out, starts);
-    this.judging.run();
+    this.writeWindows(this.held_out, starts);
+    this.evaluation.run();
     const loss = new Float32Array(await this.gpu.read(this.loss, 4))[0] / (B * T);
-    const specials = new Set(Object.values(this.meta.tokenizer.special));  // are no text
+    const specials = new Set(Object.values(this.meta.tokenizer.special));  // special tokens have no bytes
     const bytes = starts.flatMap((start) => [...this.held_out.slice(start + 1, start + T + 1)])
       .reduce((sum, id) => sum + (specials.has(id) ? 0 : this.enc.pieces[id].length), 0);
     const best = Math.min(this.losses.best_val ?? Infinity, loss);
@@ -285,8 +286,8 @@ export class Trainer {
 
   // ---- files --------------------------------------------------------------------------------------------------------
 
-  /** {checkpoint, optimizer}: the two files that train.py --resume=True takes from its out_dir, under name and
-   *  optimizerName. */
+  /** {checkpoint, optimizer, name, optimizerName}: the two files that train.py --resume=True reads from its out_dir, and
+   *  their names there. */
   async save() {
     const [values, moments] = (await Promise.all([this.gpu.read(this.values), this.gpu.read(this.moments)])).map((bytes) => new Float32Array(bytes));
     const step = this.updates, weights = new Map(), state = new Map();
@@ -296,8 +297,8 @@ export class Trainer {
       state.set(`${name}.v`, { dtype: "F32", shape, data: moments.subarray(this.n + at, this.n + at + size) });
     }
     state.set("step", { dtype: "U64", shape: [], data: BigUint64Array.of(BigInt(step)) });
-    state.set("learning_rate", { dtype: "F32", shape: [], data: Float32Array.of(this.rate(step)) });
-    const { config, losses } = this, { data, ...own } = this.settings;  // where the text is, Python must be told
+    state.set("learning_rate", { dtype: "F32", shape: [], data: Float32Array.of(this.learningRate(step)) });
+    const { config, losses } = this, { data, ...own } = this.settings;  // data, where a text is, is not known here
     const meta = { version: 1, script: "train.py", commit: "", step, losses, tokenizer: this.meta.tokenizer, config,
       settings: { tokenizer: this.meta.tokenizer.kind, ...own, ...config, optimizer: "adamw", schedule: "cosine", decay_iters: 0, grad_accum: 1 } };
     return { checkpoint: writeSafetensors(weights, meta), name: "ckpt.safetensors",
@@ -305,15 +306,15 @@ export class Trainer {
   }
 
   destroy() {
-    [this.plan, this.judging].forEach((plan) => plan?.destroy());
+    [this.plan, this.evaluation].forEach((plan) => plan?.destroy());
     this.model?.destroy();
     this.made?.forEach((buffer) => buffer.destroy());
   }
 }
 
-// ---- weights at the start -------------------------------------------------------------------------------------------
+// ---- initial weights ------------------------------------------------------------------------------------------------
 
-/** Random numbers from 0 to 1, the same for a seed (mulberry32). */
+/** A function that gives random numbers from 0 to 1, by a seed (mulberry32). */
 function generator(seed) {
   let state = seed >>> 0;
   return () => {
@@ -324,7 +325,7 @@ function generator(seed) {
   };
 }
 
-/** init_weights of model.py: normal numbers of the same spread. */
+/** As init_weights of model.py: normal numbers with the same standard deviations. */
 function initialize(config, places, values, seed) {
   const random = generator(seed), std = config.n_embd ** -0.5, small = std / Math.sqrt(2 * config.n_layer);
   for (const [name, { shape, at, size }] of places) {
@@ -339,7 +340,7 @@ function initialize(config, places, values, seed) {
   }
 }
 
-/** A checkpoint's parameters, unpacked, in their places of `values`. */
+/** Write a checkpoint's parameters, unpacked, to their places in `values`. */
 async function readDense(blob, places, values) {
   const { tensors } = await readHeader(blob);
   for (const [name, { shape, at }] of places) {

@@ -1,6 +1,7 @@
-// Take out what a part of the model adds: x = base, or with MEAN x = base + mean over rows of (x - base), in the columns
-// from `first` up to `last` of x (R, C). base: with BASE an array like x, what entered a block; without, 0. A thread has a
-// column.
+// Removes what a part of the model adds: x = base, or with MEAN x = base + mean over rows of (x - base), in the columns from
+// `first` to `last` - 1 of x (R, C). base: with BASE an array like x, the input of a block; without BASE, 0.
+//
+// A thread computes a column.
 
 override MEAN: bool = false;
 override BASE: bool = false;

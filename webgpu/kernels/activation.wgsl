@@ -1,7 +1,7 @@
 // y = act(x), number by number. KIND:
 //   0 relu2       max(x, 0)^2                              2 gelu_tanh   x sigmoid(sqrt(8 / pi) (x + 0.044715 x^3))
 //   1 gelu        x (1 + erf(x / sqrt 2)) / 2              3 swiglu      gate sigmoid(gate) x
-// For the others gate may be any buffer.
+// Only swiglu reads gate: for the others it may be any buffer.
 
 override KIND: u32 = 0;
 

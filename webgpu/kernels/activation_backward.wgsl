@@ -1,4 +1,5 @@
-// The gradient of activation.wgsl's x, and of its gate, from that of its y, which dx takes the place of.
+// The gradients of activation.wgsl's x and gate, from the gradient of its y. dx holds dy at first, and the gradient of x in
+// the end.
 
 override KIND: u32 = 0;
 
@@ -6,7 +7,7 @@ struct Params { n: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> gate: array<f32>;
 @group(0) @binding(2) var<storage, read> x: array<f32>;
-@group(0) @binding(3) var<storage, read_write> dx: array<f32>;     // dy before
+@group(0) @binding(3) var<storage, read_write> dx: array<f32>;     // at first dy
 @group(0) @binding(4) var<storage, read_write> d_gate: array<f32>;
 
 fn sigmoid(x: f32) -> f32 { return 1 / (1 + exp(-x)); }

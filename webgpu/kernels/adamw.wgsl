@@ -1,11 +1,11 @@
-// Clip and update (Kingma & Ba 2015; Loshchilov & Hutter 2019), as train.py does: parameters x (n,), of which the first
-// `decayed` are of matrices, and their gradients g.
+// Clipping and an update of AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019), as in train.py, of parameters x (n,) with
+// gradients g. The first `decayed` parameters are those of matrices.
 //
 //   g = g min(1, clip / (length of g + 1e-6));   x = x (1 - lr decay) for matrices
 //   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2;   x = x - lr m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + 1e-8)
 //
-// squares: their sum over g, of sum_squares.wgsl. now: lr, 1 - b1^t and sqrt(1 - b2^t) of this update. moments: m (n,),
-// then v (n,). A thread has a parameter.
+// squares: the sum of g^2, by sum_squares.wgsl. now: lr, 1 - b1^t and sqrt(1 - b2^t) of this update. moments: m (n,), then
+// v (n,). A thread updates a parameter.
 
 struct Params { n: u32, decayed: u32, clip: f32, decay: f32, b1: f32, b2: f32 }
 @group(0) @binding(0) var<uniform> p: Params;

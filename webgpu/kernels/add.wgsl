@@ -1,4 +1,4 @@
-// x += y, number by number.
+// x += y, number by number. A thread computes a number.
 
 struct Params { n: u32 }
 @group(0) @binding(0) var<uniform> p: Params;

@@ -1,16 +1,16 @@
-// Causal attention of grouped heads: o = softmax(q k^T scale + bias) v, without ever storing the scores.
+// Causal attention with grouped heads: o = softmax(q k^T scale + bias) v, without storing the scores.
 //
-//   q, o (B T, H, D);  k, v (B S, KV, D);  lse (B T, H) the logarithm of each softmax's sum, for the backward pass
+//   q, o (B T, H, D);  k, v (B S, KV, D);  lse (B T, H): the logarithm of each softmax's sum, for the backward pass
 //
-// at[0]: the position of the first of the T queries; the keys are those of positions 0 ... at[0] + T - 1. S: rows of k
-// for each sequence, T or the cache's room. window: keys that a query sees, itself included; 0: all. slopes (H,): of
-// ALiBi's bias -slope distance; zeros for none.
+// at[0]: the position of the first of the T queries; the keys are those of positions 0 ... at[0] + T - 1. S: rows of k for
+// each sequence, T or the size of the cache. window: the number of keys that a query sees, its own included; 0: all.
+// slopes (H,): of ALiBi's bias -slope distance; zeros without ALiBi.
 //
-// A workgroup has four queries of a head, which are the components of its vectors. It goes over the keys 64 at a time:
-// first its threads have keys, for their scores, then columns of v, for the sum.
+// A workgroup computes four queries of a head, which are the components of its vectors. It takes 64 keys at a time: first
+// each thread computes the scores of a key, then a column of the weighted sum of v.
 
 override SIZE: u32 = 64;    // threads
-override WIDTH: u32 = 256;  // at least D; no more than that, as shared memory is set to 0 at first
+override WIDTH: u32 = 256;  // at least D, but not more than needed: shared memory is zeroed at the start
 
 struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -48,7 +48,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   var start = 0u;
   if (p.window > 0 && places.x + 1 > p.window) { start = places.x + 1 - p.window; }
   var highest = vec4(LOWEST);
-  var sum = vec4(0.0);                     // of the weights that this thread has made
+  var sum = vec4(0.0);                     // of the weights that this thread has computed
   for (var base = start; base < end; base += 64) {
     let count = min(64u, end - base);
     for (var i = thread; i < count; i += SIZE) {

@@ -1,12 +1,12 @@
-// The gradients of attention.wgsl's k and v, from what attention_backward_q.wgsl has, and its delta:
+// The gradients of attention.wgsl's k and v, from the arguments of attention_backward_q.wgsl and its result delta:
 //
-//   dv = sum over queries of w d_o,   dk = scale sum over queries of d_score q,   of all heads that share a key's
+//   dv = sum over queries of w d_o,   dk = scale sum over queries of d_score q,   over all query heads of a key head
 //
-// A workgroup has four keys of a head, which are the components of its vectors. It goes over the queries 64 at a time:
-// first its threads have queries, for w and d_score, then columns of dk and dv.
+// A workgroup computes four keys of a head, which are the components of its vectors. It takes 64 queries at a time: first
+// each thread computes w and d_score of a query, then a column of dk and dv.
 
 override SIZE: u32 = 64;    // threads
-override WIDTH: u32 = 256;  // at least D; no more than that, as shared memory is set to 0 at first
+override WIDTH: u32 = 256;  // at least D, but not more than needed: shared memory is zeroed at the start
 
 struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;

@@ -1,11 +1,11 @@
-// The gradient of attention.wgsl's q from that of its o (d_o, and all else as there, with S = T and at[0] = 0):
+// The gradient of attention.wgsl's q from d_o, that of its o. All else is as in attention.wgsl, with S = T and at[0] = 0:
 //
 //   w = exp(score - lse),  delta = sum(d_o o),  d_score = w (d_o v - delta),  dq = scale sum over keys of d_score k
 //
-// and delta (B T, H), for attention_backward_kv.wgsl. A workgroup has four queries of a head, as there.
+// and delta (B T, H), for attention_backward_kv.wgsl. A workgroup computes four queries of a head, as in attention.wgsl.
 
 override SIZE: u32 = 64;    // threads
-override WIDTH: u32 = 256;  // at least D; no more than that, as shared memory is set to 0 at first
+override WIDTH: u32 = 256;  // at least D, but not more than needed: shared memory is zeroed at the start
 
 struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;

@@ -1,5 +1,5 @@
-// The weights of attention, map (H, T, T) of one sequence, from its q, k and lse (see attention.wgsl, with S = T): a row
-// looks at columns. A thread has a number.
+// The attention weights of one sequence, map (H, T, T) with queries in rows and keys in columns, from its q, k and lse (see
+// attention.wgsl, with S = T). A thread computes a weight.
 
 struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;

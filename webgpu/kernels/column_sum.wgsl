@@ -1,7 +1,7 @@
-// sums[c] = sum over rows of dy (R, C): the gradient of a bias; with NORM, of dy (x - mean) s, that of a norm's weight
-// (statistics: see norm_backward.wgsl).
+// Sums over the rows of dy (R, C), which are the gradient of a bias; with NORM, of dy (x - mean) s, which are the gradient
+// of a norm's weight (statistics: see norm_backward.wgsl).
 //
-// A workgroup has 16 columns, which 16 threads each add up together.
+// A workgroup computes 16 columns, each with 16 threads.
 
 override NORM: bool = false;
 

@@ -1,7 +1,7 @@
 // (+ weights.wgsl)
 // y[row] = E[token of the row], and with LEARNED + P[position]: tokens (R,), E (V, C) of any format, P (room, C).
 //
-// at[0]: the position of the first of each T tokens. A thread has four columns.
+// at[0]: the position of the first of each T tokens. A thread computes four columns of a row.
 
 override LEARNED: bool = false;
 

@@ -1,8 +1,9 @@
-// dE[id] += the sum of dx (R, C) over the rows that hold the id: a sum that WGSL, without atomic floats, must gather.
+// dE[id] += the sum of dx (R, C) over the rows whose token is id. WGSL has no atomic floats, so that the rows are gathered
+// by lists.
 //
-// lists: how many ids there are, n; then for each its number, and where its rows begin; the end of the last ones; and
-// then the rows: [n, id_0 ... id_{n-1}, start_0 ... start_n, rows ...]. room: ids for which there is room before the
-// starts. ACCUMULATE adds to what is there; without it, dE of these ids is the sum. A thread has a column of an id.
+// lists: [n, id_0 ... id_{n-1}, start_0 ... start_n, rows ...]: the number of ids; the ids; where the rows of each id begin,
+// and where the last ones end; and the rows. room: the number of ids for which the lists have space. Without ACCUMULATE, dE
+// of these ids becomes the sum. A thread computes a column of an id.
 
 override ACCUMULATE: bool = true;
 

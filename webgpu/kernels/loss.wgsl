@@ -1,11 +1,11 @@
 // Cross-entropy of logits (R, V) with targets (R,): losses[row] = log sum exp(logits) - the target's logit; and, unless
-// JUDGE, the gradient scale (softmax - 1 at the target), which replaces the logits. With softcap > 0 the logits are first
+// EVALUATE, the gradient scale (softmax - 1 at the target), which replaces the logits. With softcap > 0 the logits are first
 // bounded as in softcap.wgsl: l = softcap tanh(logit / softcap), whose derivative is 1 - (l / softcap)^2.
 //
 // A workgroup computes a row.
 
 override SIZE: u32 = 128;  // threads
-override JUDGE: bool = false;
+override EVALUATE: bool = false;
 
 struct Params { R: u32, V: u32, scale: f32, softcap: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -42,7 +42,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   let target_at = targets[row];
   if (thread == 0) { losses[row] = log(sum) + top - logit_at(start + target_at); }
   workgroupBarrier();
-  if (!JUDGE) {
+  if (!EVALUATE) {
     for (var i = thread; i < p.V; i += SIZE) {
       let logit = logit_at(start + i);
       var gradient = exp(logit - top) / sum;

@@ -1,10 +1,10 @@
 // (+ weights.wgsl)
 // y = x W^T + bias: x (M, K), W (N, K), y (M, N).
 //
-// TRANSPOSE_X: x is stored (K, M). TRANSPOSE_W: W is stored (K, N). ACCUMULATE: y is added to. With these the same
-// kernel makes both gradients: dx = dy W, and dW = dy^T x, where x takes the place of the weights.
-// WHOLE: 4 divides M, N and K, so that nothing lies beside x and W, which is several times as fast on a processor.
-// A thread makes 4 x 4 numbers of y, from 4 rows of x and 4 of W, four columns at a time.
+// TRANSPOSE_X: x is stored (K, M). TRANSPOSE_W: W is stored (K, N). ACCUMULATE: the product is added to y. With these
+// settings the kernel also computes both gradients: dx = dy W, and dW = dy^T x, where x is bound as the weights.
+// WHOLE: M, N and K are multiples of 4, so that no bounds are checked, which is several times as fast on a processor.
+// A thread computes 4 x 4 numbers of y, from 4 rows of x and 4 of W, four columns at a time.
 
 override TRANSPOSE_X: bool = false;
 override TRANSPOSE_W: bool = false;
@@ -20,7 +20,7 @@ struct Params { M: u32, N: u32, K: u32 }
 
 fn x_at(at: u32) -> f32 { return x[at / 4][at % 4]; }
 
-// x[row, column ... column + 3] of an array so wide, 0 beside it.
+// x[row, column ... column + 3] of an array (height, width), and 0 outside it.
 fn x4(row: u32, column: u32, height: u32, width: u32) -> vec4<f32> {
   let at = row * width + column;
   if (WHOLE) { return x[at / 4]; }

@@ -1,10 +1,10 @@
 // (+ weights.wgsl)
-// matmul.wgsl with its settings and arguments, faster where workgroups share fast memory.
+// matmul.wgsl, with its settings and arguments, for devices whose workgroups have fast shared memory.
 //
-// 16 x 16 threads make a tile of SIDE x SIDE numbers of y. Of x and W they bring tiles of 16 columns into shared memory,
-// turned so that four neighbours of a column of x, or of W, are one vector, and fetch the next tiles while they work on
-// these. A thread makes 4 x 4 numbers where SIDE is 64; where it is 128, four such blocks, 64 rows and columns apart.
-// WHOLE: M and N are multiples of SIDE and K of 16, so that nothing lies beside x and W, a tenth faster.
+// 16 x 16 threads compute a tile of SIDE x SIDE numbers of y. They load tiles of 16 columns of x and W into shared memory,
+// transposed so that four neighbours in a column are one vector, and load the next tiles while they compute with these. A
+// thread computes 4 x 4 numbers if SIDE is 64; if it is 128, four such blocks, 64 rows and columns apart.
+// WHOLE: M and N are multiples of SIDE and K of 16, so that no bounds are checked, which is a tenth faster.
 
 override SIDE: u32 = 64;
 override WHOLE: bool = false;
@@ -23,7 +23,7 @@ struct Params { M: u32, N: u32, K: u32 }
 var<workgroup> x_tile: array<vec4<f32>, DEEP * SIDE / 4>;
 var<workgroup> w_tile: array<vec4<f32>, DEEP * SIDE / 4>;
 
-// Where four rows of a tile, from 4 i4 on, have their column k: shifted about, lest threads wait for one memory bank.
+// The index of column k of four rows of a tile, from row 4 i4 on. The indices are permuted to avoid bank conflicts.
 fn place(k: u32, i4: u32) -> u32 { return k * (SIDE / 4) + (i4 ^ (k / 4)); }
 
 fn x_at(at: u32) -> f32 { return x[at / 4][at % 4]; }
@@ -77,7 +77,7 @@ fn main(@builtin(workgroup_id) tile: vec3<u32>, @builtin(local_invocation_id) lo
         @builtin(local_invocation_index) thread: u32) {
   let i = tile.y * SIDE;
   let j = tile.x * SIDE;
-  // SIDE threads fetch a block of 4 x 4 of x each, the next SIDE threads one of W.
+  // SIDE threads load a block of 4 x 4 numbers of x each, the next SIDE threads one of W.
   let fetches_x = thread < SIDE;
   let fetches_w = !fetches_x && thread < 2 * SIDE;
   let block = (thread % SIDE) / 4;

@@ -1,7 +1,7 @@
 // (+ weights.wgsl)
-// y = x W^T + bias for one x: x (K,), W (N, K), y (N,).
+// y = x W^T + bias for one row x (K,), with W (N, K) and y (N,).
 //
-// 64 threads make 4 numbers of y: 16 of them share a row of W, four columns at a time, and add up what they have.
+// 64 threads compute 4 numbers of y. 16 threads share a row of W, take four columns at a time, and add their sums.
 
 override BIAS: bool = false;
 const LANES = 16u;

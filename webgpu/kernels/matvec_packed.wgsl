@@ -1,9 +1,9 @@
 enable subgroups;
-// y = x W^T + bias for one x and packed weights of 4 or 8 bits (see weights.wgsl), as fast as memory brings them.
+// y = x W^T + bias for one row x and packed weights of 4 or 8 bits (see weights.wgsl). It is limited by memory bandwidth.
 //
-// A subgroup makes four numbers of y, which are the components of its vectors. A lane takes two neighbouring words of
+// A subgroup computes four numbers of y, which are the components of its vectors. A lane takes two neighbouring words of
 // each of the four rows, all of one group, unpacks them in registers and multiplies them with x:
-// sum w x = scale sum q x + bias sum x. It goes on for twice the subgroup's width, so that more is on its way at a time.
+// sum w x = scale sum q x + bias sum x. It does this twice in a step, so that more loads are in flight.
 
 override BITS: u32 = 4;
 override GROUP: u32 = 64;
@@ -31,14 +31,14 @@ fn scale_and_bias(group: u32) -> vec2<f32> {
   return vec2(bitcast<f32>(scales[group]), bitcast<f32>(biases[group]));
 }
 
-// Four columns of each row, from a bit of its word on, times four numbers of x.
+// The sum of products of four columns of each row, from a bit of its word on, with four numbers of x.
 fn four(words: vec4<u32>, bit: u32, a: vec4<f32>) -> vec4<f32> {
   let mask = vec4((1u << BITS) - 1);
   return vec4<f32>((words >> vec4(bit)) & mask) * a.x + vec4<f32>((words >> vec4(bit + BITS)) & mask) * a.y
        + vec4<f32>((words >> vec4(bit + 2 * BITS)) & mask) * a.z + vec4<f32>((words >> vec4(bit + 3 * BITS)) & mask) * a.w;
 }
 
-// What the two words at a place of each row give. rows: their numbers; width: of a row, in pairs of words.
+// The sums over the two words at a place in each row. rows: the indices of the rows; width: of a row, in pairs of words.
 fn part(place: u32, rows: vec4<u32>, width: u32) -> vec4<f32> {
   let here = min(place, width - 1);
   let w0 = weights[rows.x * width + here];

@@ -1,6 +1,6 @@
 enable subgroups;
 // (+ weights.wgsl)
-// matvec.wgsl with its arguments, where a subgroup, whatever its size, makes a number of y.
+// matvec.wgsl, with its arguments. A subgroup, of any size, computes a number of y.
 
 override BIAS: bool = false;
 

@@ -1,8 +1,8 @@
-// y = norm(x) weight + bias, row by row of x (R, C); with ADD, x += more first: what a block adds to the stream.
+// y = norm(x) weight + bias for each row of x (R, C). With ADD, first x += more, the output of attention or an MLP.
 //
 //   rms    x / sqrt(mean(x^2) + eps)                      layer (LAYER)    (x - mean(x)) / sqrt(var(x) + eps)
 //
-// A workgroup has a row.
+// A workgroup computes a row.
 
 override SIZE: u32 = 64;  // threads
 override LAYER: bool = false;

@@ -1,10 +1,10 @@
-// The gradient of norm.wgsl's x from that of its y, row by row: with n = (x - mean) s, s = 1 / sqrt(... + eps), g = dy
-// weight,
+// The gradient dx of norm.wgsl's x from dy, that of its y, for each row. With n = (x - mean) s, s = 1 / sqrt(... + eps) and
+// g = dy weight,
 //
 //   rms    dx = s (g - n mean(g n))                       layer (LAYER)    dx = s (g - mean(g) - n mean(g n))
 //
-// and statistics (R, 2), mean and s of each row, for column_sum.wgsl. ADD: dx is added to, as x has also gone past the
-// norm. A workgroup has a row.
+// and statistics (R, 2), the mean and s of each row, for column_sum.wgsl. ADD: the gradient is added to dx, which already
+// holds the gradient of the residual connection. A workgroup computes a row.
 
 override SIZE: u32 = 64;  // threads
 override LAYER: bool = false;

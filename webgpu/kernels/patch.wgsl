@@ -1,5 +1,5 @@
-// x[b, to[b]] = donor[from[b]] for B sequences x (B, T, C) and the states donor (S, C) of another one. places: from (B,),
-// then to (B,). A thread has a number.
+// x[b, to[b]] = donor[from[b]] for B sequences x (B, T, C) and the activations donor (S, C) of another sequence. places:
+// from (B,), then to (B,). A thread copies a number.
 
 struct Params { B: u32, T: u32, C: u32 }
 @group(0) @binding(0) var<uniform> p: Params;

@@ -1,9 +1,9 @@
-// Rotary positions: y = x (B T, H, D) with each pair (i, i + D / 2) of a head turned by an angle of its position, whose
-// cosine and sine stand in turns (positions, D / 2): made in JavaScript, since WGSL promises three digits of a cosine.
-// UNDO turns back, which is the gradient. Without TURN y is x: so values come into the cache.
+// Rotary positions (Su et al. 2021): y = x (B T, H, D) with each pair (i, i + D / 2) of a head rotated by an angle, whose
+// cosine and sine are in turns (positions, D / 2). They are computed in JavaScript, since WGSL guarantees only three digits
+// of a cosine. UNDO rotates back, which is the gradient. Without TURN y is x: in this way values are written to the cache.
 //
-// at[0]: the position of the first of the T tokens; at[1]: how many of them there are, the rest being padding. CACHE: y
-// has a row for each position, not for each row of x. A thread has a pair.
+// at[0]: the position of the first of the T tokens; at[1]: the number of tokens; the others are padding. CACHE: y has a row
+// for each position, not for each row of x. A thread rotates a pair.
 
 override TURN: bool = true;
 override UNDO: bool = false;

@@ -1,4 +1,4 @@
-// y[r] = x[which[r]]: rows (R, C) taken out of x. A thread has a number.
+// y[r] = x[which[r]]: R rows of x (..., C). A thread copies a number.
 
 struct Params { R: u32, C: u32 }
 @group(0) @binding(0) var<uniform> p: Params;

@@ -1,12 +1,13 @@
-// Draw the next token of logits (V,), of which the first n are tokens, as model.py's sample_token does: temperature 0
-// takes the most probable one; else keep the top_k most probable (0: all), of these the fewest whose probabilities sum to
-// top_p, of these the ones of at least min_p times the largest, and draw: the largest of logit + Gumbel noise.
+// Draws the next token by logits (V,), of which the first n are tokens, as model.py's sample_token: temperature 0 takes the
+// most probable token. Otherwise it keeps the top_k most probable tokens (0: all), of these the fewest whose probabilities
+// sum to top_p, and of these all with at least min_p times the largest probability; the token with the largest sum of logit
+// / temperature and Gumbel noise is drawn.
 //
-// Which tokens are kept is a threshold of their logits. It is found bit by bit, in an order of the bits in which floats
-// are sorted as whole numbers are: the largest threshold that still keeps enough.
+// The tokens that are kept are those with logits above a threshold: the largest one that keeps enough tokens. It is found
+// bit by bit, after the bits of floats are mapped to integers of the same order.
 //
-// at: position, count, steps, seed. The token is written where the next pass reads it, tokens[0], and to the ring `drawn`,
-// and `at` moves on. One workgroup.
+// at: position, count, steps, seed; it is updated for the next pass. The token is written to tokens[0], where the next pass
+// reads it, and to the ring buffer `drawn`. There is one workgroup.
 
 struct Params { n: u32, top_k: u32, temperature: f32, top_p: f32, min_p: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -23,8 +24,8 @@ fn sorted_bits(x: f32) -> u32 {
   return select(bits | 0x80000000, ~bits, (bits >> 31) == 1);
 }
 
-// -log(-log(1 - u)), u from the hash of PCG (Jarzynski & Olano 2020). What is drawn hangs on the small u, whose inner
-// logarithm is a series: WGSL lets log be wrong by 2^-21 here, or even 0.
+// Gumbel noise -log(-log(1 - u)), with u from the hash PCG (Jarzynski & Olano 2020). The smallest u decide the draw, so that
+// the inner logarithm is a series for small u: there WGSL's log may have an error of 2^-21, and may even be 0.
 fn noise(token: u32, step: u32, seed: u32) -> f32 {
   var state = (token * 747796405 + step * 2891336453 + seed * 277803737) ^ 0x9e3779b9;
   for (var i = 0u; i < 2; i++) {
@@ -45,7 +46,7 @@ fn total(value: f32, thread: u32) -> f32 {
   return sum;
 }
 
-// The largest of all pairs' first numbers; of equal ones the lowest second number, the token.
+// The pair with the largest first number; among equal ones that with the lowest second number, the token.
 fn largest(value: vec2<f32>, thread: u32) -> vec2<f32> {
   workgroupBarrier();
   parts[thread] = value;

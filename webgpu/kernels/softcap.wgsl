@@ -1,4 +1,4 @@
-// Bounded logits (Bello et al. 2016): y = softcap tanh(y / softcap), number by number.
+// Bounded logits (Bello et al. 2016): y = softcap tanh(y / softcap), number by number. A thread computes a number.
 
 struct Params { n: u32, softcap: f32 }
 @group(0) @binding(0) var<uniform> p: Params;

@@ -1,4 +1,4 @@
-// The sum of squares of g (n,), in 256 parts, one a workgroup.
+// The sum of squares of g (n,), in 256 parts, one for each workgroup.
 
 override SIZE: u32 = 256;  // threads
 

@@ -1,9 +1,9 @@
-// What a row of logits (R, V) says, of which the first n are tokens: found (R, 16) = the five most probable tokens, their
-// probabilities, the entropy in bits, and the logarithm of the probability of the row's target, in nats, among all V.
+// The predictions of logits (R, V), of which the first n are tokens: for each row the five most probable tokens, their
+// probabilities, the entropy in bits, and the log-probability of the row's target, in nats, among all V.
 //
-//   found[row] = id_1 ... id_5, p_1 ... p_5, entropy, log p(target), and four numbers of nothing
+//   found[row] (16,) = id_1 ... id_5, p_1 ... p_5, entropy, log p(target), and four unused numbers
 //
-// A workgroup has a row.
+// A workgroup computes a row.
 
 override SIZE: u32 = 64;  // threads
 
@@ -26,7 +26,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   var top = vec4(-1e30);                      // of tokens, of all
   for (var i = thread; i < p.V; i += SIZE) {
     top.y = max(top.y, logits[start + i]);
-    if (i < p.n) { top.x = top.y; }           // tokens come first
+    if (i < p.n) { top.x = top.y; }           // ids from n on are padding
   }
   parts[thread] = top;
   workgroupBarrier();
@@ -48,7 +48,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     found[row * 16 + 10] = (log(sums.x) - sums.y / sums.x) / log(2.0);
     found[row * 16 + 11] = logits[start + targets[row]] - top.y - log(sums.z);
   }
-  var last = vec2(1e30, -1.0);                // the token that came before, in the order of logits and then of ids
+  var last = vec2(1e30, -1.0);                // the previous token, in the order of logits and then of ids
   for (var place = 0u; place < 5; place++) {
     var best = vec2(-1e30, 0.0);
     for (var i = thread; i < p.n; i += SIZE) {
