@@ -1,24 +1,29 @@
 """Train a GPT on your own text.
 
-    python train.py                                   # on Python's own source text: 3 minutes on two CPU cores
+    python train.py                          # on Python's own source text: 3 minutes on two CPU cores
     ...
-    step    450 | loss  4.2759 | lr 1.00e-03 | norm   0.63 |     5,213 tok/s | mem  0.35 GiB
-    step    450 | val   4.2930 | ppl     73.18 | bpb 1.6326 | best so far
+    step    450 | loss 4.2759 | lr 1.0e-03 | norm 0.63 |   5,213 tok/s
+    step    450 | val  4.2930 | ppl   73.2 | bpb 1.6326 | 0.35 GiB | best
 
     python train.py --data=book.txt --n_layer=6 --n_head=6 --n_embd=384 --max_iters=2000
+    mlx.launch -n 2 -- python train.py       # several devices: they share batch_size
 
-It writes OUT_DIR/ckpt.safetensors (the last step), best.safetensors (the lowest validation loss), loss.csv, loss.png.
-A new run replaces them at its first save; --resume=True goes on where OUT_DIR stopped, with its settings, except those
-given on the command line. Ctrl-C saves and stops.
-Several devices: mlx.launch -n 2 -- python train.py; batch_size is shared out among them.
+    OUT_DIR/ckpt.safetensors     the model after the last step, and beside it the state of the optimizer
+    OUT_DIR/best.safetensors     the model with the lowest validation loss
+    OUT_DIR/loss.csv, loss.png   the curves; with experts also experts.csv and experts.png
+    OUT_DIR/run.json, source/    the settings of the run and its code
 
-Each line of the log: step; loss, the mean training cross-entropy of that step in nats a token; lr, the learning rate;
-norm, the gradient's length before clipping; tok/s, tokens trained on a second; mfu, the share of the device's peak
-(where it is known; counted as in PaLM, Chowdhery et al. 2022); mem, peak memory. And at every eval_interval: val, the
-loss on fixed windows of the validation split; ppl, its exponential; bpb, bits per byte of text, which compares across
-tokenizers. With experts also load, what the busiest one had to do over the mean of its layer, in the worst layer (1 is
-balanced); experts.csv has them all, and experts.png draws them. With mod=topk the training loss looks ahead, as its
-paper's does; val does not.
+Ctrl-C saves the checkpoint and stops. --resume=True continues from OUT_DIR/ckpt.safetensors with the settings that it
+was trained with, except those on the command line. A new run asks before it replaces results in OUT_DIR.
+
+After every log_interval updates a line shows: loss, the mean cross-entropy of this update in nats per token; lr, the
+learning rate; norm, the norm of the gradient before clipping; tok/s, the training tokens per second since the last such
+line; with experts also load, the number of tokens that the busiest expert of any layer took, divided by the mean of its
+layer (1: all experts took the same). With mod=topk the training loss uses later tokens, as in the paper; val does not.
+
+After every eval_interval updates a line shows: val, the mean cross-entropy on fixed windows of the validation split;
+ppl, the perplexity exp(val); bpb, bits per byte of text, which can be compared between tokenizers; the peak memory; and
+mfu, the share of the device's peak FLOPS that training uses (Chowdhery et al. 2022), for devices whose peak is known.
 """
 import csv
 import json
@@ -61,11 +66,11 @@ from muon import Muon, by_muon
 from tokenizer import Tokenizer, tokens_folder
 
 # data
-data = "stdlib"         # what data.py made, or any source it takes: a text file or folder, shakespeare, hf:NAME
-tokenizer = "bpe"       # for a source not prepared yet: bpe | byte | char | a tiktoken name such as gpt2
+data = "stdlib"         # a folder of data.py, or any source it takes: a text file or folder, shakespeare, hf:NAME
+tokenizer = "bpe"       # for a source that data.py has not read yet: bpe | byte | char | a tiktoken name such as gpt2
 vocab_size = 4096       # for bpe
-out_dir = "out"         # where the checkpoint and the curves go
-resume = False          # go on with OUT_DIR/ckpt.safetensors
+out_dir = "out"         # the folder of this run: checkpoints and curves
+resume = False          # continue from OUT_DIR/ckpt.safetensors
 seed = 1337             # of the weights and of the order of the data
 # model
 block_size = 256        # context length, tokens
@@ -103,33 +108,34 @@ value_embeds = False    # every other layer adds an embedding of the token to it
 softcap = 0.0           # logits are bounded to +-softcap by a tanh; 0: they are not
 # optimization
 max_iters = 450         # updates
-batch_size = 8          # sequences a micro-step, over all devices
-grad_accum = 1          # micro-steps an update
+batch_size = 8          # sequences per micro-step, on all devices together
+grad_accum = 1          # micro-steps per update
 optimizer = "muon"      # muon | adamw | lion
-learning_rate = 1e-2    # peak; under muon that of embeddings and norms. Larger models want less, lion a tenth
+learning_rate = 1e-2    # peak; under muon that of embeddings and norms. Larger models need less, lion a tenth
 muon_lr = 0.05          # peak, of the matrices under muon
 beta1 = 0.9             # decay of the gradient's mean
 beta2 = 0.95            # decay of the gradient's square
 weight_decay = 0.1      # of matrices, times the learning rate
-grad_clip = 1.0         # longest gradient; 0: no clipping
+grad_clip = 1.0         # largest norm of the gradient; 0: no clipping
 schedule = "cosine"     # cosine | wsd (warmup, stable, linear decay over the last fifth)
 warmup_iters = 20       # updates of linear warmup
 decay_iters = 0         # where the schedule ends; 0: max_iters
 min_lr = 0.1            # learning rate at the end, as a share of the peak
 # run
-eval_interval = 100     # updates between evaluations, each of which saves
-eval_windows = 64       # windows of block_size tokens an evaluation; the same ones each time, in every run
+eval_interval = 100     # updates between evaluations; each one also saves
+eval_windows = 64       # windows of block_size tokens per evaluation, the same ones in every run
 log_interval = 25       # updates between log lines
 dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
-compile = not ON_CPU    # mx.compile the step; on a CPU a tenth faster, after half a minute of g++ the first time
-sample_tokens = 200     # written at the end, as a sample
+compile = not ON_CPU    # mx.compile the step; on a CPU a tenth faster, but the first time g++ takes half a minute
+sample_tokens = 200     # tokens of the sample that is printed at the end
 overwrite = False       # replace the results of another run in OUT_DIR without asking
 log = ""                # send the rows of loss.csv also to tensorboard | wandb
 
 settings = overrides(globals())
 
 SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
+HERE = os.path.dirname(os.path.abspath(run_folder.__file__))  # where the other scripts are
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}  # dense bfloat16
 ckpt_path, best_path = os.path.join(out_dir, "ckpt.safetensors"), os.path.join(out_dir, "best.safetensors")
 world = mx.distributed.init()
@@ -142,7 +148,19 @@ def say(*words):
         sys.stdout.flush()
 
 
-# ---- resume: the checkpoint's settings stand, except those given now -------------------------------------------------
+def in_first_process(function, *arguments):
+    """Call a function in one process while the others wait. If it ends the script there, all processes end."""
+    error = None
+    if rank == 0:
+        try:
+            function(*arguments)
+        except (UserError, SystemExit) as reason:
+            error = reason
+    if mx.distributed.all_sum(mx.array(float(error is not None))).item():
+        raise error or SystemExit(2)
+
+
+# ---- resume: the settings of the checkpoint apply, except those on the command line ----------------------------------
 
 start_step, meta, model = 0, {}, None
 if resume:
@@ -177,8 +195,7 @@ if schedule not in ("cosine", "wsd"):
     raise UserError(f"schedule={schedule!r} is not one of cosine, wsd")
 working_dtype = compute_dtype(dtype)
 run_folder.check_log(log)
-if rank == 0:
-    run_folder.check(out_dir, SCRIPT, overwrite, resume)
+in_first_process(run_folder.check, out_dir, SCRIPT, overwrite, resume)
 
 # ---- data: random windows of a flat file of tokens -------------------------------------------------------------------
 
@@ -188,13 +205,15 @@ def prepared(source: str) -> str:
     if os.path.exists(os.path.join(source, "meta.json")):
         return source
     folder = tokens_folder(source, tokenizer, vocab_size)
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data.py")
-    command = [f"--source={source}", f"--out={folder}", f"--tokenizer={tokenizer}", f"--vocab_size={vocab_size}"]
-    if rank == 0:
-        status = subprocess.run([sys.executable, script, *command]).returncode
+    command = [sys.executable, os.path.join(HERE, "data.py"), f"--source={source}", f"--out={folder}",
+               f"--tokenizer={tokenizer}", f"--vocab_size={vocab_size}"]
+
+    def run_data():
+        status = subprocess.run(command).returncode
         if status:
             sys.exit(status)  # data.py has said why
-    mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # the other processes wait here
+
+    in_first_process(run_data)
     return folder
 
 
@@ -216,8 +235,8 @@ if len(tokens["val"]) < 2:
 
 
 def windows(split: str, n: int, T: int, key: list[int]) -> tuple[mx.array, mx.array]:
-    """n random windows: tokens (n, T), and the tokens that follow each (n, T). The same key, the same windows: so the
-    order of the data needs no saved state, and processes and micro-steps take their shares of one global batch."""
+    """n random windows of a split: tokens (n, T), and the token after each of them (n, T). The key alone determines the
+    windows. So the order of the data needs no saved state, and every process can draw the batch of all processes."""
     starts = np.random.default_rng(key).integers(len(tokens[split]) - T, size=n)
     rows = np.stack([tokens[split][i:i + T + 1] for i in starts]).astype(np.int32)
     return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
@@ -232,19 +251,19 @@ if not model:
 model.checkpoint_every, model.compute_dtype = checkpoint_every, working_dtype
 config = model.config
 n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
-n_active = n_parameters  # weights that a token passes
+n_active = n_parameters  # weights that compute with a token
 n_active -= sum(p.size for _, p in tree_flatten(model.parameters()) if p.ndim == 3) * (  # moe
     1 - config.expert_top_k / max(1, config.n_expert))  # moe
 n_matmul = n_active - (config.block_size * config.n_embd if config.pos == "learned" else 0)  # weights that multiply
 n_matmul -= 0 if config.tie else config.vocab_size * config.n_embd
+n_matmul -= sum(p.size for path, p in tree_flatten(model.parameters()) if "value_embed" in path)  # valembed
 flops_per_token = 6 * n_matmul + 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
 if config.mod == "topk":  # mod
     routed = config.n_layer // config.mod_every / config.n_layer  # of the blocks  # mod
     in_blocks = flops_per_token - 6 * config.vocab_size * config.n_embd  # mod
     flops_per_token -= in_blocks * routed * (1 - config.mod_capacity)  # mod
 
-
-# None has its own weight decay: update() decays the matrices alone, the same way for all, which makes Adam AdamW.
+# No optimizer here has a weight decay of its own: update() decays the matrices, which makes AdamW of Adam.
 if optimizer not in ("adamw", "muon", "lion"):
     raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon, lion")
 if optimizer == "lion":  # Chen et al. 2023
@@ -302,7 +321,7 @@ validation_loss = compiled(lambda x, y: model.loss(x, y))
 
 
 def evaluate() -> tuple[float, float]:
-    """Nats a token and bits a byte, over the same windows of the validation split each time."""
+    """Nats per token and bits per byte, on the same windows of the validation split each time."""
     T = min(block_size, len(tokens["val"]) - 1)
     x, y = windows("val", eval_windows, T, [0])
     total, own = mx.array(0.0), batch_size // n_ranks
@@ -325,8 +344,8 @@ losses = {"train": None, "val": None, "bits_per_byte": None, "best_val": None, *
 rows = []
 seconds_before = 0.0
 saved = resume  # whether this run has a checkpoint
+in_first_process(run_folder.start, out_dir, SCRIPT, settings, source, start_step)
 if rank == 0:
-    run_folder.start(out_dir, SCRIPT, settings, source, start_step)
     send = run_folder.log_to(log, out_dir, settings, start_step)
     if resume and os.path.exists(os.path.join(out_dir, "loss.csv")):
         with open(os.path.join(out_dir, "loss.csv"), newline="") as file:
@@ -346,8 +365,8 @@ def record(**row):
 
 def save(step: int, is_best: bool = False):
     """Write the optimizer's state to a file named after the step, then best.safetensors if this step is the best one,
-    and the checkpoint last. A checkpoint belongs to the optimizer's file of its step, which is older than it: so if the
-    process is killed at any moment, the checkpoint on disk is whole, and its optimizer's state is there too."""
+    then the checkpoint, and delete the optimizer's older files last. So at every moment, also if the process is killed,
+    the checkpoint on disk is whole and the optimizer's state of its step is there."""
     global saved
     if rank == 0:
         header = {"script": SCRIPT, "settings": settings, "commit": commit, "step": step,
@@ -368,19 +387,19 @@ def save(step: int, is_best: bool = False):
         if load_rows:  # moe
             save_load()  # moe
     saved = True
-    mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # all wait: mlx.launch ends the others when one has left
+    mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # wait for all: mlx.launch kills the others when one has ended
 
 
-# ---- variant moe: how many tokens each expert took, over the mean of its layer: experts.csv, experts.png -------------
+# ---- variant moe: the tokens that each expert took, divided by the mean of its layer: experts.csv, experts.png -------
 
 load_path, load_rows, loads = os.path.join(out_dir, "experts.csv"), [], []  # loads: of the steps since a log line
 if config.n_expert and resume and os.path.exists(load_path):
     with open(load_path, newline="") as file:
-        load_rows = [*csv.reader(file)][1:]  # written with each save: up to the checkpoint's step
+        load_rows = [*csv.reader(file)][1:]  # save() wrote it: it ends at the checkpoint's step
 
 
 def record_load(step: int) -> str:
-    """Keep the mean load of all layers and experts since the last log line; return the largest, for the log."""
+    """Add the mean load of each expert since the last log line to load_rows; return the largest one for the log."""
     load = np.mean(loads, axis=0)
     loads.clear()
     load_rows.extend([step, layer, *np.round(of_layer, 4)] for layer, of_layer in enumerate(load))
@@ -408,7 +427,7 @@ def interrupt(number, _):
     global interrupted
     interrupted += 1
     if interrupted > 1 and number == signal.SIGINT:
-        raise KeyboardInterrupt  # the second Ctrl-C: at once
+        raise KeyboardInterrupt  # the second Ctrl-C stops at once, without saving
 
 
 signal.signal(signal.SIGINT, interrupt)
@@ -431,12 +450,13 @@ tokens_per_step = batch_size * grad_accum * block_size
 
 
 def diverged(what: str):
-    kept = ckpt_path if saved else "none yet"
-    raise UserError(f"{what}. The last good checkpoint: {kept}. Try a smaller learning_rate or a longer warmup")
+    kept = ckpt_path if saved else "not there yet"
+    raise UserError(f"{what}; the last good checkpoint is {kept}: try a smaller learning_rate or more warmup_iters")
 
 
 def finish(pending) -> bool:
-    """Read a step's figures, a step late, and log them. Returns whether a process was asked to stop by then."""
+    """Read the figures of a step and log them. This is done while the device works on the next step, so that it need
+    not wait. Returns whether a process had been asked to stop."""
     global lap_time, lap_steps, speed
     number, figures, lr = pending
     figures = {name: figure.tolist() for name, figure in figures.items()}
@@ -471,8 +491,8 @@ def evaluate_and_save(step: int):
         save(step, is_best)
 
 
-# A turn: evaluate and save if it is time; queue learning rates, data, micro-steps and update on the device; then, while
-# it works, read the figures of the update before.
+# Each pass of the loop first evaluates and saves, if it is time. Then it queues one update on the device: learning
+# rates, data, micro-steps, update. While the device works on it, finish() reads the figures of the update before.
 stopping = False
 while True:
     if step == max_iters or stopping or (step % eval_interval == 0 and (step > start_step or not resume)):
@@ -498,10 +518,10 @@ while True:
         part, new = gradients(x[share], y[share])
         loss, grads = loss + part / grad_accum, new if grads is None else tree_map(mx.add, grads, new)
         if micro + 1 < grad_accum:
-            mx.async_eval(loss, grads)  # before the next micro-step begins: only one is in memory
+            mx.async_eval(loss, grads)  # so that the activations of one micro-step at a time are in memory
     if grad_accum > 1:
         grads = tree_map(lambda g: g / grad_accum, grads)
-    figures = {"loss": loss, "stops": mx.array(float(interrupted))}  # finish() reads and logs them
+    figures = {"loss": loss, "stops": mx.array(float(interrupted))}  # what finish() reads and logs
     if n_ranks > 1:  # means over the processes
         grads = nn.average_gradients(grads)
         means = mx.distributed.all_sum(mx.stack([*figures.values()])) / n_ranks
@@ -528,17 +548,19 @@ if step < max_iters:
 if rank == 0:
     model.eval()
     model.set_dtype(working_dtype)
-    sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks becomes "?"
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes "?"
     window = windows("val", 1, min(block_size, len(tokens["val"]) - 1), [0])[0].tolist()[0]  # of the evaluation
     prompt = window[:max(1, min(64, block_size // 2))]
     ids = list(generate(model, prompt, sample_tokens, temperature=0.8, top_k=50, seed=seed, n_vocab=enc.n_vocab))
-    say("\na piece of the validation text, and after the bar how the model goes on:\n\n"
+    say("\na piece of the validation text, and after the bar the model's continuation:\n\n"
         f"{enc.decode(prompt)}▌{enc.decode(ids[:ids.index(enc.eot)] if enc.eot in ids else ids)}\n")
     text = enc.decode(window)
-    lines = [line.strip() for line in text.splitlines()[1:-1]]  # the first and the last may be cut
-    lines.append(" ".join(text.split()[1:4]))                   # a text without lines may have words
+    lines = [line.strip() for line in text.splitlines()[1:-1]]  # the first and the last one may be cut
+    lines.append(" ".join(text.split()[1:4]))                   # for a text of a single line
     text = next((line for line in lines if len(line) > 3 and line.isprintable()), "")[:24].rstrip()
-    beside = os.path.relpath(os.path.join(os.path.dirname(run_folder.__file__), "sample.py"))
-    command = f"python {shlex.quote(beside)} {shlex.quote(ckpt_path)}" + (f" --prompt={shlex.quote(text)}" if text else "")
+    script = os.path.relpath(os.path.join(HERE, "sample.py"))
+    command = f"python {shlex.quote(script)} {shlex.quote(ckpt_path)}"
+    if text:
+        command += f" --prompt={shlex.quote(text)}"
     say(f"{ckpt_path}: step {step}, validation loss {losses['val']:.4f}, {losses['bits_per_byte']:.4f} bits a byte\n"
         f"curves: {out_dir}/loss.png\nnext: {command}")
