@@ -125,7 +125,7 @@ def test_demo(page):
     assert first < 30 * SECOND
     page.fill("#length", "24")
     assert page.inner_text("#card-name") == "demo.safetensors"
-    assert re.search(r"million.*4 bits, groups of 64.*5 of 3 heads.*nats", page.inner_text("#card"), re.S)
+    assert re.search(r"million.*4 bits, groups of 64.*5, each with 3 heads.*nats", page.inner_text("#card"), re.S)
     page.wait_for_function("document.querySelectorAll('#next li').length >= 5", timeout=LONG)
     shares = [float(text.rstrip("%")) for text in page.locator("#next .share").all_inner_texts() if "<" not in text]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) < 101

@@ -25,7 +25,7 @@ export function showCard(model) {
 
 function layers({ n_layer, n_head, n_kv_head, n_embd }) {
   const groups = n_kv_head < n_head ? ` (${n_kv_head} for keys)` : "";
-  return `${n_layer} of ${n_head} heads${groups}, width ${n_embd}`;
+  return `${n_layer}, each with ${n_head} head${n_head > 1 ? "s" : ""}${groups}, width ${n_embd}`;
 }
 
 function design({ alibi, pos, norm, mlp, qk_norm, softcap, tie }) {
@@ -37,7 +37,7 @@ function design({ alibi, pos, norm, mlp, qk_norm, softcap, tie }) {
 function reads({ config, enc }) {
   const window = config.sliding_window ? `, window ${config.sliding_window} ${config.window_pattern}` : "";
   const kind = enc ? ` (${TOKENS[enc.kind]})` : "";
-  return `${count(config.block_size)} tokens of ${count(config.vocab_size)}${kind}${window}`;
+  return `${count(config.block_size)} tokens, from a vocabulary of ${count(config.vocab_size)}${kind}${window}`;
 }
 
 function loss({ losses }) {

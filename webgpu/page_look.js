@@ -106,7 +106,7 @@ function lensInWords(enc, found, lenses) {
   const last = found.length - 1, { ids: [answer], p: [p] } = found[last];
   let first = last;
   while (first > 0 && found[first - 1].ids[0] === answer) first -= 1;
-  const where = first === last ? "only at the end" : `from ${first ? `layer ${first - 1}` : "the embedding"} on`;
+  const where = first === last ? "only after the last layer" : `from ${first ? `layer ${first - 1}` : "the embedding"} on`;
   const through = lenses ? "Seen through tuned lenses." : page.lenses ? "Seen through the logit lens." :
     "This is the logit lens; for the tuned lens, drop a .lenses file of tuned_lens.py here.";
   return ["The model predicts ", token(enc, answer), ` (${percent(p)}). This token is the most probable one ${where}. ${through}`];
@@ -223,9 +223,9 @@ function placeOf(enc, given, had, at) {
 function mostOf(values, columns) {
   const cells = values.flatMap((row, r) => row.map((value, c) => ({ r, c, value }))).sort((a, b) => b.value - a.value);
   const words = ({ r, c, value }) => [`layer ${r} at `, make("code", {}, columns[c].text), ` (${signed(value, "")})`];
-  const moved = cells.find(({ c }) => columns[c].same), [best] = cells, most = ["The state that restores most is ", ...words(best)];
+  const moved = cells.find(({ c }) => columns[c].same), [best] = cells, most = ["The state that restores most is that of ", ...words(best)];
   if (!moved || columns[best.c].same) return most;
-  return [...most, "; among tokens that both prompts share, ", ...words(moved)];
+  return [...most, "; among tokens that both prompts share, that of ", ...words(moved)];
 }
 
 // ---- setting up -----------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ function describe() {
     const config = scratch ? fromScratch(text).config : page.model?.config;
     if (config) {
       const n = [...parametersOf(config).values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
-      words = `${many(n)} parameters, ${count(numberOf("batch_size") * config.block_size)} tokens an update.`;
+      words = `${many(n)} parameters, ${count(numberOf("batch_size") * config.block_size)} tokens per update.`;
     }
   } catch (error) {
     if (!(error instanceof UserError)) throw error;
