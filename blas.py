@@ -166,5 +166,5 @@ def _load():
 _load()
 
 if __name__ == "__main__":
-    print(f"{sys.argv[0]} is imported by the scripts: run one of them, such as train.py", file=sys.stderr)
+    print(f"{sys.argv[0]} has no command of its own: run train.py, which uses it", file=sys.stderr)
     sys.exit(2)

@@ -195,5 +195,5 @@ def pack(examples: list, block_size: int, together: bool = True) -> dict[str, np
 
 
 if __name__ == "__main__":
-    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as sft.py", file=sys.stderr)
+    print(f"{sys.argv[0]} has no command of its own: run sft.py, which uses it", file=sys.stderr)
     sys.exit(2)

@@ -225,5 +225,5 @@ def pack_matrix(model: GPT, path: str, found: tuple, bits: int, scale_dtype: str
 
 
 if __name__ == "__main__":
-    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as hqq.py", file=sys.stderr)
+    print(f"{sys.argv[0]} has no command of its own: run hqq.py, which uses it", file=sys.stderr)
     sys.exit(2)

@@ -91,5 +91,5 @@ def score(model: GPT, tokens: np.ndarray, bos: int, block_size: int = 0, stride:
 
 
 if __name__ == "__main__":
-    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as eval.py", file=sys.stderr)
+    print(f"{sys.argv[0]} has no command of its own: run eval.py, which uses it", file=sys.stderr)
     sys.exit(2)

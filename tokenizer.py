@@ -330,5 +330,5 @@ def to_tokenizer_json(enc: Tokenizer) -> dict | None:
 
 
 if __name__ == "__main__":
-    print(f"{sys.argv[0]} only defines functions for the scripts: run one of them, such as data.py", file=sys.stderr)
+    print(f"{sys.argv[0]} has no command of its own: run data.py, which uses it", file=sys.stderr)
     sys.exit(2)

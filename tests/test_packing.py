@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import run
 from test_cpu import near, numbers
 
 import packing
@@ -88,6 +89,12 @@ def test_plan_refuses_quantized_matrices():
     nn.quantize(model, 64, 4, class_predicate=lambda path, _: path.endswith("mlp.up"))
     with pytest.raises(UserError, match="mlp.up is quantized already, to 4 bits"):
         packing.plan(model, "4", 64)
+
+
+@pytest.mark.parametrize("module", ["packing", "quantized", "score", "tokenizer", "conversations", "lora", "blas"])
+def test_modules_are_not_scripts(module):
+    """A module that is run says in one line which script to run."""
+    assert run(f"{module}.py", status=2).stderr.endswith(".py, which uses it\n")
 
 
 def test_output_path(tmp_path, monkeypatch):
