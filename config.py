@@ -1,10 +1,10 @@
-"""Settings of a script: its own lower-case globals, changed on the command line with --name=value.
+"""The settings of a script are its own lower-case globals. --name=value on the command line changes one.
 
     data = "shakespeare"  # folder under data/
     n_layer = 6           # blocks
     settings = overrides(globals())
 
-Errors: raise UserError for what the user can put right; it ends the script with one line instead of a traceback.
+Errors: a script raises UserError for what the user can correct. It ends with that one line instead of a traceback.
 """
 
 import atexit
@@ -18,17 +18,19 @@ from collections.abc import Sequence
 
 given: set[str] = set()  # the settings named on the command line
 
+
 class UserError(ValueError):
-    """An error that the user can put right. The message is one line: what is wrong, and what to do."""
+    """An error that the user can correct. The message is one line: what is wrong, and what to do."""
 
 
 def overrides(globals_dict: dict, *positional: str) -> dict:
     """Set a script's globals from its command line and return its settings, in the order of the source.
 
-    Settings are the lower-case globals that hold a bool, int, float or str by now; their values give the types.
-    Arguments without "--" fill the `positional` names. The last of several counts: a shell line can end in "$@". Where
-    the default is (), all of them are collected as texts.
-    If the script is imported, not run, the defaults stand. `given` tells which were set.
+    The settings are the lower-case globals that hold a bool, int, float or str when this is called, and their values
+    determine the types. Arguments without "--" set the `positional` names in turn. If a setting is given several times,
+    the last value counts, so a line of a shell script can end in "$@"; a setting whose default is () collects them all
+    as texts. `given` holds the names that were set. In a script that is imported, not run, the defaults remain.
+    UserError: an unknown name, or a value of the wrong type; then nothing is set.
     """
     settings = {
         name: value
@@ -43,7 +45,7 @@ def overrides(globals_dict: dict, *positional: str) -> dict:
         if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
             _help(globals_dict["__file__"], globals_dict["__doc__"], settings, positional)
             raise SystemExit
-        changes = _parse(settings, positional, sys.argv[1:])  # checks all before any is set
+        changes = _parse(settings, positional, sys.argv[1:])  # raises before anything is set
         given.update(changes)
         settings.update(changes)
         globals_dict.update(settings)
@@ -89,7 +91,7 @@ def _nearest(name: str, settings: dict) -> str:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """What to say of a name that is not among these."""
+    """The end of an error message for a name that is not among these: the nearest one, else all of them."""
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {found[0]}?" if found else f"choose one of {', '.join(names)}"
 
@@ -114,10 +116,10 @@ def _help(path: str, doc: str | None, settings: dict, positional: tuple):
 
 
 def _comments(path: str) -> dict[str, tuple[str, str]]:
-    """For each global set in the file: its group (the one-word comment line above it) and its trailing comment."""
-    found, group, name = {}, "", ""  # name: what the statement begins with, if it begins at the left margin
+    """The group (the one-word comment line above it) and the trailing comment of every global that the file sets."""
+    found, group, name = {}, "", ""  # name: the first word of a statement that begins at the left margin
     with open(path, "rb") as file:
-        for token in tokenize.tokenize(file.readline):  # not a search for "#", which strings hold too
+        for token in tokenize.tokenize(file.readline):  # searching for "#" would find it in strings too
             if token.type == tokenize.NEWLINE:
                 name = ""
             elif token.type == tokenize.NAME and not name and token.start[1] == 0:
@@ -133,11 +135,11 @@ def _comments(path: str) -> dict[str, tuple[str, str]]:
 
 
 def _excepthook(kind, error, trace):
-    """One line for what the user can put right; a traceback for what is a bug."""
+    """Print one line for an error that the user can correct, a traceback for a bug."""
     script = os.path.basename(sys.argv[0])
     if issubclass(kind, KeyboardInterrupt):
         line, status = "stopped", 130
-    elif issubclass(kind, BrokenPipeError):  # the reader of our output has left, as `| head` does
+    elif issubclass(kind, BrokenPipeError):  # the process that reads our output has ended, as in `| head`
         line, status = "", 141
     elif issubclass(kind, UserError):
         line, status = f"{script}: {error}", 2
@@ -152,7 +154,7 @@ def _excepthook(kind, error, trace):
 
 
 def _flush():
-    """Flush the output before Python does, which would complain if its reader has left."""
+    """Flush the output before Python does, as Python prints an error if the process that reads it has ended."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

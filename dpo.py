@@ -1,17 +1,22 @@
-"""Learn from preferences: of two answers to a prompt, make the chosen one likelier than the rejected one.
+"""Learn from preferences: make the chosen one of two answers to a prompt more probable than the rejected one.
 
     python dpo.py out-sft/sft.safetensors --data=pairs.jsonl
     python dpo.py out/ckpt.safetensors --data=pairs.jsonl --loss=simpo --kind=full --learning_rate=1e-5
 
-A line of the file is {"prompt", "chosen", "rejected"}: texts, or the prompt as a list of messages. The reference is the
-model as it was at the start; its log-probabilities are computed once, so there is no second copy of the weights.
+Each line of the file is {"prompt", "chosen", "rejected"}: texts, or the prompt as a list of messages. The reference is
+the model before the first update. Its log-probabilities are computed once, so no second copy of the weights is needed.
 
-It writes OUT_DIR/dpo.safetensors, the step of the lowest loss held out (with kind=full a checkpoint, else an adapter),
-loss.csv and loss.png. Each line of the log: step; loss; acc, the share of pairs whose chosen answer has the larger
-reward (equal ones count half); margin, the mean of chosen less rejected reward; chosen and rejected, the mean
-log-probabilities of the answers in nats, which can both fall while their difference grows; lr; norm; and the same of
-the pairs held out. The reward is beta times the log-probability over the reference's (dpo, ipo, kto), or beta times the
-mean log-probability of a token (simpo, orpo).
+    OUT_DIR/dpo.safetensors      the step with the lowest validation loss: with --kind=full or --merge=True as a whole
+                                 checkpoint, else as an adapter for the checkpoint that it was trained on
+    OUT_DIR/loss.csv, loss.png   the curves
+    OUT_DIR/run.json, source/    the settings of the run and its code
+
+A log line shows: loss; acc, the share of pairs whose chosen answer has the larger reward (equal rewards count half);
+margin, the mean reward of the chosen answers minus that of the rejected ones; lr, the learning rate; norm, the norm of
+the gradient before clipping. After every eval_interval updates a line shows the loss (val), acc and margin of the pairs
+held out, and log p, the mean log-probabilities of their chosen and rejected answers in nats: both can fall while their
+difference grows. Speed and memory are in loss.csv. The reward is beta times the log-probability of the answer minus the
+reference's (dpo, ipo, kto), or beta times the mean log-probability of its tokens (simpo, orpo).
 
 Losses: dpo (Rafailov et al. 2023; label_smoothing: Mitchell 2023), ipo (Azar et al. 2023), simpo (Meng et al. 2024),
 orpo (Hong et al. 2024), kto (Ethayarajh et al. 2024).
@@ -38,34 +43,34 @@ from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, s
 from model import GPT, ON_CPU, compute_dtype, cross_entropy, load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer
 
-checkpoint = "out-sft/sft.safetensors"  # a checkpoint, best one that sft.py has tuned
+checkpoint = "out-sft/sft.safetensors"  # a checkpoint; one that sft.py has tuned suits best
 # data
 data = ""               # jsonl
-val_data = ""           # jsonl held out; none: val_share of data
+val_data = ""           # jsonl held out; "": val_share of data
 val_share = 0.1         # of the pairs
-template = ""           # plain | alpaca | chatml | llama3; none: the checkpoint's, else chatml
-out_dir = "out-dpo"     # where the result goes
+template = ""           # plain | alpaca | chatml | llama3; "": the checkpoint's own, else chatml
+out_dir = "out-dpo"     # the folder of this run
 seed = 1337             # of the split, the order and the adapter
 # loss
 loss = "dpo"            # dpo | ipo | simpo | orpo | kto
-beta = 0.1              # scale of the reward; orpo: weight of the odds (simpo: 2 is usual)
-gamma = 1.0             # simpo: the margin asked for
-label_smoothing = 0.0   # dpo: share of the pairs that are labelled the wrong way round
+beta = 0.1              # scale of the reward (simpo: 2 is usual); orpo: weight of the odds
+gamma = 1.0             # simpo: the target margin
+label_smoothing = 0.0   # dpo: assumed share of pairs with chosen and rejected swapped
 # adapter
 kind = "lora"           # full | lora | rslora | dora
 rank = 8                # of the adapter
 alpha = 16.0            # its scale is alpha / rank (rslora: / sqrt(rank))
 targets = "attn, mlp"   # linear layers, regular expressions separated by commas
-base_bits = 0           # pack the base to 2 | 3 | 4 | 5 | 6 | 8 bits before; 0: leave it
-merge = False           # write a whole checkpoint, with the adapter folded in, in place of the adapter alone
-peft = False            # write the adapter also as OUT_DIR/peft, the folder that Hugging Face's PEFT reads
+base_bits = 0           # quantize the base to 2 | 3 | 4 | 5 | 6 | 8 bits first; 0: do not
+merge = False           # write a checkpoint with the adapter merged into its weights, instead of the adapter
+peft = False            # write the adapter also to OUT_DIR/peft, a folder that Hugging Face's PEFT reads
 # optimization
-epochs = 3              # times every pair is seen
-batch_size = 8          # pairs an update
-learning_rate = 2e-4    # peak; full fine-tuning wants a hundredth
+epochs = 3              # passes over the pairs
+batch_size = 8          # pairs per update
+learning_rate = 2e-4    # peak; full fine-tuning needs a hundredth
 warmup_share = 0.1      # of all updates, linear
 min_lr = 0.1            # learning rate at the end of the cosine, as a share of the peak
-grad_clip = 1.0         # longest gradient; 0: no clipping
+grad_clip = 1.0         # largest norm of the gradient; 0: no clipping
 # run
 eval_interval = 20      # updates between evaluations
 log_interval = 5        # updates between log lines
@@ -78,10 +83,10 @@ settings = overrides(globals(), "checkpoint", "data")
 
 SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 
-# ---- losses: a number a pair, from the log-probabilities of its answers ----------------------------------------------
+# ---- losses: one number per pair, from the log-probabilities of its answers ------------------------------------------
 #
-# pi_c, pi_r: summed over the tokens of the chosen and of the rejected answer; ref_c, ref_r: the reference's; n_c, n_r:
-# how many tokens they have.
+# pi_c, pi_r: the model's log-probabilities of the chosen and of the rejected answer, summed over tokens; ref_c, ref_r:
+# the reference's; n_c, n_r: the numbers of tokens.
 
 
 def log_sigmoid(x: mx.array) -> mx.array:
@@ -113,13 +118,14 @@ def orpo(pi_c, pi_r, n_c, n_r, beta: float) -> mx.array:
 
 def kto(pi_c, pi_r, ref_c, ref_r, pi_other, ref_other, beta: float) -> mx.array:
     """The mean of 1 - sigmoid(beta (pi_c - ref_c) - z) and 1 - sigmoid(z - beta (pi_r - ref_r)),   z = beta max(0, mean
-    of pi - ref over answers to other prompts): how far the model is from the reference, not differentiated."""
+    of pi - ref over answers to other prompts): an estimate of the KL divergence, which is not differentiated."""
     z = mx.stop_gradient(beta * mx.maximum((pi_other - ref_other).mean(), 0))
     return (mx.sigmoid(z - beta * (pi_c - ref_c)) + mx.sigmoid(beta * (pi_r - ref_r) - z)) / 2
 
 
 def answer_log_probs(model: GPT, ids: mx.array, learned: mx.array) -> mx.array:
-    """Log-probability of each row's answer, summed over its tokens: ids (N, T + 1), learned (N, T + 1) -> (N,)."""
+    """Log-probability of each row's answer, summed over its tokens: ids (N, T + 1), learned (N, T + 1) -> (N,). learned
+    is 1 for the tokens of the answer and 0 for all others."""
     logits = model(ids[:, :-1])
     nats = cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)).reshape(len(ids), -1)
     return -(nats * learned[:, 1:]).sum(1)
@@ -185,8 +191,8 @@ N_PARTS = 3 if loss == "kto" else 2  # rows of a pair: chosen, rejected, and the
 
 
 def rows_of(pairs: list, what: str) -> dict[str, np.ndarray]:
-    """"ids" and "learned" (pairs, N_PARTS, T + 1), padded to the longest. What is longer than the context is left out:
-    an answer that is cut would be judged by its beginning."""
+    """"ids" and "learned" (pairs, N_PARTS, T + 1), padded to the longest row. A pair that is longer than the context
+    is left out, as an answer that is cut would be judged by its beginning."""
     found = []
     for i, (prompt, chosen, rejected) in enumerate(pairs):
         answers = [chosen, rejected, pairs[(i + 1) % len(pairs)][1]][:N_PARTS]
@@ -245,7 +251,7 @@ def side_by_side(x: mx.array) -> mx.array:
 
 
 def loss_and_figures(batch) -> tuple[mx.array, dict[str, mx.array]]:
-    """The mean loss of a batch; and by name the share of pairs that it orders rightly, and means over its pairs."""
+    """The mean loss of a batch, and its figures by name, which are means over the pairs too."""
     B = batch["ids"].shape[0]
     ids, learned = side_by_side(batch["ids"]), side_by_side(batch["learned"])
     pi = answer_log_probs(model, ids, learned).reshape(N_PARTS, B)
@@ -269,7 +275,7 @@ def loss_and_figures(batch) -> tuple[mx.array, dict[str, mx.array]]:
 
 @compiled
 def step(batch):
-    """One update. Returns its figures, with the gradient's norm before clipping."""
+    """One update. Returns its figures, among them the norm of the gradient before clipping."""
     (_, figures), grads = nn.value_and_grad(model, loss_and_figures)(batch)
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
     opt.update(model, grads)
@@ -298,7 +304,7 @@ def batch_of(rows: dict, which) -> dict[str, mx.array]:
 
 
 def evaluate() -> dict[str, float]:
-    """The figures of all pairs held out."""
+    """The mean figures of the pairs held out."""
     model.eval()
     totals, n = Counter(), len(val_rows["ids"])
     for start in range(0, n, batch_size):
@@ -308,7 +314,7 @@ def evaluate() -> dict[str, float]:
     return {name: total / n for name, total in totals.items()}
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------
+# ---- save ------------------------------------------------------------------------------------------------------------
 
 FIGURES = ["accuracy", "margin", "chosen", "rejected"]
 COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", *FIGURES, "learning_rate", "grad_norm", "tok_per_s",
@@ -338,8 +344,8 @@ def record(**row):
 
 
 def draw_curves():
-    """loss.png: loss, accuracy and log-probabilities, each of the training pairs and of those held out."""
-    both = []  # rows whose figures are named as their loss is: train_accuracy, val_accuracy
+    """loss.png: loss, accuracy and log-probabilities, of the training pairs and of those held out."""
+    both = []  # rows with other names for their figures: train_accuracy, val_accuracy
     for row in rows:
         split = "val" if "val_loss" in row else "train"
         both.append({**row, **{f"{split}_{name}": row[name] for name in FIGURES}})
@@ -355,7 +361,7 @@ run_folder.start(out_dir, SCRIPT, settings, source)
 run_folder.write_rows(out_dir, COLUMNS, rows)
 send, commit = run_folder.log_to(log, out_dir, settings), run_folder.git_commit()
 if peft and kind != "full":
-    save_peft(os.path.join(out_dir, "peft"), model)  # if it cannot be, that is told now
+    save_peft(os.path.join(out_dir, "peft"), model)  # raises here, before training, if PEFT has no such adapter
 model.eval()
 add_reference(train_rows)
 add_reference(val_rows)
@@ -365,13 +371,13 @@ best, pending, began = math.inf, None, time.perf_counter()
 
 
 def finish(number: int, figures: dict[str, mx.array], rate: float):
-    """Read a step's figures, a step late, and log them."""
+    """Read the figures of a step and log them, while the device works on the next step."""
     global lap_time, lap_tokens
     figures = {name: figure.item() for name, figure in figures.items()}
     value, norm = figures["loss"], figures["norm"]
     if not (math.isfinite(value) and math.isfinite(norm)):
-        raise UserError(f"step {number}: the loss is {value}, the gradient's norm {norm}; {result} is of"
-                        " the best step before, if there was one. Try a smaller learning_rate")
+        raise UserError(f"step {number}: the loss is {value}, the gradient's norm {norm}; {result} holds the best"
+                        " step before, if there was one: try a smaller learning_rate")
     if number % log_interval == 0 or number in (1, max_iters):
         speed = lap_tokens / lap_time if lap_time else 0.0
         lap_time, lap_tokens = 0.0, 0
@@ -417,4 +423,4 @@ while True:
     bar.update(1)
 bar.close()
 draw_curves()
-print(f"{result}: the step of the lowest loss held out, {best:.4f}\ncurves: {out_dir}/loss.png")
+print(f"{result}: the step with the lowest validation loss, {best:.4f}\ncurves: {out_dir}/loss.png")

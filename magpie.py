@@ -1,19 +1,19 @@
-"""Make instruction data from a chat-tuned checkpoint: it writes the user's turn, and then answers it.
+"""Make instruction data with a chat-tuned checkpoint: it writes a user's turn, and then answers it.
 
     python magpie.py out-sft/sft.safetensors --n=1000
     python magpie.py out/ckpt.safetensors --adapter=out-sft/sft.safetensors --n=1000 --resume=True
     python sft.py out/ckpt.safetensors --data=magpie.jsonl
 
-Magpie (Xu et al. 2024): given its template up to where the user's turn begins, a tuned model writes a user's turn. The
-paper's models had seen such turns in training; one that sft.py has tuned has learned to write them if it was tuned with
---learn_prompts=True.
+Magpie (Xu et al. 2024): a tuned model is given its template up to where the user's turn begins, and so it writes a
+user's turn. The models of the paper had seen user's turns in training. A model that sft.py has tuned can write them
+only if it was tuned with --learn_prompts=True.
 
-Each line of the file is {"messages": [...], "batch": number of the batch that made it}. Of the conversations made are
-left out, counted by turn and reason: unended (no end mark within the context); short (a prompt of fewer than
-min_words words, or an answer of none); repetitive (of the word triples of a turn, more than max_repetition stand in it
-before); known (its prompt is nearly one that the file, or --avoid, has: of the runs of five characters that stand in
-either, more than max_similarity stand in both). A batch draws from its own seed, so a run that is stopped and resumed
-writes the same file as one that is not.
+Each line of the file is {"messages": [...], "batch": number of the batch that made it}. Conversations are left out for
+these reasons, which are counted for each turn: unended (no end mark within the context); short (a prompt of fewer than
+min_words words, or an answer without a word); repetitive (more than max_repetition of the word triples of a turn are
+repetitions of an earlier one); known (the prompt resembles one of the file or of --avoid: the Jaccard index of their
+runs of five characters is above max_similarity). Each batch has its own seed, so a run that is stopped and resumed
+writes the same file as a run without a stop.
 """
 import json
 import os
@@ -35,28 +35,28 @@ from tokenizer import Tokenizer
 
 # model
 checkpoint = "out-sft/sft.safetensors"  # a checkpoint that was tuned on conversations
-adapter = ()              # or adapters of it, each PATH or PATH:WEIGHT; may be given several times
-template = ""             # plain | alpaca | chatml | llama3; none: what it was tuned with
-system = ""               # what every conversation begins with
+adapter = ()              # an adapter for it, PATH or PATH:WEIGHT; can be given several times
+template = ""             # plain | alpaca | chatml | llama3; "": the one that the model was tuned with
+system = ""               # the system message of every conversation
 # output
-out = "magpie.jsonl"      # for sft.py --data
-n = 100                   # conversations wanted
-resume = False            # go on with the file
+out = "magpie.jsonl"      # the file to write, for sft.py --data
+n = 100                   # conversations in the file at the end
+resume = False            # add to the file
 overwrite = False         # replace the file without asking
 # sampling
 batch_size = 32           # conversations at a time
-temperature = 0.8         # of the user's turn; the paper's is 1, which suits large models
+temperature = 0.8         # of the user's turn; the paper takes 1, which suits large models
 top_p = 0.98              # of the user's turn
-answer_temperature = 0.6  # 0: the most probable token, as the paper has it; small models then run in circles
-repetition_penalty = 1.0  # of the answer, above 1: less of what stands there
-seed = 1337               # of the draws
+answer_temperature = 0.6  # 0: the most probable token, as in the paper; small models then repeat themselves
+repetition_penalty = 1.0  # of the answer; above 1: tokens that are in the text already become less probable
+seed = 1337               # of the random draws
 dtype = "auto"            # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
 # filters
 min_words = 3             # of a prompt
-max_repetition = 0.3      # share of word triples that stand in the turn before
-max_similarity = 0.7      # of two prompts: Jaccard index of their runs of five characters
-avoid = ""                # jsonl whose prompts are not to be made again, such as what the model was tuned on
-patience = 20             # batches without a single find, until it gives up
+max_repetition = 0.3      # share of word triples that repeat an earlier one of the turn
+max_similarity = 0.7      # Jaccard index of the runs of five characters of two prompts
+avoid = ""                # jsonl with prompts to avoid, such as the file that the model was tuned on
+patience = 20             # batches without a conversation that passes, after which the script gives up
 
 settings = overrides(globals(), "checkpoint", "out")
 
@@ -81,7 +81,7 @@ def words(text: str) -> list[str]:
 
 
 def repetition(text: str) -> float:
-    """Share of the word triples that stand in the text before: 0 to 1; of fewer than three words, 0."""
+    """The share of word triples that repeat an earlier one of the text, 0 to 1; 0 for fewer than three words."""
     found = words(text)
     triples = list(zip(found, found[1:], found[2:], strict=False))
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
@@ -93,7 +93,7 @@ def runs_of_five(text: str) -> set[str]:
 
 
 class Known:
-    """Prompts, and which of them hold a run of five characters."""
+    """Prompts, and for every run of five characters the numbers of the prompts that hold it."""
 
     def __init__(self):
         self.sizes, self.holders = [], {}
@@ -105,7 +105,7 @@ class Known:
         self.sizes.append(len(runs))
 
     def similarity(self, text: str) -> float:
-        """The largest Jaccard index of this text with one of them."""
+        """The largest Jaccard index of this text and one of the prompts, 0 to 1."""
         runs = runs_of_five(text)
         common = Counter(number for run in runs for number in self.holders.get(run, ()))
         return max((both / (len(runs) + self.sizes[number] - both) for number, both in common.items()), default=0.0)
@@ -120,17 +120,17 @@ enc = Tokenizer.from_dict(meta["tokenizer"])
 adapted = load_adapters(model, adapter)
 template = template or adapted.get("template") or meta.get("template") or "none"
 if template == "none":
-    raise UserError(f"{checkpoint} was not tuned on conversations: give what sft.py made of it, or a --template")
+    raise UserError(f"{checkpoint} was not tuned on conversations: give one that sft.py has tuned, or a --template")
 form = TEMPLATES[check_template(template)]
 merge_adapters(model)
 model.set_dtype(compute_dtype(dtype))
 opening = [{"role": "system", "content": system}] if system else []
 beginning = encode_prompt(enc, opening, template, "user")
-# What ends a user's turn: the mark after it; where that is blank, also what the answer opens with.
+# A user's turn ends with the mark after it. Where that is blank, the beginning of the answer belongs to the mark.
 after, before = form["user"][1], form["assistant"][0]
 mark = (after.strip() or after + before).encode()
 ends = {enc.eot, end_of_answer(enc, template)}
-prompt_room = model.config.block_size // 2  # tokens of the context for all up to the answer
+prompt_room = model.config.block_size // 2  # tokens of the context for everything before the answer
 answer_room = model.config.block_size - prompt_room
 if len(beginning) >= prompt_room:
     raise UserError(f"the template and the system message take {len(beginning)} tokens, and half of the context has "
@@ -165,7 +165,7 @@ else:
 
 
 def continued(prompts: list[list[int]], room: int, seed: int, mark: bytes = b"", **sampling) -> list[str | None]:
-    """The text that goes on each prompt, up to an end token or the mark; None where none comes within `room` tokens."""
+    """The continuation of each prompt, up to an end token or the mark; None if neither comes within `room` tokens."""
     texts, ended, counts = [b""] * len(prompts), [False] * len(prompts), [0] * len(prompts)
     for tokens in generate(model, prompts, room, seed=seed, n_vocab=enc.n_vocab, **sampling):
         for row, token in enumerate(tokens):
@@ -185,7 +185,7 @@ def continued(prompts: list[list[int]], room: int, seed: int, mark: bytes = b"",
 
 
 def conversations(batch: int) -> list[list[dict]]:
-    """Those of a batch that pass the filters; `dropped` counts the others."""
+    """The conversations of a batch that pass the filters. The others are counted in `dropped`."""
     asked = continued([beginning] * batch_size, prompt_room - len(beginning), seed + 2 * batch, mark,
                       temperature=temperature, top_p=top_p)
     prompts = []
@@ -232,9 +232,9 @@ while kept < n:
     if without == patience:
         bar.close()
         reasons = ", ".join(f"{count} {reason}" for reason, count in (+dropped).most_common())
-        raise UserError(f"nothing of {patience * batch_size} conversations passed ({reasons}); {out} holds {kept}. "
-                        "Tune with sft.py --learn_prompts=True, lower the temperature of unended prompts, raise "
-                        "that of unended or repetitive answers")
+        raise UserError(f"none of {patience * batch_size} conversations passed the filters ({reasons}); {out} holds "
+                        f"{kept}: tune with sft.py --learn_prompts=True, lower the temperature if prompts are unended, or raise "
+                        "answer_temperature if answers are unended or repetitive")
 bar.close()
 
 # ---- look at it ------------------------------------------------------------------------------------------------------

@@ -3,19 +3,23 @@
     python sft.py out/ckpt.safetensors --data=tasks.jsonl
     python sft.py out/ckpt.safetensors --data=tasks.jsonl --kind=dora --base_bits=4
 
-A line of the file is {"messages": [{"role", "content"}, ...]}, {"instruction", "input", "output"}, or {"prompt",
-"response"}. Only the responses are learned, unless --learn_prompts=True. Examples are packed, several to a row of
-block_size tokens; each sees itself only, at its own positions. What is longer is cut; an example of which no response
-would be left is skipped, and told.
+Each line of the file is {"messages": [{"role", "content"}, ...]}, {"instruction", "input", "output"}, or {"prompt",
+"response"}. Only the responses are learned, unless --learn_prompts=True. Several examples are packed into one row of
+block_size tokens; each example attends to itself only, and its positions begin at 0. An example that is longer than a
+row is cut; one of which no response would be left is skipped, and the number of these is printed.
 
-It writes OUT_DIR/sft.safetensors, the step of the lowest validation loss (with kind=full or merge=True a checkpoint,
-else an adapter for the checkpoint it came from), loss.csv and loss.png. Each line of the log: step; loss, the mean
-cross-entropy of the step's response tokens in nats; lr, the learning rate; norm, the gradient's length before clipping;
-tok/s, tokens a second, padding excluded; mem, peak memory. And at every evaluation val, the loss on the examples held
-out.
+    OUT_DIR/sft.safetensors      the step with the lowest validation loss: with --kind=full or --merge=True as a whole
+                                 checkpoint, else as an adapter for the checkpoint that it was trained on
+    OUT_DIR/loss.csv, loss.png   the curves
+    OUT_DIR/run.json, source/    the settings of the run and its code
 
-Kinds: full; lora (Hu et al. 2021); rslora (Kalajdzievski 2023); dora (Liu et al. 2024). --base_bits packs the base
-first, as in QLoRA (Dettmers et al. 2023). --neftune adds noise to embeddings (Jain et al. 2023).
+A log line shows: loss, the mean cross-entropy of the response tokens of this update in nats; lr, the learning rate (of
+AdamW); norm, the norm of the gradient before clipping; tok/s, tokens per second without padding. After every
+eval_interval updates a line shows val, the mean cross-entropy of the response tokens held out, and the peak memory.
+
+Kinds: full, all weights; the adapters lora (Hu et al. 2021), rslora (Kalajdzievski 2023), dora (Liu et al. 2024).
+--base_bits quantizes the base before an adapter is attached (QLoRA, Dettmers et al. 2023). --neftune adds noise to the
+embeddings (Jain et al. 2023). --optimizer=muon (Jordan et al. 2024) updates matrices, also those of adapters, by Muon.
 """
 import math
 import os
@@ -42,39 +46,39 @@ from tokenizer import Tokenizer
 checkpoint = "out/ckpt.safetensors"  # from train.py, or an earlier sft.py
 # data
 data = ""               # jsonl
-val_data = ""           # jsonl held out; none: val_share of data
+val_data = ""           # jsonl held out; "": val_share of data
 val_share = 0.1         # of the examples
-template = ""           # plain | alpaca | chatml | llama3; none: the checkpoint's, else chatml
-learn_prompts = False   # learn the user's turns too, which lets magpie.py write more of them
-packing = True          # several examples a row
-out_dir = "out-sft"     # where the result goes
+template = ""           # plain | alpaca | chatml | llama3; "": the checkpoint's own, else chatml
+learn_prompts = False   # learn the user's turns too: magpie.py needs a model that can write them
+packing = True          # put several examples into a row
+out_dir = "out-sft"     # the folder of this run
 seed = 1337             # of the split, the order and the adapter
 # adapter
 kind = "lora"           # full | lora | rslora | dora
 rank = 8                # of the adapter
 alpha = 16.0            # its scale is alpha / rank (rslora: / sqrt(rank))
 targets = "attn, mlp"   # linear layers, regular expressions separated by commas: "attn.(q|v)$"
-base_bits = 0           # pack the base to 2 | 3 | 4 | 5 | 6 | 8 bits before; 0: leave it
-merge = False           # write a whole checkpoint, with the adapter folded in, in place of the adapter alone
-peft = False            # write the adapter also as OUT_DIR/peft, the folder that Hugging Face's PEFT reads
+base_bits = 0           # quantize the base to 2 | 3 | 4 | 5 | 6 | 8 bits first; 0: do not
+merge = False           # write a checkpoint with the adapter merged into its weights, instead of the adapter
+peft = False            # write the adapter also to OUT_DIR/peft, a folder that Hugging Face's PEFT reads
 # optimization
-epochs = 3              # times every example is seen
-batch_size = 4          # rows an update
+epochs = 3              # passes over the examples
+batch_size = 4          # rows per update
 optimizer = "adamw"     # adamw | muon: for the matrices of the blocks and of adapters, AdamW for the rest
-learning_rate = 1e-3    # peak; full fine-tuning wants a tenth
+learning_rate = 1e-3    # peak; full fine-tuning needs a tenth
 muon_lr = 0.02          # peak, of the matrices under muon
 warmup_share = 0.05     # of all updates, linear
 min_lr = 0.1            # learning rate at the end of the cosine, as a share of the peak
 weight_decay = 0.0      # of matrices, times the learning rate
-grad_clip = 1.0         # longest gradient; 0: no clipping
-neftune = 0.0           # noise of the embeddings, over sqrt(tokens * width); 5 is usual; 0: none
+grad_clip = 1.0         # largest norm of the gradient; 0: no clipping
+neftune = 0.0           # noise in the embeddings, over sqrt(tokens * width); 5 is usual; 0: none
 # run
 eval_interval = 20      # updates between evaluations
 log_interval = 5        # updates between log lines
 dtype = "auto"          # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
 compile = not ON_CPU    # mx.compile the step
-samples = 2             # held-out prompts answered before and after
-sample_tokens = 60      # of an answer
+samples = 2             # held-out prompts that are answered before and after
+sample_tokens = 60      # tokens of an answer at most
 overwrite = False       # replace the results of another run in OUT_DIR without asking
 log = ""                # send the rows of loss.csv also to tensorboard | wandb
 
@@ -176,7 +180,7 @@ compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lamb
 
 
 def noise(site: str, layer: int, x: mx.array) -> mx.array:
-    """NEFTune: embeddings (B, T, C) plus uniform noise in neftune / sqrt(T C)."""
+    """A tap for NEFTune: adds uniform noise from +-neftune / sqrt(T C) to the embeddings (B, T, C)."""
     if (site, layer) != ("resid", 0):
         return x
     size = neftune / math.sqrt(x.shape[1] * x.shape[2])
@@ -210,7 +214,7 @@ def batch_of(rows: dict, which) -> dict[str, mx.array]:
 
 
 def evaluate() -> float:
-    """Nats a response token of the examples held out."""
+    """Mean cross-entropy of the response tokens held out, in nats."""
     model.eval()
     nats, count = 0.0, val_rows["mask"].sum()
     for start in range(0, len(val_rows["idx"]), batch_size):
@@ -220,7 +224,7 @@ def evaluate() -> float:
     return float(nats / count)
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------
+# ---- save ------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tok_per_s", "peak_gib"]
 result = os.path.join(out_dir, "sft.safetensors")
@@ -248,7 +252,7 @@ def record(**row):
 
 
 def answers() -> list[str]:
-    """Greedy answers to the first prompts held out."""
+    """The model's greedy answers to the first prompts held out."""
     model.eval()
     found = []
     for messages in held_out[:samples]:
@@ -265,7 +269,7 @@ run_folder.start(out_dir, SCRIPT, settings, source)
 run_folder.write_rows(out_dir, COLUMNS, rows)
 send, commit = run_folder.log_to(log, out_dir, settings), run_folder.git_commit()
 if peft and kind != "full":
-    save_peft(os.path.join(out_dir, "peft"), model)  # if it cannot be, that is told now
+    save_peft(os.path.join(out_dir, "peft"), model)  # raises here, before training, if PEFT has no such adapter
 before, best, pending = answers(), math.inf, None
 model.train()
 began = time.perf_counter()
@@ -273,12 +277,12 @@ bar = tqdm(total=max_iters, unit="step", disable=None, dynamic_ncols=True)
 
 
 def finish(number: int, figures: dict[str, mx.array], rate: float):
-    """Read a step's figures, a step late, and log them."""
+    """Read the figures of a step and log them, while the device works on the next step."""
     global lap_time, lap_tokens
     loss, norm = figures["loss"].item(), figures["norm"].item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(f"step {number}: the loss is {loss}, the gradient's norm {norm}; {result} is of the best step"
-                        " before, if there was one. Try a smaller learning_rate")
+        raise UserError(f"step {number}: the loss is {loss}, the gradient's norm {norm}; {result} holds the best"
+                        " step before, if there was one: try a smaller learning_rate")
     if number % log_interval == 0 or number == max_iters:
         speed = lap_tokens / lap_time if lap_time else 0.0
         lap_time, lap_tokens = 0.0, 0
@@ -328,4 +332,4 @@ draw.curves(os.path.join(out_dir, "loss.png"), rows, {"nats a response token": {
 
 for messages, old, new in zip(held_out, before, answers(), strict=False):
     print(f"\n> {messages[-2]['content'] if len(messages) > 1 else ''}\nbefore: {old}\nafter:  {new}")
-print(f"\n{result}: the step of the lowest loss held out, {best:.4f}\ncurves: {out_dir}/loss.png")
+print(f"\n{result}: the step with the lowest validation loss, {best:.4f}\ncurves: {out_dir}/loss.png")

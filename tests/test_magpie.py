@@ -127,7 +127,7 @@ def test_bad_input(folder, tuned, tmp_path):  # noqa: F811
     assert "not tuned on conversations" in magpie(folder / "base.safetensors", out, status=2).stderr
     assert not out.exists()
     done = magpie(folder / "base.safetensors", out, "--template=alpaca", "--patience=2", status=2)
-    assert "nothing of 32 conversations passed" in done.stderr and "learn_prompts" in done.stderr
+    assert "none of 32 conversations passed the filters" in done.stderr and "learn_prompts" in done.stderr
     out.write_text("{}\n")
     told = magpie(tuned, out, status=2).stderr
     assert f"{out} exists: give --overwrite=True to replace it, --resume=True" in told
