@@ -14,7 +14,7 @@ the model before the first update. Its log-probabilities are computed once, so n
 A log line shows: loss; acc, the share of pairs whose chosen answer has the larger reward (equal rewards count half);
 margin, the mean reward of the chosen answers minus that of the rejected ones; lr, the learning rate; norm, the norm of
 the gradient before clipping. After every eval_interval updates a line shows the loss (val), acc and margin of the pairs
-held out, and log p, the mean log-probabilities of their chosen and rejected answers in nats: both can fall while their
+held out, and logp, the mean log-probabilities of their chosen and rejected answers in nats: both can fall while their
 difference grows. Speed and memory are in loss.csv. The reward is beta times the log-probability of the answer minus the
 reference's (dpo, ipo, kto), or beta times the mean log-probability of its tokens (simpo, orpo).
 
@@ -398,7 +398,7 @@ while True:
         figures = evaluate()
         is_best = number > 0 and figures["loss"] < best
         tqdm.write(f"step {number:6d} | val  {figures['loss']:6.4f} | acc {figures['accuracy']:4.0%} | "
-                   f"margin {figures['margin']:6.3f} | log p {figures['chosen']:6.1f} {figures['rejected']:6.1f}"
+                   f"margin {figures['margin']:6.3f} | logp {figures['chosen']:6.4g} {figures['rejected']:6.4g}"
                    f"{' | best' if is_best else ''}")
         record(step=number, tokens=tokens, val_loss=figures["loss"], **{name: figures[name] for name in FIGURES})
         if is_best:

@@ -233,8 +233,8 @@ while kept < n:
         bar.close()
         reasons = ", ".join(f"{count} {reason}" for reason, count in (+dropped).most_common())
         raise UserError(f"none of {patience * batch_size} conversations passed the filters ({reasons}); {out} holds "
-                        f"{kept}: tune with sft.py --learn_prompts=True, lower the temperature if prompts are unended, or raise "
-                        "answer_temperature if answers are unended or repetitive")
+                        f"{kept}: tune with sft.py --learn_prompts=True, lower the temperature if prompts are unended, "
+                        "or raise answer_temperature if answers are unended or repetitive")
 bar.close()
 
 # ---- look at it ------------------------------------------------------------------------------------------------------

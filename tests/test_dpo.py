@@ -123,6 +123,8 @@ def test_learns(folder, pairs, tmp_path, arguments, first):  # noqa: F811
     """It starts where the formula says, learns to prefer what it never saw, and leaves a file that does."""
     done = dpo(folder, pairs, tmp_path, *arguments)
     held_out, train = rows_of(tmp_path, "val"), rows_of(tmp_path, "train")
+    assert max(len(line) for line in done.stdout.splitlines() if line.startswith("step ")) <= 80
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "source" / "dpo.py").exists()
     if first:
         assert held_out[0]["loss"] == pytest.approx(first, rel=1e-5) and held_out[0]["margin"] == 0
         assert train[0]["loss"] == pytest.approx(first, rel=1e-5)  # of the first update, before it

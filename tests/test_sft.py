@@ -79,6 +79,10 @@ def test_learns(folder, tmp_path, arguments):
     losses, held_out = column(out, "train_loss"), column(out, "val_loss")
     assert losses[-1] < 0.6 * losses[0] and held_out[-1] < 0.7 * held_out[0]
     assert re.search(r"step +\d+ \| loss .* tok/s\n", done.stdout) and "before:" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines() if line.startswith("step ")) <= 80
+    names = "step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tok_per_s,peak_gib\n"
+    assert (out / "loss.csv").read_text().startswith(names) and column(out, "tokens")[-1] > 1000
+    assert json.loads((out / "run.json").read_text())["settings"]["template"] == "plain"
     assert {path.name for path in out.iterdir()} == {"sft.safetensors", "loss.csv", "loss.png", "run.json",
                                                          "run.lock", "source"}
     model, talks = tuned(folder, out), read_conversations(str(folder / "tasks.jsonl"))

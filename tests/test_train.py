@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
 from safetensors import safe_open
+from test_variants import SOURCE, VARIANTS, without
 
 from model import GPT, GPTConfig, load_checkpoint
 from tokenizer import Tokenizer
@@ -241,6 +243,25 @@ def test_expert_load_is_kept_and_drawn(data, tmp_path):
         np.testing.assert_allclose(load[layer], np.bincount(top.ravel(), minlength=4) / (8 * 32 / 2), atol=1e-4)
     said = [float(number) for number in re.findall(r"\| load (\S+)", done.stdout)]
     np.testing.assert_allclose(said, [load[:2].max(), load[2:].max()], atol=0.006)
+
+
+def test_variants_can_be_deleted(data, whole, tmp_path):
+    """Without the sections and the tagged lines of all variants, in model.py and in train.py, the losses are the same.
+    """
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "model.py").write_text(without(SOURCE, *VARIANTS))
+    source = (ROOT / "train.py").read_text()
+    for variant in VARIANTS:
+        source = re.sub(rf"^# ---- variant {variant}: .*?^# ---- end of {variant} -+\n", "", source, flags=re.M | re.S)
+        source = re.sub(rf"^.*  # {variant}\n", "", source, flags=re.M)
+    (tmp_path / "train.py").write_text(source)
+    assert len(source.splitlines()) < len((ROOT / "train.py").read_text().splitlines()) - 40
+    assert not re.search("rebalance|expert_load|record_load|load_rows", source)
+    subprocess.run([sys.executable, tmp_path / "train.py", *command(data, tmp_path / "out")[2:]], check=True,
+                   capture_output=True)
+    for name in ("train_loss", "val_loss", "grad_norm"):
+        assert column(tmp_path / "out", name) == column(whole, name)
 
 
 def test_prepares_a_text_by_itself(tmp_path):
