@@ -1,6 +1,6 @@
-"""The page in a real browser, for tests: headless Chromium through Playwright, and playground.py as its server.
+"""For tests of the page in a real browser: headless Chromium through Playwright, with playground.py as the server.
 
-    def test_it(page):                                   # a fixture of conftest.py: an empty page of our server
+    def test_it(page):                                   # a fixture of conftest.py: an empty page from the server
         assert js(page, "async (x) => (await import('/tokenizer.js')).byteTokenizer().tokens[x]", 97) == "YQ=="
         page.goto(page.server.url)                       # the playground itself
 """
@@ -22,12 +22,12 @@ ARGUMENTS = ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swi
 @dataclass
 class Server:
     url: str      # http://localhost:PORT
-    folder: Path  # whose checkpoints it lists
+    folder: Path  # with the checkpoints that it lists
 
 
 @contextlib.contextmanager
 def serve(folder: Path):
-    """playground.py, at a port of its own."""
+    """playground.py, at a free port."""
     command = [sys.executable, str(ROOT / "playground.py"), str(folder), "--port=0", "--open=False"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -43,7 +43,7 @@ def serve(folder: Path):
 
 @contextlib.contextmanager
 def chromium():
-    """A browser, or the test is skipped where there is none."""
+    """A browser. Where there is none, the test is skipped."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no browser: pip install playwright")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not path:
@@ -78,7 +78,7 @@ def page(browser, server: Server, **options):
 
 
 def js(page, function: str, *arguments):
-    """What a function of JavaScript returns, through JSON and in ASCII: so half of a surrogate pair comes through, and
-    a number that is none is None."""
+    """The result of a JavaScript function. It is passed as ASCII JSON, so that half a surrogate pair is preserved, and
+    NaN becomes None."""
     called = f"async (text) => JSON.stringify(await ({function})(...JSON.parse(text))) ?? 'null'"
     return json.loads(page.evaluate(called, json.dumps(arguments)))

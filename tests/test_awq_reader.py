@@ -1,4 +1,4 @@
-"""awq_reader.py: what AutoAWQ itself packed (fixtures/make_awq.py), an independent packer, whole folders, bad input."""
+"""awq_reader.py: layers that AutoAWQ packed (fixtures/make_awq.py), an independent packer, whole folders, bad input."""
 import json
 import re
 import shutil
@@ -20,7 +20,7 @@ SOURCE = (ROOT / "awq_reader.py").read_text()
 START, END = SOURCE.index("# ---- layouts"), SOURCE.index("# ---- run")
 made = {"np": np, "mx": mx, "readers": readers, "UserError": UserError, "Callable": Callable, "scale_dtype": "float32",
         "dense": False}
-exec(SOURCE[START:END], made)  # without what runs
+exec(SOURCE[START:END], made)  # without the part that runs
 FIXTURE = {name: np.array(array) for name, array in mx.load(str(ROOT / "tests/fixtures/awq.safetensors")).items()}
 
 
@@ -31,7 +31,7 @@ def integers(words) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["gemm.32", "gemm.64", "gemm.128", "gemm.-1", "gemv.32", "gemv.64", "gemv.128"])
 def test_what_autoawq_packed(name):
-    """Its integers, zeros and scales, exactly; and MLX unpacks w = (q - zero) scale from ours."""
+    """Integers, zeros and scales are exact, and from our arrays MLX unpacks w = (q - zero) scale."""
     layer = {part: FIXTURE[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "q", "zero", "scale")}
     packed = [layer[part] for part in ("qweight", "qzeros", "scales")]
     groups = layer["zero"].shape[1]
@@ -86,8 +86,8 @@ def packed(q: np.ndarray, zero: np.ndarray, scale: np.ndarray, version: str) -> 
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
 @pytest.mark.parametrize("group_size", [32, 64, 96, 128, 256, -1])
 def test_every_group_size(version, group_size):
-    """Of a layer: its integers exactly, and what they stand for. MLX has no groups of 96, 256 and 768: they become
-    several."""
+    """A layer's integers are exact, and so are the weights that they stand for. MLX has no groups of 96, 256 and 768:
+    they become several groups."""
     rng, width = np.random.default_rng(0), 768 if group_size == -1 else group_size
     q, zero = rng.integers(0, 16, (24, 768)), rng.integers(0, 16, (24, 768 // width))
     scale = rng.uniform(0.005, 0.02, zero.shape).astype(np.float16)
@@ -104,7 +104,7 @@ def test_every_group_size(version, group_size):
 
 
 def folder_of(tmp_path, version="gemm", group_size=32, n_expert=0, **more):
-    """A packed Llama, or Mixtral, and the dense model that it stands for."""
+    """A folder with a packed Llama or Mixtral, and the same model with float weights."""
     config = GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=64, ffn_dim=128, mlp="swiglu",
                        qk_norm=False, tie=False, n_expert=n_expert, expert_balance="none")
     model, rng, folder = GPT(config), np.random.default_rng(0), tmp_path / "folder"
@@ -148,7 +148,7 @@ def read(*arguments, status=0):
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
 @pytest.mark.parametrize(("group_size", "n_expert"), [(32, 0), (64, 0), (-1, 0), (32, 3)])
 def test_folder(version, group_size, n_expert, tmp_path):
-    """Packed and dense: the logits of the model that the integers stand for."""
+    """Packed and unpacked checkpoints give the logits of the model with float weights."""
     folder, model = folder_of(tmp_path, version, group_size, n_expert)
     idx = mx.array(np.random.default_rng(1).integers(0, 64, (2, 20)))
     logits = np.array(model(idx))
@@ -166,7 +166,7 @@ def test_folder(version, group_size, n_expert, tmp_path):
 
 
 def test_peak_memory(tmp_path):
-    """That of the output and a tensor, with what the unpacking of one takes: no layer becomes dense and stays so."""
+    """Reading needs the memory of the output and of one tensor: no layer is unpacked and kept."""
     small, _ = folder_of(tmp_path)
     large, rng = tmp_path / "large", np.random.default_rng(0)
     shutil.copytree(small, large)
@@ -192,7 +192,7 @@ def test_peak_memory(tmp_path):
 
 
 def test_older_folders(tmp_path):
-    """They say how they are packed in a file of its own."""
+    """Older folders have a separate file about how they are packed."""
     folder, model = folder_of(tmp_path)
     raw = json.loads((folder / "config.json").read_text())
     del raw["quantization_config"]

@@ -1,4 +1,4 @@
-"""gguf_reader.py: all types against the gguf package's dequantiser, models by its writer, there and back, fuzz."""
+"""gguf_reader.py: all types against the gguf package, models by its writer, exports, bad input."""
 import json
 import re
 import subprocess
@@ -19,7 +19,7 @@ from tokenizer import Tokenizer, train_bpe
 SOURCE = (ROOT / "gguf_reader.py").read_text()
 START, END = SOURCE.index("# ---- types"), SOURCE.index("# ---- read")
 made = {"np": np, "mx": mx, "gguf": gguf, "bits": 0}
-exec(SOURCE[START:END], made)  # the section of the types stands by itself
+exec(SOURCE[START:END], made)  # the section about types needs no other code
 IDX = np.random.default_rng(1).integers(0, 96, (2, 20))
 USUAL = dict(block_size=64, vocab_size=96, n_layer=2, n_head=4, n_embd=64, ffn_dim=128)
 FLAVOURS = {
@@ -50,12 +50,12 @@ def test_packed_is_exact(kind):
 
 @pytest.mark.parametrize("kind", sorted(kind.name for kind in gguf.quants._type_traits))
 def test_every_type(kind):
-    """Random blocks, which any bytes are; as the package unpacks them, but for the rounding to float16."""
+    """Random bytes are valid blocks. They are unpacked as by the package, up to the rounding to float16."""
     kind = gguf.GGMLQuantizationType[kind]
     size, width = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(0)
     data = rng.integers(0, 256, (3, 512 // size * width), np.uint8)
-    data.reshape(3, -1, width)[..., 1::2] &= 0x3B  # no scale of infinity, wherever a block has its float16
+    data.reshape(3, -1, width)[..., 1::2] &= 0x3B  # no float16 scale is infinite, wherever a block has it
     with np.errstate(all="ignore"):
         wanted = gguf.quants.dequantize(data, kind)
         found = made["arrays_of"](kind, data, False)["weight"]
@@ -84,8 +84,8 @@ def build(name: str, **more) -> GPT:
 
 
 def written(path, name: str, model: GPT, kind=gguf.GGMLQuantizationType.F32, skip="", settings=(), more=()):
-    """The model by the package's writer, with names and settings written down here once more; a tensor that is left
-    out, other settings (name, value, type), and more tensors (name, array)."""
+    """Write a model with the package's writer and names and settings that are listed here again. skip: a tensor that is
+    left out; settings: further ones (name, value, type); more: further tensors (name, array)."""
     name = ARCHITECTURE[name]
     c, p = model.config, {key: np.array(value) for key, value in tree_flatten(model.parameters())}
     w = gguf.GGUFWriter(path, name)
@@ -141,7 +141,7 @@ def written(path, name: str, model: GPT, kind=gguf.GGMLQuantizationType.F32, ski
 
 
 def rounded(model: GPT, kind: str) -> GPT:
-    """The model, its matrices as they are in a file of this type."""
+    """The model, with matrices rounded as in a file of this type."""
     kind = gguf.GGMLQuantizationType[kind]
     weights = [(key, gguf.quants.dequantize(gguf.quants.quantize(np.array(value), kind), kind))
                for key, value in tree_flatten(model.parameters())
@@ -178,7 +178,8 @@ def test_models(name, kind, tmp_path):
 
 @pytest.mark.parametrize("bits", [0, 8])
 def test_other_types_are_unpacked(bits, tmp_path):
-    """Q5_0 into float16; packed again if asked, also where groups of 64 do not divide the width; and told so."""
+    """Q5_0 becomes float16, or is quantized again if asked, also if the width is not a multiple of 64; a line says so.
+    """
     model = build("llama", ffn_dim=96)
     written(tmp_path / "a.gguf", "llama", model, gguf.GGMLQuantizationType.Q5_0)
     done = read(tmp_path / "a.gguf", tmp_path / "a.safetensors", f"--bits={bits}").stdout
@@ -215,7 +216,7 @@ def test_there_and_back(name, kind, tmp_path):
 
 @pytest.mark.parametrize("name", [*FLAVOURS, "llama3", "linear"])
 def test_llama_cpp_runs_what_we_write(name, tmp_path):
-    """Its logits, computed in float16, are the model's."""
+    """The logits of llama.cpp, computed in float16, are those of the model."""
     llama_cpp = pytest.importorskip("llama_cpp")
     scaling = dict(llama3=dict(rope_factor=8.0, rope_original=16), linear=dict(
         rope_factor=4.0, rope_low_freq=1e9, rope_high_freq=2e9)).get(name, {})
@@ -230,7 +231,7 @@ def test_llama_cpp_runs_what_we_write(name, tmp_path):
 
 
 def test_the_tokenizer_comes_along(tmp_path):
-    """Where llama.cpp's name for its regex is known."""
+    """A tokenizer whose regex llama.cpp has a name for goes to GGUF and back."""
     enc = train_bpe(iter([SOURCE]), 500)
     made_ = {}
     exec(SOURCE[SOURCE.index("WORDS = {"):START], {"GPT2_PATTERN": __import__("tokenizer").GPT2_PATTERN}, made_)
@@ -246,7 +247,8 @@ def test_the_tokenizer_comes_along(tmp_path):
 
 
 def with_sentence_piece(path, change=lambda pieces, scores, types: (pieces, scores, types)):
-    """A GGUF file of a Llama with the tokenizer of tests/fixtures/make_sentencepiece.py; its texts, with their ids."""
+    """Write a GGUF file of a Llama with the tokenizer of tests/fixtures/make_sentencepiece.py. Returns texts with ids.
+    """
     found = json.loads((ROOT / "tests" / "fixtures" / "sentencepiece.json").read_text())
     pieces, scores, types = change(found["pieces"], found["scores"], found["types"])
     save_checkpoint(str(path.with_suffix(".s")), GPT(GPTConfig(**USUAL | FLAVOURS["llama"] | {"vocab_size": 500})), {})
@@ -273,7 +275,7 @@ def with_sentence_piece(path, change=lambda pieces, scores, types: (pieces, scor
 
 
 def test_sentence_piece(tmp_path):
-    """The ids that sentencepiece itself gave; and back to the same text."""
+    """Ids are those of sentencepiece, and decode to the text."""
     texts = with_sentence_piece(tmp_path / "a.gguf")
     read(tmp_path / "a.gguf", tmp_path / "a.safetensors")
     enc = Tokenizer.from_dict(load_checkpoint(str(tmp_path / "a.safetensors"))[1]["tokenizer"])
@@ -289,7 +291,7 @@ def test_sentence_piece(tmp_path):
 
 
 def test_peak_memory(tmp_path):
-    """That of the output and a tensor: what was read of the file does not stay in memory."""
+    """Reading needs the memory of the output and of one tensor: tensors of the file do not stay in memory."""
     outs, peaks = [], []
     for name, width in (("small", 64), ("large", 1024)):
         shape = dict(n_layer=4, n_embd=width, ffn_dim=2 * width, vocab_size=1024)
@@ -370,7 +372,8 @@ def test_bad_files(change, says, tmp_path):
 
 
 def test_settings_that_change_nothing(tmp_path):
-    """What llama.cpp's converters write besides, and unknown settings at values that turn them off."""
+    """Other settings that llama.cpp's converters write, and unknown settings at values that turn them off, are read
+    over."""
     kinds = gguf.GGUFValueType
     written(tmp_path / "a.gguf", "llama", build("llama"), settings=[
         ("llama.vocab_size", 96, kinds.UINT32), ("llama.rope.dimension_count", 16, kinds.UINT32),

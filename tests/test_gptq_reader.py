@@ -1,4 +1,4 @@
-"""gptq_reader.py: what GPTQModel itself packed (fixtures/make_gptq.py), an independent packer, folders, bad input."""
+"""gptq_reader.py: layers that GPTQModel packed (fixtures/make_gptq.py), an independent packer, folders, bad input."""
 import json
 import re
 import subprocess
@@ -19,7 +19,7 @@ SOURCE = (ROOT / "gptq_reader.py").read_text()
 START, END = SOURCE.index("# ---- layouts"), SOURCE.index("# ---- run")
 made = {"np": np, "mx": mx, "readers": readers, "UserError": UserError, "Callable": Callable, "scale_dtype": "float32",
         "dense": False}
-exec(SOURCE[START:END], made)  # without what runs
+exec(SOURCE[START:END], made)  # without the part that runs
 FIXTURE = {name: np.array(array) for name, array in mx.load(str(ROOT / "tests/fixtures/gptq.safetensors")).items()}
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 
@@ -35,7 +35,8 @@ def packed_down(q: np.ndarray, bits: int) -> np.ndarray:
 
 
 def minus_one(zeros: np.ndarray, bits: int) -> np.ndarray:
-    """(groups, out) -> qzeros of version 1, as today's packers write it: one subtraction a word, or by field at 3."""
+    """(groups, out) -> qzeros of version 1, as packers write it: 1 is subtracted in whole words, or by field at 3 bits.
+    """
     if bits == 3:
         return packed_down((zeros.T - 1) % 8, 3).T
     ones = sum(1 << bits * i for i in range(32 // bits))
@@ -45,7 +46,7 @@ def minus_one(zeros: np.ndarray, bits: int) -> np.ndarray:
 @every_width
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_what_gptqmodel_packed(bits, group_size):
-    """Its integers and zeros, exactly; transposed, its words are MLX's."""
+    """Integers and zeros are exact; transposed, the words are MLX's."""
     layer = {part: FIXTURE[f"{bits}.{group_size}.{part}"] for part in ("qweight", "qzeros", "g_idx", "q", "zero")}
     words = np.ascontiguousarray(layer["qweight"].T).view(np.uint32)
     assert np.array_equal(made["unpack"](words, bits), layer["q"])
@@ -53,12 +54,12 @@ def test_what_gptqmodel_packed(bits, group_size):
     assert np.array_equal(made["zeros_of"](layer["qzeros"], bits, 2).T, layer["zero"])
     scales, biases = mx.ones((32, 128 // group_size)), mx.zeros((32, 128 // group_size))
     assert np.array_equal(np.array(mx.dequantize(mx.array(words), scales, biases, group_size, bits)), layer["q"])
-    assert np.array_equal(packed_down(layer["q"].T, bits), layer["qweight"])  # and the packer below is theirs
+    assert np.array_equal(packed_down(layer["q"].T, bits), layer["qweight"])  # so the packer is right
 
 
 @every_width
 def test_zeros_of_version_1(bits):
-    """All values, 0 among them, which borrows from its neighbour."""
+    """All values of zero points, also 0, which borrows from the next field."""
     zeros = np.random.default_rng(0).integers(0, 2**bits, (6, 96))
     zeros[0], zeros[1, ::2] = 0, 0
     assert np.array_equal(made["zeros_of"](np.ascontiguousarray(minus_one(zeros, bits)), bits, 1), zeros)
@@ -69,7 +70,7 @@ def test_zeros_of_version_1(bits):
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_every_layout(bits, group_size, version, act_order):
-    """Of a layer of the packer above: its integers exactly, in the order that it says, and what they stand for."""
+    """A layer of the packer above: its integers, in their order, and the weights that they stand for, are exact."""
     rng, width = np.random.default_rng(0), 384 if group_size == -1 else group_size
     q, zero = rng.integers(0, 2**bits, (32, 384)), rng.integers(0, 2**bits, (32, 384 // width))
     zero[0] = 0
@@ -93,7 +94,7 @@ def test_every_layout(bits, group_size, version, act_order):
 
 
 def folder_of(tmp_path, bits=4, group_size=32, act_order=False, version=1, symmetric=False, n_expert=0):
-    """A packed Qwen2, which has biases, or Mixtral, and the dense model that it stands for."""
+    """A folder with a packed Qwen2, which has biases, or Mixtral, and the same model with float weights."""
     config = GPTConfig(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=64, ffn_dim=128, mlp="swiglu",
                        qk_norm=False, qkv_bias=not n_expert, n_expert=n_expert, expert_balance="none")
     model, rng, folder = GPT(config), np.random.default_rng(0), tmp_path / "folder"
@@ -149,7 +150,7 @@ def read(*arguments, status=0):
                                       dict(group_size=-1, symmetric=True), dict(n_expert=3),
                                       dict(n_expert=3, act_order=True)], ids=str)
 def test_folder(bits, settings, tmp_path):
-    """Packed and dense: the logits of the model that the integers stand for."""
+    """Packed and unpacked checkpoints give the logits of the model with float weights."""
     folder, model = folder_of(tmp_path, bits, **settings)
     idx = mx.array(np.random.default_rng(1).integers(0, 64, (2, 20)))
     logits = np.array(model(idx))
@@ -165,7 +166,7 @@ def test_folder(bits, settings, tmp_path):
 
 
 def test_older_folders(tmp_path):
-    """They say how they are packed in a file of its own."""
+    """Older folders have a separate file about how they are packed."""
     folder, model = folder_of(tmp_path)
     raw = json.loads((folder / "config.json").read_text())
     del raw["quantization_config"]

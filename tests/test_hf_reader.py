@@ -1,4 +1,4 @@
-"""hf_reader.py: folders that transformers wrote, and their logits (fixtures/make_hf.py); there and back; bad input."""
+"""hf_reader.py: reads folders that transformers wrote, with their logits (fixtures/make_hf.py); exports; bad input."""
 import json
 import resource
 import shutil
@@ -45,7 +45,8 @@ def near(model, logits, tolerance=2e-6):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_transformers(name, tmp_path):
-    """And the same once more through a folder of our own."""
+    """A folder's model gives the logits that transformers computed; exported again, all tensors and settings are equal.
+    """
     out = tmp_path / "model.safetensors"
     assert "tensors" in read(FOLDERS / name, out).stdout
     logits = np.load(FOLDERS / name / "logits.npy")
@@ -78,13 +79,13 @@ def test_mlx_lm_reads_what_we_write(name, tmp_path):
     read(FOLDERS / name, tmp_path / "model.safetensors")
     read(tmp_path / "model.safetensors", f"--export={tmp_path / 'folder'}")
     model, _ = mlx_lm.load_model(tmp_path / "folder")
-    short = IDX[:, :5]  # it has no window for Qwen2
+    short = IDX[:, :5]  # shorter than the window, which mlx-lm does not have for Qwen2
     expected = np.load(FOLDERS / name / "logits.npy")[:, :5]
     assert np.abs(np.array(model(mx.array(short))) - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def in_bfloat16(name, folder):
-    """One of the folders, in one file."""
+    """A copy of one of the folders with bfloat16 weights in one file. Returns the arrays."""
     shutil.copytree(FOLDERS / name, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     arrays = {key: p.astype(mx.bfloat16) for path in (FOLDERS / name).glob("*.safetensors")
               for key, p in mx.load(str(path)).items()}
@@ -94,7 +95,8 @@ def in_bfloat16(name, folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_kept(name, tmp_path):
-    """In the file, bit for bit, and back; computed in it, logits are off by what its 8 bits cost."""
+    """Weights stay bfloat16 in the checkpoint and in the export, bit for bit; logits in bfloat16 have its rounding
+    error."""
     arrays = in_bfloat16(name, tmp_path / "half")
     run_here("hf_reader.py", tmp_path / "half", tmp_path / "model.safetensors")
     model, _ = load_checkpoint(str(tmp_path / "model.safetensors"))
@@ -111,7 +113,7 @@ def test_bfloat16_is_kept(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_beside_transformers(name, tmp_path):
-    """Its logits in bfloat16 are as far from those in float32 as ours are."""
+    """The error of logits in bfloat16 is no larger than in transformers."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     in_bfloat16(name, tmp_path / "half")
     run_here("hf_reader.py", tmp_path / "half", tmp_path / "model.safetensors")
@@ -128,7 +130,7 @@ def test_bfloat16_beside_transformers(name, tmp_path):
 
 
 def test_prefix_may_be_missing(tmp_path):
-    """Some of GPT-2's files name no `transformer.`, and hold masks."""
+    """Some of GPT-2's files leave out the prefix `transformer.`, and hold causal masks."""
     shutil.copytree(FOLDERS / "gpt2", tmp_path / "short")
     arrays = mx.load(str(FOLDERS / "gpt2" / "model.safetensors"))
     arrays = {name.removeprefix("transformer."): p for name, p in arrays.items()}
@@ -140,7 +142,7 @@ def test_prefix_may_be_missing(tmp_path):
 
 @pytest.mark.parametrize("n_expert", [0, 3])
 def test_packed_is_unpacked(n_expert, tmp_path):
-    """On export; the weights are those that the integers stand for."""
+    """On export, quantized layers become the float weights that their integers stand for."""
     model = GPT(GPTConfig(block_size=64, vocab_size=40, n_layer=1, n_head=1, n_embd=64, mlp="swiglu", qk_norm=False,
                           n_expert=n_expert))
     nn.quantize(model, 64, 4, class_predicate=lambda path, module: hasattr(module, "to_quantized")
@@ -155,7 +157,7 @@ def test_packed_is_unpacked(n_expert, tmp_path):
 @pytest.mark.parametrize("bits", [0, 8])
 @pytest.mark.parametrize("script", ["hf_reader.py", "gguf_reader.py"])
 def test_low_rank_layers_are_multiplied(script, bits, tmp_path):
-    """On export: other projects' files have one matrix where laser.py stores two factors, quantized or not."""
+    """On export, the two factors of laser.py, quantized or not, become one matrix."""
     if script == "gguf_reader.py":
         pytest.importorskip("gguf")
     model = GPT(GPTConfig(block_size=64, vocab_size=40, n_layer=2, n_head=2, n_embd=64, mlp="swiglu", qk_norm=False,
@@ -223,7 +225,7 @@ def test_a_setting_that_is_new(script, flavour, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", ["hf_reader.py", "gguf_reader.py"])
 def test_settings_without_effect(script, tmp_path):
-    """What belongs to a variant that is off does not matter; nor do rotary settings where positions are learned."""
+    """Settings of a variant that is off do not prevent an export, nor do rotary settings if positions are learned."""
     if script == "gguf_reader.py":
         pytest.importorskip("gguf")
     usual = dict(block_size=64, vocab_size=40, n_layer=2, n_head=2, n_embd=32, expert_top_k=1, diff_attn_version=2,
@@ -248,7 +250,8 @@ def tokenizers():
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_our_tokenizer_there_and_back(kind):
-    """The tokenizers package gives the same ids from what we write, and so do we from reading it again."""
+    """The tokenizers package, with the tokenizer.json that we write, gives the ids of our tokenizer; so do we after
+    reading it again."""
     ours = tokenizers()[kind]
     written = json.dumps(to_tokenizer_json(ours))
     back = from_tokenizer_json(written, EOT, EOT)
@@ -256,13 +259,14 @@ def test_our_tokenizer_there_and_back(kind):
     assert (back.eot, back.bos, back.special, back.tokens) == (ours.eot, ours.bos, ours.special, ours.tokens)
     for text in TEXTS:
         ids = ours.encode(text).tolist()
-        if EOT not in text:  # there, a special token in a text is one
+        if EOT not in text:  # the package encodes a special token in a text as that token
             assert theirs.encode(text, add_special_tokens=False).ids == ids
         assert back.encode(text).tolist() == ids and back.decode(ids) == text
 
 
 def test_gpt2s_tokenizer_is_run_as_our_own():
-    """Byte-level with GPT-2's regex, trained here by the tokenizers package: kind bpe, and the same ids."""
+    """A byte-level tokenizer with GPT-2's regex, trained here by the tokenizers package, becomes kind bpe, with equal
+    ids."""
     package = pytest.importorskip("tokenizers")
     theirs = package.ByteLevelBPETokenizer()
     theirs.train_from_iterator([(ROOT / "model.py").read_text()], vocab_size=800, special_tokens=[EOT])
@@ -288,11 +292,11 @@ def test_merges_that_are_no_ranks():
     theirs.add_special_tokens([EOT])
     found = from_tokenizer_json(theirs.to_str())
     assert found.kind == "hf" and found.encode("abc").tolist() == theirs.encode("abc").ids == [vocab["a"], 256]
-    assert found.encode(EOT).tolist() != [found.eot]  # a text cannot make a special token
+    assert found.encode(EOT).tolist() != [found.eot]  # a text is never encoded as a special token
 
 
 def test_other_tokenizers_are_run_by_their_package():
-    """SentencePiece's way, with blanks as letters and bytes where a character is unknown (Llama 2, Mistral)."""
+    """Tokenizers as SentencePiece makes them, with a letter for blanks, and bytes for unknown characters (Llama 2)."""
     package = pytest.importorskip("tokenizers")
     theirs = package.SentencePieceBPETokenizer()
     theirs.train_from_iterator(["the cat sat on the mat"] * 3, vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"])
@@ -305,7 +309,7 @@ def test_other_tokenizers_are_run_by_their_package():
 
 
 def test_the_tokenizer_travels(tmp_path):
-    """From a folder into the checkpoint, with the chat template's name, to sample.py, and back."""
+    """The tokenizer and the chat template go from a checkpoint to a folder and back, and sample.py uses them."""
     shutil.copytree(FOLDERS / "llama", tmp_path / "folder")
     raw = json.loads((FOLDERS / "llama" / "config.json").read_text())
     enc = byte_tokenizer()
@@ -327,7 +331,7 @@ def test_the_tokenizer_travels(tmp_path):
 
 @pytest.mark.parametrize("where", ["list", "jinja"])
 def test_other_places_of_the_template(where, tmp_path):
-    """Several templates by name, as older folders have them, and a file of its own, as transformers 5 writes it."""
+    """A list of templates by name, as in older folders, and a separate file, as transformers 5 writes it."""
     shutil.copytree(FOLDERS / "llama", tmp_path / "folder")
     (tmp_path / "folder" / "tokenizer.json").write_text(json.dumps(to_tokenizer_json(byte_tokenizer())))
     template = "<|start_header_id|>{{ message }}"
@@ -346,7 +350,7 @@ def test_other_places_of_the_template(where, tmp_path):
 
 
 def refused(folder, says):
-    """One line that says it, and no file."""
+    """The reader fails with one line that contains `says`, and writes nothing."""
     out = folder.parent / "out.safetensors"
     error = read(folder, out, status=2).stderr
     assert says in error, error
@@ -430,7 +434,7 @@ def test_published_settings(name):
 
 @pytest.mark.parametrize("family", ["GPT2", "Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral"])
 def test_settings_of_transformers(family):
-    """All that its classes of settings write, at their defaults."""
+    """The default settings of its classes are read."""
     transformers = pytest.importorskip("transformers")
     found = json.loads(getattr(transformers, f"{family}Config")().to_json_string(use_diff=False))
     assert readers.model_config(found, "config.json").n_layer == found.get("num_hidden_layers", found.get("n_layer"))
@@ -446,7 +450,7 @@ def test_settings_of_transformers(family):
 ])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_unknown_settings(family, name, value, off):
-    """One that may change the logits is refused by its name, unless its value turns it off."""
+    """An unknown setting is refused by its name, unless its value turns it off."""
     raw = json.loads((FOLDERS / family / "config.json").read_text())
     if name != "activation" or family != "gpt2":
         assert readers.model_config(raw | {name: off}, "a.json") == readers.model_config(raw, "a.json")
@@ -478,7 +482,7 @@ def test_bad_folders(tmp_path):
 
 
 def test_more_than_the_config_says(tmp_path):
-    """Biases that config.json does not know would be lost; but what transformers can compute again is no matter."""
+    """Tensors that the architecture does not have are refused, but for constants, biases of zeros, and a tied head."""
     shutil.copytree(FOLDERS / "qwen3", tmp_path / "bad")
     arrays = mx.load(str(FOLDERS / "qwen3" / "model.safetensors"))
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(4), "lm_head.weight": mx.ones((40, 16)),
@@ -502,7 +506,7 @@ def test_numbers_that_are_none(tmp_path):
 
 
 def outcome(folder, name, **change):
-    """What one of the folders becomes with these settings changed (...: left out): settings and logits, or an error."""
+    """Read a folder with some settings changed (...: left out). Returns the config and the logits, or the error."""
     raw = json.loads((FOLDERS / name / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
     out = folder.parent / "out.safetensors"
@@ -518,7 +522,7 @@ def outcome(folder, name, **change):
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "mixtral"])
 def test_any_value(name, tmp_path):
-    """Whatever JSON can hold in place of a setting: a model, or one line."""
+    """Any JSON value for a setting gives a model, or an error of one line."""
     shutil.copytree(FOLDERS / name, tmp_path / "bad")
     raw = json.loads((FOLDERS / name / "config.json").read_text())
     for key in raw:
@@ -536,7 +540,7 @@ def test_any_value(name, tmp_path):
 
 
 def test_what_transformers_takes_for_granted(tmp_path):
-    """Windows that are not there, or for other families; settings left out that have a default."""
+    """Windows that are off, or that the family does not have; default values of settings that are left out."""
     for name in ("llama", "qwen2", "qwen3", "mistral", "mixtral"):
         shutil.copytree(FOLDERS / name, tmp_path / name)
     assert outcome(tmp_path / "llama", "llama", sliding_window=5)[0]["sliding_window"] == 0
@@ -562,7 +566,7 @@ def test_what_transformers_takes_for_granted(tmp_path):
     ("gpt2", "transformer.h.1.mlp.c_fc.weight", lambda p: p.T, "has shape (16, 64), but by the settings"),
 ])
 def test_bad_tensors(name, tensor, change, says, tmp_path):
-    """One byte a number, as F8 is, or integers; and other shapes: the line names the file and the tensor there."""
+    """Wrong dtypes and wrong shapes: the error names the file and the tensor in it."""
     shutil.copytree(FOLDERS / name, tmp_path / "bad")
     path = tmp_path / "bad" / "model.safetensors"
     arrays = mx.load(str(FOLDERS / name / "model.safetensors"))
@@ -572,7 +576,7 @@ def test_bad_tensors(name, tensor, change, says, tmp_path):
 
 
 def test_what_is_not_written_over(tmp_path):
-    """A model that is another's, the one that is read above all; what has no folder is told before anything is read."""
+    """A model of another project, such as the one that is read, is not overwritten; a missing folder is reported."""
     shutil.copytree(FOLDERS / "qwen3", tmp_path / "folder")
     path = tmp_path / "folder" / "model.safetensors"
     before = path.read_bytes()
@@ -581,7 +585,7 @@ def test_what_is_not_written_over(tmp_path):
         with pytest.raises(UserError, match=says):
             run_here("hf_reader.py", tmp_path / "folder", out)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["folder"]
-    for _ in range(2):  # but a checkpoint is
+    for _ in range(2):  # a checkpoint may be overwritten
         run_here("hf_reader.py", tmp_path / "folder", tmp_path / "a.safetensors")
     for source, says in (("a.safetensors", "exists: give another --export"), ("folder", "--export takes a checkpoint")):
         with pytest.raises(UserError, match=says):
@@ -590,7 +594,7 @@ def test_what_is_not_written_over(tmp_path):
 
 @pytest.mark.parametrize("script", ["hf_reader.py", "gguf_reader.py"])
 def test_full_disk(script, tmp_path):
-    """Where no more than 2000 bytes of a file can be written: one line, and no piece of an export is left."""
+    """If only 2000 bytes of a file can be written, there is an error of one line, and no part of the export is left."""
     run_here("hf_reader.py", FOLDERS / "qwen3", tmp_path / "a.safetensors")
     command = [sys.executable, ROOT / script, tmp_path / "a.safetensors", f"--export={tmp_path / 'export'}"]
     done = subprocess.run(command, capture_output=True, text=True,
@@ -623,7 +627,7 @@ def test_fuzz(name, file, refused, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_peak_memory(name, tmp_path):
-    """That of the output and a tensor, also where matrices stand transposed."""
+    """Reading needs the memory of the output and of one tensor, also if matrices are stored transposed."""
     flavour = dict(pos="learned", norm="layer", mlp="gelu", bias=True) if name == "gpt2" else dict(mlp="swiglu")
     outs, peaks = [], []
     for folder, width in (("small", 64), ("large", 512)):

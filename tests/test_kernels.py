@@ -1,5 +1,5 @@
-"""webgpu/kernels: each, forward and backward, computes what model.py, MLX or numpy does, on shapes that divide by
-nothing. It writes nothing else, and does not look at what lies behind the end of an array."""
+"""webgpu/kernels: every kernel, forward or backward, gives the numbers of model.py, MLX or numpy, also for odd shapes.
+It writes nothing else, and reads nothing behind the end of an array."""
 import math
 from functools import cache, partial
 
@@ -21,11 +21,11 @@ try:
 except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-NONE = np.zeros(4, np.uint32)  # for bindings that are not looked at
+NONE = np.zeros(4, np.uint32)  # for bindings that a kernel does not read
 
 
 def guarded(array: np.ndarray, written: bool) -> np.ndarray:
-    """The array, flat, and behind it what no kernel may use, NaN or integers far too large, or change."""
+    """The array, flattened, followed by values that no kernel may read (NaN or huge integers) or change."""
     flat = np.ascontiguousarray(array).reshape(-1)
     if flat.dtype == np.float16:
         flat = np.append(flat, np.float16([0] * (flat.size % 2))).view(np.uint32)
@@ -34,8 +34,8 @@ def guarded(array: np.ndarray, written: bool) -> np.ndarray:
 
 
 def run(name: str, constants: dict, params: tuple, arrays: list, groups, out: list[int]) -> list[np.ndarray]:
-    """wgsl.run() with guarded arrays: what comes back is as before behind its end. groups: as they are; or how many, to
-    be laid out in both directions, with some beside."""
+    """wgsl.run() with guarded arrays, whose guards must not change. groups: the numbers of workgroups; or their total,
+    which is laid out in two dimensions, with some workgroups too many."""
     groups = (3, -(-groups // 3)) if isinstance(groups, int) else groups
     arrays = [np.asarray(array) for array in arrays]
     padded = [guarded(array, i in out) for i, array in enumerate(arrays, 1)]
@@ -69,7 +69,7 @@ SHAPES = [(1, 1, 1), (3, 5, 7), (9, 66, 33), (66, 9, 82), (5, 34, 1), (131, 67, 
 
 
 def packed(rows: int, width: int, bits: int, group: int, scale_bits: int, seed: int = 0):
-    """Bindings 1 to 3 of a packed matrix (rows, width), its constants, and MLX's float32 arrays of the same."""
+    """Bindings 1 to 3 of a packed matrix (rows, width), its constants, and MLX's arrays of it, in float32."""
     words, scales, biases = mx.quantize(mx.array(numbers(rows, width, seed=seed)), group, bits)
     dtype = np.float16 if scale_bits == 16 else np.float32
     scales, biases = (np.array(part).astype(dtype) for part in (scales, biases))
@@ -84,13 +84,13 @@ def dense(weight: np.ndarray, bits: int) -> list[np.ndarray]:
 
 
 def weights_of(bits: int, shape: tuple, seed: int = 0) -> np.ndarray:
-    """A matrix of what so many bits can hold."""
+    """A matrix of numbers that this many bits can hold."""
     weight = numbers(*shape, seed=seed + 100)
     return weight.astype(np.float16).astype(np.float32) if bits == 16 else weight
 
 
 def matmul(kernel: str | int, constants: dict, sizes: tuple, matrix: list, bias, x, y) -> np.ndarray:
-    """y of matmul.wgsl, or of matmul_tiled.wgsl with tiles so wide."""
+    """y of matmul.wgsl, or of matmul_tiled.wgsl with tiles of this width."""
     side = 32 if kernel == "matmul" else kernel
     name, constants = ("matmul", constants) if kernel == "matmul" else ("matmul_tiled", constants | {"SIDE": side})
     return run(name, constants, sizes, [*matrix, bias, x, y], (-(-sizes[1] // side), -(-sizes[0] // side)), [6])[0]
@@ -103,7 +103,7 @@ DENSE += [(64, *settings[1:]) for settings in DENSE] + [(128, 0, 0, 16, 0, 1), (
 
 @pytest.mark.parametrize("kernel, turned_x, turned_w, bits, accumulate, with_bias", DENSE)
 def test_matmul(kernel, turned_x, turned_w, bits, accumulate, with_bias):
-    """x W^T in float64, of float32 and float16 weights, as they are stored or turned; a bias; what is added to."""
+    """Against x W^T in float64: float32 and float16 weights, transposed or not; a bias; accumulation."""
     constants = {"TRANSPOSE_X": turned_x, "TRANSPOSE_W": turned_w, "ACCUMULATE": accumulate, "BIAS": with_bias}
     for seed, (M, N, K) in enumerate(SHAPES):
         x, weight, bias, before = numbers(M, K), weights_of(bits, (N, K), seed), numbers(N, seed=2), numbers(M, N)
@@ -115,7 +115,7 @@ def test_matmul(kernel, turned_x, turned_w, bits, accumulate, with_bias):
 
 @pytest.mark.parametrize("turned_x, turned_w", [(0, 0), (0, 1), (1, 1)])
 def test_matmul_whole(turned_x, turned_w):
-    """Where nothing lies beside the tiles, they need no checks: the same numbers."""
+    """Without checks of bounds, where all tiles are full, the numbers are equal."""
     for side, sizes in (("matmul", (12, 36, 20)), (64, (64, 128, 48)), (128, (128, 128, 32))):
         M, N, K = sizes
         x, weight = numbers(M, K), weights_of(32, (N, K))
@@ -131,7 +131,7 @@ def test_matmul_whole(turned_x, turned_w):
     ("matmul", 0, 6, 32, 32), ("matmul", 1, 8, 128, 32), (64, 0, 3, 64, 16), (64, 1, 4, 32, 16), (64, 0, 8, 32, 32),
     (128, 0, 4, 64, 16)])
 def test_matmul_packed(kernel, turned, bits, group, scale_bits):
-    """mx.quantized_matmul, forward; and turned, as the gradient of x is made."""
+    """As mx.quantized_matmul: the product, and with transposed weights the gradient of x."""
     for M, rows, width in ((5, 39, 256), (70, 130, 384), (8, 36, 256)):
         matrix, constants, parts = packed(rows, width, bits, group, scale_bits)
         N, K = (width, rows) if turned else (rows, width)
@@ -147,7 +147,7 @@ VECTORS = ("matvec", "matvec_subgroup")
 
 @cache
 def rows_of_a_workgroup(kernel: str) -> int:
-    """Numbers of y that one makes: it hangs on the size of a subgroup."""
+    """The numbers of y that a workgroup computes, which may depend on the size of a subgroup."""
     if kernel != "matvec" and "subgroup" not in wgsl.device().features:
         pytest.skip("an adapter without subgroups")
     matrix, constants, _ = packed(512, 128, 4, 64, 16)
@@ -173,7 +173,7 @@ def test_matvec(kernel, bits, bias):
     *((kernel, *each) for kernel in VECTORS for each in PACKED),
     *(("matvec_packed", *each) for each in PACKED if each[0] in (4, 8))])
 def test_matvec_packed(kernel, bits, group, scale_bits):
-    """mx.quantized_matmul of one row, and a bias."""
+    """As mx.quantized_matmul of one row, and a bias."""
     for N, K in ((3, 3 * group), (261, 384)):
         matrix, constants, parts = packed(N, K, bits, group, scale_bits)
         x, bias = numbers(1, K, seed=3), numbers(N, seed=4)
@@ -184,7 +184,7 @@ def test_matvec_packed(kernel, bits, group, scale_bits):
 
 @pytest.mark.parametrize("bits, group, scale_bits", [(32, 0, 0), (16, 0, 0), *PACKED])
 def test_embed(bits, group, scale_bits):
-    """Rows of the matrix, whatever its format, as MLX unpacks them; positions from at[0] on, the same in all rows."""
+    """Rows of a matrix in any format, as MLX unpacks them, and positions from at[0] on for each sequence."""
     V, T, width = 11, 3, 7 if bits in (16, 32) else 2 * group
     if bits in (16, 32):
         table, constants = weights_of(bits, (V, width)), {"BITS": bits}
@@ -194,7 +194,7 @@ def test_embed(bits, group, scale_bits):
         table = np.array(mx.dequantize(*parts, group, bits))
     tokens, positions = np.array([10, 0, 3, 3, 9, 10], np.uint32), numbers(8, width, seed=5)
     for learned in (True, False):
-        if not learned and bits == 3:  # a few of them are enough
+        if not learned and bits == 3:  # a few cases are enough
             continue
         arrays = [*matrix, np.array([5], np.uint32), tokens, positions, zeros(6, width)]
         found, = run("embed", constants | {"LEARNED": learned}, (6, T, width), arrays,
@@ -217,7 +217,7 @@ def norm(layer: bool, eps: float):
 
 @pytest.mark.parametrize("layer, bias, add", [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_norm(layer, bias, add):
-    """MLX's norms, of x that is small beside eps, or far from 0; x has become what was normed."""
+    """As MLX's norms, also of x that is small beside eps, or far from 0; with ADD, x holds the sum afterwards."""
     for seed, (R, C) in enumerate(WIDTHS):
         x, more, weight, b = numbers(R, C, seed=seed, scale=0.1), numbers(R, C, seed=9), numbers(C, seed=8), numbers(C)
         x += layer * 3
@@ -226,7 +226,7 @@ def test_norm(layer, bias, add):
         now, y = run("norm", {"LAYER": layer, "ADD": add, "BIAS": bias}, (R, C, eps), [weight, b, more, x, zeros(R, C)],
                      R, [4, 5])
         assert near(now, x + add * more, 1e-7)
-        wide = (x + add * more).astype(np.float64)  # float64: MLX's own variance of numbers far from 0 is worse
+        wide = (x + add * more).astype(np.float64)  # in float64, as MLX's variance of numbers far from 0 is less exact
         wide -= layer * wide.mean(-1, keepdims=True)
         expected = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + eps) * weight + bias * b
         by_mlx = norm(layer, eps)(*map(mx.array, (x + add * more, weight, bias * b)))
@@ -235,7 +235,7 @@ def test_norm(layer, bias, add):
 
 @pytest.mark.parametrize("layer, add", [(0, 0), (0, 1), (1, 1), (1, 0)])
 def test_norm_backward(layer, add):
-    """Gradients of x, weight and bias, the latter from the statistics that the first leaves."""
+    """Gradients of x, and of weight and bias, which need the statistics of the first kernel."""
     for seed, (R, C) in enumerate(WIDTHS):
         x, weight, dy, before = numbers(R, C, seed=seed), numbers(C, seed=8), numbers(R, C, seed=7), numbers(R, C)
         x, eps = x * 0.1 + layer * 0.2, 1e-5 if seed % 2 else 0.003
@@ -251,7 +251,7 @@ def test_norm_backward(layer, add):
 
 @pytest.mark.parametrize("kind", range(4))
 def test_activation(kind):
-    """model.py's, and their gradients, far out too; nothing becomes NaN where exp() overflows."""
+    """As model.py's activations and their gradients, also of large numbers; nothing is NaN where exp() overflows."""
     name = ("relu2", "gelu", "gelu_tanh", "swiglu")[kind]
     act, n = model.ACTIVATIONS[name], 403
     x, gate, dy = numbers(n, scale=2), numbers(n, seed=1, scale=2), numbers(n, seed=2)
@@ -266,7 +266,7 @@ def test_activation(kind):
 
 
 def test_column_sum_of_many_rows():
-    """1,000 rows and one column more than a workgroup has."""
+    """1,000 rows, and one column more than a workgroup computes."""
     dy = numbers(1000, 17)
     found, = run("column_sum", {}, (1000, 17), [NONE.view(np.float32), dy, zeros(2), zeros(17)], (2, 1), [4])
     assert near(found, dy.astype(np.float64).sum(0))
@@ -286,7 +286,7 @@ def turns(D: int, room: int) -> np.ndarray:
 
 
 def rope(x, B: int, first: int):
-    """model.py's, of (B T, H, D)."""
+    """model.py's rope() of (B T, H, D)."""
     x = mx.array(x).reshape(B, -1, *x.shape[1:]).swapaxes(1, 2)
     y = model.rope(x, mx.array(1 / frequencies(x.shape[3]), dtype=mx.float32), first)
     return y.swapaxes(1, 2).flatten(0, 1)
@@ -298,7 +298,7 @@ def heads_first(x: np.ndarray, B: int) -> np.ndarray:
 
 
 def rows_first(x) -> np.ndarray:
-    """And back."""
+    """(B, H, T, D) to (B T, H, D)."""
     x = np.array(x).swapaxes(1, 2)
     return x.reshape(-1, *x.shape[2:])
 
@@ -307,7 +307,7 @@ ROPES = [(1, 1, 1, 2, 0), (2, 5, 3, 6, 7), (3, 4, 2, 64, 0), (1, 7, 1, 130, 20)]
 
 
 def test_rope():
-    """model.py's rope() at any offset, with the same positions in all rows."""
+    """As model.py's rope() at any offset, with equal positions in all sequences."""
     for B, T, H, D, first in ROPES:
         x, before = numbers(B * T, H, D), numbers(B * T, H, D, seed=1)
         arrays = [np.array([first, T], np.uint32), turns(D, 40), x, before]
@@ -316,7 +316,7 @@ def test_rope():
 
 
 def test_rope_backward():
-    """What UNDO does is the gradient, and the inverse, of rope()."""
+    """UNDO computes the gradient of rope(), which is its inverse."""
     for B, T, H, D, first in ROPES:
         x = numbers(B * T, H, D)
         at, size, n = np.array([first, T], np.uint32), (B * T, T, H, D), elements(B * T * H * D // 2)
@@ -329,7 +329,7 @@ def test_rope_backward():
 
 @pytest.mark.parametrize("turn", [True, False])
 def test_rope_into_the_cache(turn):
-    """A row lands on its position, turned or as it is; padding lands nowhere. Heads of odd width are only copied."""
+    """A row is written to its position, rotated or not; padding is not written. Heads of odd width are only copied."""
     for T, real, H, D, first in [(5, 3, 2, 6, 4), (1, 1, 3, 4, 9), (8, 8, 1, 34, 0)] + [(4, 3, 2, 5, 2)] * (not turn):
         x, cache = numbers(T, H, D), numbers(12, H, D, seed=1)
         arrays = [np.array([first, real], np.uint32), turns(D, 12), x, cache]
@@ -354,7 +354,7 @@ CACHED = [
 
 
 class Case:
-    """Inputs of a case of the above, as the kernels take them, and model.py's attention of the same."""
+    """The inputs of one of the cases above for the kernels, and model.py's attention with these inputs."""
 
     def __init__(self, B, T, H, KV, D, first, window, alibi, seed=0, scale=1.5):
         self.B, self.T, self.H, self.KV, self.D, self.window, self.seen = B, T, H, KV, D, window, first + T
@@ -363,11 +363,11 @@ class Case:
         self.k, self.v = (numbers(B * self.room, KV, D, seed=seed + i, scale=scale) for i in (1, 2))
         config = GPTConfig(n_head=H, n_kv_head=KV, n_embd=H * D, pos="none", sliding_window=window, alibi=bool(alibi))
         self.slopes = np.array(model.alibi_slopes(H), np.float32) if alibi else zeros(H)
-        places = mx.arange(first, self.seen)[None]  # as an array, or a window would hide nothing from a single query
+        places = mx.arange(first, self.seen)[None]  # as an array, since an int makes no mask for a single query
         self.mask = model.score_mask(config, 0, T, places, mx.arange(self.seen))
 
     def outputs(self, q=None, k=None, v=None) -> mx.array:
-        """model.attend() on (B T, H, D) and so on."""
+        """model.attend() of the kernels' shapes, (B T, H, D) and (B S, KV, D)."""
         q, k, v = (mx.array(x) if x is not None else mx.array(own) for x, own in (
             (q, self.q), (k, self.k), (v, self.v)))
         q, k, v = (x.reshape(self.B, -1, *x.shape[1:]).swapaxes(1, 2) for x in (q, k, v))
@@ -395,8 +395,8 @@ class Case:
 
 @pytest.mark.parametrize("case", PREFILLS + CACHED, ids=str)
 def test_attention(case):
-    """model.attend() under score_mask(): windows, ALiBi, grouped heads, keys of a cache with room to spare; and the
-    logarithm of each softmax's sum."""
+    """As model.attend() with score_mask(): windows, ALiBi, grouped heads, a cache with unused rows; and the logarithm
+    of each softmax's sum."""
     case = Case(*case)
     o, lse = case.attention()
     assert near(o, case.outputs(), 1e-5)
@@ -404,7 +404,7 @@ def test_attention(case):
 
 
 def test_attention_of_large_scores():
-    """Scores of hundreds, where only a softmax that subtracts the largest so far is finite."""
+    """Scores of hundreds, for which a softmax is finite only if it subtracts the largest score so far."""
     case = Case(1, 70, 2, 1, 8, 0, 0, 0, scale=20)
     o, lse = case.attention()
     assert np.abs(case.exact()[1]).max() > 200
@@ -413,7 +413,7 @@ def test_attention_of_large_scores():
 
 @pytest.mark.parametrize("case", PREFILLS, ids=str)
 def test_attention_backward(case):
-    """Gradients of queries, keys and values; what lse_delta held stays."""
+    """Gradients of queries, keys and values; the first half of lse_delta does not change."""
     case, d_o = Case(*case), numbers(*Case(*case).q.shape, seed=5)
     o, lse = case.attention()
     before = np.concatenate([lse, np.full_like(lse, 7)])
@@ -449,7 +449,8 @@ def test_loss(evaluate, softcap):
         logits, targets = numbers(R, V, seed=R, scale=3), np.random.default_rng(R).integers(0, V, R).astype(np.uint32)
         logits[0] += 300
         targets[-1] = V - 1
-        after, losses = run("loss", {"EVALUATE": evaluate}, (R, V, 1 / R, softcap), [targets, logits, zeros(R)], R, [2, 3])
+        uniforms, arrays = (R, V, 1 / R, softcap), [targets, logits, zeros(R)]
+        after, losses = run("loss", {"EVALUATE": evaluate}, uniforms, arrays, R, [2, 3])
 
         wide = logits.astype(np.float64)
         slope = 1 - np.tanh(wide / softcap) ** 2 if softcap else 1
@@ -489,7 +490,7 @@ def test_embed_backward(accumulate):
 
 @pytest.mark.parametrize("clip, scale", [(1.0, 1.0), (1.0, 1e-3), (0.0, 1.0), (0.3, 1e-9), (1e-6, 1e-7)])
 def test_adamw(clip, scale):
-    """Five updates of train.py: clip, decay of matrices, Adam, whatever the gradient's length."""
+    """Five updates as in train.py: clipping, weight decay of matrices, Adam, with short and long gradients."""
     b1, b2, decay = 0.9, 0.95, 0.1
     for shape, bias in (((3, 5), 4), ((300, 255), 130)):
         n, decayed = math.prod(shape) + bias, math.prod(shape)
@@ -520,10 +521,10 @@ def test_adamw(clip, scale):
 
 
 def test_top():
-    """The five most probable tokens, of equal ones the first; padding is none, but for log p, which is over all."""
+    """The five most probable tokens, of equal ones the first, without padding; log p, which includes padding."""
     for R, V, n in ((1, 5, 5), (3, 70, 67), (6, 300, 300), (2, 64, 63), (1, 64, 3)):
         logits, targets, five = numbers(R, V, seed=V, scale=2), np.arange(R).astype(np.uint32) * 2, min(n, 5)
-        logits[0, :n] = np.round(logits[0, :n])  # many equal ones
+        logits[0, :n] = np.round(logits[0, :n])  # many equal logits
         logits[-1] += 200
         logits[:, n:] = 150 + logits[:, :1]      # padding, more probable than any token
         found, = run("top", {}, (R, V, n), [targets, logits, zeros(R, 16)], R, [3])
@@ -552,7 +553,7 @@ def test_add():
 
 
 def test_patch():
-    """Each sequence's own place becomes what the donor has at another."""
+    """A position of each sequence becomes the donor's activation at another position."""
     B, T, C, S = 4, 5, 67, 7
     x, donor, source, to = numbers(B, T, C), numbers(S, C, seed=1), np.array([6, 0, 2, 2]), np.array([4, 0, 1, 4])
     found, = run("patch", {}, (B, T, C), [np.append(source, to).astype(np.uint32), donor, x], elements(B * C), [3])
@@ -563,7 +564,7 @@ def test_patch():
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("base", [False, True])
 def test_ablate(mean, base):
-    """What a part adds becomes nothing, or its mean over the rows; other columns stay."""
+    """The output of a part becomes 0, or its mean over the rows; other columns do not change."""
     for R, C, first, last in ((1, 3, 0, 3), (7, 150, 20, 133), (5, 8, 3, 4)):
         x, before = numbers(R, C), numbers(R, C, seed=1)
         found, = run("ablate", {"MEAN": mean, "BASE": base}, (R, C, first, last), [before, x],
@@ -578,15 +579,15 @@ def test_ablate(mean, base):
 
 
 def draw(logits: np.ndarray, n: int, times: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, ring=0):
-    """Draw tokens one after another; what the kernel then has: `at`, the last token, and the ring of so many."""
-    ring = ring or times + -times % 4  # a buffer's length in bytes divides by 16; no guards: the ring has no other end
+    """Draw tokens one after another. Returns the kernel's `at`, the last token, and the ring buffer of this size."""
+    ring = ring or times + -times % 4  # a multiple of 16 bytes, without guards: it is all used
     arrays = [logits, np.array([7, 3, 0, seed], np.uint32), np.zeros(4, np.uint32), np.zeros(ring, np.uint32)]
     return wgsl.run("sample", {}, (n, top_k, float(temperature), float(top_p), float(min_p)), arrays, (1, 1), [2, 3, 4],
                     times)
 
 
 def test_greedy():
-    """Temperature 0 takes the most probable token, of equal ones the first, and no padding."""
+    """Temperature 0 takes the most probable token, of equal ones the first, and never padding."""
     for n, best in ((1, [0]), (300, [5, 133]), (300, [261, 6]), (140, [139]), (130, [129, 1, 128])):
         logits = numbers(n + 10, seed=n)
         logits[n:], logits[best] = 9, 7
@@ -595,7 +596,7 @@ def test_greedy():
 
 
 def test_sample_moves_on():
-    """Position, count and step; the token for the next pass; a ring that begins again."""
+    """Position, count and step; the token for the next pass; the ring buffer wraps around."""
     logits = numbers(9)
     at, tokens, ring = draw(logits, 9, 11, seed=5, ring=8)
     everything = draw(logits, 9, 11, seed=5)[2][:11]
@@ -605,15 +606,15 @@ def test_sample_moves_on():
 
 
 def kept(monkeypatch, logits, temperature, top_k, top_p, min_p) -> np.ndarray:
-    """With what probability sample_token() draws each token: 0 for those that it takes out."""
+    """The probability with which sample_token() draws each token: 0 for those that it filters out."""
     monkeypatch.setattr(mx.random, "categorical", lambda logits, key: logits)
     left = model.sample_token(mx.array(logits[None]), None, temperature, top_k, top_p, min_p)
     return np.array(mx.softmax(left.astype(mx.float32), axis=-1))[0]
 
 
 def as_often(drawn: np.ndarray, p: np.ndarray) -> bool:
-    """Whether numbers are drawn as often as their probabilities say, by chi-square; those of probability 0 never, all
-    others at least once."""
+    """Whether numbers are drawn by their probabilities, by a chi-square test; those of probability 0 never, all others
+    at least once."""
     count, expected = np.bincount(drawn, minlength=len(p)), len(drawn) * p
     free = (p > 0).sum() - 1
     chi = ((count - expected)[p > 0]**2 / expected[p > 0]).sum()
@@ -625,7 +626,7 @@ def as_often(drawn: np.ndarray, p: np.ndarray) -> bool:
     (2.0, 0, 0.5, 0.0), (1.0, 0, 0.0, 0.0), (1.0, 0, 1.0, 0.1), (0.5, 0, 1.0, 0.1), (1.2, 9, 0.9, 0.2),
     (1.0, 400, 0.97, 0.0), (0.8, 11, 0.95, 0.0)])
 def test_sample(monkeypatch, temperature, top_k, top_p, min_p):
-    """Exactly the tokens that sample_token() keeps are drawn, as often as it says."""
+    """Exactly the tokens that sample_token() keeps are drawn, with its probabilities."""
     n, logits = 140, np.full(150, -1000, np.float32)
     some = np.array([0, 3, 17, 31, 64, 65, 66, 100, 127, 128, 129, 130, 138, 139])
     logits[some] = 2 * np.random.default_rng(1).permutation(len(some)) / len(some) - 1
@@ -636,15 +637,15 @@ def test_sample(monkeypatch, temperature, top_k, top_p, min_p):
 
 
 def test_top_k_of_equals(monkeypatch):
-    """All that are as probable as the last of the top_k are kept."""
+    """All tokens that are as probable as the last of the top_k are kept."""
     logits = np.array([1, 2, 0.5, 1, -1, 1, 0], np.float32)
     p = kept(monkeypatch, logits, 1.0, 2, 1.0, 0.0)
     assert (p > 0).sum() == 4 and as_often(draw(logits, 7, 100, top_k=2)[2], p)
 
 
 def test_noise():
-    """Neighbours in the text, and the first tokens of neighbouring seeds, have nothing to do with each other; rare
-    tokens come as rarely as they should."""
+    """Neighbouring tokens of a text, and the first tokens of neighbouring seeds, are independent; rare tokens have
+    their probability."""
     logits = np.log(np.array([0.1, 0.2, 0.3, 0.4])).astype(np.float32)
     drawn, p = draw(logits, 4, 4000, seed=1)[2], np.exp(logits)
     assert as_often(drawn[:-1] * 4 + drawn[1:], np.outer(p, p).reshape(-1))

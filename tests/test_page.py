@@ -1,4 +1,4 @@
-"""The page as a person uses it, in headless Chromium: buttons, fields, files, what is said, and how it looks."""
+"""The page as a user sees it, in headless Chromium: buttons, fields, files, messages, layout, accessibility."""
 import base64
 import json
 import re
@@ -19,14 +19,14 @@ from tokenizer import char_tokenizer
 
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 SECOND = 1000
-LONG = 120 * SECOND  # for a machine that does other work besides
+LONG = 120 * SECOND  # for a busy machine
 TINY = dict(block_size=80, vocab_size=97, n_layer=2, n_head=2, n_embd=32)
 MESSAGES = ["write-wrong", "card-wrong", "look-wrong", "train-wrong", "speed-wrong"]
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """A folder of small checkpoints, and of what is none."""
+    """A folder of small checkpoints, and of files that are not checkpoints."""
     folder = tmp_path_factory.mktemp("files")
     model = GPT(GPTConfig(**TINY), seed=1)
     printable = "".join(map(chr, range(32, 127))) + "\n"
@@ -50,7 +50,7 @@ def files(tmp_path_factory):
 
 
 def begin(page, files=None):
-    """Open the playground, and wait for a token; with files, the tiny checkpoint stands in for the demo."""
+    """Open the playground, and wait for a token. With files, the tiny checkpoint replaces the page's own."""
     if files is not None:
         page.add_init_script("""localStorage.tinygpt ??= '{"fields": {"length": "30", "seed": "1"}}'""")
         page.route("**/demo.safetensors", lambda route: route.fulfill(path=files / "tiny.safetensors"))
@@ -59,22 +59,22 @@ def begin(page, files=None):
 
 
 def says(page, place: str, pattern: str):
-    """Wait for words at a place, by its id."""
+    """Wait until the element with this id has a text that matches the pattern."""
     page.wait_for_function("([id, pattern]) => new RegExp(pattern).test(document.getElementById(id).textContent)",
                            arg=[place, pattern], timeout=LONG)
 
 
 def wait_for_run(page, kept: bool, timeout: int = LONG):
-    """Wait until a training run is kept, or none. (wait_for_function takes a promise for true.)"""
+    """Wait until a training run is stored, or none is. (wait_for_function treats a promise as true.)"""
     for _ in range(timeout // 200):
         if js(page, "async () => Boolean(await (await import('/page_store.js')).keptRun())") == kept:
             return
         page.wait_for_timeout(200)
-    pytest.fail("no run is kept" if kept else "a run is still kept")
+    pytest.fail("no run is stored" if kept else "a run is still stored")
 
 
 def write(page, length: int) -> str:
-    """What the page writes, so many tokens, at a press of the button."""
+    """Press the button, wait for this many tokens, and return the text."""
     says(page, "write", "Write")
     page.fill("#length", str(length))
     page.click("#write")
@@ -86,7 +86,7 @@ def write(page, length: int) -> str:
 
 @pytest.fixture(scope="module")
 def opened(chromium, server, files):
-    """A page with the tiny checkpoint, for all tests that need no other."""
+    """A page with the tiny checkpoint, shared by the tests that need no other page."""
     shutil.copy(files / "tiny.safetensors", server.folder / "served here.safetensors")
     with browser.page(chromium, server) as page:
         begin(page, files)
@@ -103,7 +103,7 @@ def panel(page, name: str):
 
 
 def fits(page):
-    """Nothing is wider than the page, on a laptop or a phone, but what scrolls by itself."""
+    """Nothing is wider than the page, on a laptop or a phone, except for elements that scroll."""
     for size in (PHONE, LAPTOP):
         page.set_viewport_size(size)
         wide = js(page, """() => [...document.querySelectorAll("body *")].filter((node) => {
@@ -117,7 +117,8 @@ def fits(page):
 
 
 def test_demo(page):
-    """It writes by itself, and each panel shows something at one click; all fits on a laptop and on a phone."""
+    """The page writes a text without being asked, and each panel shows a figure after one click, on a laptop and a
+    phone."""
     page.set_viewport_size(LAPTOP)
     begin(page)
     first = js(page, "() => performance.now()")
@@ -141,7 +142,7 @@ def test_demo(page):
 
 
 def test_looking_back(opened):
-    """What the model had considered at a token that is written; another one is taken instead, and it goes on."""
+    """The candidates at an earlier token; another candidate is chosen, and the model goes on from it."""
     opened.fill("#prompt", "class Stack:\n")
     write(opened, 30)
     assert opened.inner_text("#sheet").startswith("class Stack:")
@@ -164,7 +165,7 @@ def test_looking_back(opened):
 
 
 def test_kept(page, files):
-    """What was typed, and the colours, are as they were left when the page is opened again."""
+    """Fields and colours are restored when the page is opened again."""
     begin(page, files)
     page.fill("#prompt", "import ")
     page.fill("#top_k", "7")
@@ -182,14 +183,14 @@ def test_kept(page, files):
 
 
 def test_served(opened, files, server):
-    """The server's checkpoints, by name; one that is gone is told of, and the page goes on."""
+    """The server's checkpoints are listed by name; after the message that one is gone, the page still works."""
     opened.click("#served summary")
     opened.click("#served button:has-text('served here')")
     says(opened, "card-name", "served here.safetensors")
     (server.folder / "served here.safetensors").unlink()
     opened.click("#served button:has-text('served here')")
     says(opened, "card-wrong", "could not be fetched")
-    opened.problems.clear()  # a 404, as it had to be
+    opened.problems.clear()  # the expected 404
     opened.set_input_files("#open", files / "tiny.safetensors")
     says(opened, "card-name", "tiny.safetensors")
     write(opened, 5)
@@ -203,7 +204,7 @@ def test_served(opened, files, server):
     ("adapter.safetensors", "an adapter"),
     ("yoco.safetensors", "yoco"), ("nan.safetensors", "infinite numbers or NaN"), ("model.gguf", "gguf_reader.py")])
 def test_wrong_file(name, words, opened, files):
-    """It is told what is wrong, the model stays, and still writes."""
+    """A message says what is wrong; the model stays open and still writes."""
     before = opened.inner_text("#card-name")
     opened.set_input_files("#open", files / name)
     says(opened, "card-wrong", words)
@@ -212,7 +213,7 @@ def test_wrong_file(name, words, opened, files):
 
 
 def test_wrong_fields(opened):
-    """A prompt beyond the context, numbers out of range, no target, no pairs: words, and what was there stays."""
+    """A prompt beyond the context, numbers out of range, no target, no pairs: a message, and no result is lost."""
     text = opened.inner_text("#sheet")
     for field, value, words in (("prompt", "x" * 100, "101 tokens, and this model's context is 80"),
                                 ("temperature", "-1", "Temperature must be a number from 0 to 5"),
@@ -248,7 +249,7 @@ def test_wrong_fields(opened):
 
 
 def test_lenses(opened, files):
-    """A sidecar that is dropped goes to the lens panel; the tuned lens shows something else than the logit lens."""
+    """A dropped sidecar file opens the lens panel; the tuned lens differs from the logit lens."""
     opened.fill("#look-prompt", "abcd")
     js(opened, """(bytes) => {
         const dataTransfer = new DataTransfer();
@@ -263,11 +264,11 @@ def test_lenses(opened, files):
     says(opened, "lens", "through the logit lens")
     plain = opened.locator("#lens td").evaluate_all("all => all.map((cell) => cell.ariaLabel)")
     assert len(tuned) == len(plain) == 3 * 5 and tuned != plain
-    assert tuned[:5] == plain[:5]  # the model itself
+    assert tuned[:5] == plain[:5]  # the model's own predictions
 
 
 def test_no_webgpu(chromium, server):
-    """Without WebGPU the page says so, and how to get it, and what is pressed says it again."""
+    """Without WebGPU the page says so, and how to get it; buttons give this message too."""
     with browser.page(chromium, server) as page:
         page.add_init_script("Object.defineProperty(Navigator.prototype, 'gpu', { get: () => undefined })")
         page.goto(server.url)
@@ -280,7 +281,7 @@ def test_no_webgpu(chromium, server):
 
 
 def test_lost_device(chromium, server, files):
-    """The device goes away; the page says so, opens it again, and writes with the same model."""
+    """After the device is lost, the page says so, opens it again, and writes with the model that was open."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     own = chromium.browser_type.launch(executable_path=path, args=browser.ARGUMENTS)
     try:
@@ -301,8 +302,8 @@ def test_lost_device(chromium, server, files):
 
 
 def test_destroyed_device(page, files):
-    """A device that goes away in the middle of training, soon after its start: once there is a new one, the run is
-    offered again as it was saved, and no message of the loss is left."""
+    """If the device is lost soon after the start of a training run, the page offers the stored run on the new device,
+    and no message about the loss is left."""
     begin(page, files)
     page.click("#tab-train")
     page.fill("#text", "the cat sat on the mat. a dog ran to the cat. " * 40)
@@ -326,7 +327,8 @@ def test_destroyed_device(page, files):
 
 
 def test_training(page, files, tmp_path):
-    """From scratch: runs, pauses, resumes, falls; goes on in the next tab; two files, which the scripts read."""
+    """Training from scratch runs, pauses, resumes and lowers the loss; it goes on in the next tab; the scripts read the
+    two files that it gives."""
     begin(page, files)
     page.click("#tab-train")
     page.click("#write")
@@ -351,7 +353,7 @@ def test_training(page, files, tmp_path):
     page.fill("#n_embd", "16")
     page.press("#start", "Enter")
     says(page, "m-step", r"^([89]|\d\d+) of 200")
-    assert js(page, "() => document.activeElement.id") == "pause"  # the button that was pressed is hidden
+    assert js(page, "() => document.activeElement.id") == "pause"  # since the pressed button is hidden
     page.keyboard.press("Enter")
     says(page, "train-says", "Paused at update")
     assert js(page, "() => document.activeElement.id") == "start"
@@ -392,7 +394,7 @@ def test_training(page, files, tmp_path):
 
 
 def test_training_on(opened):
-    """From the checkpoint that is open, whose sizes rule; a loss that is no number ends it in words."""
+    """Training of the open checkpoint, with its sizes; a loss that is NaN ends the run with a message."""
     opened.click("#tab-train")
     opened.select_option("#begin", "model")
     rate_and_batch = lambda: [opened.input_value(f"#{name}") for name in ("learning_rate", "batch_size")]  # noqa: E731
@@ -422,7 +424,7 @@ def test_training_on(opened):
 
 
 def test_accessible(opened):
-    """Every control has a name, in each panel; tabs and cells are reached by arrow keys, and say what they show."""
+    """In each panel every control has a name; arrow keys reach tabs and cells, which have labels that describe them."""
     roles = ("button|textbox|spinbutton|combobox|checkbox|slider|tab|tabpanel|grid|gridcell|radio|radiogroup|img|link|"
              "form|region")
     for name in ("lens", "attention", "ablation", "patching", "train", "speed"):
@@ -480,7 +482,7 @@ def test_speed(opened):
 
 
 def test_source():
-    """No request goes elsewhere: no address of another host stands in the page but names in XML."""
+    """The page has no address of another host, except for names of XML."""
     for path in sorted((ROOT / "webgpu").glob("*.*")):
         if path.suffix in (".html", ".css", ".js"):
             found = set(re.findall(r"https?://[^\s\"'`)]+", path.read_text()))

@@ -1,5 +1,5 @@
-"""What the page reads and writes, in headless Chromium: tokenizer.js against tokenizer.py, safetensors.js against
-model.py and the safetensors package."""
+"""Files of the page, in headless Chromium: tokenizer.js against tokenizer.py, safetensors.js against model.py and the
+safetensors package."""
 import base64
 import codecs
 import hashlib
@@ -35,7 +35,7 @@ TEXTS = [
     "\\ \\n '\" `", "a\uf900\uff0cb \uf900\uff0c\uf900\uff01", "\ufbff\ufc00 \ufb50\ufe8d\ufbb2\ufe8d",
     "'\ufb06\ufffd\uf8ff\ufeff",
 ]
-PIECES = [  # words, signs and blanks of many scripts, to stand next to each other as nobody would write them
+PIECES = [  # words, signs and blanks of many scripts, for random combinations
     "'s", "'S", "'ſ", "'LL", "'ll", "'Re", "'vE", "'d", "'m", "'t", "'", " ", "  ", "   ", "\n", "\r\n", "\r", "\t",
     "\u00a0", "\x85", "\ufeff", "\u180e", "\u2028", "\u3000", "\u200d", "\u0301", "🙂", "👩\u200d👧", "\ud83d",
     "\udc00", "the", "The", "THE", "naïve", "中文", "é", "12", "1234567", "٣", "½", "/", "==", "(", ")", "_", "a", "b",
@@ -82,7 +82,7 @@ REFUSED = """async (dicts, text) => {
 
 
 def of_pattern(pattern: str, n_tokens: int = 700) -> Tokenizer:
-    """Byte pair encoding on the words of a regex, trained on texts full of what is hard."""
+    """Byte pair encoding on the words of a regex, trained on difficult texts."""
     import rustbpe
     trainer = rustbpe.Tokenizer()
     texts = [text for text in (TEXTS + RANDOM) * 3 if not any("\ud800" <= c <= "\udfff" for c in text)]
@@ -92,7 +92,7 @@ def of_pattern(pattern: str, n_tokens: int = 700) -> Tokenizer:
 
 
 def bytes_alone(pattern: str) -> Tokenizer:
-    """Its ids are the bytes that the regex matches: what it leaves out is missing."""
+    """Each id is a byte. Text that the regex does not match is missing from the ids."""
     return Tokenizer("bpe", [bytes([i]) for i in range(256)], {EOT: 256}, pattern)
 
 
@@ -110,7 +110,7 @@ def test_bpe_encodes_alike(page, name):
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 def test_the_regexes_of_tiktoken(page, name, monkeypatch):
-    monkeypatch.setattr(openai, "load_tiktoken_bpe", lambda *_, **__: {})  # which would download
+    monkeypatch.setattr(openai, "load_tiktoken_bpe", lambda *_, **__: {})  # they would download files
     monkeypatch.setattr(openai, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {})
     assert_encodes_alike(page, of_pattern(getattr(openai, name)()["pat_str"]), TEXTS + RANDOM)
 
@@ -122,7 +122,7 @@ def test_byte_and_char_encode_alike(page):
 
 
 def test_any_vocabulary_merges_alike(page):
-    """Ids in any order, where a merge makes way for one of a lower id; ties; tokens that no merges reach; gaps."""
+    """Ids in any order, so that merges compete by their ids; ties; tokens that no merges reach; unused ids."""
     for seed in range(60):
         rng = random.Random(seed)
         letters = b"ab" if seed % 2 else b"abc"
@@ -227,7 +227,7 @@ DECODE = """async (dict, lists) => {
   return { texts: lists.map((ids) => enc.decode(ids)), streams, n_vocab: enc.n_vocab, bos: enc.bos, eot: enc.eot,
     kind: enc.kind, pieces: enc.pieces.map((bytes) => [...bytes]) };
 }"""
-GAPS = Tokenizer(  # tokens that cut characters, a gap, special tokens in the middle and beyond
+GAPS = Tokenizer(  # tokens that cut characters, an unused id, special tokens between and after the others
     "bpe", [bytes([i]) for i in range(256)] + [b"", "\ufeffé\n\\ ".encode(), b"\xe4\xb8", b"\xad\xf0\x9f"],
     {EOT: 256, "<|\\é\n|>": 266, "<s>": 264}, PATTERN, bos=264)
 ILL_FORMED = [b"\xe2\x82", b"\xed\xa0\x80a", b"\xf0\x80\x80\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", b"\xf0\x9f\x99",
@@ -345,7 +345,7 @@ def test_reads_every_number(page, server):
 
 
 def test_floats(page, server):
-    """All 65,536 float16 and bfloat16 numbers, bit for bit; of what is no number only that it is none."""
+    """All 65,536 float16 and bfloat16 numbers, bit for bit; for NaN, only that it stays NaN."""
     save_arrays(str(server.folder / "numbers.safetensors"), some_arrays(), {"version": 1, "config": {}})
     function = """async (path, names) => {
       const { readHeader, readTensor, toFloat32 } = await import("/safetensors.js");
@@ -511,7 +511,7 @@ def test_bad_files(page, tmp_path):
         assert isinstance(message, str), name
         assert message.startswith("This file ") and message.endswith(".") and message.count("\n") == 0, (name, message)
         (tmp_path / "x.safetensors").write_bytes(BAD[name])
-        with pytest.raises(ValueError):  # Python refuses it, too
+        with pytest.raises(ValueError):  # Python refuses it as well
             load_arrays(str(tmp_path / "x.safetensors"))
 
 
@@ -525,7 +525,7 @@ def test_files_cut_short_anywhere(page, tmp_path):
 
 
 def test_what_python_reads_the_page_reads(page, tmp_path):
-    """And the other way round, of files with one byte changed in their headers."""
+    """The page and Python accept and refuse the same files, among files with one changed byte in the header."""
     path = tmp_path / "x.safetensors"
     save_arrays(str(path), {"a": mx.arange(10), "b": mx.ones((3, 2))}, {"version": 1})
     whole, rng = path.read_bytes(), random.Random(0)

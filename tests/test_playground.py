@@ -34,7 +34,7 @@ def save(path, pack: bool = False) -> GPT:
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory):
-    """A server, and beside its checkpoints what it must not list."""
+    """A server with checkpoints, and with files that it must not list."""
     top = tmp_path_factory.mktemp("top")
     folder = top / "folder"
     model = save(folder / "out" / "ckpt.safetensors")
@@ -65,7 +65,7 @@ def listed(tmp_path_factory):
 
 
 def ask(server, path: str, method: str = "GET", **headers) -> tuple[int, bytes, dict]:
-    """(status, content, headers) of a path as it is: other clients tidy it up."""
+    """(status, content, headers) of a path, sent unchanged: other clients would normalize it."""
     address = urllib.parse.urlsplit(server.url)
     connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=20)
     connection.putrequest(method, path, skip_host="Host" in headers)
@@ -171,7 +171,7 @@ def test_other_methods_and_other_hosts(listed):
 
 def test_only_this_machine_reaches_it(listed):
     port = urllib.parse.urlsplit(listed.url).port
-    if sys.platform == "linux":  # where all of 127.* is this machine, so that a server of all addresses would answer
+    if sys.platform == "linux":  # all of 127.* is this machine: a server that listens on all addresses would answer
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port), timeout=5)
     with socket.create_connection(("127.0.0.1", port), timeout=5):
@@ -194,7 +194,7 @@ def test_no_checkpoints_a_taken_port_and_ctrl_c(tmp_path):
         url = lines[2].split()[0]
         port = urllib.parse.urlsplit(url).port
         assert taken < port <= taken + 99 and str(port) in lines[0]
-        with socket.create_connection(("127.0.0.1", port)) as idle:  # an open connection does not keep it alive
+        with socket.create_connection(("127.0.0.1", port)) as idle:  # the server ends in spite of an open connection
             connection = http.client.HTTPConnection("localhost", port, timeout=20)
             connection.request("GET", "/checkpoints.json")
             assert connection.getresponse().read() == b"[]"
