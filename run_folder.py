@@ -267,13 +267,12 @@ def log_to(log: str, out_dir: str, settings: dict, step: int = 0):
         for name in os.listdir(folder):
             if not step and name.startswith("events.out.tfevents"):  # of a run that this one replaces
                 os.remove(os.path.join(folder, name))
-        writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        writer = SummaryWriter(folder, purge_step=step + 1 if step else None, flush_secs=5, filename_suffix=f".{step}")
 
         def send(row: dict):
             for name, value in row.items():
                 if name != "step":
                     writer.add_scalar(name, value, row["step"])
-            writer.flush()
     elif log == "wandb":
         import wandb
         run = wandb.init(project="tinygpt", name=os.path.basename(os.path.abspath(out_dir)), dir=out_dir,

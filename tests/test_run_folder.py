@@ -272,7 +272,8 @@ def test_free_name(tmp_path, monkeypatch):
 
 
 def events(logs) -> dict:
-    """{(name, step): value} of TensorBoard's files, records of a length, its checksum, an event, and its checksum."""
+    """{(name, step): value} of TensorBoard's files, records of a length, its checksum, an event, and its checksum. As
+    TensorBoard does, it forgets the values from the step on where a run says that it starts again there."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     found = {}
     for path in sorted(logs.iterdir()):
@@ -280,6 +281,8 @@ def events(logs) -> dict:
         while start < len(content):
             length, = struct.unpack_from("<Q", content, start)
             event = event_pb2.Event.FromString(content[start + 12:start + 12 + length])
+            if event.HasField("session_log"):
+                found = {key: value for key, value in found.items() if key[1] < event.step}
             found.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
             start += length + 16
     return found
@@ -298,6 +301,15 @@ def test_tensorboard(data, tmp_path):  # noqa: F811
     found = {key: value for key, value in events(tmp_path / "tensorboard").items()
              if key[0] not in ("tokens", "seconds")}
     assert found == pytest.approx(rows, rel=1e-6) and ("val_loss", 4) in found and ("train_loss", 1) in found
+
+
+def test_tensorboard_after_a_crash(tmp_path):
+    """A run that goes on at an earlier step than the last row replaces the rows from there."""
+    pytest.importorskip("tensorboardX")
+    for start, steps in ((0, (1, 2, 3, 4)), (2, (3,))):
+        python("-c", f"import run_folder\nsend = run_folder.log_to('tensorboard', {str(tmp_path)!r}, {{}}, {start})\n"
+                     f"for step in {steps}: send({{'step': step, 'loss': {start} + step}})", cwd=ROOT)
+    assert events(tmp_path / "tensorboard") == {("loss", 1): 1, ("loss", 2): 2, ("loss", 3): 5}
 
 
 def test_wandb(folder, tmp_path):  # noqa: F811

@@ -100,8 +100,9 @@ def test_learns(folder, tmp_path, arguments):
 def test_first_update_by_muon(folder, tmp_path, kind):
     """Each matrix of the blocks changes by a norm of muon_lr, times 0.7 to 1.2 (Jordan et al. 2024). Of an adapter
     that is b alone, as the gradient of a is 0 where b is 0. Vectors and embeddings move as Adam moves them."""
-    sft(folder, tmp_path, f"--kind={kind}", "--optimizer=muon", "--muon_lr=0.5", "--learning_rate=1e-3", "--epochs=1",
-        "--batch_size=999", "--grad_clip=0")
+    settings = [f"--kind={kind}", "--optimizer=muon", "--muon_lr=0.5", "--learning_rate=1e-3", "--epochs=1",
+                "--batch_size=999", "--grad_clip=0"]
+    sft(folder, tmp_path, *settings)
     after = mx.load(str(tmp_path / "sft.safetensors"))
     before = mx.load(str(folder / "base.safetensors")) if kind == "full" else {
         name: mx.zeros(array.shape) for name, array in after.items() if name.endswith(".b")}
@@ -112,6 +113,12 @@ def test_first_update_by_muon(folder, tmp_path, kind):
         else:
             moved = np.abs(change[np.abs(change) > 1e-5])
             assert moved.max() < 1.01e-3 and np.median(moved) > 0.9e-3, name
+    if kind == "full":  # the decay of a matrix goes by the learning rate of its optimizer
+        sft(folder, tmp_path, *settings, "--weight_decay=0.2", "--overwrite=True")
+        for name, array in mx.load(str(tmp_path / "sft.safetensors")).items():
+            rate = 0 if array.ndim < 2 else 0.5 if name.startswith("blocks.") else 1e-3
+            decay = np.array(before[name] * (0.2 * rate))
+            np.testing.assert_allclose(np.array(after[name] - array), decay, atol=1e-5, err_msg=name)
 
 
 def test_keeps_the_best_step(folder, tmp_path):
