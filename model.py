@@ -1,4 +1,4 @@
-"""A GPT in MLX, and its checkpoint: one file that everything else stands on.
+"""A GPT in MLX, and the file that keeps it, a checkpoint: every script imports this module.
 
     model = GPT(GPTConfig(n_layer=4, n_embd=256))
     logits = model(idx)                                  # idx (B, T) token ids -> (B, T, vocab_size)
@@ -35,7 +35,7 @@ try:
 except ImportError:
     cpu = None
 FAST_CPU = ON_CPU and cpu is not None
-if mx.cuda.is_available():  # work queued at a time: less of it frees memory sooner, here by a third, at 1% of the speed
+if mx.cuda.is_available():  # a smaller queue of work frees memory sooner: a third less memory at 1% less speed
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "500")
 VERSION = 1  # of the checkpoint's header
 
@@ -44,7 +44,9 @@ VERSION = 1  # of the checkpoint's header
 
 @dataclass
 class GPTConfig:
-    """The only list of architecture settings. Every script takes them by these names."""
+    """The only list of architecture settings. Every script uses these names.
+
+    A setting of a variant ends in the variant's tag: see docs/variants.md."""
     block_size: int = 256        # context length, in tokens
     vocab_size: int = 4096       # V; train.py takes the tokenizer's, rounded up to a multiple of 64
     n_layer: int = 4             # blocks
@@ -55,9 +57,9 @@ class GPTConfig:
     ffn_dim: int = 0             # hidden width of the MLP; 0: 4 n_embd (swiglu: 8/3 n_embd, up to a multiple of 64)
     pos: str = "rope"            # rope | learned | none
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    rope_factor: float = 1.0     # Llama 3 scaling: long wavelengths grow by it (8 in Llama 3.1); 1: off
-    rope_low_freq: float = 1.0   # wavelengths over rope_original / this grow by the whole factor
-    rope_high_freq: float = 4.0  # wavelengths under rope_original / this stay
+    rope_factor: float = 1.0     # Llama 3 scaling: factor by which long wavelengths grow (8 in Llama 3.1); 1: off
+    rope_low_freq: float = 1.0   # wavelengths over rope_original / rope_low_freq grow by the whole factor
+    rope_high_freq: float = 4.0  # wavelengths under rope_original / rope_high_freq stay
     rope_original: int = 8192    # context length before the scaling
     norm: str = "rms"            # rms | layer
     norm_eps: float = 1e-5       # added to the variance
@@ -66,20 +68,20 @@ class GPTConfig:
     qkv_bias: bool = False       # biases in q, k and v alone (Qwen2)
     qk_norm: bool = True         # RMSNorm of every head's query and key
     tie: bool = True             # the unembedding is the embedding's transpose
-    alibi: bool = False          # biases that grow with the distance, and no other positions  # alibi
+    alibi: bool = False          # scores fall linearly with the distance; no other position signal  # alibi
     sliding_window: int = 0      # keys that a query sees, itself included; 0: all  # window
-    window_pattern: str = "S"    # a letter a layer, over and over: S short (the window), L long (all keys)  # window
-    sinks: int = 0               # first tokens that windowed queries see besides  # window
+    window_pattern: str = "S"    # one letter a layer, repeated: S short (the window), L long (all keys)  # window
+    sinks: int = 0               # first tokens that windowed queries see too  # window
     diff_attn: bool = False      # differential attention  # diff
     diff_attn_version: int = 1   # 1 (2024): pairs of the n_head heads; 2 (2026): n_head pairs  # diff
-    n_expert: int = 0            # MLPs of width ffn_dim to choose from; 0: one, for all tokens  # moe
-    expert_top_k: int = 2        # experts a token runs through  # moe
-    n_shared_expert: int = 0     # experts that every token runs through besides  # moe
-    expert_balance: str = "loss"  # loss (Switch) | bias (loss-free) | none: what spreads tokens over experts  # moe
+    n_expert: int = 0            # experts, MLPs of width ffn_dim, of which a token uses some; 0: one MLP  # moe
+    expert_top_k: int = 2        # experts that a token uses  # moe
+    n_shared_expert: int = 0     # further experts, which every token uses  # moe
+    expert_balance: str = "loss"  # loss (Switch) | bias (loss-free) | none: spreads tokens evenly  # moe
     mod: str = "none"            # none | topk | soft: which tokens a routed block works on  # mod
     mod_capacity: float = 0.125  # topk: share of the tokens that a routed block works on  # mod
-    mod_every: int = 2           # every so many blocks, the last one is routed  # mod
-    yoco: bool = False           # the second half of the blocks attends to one set of keys and values  # yoco
+    mod_every: int = 2           # the last of every mod_every blocks is routed  # mod
+    yoco: bool = False           # the second half of the blocks shares one set of keys and values  # yoco
     value_residual: bool = False  # every layer's values are mixed with those of layer 0  # resformer
     value_embeds: bool = False   # every other layer adds an embedding of the token to its values  # valembed
     softcap: float = 0.0         # logits are bounded to +-softcap by a tanh; 0: they are not  # softcap
@@ -150,29 +152,31 @@ class LayerNorm(nn.LayerNorm):
 
 
 def rope_inv_freq(config: GPTConfig) -> np.ndarray:
-    """Radians that each pair of dimensions turns from one position to the next: (D/2,), theta^(-2i/D) (Su et al. 2021),
-    with Llama 3.1's scaling: pairs that turn slowly over the original context turn slower still, by rope_factor."""
+    """The angle in radians by which each pair of dimensions turns from one position to the next: (D/2,), theta^(-2i/D)
+    (Su et al. 2021). Llama 3.1's scaling divides the small angles, of long wavelengths, by rope_factor."""
     inv_freq = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     if config.rope_factor != 1:
         low, high = config.rope_low_freq, config.rope_high_freq
         turns = config.rope_original * inv_freq / (2 * math.pi)  # full turns within the original context
-        keep = np.clip((turns - low) / (high - low), 0, 1)       # 1: fast, stays as it is; 0: slow, scaled
+        keep = np.clip((turns - low) / (high - low), 0, 1)       # 1: short wavelength, kept; 0: long wavelength, scaled
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / config.rope_factor
     return inv_freq
 
 
-# Where tokens are is told by an offset: the position of the first, the others following; or, an array (B, T), the place
-# of each: its position, plus DOCUMENT for each document before its own in the row. A token sees its own document only.
-DOCUMENT, PADDING = 2**20, 2**30  # a token that is nowhere is seen by none, and sees all, lest it divide by nothing
+# The positions of T tokens are given by `offset`. An int is the position of the first token; the others follow. Where
+# rows hold several documents, an array (B, T) gives the place of each token: its position in its document, plus
+# DOCUMENT times the number of documents before it in the row. A token attends to its own document only. No token
+# attends to one whose place is PADDING; a padding token attends to all, so that its softmax does not divide by 0.
+DOCUMENT, PADDING = 2**20, 2**30
 
 
 def places_of(T: int, offset: int | mx.array) -> mx.array:
-    """The places of T tokens: (B, T), or (1, T) where all rows have the same."""
+    """The places of T tokens: (B, T), or (1, T) where the rows do not differ."""
     return mx.arange(offset, offset + T)[None] if isinstance(offset, int) else offset
 
 
 def rope(x: mx.array, inverse: mx.array, offset: int | mx.array) -> mx.array:
-    """Turn each pair (i, i + D/2) of a head by its position: x (B, H, T, D); inverse: 1 / rope_inv_freq, which is what
+    """Turn each pair (i, i + D/2) of a head by its position: x (B, H, T, D); inverse: 1 / rope_inv_freq, which
     MLX calls freqs."""
     if isinstance(offset, int):
         return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
@@ -186,9 +190,9 @@ def rope(x: mx.array, inverse: mx.array, offset: int | mx.array) -> mx.array:
 
 
 def score_mask(config: GPTConfig, layer: int, T: int, offset: int | mx.array, keys: mx.array | None):
-    """What is added to the scores of T queries: "causal", None (all keys are seen), or an array (B, H, T, S). keys: the
+    """The mask that is added to the scores of T queries: "causal", None (no mask), or an array (B, H, T, S). keys: the
     places of the keys, (S,) or (B, S); None: 0, 1, ..., offset + T - 1, or those of the queries where offset is an
-    array. The baseline builds no array: fused causal kernels need none."""
+    array. The baseline builds no array, which keeps MLX on its fused causal kernels."""
     mask = "causal" if T > 1 else None
     if not isinstance(offset, int):
         mask = seen_mask(*score_places(T, offset, keys))
@@ -200,7 +204,7 @@ def score_mask(config: GPTConfig, layer: int, T: int, offset: int | mx.array, ke
 
 
 def score_places(T: int, offset: int | mx.array, keys: mx.array | None) -> tuple[mx.array, mx.array]:
-    """For score_mask's arguments: (B, 1, T, 1) and (B, 1, 1, S)."""
+    """The places of the queries (B, 1, T, 1) and of the keys (B, 1, 1, S), from the arguments of score_mask()."""
     queries = places_of(T, offset)
     if keys is None:
         keys = mx.arange(offset + T) if isinstance(offset, int) else queries
@@ -208,7 +212,7 @@ def score_places(T: int, offset: int | mx.array, keys: mx.array | None) -> tuple
 
 
 def seen_mask(queries: mx.array, keys: mx.array) -> mx.array:
-    """0 for what is seen, -inf for the future and for other documents: (B, 1, T, S)."""
+    """0 where a query may attend to a key, -inf for the future and for other documents: (B, 1, T, S)."""
     near = (queries // DOCUMENT == keys // DOCUMENT) | (queries >= PADDING)
     return mx.where(near & (queries >= keys), 0.0, -mx.inf)
 
@@ -217,7 +221,8 @@ def seen_mask(queries: mx.array, keys: mx.array) -> mx.array:
 #
 #   score(i, j) = q_i k_j / sqrt(D) - slope_h (i - j)
 #
-# Far keys weigh less, by a slope of each head's own; nothing else tells positions. Costs an array (H, T, S) of biases.
+# The score falls with the distance, by a slope that each head has. There is no other position signal. This costs an
+# array (H, T, S) of biases.
 
 
 def check_alibi(config: GPTConfig):
@@ -228,15 +233,15 @@ def check_alibi(config: GPTConfig):
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """2^(-8 i / n) for i = 1 ... n; where n is no power of 2, those of the power below and every second of the one
-    above."""
+    """2^(-8 i / n) for i = 1 ... n. Where n is not a power of 2: the slopes for the next lower power, then every second
+    slope for the next higher one."""
     power = 2 ** (n_head.bit_length() - 1)
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     return slopes + [2 ** (-4 * i / power) for i in range(1, 2 * power + 1, 2)][:n_head - power]
 
 
 def alibi_mask(config: GPTConfig, layer: int, mask, queries: mx.array, keys: mx.array) -> mx.array:
-    """-slope * distance, and -inf for the future, beside what another mask hides: (B, H, T, S), for score_places()."""
+    """-slope * distance, and -inf for the future, plus another mask if there is one: (B, H, T, S)."""
     slopes, distance = alibi_slopes(config.n_head), queries - keys
     if config.diff_attn:  # diff
         slopes = [slope for slope in alibi_slopes(diff_pairs(config)) for _ in range(2)]  # diff
@@ -252,9 +257,10 @@ def alibi_mask(config: GPTConfig, layer: int, mask, queries: mx.array, keys: mx.
 #
 #   query i sees keys i - W < j <= i, and the sinks j < S, as if at distance min(i, S + W - 1) - j
 #
-# Training costs T * W instead of T * T: blocks of queries see their own block of keys and the one before. The cache
-# holds W tokens, each in the place of the one that has left the window, and the sinks, on which heads with nothing to
-# look at lay their weight. A sink is as far as its place in the cache says: no distance is new, however long the text.
+# Training costs T * W instead of T * T: queries are taken in blocks, and a block attends to its own block of keys and
+# to the block before it. The cache holds W tokens, of which a new token replaces the oldest, and the sinks: first
+# tokens to which heads attend when no other token matters to them. The distance to a sink is counted inside the cache,
+# so that it never exceeds S + W - 1, however long the text.
 
 
 def check_window(config: GPTConfig):
@@ -267,38 +273,39 @@ def check_window(config: GPTConfig):
 
 
 def windowed(config: GPTConfig, layer: int) -> bool:
-    """Whether a layer's queries see the window only."""
+    """Whether the queries of a layer attend to the window alone."""
     if crosses(config, layer):  # yoco
         return False  # yoco
     return config.sliding_window > 0 and config.window_pattern[layer % len(config.window_pattern)] == "S"
 
 
 def window_mask(config: GPTConfig, queries: mx.array, keys: mx.array) -> mx.array:
-    """0 for what is seen, -inf for the rest: (B, 1, T, S), for score_places()."""
+    """0 for keys in the window and sinks, -inf for the rest: (B, 1, T, S)."""
     near = (queries - keys < config.sliding_window) | (keys < config.sinks)
     return mx.where(near & (queries >= keys), 0.0, -mx.inf)
 
 
 def farthest(config: GPTConfig, keys: mx.array) -> mx.array:
-    """The largest distance at which a key is seen."""
+    """The largest distance that is counted for each key: a sink's, inside the cache; no limit for other keys."""
     return mx.where(keys < config.sinks, config.sinks + config.sliding_window - 1 - keys, PADDING)
 
 
 def rope_to_sinks(config: GPTConfig, q: mx.array, k: mx.array, inverse: mx.array, offset: int, keys: mx.array | None):
-    """Rotary positions for sinks: q (B, H, T, D) and k (B, KV, S, D), turned by their positions, become twice as wide;
-    the second half of a query, turned as for the last position inside the cache, meets the sinks."""
+    """Rotary positions for sinks. q (B, H, T, D) and k (B, KV, S, D), rotated by their positions, become twice as wide.
+    The first half of the width holds a key, the second half is 0; for a sink it is the other way round. The second half
+    of a query is rotated for the query's position inside the cache, and decides the scores of sinks."""
     T, D, last = q.shape[2], q.shape[3], config.sinks + config.sliding_window - 1
     queries, keys = score_places(T, offset, keys)
     back = mx.fast.rope(q, D, traditional=False, base=None, scale=-1.0, offset=offset - last, freqs=inverse)
     q = mx.concatenate([q, mx.where(queries > last, back, q)], axis=-1)
     sink = (keys < config.sinks).swapaxes(2, 3)
     k = mx.concatenate([mx.where(sink, 0, k), mx.where(sink, k, 0)], axis=-1)
-    return q * 2**0.5, k  # attend() divides by the root of the width
+    return q * 2**0.5, k  # attend() divides by the square root of the width, which has doubled
 
 
 def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v: mx.array, offset: int) -> mx.array:
-    """attend() of T queries and the same T keys under the window's mask, without scores that it hides but in a block:
-    q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D)."""
+    """attend() under the window's mask, for T queries and the keys of these T tokens: q (B, H, T, D), k and v (B, KV,
+    T, D) -> (B, H, T, D). Scores are computed for pairs of blocks that the window reaches, and for no others."""
     B, H, T, _ = q.shape
     size = window_block(config)
     n = -(-T // size)
@@ -307,16 +314,16 @@ def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v:
         x = mx.pad(x, ((0, 0), (0, 0), (0, n * size - T), (0, 0)))
         return x.reshape(*x.shape[:2], n, size, -1).swapaxes(1, 2)
 
-    def with_previous(x, first):  # and the block before each, and first of all the sinks: (B, n, KV, S + 2 size, D)
+    def with_previous(x, first):  # the sinks, the block before, the block: (B, n, KV, S + 2 size, D)
         before = mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
         first = mx.broadcast_to(first[:, None, :, :config.sinks], (*x.shape[:3], config.sinks, x.shape[4]))
         return mx.concatenate([first, before, x], axis=3)
 
-    place = places_of(T, offset)[:, None, :, None] - PADDING  # so that padding with 0 means nowhere
+    place = places_of(T, offset)[:, None, :, None] - PADDING  # so that the 0 which mx.pad adds stands for PADDING
     queries = blocks(place) + PADDING
     keys = with_previous(blocks(place), place).swapaxes(3, 4) + PADDING
     near = (queries >= keys) & (queries - keys < config.sliding_window)
-    is_sink = mx.arange(keys.shape[-1]) < config.sinks  # these columns are for queries out of whose window they are
+    is_sink = mx.arange(keys.shape[-1]) < config.sinks  # used by queries whose window does not hold the sink
     mask = mx.where(mx.where(is_sink, queries - keys >= config.sliding_window, near), 0.0, -mx.inf)
     if config.alibi:  # alibi
         mask = alibi_mask(config, layer, mask, queries, keys)  # alibi
@@ -327,24 +334,24 @@ def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v:
 
 
 def window_block(config: GPTConfig) -> int:
-    """Queries a block: at least the window, so that it reaches into one earlier block only, and enough for a matmul."""
+    """Queries in a block: at least the window, so that it reaches one earlier block at most; 64 suit a matmul."""
     return max(config.sliding_window, 64)
 
 
 def endless(config: GPTConfig) -> bool:
-    """Whether every distance that a query sees is one of training, however long the text: then nothing is full."""
+    """Whether queries meet no distance beyond those of training, however long the text: the cache is never full."""
     return config.pos != "learned" and all(windowed(config, layer) for layer in range(config.n_layer))
 
 
 class WindowCache:
-    """Keys and values of the sinks and of one layer's last W other tokens: position p lies in place S + (p - S) % W."""
+    """Keys and values of one layer, of the sinks and the last W other tokens: position p is in row S + (p - S) % W."""
 
     def __init__(self, window: int, sinks: int = 0, room: Callable = mx.zeros):
         self.window, self.sinks, self.room, self.length = window, sinks, room, 0  # length: tokens seen
         self.keys = self.values = None
 
     def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Append k and v (B, KV, T, D); return the keys and values that the new queries may see, and the positions."""
+        """Append k and v (B, KV, T, D); return keys and values that the new queries may see, and their positions."""
         size, start, T = self.window + self.sinks, self.length, k.shape[2]
         self.length += T
         if self.keys is None:
@@ -368,7 +375,7 @@ class WindowCache:
         return position if position < self.sinks else self.sinks + (position - self.sinks) % self.window
 
     def positions(self, length: int) -> mx.array:
-        """Of the tokens in the cache once `length` have been seen, in the order of their places."""
+        """The positions of the cached tokens after `length` tokens, in the order of the rows."""
         S, W, last = self.sinks, self.window, length - 1
         place = mx.arange(min(length, S + W))
         return mx.where(place < S, place, last - (last - place) % W)
@@ -384,7 +391,7 @@ class WindowCache:
 
 
 class KVCache:
-    """Keys and values (B, KV, S, D) of one layer. Room grows in steps, and a token is written in place."""
+    """Keys and values (B, KV, S, D) of one layer. The buffer grows in steps, and a token is written into it."""
     STEP = 256  # positions
 
     def __init__(self, room: Callable = mx.zeros):
@@ -410,8 +417,8 @@ class KVCache:
 
 
 class Cache:
-    """What generation remembers: each layer's own cache, and how many tokens the model has read. room(shape, dtype)
-    makes an empty array of keys or values."""
+    """The key/value cache of a model: one cache a layer, and the number of tokens read. room(shape, dtype) allocates an
+    array of keys or values."""
 
     def __init__(self, blocks: list, room: Callable = mx.zeros):
         self.blocks, self.room = blocks, room
@@ -419,7 +426,7 @@ class Cache:
 
     def clear(self):
         self.layers = [block.make_cache(self.room) for block in self.blocks]
-        self.offset = 0  # tokens read so far = position of the next
+        self.offset = 0  # tokens read = position of the next one
 
     @property
     def nbytes(self) -> int:
@@ -457,7 +464,7 @@ class Attention(nn.Module):
         return self.out(y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
 
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
-        """What each head reads: (B, T, C) -> (B, H, T, D)."""
+        """The output of each head, before the output projection: (B, T, C) -> (B, H, T, D)."""
         (B, T, _), config, layer = x.shape, self.config, self.layer
         q = self.q(x).reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
         if config.qk_norm:
@@ -475,7 +482,7 @@ class Attention(nn.Module):
         return attend(q, k, v, score_mask(config, layer, T, offset, keys))
 
     def keys_values(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict):
-        """Keys and values (B, KV, S, D) of x (B, T, C) and of what the cache holds, and the keys' positions (S,), or
+        """Keys and values (B, KV, S, D) of the cached tokens and of x (B, T, C), and the positions of the keys (S,), or
         None where they are 0, 1, ..."""
         (B, T, _), config, layer = x.shape, self.config, self.layer
         k, v = (linear(x).reshape(B, T, -1, config.head_dim).swapaxes(1, 2) for linear in (self.k, self.v))
@@ -506,9 +513,9 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
 #   1: norm(A1 V - lambda A2 V) (1 - lambda_0),   lambda = exp(lq1 lk1) - exp(lq2 lk2) + lambda_0, one a layer
 #   2: A1 V - sigmoid(lambda) A2 V,               lambda = W x, one a token and head
 #
-# A1 and A2 are the attention maps of two neighbouring query heads. What both look at cancels, as noise does. Version 1
-# takes neighbours among the n_head heads, so its queries, keys and values are the baseline's, and two value heads make
-# one of twice the width. Version 2 has n_head pairs: twice the queries, and the same keys and values.
+# A1 and A2 are the attention maps of two neighbouring query heads. Weight that both maps have cancels, which removes
+# noise. Version 1 pairs the n_head heads of the baseline, and joins two value heads to one of twice the width. Version
+# 2 has n_head pairs: twice the query heads of the baseline, and as many key and value heads.
 
 DIFF_LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
@@ -526,7 +533,7 @@ def diff_pairs(config: GPTConfig) -> int:
 
 
 def values_of_pairs(config: GPTConfig, v: mx.array) -> mx.array:
-    """Version 1: value heads 2i and 2i + 1, side by side, for both key heads 2i and 2i + 1: (B, KV, S, 2 D)."""
+    """Version 1 joins value heads 2i and 2i + 1, for both key heads 2i and 2i + 1: (B, KV, S, 2 D)."""
     if config.diff_attn_version == 2:
         return v
     return mx.repeat(mx.concatenate([v[:, 0::2], v[:, 1::2]], axis=-1), 2, axis=1)
@@ -561,12 +568,12 @@ class DiffAttention(Attention):
 #
 #   v_l = lambda_1 v_l + lambda_2 v_0      for every layer l > 0; both lambdas are learned, and start at 1/2
 #
-# Values of layer 0 are close to the token itself; deep layers, whose own values have lost it, get it back. Costs two
-# numbers a layer; the cache holds the mixed values.
+# The values of layer 0 are computed from the token's embedding alone. The mixture keeps them within reach of deep
+# layers. It costs two parameters a layer. The cache holds the mixed values.
 
 
 def mix_first_values(attention: Attention, v: mx.array, carry: dict) -> mx.array:
-    """Values (B, KV, T, D) of a layer, mixed with those of layer 0; layer 0 leaves its own in the carry."""
+    """The values (B, KV, T, D) of a layer, mixed with those of layer 0, which layer 0 puts into the carry."""
     if attention.layer == 0:
         carry["first_values"] = v.swapaxes(1, 2)
         return v
@@ -575,7 +582,7 @@ def mix_first_values(attention: Attention, v: mx.array, carry: dict) -> mx.array
 
 
 def no_values(config: GPTConfig, x: mx.array) -> mx.array:
-    """What stands in the carry for tokens that layer 0 does not compute, as it may be with Mixture of Depths."""
+    """The initial value in the carry. It stays 0 for tokens that layer 0 skips, as it may with Mixture of Depths."""
     return mx.zeros((*x.shape[:2], config.n_kv_head, config.head_dim), x.dtype)
 
 
@@ -585,10 +592,10 @@ def no_values(config: GPTConfig, x: mx.array) -> mx.array:
 #
 #   v_t = v_t + g_t E_l[token_t],      g = 2 sigmoid(W x[:GATE]), one a head, 1 at the start
 #
-# The last layer and every second one before it have a table E_l of their own, a row a token. It costs V x KV x D
-# parameters for each of these layers, and hardly any time, since a row is looked up, not multiplied.
+# The last layer, and every second layer counted back from it, has a table E_l with one row for each token id. A table
+# has V x KV x D parameters, but takes little time: a row is looked up, and no matrix is multiplied.
 
-GATE = 32  # numbers of x that the gate reads
+GATE = 32  # width of the part of x that the gate reads
 
 
 def has_value_embedding(attention: Attention) -> bool:
@@ -604,7 +611,7 @@ def make_value_embedding(attention: Attention):
 
 
 def add_value_embedding(attention: Attention, x: mx.array, v: mx.array, carry: dict) -> mx.array:
-    """Values (B, KV, T, D) of tokens that stand in the carry, read from x (B, T, C)."""
+    """The values v (B, KV, T, D) plus gated embeddings of the token ids; x (B, T, C) is the input of attention."""
     if not has_value_embedding(attention):
         return v
     found = attention.value_embed(mx.stop_gradient(carry["token_ids"])).astype(v.dtype)  # (B, T, KV D)
@@ -620,8 +627,8 @@ def add_value_embedding(attention: Attention, x: mx.array, v: mx.array, carry: d
 
 @mx.custom_function
 def with_loss(x: mx.array, loss: mx.array) -> mx.array:
-    """x as it is; in the backward pass the gradient of `loss`, a scalar, joins that of the model's own loss, whose
-    value stays the cross-entropy."""
+    """Return x. In the backward pass the gradient of `loss`, a scalar, is added to the gradient of the model's loss,
+    whose value stays the cross-entropy."""
     return x + 0
 
 
@@ -631,7 +638,7 @@ def with_loss_backward(primals, cotangent, _):
 
 
 def recompute(f: Callable) -> Callable:
-    """Keep only f's inputs for the backward pass. For elementwise functions, which cost less than what they store."""
+    """f, computed again in the backward pass: for elementwise functions, where computing is cheaper than storing."""
     return f if ON_CPU else mx.checkpoint(f)
 
 
@@ -663,14 +670,14 @@ class MLP(nn.Module):
 #   y = sum over the k experts of largest p_e of g_e MLP_e(x),   p = softmax(W x),   g = p_e / (sum of the k chosen);
 #   g = p_e where k = 1, or the router would learn nothing
 #
-# A token runs through its own k experts only. Its k (token, expert) pairs are sorted by expert into blocks of 64 rows
-# of one expert each, so that all experts are one matmul of blocks. Costs what k MLPs of width ffn_dim cost, the rows
-# that the last block of an expert leaves empty, and two copies of the rows.
+# A token uses only k experts. The (token, expert) pairs are sorted by expert into blocks of 64 rows, so that one matmul
+# of blocks computes all experts. The cost is that of k MLPs of width ffn_dim, of the empty rows in the last block of
+# each expert, and of two copies of the rows.
 #
-# What keeps the experts equally busy: "loss", E sum_e f_e P_e over the tokens of a pass, where f is the share of pairs
-# and P the mean p (Fedus); or "bias", a number that is added to p where experts are chosen, and grows while an expert
-# has too little to do (Wang et al. 2024). Beside either, the router's logsumexp squared (Zoph et al. 2022) keeps logits
-# small.
+# Two ways keep the load of the experts even. "loss" adds E sum_e f_e P_e over the tokens of a pass, where f is the
+# share of pairs and P the mean p (Fedus). "bias" adds a number to p where experts are chosen, which grows while an
+# expert has too few tokens (Wang et al. 2024). With both, the square of the router's logsumexp keeps logits small (Zoph
+# et al. 2022).
 
 ROWS = 64  # of a block
 SWITCH_LOSS, Z_LOSS, BIAS_STEP = 0.01, 0.001, 0.001
@@ -688,17 +695,17 @@ def check_moe(config: GPTConfig):
 
 
 def dispatch(chosen: mx.array, n_expert: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Lay the pairs of N tokens and their k experts, chosen (N, k), in rows. Returns the pair in each row (0 in empty
-    ones), the row of each pair (N k,), the expert of each block of rows, and the rows where each expert's pairs begin
-    and end (E, 2). What is computed in empty rows goes nowhere, forward or backward."""
+    """Sort the pairs of N tokens and their k experts, chosen (N, k), into rows. Returns the pair of each row (0 in
+    empty rows), the row of each pair (N k,), the expert of each block of rows, and the rows where the pairs of each
+    expert begin and end (E, 2). Results in empty rows are not read, forward or backward."""
     pairs = chosen.reshape(-1)
     order = mx.argsort(pairs)
     count = mx.zeros((n_expert,), dtype=mx.int32).at[pairs].add(1)
     blocks = (count + ROWS - 1) // ROWS
     last = mx.cumsum(blocks)
-    n = pairs.size // ROWS + n_expert  # enough, whatever the counts
+    n = pairs.size // ROWS + n_expert  # blocks that suffice for any counts
     expert = mx.minimum((mx.arange(n)[:, None] >= last).sum(1), n_expert - 1)
-    empty_before = (last - blocks) * ROWS - (mx.cumsum(count) - count)  # rows, by the expert
+    empty_before = (last - blocks) * ROWS - (mx.cumsum(count) - count)  # empty rows before each pair
     rows_in_order = mx.arange(pairs.size) + empty_before[pairs[order]]
     pair = mx.put_along_axis(mx.zeros((n * ROWS,), dtype=mx.int32), rows_in_order, order.astype(mx.int32), axis=0)
     row = mx.put_along_axis(mx.zeros(pairs.shape, dtype=mx.int32), order, rows_in_order, axis=0)
@@ -708,7 +715,7 @@ def dispatch(chosen: mx.array, n_expert: int) -> tuple[mx.array, mx.array, mx.ar
 
 @mx.custom_function
 def to_rows(x: mx.array, pair: mx.array, row: mx.array) -> mx.array:
-    """Tokens (N, C) -> rows (n, C). Forward and backward only gather: a scatter-add is slow on a CPU."""
+    """Tokens (N, C) -> rows (n, C). The backward pass gathers, too, since a scatter-add is slow on a CPU."""
     return x[pair // (row.size // len(x))]
 
 
@@ -731,7 +738,7 @@ def from_rows_backward(primals, cotangent, _):
 
 
 def gather_mm(x: mx.array, weight: mx.array, expert: mx.array, is_sorted: bool = False) -> mx.array:
-    """mx.gather_mm of x (n, rows, in) and weight (E, in, out), which on a CPU knows float32 alone."""
+    """mx.gather_mm of x (n, rows, in) and weight (E, in, out). On a CPU, MLX has it for float32 alone."""
     dtype = x.dtype
     if ON_CPU:
         x, weight = x.astype(mx.float32), weight.astype(mx.float32)
@@ -740,7 +747,7 @@ def gather_mm(x: mx.array, weight: mx.array, expert: mx.array, is_sorted: bool =
 
 @mx.custom_function
 def blocks_by_experts(x: mx.array, weight: mx.array, expert: mx.array, ends: mx.array) -> mx.array:
-    """Rows (n, in), in blocks of ROWS, each by the weight of its expert (E, out, in) -> (n, out)."""
+    """Rows (n, in), in blocks of ROWS, times the weight (E, out, in) of each block's expert -> (n, out)."""
     x = x.reshape(-1, ROWS, x.shape[-1])
     return gather_mm(x, weight.swapaxes(1, 2), expert, True).flatten(0, 1)
 
@@ -754,7 +761,7 @@ def blocks_by_experts_backward(primals, cotangent, _):
 
 
 class Experts(nn.Module):
-    """A linear layer of each expert."""
+    """One linear layer for each expert."""
 
     def __init__(self, n_expert: int, inputs: int, outputs: int, bias: bool):
         super().__init__()
@@ -763,7 +770,7 @@ class Experts(nn.Module):
             self.bias = mx.zeros((n_expert, outputs))
 
     def __call__(self, x: mx.array, expert: mx.array, ends: mx.array | None) -> mx.array:
-        """Rows (n, in) -> (n, out): in blocks as dispatch() lays them, or, without ends, each with its own expert."""
+        """Rows (n, in) -> (n, out): in blocks, as dispatch() sorts them, or, without ends, one expert a row."""
         weight = self.weight.astype(x.dtype)
         if ends is None:
             y = gather_mm(x[:, None], weight.swapaxes(1, 2), expert)[:, 0]
@@ -780,7 +787,7 @@ class Experts(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """Experts whose weights stay packed integers (quantized.py); frozen."""
+    """Experts whose weights stay packed integers (see quantized.py). They are frozen."""
 
     def __init__(self, dense: Experts, group_size: int, bits: int):
         super().__init__()
@@ -792,17 +799,17 @@ class PackedExperts(nn.Module):
 
     def __call__(self, x: mx.array, expert: mx.array, ends: mx.array | None) -> mx.array:
         expert_of_row = expert if ends is None else mx.repeat(expert, ROWS)
-        if "order" in self:  # (E, in), as of a packed linear layer
+        if "order" in self:  # (E, in): the columns are stored in this order
             x = mx.take_along_axis(x, self.order[expert_of_row], axis=1)
         if ends is None:
             y = mx.gather_qmm(x[:, None], self.weight, self.scales, self.biases, rhs_indices=expert,
                               group_size=self.group_size, bits=self.bits)[:, 0]
         else:
             y = self.in_blocks(x, expert)
-        return y + self.bias[expert_of_row] if "bias" in self else y  # empty rows go nowhere, and the bias is frozen
+        return y + self.bias[expert_of_row] if "bias" in self else y  # empty rows are not read
 
     def in_blocks(self, x: mx.array, expert: mx.array) -> mx.array:
-        """blocks_by_experts() with weights that are unpacked again in the backward pass."""
+        """blocks_by_experts() of packed weights, which are unpacked again in the backward pass."""
 
         def product(x, weight):
             x = x.reshape(-1, ROWS, x.shape[-1])
@@ -820,7 +827,7 @@ class PackedExperts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Taps the site "router": (B, T, n_expert), the logits."""
+    """A mixture of experts. It calls the tap at the site "router" with the logits (B, T, n_expert)."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -831,12 +838,12 @@ class MoE(nn.Module):
             self.gate = Experts(E, C, F, config.bias)
         self.up = Experts(E, C, F, config.bias)
         self.down = Experts(E, F, C, config.bias)
-        if config.n_shared_expert:  # their sum is one MLP of their joint width
+        if config.n_shared_expert:  # the sum of several MLPs is one wider MLP
             self.shared = MLP(replace(config, ffn_dim=F * config.n_shared_expert), layer)
         if config.expert_balance == "bias":
             self.balance = mx.zeros((E,))
-            self.freeze(keys=["balance"], recurse=False)  # rebalance() moves it, no gradient does
-        self._count = mx.zeros((E,))  # pairs of each expert since rebalance()
+            self.freeze(keys=["balance"], recurse=False)  # set by rebalance(), not by gradients
+        self._count = mx.zeros((E,))  # pairs of each expert since the last rebalance()
 
     def __call__(self, x: mx.array, tap: Callable) -> mx.array:
         config, k = self.config, self.config.expert_top_k
@@ -847,7 +854,7 @@ class MoE(nn.Module):
         chosen = mx.argpartition(mx.stop_gradient(-score), k - 1, axis=-1)[:, :k]
         gates = mx.take_along_axis(p, chosen, axis=-1)
         gates = (gates / gates.sum(-1, keepdims=True) if k > 1 else gates).astype(x.dtype)
-        if chosen.size < ROWS:  # too few to sort
+        if chosen.size < ROWS:  # too few pairs to sort
             rows, expert, ends = mx.repeat(flat, k, axis=0), chosen.reshape(-1), None
         else:
             pair, row, expert, ends = dispatch(chosen, config.n_expert)
@@ -869,8 +876,8 @@ class MoE(nn.Module):
 
 
 def rebalance(model) -> mx.array:
-    """After an update: what each expert had to do in it, over the mean, (layers, E), 1 being balanced; and, under
-    expert_balance=bias, a step of what is added to p. Counts are summed over processes."""
+    """Call it after an update. Returns the load of each expert over the mean load of its layer, (layers, E), where 1 is
+    balanced, summed over processes. With expert_balance=bias it also changes the biases by one step."""
     loads = []
     for moe in (block.mlp for block in model.blocks):
         count = mx.distributed.all_sum(moe._count)
@@ -920,11 +927,11 @@ def make_norm(config: GPTConfig) -> nn.Module:
 # ---- variant mod: Mixture of Depths (Raposo et al. 2024) -------------------------------------------------------------
 #
 #   topk: x_t + r_t (block(x)_t - x_t) for the tokens of the largest r_t, x_t for the others,   r = w x
-#   soft: x_t + sigmoid(r_t) (block(x)_t - x_t) for all: it learns what to skip and saves nothing
+#   soft: x_t + sigmoid(r_t) (block(x)_t - x_t) for all: it learns what to skip, but saves no work
 #
-# A routed block works on a share mod_capacity of a sequence's tokens, taken out in order; they attend to one another
-# only, at their own places. Which r_t are the largest depends on the future, so while sampling, and whenever the model
-# is not in training, a predictor tells from the token alone whether it would be among them.
+# A routed block computes a share mod_capacity of the tokens of a sequence, which attend to one another only and keep
+# their positions. Which r_t are the largest depends on future tokens. So outside of training, a predictor decides for
+# each token by itself whether it would be among the largest.
 
 
 def check_mod(config: GPTConfig):
@@ -939,7 +946,7 @@ def check_mod(config: GPTConfig):
 
 
 class RoutedBlock(Block):
-    """Taps the site "depth": (B, T), r."""
+    """A block that skips tokens. It calls the tap at the site "depth" with r (B, T)."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)
@@ -969,24 +976,34 @@ class RoutedBlock(Block):
             chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
             at, worked = at[rows, order], mx.ones(order.shape)
             miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
-            x = with_loss(x, 0.01 * miss.mean())  # little, lest clipping shorten the model's own gradient
-        else:  # the chosen tokens first, the others after them, where no chosen one sees them
+            x = with_loss(x, 0.01 * miss.mean())  # small, so that it does not dominate the norm that is clipped
+        else:  # the chosen tokens first; the others follow as padding, to which no chosen token attends
             chosen, order = self.taken(x)
             worked = chosen[rows, order]
             at = mx.where(worked, at[rows, order], PADDING)
-        selected, before = x[rows, order], rows_of(carry, rows, order)
-        own = dict(before)
-        change = super().__call__(selected, at, cache, tap, own) - selected
-        put_rows(carry, rows, order, before, own, worked)
+        change = self.change(x, rows, order, worked, at, cache, tap, carry)
         return x.at[rows, order].add(change * (worked * r[rows, order]).astype(x.dtype)[..., None])
 
+    def change(self, x: mx.array, rows: mx.array, order: mx.array, worked: mx.array, at: mx.array, cache,
+               tap: Callable, carry: dict) -> mx.array:
+        """What the block adds to the positions (rows, order), (B, k) each, of x (B, T, C): (B, k, C). It sees these
+        positions of the carry, and changes them where worked (B, k) is not 0."""
+        before = {name: value[rows, order] if isinstance(value, mx.array) else value for name, value in carry.items()}
+        selected, after = x[rows, order], dict(before)
+        y = super().__call__(selected, at, cache, tap, after)
+        for name, value in after.items():
+            if value is not before[name]:
+                kept = worked.reshape(*worked.shape, *[1] * (value.ndim - 2)) != 0
+                carry[name] = carry[name].at[rows, order].add(mx.where(kept, value - before[name], 0))
+        return y - selected
+
     def likely(self, x: mx.array) -> mx.array:
-        """Over 0 where a token of x (B, T, C) would be among the largest: (B, T)."""
+        """The predictor's logit that a token of x (B, T, C) is among the largest: (B, T)."""
         return self.predictor(mx.stop_gradient(x))[..., 0].astype(mx.float32) - self.threshold
 
     def taken(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Outside training, without a cache: whether each token of x (B, T, C) is worked on, and the order in which the
-        block takes them, and in which taps see them: (B, T) each."""
+        """Outside of training and without a cache: whether each token of x (B, T, C) is chosen, and the order in which
+        the block, and its taps, get the tokens: (B, T) each."""
         chosen, T = self.likely(x) > 0, x.shape[1]
         return chosen, mx.argsort(mx.arange(T) + mx.where(chosen, 0, T), axis=1)
 
@@ -997,37 +1014,20 @@ class RoutedBlock(Block):
         for row, chosen in enumerate(np.array(likely > 0)):
             if chosen.any():
                 place = mx.array(np.flatnonzero(chosen))
-                selected, of_row = x[row:row + 1, place], cache.row(row, place + offset)
-                rows, order = mx.array([[row]]), place[None]
-                before = rows_of(carry, rows, order)
-                own = dict(before)
-                change = super().__call__(selected, place[None] + offset, of_row, tap, own) - selected
-                put_rows(carry, rows, order, before, own, mx.ones(order.shape))
+                rows, order, of_row = mx.array([[row]]), place[None], cache.row(row, place + offset)
+                change = self.change(x, rows, order, mx.ones(order.shape), order + offset, of_row, tap, carry)
                 x = x.at[row, place].add(change[0] * r[row, place, None])
         return x
 
 
-def rows_of(carry: dict, rows: mx.array, order: mx.array) -> dict:
-    """What a routed block sees of the carry: its own positions of arrays (B, T, ...), and tuples whole."""
-    return {name: value[rows, order] if isinstance(value, mx.array) else value for name, value in carry.items()}
-
-
-def put_rows(carry: dict, rows: mx.array, order: mx.array, before: dict, own: dict, worked: mx.array):
-    """Write what a routed block changed in its rows of the carry back, where it worked on them (B, k)."""
-    for name, value in own.items():
-        if value is not before[name]:
-            worked_on = worked.reshape(*worked.shape, *[1] * (value.ndim - 2)) > 0
-            carry[name] = carry[name].at[rows, order].add(mx.where(worked_on, value - before[name], 0))
-
-
 class RoutedCache:
-    """A cache for each row of the batch, which holds the tokens that were chosen there, and their positions."""
+    """One cache for each row of the batch, of the tokens that were chosen there, and their positions."""
 
     def __init__(self, make: Callable):
         self.make, self.rows = make, {}
 
     def row(self, number: int, positions: mx.array):
-        """The row's cache, now that tokens at these positions are about to be appended."""
+        """The cache of a row, to which tokens at these positions will be appended."""
         if number not in self.rows:
             self.rows[number] = RowCache(self.make())
         row = self.rows[number]
@@ -1055,8 +1055,8 @@ class RowCache:
 #   blocks 0 ... L/2 - 1 attend in windows;   K, V = keys and values of norm(x), once;   blocks L/2 ... L - 1 have
 #   queries only, all to K and V
 #
-# The cache is L/2 windows and one K, V, instead of L of them. The second half leaves nothing behind, so that to read a
-# prompt only its last token needs to pass through it.
+# The cache holds L/2 windows and one K, V, instead of L of them. The second half caches nothing, so that only the last
+# token of a prompt needs to pass through it. The carry hands K and V to the second half.
 
 
 def check_yoco(config: GPTConfig):
@@ -1067,12 +1067,12 @@ def check_yoco(config: GPTConfig):
 
 
 def crosses(config: GPTConfig, layer: int) -> bool:
-    """Whether a block attends to the common keys and values."""
+    """Whether a block is in the second half, which attends to the shared keys and values."""
     return config.yoco and layer >= config.n_layer // 2
 
 
 class SharedKeysValues(Attention):
-    """The keys and values of attention alone, and the norm before them."""
+    """The part of attention that makes keys and values, and a norm before it."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config, config.n_layer // 2)
@@ -1086,7 +1086,7 @@ class SharedKeysValues(Attention):
 
 
 class CrossAttention(Attention):
-    """The queries of attention alone. Its keys and values are those that SharedKeysValues left in the carry."""
+    """The part of attention that makes queries. Keys and values come from SharedKeysValues, through the carry."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)
@@ -1101,7 +1101,7 @@ class CrossAttention(Attention):
 
 
 def last_position(x: mx.array, offset: int | mx.array, carry: dict) -> tuple[mx.array, int | mx.array, dict]:
-    """Of the residual stream, the offset, and the carry's arrays (B, T, ...)."""
+    """The last position of the residual stream, of the offset, and of arrays (B, T, ...) in the carry."""
     rows = {name: value[:, -1:] if isinstance(value, mx.array) else value for name, value in carry.items()}
     return x[:, -1:], offset + x.shape[1] - 1 if isinstance(offset, int) else offset[:, -1:], rows
 
@@ -1118,7 +1118,7 @@ def cross_attention(config: GPTConfig, layer: int) -> Attention:
 #
 #   logits = c tanh(logits / c)
 #
-# No token can become ever more certain: logits stay within +-c, and the gradient of one that is near vanishes.
+# Logits stay within +-c. The gradient of a logit near this bound vanishes: no token can become ever more probable.
 
 
 def check_softcap(config: GPTConfig):
@@ -1138,12 +1138,12 @@ def capped(config: GPTConfig, logits: mx.array) -> mx.array:
 
 
 def no_tap(site: str, layer: int, x: mx.array) -> mx.array:
-    """A tap is called at every site of every layer, and what it returns flows on. This one changes nothing.
+    """The model calls a tap at every site of every layer, and goes on with what the tap returns. This one returns x.
 
     Sites in a layer, in order: "resid" (B, T, C) what enters the block; "q" (B, H, T, D), "k" and "v" (B, KV, T, D) as
-    attention takes them; "heads" (B, H, T, D) what each head read; "attn" (B, T, C) what attention adds to the residual
-    stream; "hidden" (B, T, ffn_dim) the neurons of the MLP; "mlp" (B, T, C) what it adds. After the last block "resid"
-    once more, with layer = n_layer. With a cache, T counts the new positions only.
+    attention takes them; "heads" (B, H, T, D) the output of each head; "attn" (B, T, C) what attention adds to the
+    residual stream; "hidden" (B, T, ffn_dim) the neurons of the MLP; "mlp" (B, T, C) what the MLP adds. After the
+    last block comes "resid" once more, with layer = n_layer. With a cache, T counts the new positions only.
 
         def silence(site, layer, x):  # head 2 of layer 1
             return x * (mx.arange(x.shape[1]) != 2)[:, None, None] if (site, layer) == ("heads", 1) else x
@@ -1156,8 +1156,8 @@ def no_tap(site: str, layer: int, x: mx.array) -> mx.array:
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Parameters are float32 until model.set_dtype(...). seed None: they are not made, as
-    they will be loaded."""
+    """A decoder-only transformer. Parameters are float32 until model.set_dtype(...). seed None: they are not
+    initialised, since a checkpoint will be loaded."""
 
     def __init__(self, config: GPTConfig, seed: int | None = 0):
         super().__init__()
@@ -1175,14 +1175,18 @@ class GPT(nn.Module):
         if not config.tie:
             self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.checkpoint_every = 0  # recompute every k-th block's activations in the backward pass; 0: store all
-        self.compute_dtype = None  # of the activations, when it is not that of the parameters, as in training
+        self.compute_dtype = None  # dtype of the activations; None: that of the parameters
         if seed is not None:
             init_weights(self, seed)
 
     def residual(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,
                  places: mx.array | None = None) -> mx.array:
-        """The residual stream after the last block: (B, T) token ids -> (B, T, C); of the last position alone, (B, 1,
-        C), if that is all that is asked for. places (B, T): the tokens' places, where rows hold several documents."""
+        """The residual stream after the last block: (B, T) token ids -> (B, T, C), or, with last=True, of the last
+        position alone, (B, 1, C). places (B, T): the places of the tokens, where rows hold several documents.
+
+        carry: what crosses layers, by name: arrays (B, T, ...), with a row for each token of this call. They are made
+        here; blocks read them and may replace them. A block that works on some tokens sees the rows of these tokens.
+        Arrays of other shapes are carried in a tuple, which every block sees whole. The baseline's carry is empty."""
         T, offset = idx.shape[1], 0 if cache is None else cache.offset
         if cache is not None:
             cache.offset += T
@@ -1212,8 +1216,8 @@ class GPT(nn.Module):
         return x[:, -1:] if last else x
 
     def run(self, block: Block, x: mx.array, offset: int | mx.array, cache, tap: Callable, carry: dict):
-        """A block: x and the carry as it leaves them. In training with checkpoint_every=k, every k-th block stores its
-        input alone and is computed again in the backward pass (Chen et al. 2016)."""
+        """Run a block; return x and the carry after it. In training with checkpoint_every=k, every k-th block stores
+        only its input, and is computed again in the backward pass (Chen et al. 2016)."""
 
         def changed(x, carry):
             carry = dict(carry)
@@ -1238,12 +1242,12 @@ class GPT(nn.Module):
     def __call__(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,
                  places: mx.array | None = None) -> mx.array:
         """(B, T) token ids -> logits (B, T, V); with last=True of the last position alone, (B, 1, V). With a cache, idx
-        continues the tokens that it holds. places: see residual."""
+        continues the tokens that the cache holds. places: see residual()."""
         return self.unembed(self.residual(idx, cache, tap, last, places))
 
     def make_cache(self, bits: int = 0) -> Cache:
-        """An empty key/value cache: model(idx, cache=cache) fills it, any number of tokens at a time. bits: pack keys
-        and values to so many; 0: keep them as they are."""
+        """An empty key/value cache, which model(idx, cache=cache) fills, any number of tokens at a time. bits: quantize
+        keys and values to so many bits; 0: do not."""
         room = quantized.packed_rows(bits, self.config.head_dim) if bits else mx.zeros
         if self.config.yoco:  # yoco
             return Cache([*self.blocks, self.shared], room)  # yoco
@@ -1268,7 +1272,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return mx.fast.cross_entropy(logits, targets)
 
 
-LOSS_CHUNK = 2**26 if ON_CPU else 2**28  # logits that exist at a time
+LOSS_CHUNK = 2**26 if ON_CPU else 2**28  # logits in memory at a time
 
 
 def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -1282,7 +1286,7 @@ def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) 
     head = model.embed if model.config.tie else model.head
 
     def chunk_loss(parameters, x, start):
-        head.update(parameters)  # MLX differentiates by a function's arguments, not by what it captures
+        head.update(parameters)  # MLX differentiates by the arguments of a function, not by variables that it captures
         losses = cross_entropy(model.project(x), targets[start:start + rows])
         return (losses * weights[start:start + rows]).sum()
 
@@ -1291,7 +1295,7 @@ def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) 
         total, gradient, dx = mx.array(0.0), tree_map(lambda p: mx.zeros(p.shape), parameters), []
         for start in starts:
             piece = x[start:start + rows]
-            if dx:  # wait for the chunk before: else all would be in memory together
+            if dx:  # wait for the chunk before, or the logits of all chunks would be in memory together
                 piece = mx.depends([piece], [dx[-1]])[0]
             loss, (dp, d) = mx.value_and_grad(chunk_loss, (0, 1))(parameters, piece, start)
             total = total + loss
@@ -1308,7 +1312,7 @@ def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) 
         total = loss_and_gradients(parameters, x)[0]
     else:
         total = sum(chunk_loss(parameters, x[start:start + rows], start) for start in starts)
-    head.update(parameters)  # in place of what the tracing left there
+    head.update(parameters)  # instead of the traced arrays that chunk_loss left there
     return total
 
 
@@ -1321,7 +1325,7 @@ def init_weights(model: GPT, seed: int = 0):
     embed, pos_embed, head         normal, 0.02
     q, k, v, gate, up              normal, n_embd^-0.5 (keeps the variance of a normalised input)
     out, down                      normal, n_embd^-0.5 / sqrt(2 n_layer) (the residual stream sums 2 n_layer of them)
-    norms 1, biases 0, anything else as its module made it
+    norms 1, biases 0, all others keep the values that their modules gave them
     """
     std = model.config.n_embd ** -0.5
     stds = {"embed": 0.02, "pos_embed": 0.02, "head": 0.02, "q": std, "k": std, "v": std, "gate": std, "up": std}
@@ -1339,10 +1343,10 @@ def init_weights(model: GPT, seed: int = 0):
             return mx.zeros(p.shape)
         if kind == "weight" and "norm" in module:
             return mx.ones(p.shape)
-        if kind == "weight" and module in stds:  # each has a stream of its own, so that one more moves no other
+        if kind == "weight" and module in stds:  # a seed for each name: a further parameter changes no other
             rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
             return mx.array(rng.standard_normal(p.shape, dtype=np.float32) * np.float32(stds[module]))
-        return p  # as its module made it
+        return p
 
     model.update(tree_map_with_path(initial, model.parameters()))
 
@@ -1373,8 +1377,8 @@ def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_
 
 
 def decode(model: GPT, tokens: mx.array, n: int, draw: Callable, cache: Cache, tap: Callable = no_tap) -> Iterator:
-    """Continue token ids (B, T) by n tokens, yielding each as an array (B, 1). draw: logits (B, V) -> tokens (B, 1)."""
-    read = [tokens[:, -model.config.block_size:]]  # all that the cache holds, as token ids
+    """Continue token ids (B, T) by n tokens; yields arrays (B, 1), one a step. draw: logits (B, V) -> tokens (B, 1)."""
+    read = [tokens[:, -model.config.block_size:]]  # the token ids that the cache is of
     token = draw(model(read[0], cache=cache, tap=tap, last=True)[:, -1])
     mx.async_eval(token)
     for i in range(1, n + 1):
@@ -1464,7 +1468,7 @@ def generate_batch(model: GPT, start: mx.array, rest: list, max_new_tokens: int,
 
 
 def save_arrays(path: str, arrays: dict[str, mx.array], header: dict):
-    """Write a safetensors file whose header holds `header` as JSON. The path has the old file or the whole new one."""
+    """Write a safetensors file with `header` as JSON. A crash leaves the old file or the whole new one."""
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
@@ -1480,7 +1484,7 @@ def save_arrays(path: str, arrays: dict[str, mx.array], header: dict):
 
 
 def load_arrays(path: str) -> tuple[dict[str, mx.array], dict]:
-    """Read what save_arrays wrote: (arrays, header). UserError for anything else."""
+    """Read a file of save_arrays(): (arrays, header). UserError for any other file."""
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or check the name")
     try:
@@ -1517,7 +1521,7 @@ def known_settings(config, path: str) -> dict:
 
 
 def load_checkpoint(path: str) -> tuple[GPT, dict]:
-    """Read a checkpoint: (model, meta). Its config rules. UserError if it is missing, cut short, or not ours."""
+    """Read a checkpoint: (model, meta). UserError if the file is missing, cut short, or no checkpoint of model.py."""
     arrays, meta = load_arrays(path)
     if meta.get("adapter"):
         raise UserError(f"{path} is an adapter: give the checkpoint it belongs to, and this file as --adapter")

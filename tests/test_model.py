@@ -870,7 +870,7 @@ BAD_FILES = {
     "header is a list": (lambda path: save_file(FOREIGN, path, {"tinygpt": "[1]"}), "not one of ours"),
     "header is not JSON": (lambda path: save_file(FOREIGN, path, {"tinygpt": "{a"}), ""),
     "other version": (spoil_header(lambda arrays, header: {**header, "version": 2}), "version 2"),
-    "no config": (spoil_header(lambda arrays, header: {"version": 1}), "settings"),
+    "no config": (spoil_header(lambda arrays, header: {"version": 1}), "no config"),
     "unknown setting": (config_with(dropout=0.1), "dropout"),
     "setting out of range": (config_with(n_layer=0), "n_layer"),
     "setting of another type": (config_with(n_layer="2"), ""),

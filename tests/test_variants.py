@@ -1,5 +1,6 @@
 """The variants of model.py: each can be deleted and the rest stands; and what test_model.py's oracle leaves out."""
 import re
+import subprocess
 import sys
 import traceback
 import types
@@ -133,6 +134,28 @@ def test_tags_are_words_of_their_own():
         if found := re.search(r"\S  # (\w+)$", line):
             two = re.search(rf"  # ({'|'.join(VARIANTS)})$", line[:found.start() + 1])
             assert not two, f"model.py, line {number} has two tags: {line}"
+
+
+DOCS = (ROOT / "docs" / "variants.md").read_text()
+
+
+def test_worked_example_is_the_code():
+    """docs/variants.md lists every line of the value residual: its tagged lines and its section in model.py, and lines
+    that stand in the other files."""
+    example = DOCS.partition("## The worked example")[2].partition("## How to delete")[0]
+    tagged, section, *others = re.findall(r"```(?:python|sh)\n(.*?)```", example, re.S)
+    assert section in SOURCE and section.startswith("# ---- variant resformer: ")
+    assert tagged.splitlines() == [line for line in SOURCE.splitlines() if line.endswith("  # resformer")]
+    files = ("train.py", "runs/architectures.sh", "tests/test_model.py", "tests/test_variants.py")
+    for path, block in zip(files, others, strict=True):
+        assert {*block.splitlines()} <= {*(ROOT / path).read_text().splitlines()}, path
+
+
+def test_deletion_by_the_command_of_the_docs(tmp_path):
+    command = re.search(r"^sed .*model\.py$", DOCS, re.M)[0]
+    (tmp_path / "model.py").write_text(SOURCE)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "model.py").read_text() == without(SOURCE, "resformer")
 
 
 # ---- alibi -----------------------------------------------------------------------------------------------------------
