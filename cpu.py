@@ -5,6 +5,7 @@ which run as vectors: three to five times faster, and within 3e-7 of the exact v
 this; model.py calls this file on the CPU only. Deleting it costs speed and nothing else.
 """
 import math
+import sys
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -125,3 +126,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask) -> mx.a
         scores = q[..., start:end, :] @ k[..., :seen] + mx.where(hidden, -mx.inf, 0.0)
         rows.append(softmax(scores) @ v[..., :seen, :])
     return mx.concatenate(rows, axis=-2).reshape(B, H, T, -1)
+
+
+if __name__ == "__main__":
+    print("cpu.py has no command of its own: run train.py, which uses it", file=sys.stderr)
+    sys.exit(2)

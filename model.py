@@ -15,9 +15,11 @@ import contextlib
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import blas  # noqa: F401  (before mlx: a fast BLAS for the CPU on Linux)
 import mlx.core as mx
@@ -642,7 +644,9 @@ def recompute(f: Callable) -> Callable:
     return f if ON_CPU else mx.checkpoint(f)
 
 
-erf, sigmoid = (cpu.erf, cpu.sigmoid) if FAST_CPU else (mx.erf, mx.sigmoid)
+erf, sigmoid, softmax = mx.erf, mx.sigmoid, partial(mx.softmax, axis=-1)
+if FAST_CPU:
+    erf, sigmoid, softmax = cpu.erf, cpu.sigmoid, cpu.softmax
 ACTIVATIONS = {
     "relu2": recompute(lambda x: mx.square(mx.maximum(x, 0))),
     "gelu": recompute(lambda x: x * (0.5 + 0.5 * erf(x * 0.5**0.5))),
@@ -1538,3 +1542,8 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
         raise UserError(f"{path} lacks weights of its config, or has others: {' '.join(str(error).split())}") from error
     model.eval()
     return model, meta
+
+
+if __name__ == "__main__":
+    print("model.py has no command of its own: run train.py, which uses it", file=sys.stderr)
+    sys.exit(2)

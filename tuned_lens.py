@@ -38,7 +38,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-import cpu
 from config import UserError, overrides
 from draw import (
     check_finite,
@@ -54,7 +53,16 @@ from draw import (
     write_whole,
 )
 from lora import base_fingerprint
-from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, load_checkpoint, save_arrays
+from model import (
+    GPT,
+    VERSION,
+    compute_dtype,
+    cross_entropy,
+    load_arrays,
+    load_checkpoint,
+    save_arrays,
+    softmax,
+)
 from quantized import dense_weight
 from score import check_output, read_tokens
 from tokenizer import Tokenizer
@@ -133,7 +141,7 @@ def soft_cross_entropy_backward(primals, cotangents, outputs):
 
 def probabilities(logits: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
-    return cpu.softmax(logits) if ON_CPU else mx.softmax(logits, axis=-1)
+    return softmax(logits)
 
 
 def gradients(model: GPT, lens: dict[str, mx.array], h: mx.array, targets: mx.array) -> tuple[mx.array, dict]:

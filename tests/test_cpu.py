@@ -1,10 +1,15 @@
 """cpu.py against float64 numpy, against MLX's own kernels, and its gradients against MLX's autodiff of the formulas."""
 import math
+import re
+import shutil
+import subprocess
+import sys
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import cpu
 
@@ -204,3 +209,35 @@ def test_masked_keys_weigh_nothing():
     k[:, :, 50:], v[:, :, 50:] = 1e4, 1e30
     after = np.array(cpu.attention(*map(mx.array, (q, k, v)), 0.3, "causal"))
     assert np.array_equal(before[:, :, :30], after[:, :, :30]) and (before[:, :, 30:] != after[:, :, 30:]).all()
+
+
+# ---- deletion --------------------------------------------------------------------------------------------------------
+
+WITHOUT = """
+import blas, mlx.core as mx, mlx.nn as nn, numpy as np, sys
+import model, tuned_lens
+assert (model.cpu is None) == (sys.argv[1] == "without"), model.cpu
+found = []
+for settings in ({}, dict(mlp="gelu", alibi=True, softcap=5.0), dict(mlp="swiglu", sliding_window=9)):
+    gpt = model.GPT(model.GPTConfig(block_size=64, vocab_size=61, n_layer=2, n_embd=32, **settings), seed=1)
+    idx = mx.array(np.random.default_rng(0).integers(0, 61, (2, 64)))
+    loss, gradients = nn.value_and_grad(gpt, gpt.loss)(idx, idx)
+    found += [gpt(idx), loss, gradients["embed"]["weight"], tuned_lens.probabilities(gpt(idx))]
+np.savez(sys.argv[2], *map(np.array, found))
+"""
+
+
+def test_deleting_it_costs_speed_and_nothing_else(tmp_path):
+    """The other files run without cpu.py, and compute the same numbers but for rounding."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for which in ("with", "without"):
+        if which == "without":
+            (tmp_path / "cpu.py").unlink()
+        subprocess.run([sys.executable, "-c", WITHOUT, which, tmp_path / which], cwd=tmp_path, check=True)
+    with np.load(tmp_path / "with.npz") as ours, np.load(tmp_path / "without.npz") as mlx:
+        assert len(ours.files) == 12
+        for name in ours.files:
+            assert near(ours[name], mlx[name], 1e-5)
+    users = [path.name for path in ROOT.glob("*.py") if re.search(r"^\s*(import|from) cpu\b", path.read_text(), re.M)]
+    assert users == ["model.py"]
