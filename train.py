@@ -166,8 +166,8 @@ start_step, meta, model = 0, {}, None
 if resume:
     run_folder.check_maker(ckpt_path, SCRIPT, out_dir)
     model, meta = load_checkpoint(ckpt_path)
-    asked = {name: settings[name] for name in given & meta["config"].keys() - {"vocab_size"}}
     before = asdict(model.config)
+    asked = {name: settings[name] for name in given & before.keys() - {"vocab_size"}}
     for name, value in asdict(GPTConfig(**{**before, **asked})).items():
         if value != before[name]:
             raise UserError(f"{name} is {value}, but {before[name]} in {ckpt_path}: leave it out or train anew")
