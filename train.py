@@ -556,7 +556,7 @@ if rank == 0:
         f"{enc.decode(prompt)}▌{enc.decode(ids[:ids.index(enc.eot)] if enc.eot in ids else ids)}\n")
     text = enc.decode(window)
     lines = [line.strip() for line in text.splitlines()[1:-1]]  # the first and the last one may be cut
-    lines.append(" ".join(text.split()[1:4]))                   # for a text of a single line
+    lines.append(max(text.splitlines(), key=len, default="").partition(" ")[2].strip())  # for a text of long lines
     text = next((line for line in lines if len(line) > 3 and line.isprintable()), "")[:24].rstrip()
     script = os.path.relpath(os.path.join(HERE, "sample.py"))
     command = f"python {shlex.quote(script)} {shlex.quote(ckpt_path)}"

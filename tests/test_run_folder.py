@@ -109,7 +109,7 @@ def test_a_copied_script(checkout, data):  # noqa: F811
 def test_a_script_beside_nothing(data, tmp_path):  # noqa: F811
     """Its modules come from elsewhere, and are kept; the next command, to write, can be pasted."""
     shutil.copy(ROOT / "train.py", tmp_path / "mine.py")
-    done = python("mine.py", f"--data={data}", "--out_dir=an out", *QUICK, cwd=tmp_path,
+    done = python("mine.py", f"--data={data}", "--out_dir=an out", *QUICK, "--block_size=400", cwd=tmp_path,
                   env={**os.environ, "PYTHONPATH": str(ROOT)})
     kept = {path.name for path in (tmp_path / "an out" / "source").iterdir()}
     assert {"mine.py", "model.py", "run_folder.py"} <= kept and "conftest.py" not in kept
