@@ -48,7 +48,6 @@ import os
 import re
 import shutil
 import statistics
-import sys
 import textwrap
 from html import escape
 
@@ -63,7 +62,7 @@ x = "step"         # step | tokens | seconds
 markdown = False   # print the table as Markdown
 out = ""           # the picture, with .html beside it; "": compare-NAMES.png in the working folder
 
-settings = overrides(globals(), *["runs"] * len(sys.argv))  # any number of arguments, each of them a run
+settings = overrides(globals(), "runs")
 
 RUN_ONLY = {"out_dir", "seed", "resume", "overwrite", "log", "log_interval", "sample_tokens", "samples", "peft"}
 NUMBERS = "step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "accuracy", "tok_per_s", "peak_gib"
@@ -128,16 +127,18 @@ def read_start(folder: str) -> dict:
 
 
 def read_run(folder: str) -> dict:
-    """{"folder", "seed", "settings", "commit", "rows", "last", "end"}: last is the step it has come to, end the one
-    where it stops (none: unknown)."""
+    """{"folder", "seed", "settings", "kind", "commit", "rows", "last", "end"}: last is the step it has come to, end
+    the step where it stops (none: unknown)."""
     path = os.path.join(folder, "loss.csv")
     if not os.path.exists(path):
         raise UserError(f"{folder} has no loss.csv: give folders that train.py, sft.py or dpo.py wrote")
     rows, start = read_rows(path), read_start(folder)
     known = start["settings"]
-    script = start.get("script") or ("train.py" if "max_iters" in known else "dpo.py" if "beta" in known else "sft.py")
-    return {"folder": folder, "seed": known.get("seed"), "settings": {"script": script, **known}, "rows": rows,
-            "commit": start.get("commit"), "last": max((int(row["step"]) for row in rows), default=0),
+    kind = script = start.get("script")
+    if kind not in ("train.py", "sft.py", "dpo.py"):  # a copy of one of them: which one, its settings tell
+        kind = "train.py" if "max_iters" in known else "dpo.py" if "beta" in known else "sft.py"
+    return {"folder": folder, "seed": known.get("seed"), "settings": {"script": script or kind, **known}, "rows": rows,
+            "kind": kind, "commit": start.get("commit"), "last": max((int(row["step"]) for row in rows), default=0),
             "end": known.get("max_iters")}
 
 
@@ -234,23 +235,23 @@ def mean_curve(row: dict, column: str) -> list[tuple[float, int, float, float, f
 
 def measure(rows: list[dict], names: list[str]) -> tuple[str, list[str]]:
     """The figure in which rows compare, val_loss or val_bpb ("": none), and sentences that say why."""
-    scripts = {row["runs"][0]["settings"]["script"] for row in rows}
-    if len(scripts) > 1:
-        return "", [f"{' and '.join(sorted(scripts))} measure different losses, which cannot be compared."]
-    script, notes = scripts.pop(), []
+    kinds = {row["runs"][0]["kind"] for row in rows}
+    if len(kinds) > 1:
+        return "", [f"{' and '.join(sorted(kinds))} measure different losses, which cannot be compared."]
+    kind, notes = kinds.pop(), []
 
     def differ(*asked):
         return ", ".join(name for name in asked if name in names)
 
     found = "val_loss"
-    if script == "train.py":
+    if kind == "train.py":
         if text := differ("data", "tokenizer", "vocab_size"):
             found = "val_bpb"
             notes.append(f"The runs differ in {text}: losses a token cannot be compared. Bits a byte can be, if the "
                          "validation text is the same; they are drawn.")
         if differ("eval_windows"):
             notes.append("The runs differ in eval_windows: they are measured on different pieces of the text.")
-    elif script == "sft.py":
+    elif kind == "sft.py":
         if text := differ("data", "val_data", "val_share", "template", "learn_prompts"):
             found = ""
             notes.append(f"The runs differ in {text}: their losses are of different tokens and cannot be compared.")
@@ -258,7 +259,7 @@ def measure(rows: list[dict], names: list[str]) -> tuple[str, list[str]]:
         found = ""
         notes.append(f"The runs differ in {text}: their losses measure different things and cannot be compared; the "
                      "accuracy can, if the pairs held out are the same.")
-    if script != "train.py" and any(seeds(row) > 1 and not row["runs"][0]["settings"].get("val_data") for row in rows):
+    if kind != "train.py" and any(seeds(row) > 1 and not row["runs"][0]["settings"].get("val_data") for row in rows):
         notes.append("Without --val_data the seed also chooses which examples are held out: the ranges contain that.")
     return found, notes
 
@@ -667,8 +668,8 @@ if __name__ == "__main__":
     for note in notes:
         print("\n" + textwrap.fill(note, width, break_long_words=False, break_on_hyphens=False))
     val = name if name == "val_bpb" else "val_loss"
-    unit = {"train.py": "nats a token", "sft.py": "nats a response token"}.get(rows[0]["runs"][0]["settings"]["script"])
-    unit = "bits a byte" if val == "val_bpb" else unit if unit and "script" not in names else "loss"
+    unit = {"train.py": "nats a token", "sft.py": "nats a response token"}.get(rows[0]["runs"][0]["kind"], "loss")
+    unit = "bits a byte" if val == "val_bpb" else unit
     draw(path, rows, val, unit)
     write_page(html, rows, val, unit, table, notes)
     print(f"\ndrawn: {path}, {html}" + f"; replaced {what}" * others)

@@ -29,7 +29,7 @@ def overrides(globals_dict: dict, *positional: str) -> dict:
     The settings are the lower-case globals that hold a bool, int, float or str when this is called, and their values
     determine the types. Arguments without "--" set the `positional` names in turn. If a setting is given several times,
     the last value counts, so a line of a shell script can end in "$@"; a setting whose default is () collects them all
-    as texts. `given` holds the names that were set. In a script that is imported, not run, the defaults remain.
+    as texts, and as the last positional one takes all arguments that are left. `given` holds the names that were set. In a script that is imported, not run, the defaults remain.
     UserError: an unknown name, or a value of the wrong type; then nothing is set.
     """
     settings = {
@@ -62,7 +62,9 @@ def _parse(settings: dict, positional: tuple, arguments: list[str]) -> dict:
             if not equals:
                 raise UserError(f"--{name} has no value: write --{name}=VALUE")
         elif free:
-            name, text = free.pop(0), argument
+            name, text = free[0], argument
+            if type(settings[name]) is not tuple:  # a tuple takes all that follow
+                free.pop(0)
         elif positional:
             raise UserError(f"one argument too many, {argument!r}: it takes {' and '.join(positional)}")
         else:
@@ -97,7 +99,8 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _help(path: str, doc: str | None, settings: dict, positional: tuple):
-    usage = " ".join(["usage: python", os.path.basename(path), *(f"[{name}]" for name in positional)])
+    arguments = [f"[{name} ...]" if settings[name] == () else f"[{name}]" for name in positional]
+    usage = " ".join(["usage: python", os.path.basename(path), *arguments])
     print(f"{(doc or '').strip()}\n\n{usage} [--name=value ...]")
     texts = {name: str(value).lower() if type(value) is bool else str(value) for name, value in settings.items()}
     texts.update({name: "" for name, value in settings.items() if value == ()})

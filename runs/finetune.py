@@ -26,8 +26,8 @@ for name in names:
     with open(os.path.join(folder, "loss.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     if name == "dpo":
-        held_out = [row for row in rows if row["split"] == "val"]
-        losses = [float(row["loss"]) for row in held_out]
+        held_out = [row for row in rows if row["val_loss"]]
+        losses = [float(row["val_loss"]) for row in held_out]
         accuracy = f"{float(held_out[0]['accuracy']):.0%} to {float(held_out[-1]['accuracy']):.0%}"
     else:
         losses, accuracy = [float(row["val_loss"]) for row in rows if row["val_loss"]], ""

@@ -222,3 +222,13 @@ def test_a_setting_that_collects(tmp_path):
     assert '"adapter": ["a:0.5", "b=c"]' in run(tmp_path, "--adapter=a:0.5", "--adapter=b=c", script=script)[1]
     line, = [line for line in run(tmp_path, "--help", script=script)[1].splitlines() if "--adapter" in line]
     assert line.split(maxsplit=1) == ["--adapter=''", "may be given several times"]
+
+
+def test_a_tuple_takes_all_arguments(tmp_path):
+    script = tmp_path / "several.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom config import overrides\nfirst = ''\n"
+                      "rest = ()  # paths\nsettings = overrides(globals(), 'first', 'rest')\nprint(first, rest)\n")
+    for arguments, printed in ((["a"], "a ()"), (["a", "b", "--rest=c", "d"], "a ('b', 'c', 'd')"),
+                               (["--help"], "[first] [rest ...]")):
+        done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
+        assert printed in done.stdout

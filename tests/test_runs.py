@@ -238,7 +238,7 @@ def test_tasks(tmp_path):
 def test_finetune_table(tmp_path):
     """The first and the lowest loss held out, of a run of each kind."""
     for name, rows in (("lora", "step,train_loss,val_loss\n0,,8.0\n5,7.0,\n9,,6.5\n12,,6.75\n"),
-                       ("dpo", "step,split,loss,accuracy\n0,val,0.6931,0.5\n1,loss,0.1,1\n9,val,0.25,0.875\n")):
+                       ("dpo", "step,train_loss,val_loss,accuracy\n0,,0.6931,0.5\n1,0.1,,1\n9,,0.25,0.875\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "loss.csv").write_text(rows)
         (tmp_path / name / "seconds").write_text("90\n")
