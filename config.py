@@ -29,7 +29,8 @@ def overrides(globals_dict: dict, *positional: str) -> dict:
     The settings are the lower-case globals that hold a bool, int, float or str when this is called, and their values
     determine the types. Arguments without "--" set the `positional` names in turn. If a setting is given several times,
     the last value counts, so a line of a shell script can end in "$@"; a setting whose default is () collects them all
-    as texts, and as the last positional one takes all arguments that are left. `given` holds the names that were set. In a script that is imported, not run, the defaults remain.
+    as texts, and as the last positional one takes all arguments that are left. `given` holds the names that were set.
+    In a script that is imported, not run, the defaults remain.
     UserError: an unknown name, or a value of the wrong type; then nothing is set.
     """
     settings = {
@@ -162,3 +163,8 @@ def _flush():
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    print("config.py has no command of its own: run train.py, which uses it", file=sys.stderr)
+    sys.exit(2)

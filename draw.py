@@ -3,6 +3,7 @@ import contextlib
 import html
 import io
 import os
+import sys
 
 import blas  # noqa: F401  (before mlx)
 import numpy as np
@@ -191,3 +192,8 @@ def page(path: str, title: str, text: str, *parts: str):
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{html.escape(text)}</p>", *parts, ""])
     write_whole(path, content.encode())
+
+
+if __name__ == "__main__":
+    print("draw.py has no command of its own: run train.py, which uses it", file=sys.stderr)
+    sys.exit(2)

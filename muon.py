@@ -5,6 +5,7 @@ values set to about 1, so that it moves a matrix by the same length in every dir
     opt = optim.MultiOptimizer([muon, rest], [by_muon])  # embeddings and vectors go to the rest
 """
 import re
+import sys
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -72,3 +73,8 @@ def orthogonalized(X: mx.array, steps: int = 5) -> mx.array:
         A = X @ X.swapaxes(1, 2)
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * (A @ A)) @ X
     return X.swapaxes(1, 2) if tall else X
+
+
+if __name__ == "__main__":
+    print("muon.py has no command of its own: run train.py, which uses it", file=sys.stderr)
+    sys.exit(2)

@@ -34,6 +34,7 @@ except ImportError:  # Windows has no such locks: two runs in one folder go unno
 
 RESULTS = ("ckpt", "best", "sft", "dpo")
 locks = {}  # open files by path: a lock is held until its file is closed, at the latest when the process ends
+allowed = {}  # by folder: the results, and their time, that check() allowed to replace
 
 # ---- may it write there? ---------------------------------------------------------------------------------------------
 
@@ -44,6 +45,7 @@ def check(out_dir: str, script: str, overwrite: bool, resume: bool | None = None
     if os.path.exists(os.path.join(out_dir, "run.lock")):
         lock(out_dir, script)
     path = newest_result(out_dir)
+    allowed[out_dir] = (path, path and os.path.getmtime(path))
     if overwrite and resume:
         raise UserError("--overwrite=True begins anew and --resume=True goes on: give one of them")
     if overwrite or resume or not path:
@@ -158,6 +160,9 @@ def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], s
     """Make the folder, lock it, keep the source and write run.json. step: where a resumed run goes on; 0: a new run."""
     os.makedirs(out_dir, exist_ok=True)
     lock(out_dir, script)
+    path = newest_result(out_dir)
+    if path and allowed.get(out_dir) != (path, os.path.getmtime(path)):
+        raise UserError(f"{out_dir} has got results of another run since this one began: give another --out_dir")
     for name in os.listdir(out_dir):
         if re.fullmatch(r".+\.safetensors\.tmp\d+|(loss|experts)\.(csv|png)\.tmp\d*", name):  # of a killed run
             os.remove(os.path.join(out_dir, name))
@@ -284,3 +289,8 @@ def log_to(log: str, out_dir: str, settings: dict, step: int = 0):
         def send(row: dict):
             pass
     return send
+
+
+if __name__ == "__main__":
+    print("run_folder.py has no command of its own: run train.py, which uses it", file=sys.stderr)
+    sys.exit(2)

@@ -1,5 +1,6 @@
 """config.py, through little scripts that are run as a user runs them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -232,3 +233,14 @@ def test_a_tuple_takes_all_arguments(tmp_path):
                                (["--help"], "[first] [rest ...]")):
         done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
         assert printed in done.stdout
+
+
+def test_modules_say_that_they_are_no_scripts():
+    """A file calls overrides(), or ends with a line for those who run it by mistake; muon.py's is tried."""
+    ending = re.compile(r"has no command of its own: run [^\n]*(\n +)?file=sys\.stderr\)\n    sys\.exit\(2\)\n\Z")
+    for path in ROOT.glob("*.py"):
+        source = path.read_text()
+        if path.name not in ("config.py", "bench_peers.py"):  # which define it, and take a task from bench.py
+            assert ("= overrides(globals()" in source) != bool(ending.search(source)), path.name
+    done = subprocess.run([sys.executable, ROOT / "muon.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "muon.py has no command of its own: run train.py, which uses it\n")

@@ -19,6 +19,7 @@ from test_sft import folder  # noqa: F401  (a checkpoint and tasks)
 from test_train import TINY, data  # noqa: F401  (tokens)
 
 import run_folder
+from config import UserError
 from model import load_checkpoint
 
 QUICK = [*TINY, "--max_iters=2", "--sample_tokens=0"]
@@ -345,3 +346,14 @@ def test_log_that_is_not_there(log, says, monkeypatch):
     with pytest.raises(run_folder.UserError, match=says):
         run_folder.check_log(log)
     run_folder.check_log("")
+
+
+def test_results_that_came_since(tmp_path):
+    """Another run ended between check() and start(), as while data was prepared: its results are not replaced."""
+    out = str(tmp_path / "out")
+    run_folder.check(out, "train.py", False, False)
+    os.makedirs(out)
+    (tmp_path / "out" / "ckpt.safetensors").write_bytes(b"of another run")
+    with pytest.raises(UserError, match="results of another run since"):
+        run_folder.start(out, "train.py", {}, {"train.py": b"a"})
+    assert (tmp_path / "out" / "ckpt.safetensors").read_bytes() == b"of another run"
