@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict
 
 import blas  # noqa: F401  (before mlx)
+import browser
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -50,10 +51,17 @@ const model = await GPT.load(gpu, await file(NAME));
 """
 
 
+@pytest.fixture(scope="module")
+def opened(chromium, server):
+    """A page of these tests, whose device compiles each kernel once. A test that changes the device takes `page`."""
+    with browser.page(chromium, server) as page:
+        yield page
+
+
 def in_page(page, name: str, body: str, *arguments, parameters: str = ""):
     """The result of a function's body, in which `model` is the model of a checkpoint and `gpu` the device."""
     found = js(page, f"async ({parameters}) => {{ {LOAD.replace('NAME', json.dumps(name))} {body} }}", *arguments)
-    assert js(page, "async () => gpu.errors") == []
+    assert js(page, "async () => gpu.errors") == page.problems == []
     return found
 
 
@@ -87,10 +95,10 @@ def flavour(server, name: str) -> tuple[str, GPT]:
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
-def test_logits_and_text(name, page, server):
+def test_logits_and_text(name, opened, server):
     """Logits of a prompt, and the text that follows, with a cache, beyond the context."""
     path, model = flavour(server, name)
-    logits, text = in_page(page, path, """
+    logits, text = in_page(opened, path, """
         const text = [];
         for await (const { token } of model.generate(ids, { max_new_tokens: 30, temperature: 0 })) text.push(token);
         return [Array.from(await model.logits(ids)), text];""", IDS, parameters="ids")
@@ -125,7 +133,7 @@ def test_golden(page, server):
 
 
 @pytest.mark.parametrize("script", ["hqq.py", "awq_reader.py"])
-def test_packed_by_our_scripts(script, page, server, tmp_path):
+def test_packed_by_our_scripts(script, opened, server, tmp_path):
     """Files of these scripts, with several numbers of bits, or with an embedding and a head that are not quantized."""
     if script == "hqq.py":
         source = server.folder / flavour(server, "default")[0]
@@ -136,7 +144,7 @@ def test_packed_by_our_scripts(script, page, server, tmp_path):
     run(script, source, *settings, *([f"--out={path}"] if script == "hqq.py" else [path]))
     model, _ = load_checkpoint(str(path))
     ids = [i % 64 for i in IDS]
-    found = np.array(in_page(page, path.name, "return Array.from(await model.logits(ids));", ids, parameters="ids"))
+    found = np.array(in_page(opened, path.name, "return Array.from(await model.logits(ids));", ids, parameters="ids"))
     model.set_dtype(mx.float32)
     expected = np.array(model(mx.array([ids]))[0])
     assert np.abs(found.reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
@@ -163,10 +171,10 @@ def test_gate(page):
     assert 8 not in packed and way["packed vectors"]["used"] == (packed == [4])
 
 
-def test_probabilities(page, server):
+def test_probabilities(opened, server):
     """The five most probable tokens are those of the model, independent of temperature and filters."""
     path, model = flavour(server, "default")
-    steps = in_page(page, path, """
+    steps = in_page(opened, path, """
         const found = [], how = { max_new_tokens: 5, temperature: 0.7, top_k: 3, seed: 5, probabilities: true };
         for await (const step of model.generate(ids, how)) found.push(step);
         return found;""", IDS[:8], parameters="ids")
@@ -183,7 +191,7 @@ def test_probabilities(page, server):
 
 
 @pytest.mark.parametrize("name", ["default", "4-bit", "gpt2", "softcap"])
-def test_lens(name, page, server, tmp_path):
+def test_lens(name, opened, server, tmp_path):
     """The logit lens and a tuned lens, from its sidecar file, as in tuned_lens.py; another model's lens is refused."""
     path, model = flavour(server, name)
     model, _ = load_checkpoint(str(server.folder / path))
@@ -191,7 +199,7 @@ def test_lens(name, page, server, tmp_path):
              for part, array in tuned_lens.start(model).items()}
     tuned_lens.save_lens(str(tmp_path / "a.lenses"), tuned, model, {"base": base_fingerprint(model)})
     tuned_lens.save_lens(str(tmp_path / "b.lenses"), tuned, model, {"base": "0" * 64})
-    plain, tuned_rows, refused = in_page(page, path, FILES + """
+    plain, tuned_rows, refused = in_page(opened, path, FILES + """
         const { lens, loadLens } = await import("/inside.js");
         const refused = await loadLens(model, fileOf(other, "b.lenses")).catch((error) => error.message);
         const lenses = await loadLens(model, fileOf(sidecar, "a.lenses"));
@@ -211,9 +219,9 @@ def test_lens(name, page, server, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["default", "llama", "window", "alibi"])
-def test_attention(name, page, server):
+def test_attention(name, opened, server):
     path, model = flavour(server, name)
-    maps = in_page(page, path, """
+    maps = in_page(opened, path, """
         const { attention } = await import("/inside.js");
         return (await attention(model, ids)).map((map) => Array.from(map));""", IDS, parameters="ids")
     for found, expected in zip(maps, attention_maps.attention_maps(model, mx.array(IDS)), strict=True):
@@ -225,11 +233,11 @@ def log_p(logits, target: int) -> float:
 
 
 @pytest.mark.parametrize("name", ["default", "4-bit"])
-def test_ablation(name, page, server):
+def test_ablation(name, opened, server):
     """As patching.py's --mode=ablate on a prompt: zero, mean, skip."""
     path, model = flavour(server, name)
     for how in ("zero", "mean", "skip"):
-        found = in_page(page, path, """
+        found = in_page(opened, path, """
             const { ablate } = await import("/inside.js");
             return ablate(model, ids, 65, how);""", IDS, how, parameters="ids, how")
         whole = log_p(model(mx.array([IDS]))[0, -1], 65)
@@ -242,7 +250,7 @@ def test_ablation(name, page, server):
 
 
 @pytest.mark.parametrize("name", ["default", "4-bit"])
-def test_patching(name, page, server):
+def test_patching(name, opened, server):
     """As patching.py's --mode=swap. Before the first block, a donor that differs in one token has an effect only there.
     """
     path, model = flavour(server, name)
@@ -256,18 +264,18 @@ def test_patching(name, page, server):
     call = """const { swap } = await import("/inside.js");
               return swap(model, donor, recipient, 65, site, () => {}, pairs);"""
     for site in patching.SITES:
-        found = in_page(page, path, call, donor, recipient, site, None, parameters="donor, recipient, site, pairs")
+        found = in_page(opened, path, call, donor, recipient, site, None, parameters="donor, recipient, site, pairs")
         np.testing.assert_allclose(found["values"], effects(donor, recipient, site), atol=2e-3)
         if site == "resid":
             np.testing.assert_allclose(found["values"][0], np.eye(9)[4], atol=1e-4)
     pairs = [[6, 8], [2, 5]]
-    found = in_page(page, path, call, donor[:7], recipient, "attn", pairs, parameters="donor, recipient, site, pairs")
+    found = in_page(opened, path, call, donor[:7], recipient, "attn", pairs, parameters="donor, recipient, site, pairs")
     np.testing.assert_allclose(found["values"], effects(donor[:7], recipient, "attn", pairs), atol=2e-3)
     says = call.replace("return", "return await").replace("pairs);", "pairs).catch((error) => error.message);")
     names = "donor, recipient, site, pairs"
-    assert "no effect" in in_page(page, path, says, donor, donor, "mlp", None, parameters=names)
-    assert "say which position" in in_page(page, path, says, donor[:7], recipient, "mlp", None, parameters=names)
-    assert "are not positions" in in_page(page, path, says, donor, recipient, "mlp", [[0, 99]], parameters=names)
+    assert "no effect" in in_page(opened, path, says, donor, donor, "mlp", None, parameters=names)
+    assert "say which position" in in_page(opened, path, says, donor[:7], recipient, "mlp", None, parameters=names)
+    assert "are not positions" in in_page(opened, path, says, donor, recipient, "mlp", [[0, 99]], parameters=names)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -282,7 +290,8 @@ def losses(folder) -> dict[int, float]:
 
 
 LEARN = """
-const { GPU } = await import("/gpu.js"), { Trainer } = await import("/train.js"), gpu = await GPU.open();
+const { GPU } = await import("/gpu.js"), { Trainer } = await import("/train.js");
+globalThis.gpu ??= await GPU.open();
 const resume = { checkpoint: fileOf(state[0], "ckpt.safetensors"), optimizer: fileOf(state[1], "optimizer") };
 const heldOut = ids.slice(0, Math.ceil(ids.length / 9) + 40);  // so that all of ids is what it learns from
 const trainer = await Trainer.create(gpu, { ids: ids.concat(heldOut), resume, max_iters: 3 + starts.length });
@@ -325,15 +334,15 @@ def follow(page, data, out, settings: list[str], updates: int) -> tuple[dict, li
     ["--softcap=0.5", "--n_head=2"],
     ["--mlp=gelu_tanh", "--sliding_window=9", "--window_pattern=SL", "--alibi=True", "--n_head=2"],
 ], ids=" ".join)
-def test_gradients(settings, page, data, tmp_path):
+def test_gradients(settings, opened, data, tmp_path):
     """A few updates follow train.py's losses, which a wrong or missing gradient would not."""
-    follow(page, data, tmp_path / "run", settings, 8)
+    follow(opened, data, tmp_path / "run", settings, 8)
 
 
-def test_training(page, data, tmp_path):
+def test_training(opened, data, tmp_path):
     """30 updates follow train.py's losses. Python resumes the files that the page saves, and samples from them."""
     out, resumed = tmp_path / "run", tmp_path / "resumed"
-    files, written = follow(page, data, out, [], 30)
+    files, written = follow(opened, data, out, [], 30)
     resumed.mkdir()
     for name, content in files.items():
         (resumed / name).write_bytes(base64.b64decode(content))
@@ -351,14 +360,15 @@ def test_training(page, data, tmp_path):
     assert run("sample.py", resumed / "ckpt.safetensors", "--prompt=def", "--max_new_tokens=8").stdout
 
 
-def test_from_scratch(page):
+def test_from_scratch(opened):
     """The loss of a new model is that of guessing, and falls; the checkpoint's header has the right entries."""
-    first, last, meta = js(page, """async (text) => {
+    first, last, meta = js(opened, """async (text) => {
         const { GPU } = await import("/gpu.js"), { Trainer } = await import("/train.js");
         const { configOf } = await import("/gpt.js");
         const { charTokenizer } = await import("/tokenizer.js"), { readHeader } = await import("/safetensors.js");
         const config = configOf({ block_size: 16, vocab_size: 64, n_layer: 1, n_head: 1, n_embd: 32 });
-        const gpu = await GPU.open(), tokenizer = charTokenizer(text);
+        const tokenizer = charTokenizer(text);
+        globalThis.gpu ??= await GPU.open();
         const trainer = await Trainer.create(gpu, { config, tokenizer, text, batch_size: 4, learning_rate: 1e-2 });
         const found = [];
         for (let i = 0; i < 25; i++) found.push((await trainer.step()).loss);
@@ -377,12 +387,12 @@ def test_from_scratch(page):
     (dict(mod="topk"), "mod"), (dict(sliding_window=8, sinks=2), "sinks"), (dict(value_embeds=True), "value_embeds"),
     (dict(value_residual=True), "value_residual"),
 ], ids=str)
-def test_lacking(settings, says, page, server):
+def test_lacking(settings, says, opened, server):
     path = save(server, "lacking.safetensors", small(**settings))
-    assert f"This checkpoint uses {says}, which this page cannot run" in refused(page, path)
+    assert f"This checkpoint uses {says}, which this page cannot run" in refused(opened, path)
 
 
-def test_settings_that_are_new(page, server):
+def test_settings_that_are_new(opened, server):
     """Fields that GPTConfig may gain. A checkpoint runs if the field's value turns it off, or if the field belongs to
     one that is off; else it is refused by the field's name. A field that an older checkpoint lacks has its default
     value."""
@@ -397,11 +407,11 @@ def test_settings_that_are_new(page, server):
     lacking = dict.fromkeys(("norm_eps", "softcap", "window_pattern", "tie", "n_kv_head", "yoco", "mod"), ...)
     for change in (dict(new_flag=False, new_number=0, new_choice="none"), dict(expert_top_k=7, mod_every=9), lacking):
         save_with(**change)
-        found = np.array(in_page(page, path, "return Array.from(await model.logits(ids));", IDS, parameters="ids"))
+        found = np.array(in_page(opened, path, "return Array.from(await model.logits(ids));", IDS, parameters="ids"))
         assert np.abs(found.reshape(logits.shape) - logits).max() < 1e-5 * np.abs(logits).max()
     for name, value in (("new_flag", True), ("new_number", 0.5), ("new_choice", "some"), ("toString", "x")):
         save_with(**{name: value})
-        assert f"This checkpoint uses {name}, which this page cannot run" in refused(page, path)
+        assert f"This checkpoint uses {name}, which this page cannot run" in refused(opened, path)
 
 
 def refused(page, path: str) -> str:
@@ -409,25 +419,25 @@ def refused(page, path: str) -> str:
               "{ if (error.constructor.name !== 'UserError') throw error; return error.message; } }")
 
 
-def test_broken(page, server):
+def test_broken(opened, server):
     """NaN, shapes of another config, bad settings and prompts that do not fit give messages."""
     model = small()
     model.blocks[1].mlp.up.weight[3, 5] = math.nan
-    assert "blocks.1.mlp.up.weight holds infinite numbers" in refused(page, save(server, "broken.safetensors", model))
+    assert "blocks.1.mlp.up.weight holds infinite numbers" in refused(opened, save(server, "broken.safetensors", model))
     model = small()
     model.norm.weight = mx.ones((32,))
-    assert "norm.weight has the shape 32" in refused(page, save(server, "broken.safetensors", model))
+    assert "norm.weight has the shape 32" in refused(opened, save(server, "broken.safetensors", model))
     for name, value in (("pos", "spiral"), ("norm", "none"), ("mlp", "toString"), ("rope_theta", "x"), ("head_dim", 31),
                         ("n_kv_head", 3), ("window_pattern", ""), ("sliding_window", -1), ("n_layer", 1.5),
                         ("softcap", "x"), ("bias", "yes"), ("n_embd", None)):
         fine = small()
         setattr(fine.config, name, value)
-        assert f"no model ({name})" in refused(page, save(server, "senseless.safetensors", fine)), name
+        assert f"no model ({name})" in refused(opened, save(server, "senseless.safetensors", fine)), name
     path = save(server, "fine.safetensors", small())
     for ids, says in ((IDS * 2, "the prompt has 74 tokens"), ([], "nothing to continue"), ([400], "does not know")):
-        message = in_page(page, path, "return await model.logits(ids).catch((error) => error.message);", ids,
+        message = in_page(opened, path, "return await model.logits(ids).catch((error) => error.message);", ids,
                           parameters="ids")
         assert says in message.lower() or says in message
-    short = in_page(page, path, """const { Trainer } = await import("/train.js");
+    short = in_page(opened, path, """const { Trainer } = await import("/train.js");
         return await Trainer.create(gpu, { model, text: "ten chars." }).catch((error) => error.message);""")
     assert "The text has 10 tokens" in short
