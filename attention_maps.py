@@ -26,6 +26,7 @@ from draw import check_finite, grid, labels, page, pictures, prompt_ids, short, 
 from model import (
     DIFF_LAMBDAS,
     GPT,
+    check_known,
     compute_dtype,
     crosses,
     load_checkpoint,
@@ -44,6 +45,10 @@ picture = ""   # a PNG; "": the name of the checkpoint with -attention.png; a pa
 settings = overrides(globals(), "checkpoint")
 
 # ---- maps ------------------------------------------------------------------------------------------------------------
+
+# Settings of the variants that attention_maps() was written for
+KNOWN = ("alibi sliding_window window_pattern sinks diff_attn diff_attn_version n_expert expert_top_k n_shared_expert "
+         "expert_balance mod mod_capacity mod_every yoco value_residual value_embeds softcap")
 
 
 def record(model: GPT, idx: mx.array) -> dict[tuple[str, int], mx.array]:
@@ -68,6 +73,7 @@ def order_of(model: GPT, layer: int, x: mx.array) -> tuple[mx.array, mx.array]:
 def attention_maps(model: GPT, idx: mx.array, states: dict | None = None) -> list[dict[str, np.ndarray]]:
     """For each layer {"map": (H, T, T)}, queries by keys, for tokens (T,); with differential attention "first",
     "second" and "difference". Rows of tokens that a routed block skips are nan. states: from record(), if known."""
+    check_known(model.config, KNOWN, "attention_maps.py")
     config, T, found = model.config, len(idx), []
     states = states or record(model, idx)
     for layer, block in enumerate(model.blocks):

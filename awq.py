@@ -30,7 +30,7 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from config import UserError, overrides
-from model import GPT
+from model import GPT, check_known
 from packing import (
     HEAD,
     matrices,
@@ -63,6 +63,10 @@ settings = overrides(globals(), "checkpoint")
 
 # ---- scales ----------------------------------------------------------------------------------------------------------
 
+# Settings of the variants that shared_inputs() was written for
+KNOWN = ("alibi sliding_window window_pattern sinks diff_attn diff_attn_version n_expert expert_top_k n_shared_expert "
+         "expert_balance mod mod_capacity mod_every yoco value_residual value_embeds softcap")
+
 
 def rounded(W: mx.array, bits: int, group_size: int) -> mx.array:
     """W (out, in) after rounding to the nearest and back."""
@@ -88,6 +92,7 @@ def best_scale(weights: list[mx.array], gram: mx.array, a: mx.array, bits: list[
 def shared_inputs(model: GPT, part: str) -> list[tuple[list[str], list[tuple[nn.Module, float]]]]:
     """For a block, or for "shared" (YOCO's keys and values): (paths, producers) of each input that can be scaled.
     paths: the matrices that multiply the input. producers: (module, power); rows, or norm weights, take s^-power."""
+    check_known(model.config, KNOWN, "awq.py")
     config, modules = model.config, dict(model.named_modules())
 
     def reading(start: str, *names: str) -> list[str]:  # of a low-rank layer u v, the factor v multiplies the input

@@ -10,6 +10,7 @@ Errors: a script raises UserError for what the user can correct. It ends with th
 import atexit
 import difflib
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -132,7 +133,7 @@ def _comments(path: str) -> dict[str, tuple[str, str]]:
             elif token.type == tokenize.COMMENT:
                 comment = token.string.strip("# ")
                 if name:
-                    found[name] = (found[name][0], comment)
+                    found[name] = (found[name][0], re.sub(r"  # \w+$", "", comment))  # without a variant's tag
                 elif not name and token.start[1] == 0 and len(comment.split()) == 1:
                     group = comment
     return found

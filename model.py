@@ -118,6 +118,16 @@ class GPTConfig:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
 
 
+def check_known(config: GPTConfig, known: str, what: str):
+    """UserError names a setting of a variant that is on, and for which `what` was not written: code that computes a
+    part of the model a second time would be wrong. known: the names of the settings for which it was written."""
+    names = [field.name for field in fields(config)]
+    for field in fields(config)[names.index("tie") + 1:]:  # the settings after it are those of variants
+        if field.name not in known.split() and getattr(config, field.name) != field.default:
+            value = getattr(config, field.name)
+            raise UserError(f"{what} does not know {field.name}={value!r}: adapt it to that variant")
+
+
 def compute_dtype(name: str) -> mx.Dtype:
     """The dtype of a setting: float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU."""
     if name not in ("auto", "float32", "bfloat16", "float16"):
@@ -283,7 +293,7 @@ def windowed(config: GPTConfig, layer: int) -> bool:
 
 def window_mask(config: GPTConfig, queries: mx.array, keys: mx.array) -> mx.array:
     """0 for keys in the window and sinks, -inf for the rest: (B, 1, T, S)."""
-    near = (queries - keys < config.sliding_window) | (keys < config.sinks)
+    near = (queries - keys < config.sliding_window) | (keys < config.sinks) | (queries >= PADDING)
     return mx.where(near & (queries >= keys), 0.0, -mx.inf)
 
 
@@ -996,7 +1006,9 @@ class RoutedBlock(Block):
         selected, after = x[rows, order], dict(before)
         y = super().__call__(selected, at, cache, tap, after)
         for name, value in after.items():
-            if value is not before[name]:
+            if isinstance(value, tuple):
+                carry[name] = value
+            elif value is not before[name]:
                 kept = worked.reshape(*worked.shape, *[1] * (value.ndim - 2)) != 0
                 carry[name] = carry[name].at[rows, order].add(mx.where(kept, value - before[name], 0))
         return y - selected
@@ -1188,9 +1200,9 @@ class GPT(nn.Module):
         """The residual stream after the last block: (B, T) token ids -> (B, T, C), or, with last=True, of the last
         position alone, (B, 1, C). places (B, T): the places of the tokens, where rows hold several documents.
 
-        carry: what crosses layers, by name: arrays (B, T, ...), with a row for each token of this call. They are made
-        here; blocks read them and may replace them. A block that works on some tokens sees the rows of these tokens.
-        Arrays of other shapes are carried in a tuple, which every block sees whole. The baseline's carry is empty."""
+        carry: a dict of what crosses layers. An array (B, T, ...) has a row for each token of this call. It is put into
+        the carry here; a block may read it and replace it, and a block that skips tokens sees the rows of the others. A
+        tuple may hold arrays of any shape: every block sees it whole. The baseline's carry is empty."""
         T, offset = idx.shape[1], 0 if cache is None else cache.offset
         if cache is not None:
             cache.offset += T

@@ -1,9 +1,11 @@
 """The variants of model.py: each can be deleted and the rest stands; and what test_model.py's oracle leaves out."""
 import re
+import shutil
 import subprocess
 import sys
 import traceback
 import types
+from dataclasses import dataclass
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -14,6 +16,8 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 from test_model import FLAVOURS
 
+import attention_maps
+import awq
 import model as core
 from config import UserError
 from model import GPT, GPTConfig, WindowCache, alibi_slopes, window_attention
@@ -80,7 +84,8 @@ def assert_gone(source: str, *variants: str):
             word = re.search(rf"(?<![a-z]){variant}(?![a-z])", line, re.I)
             if found := ({word[0]} if word else set()) | brought & {*re.findall(r"\w+", line)}:
                 raise AssertionError(f"{where(line)}\n{min(found)} belongs to the variant {variant}, but this line "
-                                     f"stays when the variant is deleted: end it with the tag '# {variant}'")
+                                     f"stays when the variant is deleted: end it with the tag '# {variant}', or, in "
+                                     "a comment, use other words")
     try:
         made = module(source)
         for settings in ({}, dict(pos="learned", norm="layer", mlp="gelu", bias=True), dict(n_kv_head=2, mlp="swiglu")):
@@ -111,8 +116,13 @@ def test_every_tag_counts(variant):
     assert len(tagged) >= 3
     for i in tagged:
         untagged = lines[i].removesuffix(f"# {variant}").rstrip()
-        with pytest.raises(AssertionError, match=re.escape("model.py, line")):
+        try:
             assert_gone(without("\n".join([*lines[:i], untagged, *lines[i + 1:]]), variant), variant)
+        except AssertionError as error:
+            assert "model.py, line" in str(error)
+        else:
+            pytest.fail(f"model.py, line {i + 1}: {untagged.strip()}\nnobody would notice if this line lost its tag: "
+                        f"let it hold a word of the variant {variant}, such as a function of the variant's section")
 
 
 FIELDS = dict(re.findall(r"^    (\w+): \w+ = .* # .*  # (\w+)$", SOURCE, re.M))  # of GPTConfig: their variants
@@ -139,23 +149,58 @@ def test_tags_are_words_of_their_own():
 DOCS = (ROOT / "docs" / "variants.md").read_text()
 
 
+def test_code_outside_refuses_what_it_does_not_know():
+    """awq.py and attention_maps.py repeat formulas of model.py: a new variant's setting, when it is on, is refused."""
+
+    @dataclass
+    class Newer(GPTConfig):
+        new_idea: bool = False
+
+    model = GPT(Newer(block_size=64, vocab_size=61, n_layer=2, n_embd=32), seed=1).eval()
+    calls = (lambda: awq.shared_inputs(model, "blocks.0"), lambda: attention_maps.attention_maps(model, mx.arange(9)))
+    for call in calls:
+        assert call()
+    model.config.new_idea = True
+    for call in calls:
+        with pytest.raises(UserError, match="new_idea=True"):
+            call()
+
+
+def test_a_padding_token_attends_to_something():
+    """Else its softmax would be not a number, and 0 times it, too."""
+    config = GPTConfig(sliding_window=5)
+    at = mx.array([[0, 1, 7, core.PADDING, core.PADDING]])
+    mask = np.array(core.score_mask(config, 0, 5, at, mx.arange(8)))
+    assert np.isfinite(mask).any(-1).all() and np.isinf(mask[0, 0, 2, :3]).all()
+
+
 def test_worked_example_is_the_code():
     """docs/variants.md lists every line of the value residual: its tagged lines and its section in model.py, and lines
     that stand in the other files."""
     example = DOCS.partition("## The worked example")[2].partition("## How to delete")[0]
     tagged, section, *others = re.findall(r"```(?:python|sh)\n(.*?)```", example, re.S)
     assert section in SOURCE and section.startswith("# ---- variant resformer: ")
-    assert tagged.splitlines() == [line for line in SOURCE.splitlines() if line.endswith("  # resformer")]
+    outside = without(SOURCE, *[variant for variant in VARIANTS if variant != "resformer"])  # of their sections
+    expected = [line for line in outside.splitlines() if line.endswith("  # resformer")]
+    assert [line for line in expected if line not in tagged.splitlines()] == [], "add these lines to docs/variants.md"
+    assert [line for line in tagged.splitlines() if line not in SOURCE.splitlines()] == [], "docs/variants.md is old"
     files = ("train.py", "runs/architectures.sh", "tests/test_model.py", "tests/test_variants.py")
     for path, block in zip(files, others, strict=True):
         assert {*block.splitlines()} <= {*(ROOT / path).read_text().splitlines()}, path
 
 
 def test_deletion_by_the_command_of_the_docs(tmp_path):
-    command = re.search(r"^sed .*model\.py$", DOCS, re.M)[0]
-    (tmp_path / "model.py").write_text(SOURCE)
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    assert (tmp_path / "model.py").read_text() == without(SOURCE, "resformer")
+    command = re.search(r"^sed .*\\\n.*$", DOCS, re.M)[0]
+    names = ("model.py", "train.py", "sample.py", "bench.py")
+    assert all(name in command for name in names)
+    for variant in VARIANTS:
+        for name in names:
+            shutil.copy(ROOT / name, tmp_path)
+        subprocess.run(command.replace("resformer", variant), shell=True, check=True, cwd=tmp_path)
+        assert (tmp_path / "model.py").read_text() == without(SOURCE, variant)
+        for name in names:
+            compile((tmp_path / name).read_text(), name, "exec")
+        assert not re.search(rf"# {variant}$", (tmp_path / "train.py").read_text(), re.M)
 
 
 # ---- alibi -----------------------------------------------------------------------------------------------------------
@@ -729,6 +774,12 @@ def test_pair(names, tmp_path):
 
     model.eval()
     whole = model(idx)
+    for idea in names:  # without it the logits are others: it does something beside the other ideas
+        rest = {**dict(block_size=96, vocab_size=61, n_layer=4, n_head=4, n_embd=32),
+                **combine(*[name for name in names if name != idea])}
+        if (config := GPTConfig(**rest)) != model.config:  # where another idea does not contain it
+            others = GPT(config, seed=3).eval()(idx)
+            assert mx.abs(others - whole).max() > 1e-3 * mx.abs(whole).max(), f"{idea} changes nothing in {names}"
     for chunks in ((1,) * 80, (33, 1, 1, 20, 25)):
         cache, logits, start = model.make_cache(), [], 0
         for size in chunks:
