@@ -580,6 +580,8 @@ def test_a_file_that_is_changed_while_it_is_used(page, tmp_path):
     save_arrays(str(tmp_path / "x.safetensors"), {"a": mx.arange(10)}, {"version": 1})
     page.set_content("<input type=file>")
     page.set_input_files("input", tmp_path / "x.safetensors")
+    size = js(page, "async () => (await document.querySelector('input').files[0].arrayBuffer()).byteLength")
+    assert size == (tmp_path / "x.safetensors").stat().st_size  # the browser has seen the first content
     (tmp_path / "x.safetensors").write_bytes(b"another, and a longer one " * 100)
     function = """async () => {
       const { UserError } = await import("/errors.js");
