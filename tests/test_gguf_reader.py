@@ -168,7 +168,7 @@ def logits_of(path) -> np.ndarray:
 def test_models(name, kind, tmp_path):
     model = build(name)
     written(tmp_path / "a.gguf", name, model, gguf.GGMLQuantizationType[kind])
-    read(tmp_path / "a.gguf", tmp_path / "a.safetensors")
+    run_here("gguf_reader.py", tmp_path / "a.gguf", tmp_path / "a.safetensors")
     logits = np.array(rounded(model, kind)(mx.array(IDX)))
     assert np.abs(logits_of(tmp_path / "a.safetensors") - logits).max() < 1e-5 * np.abs(logits).max()
     found, _ = load_checkpoint(str(tmp_path / "a.safetensors"))
@@ -200,7 +200,7 @@ def test_there_and_back(name, kind, tmp_path):
     model, enc = GPT(GPTConfig(**USUAL | flavour | scaling | {"vocab_size": 512})), train_bpe(iter([SOURCE]), 500)
     meta = {"tokenizer": enc.to_dict(), "chat_template": "<|im_start|>"}
     save_checkpoint(str(tmp_path / "a.safetensors"), model, meta)
-    read(tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}", f"--type={kind}")
+    run_here("gguf_reader.py", tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}", f"--type={kind}")
     reader = gguf.GGUFReader(tmp_path / "b.gguf")
     assert reader.fields["general.architecture"].contents() == ARCHITECTURE[name]
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
@@ -208,7 +208,7 @@ def test_there_and_back(name, kind, tmp_path):
     assert types["output_norm.weight"] == "F32"
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     assert len(tokens) == 512 and tokens[enc.eot] == "<|endoftext|>"
-    read(tmp_path / "b.gguf", tmp_path / "c.safetensors")
+    run_here("gguf_reader.py", tmp_path / "b.gguf", tmp_path / "c.safetensors")
     logits = np.array(rounded(model, kind)(mx.array(IDX)))
     assert np.abs(logits_of(tmp_path / "c.safetensors") - logits).max() < 1e-5 * np.abs(logits).max()
     assert load_checkpoint(str(tmp_path / "c.safetensors"))[1]["template"] == "chatml"

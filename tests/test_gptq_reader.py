@@ -156,7 +156,7 @@ def test_folder(bits, settings, tmp_path):
     logits = np.array(model(idx))
     for dense, tolerance in ((False, 1e-5), (True, 3e-3)):
         out = tmp_path / f"{dense}.out"
-        read(folder, out, f"--dense={dense}")
+        run_here("gptq_reader.py", folder, out, f"--dense={dense}")
         found, _ = load_checkpoint(str(out))
         found.set_dtype(mx.float32)
         assert np.abs(np.array(found(idx)) - logits).max() < tolerance * np.abs(logits).max()
@@ -174,7 +174,7 @@ def test_older_folders(tmp_path):
     with pytest.raises(UserError, match="qweight is packed: read it with awq_reader.py or gptq_reader.py"):
         run_here("hf_reader.py", folder, tmp_path / "out.safetensors")
     (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": False}))
-    run_here("gptq_reader.py", folder, tmp_path / "out.safetensors")
+    read(folder, tmp_path / "out.safetensors")
     found, idx = load_checkpoint(str(tmp_path / "out.safetensors"))[0], mx.arange(20)[None]
     found.set_dtype(mx.float32)
     assert mx.abs(found(idx) - model(idx)).max() < 1e-5 * mx.abs(model(idx)).max()
