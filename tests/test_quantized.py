@@ -64,7 +64,7 @@ def test_layers_stay_packed():
 def test_checkpoint_stays_packed(bits, group_size, tmp_path):
     """Bits and group size follow from the file's shapes, layer by layer; loading makes nothing dense on the way."""
     path = str(tmp_path / "model.safetensors")
-    model = GPT(GPTConfig(n_layer=8, n_embd=512, n_head=8, vocab_size=64, block_size=64, qk_norm=False))
+    model = GPT(GPTConfig(n_layer=4, n_embd=256, n_head=4, vocab_size=64, block_size=64, qk_norm=False))
     half = sum(p.size * 2 for name, p in tree_flatten(model.parameters()) if "mlp.up" not in name)
     nn.quantize(model, group_size, bits, class_predicate=lambda path, p: "up" not in path and isinstance(p, nn.Linear))
     nn.quantize(model, 64, 8, class_predicate=lambda path, module: isinstance(module, nn.Linear))
