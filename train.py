@@ -483,7 +483,7 @@ def evaluate_and_save(step: int):
         diverged(f"step {step}: the validation loss is {nats}")
     is_best = step > 0 and (losses["best_val"] is None or nats < losses["best_val"])
     losses.update(val=nats, bits_per_byte=bpb, best_val=nats if is_best else losses["best_val"])
-    mfu = f" | mfu {flops_per_token * speed / peak_flops / n_ranks:3.0%}" if peak_flops and speed else ""
+    mfu = f" | mfu {flops_per_token * speed / peak_flops / n_ranks:.1%}" if peak_flops and speed else ""
     say(f"step {step:6d} | val  {nats:6.4f} | ppl {math.exp(min(nats, 99)):6.1f} | bpb {bpb:.4f}"
         f" | {mx.get_peak_memory() / 2**30:4.2f} GiB{mfu}{' | best' if is_best else ''}")
     record(step=step, tokens=step * tokens_per_step, val_loss=nats, val_bpb=bpb)
