@@ -186,8 +186,9 @@ def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], s
 def read_source(script: str) -> dict[str, bytes]:
     """The files of a script and of all modules that it has imported from its own folder or from ours, by name."""
     folders = {os.path.dirname(os.path.abspath(path)) for path in (script, __file__)}
-    paths = {os.path.abspath(getattr(module, "__file__", None) or "") for module in [*sys.modules.values()]}
-    paths = {path for path in paths if os.path.dirname(path) in folders} | {os.path.abspath(script)}
+    files = [getattr(module, "__file__", None) for module in [*sys.modules.values()]]  # None: built into Python
+    paths = {os.path.abspath(path) for path in (*files, script) if path}
+    paths = {path for path in paths if os.path.dirname(path) in folders}
     source = {}
     for path in sorted(paths):
         with open(path, "rb") as file:

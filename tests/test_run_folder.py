@@ -357,3 +357,12 @@ def test_results_that_came_since(tmp_path):
     with pytest.raises(UserError, match="results of another run since"):
         run_folder.start(out, "train.py", {}, {"train.py": b"a"})
     assert (tmp_path / "out" / "ckpt.safetensors").read_bytes() == b"of another run"
+
+
+def test_source_from_a_folder_below(tmp_path, monkeypatch):
+    """Started in a subfolder of the scripts, as python ../train.py is: modules without a file are no folders."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "mine.py").write_text("x = 1")
+    monkeypatch.chdir(tmp_path / "below")
+    source = run_folder.read_source("../mine.py")
+    assert source["mine.py"] == b"x = 1" and "model.py" in source and all(name.endswith(".py") for name in source)
