@@ -376,6 +376,28 @@ def test_bfloat16(flavour):
     assert {g.dtype for _, g in tree_flatten(gradients)} == {mx.bfloat16}
 
 
+@pytest.mark.parametrize("flavour", ["default", "GPT-2", "Llama", "diff", "MoE, all biases", "YOCO", "value embeddings",
+                                     "value residual, grouped", "softcap, head"])
+def test_float32_parameters_train_in_bfloat16(flavour):
+    """With compute_dtype every array that a tap sees is bfloat16, and every gradient float32 and near the exact one."""
+    model, idx, seen = build(flavour), mx.array(tokens(2, 40)), {}
+    exact, gradients = nn.value_and_grad(model, GPT.loss)(model, idx, idx)
+    model.compute_dtype = mx.bfloat16
+
+    def look(site, layer, x):
+        seen[site, layer] = x.dtype
+        return x
+
+    model(idx, tap=look)
+    assert {*seen.values()} == {mx.bfloat16} and len(seen) > 10
+    loss, found = nn.value_and_grad(model, GPT.loss)(model, idx, idx)
+    assert loss.dtype == mx.float32 and 0 < abs(loss.item() - exact.item()) < 0.02 * exact.item()
+    exact, found = dict(tree_flatten(gradients)), dict(tree_flatten(found))
+    assert {g.dtype for g in found.values()} == {p.dtype for _, p in tree_flatten(model.parameters())} == {mx.float32}
+    a, b = (np.concatenate([np.array(grads[name]).ravel() for name in exact]) for grads in (exact, found))
+    assert a @ b > 0.98 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
 # ---- loss and gradients ----------------------------------------------------------------------------------------------
 
 

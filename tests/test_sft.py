@@ -213,3 +213,14 @@ def test_bad_lines(folder, tmp_path):
     done = sft(folder, tmp_path / "out", f"--data={path}", status=2)
     assert "line 1: an empty response" in done.stderr and "line 2: no JSON" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16(folder, tmp_path):
+    """--dtype=bfloat16 computes in it also where the parameters that train are float32."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        sft(folder, tmp_path / dtype, "--kind=full", "--template=plain", "--epochs=1", "--learning_rate=1e-3",
+            f"--dtype={dtype}")
+        losses.append([column(tmp_path / dtype, name)[0] for name in ("train_loss", "val_loss")])
+    exact, found = map(np.array, losses)
+    assert (exact != found).all() and np.abs(found / exact - 1).max() < 0.02

@@ -424,3 +424,17 @@ def test_full_disk(data, tmp_path):
     assert (tmp_path / "ckpt.safetensors").read_bytes() == before
     assert not list(tmp_path.glob("*tmp*"))
     arrays(tmp_path)  # still resumes
+
+
+def test_bfloat16(data, tmp_path):
+    """--dtype=bfloat16 computes in it: losses are others than float32's, though near. The file keeps float32."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        train(data, tmp_path / dtype, "--max_iters=2", "--sample_tokens=0", f"--dtype={dtype}")
+        with open(tmp_path / dtype / "loss.csv", newline="") as file:
+            losses.append([float(row[name]) for row in csv.DictReader(file) for name in ("train_loss", "val_loss")
+                           if row[name]])
+    exact, found = map(np.array, losses)
+    assert len(exact) == 4 and (exact != found).all() and np.abs(found / exact - 1).max() < 0.01
+    model, _ = load_checkpoint(str(tmp_path / "bfloat16" / "ckpt.safetensors"))
+    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {mx.float32}

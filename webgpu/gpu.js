@@ -321,7 +321,7 @@ export async function chooseKernels(gpu, onStep = () => {}) {
 const verdict = ({ error, speedup }) => error < LARGEST_ERROR
   ? `error ${error.toExponential(0)}, ${speedup.toFixed(1)} times as fast` : `dropped: error ${error.toExponential(0)}`;
 
-// Runs a plain kernel, and others in its place, on random numbers: {settings, error, speedup} of each of the others.
+// Runs a plain kernel and the kernels that could replace it on random numbers: {settings, error, speedup} of each of the others.
 async function compare(gpu, name, { M, N, K, BITS = 32 }, others) {
   const random = (n) => new Float32Array(n).map(() => Math.random() - 0.5);  // from() takes ten times as long
   const words = (n) => new Uint32Array(n).map(() => Math.random() * 2 ** 32);
