@@ -21,7 +21,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import UserError, overrides
+from config import UserError, check_output, overrides
 from draw import check_finite, grid, labels, page, pictures, prompt_ids, short, write_figure
 from model import (
     DIFF_LAMBDAS,
@@ -35,7 +35,6 @@ from model import (
     score_mask,
     windowed,
 )
-from score import check_output
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not

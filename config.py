@@ -100,6 +100,18 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"did you mean {found[0]}?" if found else f"choose one of {', '.join(names)}"
 
 
+def check_output(path: str, *inputs: str):
+    """UserError if the file to write is one of the inputs, or a file in an input folder, under whatever name: a relative
+    path, a symbolic link and a hard link are followed. An empty name is no input."""
+    if not os.path.exists(path):
+        return
+    for given in filter(os.path.exists, inputs):
+        for folder, _, names in [("", [], [given]), *os.walk(given)]:
+            for name in (os.path.join(folder, name) for name in names):
+                if os.path.exists(name) and os.path.samefile(path, name):  # a broken link does not exist
+                    raise UserError(f"{path} would overwrite the input {name}: give another name")
+
+
 def _help(path: str, doc: str | None, settings: dict, positional: tuple):
     arguments = [f"[{name} ...]" if settings[name] == () else f"[{name}]" for name in positional]
     usage = " ".join(["usage: python", os.path.basename(path), *arguments])

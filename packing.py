@@ -12,11 +12,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from config import UserError, nearest
+from config import UserError, check_output, nearest
 from draw import check_folder
 from model import GPT, load_checkpoint, save_checkpoint
 from quantized import BITS, GROUP_SIZES, dense_weight, natural, replace_module
-from score import check_output, read_tokens, score
+from score import read_tokens, score
 from tokenizer import Tokenizer
 
 # ---- integers --------------------------------------------------------------------------------------------------------

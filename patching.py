@@ -41,10 +41,10 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, overrides
+from config import UserError, check_output, overrides
 from draw import check_finite, grid, heat_map, labels, page, pictures, prompt_ids, short
 from model import GPT, compute_dtype, load_checkpoint, no_tap
-from score import check_output, read_tokens, windows
+from score import read_tokens, windows
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not

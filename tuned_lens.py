@@ -38,7 +38,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from config import UserError, overrides
+from config import UserError, check_output, overrides
 from draw import (
     check_finite,
     check_folder,
@@ -64,7 +64,7 @@ from model import (
     softmax,
 )
 from quantized import dense_weight
-from score import check_output, read_tokens
+from score import read_tokens
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not

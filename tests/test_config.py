@@ -244,3 +244,28 @@ def test_modules_say_that_they_are_no_scripts():
             assert ("= overrides(globals()" in source) != bool(ending.search(source)), path.name
     done = subprocess.run([sys.executable, ROOT / "muon.py"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "muon.py has no command of its own: run train.py, which uses it\n")
+
+
+def test_an_output_is_none_of_the_inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    import config
+
+    for name in ("model", "folder/deep/tokens", "other"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("whole")
+    (tmp_path / "link").symlink_to("model")
+    (tmp_path / "hard").hardlink_to("model")
+    (tmp_path / "to_folder").symlink_to("folder")
+    (tmp_path / "broken").symlink_to("gone")
+    (tmp_path / "folder" / "inside").symlink_to("../other")
+    for path, *inputs in (["model", "model"], ["folder/../model", "", "other", str(tmp_path / "model")],
+                          ["link", "model"], ["model", "link"], ["hard", "link"], ["folder/deep/tokens", "folder"],
+                          ["to_folder/deep/tokens", "folder"], ["folder/deep/tokens", "to_folder"],
+                          ["other", "folder"]):
+        with pytest.raises(config.UserError, match=f"{re.escape(path)} would overwrite the input "):
+            config.check_output(path, *inputs)
+    for path, *inputs in (["model", "other"], ["model", ""], ["new", "new"], ["folder/new", "folder"],
+                          ["broken", "model"], ["model", "folder", "broken"]):
+        config.check_output(path, *inputs)
