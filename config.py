@@ -101,8 +101,8 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def check_output(path: str, *inputs: str):
-    """UserError if the file to write is one of the inputs, or a file in an input folder, under whatever name: a relative
-    path, a symbolic link and a hard link are followed. An empty name is no input."""
+    """UserError if the file to write is one of the inputs, or a file in an input folder, under whatever name: relative
+    paths, symbolic links and hard links are followed. An empty name is no input."""
     if not os.path.exists(path):
         return
     for given in filter(os.path.exists, inputs):
