@@ -489,6 +489,8 @@ class Attention(nn.Module):
             v = values_of_pairs(config, v)  # diff
         if windowed(config, layer) and config.sinks and config.pos == "rope":  # window
             q, k = rope_to_sinks(config, q, k, self._inverse, offset, keys)  # window
+        if "dropout" in carry:  # dropout
+            return dropout_attention(q, k, v, score_mask(config, layer, T, offset, keys), carry, layer)  # dropout
         if windowed(config, layer) and k.shape[2] == T > 2 * window_block(config):  # window
             return window_attention(config, layer, q, k, v, offset)  # window
         return attend(q, k, v, score_mask(config, layer, T, offset, keys))
@@ -928,8 +930,14 @@ class Block(nn.Module):
         return self.attn.make_cache(room)
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
-        x = x + tap("attn", self.layer, self.attn(self.attn_norm(x), offset, cache, tap, carry))
-        return x + tap("mlp", self.layer, self.mlp(self.mlp_norm(x), tap))
+        y = tap("attn", self.layer, self.attn(self.attn_norm(x), offset, cache, tap, carry))
+        if "dropout" in carry:  # dropout
+            y = dropout(y, carry, 3 * self.layer + 1)  # dropout
+        x = x + y
+        y = tap("mlp", self.layer, self.mlp(self.mlp_norm(x), tap))
+        if "dropout" in carry:  # dropout
+            y = dropout(y, carry, 3 * self.layer + 2)  # dropout
+        return x + y
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -1150,6 +1158,41 @@ def capped(config: GPTConfig, logits: mx.array) -> mx.array:
 
 # ---- end of softcap --------------------------------------------------------------------------------------------------
 
+# ---- variant dropout: some numbers become 0 in training (Srivastava et al. 2014) -------------------------------------
+#
+#   x_i / (1 - p) with probability 1 - p, else 0
+#
+# GPT-2's places: the embeddings, the attention weights, and what attention and the MLP add to the residual stream. It
+# is no part of the architecture: a training script sets model.dropout = p, and only model.train() has an effect. The
+# fused attention cannot drop weights, so that all T x T scores of a layer are in memory.
+
+
+def dropout_keys(model, p: float) -> tuple[mx.array, mx.array]:
+    """For the carry: p, and a key of random numbers for each place, drawn from mx.random's state. Keys, not the state,
+    go into the blocks, so that a block which is computed again in the backward pass drops the same numbers again."""
+    key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+    return mx.array(p), mx.random.split(key, 3 * model.config.n_layer + 1)
+
+
+def dropout(x: mx.array, carry: dict, place: int) -> mx.array:
+    """x of any shape. place: 3 layer for the attention weights, + 1 for attention, + 2 for the MLP; last, embeddings."""
+    p, keys = map(mx.stop_gradient, carry["dropout"])
+    return x * (mx.random.bernoulli(1 - p, x.shape, key=keys[place]) / (1 - p)).astype(x.dtype)
+
+
+def dropout_attention(q: mx.array, k: mx.array, v: mx.array, mask, carry: dict, layer: int) -> mx.array:
+    """attend(), with dropout of the attention weights."""
+    k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * q.shape[-1] ** -0.5
+    if isinstance(mask, str):
+        mask = mx.tri(scores.shape[2], dtype=mx.bool_)
+    if mask is not None:
+        scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
+    return dropout(mx.softmax(scores, axis=-1).astype(q.dtype), carry, 3 * layer) @ v
+
+
+# ---- end of dropout --------------------------------------------------------------------------------------------------
+
 # ---- tap: looking inside ---------------------------------------------------------------------------------------------
 
 
@@ -1192,6 +1235,7 @@ class GPT(nn.Module):
             self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.checkpoint_every = 0  # recompute every k-th block's activations in the backward pass; 0: store all
         self.compute_dtype = None  # dtype of the activations; None: that of the parameters
+        self.dropout = 0.0  # share of the numbers that are dropped in training  # dropout
         if seed is not None:
             init_weights(self, seed)
 
@@ -1219,6 +1263,9 @@ class GPT(nn.Module):
             carry["first_values"] = no_values(self.config, x)  # resformer
         if self.config.value_embeds:  # valembed
             carry["token_ids"] = idx  # valembed
+        if self.dropout and self.training:  # dropout
+            carry["dropout"] = dropout_keys(self, self.dropout)  # dropout
+            x = dropout(x, carry, -1)  # dropout
         for layer, block in enumerate(self.blocks):
             memory, x = None if cache is None else cache.layers[layer], tap("resid", layer, x)
             if self.config.yoco and layer == self.config.n_layer // 2:  # yoco
