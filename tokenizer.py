@@ -14,6 +14,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -78,10 +79,18 @@ class Tokenizer:
 
     @classmethod
     def from_dict(cls, d: dict) -> "Tokenizer":
-        if d["kind"] not in KINDS:
-            raise UserError(f"the tokenizer is of unknown kind {d['kind']!r}: it must be one of {', '.join(KINDS)}")
-        return cls(d["kind"], [base64.b64decode(token) for token in d["tokens"]], d["special"], d["pattern"],
-                   d.get("bos"), d.get("eot"), d.get("source", ""))
+        """The tokenizer that to_dict() described. UserError if the description is not whole."""
+        try:
+            if d["kind"] not in KINDS:
+                raise UserError(f"the tokenizer is of unknown kind {d['kind']!r}: it must be one of {', '.join(KINDS)}")
+            tokens, ids = [base64.b64decode(token) for token in d["tokens"]], [*d["special"].values()]
+            if not all(type(i) is int and i >= 0 for i in ids):
+                raise TypeError("ids of special tokens must be whole numbers")
+            return cls(d["kind"], tokens, d["special"], d["pattern"], d.get("bos"), d.get("eot"), d.get("source", ""))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the tokenizer is not whole ({error!r}): copy its file again") from error
 
     @cached_property
     def _pieces(self) -> list[bytes]:
@@ -152,6 +161,50 @@ def tokens_folder(source: str, tokenizer: str, vocab_size: int) -> str:
     stem = os.path.splitext(os.path.basename(source.rstrip("/")))[0] if os.path.exists(source) else source
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)
     return os.path.join("data", f"{safe}-{tokenizer}" + (f"-{vocab_size}" if tokenizer == "bpe" else ""))
+
+
+def open_tokens(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Open a folder that data.py wrote: (meta.json, the ids {"train": (N,), "val": (M,)}, which are mapped into memory).
+    UserError, which gives the command that makes the folder again, unless all of it is whole: meta.json, the lengths of
+    the files, and every id, which must be in the tokenizer's vocabulary."""
+    path, meta, tokens = os.path.join(folder, "meta.json"), {}, {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+        for name, kind in {"dtype": str, "train_tokens": int, "val_tokens": int, "tokenizer": dict}.items():
+            if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
+                raise ValueError(f"it has no {name}")
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"its dtype is {meta['dtype']!r}, not uint16 or uint32")
+        dtype, n_vocab = np.dtype(meta["dtype"]).newbyteorder("<"), Tokenizer.from_dict(meta["tokenizer"]).n_vocab
+        for split in ("train", "val"):
+            path, n = os.path.join(folder, f"{split}.bin"), meta[f"{split}_tokens"]
+            if (size := os.path.getsize(path)) != n * dtype.itemsize:
+                raise ValueError(f"it has {size:,} bytes, not {n * dtype.itemsize:,} as meta.json says")
+            if (largest := largest_id(path, dtype)) >= n_vocab:
+                raise ValueError(f"it has the id {largest}, but the tokenizer has {n_vocab} tokens")
+            tokens[split] = np.memmap(path, dtype, "r") if n else np.empty(0, dtype)  # an empty file cannot be mapped
+    except (OSError, ValueError, RecursionError) as error:  # JSON that is nested too deeply ends in the last
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} cannot be used ({reason}): {how_to_make(folder, meta)}") from error
+    return meta, tokens
+
+
+def largest_id(path: str, dtype: np.dtype) -> int:
+    """The largest id in a token file, -1 if it is empty. Read in parts, as a map of a large file would fill memory."""
+    largest = -1
+    with open(path, "rb") as file:
+        while len(ids := np.fromfile(file, dtype, count=2**20)):
+            largest = max(largest, int(ids.max()))
+    return largest
+
+
+def how_to_make(folder: str, meta) -> str:
+    """The end of an error message: the command that makes a token folder (again)."""
+    given = meta.get("arguments") if isinstance(meta, dict) else None  # what data.py was given
+    given = given if isinstance(given, dict) and given else {"source": "SOURCE"}
+    words = [f"--{name}={value}" for name, value in {**given, "out": folder}.items()]
+    return f"make it again with python data.py {shlex.join(words)}"
 
 
 def byte_tokenizer() -> Tokenizer:
