@@ -164,7 +164,7 @@ def tokens_folder(source: str, tokenizer: str, vocab_size: int) -> str:
 
 
 def open_tokens(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """Open a folder that data.py wrote: (meta.json, the ids {"train": (N,), "val": (M,)}, which are mapped into memory).
+    """Open a folder that data.py wrote: (meta.json, ids {"train": (N,), "val": (M,)}, which are mapped into memory).
     UserError, which gives the command that makes the folder again, unless all of it is whole: meta.json, the lengths of
     the files, and every id, which must be in the tokenizer's vocabulary."""
     path, meta, tokens = os.path.join(folder, "meta.json"), {}, {}
