@@ -1,8 +1,8 @@
 """Adapters for fine-tuning: LoRA, rsLoRA and DoRA on any linear layer, quantized or not.
 
     attach(model, "attn, mlp", rank=8, alpha=16)               # freezes the base; A and B (and m) are trained
-    save_adapter("adapter.safetensors", model)
-    load_adapter(model, "adapter.safetensors", weight=0.5)     # onto a model with equal weights; several add up
+    save_adapter("adapter.safetensors", model, bases=["ckpt.safetensors"])
+    model, meta = load_adapted("adapter.safetensors")          # the base is found; several adapters add up
     merge(model)                                               # folds the adapters into the weights
 
     lora    W x + s B A x                       s = alpha / rank        (Hu et al. 2021)
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,10 +28,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
 
 import quantized
 from config import UserError
-from model import GPT, VERSION, Linear, load_arrays, save_arrays
+from model import GPT, VERSION, Linear, load_arrays, load_checkpoint, save_arrays
 from packing import matrices
 from quantized import BITS, replace_module
 from readers import GPT2, LLAMA, NAMES, OURS, PREFIX
@@ -176,18 +178,25 @@ def adapter_arrays(model: GPT) -> dict[str, mx.array]:
             if isinstance(module, Adapter) for name in ("a", "b", "m") if name in module}
 
 
-def save_adapter(path: str, model: GPT, meta: dict | None = None, fingerprint: str | None = None):
+def save_adapter(path: str, model: GPT, meta: dict | None = None, fingerprint: str | None = None,
+                 bases: Sequence[str] = ()):
     """Write the adapters alone, which must be of one kind, rank and alpha. fingerprint: the base_fingerprint() of the
-    base; None: of the model as it is. meta: more for the header, as JSON; meta["base_bits"]: the bits that the base was
-    quantized to before the adapters were attached, 0: none."""
+    base, or the "fingerprint" of load_adapted(); None: that of the model as it is. bases: the files that make the base,
+    by which load_adapted() finds it: a checkpoint or an adapter, and adapters for it as PATH or PATH:WEIGHT. meta: more
+    for the header, as JSON; meta["base_bits"]: the bits that the base was quantized to before the adapters were
+    attached, 0: none."""
     adapters = [module for module in linear_layers(model).values() if isinstance(module, Adapter)]
     facts = {(module.kind, len(module.a), module.alpha) for module in adapters}
     if len(facts) != 1 or any(isinstance(module.base, Adapter) for module in adapters):
         raise UserError("a file holds adapters of one kind, rank and alpha, one for each layer: merge the others first")
     kind, rank, alpha = facts.pop()
-    save_arrays(path, adapter_arrays(model), {"kind": kind, "rank": rank, "alpha": alpha, **(meta or {}),
-                                              "version": VERSION, "adapter": True,
-                                              "base": fingerprint or base_fingerprint(model)})
+    header = {"kind": kind, "rank": rank, "alpha": alpha, **(meta or {}), "version": VERSION, "adapter": True,
+              "base": fingerprint or base_fingerprint(model)}
+    if bases:  # relative to the folder of the adapter, so that a tree of folders can be moved
+        folder = os.path.realpath(os.path.dirname(path))
+        real = [os.path.join(os.path.realpath(os.path.dirname(base)), os.path.basename(base)) for base in bases]
+        header["bases"] = [os.path.relpath(base, folder) for base in real]
+    save_arrays(path, adapter_arrays(model), header)
 
 
 def save_merged(path: str, model: GPT, meta: dict):
@@ -200,22 +209,149 @@ def save_merged(path: str, model: GPT, meta: dict):
     save_arrays(path, arrays, {**meta, "version": VERSION, "config": asdict(model.config)})
 
 
+def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
+    """A checkpoint with adapters attached: (model, meta). path: a checkpoint, or an adapter file, whose base is found
+    through its header. adapters: more of them, each PATH or PATH:WEIGHT. Adapters with an equal base add up. One that
+    was trained on the base with the adapters before it was trained on their merged weights: these are merged first.
+
+    meta is the checkpoint's, with "template" of the last adapter that names one, and "files", all paths that were read.
+    With adapters, meta["fingerprint"] is what an adapter that is trained on this model records as its base; without,
+    that is base_fingerprint(model)."""
+    checkpoint, chain = chain_of(path)
+    chain += [path_and_weight(adapter) for adapter in adapters]
+    model, meta = load_checkpoint(checkpoint)
+    meta["files"] = [checkpoint, *(path for path, _ in chain)]
+    base = fingerprint = base_fingerprint(model) if chain else ""  # of the model without, and with, what is attached
+    for path, weight in chain:
+        modules, own = read_adapter(path)
+        if own.get("base", base) != base:  # a folder of PEFT's does not identify its base
+            if own["base"] != fingerprint:
+                raise UserError(another_base(path, own, meta["files"]))
+            merge(model)
+            base = fingerprint
+        add_adapter(model, path, modules, own, weight)
+        fingerprint = adapted_fingerprint(fingerprint, modules, own, weight)
+        meta["template"] = own.get("template") or meta.get("template")
+    if chain:
+        meta["fingerprint"] = fingerprint
+    return model, meta
+
+
+def chain_of(path: str) -> tuple[str, list[tuple[str, float]]]:
+    """The checkpoint under an adapter file, and the adapters to load onto it in turn as (path, weight), of which this
+    file is the last. A checkpoint has none."""
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        raise UserError(f"{path} is an adapter of PEFT's, which does not tell its base: give the checkpoint, and "
+                        f"--adapter={shlex.quote(path)}")
+    chain, seen = [], set()
+    while (header := read_header(path)).get("adapter"):
+        bases, seen = bases_of(path, header), {*seen, os.path.realpath(path)}
+        chain = [(path, 1.0), *chain]
+        to_do = f"give the checkpoint, and {' '.join(f'--adapter={shlex.quote(adapter)}' for adapter, _ in chain)}"
+        if not bases:
+            raise UserError(f"{path} is an adapter that does not tell where its base is: {to_do}")
+        beside = [path_and_weight(base) for base in bases[1:]]
+        chain = [*beside, *chain]
+        for base in (bases[0], *(adapter for adapter, _ in beside)):
+            if not os.path.exists(base):
+                raise UserError(f"{path} was trained on {base}, which is missing: {to_do}")
+        if os.path.realpath(bases[0]) in seen:
+            raise UserError(f"{path} names {bases[0]} as its base, which is or needs {path} itself: {to_do}")
+        path = bases[0]
+    return path, chain
+
+
+def read_header(path: str) -> dict:
+    """The header of a checkpoint or an adapter file; {} for any other file, which load_checkpoint() refuses."""
+    try:
+        with safe_open(path, "numpy") as file:
+            header = json.loads((file.metadata() or {}).get("tinygpt", "null"))
+    except (SafetensorError, OSError, ValueError):
+        header = None
+    return header if isinstance(header, dict) else {}
+
+
+def bases_of(path: str, header: dict) -> list[str]:
+    """The files that make the base of an adapter, as its header names them: a checkpoint or an adapter, and adapters
+    as PATH or PATH:WEIGHT. Files of earlier code name a checkpoint relative to the current folder, or nothing."""
+    bases, settings = header.get("bases"), header.get("settings")
+    if isinstance(bases, list) and bases and all(isinstance(base, str) for base in bases):
+        folder = os.path.dirname(os.path.realpath(path))
+        bases = [os.path.normpath(os.path.join(folder, base)) for base in bases]
+        return [min(base, os.path.relpath(base), key=len) for base in bases]
+    checkpoint = settings.get("checkpoint") if isinstance(settings, dict) else None
+    return [checkpoint] if isinstance(checkpoint, str) else []
+
+
+def path_and_weight(adapter: str) -> tuple[str, float]:
+    """PATH or PATH:WEIGHT -> (path, weight)."""
+    path, colon, text = adapter.rpartition(":")
+    try:
+        weight = float(text) if colon else 1.0
+    except ValueError:  # the colon is part of the path
+        return adapter, 1.0
+    if not math.isfinite(weight):
+        raise UserError(f"{adapter}: the weight of an adapter must be a finite number")
+    return (path, weight) if colon else (adapter, 1.0)
+
+
+def another_base(path: str, meta: dict, files: Sequence[str] = ()) -> str:
+    """The line for an adapter that does not belong to the model that was read from these files."""
+    place = next(iter(bases_of(path, meta)), "")
+    if place and os.path.realpath(place) in map(os.path.realpath, files):
+        return f"{path} was trained on {place}, which has changed since then: put the old file back, or train again"
+    to_do = f"give {place} as the checkpoint, which its header names" if place else "give its own base"
+    return f"{path} was trained on another base than {files[0] if files else 'this model'}: {to_do}"
+
+
+def adapted_fingerprint(fingerprint: str, modules: dict[str, dict], meta: dict, weight: float) -> str:
+    """The fingerprint of a model to which an adapter is added. It is made from what the files hold, not from merged
+    weights, whose last bits depend on the machine."""
+    facts = [fingerprint, meta.get("base"), meta["kind"], meta.get("base_bits", 0), float(weight)]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for target, found in sorted(modules.items()):
+        digest.update(f"{target} {float(found['alpha'])} ".encode())
+        for name, array in sorted(found.items()):
+            if name != "alpha":
+                digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+                digest.update(np.array(array.view(mx.uint8)).tobytes())
+    return digest.hexdigest()
+
+
 def load_adapter(model: GPT, path: str, weight: float = 1.0, fingerprint: str | None = None) -> dict:
     """Put a saved adapter onto a model: a file that save_adapter() wrote, or a folder of PEFT's. The change B A is
     multiplied by `weight`. A file's base must have this fingerprint (None: that of the model as it is); PEFT's folders
     do not identify their base. Returns the adapter's meta."""
+    modules, meta = read_adapter(path)
+    if "base" in meta and meta["base"] != (fingerprint or base_fingerprint(model)):
+        raise UserError(another_base(path, meta))
+    add_adapter(model, path, modules, meta, weight)
+    return meta
+
+
+def read_adapter(path: str) -> tuple[dict[str, dict], dict]:
+    """The arrays a, b, m and the alpha for each linear layer by path, and the meta, of an adapter file or a folder of
+    PEFT's."""
     if os.path.isdir(path):
-        modules, meta = read_peft(path)
-    else:
-        arrays, meta = load_arrays(path)
-        if not meta.get("adapter"):
-            raise UserError(f"{path} is a checkpoint, not an adapter: give it as --checkpoint")
-        if meta["base"] != (fingerprint or base_fingerprint(model)):
-            raise UserError(f"{path} was trained on another base than this checkpoint: give the adapter's own base")
-        modules = {}
-        for name, array in arrays.items():
-            target, _, part = name.rpartition(".")
-            modules.setdefault(target, {"alpha": meta["alpha"]})[part] = array
+        return read_peft(path)
+    if not os.path.exists(path):
+        raise UserError(f"no adapter at {path}: train one with `python sft.py`, or check the name")
+    arrays, meta = load_arrays(path)
+    if not meta.get("adapter"):
+        raise UserError(f"{path} is a checkpoint, not an adapter: give it as --checkpoint")
+    alpha, bits = meta.get("alpha"), meta.get("base_bits", 0)
+    if (meta.get("kind") not in KINDS or type(alpha) not in (int, float) or not isinstance(meta.get("base"), str)
+            or type(bits) is not int):
+        raise UserError(f"{path} has no kind, alpha or base in its header that can be read: copy or train it again")
+    modules = {}
+    for name, array in arrays.items():
+        target, _, part = name.rpartition(".")
+        modules.setdefault(target, {"alpha": alpha})[part] = array
+    return modules, meta
+
+
+def add_adapter(model: GPT, path: str, modules: dict[str, dict], meta: dict, weight: float):
+    """Put an adapter that read_adapter() gave onto a model. path: for errors."""
     if meta["kind"] == "dora" and weight != 1:
         raise UserError(f"{path} is of kind dora, which can have no weight but 1: leave out the weight")
     quantize_base(model, meta.get("base_bits", 0))
@@ -225,7 +361,7 @@ def load_adapter(model: GPT, path: str, weight: float = 1.0, fingerprint: str | 
             raise UserError(f"{path} adapts {target}, which this model lacks: give the adapter's own base")
         if meta["kind"] == "dora" and isinstance(layers[target], Adapter):
             raise UserError(f"{path} is of kind dora, and {target} already has an adapter: load dora first")
-        rank = found["a"].shape[0] if "a" in found else meta["rank"]
+        rank = len(found["a"]) if "a" in found and found["a"].ndim else 1
         adapter = Adapter(layers[target], rank, found["alpha"] * weight, meta["kind"], [0])
         for name in ("a", "b", "m"):
             if name in adapter:
@@ -236,20 +372,6 @@ def load_adapter(model: GPT, path: str, weight: float = 1.0, fingerprint: str | 
                 adapter[name] = array
         replace_module(model, target, adapter)
     model.freeze()
-    return meta
-
-
-def load_adapters(model: GPT, adapters: Sequence[str]) -> dict:
-    """Put several adapters onto a model, each given as PATH or PATH:WEIGHT. Returns the meta of the last one, or {}."""
-    fingerprint, meta = base_fingerprint(model) if adapters else "", {}
-    for adapter in adapters:
-        path, colon, weight = adapter.rpartition(":")
-        try:
-            path, weight = (path, float(weight)) if colon else (adapter, 1.0)
-        except ValueError:  # the colon is part of the path
-            path, weight = adapter, 1.0
-        meta = load_adapter(model, path, weight, fingerprint)
-    return meta
 
 
 def quantize_base(model: GPT, bits: int):

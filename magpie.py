@@ -28,9 +28,9 @@ from tqdm import tqdm
 import run_folder
 from config import UserError, overrides
 from conversations import TEMPLATES, check_template, encode_prompt, end_of_answer, read_conversations, turns
-from lora import load_adapters
+from lora import load_adapted
 from lora import merge as merge_adapters
-from model import compute_dtype, generate, load_checkpoint
+from model import compute_dtype, generate
 from tokenizer import Tokenizer
 
 # model
@@ -113,12 +113,11 @@ class Known:
 
 # ---- load ------------------------------------------------------------------------------------------------------------
 
-model, meta = load_checkpoint(checkpoint)
+model, meta = load_adapted(checkpoint, adapter)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot write conversations")
 enc = Tokenizer.from_dict(meta["tokenizer"])
-adapted = load_adapters(model, adapter)
-template = template or adapted.get("template") or meta.get("template") or "none"
+template = template or meta.get("template") or "none"
 if template == "none":
     raise UserError(f"{checkpoint} was not tuned on conversations: give one that sft.py has tuned, or a --template")
 form = TEMPLATES[check_template(template)]

@@ -29,9 +29,9 @@ from mlx.utils import tree_flatten
 
 from config import UserError, overrides
 from conversations import check_template, encode_prompt, end_of_answer
-from lora import load_adapters
+from lora import load_adapted
 from lora import merge as merge_adapters
-from model import compute_dtype, generate, load_checkpoint
+from model import compute_dtype, generate
 from tokenizer import Tokenizer
 
 # model
@@ -64,14 +64,13 @@ if kv_bits not in (0, 4, 8):
 if not 0 <= seed < 2**63:
     raise UserError(f"seed={seed}: it must be from 0 to 2^63 - 1")
 
-model, meta = load_checkpoint(checkpoint)
+model, meta = load_adapted(checkpoint, adapter)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
 enc = Tokenizer.from_dict(meta["tokenizer"])
-adapted = load_adapters(model, adapter)
 if merge:
     merge_adapters(model)
-template = template or adapted.get("template") or meta.get("template") or "none"
+template = template or meta.get("template") or "none"
 if template != "none":
     check_template(template)
 model.make_cache(kv_bits)  # UserError, before the prompt is printed, where head_dim does not suit kv_bits

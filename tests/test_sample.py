@@ -344,7 +344,7 @@ def test_an_adapter_of_another_base(tuned, tmp_path):
     _, error = sample(other, "x", f"--adapter={tuned / 'a.safetensors'}", status=2)
     assert "a.safetensors was trained on another base" in error
     _, error = sample(other, "x", "--adapter=nothing.safetensors:0.5", status=2)
-    assert "no checkpoint at nothing.safetensors:" in error
+    assert "no adapter at nothing.safetensors:" in error
 
 
 def test_answer_by_the_template(tuned):
