@@ -1,8 +1,9 @@
 """The folder of a training run, as train.py, sft.py, dpo.py and scripts copied from them keep it.
 
     source = run_folder.read_source(__file__)         # the script and its modules, before anybody edits them
-    run_folder.check(out_dir, SCRIPT, overwrite)      # before any work: is the folder free?
+    run_folder.check(out_dir, SCRIPT, overwrite, inputs=[data])  # before any work: is the folder free?
     run_folder.start(out_dir, SCRIPT, settings, source)
+    stops = run_folder.catch_stops()                  # how often Ctrl-C or SIGTERM has asked the run to stop
     run_folder.add_row(out_dir, COLUMNS, {"step": 1, "train_loss": 8.3})
 
     OUT_DIR/run.json       commit, arguments, settings, script, and started, the date
@@ -16,48 +17,78 @@ import csv
 import datetime
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 
 from safetensors import SafetensorError, safe_open
 
-from config import UserError
+from config import UserError, given
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: two runs in one folder go unnoticed there
     fcntl = None
 
-RESULTS = ("ckpt", "best", "sft", "dpo")
+RESULTS = ("ckpt", "best", "sft", "dpo", "resume")
+OWN_FILES = ("loss.csv", "loss.png", "experts.csv", "experts.png", "run.json", "run.lock")
+OWN_FOLDERS = r"source(-\d+)*|peft|tensorboard|wandb"
 locks = {}  # open files by path: a lock is held until its file is closed, at the latest when the process ends
 allowed = {}  # by folder: the results, and their time, that check() allowed to replace
 
 # ---- may it write there? ---------------------------------------------------------------------------------------------
 
 
-def check(out_dir: str, script: str, overwrite: bool, resume: bool | None = None):
-    """UserError if another process writes to this folder, or if it holds results that a new run would replace: then a
-    user at a terminal is asked first. resume: that setting; None where the script has none."""
+def check(out_dir: str, script: str, overwrite: bool, resume: bool | None = None, inputs: Iterable[str] = (),
+          state: str = "ckpt.safetensors"):
+    """UserError if another process writes to this folder, if a run in it may replace one of the `inputs`, or if it
+    holds results that a new run would replace: then a user at a terminal is asked first. resume: that setting; None
+    where the script has none. inputs: the files that the run reads; a text that is no file's name is passed over.
+    state: the file in OUT_DIR that --resume=True needs."""
+    if overwrite and resume:
+        raise UserError("--overwrite=True begins anew and --resume=True goes on: give one of them")
+    for path in inputs:
+        if is_own(out_dir, path):
+            raise UserError(f"{path} is read by this run, which may replace it, as it is in the folder {out_dir} of a "
+                            f"run: give another one, --out_dir={shlex.quote(free_name(out_dir))}")
     if os.path.exists(os.path.join(out_dir, "run.lock")):
         lock(out_dir, script)
     path = newest_result(out_dir)
     allowed[out_dir] = (path, path and os.path.getmtime(path))
-    if overwrite and resume:
-        raise UserError("--overwrite=True begins anew and --resume=True goes on: give one of them")
-    if overwrite or resume or not path:
+    others = [name for name in ("loss.csv", "run.json") if os.path.exists(os.path.join(out_dir, name))]
+    if overwrite or resume or not path and (not others or read_start(out_dir)):
         return
-    header = header_of(path)
     ways = ["--overwrite=True to replace it", f"--out_dir={shlex.quote(free_name(out_dir))}"]
-    if resume is not None and header.get("script") == script and os.path.exists(f"{out_dir}/ckpt.safetensors"):
-        step = header.get("step", 0)
-        done = step and step == header.get("settings", {}).get("max_iters")
+    if not path:
+        ask_to_replace(f"{out_dir} holds {' and '.join(others)}, and not of a run", ways)
+        return
+    before = header_of(os.path.join(out_dir, state))
+    if resume is not None and before.get("script") == script:
+        step = before.get("step", 0)
+        done = step and step == before.get("settings", {}).get("max_iters")
         more = f" --max_iters={2 * step}" if done else ""
         ways.insert(1, f"--resume=True{more} to go on with it")
-    ask_to_replace(f"{out_dir} holds {describe(path, header)}", ways)
+    ask_to_replace(f"{out_dir} holds {describe(path, header_of(path))}", ways)
+
+
+def is_own(out_dir: str, path: str) -> bool:
+    """Whether a run in this folder may write or delete the file at this path, which may also be a link to it, or a
+    folder of the run."""
+    if not os.path.exists(path):
+        return False
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    states = [name for name in names if re.fullmatch(r"ckpt\.optimizer-\d+\.safetensors", name)]
+    if any(os.path.samefile(path, os.path.join(out_dir, name))
+           for name in (*results(out_dir), *states, *OWN_FILES) if os.path.exists(os.path.join(out_dir, name))):
+        return True
+    folders = [os.path.realpath(os.path.join(out_dir, name)) for name in names if re.fullmatch(OWN_FOLDERS, name)]
+    return any(os.path.join(os.path.realpath(path), "").startswith(os.path.join(folder, "")) for folder in folders)
 
 
 def ask_to_replace(what: str, ways: list[str]):
@@ -73,7 +104,12 @@ def ask_to_replace(what: str, ways: list[str]):
 
 
 def check_maker(path: str, script: str, out_dir: str):
-    """UserError if the checkpoint at this path was made by another script than the one that is to resume it."""
+    """UserError if there is no checkpoint, or other file to resume from, at this path, or if another script than the
+    one that is to resume it has made it."""
+    if not os.path.exists(path):
+        found = newest_result(out_dir)
+        there = f"; {out_dir} holds {describe(found, header_of(found))}" if found else ""
+        raise UserError(f"there is no checkpoint {path} to go on from{there}: leave out --resume=True")
     header = header_of(path)
     maker = header.get("script", "an unknown script")
     if maker == script or not header:  # a file that is no checkpoint is refused when it is loaded
@@ -113,13 +149,18 @@ def locked(file) -> bool:
     return True
 
 
-def newest_result(out_dir: str) -> str | None:
-    """The path of the checkpoint or adapter in a run's folder that was written last; None where there is none."""
+def results(out_dir: str) -> list[str]:
+    """The names of the checkpoints and adapters in a run's folder."""
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
     names = [name for name in names if re.fullmatch(r"(?!ckpt\.optimizer-).*\.safetensors", name)]
     if not os.path.exists(os.path.join(out_dir, "run.json")):  # it may be a folder for anything
         names = [name for name in names if name.removesuffix(".safetensors") in RESULTS]
-    return max((os.path.join(out_dir, name) for name in names), key=os.path.getmtime, default=None)
+    return names
+
+
+def newest_result(out_dir: str) -> str | None:
+    """The path of the checkpoint or adapter in a run's folder that was written last; None where there is none."""
+    return max((os.path.join(out_dir, name) for name in results(out_dir)), key=os.path.getmtime, default=None)
 
 
 def header_of(path: str) -> dict:
@@ -153,6 +194,29 @@ def free_name(path: str, ending: str = "") -> str:
     return f"{stem}-{number}{ending}"
 
 
+def check_rates(settings: dict, resume: bool = False):
+    """UserError for a learning_rate, muon_lr, weight_decay, grad_clip, beta1, beta2 or min_lr (those that the script
+    has) which no training can use. min_lr is a share of the peak: a value that must be a learning rate, as nanoGPT's
+    6e-5 is, is refused. It stands here since train.py, sft.py and dpo.py have these settings. resume: a min_lr that was
+    not given is the checkpoint's own and stays."""
+    for name in ("learning_rate", "muon_lr", "weight_decay", "grad_clip"):
+        if not 0 <= settings.get(name, 0.0) < math.inf:
+            raise UserError(f"{name}={settings[name]}: it must be 0 or more, and finite")
+    for name in ("beta1", "beta2"):
+        if not 0 <= settings.get(name, 0.0) < 1:
+            raise UserError(f"{name}={settings[name]}: it must be 0 or more, and less than 1")
+    least, peak = settings.get("min_lr", 0.0), settings.get("learning_rate", 0.0)
+    if resume and "min_lr" not in given or least == 0 or 0.01 <= least <= 1:
+        return
+    rule = f"min_lr={least}: it is a share of the peak, 0 or from 0.01 to 1"
+    if not 0 < least < peak:
+        raise UserError(rule)
+    share = float(f"{least / peak:.3g}")
+    nearest = "" if share >= 0.01 else "; the nearest to take is --min_lr=0.01"
+    raise UserError(f"{rule}; as a rate it is the share {share} of learning_rate={peak}" +
+                    (nearest or f": give --min_lr={share}"))
+
+
 # ---- begin -----------------------------------------------------------------------------------------------------------
 
 
@@ -167,9 +231,7 @@ def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], s
         if re.fullmatch(r".+\.safetensors\.tmp\d+|(loss|experts)\.(csv|png)\.tmp\d*", name):  # of a killed run
             os.remove(os.path.join(out_dir, name))
     path = os.path.join(out_dir, "run.json")
-    before = {}
-    with contextlib.suppress(OSError, ValueError), open(path) as file:
-        before = json.load(file)
+    before = read_start(out_dir)
     if not step and os.path.exists(os.path.join(out_dir, "source", before.get("script", "none"))):  # of another run
         for name in os.listdir(out_dir):
             if re.fullmatch(r"source(-\d+)*", name):
@@ -181,6 +243,18 @@ def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], s
         json.dump(facts, file, indent=1)
     os.replace(f"{path}.tmp", path)
     keep_source(out_dir, source, step)
+
+
+def read_start(out_dir: str) -> dict:
+    """What run.json says of the run that began in this folder; {} where it is missing or not a run's."""
+    try:
+        with open(os.path.join(out_dir, "run.json"), encoding="utf-8") as file:
+            start = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    kinds = {"script": str, "settings": dict, "started": str}
+    whole = isinstance(start, dict) and all(isinstance(start.get(name), kind) for name, kind in kinds.items())
+    return start if whole else {}
 
 
 def read_source(script: str) -> dict[str, bytes]:
@@ -234,12 +308,30 @@ def git_commit() -> str:
         return ""
 
 
+# ---- stop ------------------------------------------------------------------------------------------------------------
+
+
+def catch_stops() -> Callable[[], int]:
+    """From here on Ctrl-C (SIGINT) and SIGTERM are counted, so that the script can save before it ends; the second
+    Ctrl-C stops at once. The function that is returned gives the number of signals so far."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+        if len(caught) > 1 and number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return lambda: len(caught)
+
+
 # ---- rows: loss.csv, TensorBoard, wandb ------------------------------------------------------------------------------
 
 
-def write_rows(out_dir: str, columns: list[str], rows: list[dict]):
+def write_rows(out_dir: str, columns: list[str], rows: list[dict], name: str = "loss.csv"):
     """Begin loss.csv with these rows: those of a resumed run up to its checkpoint, or none."""
-    path = os.path.join(out_dir, "loss.csv")
+    path = os.path.join(out_dir, name)
     with open(f"{path}.tmp", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
@@ -247,10 +339,69 @@ def write_rows(out_dir: str, columns: list[str], rows: list[dict]):
     os.replace(f"{path}.tmp", path)
 
 
-def add_row(out_dir: str, columns: list[str], row: dict):
+def add_row(out_dir: str, columns: list[str], row: dict, name: str = "loss.csv"):
     """Add a row to loss.csv. A column that the row lacks stays empty."""
-    with open(os.path.join(out_dir, "loss.csv"), "a", newline="") as file:
-        csv.DictWriter(file, columns, restval="").writerow(row)
+    path = os.path.join(out_dir, name)
+    try:
+        with open(path, "a", newline="") as file:
+            csv.DictWriter(file, columns, restval="").writerow(row)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is unharmed") from error
+
+
+def read_rows(out_dir: str, step: int, columns: Iterable[str] = (), name: str = "loss.csv") -> list[dict[str, str]]:
+    """The rows of loss.csv up to the step at which a run goes on; their values are texts of numbers, or empty. A line
+    that is no row, since somebody edited the file or a crash cut it, is left out, and so is a column that is not among
+    `columns`. Then one line is printed, and the file is kept as loss-2.csv. One line tells also of a file that is
+    missing or ends early. Nothing is raised."""
+    path = os.path.join(out_dir, name)
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            lines = file.read().split("\n")
+    except FileNotFoundError:
+        print(f"{path} is missing: its rows begin at step {step}", flush=True)
+        return []
+    names = fields_of(lines[0])
+    rows, spoilt, beyond = [], [], False
+    if "step" not in names or len({*names}) < len(names):
+        names, spoilt = [], [1]
+    for number, line in enumerate(lines[1:], 2):
+        fields = fields_of(line)
+        whole = names and number < len(lines) and len(fields) == len(names) and all(map(is_number, fields))
+        row = dict(zip(names, fields, strict=True)) if whole else {}
+        if row and row["step"].isdecimal():
+            beyond = beyond or int(row["step"]) > step
+            rows.append(row)
+        elif not beyond and line.strip():  # what follows the checkpoint's step is left out anyway
+            spoilt.append(number)
+    rows = [row for row in rows if int(row["step"]) <= step]
+    more = [one for one in names if columns and one not in columns]
+    if spoilt or more:
+        kept = free_name(path, ".csv")
+        shutil.copyfile(path, kept)
+        what = (f"line {spoilt[0]} {f'and {len(spoilt) - 1} more are no rows' if spoilt[1:] else 'is no row'} of a run"
+                if spoilt else f"no run writes the column {more[0]!r}")
+        print(f"{path}: {what}: left out here, and kept in {kept}", flush=True)
+        return rows
+    steps = [int(row["step"]) for row in rows] or [0]
+    if step - steps[-1] > max((b - a for a, b in zip(steps, steps[1:], strict=False)), default=step):
+        print(f"{path} ends at step {steps[-1]}, before step {step} of the checkpoint: rows are missing", flush=True)
+    return rows
+
+
+def fields_of(line: str) -> list[str]:
+    """The fields of one line of a CSV file."""
+    try:
+        return next(csv.reader([line.rstrip("\r")]), [])
+    except csv.Error:  # a field of more than 128 KiB
+        return []
+
+
+def is_number(text: str) -> bool:
+    """Whether a field is empty or a finite number."""
+    with contextlib.suppress(ValueError):
+        return not text or math.isfinite(float(text))
+    return False
 
 
 def check_log(log: str):
