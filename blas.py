@@ -17,6 +17,8 @@ import os
 import struct
 import sys
 
+import config  # noqa: F401  (it ends a script quietly on Ctrl-C, also during the imports that follow)
+
 # Threads: by default OpenBLAS uses all cores; OPENBLAS_NUM_THREADS or threads(n) change that. On an idle machine of 2
 # cores, a product is 1.9 times faster with 2 threads than with 1, and a step of an MLP 1.2 to 1.4 times. But OpenBLAS's
 # threads wait for each other by spinning: beside ONE other busy process the step was 1.3 to 1.7 times SLOWER, and at

@@ -8,10 +8,12 @@ Errors: a script raises UserError for what the user can correct. It ends with th
 """
 
 import atexit
+import codecs
 import difflib
 import os
 import re
 import shlex
+import signal
 import sys
 import textwrap
 import tokenize
@@ -43,7 +45,12 @@ def overrides(globals_dict: dict, *positional: str) -> dict:
     assert set(positional) <= set(settings), f"not settings: {set(positional) - set(settings)}"
     if globals_dict["__name__"] == "__main__":
         sys.excepthook = _excepthook
+        if signal.getsignal(signal.SIGINT) is _stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         atexit.register(_flush)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="any_text")
         if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
             _help(globals_dict["__file__"], globals_dict["__doc__"], settings, positional)
             raise SystemExit
@@ -156,6 +163,7 @@ def _excepthook(kind, error, trace):
     script = os.path.basename(sys.argv[0])
     if issubclass(kind, KeyboardInterrupt):
         line, status = "stopped", 130
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, another Ctrl-C would print a traceback
     elif issubclass(kind, BrokenPipeError):  # the process that reads our output has ended, as in `| head`
         line, status = "", 141
     elif issubclass(kind, UserError):
@@ -170,6 +178,30 @@ def _excepthook(kind, error, trace):
     raise SystemExit(status)  # raised in this hook it sets the exit status
 
 
+def _stop(*_):
+    """End at once, on Ctrl-C while a script is importing. Then it has nothing to save, and a KeyboardInterrupt in the
+    middle of an import would leave a traceback, or get lost in an extension."""
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
+def _stop_early():
+    """Let _stop() handle Ctrl-C until overrides() is called, if the script that runs is one of this collection."""
+    ours, main = os.path.dirname(os.path.abspath(__file__)), getattr(sys.modules["__main__"], "__file__", None)
+    ours = main and os.path.dirname(os.path.abspath(main)) in (ours, os.path.join(ours, "runs"))
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores Ctrl-C
+        signal.signal(signal.SIGINT, _stop)
+
+
+def _any_text(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For output, what the encoding lacks: a byte of a file's name that is no text is written as it is, any other
+    character as its Python escape."""
+    letter = error.object[error.start]
+    if "\udc80" <= letter <= "\udcff":  # what Python makes of such a byte
+        return bytes([ord(letter) - 0xDC00]), error.start + 1
+    return letter.encode("ascii", "backslashreplace"), error.start + 1
+
+
 def _flush():
     """Flush the output before Python does, as Python prints an error if the process that reads it has ended."""
     try:
@@ -177,6 +209,9 @@ def _flush():
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+
+codecs.register_error("any_text", _any_text)
+_stop_early()
 
 if __name__ == "__main__":
     print("config.py has no command of its own: run train.py, which uses it", file=sys.stderr)

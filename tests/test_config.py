@@ -1,5 +1,6 @@
 """config.py, through little scripts that are run as a user runs them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -269,3 +270,45 @@ def test_an_output_is_none_of_the_inputs(tmp_path, monkeypatch):
     for path, *inputs in (["model", "other"], ["model", ""], ["new", "new"], ["folder/new", "folder"],
                           ["broken", "model"], ["model", "folder", "broken"]):
         config.check_output(path, *inputs)
+
+
+INTERRUPTER = """
+import os, signal, sys
+
+class Finder:  # Python asks it first for every module that is imported
+    seen = 0
+
+    def find_spec(name, path=None, target=None):
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # config has been imported
+            Finder.seen += 1
+        if Finder.seen == int(os.environ["MOMENT"]):
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "hqq.py", "gguf_reader.py", "runs/compress.py"])
+def test_ctrl_c_while_a_script_imports(script, tmp_path):
+    """SIGINT at the 1st, 2nd, 4th, ... import after that of config: one line, status 130."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTER)
+    for power in range(8):
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "MOMENT": str(2**power)}
+        done = subprocess.run([sys.executable, ROOT / script, "--nothing"], capture_output=True, text=True,
+                              env=environment)
+        assert (done.returncode, done.stderr) == (130, "stopped\n"), 2**power
+
+
+def test_a_terminal_without_utf8(tmp_path):
+    """What an encoding lacks is printed as an escape, and a file's name as the bytes that it has."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT + "print('▌ é')\nprint(data)\nraise UserError(f'— {data}')", encoding="utf-8")
+    environment = {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for name in ("bücher", b"b\xfccher"):
+        done = subprocess.run([sys.executable, path, name], capture_output=True, env=environment)
+        name = name if isinstance(name, bytes) else name.encode()
+        assert done.stdout.split(b"\n", 1)[1] == b"\\u258c \\xe9\n" + name + b"\n"
+        assert (done.returncode, done.stderr) == (2, b"script.py: \\u2014 " + name + b"\n")
+        utf8 = {**environment, "PYTHONUTF8": "1"}
+        done = subprocess.run([sys.executable, path, name], capture_output=True, env=utf8)
+        assert done.stdout.split(b"\n", 1)[1] == "▌ é\n".encode() + name + b"\n"
