@@ -184,6 +184,20 @@ def describe(path: str, header: dict) -> str:
     return f"{os.path.basename(path)} ({', '.join(fact for fact in facts if fact)})"
 
 
+def old_settings(path: str, header: dict, settings: dict, lasting: Iterable[str]) -> dict:
+    """The settings of the run whose state this file holds, for --resume=True, except those on the command line.
+    UserError if one of the `lasting` ones, which the state depends on, differs there; or if the header lacks a part."""
+    parts = {"settings": dict, "step": int, "tokens": int, "losses": dict, "rows": str}
+    if lacking := [name for name, kind in parts.items() if not isinstance(header.get(name), kind)]:
+        raise UserError(f"{path} lacks {', '.join(lacking)} in its header: begin anew with --overwrite=True")
+    old = {name: tuple(value) if isinstance(value, list) else value for name, value in header["settings"].items()
+           if name in settings.keys() - {"resume", "out_dir", "overwrite"}}
+    for name in given & {*lasting} & old.keys():
+        if settings[name] != old[name]:
+            raise UserError(f"{name} is {old[name]!r} in {path}: leave it out, or give another --out_dir")
+    return {name: value for name, value in old.items() if name not in given}
+
+
 def free_name(path: str, ending: str = "") -> str:
     """The first of PATH-2, PATH-3, ... that does not exist, numbered before the ending; PATH-7 is numbered as PATH."""
     path = os.path.normpath(path)
