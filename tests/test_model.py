@@ -91,8 +91,9 @@ every_flavour = pytest.mark.parametrize("flavour", FLAVOURS)
 # ---- the oracle ------------------------------------------------------------------------------------------------------
 
 
-def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
-    """float64 logits (B, T, V). It takes every parameter that the config asks for, and fails if one is left over."""
+def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
+    """float64 logits (B, T, V). It takes every parameter that the config asks for, and fails if one is left over. drop
+    is called where GPT-2 has dropout, in this order."""
     used = set()
     H, KV, D = c.n_head, c.n_kv_head, c.head_dim
 
@@ -163,7 +164,7 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
                 distance = (within if sink else at)[t] - at_k[j]
                 score = score - (SLOPES[pairs][h // 2] if pairs else SLOPES[H][h]) * distance
             maps[h, t, j] = np.exp(score)
-        maps = maps / maps.sum(-1, keepdims=True)
+        maps = drop(maps / maps.sum(-1, keepdims=True))
         if not pairs:
             y = np.stack([maps[h] @ v[:, h * KV // H] for h in range(H)], axis=1)
         elif c.diff_attn_version == 1:
@@ -215,14 +216,15 @@ def oracle(c: GPTConfig, parameters: dict, idx) -> np.ndarray:
 
     def block(x, layer, at, seen):
         name = f"blocks.{layer}"
-        x = x + attention(f"{name}.attn", norm(f"{name}.attn_norm", x), layer, at, seen)
-        return x + (experts if c.n_expert else mlp)(f"{name}.mlp", norm(f"{name}.mlp_norm", x))
+        x = x + drop(attention(f"{name}.attn", norm(f"{name}.attn_norm", x), layer, at, seen))
+        return x + drop((experts if c.n_expert else mlp)(f"{name}.mlp", norm(f"{name}.mlp_norm", x)))
 
     def row(idx):
         x, at = weight("embed.weight")[idx], np.arange(len(idx))
         seen = {"ids": idx, "values": np.zeros((len(idx), KV, D)), "shared": None}
         if c.pos == "learned":
             x = x + weight("pos_embed.weight")[at]
+        x = drop(x)
         for layer in range(c.n_layer):
             if c.yoco and layer == c.n_layer // 2:
                 seen["shared"] = keys_values("shared", norm("shared.norm", x), layer, at, seen)
@@ -470,6 +472,46 @@ def test_gradients_are_slopes(flavour):
                     for sign in (1, -1))
         error = abs((up - down) / (2 * h) - (gradients[name] * direction).sum())
         assert error < 1e-4 * np.linalg.norm(gradients[name]) * np.linalg.norm(direction) + 1e-7, name  # k.bias: 0
+
+
+DROPS = ["default", "GPT-2", "Llama", "diff", "diff 2", "ALiBi", "sinks", "window", "MoE", "MoD, soft", "YOCO",
+         "value residual", "softcap"]
+
+
+@pytest.mark.parametrize("flavour", DROPS)
+def test_dropout(flavour, monkeypatch):
+    """In training the numbers that are 0 in the model's masks are dropped at GPT-2's places, and the others divided by
+    1 - p; the masks drop a share p. model.eval() drops nothing."""
+    model, idx, masks, bernoulli = build(flavour), tokens(1, 90), [], mx.random.bernoulli
+    monkeypatch.setattr(mx.random, "bernoulli", lambda *of, **key: masks.append(bernoulli(*of, **key)) or masks[-1])
+    whole = model.eval()(mx.array(idx))
+    model.dropout = 0.25
+    assert mx.array_equal(whole, model(mx.array(idx))) and not masks
+    mx.random.seed(1)
+    found = model.train()(mx.array(idx))
+    left = [np.array(mask[0]) for mask in masks]
+    kept = np.concatenate([mask.ravel() for mask in left])
+    assert len(left) == 3 * model.config.n_layer + 1
+    assert kept.mean() == pytest.approx(0.75, abs=5 * math.sqrt(0.25 * 0.75 / kept.size))
+    assert len({mask[..., :8, :8].tobytes() for mask in left}) == len(left)  # no mask is used twice
+    expected = oracle(model.config, float64(model.parameters()), idx, lambda x: x * left.pop(0) / 0.75)
+    assert close(found, expected) and not close(found, whole, 0.05) and not left
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("flavour", ["default", "YOCO", "MoD"])
+def test_dropout_of_recomputed_blocks(flavour, every):
+    """A block that is computed twice drops the same numbers twice: gradients do not depend on it."""
+    model, idx = build(flavour).train(), mx.array(tokens(2, 40))
+    model.dropout = 0.3
+    found = []
+    for model.checkpoint_every in (0, every):
+        mx.random.seed(5)
+        found.append(nn.value_and_grad(model, model.loss)(idx[:, :-1], idx[:, 1:]))
+    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6)
+    same_gradients(found[0][1], found[1][1])
+    mx.random.seed(6)
+    assert model.loss(idx[:, :-1], idx[:, 1:]).item() != pytest.approx(found[0][0].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("every, recomputed", [(0, []), (1, [0, 1, 2]), (2, [0, 2])])
