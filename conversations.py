@@ -134,8 +134,9 @@ def end_of_answer(enc: Tokenizer, template: str) -> int:
 
 
 def encode(enc: Tokenizer, messages: list[dict], template: str) -> tuple[list[int], list[bool]]:
-    """The tokens of a conversation, and for each whether it belongs to a message of the assistant, its end token
-    included. The first token is the template's start token if the tokenizer has it, else bos."""
+    """The tokens of a conversation, and for each whether it is learned: whether it belongs to a message of the
+    assistant, its end token included, unless the message has "weight": 0. The first token is the template's start token
+    if the tokenizer has it, else bos."""
     form = TEMPLATES[template]
     ids = encode_marked(enc, form["start"]) if form["start"] in enc.special else [enc.bos]
     learned = [False] * len(ids)
@@ -146,7 +147,8 @@ def encode(enc: Tokenizer, messages: list[dict], template: str) -> tuple[list[in
             content.append(end_of_answer(enc, template))
             after = after if i + 1 < len(messages) else []
         ids += before + content + after
-        learned += [False] * len(before) + [answer] * len(content) + [False] * len(after)
+        yes = answer and message.get("weight") != 0
+        learned += [False] * len(before) + [yes] * len(content) + [False] * len(after)
     return ids, learned
 
 
