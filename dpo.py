@@ -2,29 +2,40 @@
 
     python dpo.py out-sft/sft.safetensors --data=pairs.jsonl
     python dpo.py out/ckpt.safetensors --data=pairs.jsonl --loss=simpo --kind=full --learning_rate=1e-5
+    python dpo.py --resume=True            # goes on after Ctrl-C, after a power cut, or with more --epochs
 
-Each line of the file is {"prompt", "chosen", "rejected"}: texts, or the prompt as a list of messages. The reference is
-the model before the first update. Its log-probabilities are computed once, so no second copy of the weights is needed.
+The pairs may have any layout that records.py lists: prompt, chosen and rejected as texts or as messages, HH's strings,
+UltraFeedback's, Orca's, ... --loss=kto also takes single answers with a label. One of them is printed as the model sees
+it. The reference is the model before the first update. Its log-probabilities are computed once, so no second copy of
+the weights is needed. A checkpoint that is an adapter is merged into its base first.
 
     OUT_DIR/dpo.safetensors      the step with the lowest validation loss: with --kind=full or --merge=True as a whole
                                  checkpoint, else as an adapter for the checkpoint that it was trained on
+    OUT_DIR/resume.safetensors   the last step, and the state of the optimizer
     OUT_DIR/loss.csv, loss.png   the curves
     OUT_DIR/run.json, source/    the settings of the run and its code
+
+Ctrl-C saves the last step and stops. --resume=True continues from there bit for bit, with the settings of that run,
+except those on the command line.
 
 A log line shows: loss; acc, the share of pairs whose chosen answer has the larger reward (equal rewards count half);
 margin, the mean reward of the chosen answers minus that of the rejected ones; lr, the learning rate; norm, the norm of
 the gradient before clipping. After every eval_interval updates a line shows the loss (val), acc and margin of the pairs
 held out, and logp, the mean log-probabilities of their chosen and rejected answers in nats: both can fall while their
 difference grows. Speed and memory are in loss.csv. The reward is beta times the log-probability of the answer minus the
-reference's (dpo, ipo, kto), or beta times the mean log-probability of its tokens (simpo, orpo).
+reference's (dpo, ipo, kto), or beta times the mean log-probability of its tokens (simpo, orpo). kto has no pairs: there
+acc is the share of answers whose reward is on the right side of z (see kto() below), and chosen and rejected are the
+desirable and the undesirable answers.
 
 Losses: dpo (Rafailov et al. 2023; label_smoothing: Mitchell 2023), ipo (Azar et al. 2023), simpo (Meng et al. 2024),
 orpo (Hong et al. 2024), kto (Ethayarajh et al. 2024).
 """
+import hashlib
 import math
 import os
+import shlex
+import sys
 import time
-from collections import Counter
 from functools import partial
 
 import blas  # noqa: F401  (before mlx)
@@ -32,31 +43,38 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 import draw
 import run_folder
-from config import UserError, overrides
-from conversations import check_messages, check_template, encode, encode_prompt, read_jsonl, text_of
-from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged, save_peft
-from model import GPT, ON_CPU, compute_dtype, cross_entropy, load_checkpoint, save_checkpoint
+from config import UserError, check_output, overrides
+from conversations import check_template, encode, encode_prompt
+from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
+from lora import merge as merge_adapters
+from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, save_arrays, save_checkpoint
+from records import read_labelled, read_preferences, show, split
 from tokenizer import Tokenizer
 
-checkpoint = "out-sft/sft.safetensors"  # a checkpoint; one that sft.py has tuned suits best
+checkpoint = "out-sft/sft.safetensors"  # a checkpoint or an adapter; one of sft.py suits best
 # data
-data = ""               # jsonl
-val_data = ""           # jsonl held out; "": val_share of data
+data = ""               # .jsonl, .json, .csv or .parquet
+val_data = ""           # a file of pairs held out; "": val_share of data
 val_share = 0.1         # of the pairs
 template = ""           # plain | alpaca | chatml | llama3; "": the checkpoint's own, else chatml
+strict = False          # refuse a file with a bad row; False: skip the row
 out_dir = "out-dpo"     # the folder of this run
-seed = 1337             # of the split, the order and the adapter
+resume = False          # continue from OUT_DIR/resume.safetensors
+seed = 1337             # of the split, the order, the adapter and dropout
 # loss
 loss = "dpo"            # dpo | ipo | simpo | orpo | kto
 beta = 0.1              # scale of the reward (simpo: 2 is usual); orpo: weight of the odds
 gamma = 1.0             # simpo: the target margin
 label_smoothing = 0.0   # dpo: assumed share of pairs with chosen and rejected swapped
+desirable_weight = 1.0    # kto: of the losses of desirable answers
+undesirable_weight = 1.0  # kto: of the losses of undesirable answers
 # adapter
+adapter = ()            # adapters to merge into the checkpoint first, PATH or PATH:WEIGHT; can be given several times
 kind = "lora"           # full | lora | rslora | dora
 rank = 8                # of the adapter
 alpha = 16.0            # its scale is alpha / rank (rslora: / sqrt(rank))
@@ -66,11 +84,13 @@ merge = False           # write a checkpoint with the adapter merged into its we
 peft = False            # write the adapter also to OUT_DIR/peft, a folder that Hugging Face's PEFT reads
 # optimization
 epochs = 3              # passes over the pairs
-batch_size = 8          # pairs per update
+batch_size = 8          # pairs (kto: answers) per micro-step
+grad_accum = 1          # micro-steps per update
 learning_rate = 2e-4    # peak; full fine-tuning needs a hundredth
 warmup_share = 0.1      # of all updates, linear
 min_lr = 0.1            # learning rate at the end of the cosine, as a share of the peak
 grad_clip = 1.0         # largest norm of the gradient; 0: no clipping
+dropout = 0.0           # share of the numbers dropped in training, at GPT-2's places
 # run
 eval_interval = 20      # updates between evaluations
 log_interval = 5        # updates between log lines
@@ -81,9 +101,7 @@ log = ""                # send the rows of loss.csv also to tensorboard | wandb
 
 settings = overrides(globals(), "checkpoint", "data")
 
-SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
-
-# ---- losses: one number per pair, from the log-probabilities of its answers ------------------------------------------
+# ---- losses: one number per pair, or per answer, from log-probabilities ----------------------------------------------
 #
 # pi_c, pi_r: the model's log-probabilities of the chosen and of the rejected answer, summed over tokens; ref_c, ref_r:
 # the reference's; n_c, n_r: the numbers of tokens.
@@ -116,11 +134,17 @@ def orpo(pi_c, pi_r, n_c, n_r, beta: float) -> mx.array:
     return -mean_c - beta * log_sigmoid(log_odds)
 
 
-def kto(pi_c, pi_r, ref_c, ref_r, pi_other, ref_other, beta: float) -> mx.array:
-    """The mean of 1 - sigmoid(beta (pi_c - ref_c) - z) and 1 - sigmoid(z - beta (pi_r - ref_r)),   z = beta max(0, mean
-    of pi - ref over answers to other prompts): an estimate of the KL divergence, which is not differentiated."""
-    z = mx.stop_gradient(beta * mx.maximum((pi_other - ref_other).mean(), 0))
-    return (mx.sigmoid(z - beta * (pi_c - ref_c)) + mx.sigmoid(beta * (pi_r - ref_r) - z)) / 2
+def kto_z(pi_other, ref_other, beta: float) -> mx.array:
+    """z = beta max(0, mean of pi - ref over answers to other prompts): an estimate of the KL divergence, which is not
+    differentiated."""
+    return mx.stop_gradient(beta * mx.maximum((pi_other - ref_other).mean(), 0))
+
+
+def kto(pi, ref, label, z, beta: float, desirable_weight: float, undesirable_weight: float) -> mx.array:
+    """w_d (1 - sigmoid(beta (pi - ref) - z)) for an answer whose label is 1, w_u (1 - sigmoid(z - beta (pi - ref)))
+    for one whose label is 0."""
+    distance = beta * (pi - ref) - z
+    return mx.where(label == 1, desirable_weight * mx.sigmoid(-distance), undesirable_weight * mx.sigmoid(distance))
 
 
 def answer_log_probs(model: GPT, ids: mx.array, learned: mx.array) -> mx.array:
@@ -131,102 +155,126 @@ def answer_log_probs(model: GPT, ids: mx.array, learned: mx.array) -> mx.array:
     return -(nats * learned[:, 1:]).sum(1)
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- resume: the settings of the run apply, except those on the command line -----------------------------------------
+
+SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
+result, state_path = os.path.join(out_dir, "dpo.safetensors"), os.path.join(out_dir, "resume.safetensors")
+LASTING = ("checkpoint", "adapter", "data", "val_data", "val_share", "template", "seed", "loss", "beta", "gamma",
+           "label_smoothing", "desirable_weight", "undesirable_weight", "kind", "rank", "alpha", "targets", "base_bits",
+           "merge", "batch_size", "grad_accum")
+start_step, trained, before = 0, {}, {}  # trained, before: the arrays and the header of the last step
+if resume:
+    run_folder.check_maker(state_path, SCRIPT, out_dir)
+    trained, before = load_arrays(state_path)
+    settings.update(run_folder.old_settings(state_path, before, settings, LASTING))
+    globals().update(settings)
+    start_step = before["step"]
 
 if not data:
-    raise UserError("no pairs: give --data=FILE.jsonl")
+    raise UserError("no pairs: give --data=FILE, a .jsonl, .json, .csv or .parquet")
 if loss not in ("dpo", "ipo", "simpo", "orpo", "kto"):
     raise UserError(f"loss={loss!r} is not one of dpo, ipo, simpo, orpo, kto")
 if kind not in ("full", *KINDS):
     raise UserError(f"kind={kind!r} is not one of full, {', '.join(KINDS)}")
 if kind == "full" and base_bits:
     raise UserError(f"base_bits={base_bits} with kind=full: packed weights do not train; take kind=lora")
-for name in ("epochs", "batch_size", "eval_interval", "log_interval", "beta"):
+for name in ("epochs", "batch_size", "grad_accum", "eval_interval", "log_interval", "beta"):
     if settings[name] <= 0:
         raise UserError(f"{name}={settings[name]}: it must be more than 0")
+for name in ("seed", "desirable_weight", "undesirable_weight"):
+    if settings[name] < 0:
+        raise UserError(f"{name}={settings[name]}: it must be 0 or more")
 if not 0 < val_share < 1 or not 0 <= label_smoothing < 0.5:
     raise UserError("val_share must be between 0 and 1, label_smoothing from 0 up to 0.5")
+if not 0 <= dropout < 1 or not 0 <= warmup_share <= 1:
+    raise UserError("dropout must be from 0 up to 1, warmup_share from 0 to 1")
+run_folder.check_rates(settings, resume)
 if dtype == "float16":
     raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
 run_folder.check_log(log)
-run_folder.check(out_dir, SCRIPT, overwrite)
+run_folder.check(out_dir, SCRIPT, overwrite, resume, [checkpoint, *adapter, data, val_data], "resume.safetensors")
 
+# ---- data: pairs (prompt, chosen, rejected), for kto answers (prompt, answer, whether it is desirable) ---------------
 
-def to_pair(line) -> tuple[list[dict], str, str]:
-    """The prompt's messages, the chosen and the rejected answer. ValueError says what is wrong."""
-    if not isinstance(line, dict):
-        raise ValueError("not an object of fields in { }")
-    if isinstance(line.get("prompt"), list):
-        prompt = check_messages(line["prompt"])
-    else:
-        prompt = [{"role": "user", "content": text_of(line, "prompt")}]
-    answers = []
-    for field in ("chosen", "rejected"):
-        given = line.get(field)
-        if isinstance(given, list):  # messages: the answer is the last of them
-            given = {field: ([{"content": ""}, *check_messages(given)])[-1]["content"]}
-        answers.append(text_of(given if isinstance(given, dict) else line, field))
-        if not answers[-1].strip():
-            raise ValueError(f"an empty {field} answer")
-    if answers[0] == answers[1]:
-        raise ValueError("chosen and rejected are the same")
-    return prompt, *answers
-
-
-pairs = read_jsonl(data, to_pair)
-held_out = read_jsonl(val_data, to_pair) if val_data else []
-model, meta = load_checkpoint(checkpoint)
+read = read_labelled if loss == "kto" else read_preferences
+pairs = read(data, strict)
+if val_data:
+    held_out = read(val_data, strict)
+else:
+    pairs, held_out = split(pairs, val_share, seed)
+model, meta = load_adapted(checkpoint, adapter)
+for path in (result, state_path):
+    check_output(path, *meta["files"])  # the base of an adapter is an input, too
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read pairs")
 enc = Tokenizer.from_dict(meta["tokenizer"])
 template = check_template(template or meta.get("template") or "chatml")
 block_size = model.config.block_size
-if not held_out:
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    n_val = max(1, round(val_share * len(pairs)))
-    if n_val == len(pairs):
-        raise UserError(f"{data} has {n_val} pair: give two or more, or --val_data")
-    held_out, pairs = [pairs[i] for i in order[:n_val]], [pairs[i] for i in order[n_val:]]
-N_PARTS = 3 if loss == "kto" else 2  # rows of a pair: chosen, rejected, and the answer to another prompt
+
+
+def answer_to_another(pairs: list, i: int) -> str:
+    """For kto: the answer of the next example that has another prompt."""
+    following = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
+    return next((answer for prompt, answer, _ in following if prompt != pairs[i][0]), pairs[i][1])
 
 
 def rows_of(pairs: list, what: str) -> dict[str, np.ndarray]:
-    """"ids" and "learned" (pairs, N_PARTS, T + 1), padded to the longest row. A pair that is longer than the context
-    is left out, as an answer that is cut would be judged by its beginning."""
-    found = []
-    for i, (prompt, chosen, rejected) in enumerate(pairs):
-        answers = [chosen, rejected, pairs[(i + 1) % len(pairs)][1]][:N_PARTS]
+    """"ids" and "learned" (pairs, 2, T + 1), padded to the longest row: the chosen and the rejected answer; for kto an
+    answer and one to another prompt, and its "label" (pairs,). A pair that is longer than the context is left out, as
+    an answer that is cut would be judged by its beginning."""
+    found, labels = [], []
+    for i, (prompt, answer, other) in enumerate(pairs):
+        answers = [answer, answer_to_another(pairs, i) if loss == "kto" else other]
         given = len(encode_prompt(enc, prompt, template))
         rows = [encode(enc, [*prompt, {"role": "assistant", "content": answer}], template)[0] for answer in answers]
+        if loss == "kto":
+            rows[1] = rows[1][:block_size + 1]  # for an estimate, the beginning of an answer is enough
         if max(map(len, rows)) <= block_size + 1:
             found.append((given, rows))
+            labels.append(other)
     if not found:
         raise UserError(f"no {what} pair fits into {block_size} tokens: train a longer context")
     T, skipped = max(len(ids) for _, rows in found for ids in rows), len(pairs) - len(found)
-    ids, learned = np.zeros((len(found), N_PARTS, T), np.int32), np.zeros((len(found), N_PARTS, T), np.float32)
+    ids, learned = np.zeros((len(found), 2, T), np.int32), np.zeros((len(found), 2, T), np.float32)
     for i, (given, rows) in enumerate(found):
         for part, row in enumerate(rows):
             ids[i, part, :len(row)], learned[i, part, given:len(row)] = row, 1
-    print(f"{what}: {len(found)} pairs, at most {T - 1} tokens"
+    counted = f"answers, {sum(labels)} desirable" if loss == "kto" else "pairs"
+    print(f"{what}: {len(found)} {counted}, at most {T - 1} tokens"
           f"{f'; {skipped} SKIPPED, over {block_size} tokens' if skipped else ''}")
-    return {"ids": ids, "learned": learned}
+    if what == "training":
+        given, rows = found[0]
+        for row in rows[:1 if loss == "kto" else 2]:
+            show(enc, row, [i >= given for i in range(len(row))])
+    return {"ids": ids, "learned": learned, **({"label": np.array(labels, np.float32)} if loss == "kto" else {})}
 
 
 train_rows, val_rows = rows_of(pairs, "training"), rows_of(held_out, "held out")
+rows_hash = hashlib.sha256(b"".join(array.tobytes() for rows in (train_rows, val_rows) for array in rows.values()))
+rows_hash = rows_hash.hexdigest()
+if resume and before["rows"] != rows_hash:
+    raise UserError(f"{data} has changed since {state_path} was written: begin anew in another --out_dir")
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 working_dtype = compute_dtype(dtype)
-fingerprint = base_fingerprint(model)
-model.compute_dtype = working_dtype
+fingerprint = meta.get("fingerprint") or base_fingerprint(model)
+merge_adapters(model)
+model.compute_dtype, model.dropout = working_dtype, dropout
 if kind == "full":
+    if any("scales" in path for path, _ in tree_flatten(model.parameters())):
+        raise UserError(f"{checkpoint} has packed weights, which do not train: take --kind=lora")
+    model.unfreeze()
     model.set_dtype(mx.float32)
 else:
     model.set_dtype(working_dtype)
     quantize_base(model, base_bits)
     attach(model, targets, rank, alpha, kind, seed)
 print(f"{sum(p.size for _, p in tree_flatten(model.trainable_parameters())) / 1e6:.2f}M parameters train")
-max_iters = epochs * math.ceil(len(train_rows["ids"]) / batch_size)
+steps_an_epoch = math.ceil(len(train_rows["ids"]) / (batch_size * grad_accum))
+max_iters = epochs * steps_an_epoch
+if resume and start_step >= max_iters:
+    raise UserError(f"{state_path} is at step {start_step} of {max_iters} already: give more --epochs")
 opt = optim.Adam(learning_rate, betas=[0.9, 0.95], bias_correction=True)
 opt.init(model.trainable_parameters())
 
@@ -239,23 +287,59 @@ def learning_rate_at(step: int) -> float:
     return learning_rate * (min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-# ---- the step --------------------------------------------------------------------------------------------------------
-
-state = [model.state, opt.state]
-compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
+def batch_of(rows: dict, which) -> dict[str, mx.array]:
+    return {name: mx.array(array[which]) for name, array in rows.items()}
 
 
 def side_by_side(x: mx.array) -> mx.array:
-    """(B, N_PARTS, T) -> (N_PARTS B, T): all chosen answers, then all rejected ones."""
+    """(B, 2, T) -> (2 B, T): all first answers, then all second ones."""
     return x.swapaxes(0, 1).flatten(0, 1)
 
 
+# ---- the reference: the log-probabilities before the first update ----------------------------------------------------
+
+
+def log_probs(ids, learned):
+    return answer_log_probs(model, ids, learned)
+
+
+if compile:
+    log_probs = mx.compile(log_probs, inputs=model.state)
+
+
+def add_reference(rows: dict):
+    """"reference" (pairs, 2), which simpo and orpo do without."""
+    rows["reference"] = np.zeros(rows["ids"].shape[:2], np.float32)
+    if loss in ("simpo", "orpo"):
+        return
+    for start in tqdm(range(0, len(rows["ids"]), batch_size), desc="reference", leave=False, disable=None):
+        part = slice(start, start + batch_size)
+        ids, learned = (side_by_side(mx.array(rows[name][part])) for name in ("ids", "learned"))
+        rows["reference"][part] = np.array(log_probs(ids, learned)).reshape(2, -1).T
+
+
+model.eval()
+add_reference(train_rows)
+add_reference(val_rows)
+if resume:
+    state = tree_unflatten(list(trained.items()))
+    model.update(state["model"])
+    opt.state = state["optimizer"]
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+state = [model.state, opt.state, mx.random.state]
+compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
+
+
 def loss_and_figures(batch) -> tuple[mx.array, dict[str, mx.array]]:
-    """The mean loss of a batch, and its figures by name, which are means over the pairs too."""
-    B = batch["ids"].shape[0]
+    """The mean loss of a batch, and its figures by name: each a sum, and the number of what was summed."""
     ids, learned = side_by_side(batch["ids"]), side_by_side(batch["learned"])
-    pi = answer_log_probs(model, ids, learned).reshape(N_PARTS, B)
-    ref, n = batch["reference"].T, learned[:, 1:].sum(1).reshape(N_PARTS, B)
+    pi = answer_log_probs(model, ids, learned).reshape(2, -1)
+    ref, n = batch["reference"].T, learned[:, 1:].sum(1).reshape(2, -1)
+    rewards = beta * (pi / n if loss in ("simpo", "orpo") else pi - ref)
+    chosen, rejected, first, second = mx.ones(pi.shape[1]), mx.ones(pi.shape[1]), 0, 1  # weights, rows of pi
+    right = (mx.sign(rewards[0] - rewards[1]) + 1) / 2
     if loss == "dpo":
         losses = dpo(pi[0], pi[1], ref[0], ref[1], beta, label_smoothing)
     elif loss == "ipo":
@@ -265,53 +349,57 @@ def loss_and_figures(batch) -> tuple[mx.array, dict[str, mx.array]]:
     elif loss == "orpo":
         losses = orpo(pi[0], pi[1], n[0], n[1], beta)
     else:
-        losses = kto(pi[0], pi[1], ref[0], ref[1], pi[2], ref[2], beta)
-    rewards = beta * (pi / n if loss in ("simpo", "orpo") else pi - ref)
-    margin = rewards[0] - rewards[1]
-    value = losses.mean()
-    return value, {"loss": value, "accuracy": ((mx.sign(margin) + 1) / 2).mean(), "margin": margin.mean(),
-                   "chosen": pi[0].mean(), "rejected": pi[1].mean()}
+        z = kto_z(pi[1], ref[1], beta)
+        losses = kto(pi[0], ref[0], batch["label"], z, beta, desirable_weight, undesirable_weight)
+        right = (mx.sign((2 * batch["label"] - 1) * (rewards[0] - z)) + 1) / 2
+        chosen, rejected, second = batch["label"], 1 - batch["label"], 0
+    figures = {"loss": (losses, mx.ones(losses.shape)), "accuracy": (right, mx.ones(losses.shape)),
+               "reward_chosen": (rewards[first], chosen), "reward_rejected": (rewards[second], rejected),
+               "chosen": (pi[first], chosen), "rejected": (pi[second], rejected)}
+    return losses.mean(), {name: mx.stack([(x * w).sum(), w.sum()]) for name, (x, w) in figures.items()}
+
+
+def means(figures: dict[str, mx.array]) -> dict[str, float]:
+    """The figures as means, and "margin"; not a number where nothing was summed."""
+    found = {name: total / count if count else math.nan
+             for name, (total, count) in ((name, figure.tolist()) for name, figure in figures.items())}
+    found["margin"] = found.pop("reward_chosen") - found.pop("reward_rejected")
+    return found
 
 
 @compiled
-def step(batch):
-    """One update. Returns its figures, among them the norm of the gradient before clipping."""
-    (_, figures), grads = nn.value_and_grad(model, loss_and_figures)(batch)
+def gradients(batch, share):
+    """The figures and gradients of one micro-step, the gradients times its share of the update's pairs."""
+
+    def shared_loss(batch):
+        value, figures = loss_and_figures(batch)
+        return share * value, figures
+
+    (_, figures), grads = nn.value_and_grad(model, shared_loss)(batch)
+    return figures, grads
+
+
+@compiled
+def update(grads):
+    """Clip and apply. Returns the gradient's norm before clipping."""
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
     opt.update(model, grads)
-    return {**figures, "norm": length}
+    return length
 
 
 validation_figures = compiled(lambda batch: loss_and_figures(batch)[1])
 
 
-@compiled
-def log_probs(ids, learned):
-    return answer_log_probs(model, ids, learned)
-
-
-def add_reference(rows: dict):
-    """"reference" (pairs, N_PARTS): the log-probabilities before the first update."""
-    parts = []
-    for start in tqdm(range(0, len(rows["ids"]), batch_size), desc="reference", leave=False, disable=None):
-        ids, learned = (side_by_side(mx.array(rows[name][start:start + batch_size])) for name in ("ids", "learned"))
-        parts.append(np.array(log_probs(ids, learned)).reshape(N_PARTS, -1).T)
-    rows["reference"] = np.concatenate(parts)
-
-
-def batch_of(rows: dict, which) -> dict[str, mx.array]:
-    return {name: mx.array(array[which]) for name, array in rows.items()}
-
-
 def evaluate() -> dict[str, float]:
     """The mean figures of the pairs held out."""
     model.eval()
-    totals, n = Counter(), len(val_rows["ids"])
-    for start in range(0, n, batch_size):
-        batch = batch_of(val_rows, slice(start, start + batch_size))
-        totals.update({name: figure.item() * len(batch["ids"]) for name, figure in validation_figures(batch).items()})
+    totals = None
+    for start in range(0, len(val_rows["ids"]), batch_size):
+        figures = validation_figures(batch_of(val_rows, slice(start, start + batch_size)))
+        totals = figures if totals is None else tree_map(mx.add, totals, figures)
+        mx.eval(totals)
     model.train()
-    return {name: total / n for name, total in totals.items()}
+    return means(totals)
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------
@@ -319,25 +407,43 @@ def evaluate() -> dict[str, float]:
 FIGURES = ["accuracy", "margin", "chosen", "rejected"]
 COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", *FIGURES, "learning_rate", "grad_norm", "tok_per_s",
            "peak_gib"]
-result = os.path.join(out_dir, "dpo.safetensors")
-rows = []
+losses = before.get("losses", {"untrained": None, "best": None, "best_step": 0})  # held out
+rows, seconds_before = [], 0.0
 
 
-def save(step: int, held_out: dict[str, float]):
-    header = {"script": SCRIPT, "settings": settings, "commit": commit, "step": step, "template": template,
-              "losses": {"val": held_out["loss"], **held_out}}
+def facts(step: int) -> dict:
+    """What a file's header says of the run."""
+    return {"script": SCRIPT, "settings": settings, "commit": commit, "step": step, "template": template}
+
+
+def finite(figures: dict[str, float]) -> dict[str, float]:
+    """The figures for loss.csv, without those that are no number: kto's of a batch without undesirable answers."""
+    return {name: figures[name] for name in FIGURES if math.isfinite(figures[name])}
+
+
+def save_best(step: int, held_out: dict[str, float]):
+    header = {**facts(step), "losses": {"val": held_out["loss"], **held_out}}
     if kind == "full":
         save_checkpoint(result, model, {**header, "tokenizer": meta["tokenizer"]})
     elif merge:
         save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
     else:
-        save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint)
+        save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint,
+                     [checkpoint, *adapter])
         if peft:
             save_peft(os.path.join(out_dir, "peft"), model)
 
 
+def save_state(step: int):
+    """Write what a resumed run needs. It follows save_best(): if the process is killed between them, the resumed run
+    comes to the best step again."""
+    arrays = dict(tree_flatten({"model": model.trainable_parameters(), "optimizer": opt.state}))
+    save_arrays(state_path, arrays, {**facts(step), "version": VERSION, "losses": losses, "tokens": tokens,
+                                     "evaluated": evaluated, "rows": rows_hash})
+
+
 def record(**row):
-    row["seconds"] = round(time.perf_counter() - began, 2)
+    row["seconds"] = round(seconds_before + time.perf_counter() - began, 2)
     rows.append(row)
     run_folder.add_row(out_dir, COLUMNS, row)
     send(row)
@@ -347,8 +453,8 @@ def draw_curves():
     """loss.png: loss, accuracy and log-probabilities, of the training pairs and of those held out."""
     both = []  # rows with other names for their figures: train_accuracy, val_accuracy
     for row in rows:
-        split = "val" if "val_loss" in row else "train"
-        both.append({**row, **{f"{split}_{name}": row[name] for name in FIGURES}})
+        split = "val" if row.get("val_loss") else "train"
+        both.append({**row, **{f"{split}_{name}": row[name] for name in FIGURES if name in row}})
     panels = {label: {f"{split}_{name}": f"{name}, {which}" for name in names
                       for split, which in (("train", "training"), ("val", "held out"))}
               for label, names in (("loss", ["loss"]), ("accuracy", ["accuracy"]), ("nats", ["chosen", "rejected"]))}
@@ -357,27 +463,32 @@ def draw_curves():
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
-run_folder.start(out_dir, SCRIPT, settings, source)
+run_folder.start(out_dir, SCRIPT, settings, source, start_step)
+if resume:
+    rows = run_folder.read_rows(out_dir, start_step)
+    seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
 run_folder.write_rows(out_dir, COLUMNS, rows)
-send, commit = run_folder.log_to(log, out_dir, settings), run_folder.git_commit()
-if peft and kind != "full":
+send, commit = run_folder.log_to(log, out_dir, settings, start_step), run_folder.git_commit()
+if peft and kind != "full" and not resume:
     save_peft(os.path.join(out_dir, "peft"), model)  # raises here, before training, if PEFT has no such adapter
-model.eval()
-add_reference(train_rows)
-add_reference(val_rows)
+interrupts = run_folder.catch_stops()
 model.train()
-bar = tqdm(total=max_iters, unit="step", disable=None, dynamic_ncols=True)
-best, pending, began = math.inf, None, time.perf_counter()
+pending, began = None, time.perf_counter()
+bar = tqdm(total=max_iters, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
 
-def finish(number: int, figures: dict[str, mx.array], rate: float):
+def diverged(what: str):
+    kept = f"{result} has step {losses['best_step']}" if losses["best_step"] else "no step was saved"
+    raise UserError(f"{what}; {kept}: try a smaller learning_rate")
+
+
+def finish(number: int, figures: dict[str, mx.array], norm: mx.array, rate: float):
     """Read the figures of a step and log them, while the device works on the next step."""
     global lap_time, lap_tokens
-    figures = {name: figure.item() for name, figure in figures.items()}
-    value, norm = figures["loss"], figures["norm"]
+    figures, norm = means(figures), norm.item()
+    value = figures["loss"]
     if not (math.isfinite(value) and math.isfinite(norm)):
-        raise UserError(f"step {number}: the loss is {value}, the gradient's norm {norm}; {result} holds the best"
-                        " step before, if there was one: try a smaller learning_rate")
+        diverged(f"step {number}: the loss is {value}, the gradient's norm {norm}")
     if number % log_interval == 0 or number in (1, max_iters):
         speed = lap_tokens / lap_time if lap_time else 0.0
         lap_time, lap_tokens = 0.0, 0
@@ -385,42 +496,73 @@ def finish(number: int, figures: dict[str, mx.array], rate: float):
                    f"margin {figures['margin']:6.3f} | lr {rate:.1e} | norm {norm:4.2f}")
         record(step=number, tokens=tokens, train_loss=value, learning_rate=rate, grad_norm=norm,
                tok_per_s=round(speed), peak_gib=round(mx.get_peak_memory() / 2**30, 3),
-               **{name: figures[name] for name in FIGURES})
+               **finite(figures))
+
+
+def evaluate_and_best(number: int):
+    figures = evaluate()
+    value = figures["loss"]
+    if not math.isfinite(value):
+        diverged(f"step {number}: the loss held out is {value}")
+    if number == 0:
+        losses["untrained"] = value
+    is_best = number > 0 and (losses["best"] is None or value < losses["best"])
+    mark = " | best" if is_best and value < losses["untrained"] else ""
+    tqdm.write(f"step {number:6d} | val  {value:6.4f} | acc {figures['accuracy']:4.0%} | "
+               f"margin {figures['margin']:6.3f} | logp {figures['chosen']:6.4g} {figures['rejected']:6.4g}{mark}")
+    record(step=number, tokens=tokens, val_loss=value, **finite(figures))
+    if is_best:
+        losses.update(best=value, best_step=number)
+        save_best(number, figures)
 
 
 lengths = train_rows["ids"].shape[-1] - train_rows["learned"][..., ::-1].argmax(-1)  # the answer ends a row
-number, tokens, lap_time, lap_tokens = 0, 0, 0.0, 0  # tokens: of prompts and answers, without padding
+number, tokens, lap_time, lap_tokens = start_step, before.get("tokens", 0), 0.0, 0  # tokens: without padding
+evaluated = before.get("evaluated")  # the last step that was
 while True:
-    if number % eval_interval == 0 or number == max_iters:
+    stopping, due = interrupts() > 0, number % eval_interval == 0 or number == max_iters
+    if stopping or due and number != evaluated:
         if pending:
             finish(*pending)
             pending = None
-        figures = evaluate()
-        is_best = number > 0 and figures["loss"] < best
-        tqdm.write(f"step {number:6d} | val  {figures['loss']:6.4f} | acc {figures['accuracy']:4.0%} | "
-                   f"margin {figures['margin']:6.3f} | logp {figures['chosen']:6.4g} {figures['rejected']:6.4g}"
-                   f"{' | best' if is_best else ''}")
-        record(step=number, tokens=tokens, val_loss=figures["loss"], **{name: figures[name] for name in FIGURES})
-        if is_best:
-            best = figures["loss"]
-            save(number, figures)
-        if number == max_iters:
+        if not stopping:
+            evaluate_and_best(number)
+            evaluated = number
+        save_state(number)
+        if stopping or number == max_iters:
             break
-    epoch, i = divmod(number, max_iters // epochs)
+    epoch, i = divmod(number, steps_an_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(len(train_rows["ids"]))
-    which = order[i * batch_size:(i + 1) * batch_size]
+    which = order[i * batch_size * grad_accum:(i + 1) * batch_size * grad_accum]
     lap_began, rate = time.perf_counter(), learning_rate_at(number)
     opt.learning_rate = rate
-    figures = step(batch_of(train_rows, which))
-    mx.async_eval(figures, state)
+    mx.random.seed((seed * 2**32 + number) % 2**64)  # of dropout: a resumed run draws equal numbers
+    figures = grads = None
+    for start in range(0, len(which), batch_size):
+        micro = which[start:start + batch_size]
+        new = gradients(batch_of(train_rows, micro), mx.array(len(micro) / len(which)))
+        figures, grads = new if grads is None else tree_map(mx.add, (figures, grads), new)
+        if start + batch_size < len(which):
+            mx.async_eval(figures, grads)  # so that the activations of one micro-step at a time are in memory
+    norm = update(grads)
+    mx.async_eval(figures, norm, state)
     number += 1
     if pending:
         finish(*pending)
-    pending = number, figures, rate
+    pending = number, figures, norm, rate
     lap_time += time.perf_counter() - lap_began
     in_step = int(lengths[which].sum())
     tokens, lap_tokens = tokens + in_step, lap_tokens + in_step
     bar.update(1)
 bar.close()
 draw_curves()
-print(f"{result}: the step with the lowest validation loss, {best:.4f}\ncurves: {out_dir}/loss.png")
+if stopping:
+    print(f"stopped at step {number} of {max_iters}, saved {state_path}\n"
+          f"go on with: python {shlex.quote(sys.argv[0])} --out_dir={shlex.quote(out_dir)} --resume=True")
+    sys.exit(130)
+print(f"{result}: step {losses['best_step']}, loss held out {losses['best']:.4f}, "
+      f"{losses['untrained']:.4f} before training\ncurves: {out_dir}/loss.png")
+if losses["best"] >= losses["untrained"]:
+    print("NO STEP WAS BETTER than the model before training: try a lower learning_rate, or more pairs")
+ending = "" if kind == "full" or merge else "  (an adapter: python merge.py makes a whole checkpoint)"
+print(f"next: python sample.py {shlex.quote(result)} --prompt=...{ending}")

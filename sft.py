@@ -2,27 +2,36 @@
 
     python sft.py out/ckpt.safetensors --data=tasks.jsonl
     python sft.py out/ckpt.safetensors --data=tasks.jsonl --kind=dora --base_bits=4
+    python sft.py --resume=True            # goes on after Ctrl-C, after a power cut, or with more --epochs
 
-Each line of the file is {"messages": [{"role", "content"}, ...]}, {"instruction", "input", "output"}, or {"prompt",
-"response"}. Only the responses are learned, unless --learn_prompts=True. Several examples are packed into one row of
-block_size tokens; each example attends to itself only, and its positions begin at 0. An example that is longer than a
-row is cut; one of which no response would be left is skipped, and the number of these is printed.
+The examples may have any layout that records.py lists: Alpaca's, messages, ShareGPT's, Dolly's, ... One of them is
+printed as the model sees it. Only the responses are learned, unless --learn_prompts=True. Several examples are packed
+into one row of block_size tokens; each example attends to itself only, and its positions begin at 0. An example that is
+longer than a row is cut; one of which no response would be left is skipped, and the number of these is printed.
 
     OUT_DIR/sft.safetensors      the step with the lowest validation loss: with --kind=full or --merge=True as a whole
                                  checkpoint, else as an adapter for the checkpoint that it was trained on
+    OUT_DIR/resume.safetensors   the last step, and the state of the optimizer
     OUT_DIR/loss.csv, loss.png   the curves
     OUT_DIR/run.json, source/    the settings of the run and its code
 
-A log line shows: loss, the mean cross-entropy of the response tokens of this update in nats; lr, the learning rate (of
-AdamW); norm, the norm of the gradient before clipping; tok/s, tokens per second without padding. After every
-eval_interval updates a line shows val, the mean cross-entropy of the response tokens held out, and the peak memory.
+Ctrl-C saves the last step and stops. --resume=True continues from there bit for bit, with the settings of that run,
+except those on the command line.
+
+A log line shows: loss, the mean cross-entropy of the response tokens of this update in nats; lr, the learning rate
+(under muon: of Adam, then of Muon); norm, the norm of the gradient before clipping; tok/s, tokens per second without
+padding. After every eval_interval updates a line shows val, the mean cross-entropy of the response tokens held out, and
+the peak memory.
 
 Kinds: full, all weights; the adapters lora (Hu et al. 2021), rslora (Kalajdzievski 2023), dora (Liu et al. 2024).
 --base_bits quantizes the base before an adapter is attached (QLoRA, Dettmers et al. 2023). --neftune adds noise to the
 embeddings (Jain et al. 2023). --optimizer=muon (Jordan et al. 2024) updates matrices, also those of adapters, by Muon.
 """
+import hashlib
 import math
 import os
+import shlex
+import sys
 import time
 from functools import partial
 
@@ -31,29 +40,34 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
 import draw
 import run_folder
-from config import UserError, overrides
-from conversations import check_template, encode, encode_prompt, end_of_answer, pack, read_conversations, shorten
-from lora import KINDS, attach, base_fingerprint, quantize_base, save_adapter, save_merged, save_peft
-from model import ON_CPU, PADDING, compute_dtype, generate, load_checkpoint, no_tap, save_checkpoint
+from config import UserError, check_output, overrides
+from conversations import check_template, encode, encode_prompt, end_of_answer, pack, shorten
+from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
+from lora import merge as merge_adapters
+from model import ON_CPU, PADDING, VERSION, compute_dtype, generate, load_arrays, no_tap, save_arrays, save_checkpoint
 from muon import Muon, by_muon
+from records import read_conversations, show, split
 from tokenizer import Tokenizer
 
-checkpoint = "out/ckpt.safetensors"  # from train.py, or an earlier sft.py
+checkpoint = "out/ckpt.safetensors"  # from train.py, or a checkpoint or adapter of an earlier sft.py or dpo.py
 # data
-data = ""               # jsonl
-val_data = ""           # jsonl held out; "": val_share of data
+data = ""               # .jsonl, .json, .csv or .parquet
+val_data = ""           # a file of examples held out; "": val_share of data
 val_share = 0.1         # of the examples
 template = ""           # plain | alpaca | chatml | llama3; "": the checkpoint's own, else chatml
 learn_prompts = False   # learn the user's turns too: magpie.py needs a model that can write them
 packing = True          # put several examples into a row
+strict = False          # refuse a file with a bad row; False: skip the row
 out_dir = "out-sft"     # the folder of this run
-seed = 1337             # of the split, the order and the adapter
+resume = False          # continue from OUT_DIR/resume.safetensors
+seed = 1337             # of the split, the order, the adapter, noise and dropout
 # adapter
+adapter = ()            # adapters to merge into the checkpoint first, PATH or PATH:WEIGHT; can be given several times
 kind = "lora"           # full | lora | rslora | dora
 rank = 8                # of the adapter
 alpha = 16.0            # its scale is alpha / rank (rslora: / sqrt(rank))
@@ -63,7 +77,8 @@ merge = False           # write a checkpoint with the adapter merged into its we
 peft = False            # write the adapter also to OUT_DIR/peft, a folder that Hugging Face's PEFT reads
 # optimization
 epochs = 3              # passes over the examples
-batch_size = 4          # rows per update
+batch_size = 4          # rows per micro-step
+grad_accum = 1          # micro-steps per update
 optimizer = "adamw"     # adamw | muon: for the matrices of the blocks and of adapters, AdamW for the rest
 learning_rate = 1e-3    # peak; full fine-tuning needs a tenth
 muon_lr = 0.02          # peak, of the matrices under muon
@@ -71,6 +86,7 @@ warmup_share = 0.05     # of all updates, linear
 min_lr = 0.1            # learning rate at the end of the cosine, as a share of the peak
 weight_decay = 0.0      # of matrices, times the learning rate
 grad_clip = 1.0         # largest norm of the gradient; 0: no clipping
+dropout = 0.0           # share of the numbers dropped in training, at GPT-2's places
 neftune = 0.0           # noise in the embeddings, over sqrt(tokens * width); 5 is usual; 0: none
 # run
 eval_interval = 20      # updates between evaluations
@@ -85,41 +101,59 @@ log = ""                # send the rows of loss.csv also to tensorboard | wandb
 settings = overrides(globals(), "checkpoint", "data")
 
 SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
+result, state_path = os.path.join(out_dir, "sft.safetensors"), os.path.join(out_dir, "resume.safetensors")
+LASTING = ("checkpoint", "adapter", "data", "val_data", "val_share", "template", "learn_prompts", "packing", "seed",
+           "kind", "rank", "alpha", "targets", "base_bits", "merge", "batch_size", "grad_accum", "optimizer")
+
+# ---- resume: the settings of the run apply, except those on the command line -----------------------------------------
+
+start_step, trained, before = 0, {}, {}  # trained, before: the arrays and the header of the last step
+if resume:
+    run_folder.check_maker(state_path, SCRIPT, out_dir)
+    trained, before = load_arrays(state_path)
+    settings.update(run_folder.old_settings(state_path, before, settings, LASTING))
+    globals().update(settings)
+    start_step = before["step"]
+
 if not data:
-    raise UserError("no examples: give --data=FILE.jsonl")
+    raise UserError("no examples: give --data=FILE, a .jsonl, .json, .csv or .parquet")
 if kind not in ("full", *KINDS):
     raise UserError(f"kind={kind!r} is not one of full, {', '.join(KINDS)}")
 if kind == "full" and base_bits:
     raise UserError(f"base_bits={base_bits} with kind=full: packed weights do not train; take kind=lora")
 if optimizer not in ("adamw", "muon"):
     raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon")
-for name in ("epochs", "batch_size", "eval_interval", "log_interval"):
+for name in ("epochs", "batch_size", "grad_accum", "eval_interval", "log_interval"):
     if settings[name] < 1:
         raise UserError(f"{name}={settings[name]}: it must be 1 or more")
+for name in ("neftune", "seed", "samples", "sample_tokens"):
+    if settings[name] < 0:
+        raise UserError(f"{name}={settings[name]}: it must be 0 or more")
 if not 0 < val_share < 1:
     raise UserError(f"val_share={val_share}: it must be between 0 and 1")
+if not 0 <= dropout < 1 or not 0 <= warmup_share <= 1:
+    raise UserError("dropout must be from 0 up to 1, warmup_share from 0 to 1")
+run_folder.check_rates(settings, resume)
 if dtype == "float16":
     raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
 run_folder.check_log(log)
-run_folder.check(out_dir, SCRIPT, overwrite)
+run_folder.check(out_dir, SCRIPT, overwrite, resume, [checkpoint, *adapter, data, val_data], "resume.safetensors")
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-conversations = read_conversations(data)
-held_out = read_conversations(val_data) if val_data else []
-model, meta = load_checkpoint(checkpoint)
+conversations = read_conversations(data, strict)
+if val_data:
+    held_out = read_conversations(val_data, strict)
+else:
+    conversations, held_out = split(conversations, val_share, seed)
+model, meta = load_adapted(checkpoint, adapter)
+for path in (result, state_path):
+    check_output(path, *meta["files"])  # the base of an adapter is an input, too
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read conversations")
 enc = Tokenizer.from_dict(meta["tokenizer"])
 template = check_template(template or meta.get("template") or "chatml")
-block_size, rng = model.config.block_size, np.random.default_rng(seed)
-if not held_out:
-    order = rng.permutation(len(conversations))
-    n_val = max(1, round(val_share * len(conversations)))
-    if n_val == len(conversations):
-        raise UserError(f"{data} has {n_val} example: give two or more, or --val_data")
-    held_out = [conversations[i] for i in order[:n_val]]
-    conversations = [conversations[i] for i in order[n_val:]]
+block_size = model.config.block_size
 
 
 def rows_of(conversations: list, what: str) -> dict[str, np.ndarray]:
@@ -133,18 +167,28 @@ def rows_of(conversations: list, what: str) -> dict[str, np.ndarray]:
           f"{int(rows['mask'].sum()):,} to learn, in {len(rows['idx'])} rows of {block_size}")
     if cut or skipped:
         print(f"    {cut} cut at {block_size} tokens; {skipped} SKIPPED, as no response was left")
+    if what == "training":
+        show(enc, *examples[0])
     return rows
 
 
 train_rows, val_rows = rows_of(conversations, "training"), rows_of(held_out, "held out")
+rows_hash = hashlib.sha256(b"".join(array.tobytes() for rows in (train_rows, val_rows) for array in rows.values()))
+rows_hash = rows_hash.hexdigest()
+if resume and before["rows"] != rows_hash:
+    raise UserError(f"{data} has changed since {state_path} was written: begin anew in another --out_dir")
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 working_dtype = compute_dtype(dtype)
-fingerprint = base_fingerprint(model)
+fingerprint = meta.get("fingerprint") or base_fingerprint(model)
+merge_adapters(model)
 bytes_before = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
-model.compute_dtype = working_dtype
+model.compute_dtype, model.dropout = working_dtype, dropout
 if kind == "full":
+    if any("scales" in path for path, _ in tree_flatten(model.parameters())):
+        raise UserError(f"{checkpoint} has packed weights, which do not train: take --kind=lora")
+    model.unfreeze()
     model.set_dtype(mx.float32)
 else:
     model.set_dtype(working_dtype)
@@ -155,8 +199,10 @@ total = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
 print(f"{trainable / 1e6:.2f}M parameters train{'' if kind == 'full' else f' in {len(paths)} layers'}; "
       f"the model takes {total / 1e6:.1f} MB, the checkpoint {bytes_before / 1e6:.1f}")
 
-steps_an_epoch = math.ceil(len(train_rows["idx"]) / batch_size)
+steps_an_epoch = math.ceil(len(train_rows["idx"]) / (batch_size * grad_accum))
 max_iters = epochs * steps_an_epoch
+if resume and start_step >= max_iters:
+    raise UserError(f"{state_path} is at step {start_step} of {max_iters} already: give more --epochs")
 opt = rest = optim.Adam(learning_rate, betas=[0.9, 0.95], bias_correction=True)
 if optimizer == "muon":
     muon = Muon(muon_lr, dtype=working_dtype)
@@ -172,6 +218,24 @@ def learning_rate_at(step: int, peak: float) -> float:
     share = (step - warmup) / max(1, max_iters - warmup)
     return peak * (min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
 
+
+def answers() -> list[str]:
+    """The model's greedy answers to the first prompts held out."""
+    model.eval()
+    found = []
+    for messages in held_out[:samples]:
+        prompt, end = encode_prompt(enc, messages[:-1], template), end_of_answer(enc, template)
+        ids = list(generate(model, prompt, sample_tokens, temperature=0, n_vocab=enc.n_vocab))
+        found.append(enc.decode(ids[:ids.index(end)] if end in ids else ids))
+    model.train()
+    return found
+
+
+untrained = answers()
+if resume:
+    state = tree_unflatten(list(trained.items()))
+    model.update(state["model"])
+    opt.state = state["optimizer"]
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 
@@ -192,9 +256,14 @@ def loss_of(batch, tap=no_tap):
 
 
 @compiled
-def step(batch):
-    """One update. Returns its figures: the loss, and the gradient's norm before clipping."""
-    loss, grads = nn.value_and_grad(model, loss_of)(batch, noise if neftune else no_tap)
+def gradients(batch, share):
+    """Loss and gradients of one micro-step, times its share of the update's response tokens."""
+    return nn.value_and_grad(model, lambda batch: share * loss_of(batch, noise if neftune else no_tap))(batch)
+
+
+@compiled
+def update(grads):
+    """Clip, decay, and apply. Returns the gradient's norm before clipping."""
     grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
 
     def decay(path: str, p: mx.array) -> mx.array:
@@ -203,7 +272,7 @@ def step(batch):
 
     model.update(tree_map_with_path(decay, model.trainable_parameters()))
     opt.update(model, grads)
-    return {"loss": loss, "norm": length}
+    return length
 
 
 validation_loss = compiled(lambda batch: loss_of(batch))
@@ -226,100 +295,131 @@ def evaluate() -> float:
 
 # ---- save ------------------------------------------------------------------------------------------------------------
 
-COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tok_per_s", "peak_gib"]
-result = os.path.join(out_dir, "sft.safetensors")
-rows = []
+COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "muon_lr", "grad_norm", "tok_per_s",
+           "peak_gib"]
+losses = before.get("losses", {"untrained": None, "best": None, "best_step": 0})  # held out, nats a response token
+rows, seconds_before = [], 0.0
 
 
-def save(step: int, val: float):
-    header = {"script": SCRIPT, "settings": settings, "commit": commit, "step": step, "losses": {"val": val},
-              "template": template}
+def facts(step: int) -> dict:
+    """What a file's header says of the run."""
+    return {"script": SCRIPT, "settings": settings, "commit": commit, "step": step, "template": template}
+
+
+def save_best(step: int, val: float):
+    header = {**facts(step), "losses": {"val": val}}
     if kind == "full":
         save_checkpoint(result, model, {**header, "tokenizer": meta["tokenizer"]})
     elif merge:
         save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
     else:
-        save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint)
+        save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint,
+                     [checkpoint, *adapter])
         if peft:
             save_peft(os.path.join(out_dir, "peft"), model)
 
 
+def save_state(step: int):
+    """Write what a resumed run needs. It follows save_best(): if the process is killed between them, the resumed run
+    comes to the best step again."""
+    arrays = dict(tree_flatten({"model": model.trainable_parameters(), "optimizer": opt.state}))
+    save_arrays(state_path, arrays, {**facts(step), "version": VERSION, "losses": losses, "tokens": tokens,
+                                     "evaluated": evaluated, "rows": rows_hash})
+
+
 def record(**row):
-    row["seconds"] = round(time.perf_counter() - began, 2)
+    row["seconds"] = round(seconds_before + time.perf_counter() - began, 2)
     rows.append(row)
     run_folder.add_row(out_dir, COLUMNS, row)
     send(row)
 
 
-def answers() -> list[str]:
-    """The model's greedy answers to the first prompts held out."""
-    model.eval()
-    found = []
-    for messages in held_out[:samples]:
-        prompt, end = encode_prompt(enc, messages[:-1], template), end_of_answer(enc, template)
-        ids = list(generate(model, prompt, sample_tokens, temperature=0, n_vocab=enc.n_vocab))
-        found.append(enc.decode(ids[:ids.index(end)] if end in ids else ids))
-    model.train()
-    return found
-
-
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
-run_folder.start(out_dir, SCRIPT, settings, source)
+run_folder.start(out_dir, SCRIPT, settings, source, start_step)
+if resume:
+    rows = run_folder.read_rows(out_dir, start_step)
+    seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
 run_folder.write_rows(out_dir, COLUMNS, rows)
-send, commit = run_folder.log_to(log, out_dir, settings), run_folder.git_commit()
-if peft and kind != "full":
+send, commit = run_folder.log_to(log, out_dir, settings, start_step), run_folder.git_commit()
+if peft and kind != "full" and not resume:
     save_peft(os.path.join(out_dir, "peft"), model)  # raises here, before training, if PEFT has no such adapter
-before, best, pending = answers(), math.inf, None
+interrupts = run_folder.catch_stops()
 model.train()
-began = time.perf_counter()
-bar = tqdm(total=max_iters, unit="step", disable=None, dynamic_ncols=True)
+pending, began = None, time.perf_counter()
+bar = tqdm(total=max_iters, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
 
-def finish(number: int, figures: dict[str, mx.array], rate: float):
+def diverged(what: str):
+    kept = f"{result} has step {losses['best_step']}" if losses["best_step"] else "no step was saved"
+    raise UserError(f"{what}; {kept}: try a smaller learning_rate")
+
+
+def finish(number: int, figures: dict[str, mx.array], rates: dict[str, float]):
     """Read the figures of a step and log them, while the device works on the next step."""
     global lap_time, lap_tokens
     loss, norm = figures["loss"].item(), figures["norm"].item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(f"step {number}: the loss is {loss}, the gradient's norm {norm}; {result} holds the best"
-                        " step before, if there was one: try a smaller learning_rate")
+        diverged(f"step {number}: the loss is {loss}, the gradient's norm {norm}")
     if number % log_interval == 0 or number == max_iters:
         speed = lap_tokens / lap_time if lap_time else 0.0
         lap_time, lap_tokens = 0.0, 0
-        tqdm.write(f"step {number:6d} | loss {loss:6.4f} | lr {rate:.1e} | norm {norm:4.2f} | {speed:7,.0f} tok/s")
-        record(step=number, tokens=tokens, train_loss=loss, learning_rate=rate, grad_norm=norm, tok_per_s=round(speed),
-               peak_gib=round(mx.get_peak_memory() / 2**30, 3))
+        shown = " ".join(f"{rate:.1e}" for rate in rates.values())
+        tqdm.write(f"step {number:6d} | loss {loss:6.4f} | lr {shown} | norm {norm:4.2f} | {speed:7,.0f} tok/s")
+        record(step=number, tokens=tokens, train_loss=loss, grad_norm=norm, tok_per_s=round(speed),
+               peak_gib=round(mx.get_peak_memory() / 2**30, 3), **rates)
 
 
-number, tokens, lap_time, lap_tokens = 0, 0, 0.0, 0  # tokens: trained on, without padding
+def evaluate_and_best(number: int):
+    val = evaluate()
+    if not math.isfinite(val):
+        diverged(f"step {number}: the loss held out is {val}")
+    if number == 0:
+        losses["untrained"] = val
+    is_best = number > 0 and (losses["best"] is None or val < losses["best"])
+    mark = " | best" if is_best and val < losses["untrained"] else ""
+    tqdm.write(f"step {number:6d} | val  {val:6.4f} | {mx.get_peak_memory() / 2**30:4.2f} GiB{mark}")
+    record(step=number, tokens=tokens, val_loss=val)
+    if is_best:
+        losses.update(best=val, best_step=number)
+        save_best(number, val)
+
+
+number, tokens, lap_time, lap_tokens = start_step, before.get("tokens", 0), 0.0, 0  # tokens: without padding
+evaluated = before.get("evaluated")  # the last step that was
 while True:
-    if number % eval_interval == 0 or number == max_iters:
+    stopping, due = interrupts() > 0, number % eval_interval == 0 or number == max_iters
+    if stopping or due and number != evaluated:
         if pending:
             finish(*pending)
             pending = None
-        val = evaluate()
-        is_best = val < best
-        tqdm.write(f"step {number:6d} | val  {val:6.4f} | {mx.get_peak_memory() / 2**30:4.2f} GiB"
-                   f"{' | best' if is_best and number else ''}")
-        record(step=number, tokens=tokens, val_loss=val)
-        if is_best and number:
-            best = val
-            save(number, val)
-        if number == max_iters:
+        if not stopping:
+            evaluate_and_best(number)
+            evaluated = number
+        save_state(number)
+        if stopping or number == max_iters:
             break
     epoch, i = divmod(number, steps_an_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(len(train_rows["idx"]))
-    which = order[i * batch_size:(i + 1) * batch_size]
-    lap_began, rate = time.perf_counter(), learning_rate_at(number, learning_rate)
-    rest.learning_rate = rate
+    which = order[i * batch_size * grad_accum:(i + 1) * batch_size * grad_accum]
+    lap_began, rates = time.perf_counter(), {"learning_rate": learning_rate_at(number, learning_rate)}
+    rest.learning_rate = rates["learning_rate"]
     if optimizer == "muon":
-        muon.learning_rate = learning_rate_at(number, muon_lr)
-    figures = step(batch_of(train_rows, which))
+        muon.learning_rate = rates["muon_lr"] = learning_rate_at(number, muon_lr)
+    mx.random.seed((seed * 2**32 + number) % 2**64)  # of noise and dropout: a resumed run draws equal numbers
+    loss, grads, learned = 0.0, None, train_rows["mask"][which].sum()
+    for start in range(0, len(which), batch_size):
+        micro = which[start:start + batch_size]
+        part, new = gradients(batch_of(train_rows, micro), mx.array(train_rows["mask"][micro].sum() / learned))
+        loss, grads = loss + part, new if grads is None else tree_map(mx.add, grads, new)
+        if start + batch_size < len(which):
+            mx.async_eval(loss, grads)  # so that the activations of one micro-step at a time are in memory
+    figures = {"loss": loss, "norm": update(grads)}
     mx.async_eval(figures, state)
     number += 1
     if pending:
         finish(*pending)
-    pending = number, figures, rate
+    pending = number, figures, rates
     lap_time += time.perf_counter() - lap_began
     in_step = int((train_rows["places"][which] < PADDING).sum())
     tokens, lap_tokens = tokens + in_step, lap_tokens + in_step
@@ -327,9 +427,18 @@ while True:
 bar.close()
 draw.curves(os.path.join(out_dir, "loss.png"), rows, {"nats a response token": {
     "train_loss": "training", "val_loss": "held out"}}, f"{os.path.basename(data)}, {kind}")
+if stopping:
+    print(f"stopped at step {number} of {max_iters}, saved {state_path}\n"
+          f"go on with: python {shlex.quote(sys.argv[0])} --out_dir={shlex.quote(out_dir)} --resume=True")
+    sys.exit(130)
 
 # ---- look at it ------------------------------------------------------------------------------------------------------
 
-for messages, old, new in zip(held_out, before, answers(), strict=False):
+for messages, old, new in zip(held_out, untrained, answers(), strict=False):
     print(f"\n> {messages[-2]['content'] if len(messages) > 1 else ''}\nbefore: {old}\nafter:  {new}")
-print(f"\n{result}: the step with the lowest validation loss, {best:.4f}\ncurves: {out_dir}/loss.png")
+print(f"\n{result}: step {losses['best_step']}, loss held out {losses['best']:.4f}, "
+      f"{losses['untrained']:.4f} before training\ncurves: {out_dir}/loss.png")
+if losses["best"] >= losses["untrained"]:
+    print("NO STEP WAS BETTER than the model before training: try a lower learning_rate, or more examples")
+ending = "" if kind == "full" or merge else "  (an adapter: python merge.py makes a whole checkpoint)"
+print(f"next: python sample.py {shlex.quote(result)} --prompt=...{ending}")
