@@ -1,27 +1,32 @@
-"""Measure how well a checkpoint predicts a text.
+"""Measure how well checkpoints predict a text.
 
     python eval.py out/ckpt.safetensors --data=book.txt
+    python eval.py out/best.safetensors out-sft/sft.safetensors --data=book.txt
     python eval.py out/ckpt.safetensors --data=data/stdlib-bpe-4096     # the validation split that data.py made
-    data/stdlib-bpe-4096: 398,605 tokens, 1,485,568 bytes, 8,706 tok/s, 0.47 GiB
-    loss 4.2234 nats | perplexity 68.26 | bits per byte 1.6349 | accuracy 26.66%
+    data/stdlib-bpe-4096: 398,605 tokens, 1,485,568 bytes
+    loss 4.2234 | perplexity 68.26 | bits/byte 1.6349 | accuracy 26.66% | out/ckpt.safetensors, 8,706 tok/s, 0.47 GiB
 
 Every token of the text is predicted exactly once, from at least block_size - stride tokens before it, or from all
-where there are fewer: a window of block_size tokens moves by `stride` tokens. It prints the mean loss in nats per
-token; the perplexity, which is exp(loss); bits per byte of the text, which can be compared between tokenizers; and the
-accuracy, the share of tokens that the model held the most probable one.
+where there are fewer: a window of block_size tokens moves by `stride` tokens. For each checkpoint it prints the mean
+loss in nats per token; the perplexity, which is exp(loss); bits per byte of the text, which can be compared between
+tokenizers; the accuracy, the share of tokens that the model held the most probable one; and the speed and the peak
+memory. An adapter is a checkpoint too: its base is found.
 """
 import math
+import os
 import time
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
 from config import UserError, overrides
-from model import compute_dtype, load_checkpoint
+from lora import load_adapted
+from model import compute_dtype
 from score import read_tokens, score
 from tokenizer import Tokenizer
 
-checkpoint = "out/ckpt.safetensors"  # from train.py
+checkpoint = ()    # checkpoints or adapters; none: out/ckpt.safetensors
+adapter = ()       # an adapter for each checkpoint, PATH or PATH:WEIGHT; can be given several times
 data = ""          # a text file, or a folder that data.py made
 block_size = 0     # tokens of context; 0: as in training; a larger one tests longer contexts than in training
 stride = 0         # tokens by which the window moves; 0: half of block_size
@@ -30,7 +35,7 @@ max_tokens = 0     # only this many of the first tokens; 0: the whole text
 kv_bits = 0        # 8 | 4: quantize keys and values to this many bits, as sample.py does; 0: no cache
 dtype = "auto"     # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
 
-settings = overrides(globals(), "checkpoint", "data")
+settings = overrides(globals(), "checkpoint")
 
 if not data:
     raise UserError("there is no text to evaluate on: give --data=FILE")
@@ -38,21 +43,34 @@ if batch_size < 1 or max_tokens < 0 or block_size < 0:
     raise UserError("batch_size must be 1 or more, max_tokens and block_size 0 or more")
 if kv_bits not in (0, 4, 8):
     raise UserError(f"kv_bits={kv_bits} is not one of 0, 4, 8")
-model, meta = load_checkpoint(checkpoint)
-if not meta.get("tokenizer"):
-    raise UserError(f"{checkpoint} holds no tokenizer to encode a text with: give another checkpoint")
-enc = Tokenizer.from_dict(meta["tokenizer"])
-model.set_dtype(compute_dtype(dtype))
+checkpoint = checkpoint or ("out/ckpt.safetensors",)
+for path in checkpoint:  # before the first is measured, which may take long
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or check the name")
 
-tokens = read_tokens(data, enc, max_tokens=max_tokens)
-if not 0 <= stride <= (block_size or model.config.block_size):
-    raise UserError(f"stride={stride}: it must be from 1 to {block_size or model.config.block_size}")
-began = time.perf_counter()
-nats, accuracy = score(model, tokens, enc.bos, block_size, stride, batch_size, kv_bits)
-seconds = time.perf_counter() - began
+told = ""
+for path in checkpoint:
+    model, meta = load_adapted(path, adapter)
+    if not meta.get("tokenizer"):
+        raise UserError(f"{path} holds no tokenizer to encode a text with: give another checkpoint")
+    enc = Tokenizer.from_dict(meta["tokenizer"])
+    model.set_dtype(compute_dtype(dtype))
 
-n_bytes = int(enc.token_bytes[tokens].sum())
-print(f"{data}: {len(tokens):,} tokens, {n_bytes:,} bytes, {len(tokens) / seconds:,.0f} tok/s, "
-      f"{mx.get_peak_memory() / 2**30:.2f} GiB")
-print(f"loss {nats:.4f} nats | perplexity {math.exp(min(nats, 700)):.2f} | "
-      f"bits per byte {nats * len(tokens) / max(n_bytes, 1) / math.log(2):.4f} | accuracy {accuracy:.2%}")
+    tokens = read_tokens(data, enc, max_tokens=max_tokens)
+    if not 0 <= stride <= (block_size or model.config.block_size):
+        raise UserError(f"stride={stride}: it must be from 1 to {block_size or model.config.block_size}")
+    mx.reset_peak_memory()
+    began = time.perf_counter()
+    nats, accuracy = score(model, tokens, enc.bos, block_size, stride, batch_size, kv_bits)
+    seconds = time.perf_counter() - began
+    if not math.isfinite(nats):
+        raise UserError(f"{path} has the loss {nats}: its logits are too large; try --dtype=float32")
+
+    n_bytes = int(enc.token_bytes[tokens].sum())
+    text = f"{data}: {len(tokens):,} tokens, {n_bytes:,} bytes"
+    if text != told:  # checkpoints may have different tokenizers
+        print(text)
+        told = text
+    print(f"loss {nats:.4f} | perplexity {math.exp(min(nats, 700)):.2f} | "
+          f"bits/byte {nats * len(tokens) / max(n_bytes, 1) / math.log(2):.4f} | accuracy {accuracy:.2%} | "
+          f"{path}, {len(tokens) / seconds:,.0f} tok/s, {mx.get_peak_memory() / 2**30:.2f} GiB", flush=True)

@@ -36,6 +36,7 @@ from model import GPT, VERSION, Linear, load_arrays, load_checkpoint, save_array
 from packing import matrices
 from quantized import BITS, replace_module
 from readers import GPT2, LLAMA, NAMES, OURS, PREFIX
+from tokenizer import Tokenizer
 
 KINDS = ("lora", "rslora", "dora")
 
@@ -220,6 +221,10 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
     checkpoint, chain = chain_of(path)
     chain += [path_and_weight(adapter) for adapter in adapters]
     model, meta = load_checkpoint(checkpoint)
+    check_finite(checkpoint, dict(tree_flatten(model.parameters())))
+    if meta.get("tokenizer") and Tokenizer.from_dict(meta["tokenizer"]).n_vocab > model.config.vocab_size:
+        raise UserError(f"{checkpoint} has a tokenizer with more tokens than its vocab_size={model.config.vocab_size}: "
+                        "copy or train it again")
     meta["files"] = [checkpoint, *(path for path, _ in chain)]
     base = fingerprint = base_fingerprint(model) if chain else ""  # of the model without, and with, what is attached
     for path, weight in chain:
@@ -235,6 +240,13 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
     if chain:
         meta["fingerprint"] = fingerprint
     return model, meta
+
+
+def check_finite(path: str, arrays: dict[str, mx.array]):
+    """UserError, which names the first tensor that holds infinite or NaN numbers."""
+    for name, array in arrays.items():
+        if not mx.isfinite(array.sum()).item() and not mx.isfinite(array).all().item():  # the sum alone may overflow
+            raise UserError(f"{path} has infinite or NaN numbers in {name}: give another checkpoint")
 
 
 def chain_of(path: str) -> tuple[str, list[tuple[str, float]]]:
@@ -337,6 +349,7 @@ def read_adapter(path: str) -> tuple[dict[str, dict], dict]:
     if not os.path.exists(path):
         raise UserError(f"no adapter at {path}: train one with `python sft.py`, or check the name")
     arrays, meta = load_arrays(path)
+    check_finite(path, arrays)
     if not meta.get("adapter"):
         raise UserError(f"{path} is a checkpoint, not an adapter: give it as --checkpoint")
     alpha, bits = meta.get("alpha"), meta.get("base_bits", 0)

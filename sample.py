@@ -6,12 +6,13 @@
     [200 tokens, 269.9 tok/s, 1.5 GB/s, first 0.02 s, 0.01 GiB, cache 1.05 MB]
 
     python sample.py out/ckpt.safetensors                     # asks for one prompt after another
-    python sample.py out/ckpt.safetensors --adapter=out-sft/sft.safetensors --prompt="Name three birds."
+    python sample.py out-sft/sft.safetensors --prompt="Name three birds."
 
 A checkpoint that sft.py fine-tuned answers through its chat template: the prompt is a message, the generated text is
 the answer, and on a terminal the conversation goes on until an empty line. --template=none continues the text instead.
---adapter can be given several times, each with a weight (--adapter=a.safetensors:0.5); --merge=True folds the adapters
-into the weights, which is faster.
+The checkpoint may be an adapter: its base is found through its header. --adapter=PATH adds another one to it, or with
+--adapter=PATH:0.5 half of it, and can be given several times. --merge=True folds all adapters into the weights, which
+is faster.
 
 Text is printed as it is generated. A line after each text tells how many tokens were generated; tokens a second; the
 bytes of weights and key/value cache that were read a second, which bounds the speed; the time until the first token;
@@ -35,7 +36,7 @@ from model import compute_dtype, generate
 from tokenizer import Tokenizer
 
 # model
-checkpoint = "out/ckpt.safetensors"  # from train.py or sft.py
+checkpoint = "out/ckpt.safetensors"  # from train.py; or a checkpoint or an adapter of sft.py or dpo.py
 adapter = ()              # an adapter for it, PATH or PATH:WEIGHT; can be given several times
 merge = False             # fold the adapters into the weights
 # text
@@ -128,6 +129,8 @@ def write(prompt: str, seed: int, before: list[dict]) -> str:
             first = time.perf_counter()
         if token in ends:
             break
+        if token >= enc.n_vocab:  # where a logit is NaN
+            raise UserError(f"the logits of {checkpoint} are not finite: give --dtype=float32, or another checkpoint")
         new += decoder.decode(enc.decode_bytes([token]))
         found, waiting = end_of(new)
         if found >= 0:

@@ -3,8 +3,6 @@
     tokens = read_tokens("book.txt", enc)
     nats, accuracy = score(model, tokens, enc.bos)        # perplexity = exp(nats)
 """
-import glob
-import json
 import os
 import sys
 
@@ -15,18 +13,17 @@ from tqdm import tqdm
 
 from config import UserError
 from model import GPT, cross_entropy
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, open_tokens
 
 
 def read_tokens(path: str, enc: Tokenizer, split: str = "val", max_tokens: int = 0) -> np.ndarray:
     """Token ids (N,) of a text file, or of a split (train or val) of a folder that data.py made. max_tokens: at most
     that many, from the start; 0: all."""
-    if os.path.exists(os.path.join(path, "meta.json")):
-        with open(os.path.join(path, "meta.json")) as file:
-            prepared = json.load(file)
-        if prepared.get("tokenizer") != enc.to_dict():
+    if os.path.isdir(path):
+        prepared, tokens = open_tokens(path)
+        if prepared["tokenizer"] != enc.to_dict():
             raise UserError(f"{path} was made with another tokenizer than the checkpoint's: give a text file instead")
-        tokens = np.fromfile(os.path.join(path, f"{split}.bin"), prepared["dtype"], count=max_tokens or -1)
+        tokens = tokens[split][:max_tokens or None]
     elif not os.path.isfile(path):
         raise UserError(f"{path} is not a text file, nor a folder that data.py made")
     else:
@@ -39,14 +36,6 @@ def read_tokens(path: str, enc: Tokenizer, split: str = "val", max_tokens: int =
     if len(tokens) == 0:
         raise UserError(f"{path} is empty: there is nothing to predict")
     return tokens.astype(np.int32)
-
-
-def check_output(path: str, *inputs: str):
-    """UserError if the file to write is one of the inputs, or a file in an input folder, by whatever name."""
-    for given in filter(None, inputs):
-        for name in (given, *glob.glob(os.path.join(glob.escape(given), "*"))):
-            if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
-                raise UserError(f"{path} would overwrite the input {name}: give another name")
 
 
 def windows(tokens: np.ndarray, n: int, T: int, seed: int) -> mx.array:

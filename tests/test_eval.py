@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from lora import attach, linear_layers, load_adapted, merge, save_adapter
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 
@@ -17,17 +18,31 @@ T = 16  # block_size
 
 
 def evaluate(checkpoint, data, *arguments, status=0):
-    command = [sys.executable, ROOT / "eval.py", checkpoint, f"--data={data}", "--dtype=float32", *arguments]
+    """checkpoint: one or a list."""
+    checkpoints = checkpoint if isinstance(checkpoint, list) else [checkpoint]
+    command = [sys.executable, ROOT / "eval.py", *checkpoints, f"--data={data}", "--dtype=float32", *arguments]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
 
+def rows(done) -> list[tuple]:
+    """For each checkpoint its path, and tokens, bytes, nats, perplexity, bits per byte, accuracy."""
+    found, text = [], None
+    for line in done.stdout.splitlines():
+        if match := re.fullmatch(r".*: ([\d,]+) tokens, ([\d,]+) bytes", line):
+            text = [int(number.replace(",", "")) for number in match.groups()]
+        else:
+            *numbers, path = re.fullmatch(r"loss ([\d.]+) \| perplexity ([\d.]+) \| bits/byte ([\d.]+) \| accuracy "
+                                          r"([\d.]+)% \| (.*), [\d,]+ tok/s, [\d.]+ GiB", line).groups()
+            found.append((path, [*text, *map(float, numbers)]))
+    return found
+
+
 def figures(done) -> list[float]:
-    """Tokens, bytes, nats, perplexity, bits per byte, accuracy."""
-    found = re.fullmatch(r".*: ([\d,]+) tokens, ([\d,]+) bytes, .*\nloss ([\d.]+) nats \| perplexity ([\d.]+) \| "
-                         r"bits per byte ([\d.]+) \| accuracy ([\d.]+)%\n", done.stdout)
-    return [float(number.replace(",", "")) for number in found.groups()]
+    """Tokens, bytes, nats, perplexity, bits per byte, accuracy of one checkpoint."""
+    (_, found), = rows(done)
+    return found
 
 
 def oracle(checkpoint, tokens, stride) -> list[float]:
@@ -124,7 +139,8 @@ def prepare(folder, tokenizer, train, val):
     """A folder as data.py makes it."""
     np.array(train, dtype="<u2").tofile(folder / "train.bin")
     np.array(val, dtype="<u2").tofile(folder / "val.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "tokenizer": tokenizer.to_dict()}))
+    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "tokenizer": tokenizer.to_dict(),
+                                                  "train_tokens": len(train), "val_tokens": len(val)}))
 
 
 def test_prepared_folder(chars, tmp_path):
@@ -134,6 +150,53 @@ def test_prepared_folder(chars, tmp_path):
     val = [*ids[:30], tokenizer.eot, *ids[30:40], tokenizer.eot]
     prepare(tmp_path, tokenizer, ids, val)
     assert_close(figures(evaluate(checkpoint, tmp_path)), oracle(checkpoint, val, T // 2))
+
+
+# ---- several checkpoints, adapters -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(chars):
+    """Two adapters for the checkpoint, and the second one merged into it."""
+    checkpoint, tokenizer, _ = chars
+    for i, name in enumerate(("first", "second")):
+        model, _ = load_checkpoint(str(checkpoint))
+        for path in attach(model, "attn, mlp", rank=2):
+            layer = linear_layers(model)[path]
+            layer.b = mx.random.normal(layer.b.shape, key=mx.random.key(i))
+        save_adapter(str(checkpoint.with_name(f"{name}.safetensors")), model, bases=[str(checkpoint)])
+    merge(model)
+    save_checkpoint(str(checkpoint.with_name("merged.safetensors")), model, {"tokenizer": tokenizer.to_dict()})
+    return checkpoint.parent
+
+
+def test_several_checkpoints(chars, adapted, tmp_path):
+    """A row each, equal to the row that it has alone; tokens and bytes again where the tokenizer is another one."""
+    text = tmp_path / "text.txt"
+    text.write_text(chars[2], encoding="utf-8")
+    (tmp_path / "bytes").mkdir()
+    paths = [chars[0], adapted / "merged.safetensors", checkpoint_of(byte_tokenizer(), tmp_path / "bytes"), chars[0]]
+    done = evaluate(paths, text)
+    assert rows(done) == [(str(path), figures(evaluate(path, text))) for path in paths]
+    assert len({str(found) for _, found in rows(done)}) == 3 and done.stdout.count(" bytes\n") == 3
+
+
+def test_adapters(chars, adapted, tmp_path):
+    """An adapter, as the checkpoint or as --adapter, has the figures of the merged weights."""
+    checkpoint, tokenizer, text = chars
+    path, merged = tmp_path / "text.txt", adapted / "merged.safetensors"
+    path.write_text(text, encoding="utf-8")
+    second = adapted / "second.safetensors"
+    wanted = oracle(merged, tokenizer.encode(text), T // 2)
+    assert_close(figures(evaluate(second, path)), wanted)
+    assert_close(figures(evaluate(checkpoint, path, f"--adapter={second}")), wanted)
+    model, meta = load_adapted(str(checkpoint), [f"{second}:0.5", str(adapted / "first.safetensors")])
+    merge(model)
+    save_checkpoint(str(tmp_path / "sum.safetensors"), model, {"tokenizer": meta["tokenizer"]})
+    wanted = oracle(tmp_path / "sum.safetensors", tokenizer.encode(text), T // 2)
+    found = evaluate(checkpoint, path, f"--adapter={second}:0.5", f"--adapter={adapted / 'first.safetensors'}")
+    assert_close(figures(found), wanted)
+    assert_one_line("second.safetensors was trained on another base", merged, path, f"--adapter={second}")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -148,7 +211,7 @@ def test_bad_text(chars, tmp_path):
     checkpoint, bad = chars[0], tmp_path / "bad.txt"
     assert_one_line("--data=FILE", checkpoint, "")
     assert_one_line("bad.txt is not a text file", checkpoint, bad)
-    assert_one_line("not a text file, nor a folder", checkpoint, tmp_path)
+    assert_one_line("meta.json cannot be used (No such file", checkpoint, tmp_path)
     for content, says in (b"", "empty"), (b"abc\xff\x00" * 9, "byte 3"), ("abcÄ".encode(), "'\\xc4'"):
         bad.write_bytes(content)
         assert_one_line(says, checkpoint, bad)
@@ -169,6 +232,24 @@ def test_bad_checkpoint(chars, tmp_path):
     assert_one_line("no checkpoint", tmp_path / "none.safetensors", tmp_path / "text.txt")
     save_checkpoint(str(tmp_path / "bare.safetensors"), load_checkpoint(str(chars[0]))[0], {})
     assert_one_line("no tokenizer", tmp_path / "bare.safetensors", tmp_path / "text.txt")
+    assert_one_line("no checkpoint at none", [chars[0], "none"], tmp_path / "text.txt")
+    model = GPT(GPTConfig(block_size=T, vocab_size=20, n_layer=1, n_head=1, n_embd=32))
+    save_checkpoint(str(tmp_path / "few.safetensors"), model, {"tokenizer": byte_tokenizer().to_dict()})
+    assert_one_line("more tokens than its vocab_size=20", tmp_path / "few.safetensors", tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite(chars, tmp_path, value):
+    """The line names the tensor; or tells that logits overflow."""
+    (tmp_path / "text.txt").write_text("abc")
+    model, meta = load_checkpoint(str(chars[0]))
+    model.blocks[1].mlp.up.weight[3, 5] = value
+    save_checkpoint(str(tmp_path / "bad.safetensors"), model, meta)
+    assert_one_line("NaN numbers in blocks.1.mlp.up.weight", tmp_path / "bad.safetensors", tmp_path / "text.txt")
+    model, meta = load_checkpoint(str(chars[0]))
+    model.head.weight = mx.full(model.head.weight.shape, 3e38)
+    save_checkpoint(str(tmp_path / "larger.safetensors"), model, meta)
+    assert_one_line("its logits are too large", tmp_path / "larger.safetensors", tmp_path / "text.txt")
 
 
 @pytest.mark.parametrize("argument, says", [
