@@ -248,7 +248,7 @@ def test_mistakes(tmp_path):
         load_adapter(base(n_layer=1), path, fingerprint=base_fingerprint(base()))
     with pytest.raises(UserError, match=r"attn.[kv].b has shape \(64, 4\), but \(32, 4\)"):
         load_adapter(base(n_kv_head=1), path, fingerprint=base_fingerprint(base()))
-    with pytest.raises(UserError, match="is an adapter: give the checkpoint"):
+    with pytest.raises(UserError, match=f"is an adapter: .* `python merge.py {path} OUT`"):
         load_checkpoint(path)
     save_checkpoint(path, base(), {})
     with pytest.raises(UserError, match="checkpoint, not an adapter"):
