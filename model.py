@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -1587,7 +1588,7 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     """Read a checkpoint: (model, meta). UserError if the file is missing, cut short, or no checkpoint of model.py."""
     arrays, meta = load_arrays(path)
     if meta.get("adapter"):
-        raise UserError(f"{path} is an adapter: give a checkpoint, or make one with `python merge.py {path} OUT`")
+        raise UserError(f"{path} is an adapter: give a checkpoint, or make one with `python merge.py {shlex.quote(path)} OUT`")
     settings = known_settings(meta.get("config"), path)
     try:
         model = GPT(GPTConfig(**settings), seed=None)
