@@ -13,6 +13,7 @@
 change the model. On a quantized base this is QLoRA (Dettmers et al. 2023), with MLX's affine integers instead of NF4:
 the integers stay packed and frozen, and the gradient of a layer's input is computed from them.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -412,12 +413,20 @@ def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
             raise UserError(f"{wanted} is missing: a folder of PEFT's must hold adapter_config.json and "
                             "adapter_model.safetensors (a .bin file is a pickle, and is not read)")
     try:
-        with open(config_path) as file:
+        with open(config_path, encoding="utf-8") as file:
             config = json.load(file)
-        arrays = mx.load(path)
+        with safe_open(path, "numpy"):  # checks the header against the file's length
+            arrays = mx.load(path)
         mx.eval(arrays)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{folder} is not a whole adapter ({error}): copy the folder again") from error
+        return peft_modules(config_path, config, path, arrays)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, re.error) as error:
+        raise UserError(f"{folder} is not a whole adapter ({error!r}): copy the folder again") from error
+
+
+def peft_modules(config_path: str, config: dict, path: str, arrays: dict[str, mx.array]) -> tuple[dict, dict]:
+    """What read_peft() returns, from the contents of the two files."""
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise UserError(f"{config_path} has peft_type {config.get('peft_type')} and bias {config.get('bias')}: only "
                         "LORA with bias none can be read")
@@ -434,7 +443,7 @@ def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
         if not match or theirs not in ours and theirs != "attn.c_attn":
             raise UserError(f"{path} holds {name}, which is not a layer of GPT-2 or the Llama family here")
         key = f"{match[1]}{match[2]}.{theirs}" if match[1] else theirs
-        alpha = next((value for pattern, value in config.get("alpha_pattern", {}).items()
+        alpha = next((value for pattern, value in (config.get("alpha_pattern") or {}).items()
                       if re.fullmatch(rf"(.*\.)?({pattern})", key)), config["lora_alpha"])
         part, block = parts[match[5]], f"blocks.{match[2]}." if match[1] else ""
         if theirs == "attn.c_attn":  # one matrix for q, k, v: they share A, and have a third of B's rows each
@@ -443,7 +452,8 @@ def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
         else:
             targets = {block + ours[theirs]: array}
         for target, piece in targets.items():
-            modules.setdefault(target, {"alpha": alpha})[part] = piece
+            modules.setdefault(target, {"alpha": float(alpha)})[part] = piece
+    check_finite(path, arrays)
     return modules, {"kind": kind, "rank": config["r"], "alpha": config["lora_alpha"]}
 
 
@@ -487,15 +497,25 @@ def save_peft(folder: str, model: GPT):
               "lora_alpha": max(alphas.values()), "alpha_pattern": alphas, "target_modules": sorted(ranks),
               "lora_dropout": 0.0, "bias": "none", "use_dora": "dora" in kinds, "use_rslora": "rslora" in kinds,
               "fan_in_fan_out": prefix == "transformer.h.", "inference_mode": True, "base_model_name_or_path": None}
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "adapter_model")
-    mx.save_safetensors(f"{path}.tmp.safetensors", arrays, {"format": "pt"})
-    with open(f"{path}.tmp.json", "w") as file:
-        json.dump(config, file, indent=1)
-    for temporary, name in (("safetensors", "adapter_model.safetensors"), ("json", "adapter_config.json")):
-        with open(f"{path}.tmp.{temporary}", "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp.{temporary}", os.path.join(folder, name))
+    wanted = {name: os.path.join(folder, name) for name in ("adapter_model.safetensors", "adapter_config.json")}
+    temporary = {name: f"{path}.tmp{os.getpid()}" for name, path in wanted.items()}
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary["adapter_model.safetensors"], "wb") as file, \
+                open(temporary["adapter_config.json"], "w") as config_file:
+            mx.save_safetensors(file, arrays, {"format": "pt"})
+            json.dump(config, config_file, indent=1)
+            for written in (file, config_file):
+                written.flush()
+                os.fsync(written.fileno())
+        for name, path in wanted.items():
+            os.replace(temporary[name], path)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; what was there is unharmed") from error
+    finally:
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                os.remove(path)
 
 
 if __name__ == "__main__":

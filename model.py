@@ -1588,7 +1588,8 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     """Read a checkpoint: (model, meta). UserError if the file is missing, cut short, or no checkpoint of model.py."""
     arrays, meta = load_arrays(path)
     if meta.get("adapter"):
-        raise UserError(f"{path} is an adapter: give a checkpoint, or make one with `python merge.py {shlex.quote(path)} OUT`")
+        command = f"python merge.py {shlex.quote(path)} OUT"
+        raise UserError(f"{path} is an adapter: give a checkpoint, or make one of it by `{command}`")
     settings = known_settings(meta.get("config"), path)
     try:
         model = GPT(GPTConfig(**settings), seed=None)
