@@ -9,7 +9,9 @@ Errors: a script raises UserError for what the user can correct. It ends with th
 
 import atexit
 import codecs
+import contextlib
 import difflib
+import json
 import os
 import re
 import shlex
@@ -117,6 +119,20 @@ def check_output(path: str, *inputs: str):
             for name in (os.path.join(folder, name) for name in names):
                 if os.path.exists(name) and os.path.samefile(path, name):  # a broken link does not exist
                     raise UserError(f"{path} would overwrite the input {name}: give another name")
+
+
+def check_replaced(path: str, script: str):
+    """UserError if there is a file at this path that `script` has not made. An earlier result of the script may be
+    replaced; this is printed. A result is a safetensors file whose header names the script."""
+    if os.path.exists(path):
+        maker = None
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError), open(path, "rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000)))  # format's limit
+            maker = json.loads(header["__metadata__"]["tinygpt"])["script"]
+        if maker != script:
+            made = f"made by {maker}" if type(maker) is str else "and is no result of a script"
+            raise UserError(f"{path} exists, {made}: give another name, or remove it")
+        print(f"{path} is an earlier result of {script}, which is replaced")
 
 
 def _help(path: str, doc: str | None, settings: dict, positional: tuple):

@@ -24,6 +24,7 @@ td span { display: none; position: absolute; z-index: 2; left: 0; top: 100%; pad
           background: Canvas; color: CanvasText; border: 1px solid; }
 td:hover span, td:focus span { display: block; }
 """
+PAGE = '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
 
 
 def prompt_ids(enc: Tokenizer, text: str, model: GPT, name: str = "prompt") -> list[int]:
@@ -46,12 +47,17 @@ def labels(enc: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def pictures(path: str) -> tuple[str, str]:
-    """The paths of a picture and of its page (PNG, HTML). UserError if one of them cannot be written."""
+    """The paths of a picture and of its page (PNG, HTML). UserError if one of them cannot be written, or is a file that
+    was not drawn here: a user who names a picture may not think of the page."""
     stem, ending = os.path.splitext(path)
     if ending != ".png":
         raise UserError(f"picture={path!r}: it is a PNG, so let its name end in .png")
-    for name in (path, f"{stem}.html"):
+    for name, mark in ((path, b"https://matplotlib.org/"), (f"{stem}.html", PAGE.encode())):
         check_folder(name)
+        if os.path.exists(name):
+            with open(name, "rb") as file:
+                if mark not in file.read(1000):
+                    raise UserError(f"{name} exists, and was not drawn here: give the picture another name")
     return path, f"{stem}.html"
 
 
@@ -189,9 +195,8 @@ def page(path: str, title: str, text: str, *parts: str):
     """Write an HTML page that needs no other file. title and text are escaped, parts are HTML."""
     title = html.escape(title)
     content = "\n".join([
-        f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{html.escape(text)}</p>", *parts, ""])
-    write_whole(path, content.encode())
+        f"{PAGE}<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{html.escape(text)}</p>", *parts, ""])
+    write_whole(path, content.encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

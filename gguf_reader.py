@@ -31,6 +31,7 @@ from readers import (
     ROPE_SETTINGS,
     SIZES,
     check_export,
+    check_out,
     check_spelling,
     check_unknown,
     checked,
@@ -497,6 +498,7 @@ if bits not in (0, 2, 3, 4, 5, 6, 8):
 if export:
     write_gguf(export, *load_checkpoint(source))
 else:
+    check_out(out, source)
     file = File(source)
     config = our_config(file)
     tokenizer, more = our_tokenizer(file)

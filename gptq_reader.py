@@ -112,6 +112,7 @@ if not source:
     raise UserError("there is nothing to read: give a folder that AutoGPTQ or GPTQModel wrote")
 if scale_dtype not in ("float32", "float16"):
     raise UserError(f"scale_dtype={scale_dtype!r} is not one of float32, float16")
+readers.check_out(out, source)
 folder = readers.open_folder(source)
 where = os.path.join(source, "config.json")
 linear = reader(readers.quantization(folder, "gptq", ("bits", "checkpoint_format", "format")), where)

@@ -33,6 +33,7 @@ from readers import (
     ROPE_SETTINGS,
     SIZES,
     check_export,
+    check_out,
     model_config,
     multiply_factors,
     open_folder,
@@ -198,6 +199,7 @@ if export and os.path.isdir(source):
 if export:
     write_folder(export, *load_checkpoint(source))
 else:
+    check_out(out, source)
     folder = open_folder(source)
     if packed := folder.raw.get("quantization_config") or folder.raw.get("quantization"):  # mlx-lm has the second
         method = packed.get("quant_method", "mlx-lm") if isinstance(packed, dict) else packed

@@ -26,7 +26,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from config import UserError, given, nearest, overrides
+from config import UserError, check_output, given, nearest, overrides
 from draw import pictures, write_figure
 from model import GPT, cross_entropy, load_checkpoint, save_checkpoint
 from packing import check_finite, matrices, output_path, text_of
@@ -229,6 +229,7 @@ if __name__ == "__main__":
     model, meta = load_checkpoint(checkpoint)
     out = output_path(checkpoint, out, "laser", data)
     picture, _ = pictures(picture or f"{out.removesuffix('.safetensors')}.png")
+    check_output(picture, checkpoint, data)
     check_finite(model)
     layers = {path: module for path, module in matrices(model).items() if path.startswith("blocks.")}
     for path, module in layers.items():

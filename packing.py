@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from config import UserError, check_output, nearest
+from config import UserError, check_output, check_replaced, nearest
 from draw import check_folder
 from model import GPT, load_checkpoint, save_checkpoint
 from quantized import BITS, GROUP_SIZES, dense_weight, natural, replace_module
@@ -153,10 +153,11 @@ def matrix_inputs(model: GPT, layers: dict[str, nn.Module], rows: mx.array, batc
 
 def output_path(checkpoint: str, out: str, label: str, *texts: str) -> str:
     """The path of the file to write: `out`, or else the checkpoint's with the label. UserError if it cannot be written,
-    or if it is the checkpoint or one of the texts."""
+    if it is the checkpoint or one of the texts, or if it is another script's result."""
     out = out or f"{checkpoint.removesuffix('.safetensors')}-{label}.safetensors"
     check_output(out, checkpoint, *texts)
     check_folder(out)
+    check_replaced(out, os.path.basename(sys.argv[0]))
     return out
 
 

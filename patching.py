@@ -396,6 +396,11 @@ def run_trace(model: GPT, enc: Tokenizer):
     show(values, columns, f"{title} (*: has noise)", hovers, f"increase in {of}", picture)
 
 
+def prompt_picture(path: str) -> str:
+    """The second picture of an ablation on a text and a prompt."""
+    return f"{os.path.splitext(path)[0]}-prompt.png"
+
+
 def run_ablate(model: GPT, enc: Tokenizer):
     config = model.config
     if not data and not clean:
@@ -406,7 +411,7 @@ def run_ablate(model: GPT, enc: Tokenizer):
     if clean:
         ids, wanted = mx.array([prompt_ids(enc, clean, model, "clean")]), one_token(enc, target, "target")
         name = f"log p({enc.decode([wanted])!r})"
-        path = f"{os.path.splitext(picture)[0]}-prompt.png" if data else picture
+        path = prompt_picture(picture) if data else picture
         measures.append((name, path, lambda tap: float(log_p(last_logits(model, ids, tap)[0])[wanted])))
     if data:
         text, step = windows(read_tokens(data, enc), samples, config.block_size + 1, seed), max(1, batch_size // 8)
@@ -443,7 +448,8 @@ if __name__ == "__main__":
     if how not in HOWS:
         raise UserError(f"how={how!r} is not one of {', '.join(HOWS)}")
     picture, html = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png")
-    for name in (picture, html):
+    more = pictures(prompt_picture(picture)) if mode == "ablate" and clean and data else ()
+    for name in (picture, html, *more):
         check_output(name, checkpoint, data)
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):

@@ -23,7 +23,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from config import UserError
+from config import UserError, check_output, check_replaced
+from draw import check_folder
 from model import GPT, VERSION, GPTConfig, save_arrays
 from quantized import Factored, dense_weight, natural, replace_module
 from tokenizer import Tokenizer, from_tokenizer_json
@@ -508,11 +509,18 @@ def template_settings(template) -> dict:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+def check_out(out: str, source: str):
+    """UserError, before any work, if the checkpoint `out` cannot be written, is (a part of) the source, or the result
+    of another script."""
+    check_output(out, source)
+    check_folder(out)
+    check_replaced(out, os.path.basename(sys.argv[0]))
+
+
 def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator, tokenizer: Tokenizer | None, meta: dict):
     """Write a checkpoint of the arrays (name, array, the file and the name it was read from), which are computed one at
     a time, with a progress bar. UserError, before anything is written, if an array is missing, has a shape that does
     not fit the config, or holds infinite numbers or NaN."""
-    check_out(out)
     modules, found, places = skeleton(config), {}, {}
     wanted = {f"{path}.{part}": p.shape for path, module in modules.items() for part, p in module.parameters().items()}
     bar = tqdm(total=len(wanted), unit=" tensors", disable=None, dynamic_ncols=True)
@@ -532,20 +540,6 @@ def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator, tokenizer: T
     save_arrays(out, found, header if tokenizer is None else {**header, "tokenizer": tokenizer.to_dict()})
     print(f"{out}: {len(found)} tensors, {sum(array.nbytes for array in found.values()) / 1e6:,.1f} MB"
           + (f"\nnext: python sample.py {shlex.quote(out)}" if tokenizer else ""))
-
-
-def check_out(out: str):
-    """UserError if `out` cannot be written, or is a file that is not a checkpoint: it may be the reader's own input."""
-    if not os.path.isdir(os.path.dirname(out) or ".") or os.path.isdir(out):
-        raise UserError(f"cannot write {out}: it is a folder, or its folder does not exist")
-    if os.path.exists(out):
-        try:
-            with safe_open(out, "numpy") as file:
-                ours = "tinygpt" in (file.metadata() or {})
-        except (SafetensorError, OSError):
-            ours = False
-        if not ours:
-            raise UserError(f"{out} exists and is not a checkpoint: give another name, or remove it")
 
 
 def check_array(name: str, array: mx.array, place: str, wanted: dict):

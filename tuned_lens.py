@@ -38,7 +38,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from config import UserError, check_output, overrides
+from config import UserError, check_output, check_replaced, overrides
 from draw import (
     check_finite,
     check_folder,
@@ -366,6 +366,10 @@ if __name__ == "__main__":
     for name in (picture, html) if apply else (out, tgtl_of(out), picture):
         check_output(name, checkpoint, data, apply)
         check_folder(name)
+    if not apply:
+        check_replaced(out, os.path.basename(__file__))
+        if os.path.exists(tgtl_of(out)) and not os.path.exists(out):
+            raise UserError(f"{tgtl_of(out)} exists without a .lenses file beside it: give another --out, or remove it")
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer to encode a text with: give another checkpoint")

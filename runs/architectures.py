@@ -2,7 +2,6 @@
 
 It reads each run's loss.csv and checkpoint, prints the table, and puts it into docs/variants.md, between two marks.
 """
-import csv
 import os
 import re
 import statistics
@@ -14,7 +13,7 @@ import blas  # noqa: E402, F401  (before mlx)
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from table import put_table  # noqa: E402
+from table import column, put_table  # noqa: E402
 
 from config import UserError, overrides  # noqa: E402
 from model import compute_dtype, load_checkpoint  # noqa: E402
@@ -28,7 +27,7 @@ settings = overrides(globals(), "out")
 
 # ---- lines of code: a variant's section in model.py, and the lines elsewhere that end in its tag ---------------------
 
-with open(os.path.join(here, "model.py")) as file:
+with open(os.path.join(here, "model.py"), encoding="utf-8") as file:
     source = file.read()
 
 
@@ -48,11 +47,9 @@ def lines_of(flags: dict) -> int:
 
 
 def of_run(folder: str) -> dict:
-    with open(os.path.join(folder, "loss.csv"), newline="") as file:
-        rows = [*csv.DictReader(file)]
-    return {"loss": [float(row["val_loss"]) for row in rows if row["val_loss"]][-1],
-            "speed": statistics.median(float(row["tok_per_s"]) for row in rows if row["tok_per_s"]),
-            "memory": max(float(row["peak_gib"]) for row in rows if row["peak_gib"])}
+    path = os.path.join(folder, "loss.csv")
+    return {"loss": column(path, "val_loss")[-1], "speed": statistics.median(column(path, "tok_per_s")),
+            "memory": max(column(path, "peak_gib"))}
 
 
 def cache_bytes(model, meta: dict) -> int:
@@ -67,7 +64,7 @@ def cache_bytes(model, meta: dict) -> int:
     return cache.nbytes
 
 
-with open(os.path.join(here, "runs", "architectures.sh")) as file:
+with open(os.path.join(here, "runs", "architectures.sh"), encoding="utf-8") as file:
     names = [line.split()[1] for line in file if line.startswith("run ")]
 own = {"out_dir", "seed", "resume", "overwrite", "log"}
 table = ["| | settings | parameters (active) | validation loss (lowest to highest) | tok/s | peak GiB "

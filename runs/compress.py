@@ -18,11 +18,11 @@ import blas  # noqa: E402, F401  (before mlx)
 import matplotlib  # noqa: E402
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from table import put_table  # noqa: E402
+from table import put_table, read_number  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from config import UserError, overrides  # noqa: E402
-from draw import write_figure  # noqa: E402
+from config import UserError, check_output, overrides  # noqa: E402
+from draw import pictures, write_figure  # noqa: E402
 from model import compute_dtype, generate, load_checkpoint  # noqa: E402
 from score import read_tokens, score  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -40,6 +40,8 @@ settings = overrides(globals(), "out", "data")
 paths = [os.path.join(out, "base", "best.safetensors"), *sorted(glob.glob(os.path.join(out, "*.safetensors")))]
 if not data or not os.path.exists(paths[0]) or len(paths) == 1:
     raise UserError("nothing to compare: bash runs/compress.sh TRAIN TEST makes the checkpoints, and calls this")
+for name in pictures(picture):
+    check_output(name, data)
 
 # ---- measure ---------------------------------------------------------------------------------------------------------
 
@@ -54,8 +56,7 @@ for path in paths:
     models[name], found[name] = model, {"size": size}
     seconds = path.replace(".safetensors", ".seconds")
     if os.path.exists(seconds):
-        with open(seconds) as file:
-            found[name]["seconds"] = float(file.read())
+        found[name]["seconds"] = read_number(seconds)
 enc = Tokenizer.from_dict(meta["tokenizer"])
 tokens = read_tokens(data, enc, max_tokens=max_tokens)
 weights = sum(p.size for _, p in tree_flatten(models["dense"].parameters()))

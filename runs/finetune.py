@@ -3,11 +3,12 @@
 Loss is the best on the examples held out: of pretraining nats a token, of sft.py nats a response token, of dpo.py its
 own. Accuracy is the share of pairs held out whose chosen answer has the larger reward, at the start and at the end.
 """
-import csv
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from table import column, read_number  # noqa: E402
+
 from config import UserError, overrides  # noqa: E402
 
 out_dir = "out-finetune"  # with a folder for each run
@@ -21,14 +22,9 @@ if not names:
 print("| | held-out loss, before and after | held-out accuracy, before and after | minutes |\n|---|---|---|---|")
 for name in names:
     folder = os.path.join(out_dir, name)
-    with open(os.path.join(folder, "seconds")) as file:
-        minutes = int(file.read()) / 60
-    with open(os.path.join(folder, "loss.csv"), newline="") as file:
-        rows = list(csv.DictReader(file))
+    path, minutes = os.path.join(folder, "loss.csv"), read_number(os.path.join(folder, "seconds")) / 60
+    losses, accuracy = column(path, "val_loss"), ""
     if name == "dpo":
-        held_out = [row for row in rows if row["val_loss"]]
-        losses = [float(row["val_loss"]) for row in held_out]
-        accuracy = f"{float(held_out[0]['accuracy']):.0%} to {float(held_out[-1]['accuracy']):.0%}"
-    else:
-        losses, accuracy = [float(row["val_loss"]) for row in rows if row["val_loss"]], ""
+        accuracies = column(path, "accuracy", beside="val_loss")
+        accuracy = f"{accuracies[0]:.0%} to {accuracies[-1]:.0%}"
     print(f"| {name} | {losses[0]:.3f} to {min(losses):.3f} | {accuracy} | {minutes:.1f} |")

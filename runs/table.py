@@ -1,9 +1,33 @@
-"""Tables that the scripts beside this one write into the pages of docs/."""
+"""Tables that the scripts beside this one write into the pages of docs/, and the files of runs that they read."""
+import csv
 import os
 
 from config import UserError
 
 END = "<!-- end of the table -->"
+
+
+def column(path: str, name: str, beside: str = "") -> list[float]:
+    """The numbers in a column of a loss.csv, of the lines that have one there, or in the column `beside`. UserError if
+    there are none, or a line is spoilt."""
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            found = [float(row[name]) for row in rows if row[beside or name]]
+        except (KeyError, ValueError, TypeError, csv.Error) as error:
+            raise UserError(f"{path}, line {rows.line_num}: {name} is no number: run it again") from error
+    if not found:
+        raise UserError(f"{path} has no {name} yet: wait for its run, or run it again")
+    return found
+
+
+def read_number(path: str) -> float:
+    """The number that a file holds: the seconds that a run took."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return float(file.read())
+    except ValueError as error:
+        raise UserError(f"{path} holds no number: run it again") from error
 
 
 def put_table(path: str, script: str, lines: list[str]):

@@ -37,6 +37,22 @@ def test_files(tmp_path):
             draw.pictures(bad)
 
 
+def test_pictures_replace_only_pictures(tmp_path):
+    """A file that was drawn here may be drawn again. One that was not is refused, also where only the page is one."""
+    path, html = draw.pictures(f"{tmp_path}/a.png")
+    for _ in range(2):
+        draw.curves(path, [{"step": 1, "x": 2.0}], {"y": {"x": "x"}}, "title")
+        draw.page(html, "a \udcff", "text")
+        draw.pictures(path)
+    for name in (path, html):
+        whole = (tmp_path / name).read_bytes()
+        for other in (b"", whole[1:90], b"my own"):
+            (tmp_path / name).write_bytes(other)
+            with pytest.raises(UserError, match=f"{re.escape(name)} exists, and was not drawn here"):
+                draw.pictures(path)
+        (tmp_path / name).write_bytes(whole)
+
+
 def test_page(tmp_path):
     """What is text is escaped; a cell's colour tells its sign and, by 3/4 of the largest, its size."""
     table = draw.grid([[1, -2], [0, 0.5]], ["<r>", "s"], ["a&b", "c"], [["<i>", "j"], ["k", "l"]],

@@ -575,17 +575,25 @@ def test_bad_tensors(name, tensor, change, says, tmp_path):
     assert f"{path}: {tensor} {says}" in found, found
 
 
-def test_what_is_not_written_over(tmp_path):
-    """A model of another project, such as the one that is read, is not overwritten; a missing folder is reported."""
+def test_what_is_not_written_over(tmp_path, capsys):
+    """What is read, a model of another project and another script's result stay; a missing folder is reported."""
     shutil.copytree(FOLDERS / "qwen3", tmp_path / "folder")
     path = tmp_path / "folder" / "model.safetensors"
     before = path.read_bytes()
-    for out, says in ((path, "exists and is not a checkpoint"), (tmp_path, "it is a folder"),
-                      (tmp_path / "none" / "a.safetensors", "its folder does not exist")):
+    (tmp_path / "other").write_bytes(before)
+    for out, says in ((path, "would overwrite the input"), (tmp_path, "it is a folder"),
+                      (tmp_path / "other", "and is no result of a script"),
+                      (tmp_path / "none" / "a.safetensors", "there is no folder")):
         with pytest.raises(UserError, match=says):
             run_here("hf_reader.py", tmp_path / "folder", out)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["folder"]
-    for _ in range(2):  # a checkpoint may be overwritten
+    assert path.read_bytes() == (tmp_path / "other").read_bytes() == before and len([*tmp_path.iterdir()]) == 2
+    for _ in range(2):  # an earlier result may be replaced
+        run_here("hf_reader.py", tmp_path / "folder", tmp_path / "a.safetensors")
+    assert f"{tmp_path / 'a.safetensors'} is an earlier result of hf_reader.py, which is replaced" in (
+        capsys.readouterr().out)
+    model, meta = load_checkpoint(str(tmp_path / "a.safetensors"))
+    save_checkpoint(str(tmp_path / "a.safetensors"), model, {**meta, "script": "train.py"})
+    with pytest.raises(UserError, match="exists, made by train.py: give another name"):
         run_here("hf_reader.py", tmp_path / "folder", tmp_path / "a.safetensors")
     for source, says in (("a.safetensors", "exists: give another --export"), ("folder", "--export takes a checkpoint")):
         with pytest.raises(UserError, match=says):

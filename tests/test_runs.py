@@ -230,9 +230,16 @@ def test_tasks(tmp_path):
     for pair in read("pairs"):
         assert pair["chosen"] != pair["rejected"] and sorted(pair["chosen"].split()) == sorted(pair["rejected"].split())
     assert len(read_conversations(str(tmp_path / "out" / "tasks.jsonl"))) == 20
-    (tmp_path / "tasks.jsonl").write_text('{"instruction": "x"}')
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "line 1 is no task" in done.stderr and "Traceback" not in done.stderr
+    subprocess.run(command, check=True, capture_output=True)  # the files are there already
+    whole = (tmp_path / "tasks.jsonl").read_bytes()
+    for content, last, says in ((whole, tmp_path, f"{tmp_path / 'tasks.jsonl'} exists, and is not of these tasks"),
+                                (whole[:900], tmp_path / "out", "is no task"), (b"\xff", tmp_path, "line 1 is no task"),
+                                (b'{"instruction": "x"}', tmp_path, "line 1 is no task")):
+        (tmp_path / "tasks.jsonl").write_bytes(content)
+        done = subprocess.run([*command[:-1], last], capture_output=True, text=True)
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert (tmp_path / "tasks.jsonl").read_bytes() == content
+    assert len(read("tasks")) == 20
 
 
 def test_finetune_table(tmp_path):
@@ -245,5 +252,11 @@ def test_finetune_table(tmp_path):
     command = [sys.executable, ROOT / "runs" / "finetune.py", tmp_path]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[2:] == ["| lora | 8.000 to 6.500 |  | 1.5 |", "| dpo | 0.693 to 0.250 | 50% to 88% | 1.5 |"]
+    for path, spoilt in ((tmp_path / "dpo" / "loss.csv", "step,val_loss,accuracy\n0,x,1\n"),
+                         (tmp_path / "dpo" / "loss.csv", "step,val_loss,accuracy\n0,1\n"),
+                         (tmp_path / "dpo" / "loss.csv", "step,val_loss\n0,1\n"), (tmp_path / "lora" / "seconds", "?")):
+        path.write_text(spoilt)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(path) in done.stderr, done.stderr
     command[-1] = tmp_path / "lora"
     assert "no run in" in subprocess.run(command, capture_output=True, text=True).stderr
