@@ -220,6 +220,7 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
     With adapters, meta["fingerprint"] is what an adapter that is trained on this model records as its base; without,
     that is base_fingerprint(model)."""
     checkpoint, chain = chain_of(path)
+    n_found = len(chain)
     chain += [path_and_weight(adapter) for adapter in adapters]
     model, meta = load_checkpoint(checkpoint)
     check_finite(checkpoint, dict(tree_flatten(model.parameters())))
@@ -228,11 +229,11 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
                         "copy or train it again")
     meta["files"] = [checkpoint, *(path for path, _ in chain)]
     base = fingerprint = base_fingerprint(model) if chain else ""  # of the model without, and with, what is attached
-    for path, weight in chain:
+    for i, (path, weight) in enumerate(chain):
         modules, own = read_adapter(path)
         if own.get("base", base) != base:  # a folder of PEFT's does not identify its base
             if own["base"] != fingerprint:
-                raise UserError(another_base(path, own, meta["files"]))
+                raise UserError(another_base(path, own, i < n_found))
             merge(model)
             base = fingerprint
         add_adapter(model, path, modules, own, weight)
@@ -308,13 +309,15 @@ def path_and_weight(adapter: str) -> tuple[str, float]:
     return (path, weight) if colon else (adapter, 1.0)
 
 
-def another_base(path: str, meta: dict, files: Sequence[str] = ()) -> str:
-    """The line for an adapter that does not belong to the model that was read from these files."""
-    place = next(iter(bases_of(path, meta)), "")
-    if place and os.path.realpath(place) in map(os.path.realpath, files):
-        return f"{path} was trained on {place}, which has changed since then: put the old file back, or train again"
-    to_do = f"give {place} as the checkpoint, which its header names" if place else "give its own base"
-    return f"{path} was trained on another base than {files[0] if files else 'this model'}: {to_do}"
+def another_base(path: str, meta: dict, found: bool = False) -> str:
+    """The line for an adapter of another base than this. found: this one was found through the adapter's header."""
+    bases = bases_of(path, meta)
+    if found:
+        return (f"{path} was trained on {' + '.join(bases)}, which has changed since then: put the old file back, or "
+                "train again")
+    to_do = f", {' + '.join(bases)}: give {path} as the checkpoint, and its base is found" if bases else (
+        " than this checkpoint: give its own base")
+    return f"{path} was trained on another base{to_do}"
 
 
 def adapted_fingerprint(fingerprint: str, modules: dict[str, dict], meta: dict, weight: float) -> str:

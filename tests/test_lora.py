@@ -1,5 +1,7 @@
 """lora.py: against the formulas in float64 numpy, on dense and quantized bases, through files, and against PEFT."""
 import json
+import os
+import resource
 import sys
 
 import blas  # noqa: F401  (before mlx)
@@ -8,12 +10,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from test_model import build, in_transformers
 
 import lora
 from config import UserError
-from lora import Adapter, attach, base_fingerprint, load_adapter, merge, quantize_base, save_adapter
+from lora import Adapter, attach, base_fingerprint, load_adapted, load_adapter, merge, quantize_base, save_adapter
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 every_kind = pytest.mark.parametrize("kind", lora.KINDS)
@@ -232,6 +234,189 @@ def test_on_every_architecture(settings):
     assert mx.abs(model(IDX) - before).max() < 1e-3 * mx.abs(before).max()
 
 
+# ---- chains: adapters for adapted models -----------------------------------------------------------------------------
+
+
+def train(out, checkpoint, *adapters, seed=0, **settings):
+    """An adapter for a checkpoint with adapters, as sft.py and dpo.py make it, with random b and m."""
+    model, meta = load_adapted(str(checkpoint), adapters)
+    fingerprint = meta.get("fingerprint") or base_fingerprint(model)
+    merge(model)
+    attach(model, **{"targets": "attn", "rank": 3, "seed": seed, **settings})
+    shake(model, seed)
+    out.parent.mkdir(exist_ok=True)
+    save_adapter(str(out), model, {"template": f"t{seed}" if seed else None}, fingerprint, [str(checkpoint), *adapters])
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """A checkpoint, an adapter for it, one for that, and one for that, each in a folder of its own."""
+    (tmp_path / "out").mkdir()
+    save_checkpoint(str(tmp_path / "out" / "ckpt"), base(), {"template": "t0", "tokenizer": None})
+    files = [tmp_path / "out" / "ckpt", tmp_path / "a" / "lora", tmp_path / "b" / "dora", tmp_path / "b" / "rslora"]
+    for i, out in enumerate(files[1:]):
+        train(out, files[i], kind=out.name, alpha=5, seed=i)
+    return files
+
+
+def in_numpy(W, *files_and_weights, layer="blocks.1.attn.q") -> np.ndarray:
+    """The weight of a layer after adapters, one upon the other, by the formulas in float64, from their files."""
+    W = np.array(W, np.float64)
+    for path, weight in files_and_weights:
+        arrays, header = mx.load(str(path), format="safetensors", return_metadata=True)
+        a, b = (np.array(arrays[f"{layer}.{name}"], np.float64) for name in "ab")
+        kind = json.loads(header["tinygpt"])["kind"]
+        W = W + weight * 5 / (len(a) ** 0.5 if kind == "rslora" else len(a)) * b @ a
+        if kind == "dora":
+            W *= np.array(arrays[f"{layer}.m"], np.float64)[:, None] / np.linalg.norm(W, axis=1, keepdims=True)
+    return W
+
+
+def test_a_chain_of_adapters(chain):
+    """Each adapter is added to the merged weights of those before it: the last alone, or after any of them."""
+    checkpoint, *adapters = map(str, chain)
+    wanted, models = in_numpy(base().blocks[1].attn.q.weight, *((path, 1) for path in adapters)), []
+    for given in (adapters[2:], adapters[1:], adapters, [checkpoint, *adapters]):
+        model, meta = load_adapted(given[0], given[1:])
+        q = model.blocks[1].attn.q
+        assert isinstance(q, Adapter) and q.kind == "rslora" and isinstance(q.base, nn.Linear)
+        assert np.abs(np.array(lora.dense_weight(q)) - wanted).max() < 2e-5 * np.abs(wanted).max()
+        assert meta["template"] == "t2" and [*map(os.path.realpath, meta["files"])] == [checkpoint, *adapters]
+        models.append((meta["fingerprint"], *np.array(model(IDX)).ravel()))
+    assert models.count(models[0]) == 4
+    assert load_adapted(adapters[0])[1]["template"] == "t0"  # it names none
+    model, meta = load_adapted(checkpoint)
+    assert mx.array_equal(model(IDX), base()(IDX)) and meta["files"] == [checkpoint] and "fingerprint" not in meta
+
+
+def test_a_base_of_several_adapters(chain):
+    """Those for an equal base add up by their weights; the base of the next is their sum."""
+    checkpoint, first = chain[:2]
+    second, third = first.with_name("second"), first.parent.parent / "c:1" / "third"
+    train(second, checkpoint, seed=5, alpha=5)
+    third.parent.mkdir()
+    train(third, checkpoint, f"{first}:0.5", f"{second}:-2", seed=6, kind="dora", alpha=5)
+    wanted = in_numpy(base().blocks[1].attn.q.weight, (first, 0.5), (second, -2), (third, 1))
+    for given in ([third], [checkpoint, f"{first}:0.5", f"{second}:-2", third]):
+        model, _ = load_adapted(str(given[0]), [*map(str, given[1:])])
+        found = np.array(lora.dense_weight(model.blocks[1].attn.q))
+        assert np.abs(found - wanted).max() < 2e-5 * np.abs(wanted).max()
+    for weights in (":0.5", ":-1"), (":0.5", ""), ("", ":-2"):
+        with pytest.raises(UserError, match="third was trained on another base, .*ckpt.*third as the checkpoint"):
+            load_adapted(str(checkpoint), [f"{first}{weights[0]}", f"{second}{weights[1]}", str(third)])
+    with pytest.raises(UserError, match="a finite number"):
+        load_adapted(str(checkpoint), [f"{first}:nan"])
+
+
+@pytest.mark.parametrize("move", ["folder", "cwd", "link to a folder", "link to a file"])
+def test_bases_are_found_again(chain, tmp_path, monkeypatch, move):
+    """Wherever the tree of folders has been moved to, however the files are named."""
+    before, last = load_adapted(str(chain[3]))[0](IDX), chain[3]
+    if move == "folder":
+        new = tmp_path / "deeper" / "still"
+        new.mkdir(parents=True)
+        for name in ("out", "a", "b"):
+            (tmp_path / name).rename(new / name)
+        last = new / "b" / "rslora"
+    elif move == "cwd":
+        monkeypatch.chdir(chain[3].parent)
+        last = "rslora"
+    else:
+        target = chain[3].parent if "folder" in move else chain[3]
+        (tmp_path / "far" / "off").mkdir(parents=True)
+        (tmp_path / "far" / "off" / "link").symlink_to(target)
+        last = tmp_path / "far" / "off" / "link" / ("rslora" if "folder" in move else "")
+    assert mx.array_equal(load_adapted(str(last))[0](IDX), before)
+
+
+def test_bases_through_links(chain, tmp_path):
+    """An adapter that is written into a linked folder, and whose base was given through a linked folder."""
+    (tmp_path / "far" / "off").mkdir(parents=True)
+    (tmp_path / "new").symlink_to(tmp_path / "far" / "off")
+    (tmp_path / "far" / "base").symlink_to(chain[0].parent)
+    train(tmp_path / "new" / "adapter", tmp_path / "far" / "base" / "ckpt")
+    for path in (tmp_path / "new" / "adapter", tmp_path / "far" / "off" / "adapter"):
+        assert [*map(os.path.realpath, load_adapted(str(path))[1]["files"])] == [str(chain[0]), os.path.realpath(path)]
+
+
+def test_bases_that_are_not_found(chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    to_do = "give the checkpoint, and --adapter="
+
+    def refused(says, *given):
+        with pytest.raises(UserError, match=says) as told:
+            load_adapted(given[0], given[1:])
+        assert "\n" not in str(told.value)
+
+    whole = chain[1].read_bytes()
+    refused("^b/dora was trained on another base, a/lora: give b/dora as the checkpoint", "out/ckpt", "b/dora")
+    train(chain[1], chain[0], seed=9)
+    refused("b/dora was trained on a/lora, which has changed since then: put the old file back", "b/rslora")
+    chain[1].unlink()
+    refused(f"^b/dora was trained on a/lora, which is missing: {to_do}b/dora --adapter=b/rslora$", "b/rslora")
+    chain[2].replace(chain[1])
+    refused("a/lora names a/lora as its base, which is or needs a/lora itself", "a/lora")
+    chain[1].write_bytes(whole)
+    save_checkpoint("out/ckpt", base(seed=1), {})
+    refused("a/lora was trained on out/ckpt, which has changed since then", "a/lora")
+    model = base()
+    attach(model, "attn.q")
+    save_adapter("bare", model)
+    refused(f"bare is an adapter that does not tell where its base is: {to_do}bare", "bare")
+    save_adapter("old", model, {"settings": {"checkpoint": "out/ckpt"}})  # as before there were "bases"
+    refused("old was trained on out/ckpt, which has changed", "old")
+    save_checkpoint("out/ckpt", base(), {})
+    assert mx.array_equal(load_adapted("old")[0](IDX), model(IDX))
+    monkeypatch.chdir("a")
+    refused("old was trained on out/ckpt, which is missing", "../old")
+    lora.save_peft("my peft", base_with_adapter())
+    refused(f"my peft is an adapter of PEFT's, .*: {to_do}'my peft'", "my peft")
+    refused("no adapter at none", "../out/ckpt", "none:0.5")
+
+
+def base_with_adapter() -> GPT:
+    model = base(norm="layer")
+    attach(model, "attn")
+    shake(model)
+    return model
+
+
+def test_fingerprint_of_an_adapted_model(tmp_path):
+    """It depends on all that the files hold, and is the same on every machine: it stands in files."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=2, n_layer=1, n_head=1, n_embd=2))
+    model.update(tree_map(lambda p: mx.full(p.shape, 0.5), model.parameters()))
+    save_checkpoint(str(tmp_path / "ckpt"), model, {})
+    found = {base_fingerprint(model)}
+    for number, (kind, alpha, value) in enumerate([("lora", 2, 0.25), ("lora", 2, 0.5), ("lora", 3, 0.25),
+                                                   ("rslora", 2, 0.25), ("dora", 2, 0.25)]):
+        adapted, _ = load_checkpoint(str(tmp_path / "ckpt"))
+        attach(adapted, "attn.q", rank=1, alpha=alpha, kind=kind)
+        adapted.blocks[0].attn.q.update({name: mx.full(adapted.blocks[0].attn.q[name].shape, value) for name in "ab"})
+        path = str(tmp_path / str(number))
+        save_adapter(path, adapted)
+        for weight in ("", ":0.5", ":-1")[:1 if kind == "dora" else 3]:
+            for name in (path, f"{path}:1") if not weight else (path + weight,):
+                _, meta = load_adapted(str(tmp_path / "ckpt"), [name])
+                found.add(meta["fingerprint"])
+        if not number:
+            assert load_adapted(str(tmp_path / "ckpt"), [path])[1]["fingerprint"] == (
+                "0608754641af420e39d5a70c5fc4f8148d2c823ac26e4f185a47fea3f89e6ca5")
+    assert len(found) == 1 + 4 * 3 + 1
+
+
+def test_numbers_that_are_not_finite(tmp_path):
+    """Told by the tensor's name; large numbers whose sum overflows are finite."""
+    lora.check_finite("", {"x": mx.full((4,), 3e38), "z": mx.full((4,), 6e4, mx.float16)})
+    model = base()
+    save_checkpoint(str(tmp_path / "ckpt"), model, {})
+    attach(model, "attn.q")
+    model.blocks[1].attn.q.b[2, 1] = -mx.inf
+    save_adapter(str(tmp_path / "a"), model)
+    for path in (str(tmp_path / "a"), f"{tmp_path / 'a'}:0.5"):
+        with pytest.raises(UserError, match="NaN numbers in blocks.1.attn.q.b"):
+            load_adapted(str(tmp_path / "ckpt"), [path])
+
+
 def test_mistakes(tmp_path):
     path, model = str(tmp_path / "adapter.safetensors"), base()
     for bad, says in ((dict(targets="atn"), "target 'atn' .*attn.q"), (dict(targets=" ,"), "no targets"),
@@ -351,3 +536,21 @@ def test_bad_folders_of_peft(tmp_path):
     attach(moe, "attn.lam")
     with pytest.raises(UserError, match="attn.lam has no name"):
         lora.save_peft(str(tmp_path), moe)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_full_disk(tmp_path, old):
+    """One line, and the folder is as before, or empty."""
+    if old:
+        lora.save_peft(str(tmp_path), base_with_adapter())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model, limit = base_with_adapter(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    model.blocks[0].attn.q.b += 1
+    for size in (0, 5000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))  # no file may grow larger
+        try:
+            with pytest.raises(UserError, match=f"cannot write {tmp_path}: .*; what was there is unharmed"):
+                lora.save_peft(str(tmp_path), model)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
