@@ -334,7 +334,7 @@ def test_bases_through_links(chain, tmp_path):
     (tmp_path / "far" / "off").mkdir(parents=True)
     (tmp_path / "new").symlink_to(tmp_path / "far" / "off")
     (tmp_path / "far" / "base").symlink_to(chain[0].parent)
-    train(tmp_path / "new" / "adapter", tmp_path / "far" / "base" / "ckpt")
+    train(tmp_path / "new" / "adapter", tmp_path / "far" / "base" / ".." / "out" / "ckpt")  # ".." is of the target
     for path in (tmp_path / "new" / "adapter", tmp_path / "far" / "off" / "adapter"):
         assert [*map(os.path.realpath, load_adapted(str(path))[1]["files"])] == [str(chain[0]), os.path.realpath(path)]
 
