@@ -184,14 +184,21 @@ def describe(path: str, header: dict) -> str:
     return f"{os.path.basename(path)} ({', '.join(fact for fact in facts if fact)})"
 
 
-def old_settings(path: str, header: dict, settings: dict, lasting: Iterable[str]) -> dict:
+def old_settings(path: str, header: dict, settings: dict, lasting: Iterable[str],
+                 parts: Iterable[str] = ("settings", "step", "tokens", "losses", "rows")) -> dict:
     """The settings of the run whose state this file holds, for --resume=True, except those on the command line.
-    UserError if one of the `lasting` ones, which the state depends on, differs there; or if the header lacks a part."""
-    parts = {"settings": dict, "step": int, "tokens": int, "losses": dict, "rows": str}
-    if lacking := [name for name, kind in parts.items() if not isinstance(header.get(name), kind)]:
+    UserError if one of the `lasting` ones, which the state depends on, differs there; or if the header lacks one of its
+    parts."""
+    kinds = {"settings": dict, "step": int, "tokens": int, "losses": dict, "rows": str, "tokenizer": dict}
+    if lacking := [name for name in parts if not isinstance(header.get(name), kinds[name])]:
         raise UserError(f"{path} lacks {', '.join(lacking)} in its header: begin anew with --overwrite=True")
     old = {name: tuple(value) if isinstance(value, list) else value for name, value in header["settings"].items()
            if name in settings.keys() - {"resume", "out_dir", "overwrite"}}
+    for name, value in old.items():
+        if type(value) is int and type(settings[name]) is float:  # JavaScript writes 1.0 as 1
+            old[name] = float(value)
+        elif type(value) is not type(settings[name]):
+            raise UserError(f"{path} has the setting {name}={value!r}: begin anew with --overwrite=True")
     for name in given & {*lasting} & old.keys():
         if settings[name] != old[name]:
             raise UserError(f"{name} is {old[name]!r} in {path}: leave it out, or give another --out_dir")
@@ -209,16 +216,17 @@ def free_name(path: str, ending: str = "") -> str:
 
 
 def check_rates(settings: dict, resume: bool = False):
-    """UserError for a learning_rate, muon_lr, weight_decay, grad_clip, beta1, beta2 or min_lr (those that the script
-    has) which no training can use. min_lr is a share of the peak: a value that must be a learning rate, as nanoGPT's
-    6e-5 is, is refused. It stands here since train.py, sft.py and dpo.py have these settings. resume: a min_lr that was
-    not given is the checkpoint's own and stays."""
+    """UserError for a learning_rate, muon_lr, weight_decay, grad_clip, beta1, beta2, dropout or min_lr (those that the
+    script has) with which no training is possible. min_lr is a share of the peak: a value that must be a learning rate,
+    as nanoGPT's 6e-5 is, is refused. It stands here since train.py, sft.py and dpo.py have these settings. resume: a
+    min_lr that was not given is the checkpoint's own, and stays."""
     for name in ("learning_rate", "muon_lr", "weight_decay", "grad_clip"):
-        if not 0 <= settings.get(name, 0.0) < math.inf:
-            raise UserError(f"{name}={settings[name]}: it must be 0 or more, and finite")
-    for name in ("beta1", "beta2"):
+        value = settings.get(name, 0.0)
+        if not value >= 0 or value == math.inf and name != "grad_clip":
+            raise UserError(f"{name}={value}: it must be a number from 0 up")
+    for name in ("beta1", "beta2", "dropout"):
         if not 0 <= settings.get(name, 0.0) < 1:
-            raise UserError(f"{name}={settings[name]}: it must be 0 or more, and less than 1")
+            raise UserError(f"{name}={settings[name]}: it must be from 0 up to 1, and less than 1")
     least, peak = settings.get("min_lr", 0.0), settings.get("learning_rate", 0.0)
     if resume and "min_lr" not in given or least == 0 or 0.01 <= least <= 1:
         return
@@ -364,10 +372,10 @@ def add_row(out_dir: str, columns: list[str], row: dict, name: str = "loss.csv")
 
 
 def read_rows(out_dir: str, step: int, columns: Iterable[str] = (), name: str = "loss.csv") -> list[dict[str, str]]:
-    """The rows of loss.csv up to the step at which a run goes on; their values are texts of numbers, or empty. A line
-    that is no row, since somebody edited the file or a crash cut it, is left out, and so is a column that is not among
-    `columns`. Then one line is printed, and the file is kept as loss-2.csv. One line tells also of a file that is
-    missing or ends early. Nothing is raised."""
+    """The rows of loss.csv up to the step at which a run goes on; their values are texts of numbers, or empty, and
+    those of step and seconds are never empty. A line that is no row, since somebody edited the file or a crash cut it,
+    is left out, and so is a column that is not among `columns`. Then one line is printed, and the file is kept as
+    loss-2.csv. One line tells also of a file that is missing or ends early. Nothing is raised."""
     path = os.path.join(out_dir, name)
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -377,13 +385,14 @@ def read_rows(out_dir: str, step: int, columns: Iterable[str] = (), name: str = 
         return []
     names = fields_of(lines[0])
     rows, spoilt, beyond = [], [], False
-    if "step" not in names or len({*names}) < len(names):
+    needed = {"step", "seconds"} if name == "loss.csv" else {"step"}
+    if not needed <= {*names} or len({*names}) < len(names):
         names, spoilt = [], [1]
     for number, line in enumerate(lines[1:], 2):
         fields = fields_of(line)
         whole = names and number < len(lines) and len(fields) == len(names) and all(map(is_number, fields))
         row = dict(zip(names, fields, strict=True)) if whole else {}
-        if row and row["step"].isdecimal():
+        if row and row["step"].isdecimal() and all(row[one] for one in needed):
             beyond = beyond or int(row["step"]) > step
             rows.append(row)
         elif not beyond and line.strip():  # what follows the checkpoint's step is left out anyway

@@ -25,8 +25,7 @@ After every eval_interval updates a line shows: val, the mean cross-entropy on f
 ppl, the perplexity exp(val); bpb, bits per byte of text, which can be compared between tokenizers; the peak memory; and
 mfu, the share of the device's peak FLOPS that training uses (Chowdhery et al. 2022), for devices whose peak is known.
 """
-import csv
-import json
+import contextlib
 import math
 import os
 import re
@@ -35,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter  # moe
 from dataclasses import asdict, fields
 from functools import partial
 
@@ -63,7 +63,7 @@ from model import (
     save_checkpoint,
 )
 from muon import Muon, by_muon
-from tokenizer import Tokenizer, tokens_folder
+from tokenizer import Tokenizer, open_tokens, tokens_folder
 
 # data
 data = "stdlib"         # a folder of data.py, or any source it takes: a text file or folder, shakespeare, hf:NAME
@@ -71,6 +71,7 @@ tokenizer = "bpe"       # for a source that data.py has not read yet: bpe | byte
 vocab_size = 4096       # for bpe
 out_dir = "out"         # the folder of this run: checkpoints and curves
 resume = False          # continue from OUT_DIR/ckpt.safetensors
+init = ""               # begin with the weights, architecture and tokenizer of a checkpoint; "": random weights
 seed = 1337             # of the weights and of the order of the data
 # model
 block_size = 256        # context length, tokens
@@ -116,6 +117,7 @@ muon_lr = 0.05          # peak, of the matrices under muon
 beta1 = 0.9             # decay of the gradient's mean
 beta2 = 0.95            # decay of the gradient's square
 weight_decay = 0.1      # of matrices, times the learning rate
+dropout = 0.0           # share of the numbers that become 0 in training, at GPT-2's places; for small data  # dropout
 grad_clip = 1.0         # largest norm of the gradient; 0: no clipping
 schedule = "cosine"     # cosine | wsd (warmup, stable, linear decay over the last fifth)
 warmup_iters = 20       # updates of linear warmup
@@ -160,42 +162,66 @@ def in_first_process(function, *arguments):
         raise error or SystemExit(2)
 
 
-# ---- resume: the settings of the checkpoint apply, except those on the command line ----------------------------------
+# ---- resume: the checkpoint's settings apply, except those on the command line; init: its architecture alone ---------
 
-start_step, meta, model = 0, {}, None
+start_step, meta, model, origin = 0, {}, None, ckpt_path if resume else init
+if resume and "init" in given:
+    raise UserError("--init begins a new run and --resume=True goes on: give one of them")
 if resume:
     run_folder.check_maker(ckpt_path, SCRIPT, out_dir)
-    model, meta = load_checkpoint(ckpt_path)
+if origin:
+    model, meta = load_checkpoint(origin)
     before = asdict(model.config)
     asked = {name: settings[name] for name in given & before.keys() - {"vocab_size"}}
     for name, value in asdict(GPTConfig(**{**before, **asked})).items():
-        if value != before[name]:
-            raise UserError(f"{name} is {value}, but {before[name]} in {ckpt_path}: leave it out or train anew")
-    if "optimizer" in given and optimizer != meta["settings"]["optimizer"]:
-        raise UserError(f"optimizer is {meta['settings']['optimizer']} in {ckpt_path}: leave it out or train anew")
-    for name in settings.keys() & meta["settings"].keys() - given - {"resume", "out_dir", "overwrite"}:
-        settings[name] = globals()[name] = meta["settings"][name]
+        if value != before[name] and (resume or name != "block_size"):
+            raise UserError(f"{name} is {value}, but {before[name]} in {origin}: leave it out or train anew")
+if resume:
+    settings.update(run_folder.old_settings(ckpt_path, meta, settings, ["optimizer"],
+                                            ["settings", "step", "losses", "tokenizer"]))
     start_step = meta["step"]
-    if start_step >= max_iters:
-        raise UserError(f"{ckpt_path} is at step {start_step} of {max_iters} already: give a larger --max_iters")
+    if start_step >= settings["max_iters"]:
+        raise UserError(f"{ckpt_path} is at step {start_step} of {settings['max_iters']} already: "
+                        "give a larger --max_iters")
+elif init:
+    if given & {"tokenizer", "vocab_size"}:
+        raise UserError("--init also takes the checkpoint's tokenizer: leave out --tokenizer and --vocab_size")
+    if not meta.get("tokenizer"):
+        raise UserError(f"{init} holds no tokenizer, so that its tokens are unknown: it cannot be trained further")
+    T = settings["block_size"] if "block_size" in given else min(before["block_size"], 1024)  # longer: much memory
+    if before["pos"] == "learned":
+        if T > before["block_size"]:
+            raise UserError(f"block_size={T}, but {init} has learned {before['block_size']} positions: take no more")
+        model.pos_embed.weight = model.pos_embed.weight[:T]
+    weights = dict(tree_flatten(model.parameters()))
+    model = GPT(GPTConfig(**{**before, "block_size": T}), seed=None)
+    if {name: p.shape for name, p in tree_flatten(model.parameters())} != {n: p.shape for n, p in weights.items()}:
+        raise UserError(f"{init} has quantized or low-rank layers, which do not train: give the file it was made from")
+    model.load_weights(list(weights.items()))
+    model.set_dtype(mx.float32)
+    settings.update({name: value for name, value in before.items() if name in settings.keys() - {"vocab_size"}},
+                    block_size=T, tokenizer=init)
+    meta = {"tokenizer": meta["tokenizer"]}
+globals().update(settings)
 
 for name in ("max_iters", "batch_size", "grad_accum", "eval_interval", "eval_windows", "log_interval"):
     if settings[name] < 1:
         raise UserError(f"{name}={settings[name]}: it must be 1 or more")
-for name in ("seed", "grad_clip", "weight_decay", "warmup_iters", "decay_iters", "checkpoint_every", "sample_tokens"):
+for name in ("seed", "warmup_iters", "decay_iters", "checkpoint_every", "sample_tokens"):
     if settings[name] < 0:
         raise UserError(f"{name}={settings[name]}: it must be 0 or more")
 if not out_dir:
     raise UserError("out_dir is empty: name a folder, or . for this one")
 if batch_size % n_ranks:
     raise UserError(f"batch_size={batch_size} is not divisible by the {n_ranks} processes: change it")
+run_folder.check_rates(settings, resume)
 if dtype == "float16":
     raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
 if schedule not in ("cosine", "wsd"):
     raise UserError(f"schedule={schedule!r} is not one of cosine, wsd")
 working_dtype = compute_dtype(dtype)
 run_folder.check_log(log)
-in_first_process(run_folder.check, out_dir, SCRIPT, overwrite, resume)
+in_first_process(run_folder.check, out_dir, SCRIPT, overwrite, resume, [data] if resume else [data, init])
 
 # ---- data: random windows of a flat file of tokens -------------------------------------------------------------------
 
@@ -204,12 +230,16 @@ def prepared(source: str) -> str:
     """The folder with source's tokens; data.py makes it first where it is missing or out of date."""
     if os.path.exists(os.path.join(source, "meta.json")):
         return source
-    folder = tokens_folder(source, tokenizer, vocab_size)
+    name = ckpt_path if resume and init and not os.path.exists(tokenizer) else tokenizer
+    folder = tokens_folder(source, name, vocab_size)
     command = [sys.executable, os.path.join(HERE, "data.py"), f"--source={source}", f"--out={folder}",
-               f"--tokenizer={tokenizer}", f"--vocab_size={vocab_size}"]
+               f"--tokenizer={name}", f"--vocab_size={vocab_size}"]
 
     def run_data():
-        status = subprocess.run(command).returncode
+        try:
+            status = subprocess.run(command).returncode
+        except KeyboardInterrupt:
+            status = 130
         if status:
             sys.exit(status)  # data.py has said why
 
@@ -218,13 +248,11 @@ def prepared(source: str) -> str:
 
 
 folder = prepared(data)
-with open(os.path.join(folder, "meta.json")) as file:
-    data_meta = json.load(file)
+data_meta, tokens = open_tokens(folder)
 enc = Tokenizer.from_dict(data_meta["tokenizer"])
-tokens = {split: np.memmap(os.path.join(folder, f"{split}.bin"), dtype=data_meta["dtype"], mode="r")
-          for split in ("train", "val")}
-if resume and meta["tokenizer"] != data_meta["tokenizer"]:
-    raise UserError(f"{folder} has another tokenizer than {ckpt_path}: give the data that it was trained on")
+if origin and meta["tokenizer"] != data_meta["tokenizer"]:
+    raise UserError(f"{folder} has another tokenizer than {origin}: give the data that it was trained on, or other "
+                    f"tokens of python data.py --tokenizer={shlex.quote(origin)}")
 if model:
     block_size = model.config.block_size
 if len(tokens["train"]) <= block_size:
@@ -244,11 +272,14 @@ def windows(split: str, n: int, T: int, key: list[int]) -> tuple[mx.array, mx.ar
 
 # ---- model, optimizer ------------------------------------------------------------------------------------------------
 
+if model and enc.n_vocab > model.config.vocab_size:
+    raise UserError(f"{origin} has {model.config.vocab_size} embeddings for {enc.n_vocab} tokens: it cannot be trained")
 if not model:
     architecture = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
     architecture["vocab_size"] = -(-enc.n_vocab // 64) * 64  # a round number suits the matrix units
     model = GPT(GPTConfig(**architecture), seed=seed)
 model.checkpoint_every, model.compute_dtype = checkpoint_every, working_dtype
+model.dropout = dropout  # dropout
 config = model.config
 n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
 n_active = n_parameters  # weights that compute with a token
@@ -275,25 +306,44 @@ if optimizer == "muon":  # for the matrices of the blocks, and Adam for the rest
     opt = optim.MultiOptimizer([muon, rest], [by_muon])
 opt.init(model.trainable_parameters())
 if resume:
-    arrays, _ = load_arrays(os.path.join(out_dir, f"ckpt.optimizer-{start_step}.safetensors"))
+    path = os.path.join(out_dir, f"ckpt.optimizer-{start_step}.safetensors")
+    wanted, arrays = {name: array.shape for name, array in tree_flatten(opt.state)}, {}
+    with contextlib.suppress(UserError):
+        arrays, _ = load_arrays(path)
+    if {name: array.shape for name, array in arrays.items()} != wanted:
+        raise UserError(f"{path} is missing or spoilt: begin a new run from the weights, with --init="
+                        f"{shlex.quote(ckpt_path)} --out_dir={shlex.quote(run_folder.free_name(out_dir))}")
     opt.state = tree_unflatten(list(arrays.items()))
 
 
-def schedule_at(step: int) -> float:
+def schedule_at(step: int, settings: dict = settings) -> float:
     """Learning rate of an update, as a share of the peak."""
-    end = decay_iters or max_iters
-    if step < warmup_iters:
-        return (step + 1) / warmup_iters
+    warmup, end, least = settings["warmup_iters"], settings["decay_iters"] or settings["max_iters"], settings["min_lr"]
+    if step < warmup:
+        return (step + 1) / warmup
     if step >= end:
-        return min_lr
-    if schedule == "wsd":
-        return max(min_lr, min(1.0, (end - step) / (0.2 * end)))
-    return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup_iters) / max(1, end - warmup_iters)))
+        return least
+    if settings["schedule"] == "wsd":
+        return max(least, min(1.0, (end - step) / (0.2 * end)))
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, end - warmup)))
 
+
+peaks = ["learning_rate", "muon_lr"] if optimizer == "muon" else ["learning_rate"]
+if resume:  # with the settings of before, the next learning rate would be the old one
+    old = {**settings, **meta["settings"]}
+    old["decay_iters"] = old["decay_iters"] or old["max_iters"]
+    rates = [(name, *(of[name] * schedule_at(start_step, of) for of in (old, settings))) for name in peaks]
+    jumps = [f"{name} from {a:.1e} to {b:.1e}" for name, a, b in rates if not math.isclose(a, b, rel_tol=0.01)]
+    keep = " ".join(f"--{name}={old[name]}" for name in (*peaks, "schedule", "warmup_iters", "decay_iters", "min_lr")
+                    if old[name] != settings[name])
+    if jumps:
+        say(f"step {start_step}: the rate jumps, {', '.join(jumps)}; to keep it: {keep}")
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 state = [model.state, opt.state]
+if dropout:  # dropout
+    state.append(mx.random.state)  # dropout
 compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
 
 
@@ -338,25 +388,31 @@ def evaluate() -> tuple[float, float]:
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
-COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "learning_rate", "grad_norm", "tok_per_s",
-           "peak_gib"]
-losses = {"train": None, "val": None, "bits_per_byte": None, "best_val": None, **meta.get("losses", {})}
-rows = []
-seconds_before = 0.0
+COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "learning_rate", "muon_lr", "grad_norm",
+           "tok_per_s", "peak_gib"]
+losses = {"train": None, "val": None, "bits_per_byte": None, "best_val": None, "initial_val": None}
+losses.update(meta.get("losses", {}))
+if not os.path.exists(best_path):
+    losses["best_val"] = None
+rows, seconds_before = [], 0.0
+tokens_per_step, tokens_before = batch_size * grad_accum * block_size, 0
+if resume:  # files of before the header had this number are of runs whose batch never changed
+    old_per_step = math.prod(meta["settings"][name] for name in ("batch_size", "grad_accum", "block_size"))
+    tokens_before = meta.get("tokens", start_step * old_per_step)
 saved = resume  # whether this run has a checkpoint
 in_first_process(run_folder.start, out_dir, SCRIPT, settings, source, start_step)
 if rank == 0:
     send = run_folder.log_to(log, out_dir, settings, start_step)
-    if resume and os.path.exists(os.path.join(out_dir, "loss.csv")):
-        with open(os.path.join(out_dir, "loss.csv"), newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start_step]
-        seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
+    if resume:
+        rows = run_folder.read_rows(out_dir, start_step, COLUMNS)
+        seconds_before = max((float(row["seconds"]) for row in rows), default=0.0)
     run_folder.write_rows(out_dir, COLUMNS, rows)
 commit = run_folder.git_commit()
 
 
-def record(**row):
+def record(step: int, **figures):
     if rank == 0:
+        row = {"step": step, "tokens": tokens_before + (step - start_step) * tokens_per_step, **figures}
         row["seconds"] = round(seconds_before + time.perf_counter() - began, 2)
         rows.append(row)
         run_folder.add_row(out_dir, COLUMNS, row)
@@ -370,7 +426,8 @@ def save(step: int, is_best: bool = False):
     global saved
     if rank == 0:
         header = {"script": SCRIPT, "settings": settings, "commit": commit, "step": step,
-                  "losses": losses, "tokenizer": data_meta["tokenizer"]}
+                  "tokens": tokens_before + (step - start_step) * tokens_per_step, "losses": losses,
+                  "tokenizer": data_meta["tokenizer"]}
         own = f"ckpt.optimizer-{step}.safetensors"
         save_arrays(os.path.join(out_dir, own), dict(tree_flatten(opt.state)), {"version": VERSION, "step": step})
         if is_best:
@@ -385,34 +442,36 @@ def save(step: int, is_best: bool = False):
             "train_loss": "training", "val_loss": "validation"}}, f"{data}, {n_parameters / 1e6:.1f}M parameters",
             {f"guessing, ln {enc.n_vocab}": math.log(enc.n_vocab)})
         if load_rows:  # moe
-            save_load()  # moe
+            draw_load()  # moe
     saved = True
     mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # wait for all: mlx.launch kills the others when one has ended
 
 
 # ---- variant moe: the tokens that each expert took, divided by the mean of its layer: experts.csv, experts.png -------
 
-load_path, load_rows, loads = os.path.join(out_dir, "experts.csv"), [], []  # loads: of the steps since a log line
-if config.n_expert and resume and os.path.exists(load_path):
-    with open(load_path, newline="") as file:
-        load_rows = [*csv.reader(file)][1:]  # save() wrote it: it ends at the checkpoint's step
+load_columns, load_rows, loads = ["step", "layer", *(f"expert{e}" for e in range(config.n_expert))], [], []
+if config.n_expert and rank == 0:
+    if resume:
+        load_rows = run_folder.read_rows(out_dir, start_step, load_columns, "experts.csv")
+        layers = Counter(row["step"] for row in load_rows if len(row) == len(load_columns) and all(row.values()))
+        load_rows = [row for row in load_rows if layers[row["step"]] == config.n_layer]
+    run_folder.write_rows(out_dir, load_columns, load_rows, "experts.csv")
 
 
 def record_load(step: int) -> str:
-    """Add the mean load of each expert since the last log line to load_rows; return the largest one for the log."""
-    load = np.mean(loads, axis=0)
+    """Add the mean load of each expert since the last log line to experts.csv; return the largest one for the log."""
+    load = np.mean(loads, axis=0)  # loads: of each step since then
     loads.clear()
-    load_rows.extend([step, layer, *np.round(of_layer, 4)] for layer, of_layer in enumerate(load))
+    for layer, of_layer in enumerate(load if rank == 0 else []):
+        load_rows.append(dict(zip(load_columns, [step, layer, *np.round(of_layer, 4)], strict=True)))
+        run_folder.add_row(out_dir, load_columns, load_rows[-1], "experts.csv")
     return f" | load {load.max():4.2f}"
 
 
-def save_load():
-    with open(f"{load_path}.tmp", "w", newline="") as file:
-        csv.writer(file).writerows([["step", "layer", *(f"expert{e}" for e in range(config.n_expert))], *load_rows])
-    os.replace(f"{load_path}.tmp", load_path)
-    steps = [int(row[0]) for row in load_rows[::config.n_layer]]
-    load = np.array([row[2:] for row in load_rows], dtype=float).reshape(len(steps), config.n_layer, config.n_expert)
-    draw.expert_load(os.path.join(out_dir, "experts.png"), steps, load,
+def draw_load():
+    load = np.array([[float(row[name]) for name in load_columns] for row in load_rows])
+    load = load.reshape(-1, config.n_layer, len(load_columns))
+    draw.expert_load(os.path.join(out_dir, "experts.png"), load[:, 0, 0], load[..., 2:],
                      f"{config.n_expert} experts, {config.expert_top_k} a token: load of each over the mean")
 
 
@@ -420,33 +479,22 @@ def save_load():
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
-interrupted = 0
-
-
-def interrupt(number, _):
-    global interrupted
-    interrupted += 1
-    if interrupted > 1 and number == signal.SIGINT:
-        raise KeyboardInterrupt  # the second Ctrl-C stops at once, without saving
-
-
-signal.signal(signal.SIGINT, interrupt)
-signal.signal(signal.SIGTERM, interrupt)
-
+stops = run_folder.catch_stops()
 info = mx.device_info()
 peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in str(info.get("device_name"))), 0)
 peak_flops = peak_flops if working_dtype == mx.bfloat16 else 0
 active = f" ({n_active / 1e6:.2f}M active)" if n_active < n_parameters else ""
 say(f"{n_parameters / 1e6:.2f}M parameters{active}, {len(tokens['train']) / 1e6:.2f}M training tokens, "
-    f"{batch_size * grad_accum * block_size:,} tokens an update\n"
+    f"{tokens_per_step:,} tokens an update\n"
     f"{info.get('device_name')}, {str(working_dtype).split('.')[-1]}{', ' + blas.loaded if blas.loaded else ''}"
     f"{f', {n_ranks} processes' if n_ranks > 1 else ''}")
+if init and not resume and block_size != before["block_size"]:
+    say(f"the context is {block_size:,} tokens; that of {init} is {before['block_size']:,}, see --block_size")
 
 model.train()
 step, pending, began = start_step, None, time.perf_counter()
 lap_time, lap_steps, speed = 0.0, 0, 0.0  # speed: tokens a second, up to the last log line
 bar = tqdm(total=max_iters, initial=start_step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
-tokens_per_step = batch_size * grad_accum * block_size
 
 
 def diverged(what: str):
@@ -458,7 +506,7 @@ def finish(pending) -> bool:
     """Read the figures of a step and log them. This is done while the device works on the next step, so that it need
     not wait. Returns whether a process had been asked to stop."""
     global lap_time, lap_steps, speed
-    number, figures, lr = pending
+    number, figures, rates = pending
     figures = {name: figure.tolist() for name, figure in figures.items()}
     loss, norm = figures["loss"], figures["norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -468,25 +516,31 @@ def finish(pending) -> bool:
         loads.append(figures["load"])  # moe
     if number % log_interval == 0 or number == max_iters:
         speed, lap_time, lap_steps = tokens_per_step * lap_steps / lap_time if lap_time else 0.0, 0.0, 0
-        more = ""
+        lr, more = " ".join(f"{rate:.1e}" for rate in rates.values()), ""
         if config.n_expert:  # moe
+            lr = " ".join(f"{rate:.0e}".replace("e-0", "e-") for rate in rates.values())  # moe
             more = record_load(number)  # moe
-        say(f"step {number:6d} | loss {loss:6.4f} | lr {lr:.1e} | norm {norm:4.2f} | {speed:7,.0f} tok/s{more}")
-        record(step=number, tokens=number * tokens_per_step, train_loss=loss, learning_rate=lr, grad_norm=norm,
-               tok_per_s=round(speed), peak_gib=round(mx.get_peak_memory() / 2**30, 3))
+        say(f"step {number:6d} | loss {loss:6.4f} | lr {lr} | norm {norm:4.2f} | {speed:7,.0f} tok/s{more}")
+        record(number, train_loss=loss, **rates, grad_norm=norm, tok_per_s=round(speed),
+               peak_gib=round(mx.get_peak_memory() / 2**30, 3))
     return figures["stops"] > 0
 
 
 def evaluate_and_save(step: int):
     nats, bpb = evaluate()
+    if not math.isfinite(nats) and init and step == 0:
+        raise UserError(f"{init} has a validation loss of {nats}: its weights are damaged; take another checkpoint")
     if not math.isfinite(nats):
         diverged(f"step {step}: the validation loss is {nats}")
+    if step == 0:
+        losses["initial_val"] = nats
     is_best = step > 0 and (losses["best_val"] is None or nats < losses["best_val"])
     losses.update(val=nats, bits_per_byte=bpb, best_val=nats if is_best else losses["best_val"])
+    lowest = is_best and (losses["initial_val"] is None or nats < losses["initial_val"])
     mfu = f" | mfu {flops_per_token * speed / peak_flops / n_ranks:.1%}" if peak_flops and speed else ""
     say(f"step {step:6d} | val  {nats:6.4f} | ppl {math.exp(min(nats, 99)):6.1f} | bpb {bpb:.4f}"
-        f" | {mx.get_peak_memory() / 2**30:4.2f} GiB{mfu}{' | best' if is_best else ''}")
-    record(step=step, tokens=step * tokens_per_step, val_loss=nats, val_bpb=bpb)
+        f" | {mx.get_peak_memory() / 2**30:4.2f} GiB{mfu}{' | best' if lowest else ''}")
+    record(step, val_loss=nats, val_bpb=bpb)
     if step > start_step:
         save(step, is_best)
 
@@ -505,12 +559,16 @@ while True:
         evaluate_and_save(step)
         if step == max_iters:
             break
+        if step == start_step and stops() and n_ranks == 1:
+            raise KeyboardInterrupt  # there is nothing to save yet
 
     lap_began = time.perf_counter()
-    scale = schedule_at(step)
-    rest.learning_rate = learning_rate * scale
+    rates = {name: settings[name] * schedule_at(step) for name in peaks}
+    rest.learning_rate = rates["learning_rate"]
     if optimizer == "muon":
-        muon.learning_rate = muon_lr * scale
+        muon.learning_rate = rates["muon_lr"]
+    if dropout:  # a resumed run draws the numbers that an uninterrupted one would have drawn  # dropout
+        mx.random.seed(((seed * 2**32 + step) * n_ranks + rank) % 2**64)  # dropout
     x, y = windows("train", grad_accum * batch_size, block_size, [seed, step])
     loss, grads, own = 0.0, None, batch_size // n_ranks
     for micro in range(grad_accum):
@@ -521,7 +579,7 @@ while True:
             mx.async_eval(loss, grads)  # so that the activations of one micro-step at a time are in memory
     if grad_accum > 1:
         grads = tree_map(lambda g: g / grad_accum, grads)
-    figures = {"loss": loss, "stops": mx.array(float(interrupted))}  # what finish() reads and logs
+    figures = {"loss": loss, "stops": mx.array(float(stops()))}  # what finish() reads and logs
     if n_ranks > 1:  # means over the processes
         grads = nn.average_gradients(grads)
         means = mx.distributed.all_sum(mx.stack([*figures.values()])) / n_ranks
@@ -533,7 +591,7 @@ while True:
     step += 1
     if pending:
         stopping = finish(pending)
-    pending = (step, figures, learning_rate * scale)
+    pending = (step, figures, rates)
     lap_time, lap_steps = lap_time + time.perf_counter() - lap_began, lap_steps + 1
     bar.update(1)
 bar.close()
@@ -558,9 +616,17 @@ if rank == 0:
     lines = [line.strip() for line in text.splitlines()[1:-1]]  # the first and the last one may be cut
     lines.append(max(text.splitlines(), key=len, default="").partition(" ")[2].strip())  # for a text of long lines
     text = next((line for line in lines if len(line) > 3 and line.isprintable()), "")[:24].rstrip()
-    script = os.path.relpath(os.path.join(HERE, "sample.py"))
-    command = f"python {shlex.quote(script)} {shlex.quote(ckpt_path)}"
+    best = run_folder.header_of(best_path)  # {} if the file has gone
+    told = {ckpt_path: (step, losses, "the last step")} if best.get("step") != step else {}
+    if best:
+        told[best_path] = best["step"], best["losses"], "the best step"
+    for path, (number, of_step, what) in told.items():
+        say(f"{path}: step {number}, validation loss {of_step['val']:.4f}, {of_step['bits_per_byte']:.4f} bits a byte, "
+            f"{what}")
+    if losses["initial_val"] is not None and losses["initial_val"] <= losses["best_val"]:
+        say(f"NO STEP WAS BETTER than the model before training, validation loss {losses['initial_val']:.4f}: "
+            "try smaller learning rates")
+    command = f"python {shlex.quote(os.path.relpath(os.path.join(HERE, 'sample.py')))} {shlex.quote(path)}"
     if text:
         command += f" --prompt={shlex.quote(text)}"
-    say(f"{ckpt_path}: step {step}, validation loss {losses['val']:.4f}, {losses['bits_per_byte']:.4f} bits a byte\n"
-        f"curves: {out_dir}/loss.png\nnext: {command}")
+    say(f"curves: {out_dir}/loss.png\nnext: {command}")
