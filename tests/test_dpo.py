@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -10,22 +11,24 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_sft import folder  # noqa: F401  (a checkpoint)
+from test_sft import STOPPED, assert_equal, folder, sft  # noqa: F401  (folder: a checkpoint)
 
 import lora
 from conversations import encode
 from model import GPT, GPTConfig, cross_entropy, load_checkpoint
+from records import read_labelled, read_preferences, split
 from tokenizer import byte_tokenizer
 
 ENC = byte_tokenizer()
 SOURCE = (ROOT / "dpo.py").read_text()
-START, END = SOURCE.index("# ---- losses"), SOURCE.index("# ---- data")
+START, END = SOURCE.index("# ---- losses"), SOURCE.index("# ---- resume")
 made = {"mx": mx, "GPT": GPT, "cross_entropy": cross_entropy}
 exec(SOURCE[START:END], made)  # the section of the losses stands by itself
 
 RNG = np.random.default_rng(0)
 PI, REF = -RNG.uniform(5, 60, (3, 16)), -RNG.uniform(5, 60, (3, 16))
 N = RNG.integers(3, 30, (2, 16)).astype(float)
+LABEL = RNG.integers(0, 2, 16).astype(float)
 
 
 def sigmoid(x):
@@ -44,25 +47,27 @@ def formula(name: str, beta: float) -> np.ndarray:
         "ipo": (h - 1 / (2 * beta)) ** 2,
         "simpo": -np.log(sigmoid(beta * mean[0] - beta * mean[1] - 0.7)),
         "orpo": -mean[0] - beta * np.log(sigmoid(np.log(odds[0] / odds[1]))),
-        "kto": (1 - sigmoid(beta * (PI[0] - REF[0]) - z) + 1 - sigmoid(z - beta * (PI[1] - REF[1]))) / 2,
+        "kto": np.where(LABEL == 1, 1.5 * (1 - sigmoid(beta * (PI[0] - REF[0]) - z)),
+                        0.5 * (1 - sigmoid(z - beta * (PI[0] - REF[0])))),
     }[name]
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
 @pytest.mark.parametrize("name", ["dpo", "cdpo", "ipo", "simpo", "orpo", "kto"])
 def test_formula(name, beta):
-    pi, ref, n = (mx.array(x.astype(np.float32)) for x in (PI, REF, N))
-    f = made["dpo" if name == "cdpo" else name]
+    pi, ref, n, label = (mx.array(x.astype(np.float32)) for x in (PI, REF, N, LABEL))
+    f, z = made["dpo" if name == "cdpo" else name], made["kto_z"](pi[2], ref[2], beta)
     found = {"dpo": lambda: f(*pi[:2], *ref[:2], beta), "cdpo": lambda: f(*pi[:2], *ref[:2], beta, 0.2),
              "ipo": lambda: f(*pi[:2], *ref[:2], beta), "simpo": lambda: f(*pi[:2], *n, beta, 0.7),
-             "orpo": lambda: f(*pi[:2], *n, beta), "kto": lambda: f(*pi[:2], *ref[:2], pi[2], ref[2], beta)}[name]()
+             "orpo": lambda: f(*pi[:2], *n, beta), "kto": lambda: f(pi[0], ref[0], label, z, beta, 1.5, 0.5)}[name]()
     np.testing.assert_allclose(np.array(found), formula(name, beta), rtol=2e-4, atol=2e-5)
 
 
 def test_divergence_of_kto_is_a_constant():
     pi = mx.array(PI.astype(np.float32))
-    ref = pi - mx.array([[1.0], [9.0], [3.0]])  # with equal ones, the two halves of its gradient would cancel
-    gradient = mx.grad(lambda other: made["kto"](pi[0], pi[1], ref[0], ref[1], other, ref[2], 0.1).sum())(pi[2])
+    ref, label = pi - mx.array([[1.0], [9.0], [3.0]]), mx.ones(16)
+    gradient = mx.grad(lambda other: made["kto"](
+        pi[0], ref[0], label, made["kto_z"](other, ref[2], 0.1), 0.1, 1.0, 1.0).sum())(pi[2])
     assert mx.array_equal(gradient, mx.zeros(16))
 
 
@@ -136,27 +141,86 @@ def test_learns(folder, pairs, tmp_path, arguments, first):  # noqa: F811
         model, _ = load_checkpoint(str(folder / "base.safetensors"))
         meta = lora.load_adapter(model, str(tmp_path / "dpo.safetensors"))
     best = min(held_out[1:], key=lambda row: row["loss"])
-    with open(pairs) as file:
-        lines = [json.loads(line) for line in file]
-    sums, margins = [], []
     reference, _ = load_checkpoint(str(folder / "base.safetensors"))
     lora.quantize_base(reference, 8 if "--base_bits=8" in arguments else 0)
-    for i in np.random.default_rng(1337).permutation(40)[:4]:
-        rewards = []
-        for answer in ("chosen", "rejected"):
-            talk = [{"role": "user", "content": lines[i]["prompt"]}, {"role": "assistant", "content": lines[i][answer]}]
-            ids, learned = (mx.array([x]) for x in encode(ENC, talk, "plain"))
-            pi, ref = (made["answer_log_probs"](m, ids, learned).item() for m in (model, reference))
-            if "--loss=simpo" in arguments or "--loss=orpo" in arguments:
-                pi_by_token, beta = pi / learned.sum().item(), 2 if "--beta=2" in arguments else 0.1
-                rewards.append(beta * pi_by_token)
-            else:
-                rewards.append(0.1 * (pi - ref))
-            sums.append(pi)
-        margins.append(rewards[0] - rewards[1])
-    assert np.mean(sums[::2]) == pytest.approx(best["chosen"], rel=1e-3) and meta["losses"]["chosen"] == best["chosen"]
-    assert np.mean(sums[1::2]) == pytest.approx(best["rejected"], rel=1e-3)
-    assert np.mean(margins) == pytest.approx(best["margin"], rel=1e-3)
+    if "--loss=kto" in arguments:
+        answers = split(read_labelled(str(pairs)), 0.1, 1337)[1]
+    else:
+        held = split(read_preferences(str(pairs)), 0.1, 1337)[1]
+        answers = [pair for prompt, *both in held for pair in zip((prompt, prompt), both, (True, False), strict=True)]
+    sums, rewards = {True: [], False: []}, {True: [], False: []}
+    for prompt, answer, good in answers:
+        talk = [*prompt, {"role": "assistant", "content": answer}]
+        ids, learned = (mx.array([x]) for x in encode(ENC, talk, "plain"))
+        pi, ref = (made["answer_log_probs"](m, ids, learned).item() for m in (model, reference))
+        if "--loss=simpo" in arguments or "--loss=orpo" in arguments:
+            rewards[good].append((2 if "--beta=2" in arguments else 0.1) * pi / learned.sum().item())
+        else:
+            rewards[good].append(0.1 * (pi - ref))
+        sums[good].append(pi)
+    assert len(answers) == 8 and meta["losses"]["chosen"] == best["chosen"]
+    assert np.mean(sums[True]) == pytest.approx(best["chosen"], rel=1e-3)
+    assert np.mean(sums[False]) == pytest.approx(best["rejected"], rel=1e-3)
+    assert np.mean(rewards[True]) - np.mean(rewards[False]) == pytest.approx(best["margin"], rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_accumulated_gradients_are_those_of_one_batch(folder, pairs, tmp_path, loss):  # noqa: F811
+    """For kto only the gradient's norm and loss of the first update, as z is an estimate from one micro-step."""
+    for name, sizes in (("one", ["--batch_size=8"]), ("two", ["--batch_size=4", "--grad_accum=2"])):
+        dpo(folder, pairs, tmp_path / name, f"--loss={loss}", "--epochs=1", "--log_interval=1", *sizes)
+    both = [rows_of(tmp_path / name, "train")[:1 if loss == "kto" else 99] for name in ("one", "two")]
+    for one, two in zip(*both, strict=True):
+        assert [one[name] for name in ("loss", "grad_norm", "margin", "chosen", "rejected")] == pytest.approx(
+            [two[name] for name in ("loss", "grad_norm", "margin", "chosen", "rejected")], rel=1e-3, abs=1e-5)
+
+
+def test_labelled_answers(folder, tmp_path):  # noqa: F811
+    """Answers with a label, of which 1 in 4 is good and none is of a pair: their rewards go apart."""
+    path = tmp_path / "labelled.jsonl"
+    with open(path, "w") as file:
+        for i in range(64):
+            word = "abcdefgh"[i % 8] * 3
+            answer = word if i % 4 else word.upper()
+            print(json.dumps({"prompt": f"{i} {word}", "completion": answer, "label": i % 4 == 0}), file=file)
+    done = dpo(folder, path, tmp_path / "out", "--loss=kto", "--desirable_weight=3")
+    assert "16 desirable" not in done.stdout and "labelled" in done.stdout  # some are held out
+    rows = rows_of(tmp_path / "out", "val")
+    assert rows[-1]["margin"] > 0.2 and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["chosen"] > rows[0]["chosen"] and rows[-1]["rejected"] < rows[0]["rejected"]
+    assert "no known layout" in dpo(folder, path, tmp_path / "b", "--loss=dpo", status=2).stderr
+
+
+def test_chain(folder, pairs, tmp_path):  # noqa: F811
+    """dpo.py on the adapter that sft.py left: the reference is the tuned model, and the result finds both bases."""
+    sft(folder, tmp_path / "a", "--template=plain", "--epochs=4")
+    tuned = tmp_path / "a" / "sft.safetensors"
+    dpo(folder, pairs, tmp_path / "b", f"--checkpoint={tuned}", "--epochs=2")
+    model, meta = lora.load_adapted(str(tmp_path / "b" / "dpo.safetensors"))
+    assert any(os.path.samefile(tuned, path) for path in meta["files"]) and meta["template"] == "plain"
+    prompt, chosen, _ = split(read_preferences(str(pairs)), 0.1, 1337)[1][0]
+    ids, learned = encode(ENC, [*prompt, {"role": "assistant", "content": chosen}], "plain")
+    first, _ = lora.load_adapted(str(tuned))
+    found = [made["answer_log_probs"](m, mx.array([ids]), mx.array([learned])).item() for m in (first, model)]
+    assert found[1] > found[0]
+    done = dpo(folder, pairs, tmp_path / "a", f"--checkpoint={tmp_path / 'b' / 'dpo.safetensors'}", status=2)
+    assert "would overwrite the input" in done.stderr  # the base of the adapter
+
+
+def test_resume_is_exact(folder, pairs, tmp_path):  # noqa: F811
+    settings = "--epochs=4", "--eval_interval=5", "--dropout=0.1", "--log_interval=1"
+    dpo(folder, pairs, tmp_path / "whole", *settings)
+    for stop in (7, 10):
+        out = tmp_path / f"part{stop}"
+        (tmp_path / "stop.py").write_text(STOPPED)
+        command = [sys.executable, tmp_path / "stop.py", str(stop), ROOT / "dpo.py", folder / "base.safetensors",
+                   f"--data={pairs}", f"--out_dir={out}", "--template=plain", "--learning_rate=3e-3", *settings]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 130 and "--resume=True" in done.stdout, done.stderr
+        again = subprocess.run([sys.executable, ROOT / "dpo.py", f"--out_dir={out}", "--resume=True"],
+                               capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        assert_equal(tmp_path / "whole", out)
 
 
 def test_merged(folder, pairs, tmp_path):  # noqa: F811
@@ -166,8 +230,8 @@ def test_merged(folder, pairs, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("line, says", [
-    ({"prompt": "x", "chosen": "y"}, "rejected is missing"), ({"chosen": "x", "rejected": "y"}, "prompt is missing"),
-    ({"prompt": "x", "chosen": "y", "rejected": "y"}, "the same"), ("{", "no JSON"), ([], "not an object"),
+    ({"prompt": "x", "chosen": "y"}, "no known layout"), ({"chosen": "x", "rejected": "y"}, "no prompt in common"),
+    ({"prompt": "x", "chosen": "y", "rejected": "y"}, "are equal"), ("{", "no JSON"), ("[] ", "is empty"),
     ({"prompt": "x", "chosen": " ", "rejected": "y"}, "empty chosen"),
     ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "x", "rejected": "y"}, "unknown role 'bot'"),
     ({"prompt": "x", "chosen": [{"role": "assistant", "content": ""}], "rejected": "y"}, "empty chosen"),
@@ -176,12 +240,14 @@ def test_bad_lines(folder, tmp_path, line, says):  # noqa: F811
     path = tmp_path / "bad.jsonl"
     path.write_text(line if isinstance(line, str) else json.dumps(line))
     done = dpo(folder, path, tmp_path / "out", status=2)
-    assert f"{path}, line 1: " in done.stderr and says in done.stderr and not (tmp_path / "out").exists()
+    assert str(path) in done.stderr and says in done.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["--loss=ppo"], "loss='ppo'"), (["--beta=0"], "beta=0"), (["--kind=x"], "kind='x'"), (["--data="], "give --data"),
-    (["--label_smoothing=0.5"], "label_smoothing"), (["--kind=full", "--base_bits=4"], "packed weights"),
+    (["--label_smoothing=0.5"], "label_smoothing"), (["--learning_rate=-1"], "learning_rate=-1.0"),
+    (["--min_lr=1e-6"], "share of the peak"), (["--dropout=-0.1"], "dropout"), (["--grad_accum=0"], "grad_accum=0"),
+ (["--kind=full", "--base_bits=4"], "packed weights"),
 ], ids=str)
 def test_mistakes(folder, pairs, tmp_path, arguments, says):  # noqa: F811
     assert says in dpo(folder, pairs, tmp_path / "out", *arguments, status=2).stderr

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 
 import lora
-from conversations import encode, read_conversations
+from conversations import encode
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from records import read_conversations, split
 from tokenizer import byte_tokenizer
 
 ENC = byte_tokenizer()
@@ -80,15 +82,18 @@ def test_learns(folder, tmp_path, arguments):
     assert losses[-1] < 0.6 * losses[0] and held_out[-1] < 0.7 * held_out[0]
     assert re.search(r"step +\d+ \| loss .* tok/s\n", done.stdout) and "before:" in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if line.startswith("step ")) <= 80
-    names = "step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tok_per_s,peak_gib\n"
+    names = "step,tokens,seconds,train_loss,val_loss,learning_rate,muon_lr,grad_norm,tok_per_s,peak_gib\n"
     assert (out / "loss.csv").read_text().startswith(names) and column(out, "tokens")[-1] > 1000
     assert json.loads((out / "run.json").read_text())["settings"]["template"] == "plain"
-    assert {path.name for path in out.iterdir()} == {"sft.safetensors", "loss.csv", "loss.png", "run.json",
-                                                         "run.lock", "source"}
-    model, talks = tuned(folder, out), read_conversations(str(folder / "tasks.jsonl"))
-    nats, count = 0.0, 0
-    for i in np.random.default_rng(1337).permutation(40)[:4]:
-        ids, learned = encode(ENC, talks[i], "plain")
+    assert {path.name for path in out.iterdir()} == {"sft.safetensors", "resume.safetensors", "loss.csv", "loss.png",
+                                                         "run.json", "run.lock", "source"}
+    best = min(held_out.index(min(held_out)) * 5, len(losses))
+    assert f"sft.safetensors: step {best}, loss held out {min(held_out):.4f}, {held_out[0]:.4f} before" in done.stdout
+    model, nats, count = tuned(folder, out), 0.0, 0
+    talks = split(read_conversations(str(folder / "tasks.jsonl")), 0.1, 1337)[1]
+    assert len(talks) == 4
+    for talk in talks:
+        ids, learned = encode(ENC, talk, "plain")
         logits = np.array(model(mx.array([ids[:-1]]))[0], np.float64)
         for t, row in enumerate(logits):
             if learned[t + 1]:
@@ -200,19 +205,167 @@ def test_long_examples_are_cut_or_skipped_and_told(folder, tmp_path):
     (["--base_bits=5x"], "base_bits"), (["--base_bits=7"], "base_bits=7"),
     (["--kind=full", "--base_bits=4"], "packed weights do not train"), (["--val_share=1"], "val_share"),
     (["--epochs=0"], "epochs=0"), (["--rank=0"], "rank=0"), (["--dtype=float16"], "float16"),
-    (["--optimizer=lion"], "optimizer='lion'"),
+    (["--optimizer=lion"], "optimizer='lion'"), (["--learning_rate=-1e-3"], "learning_rate=-0.001"),
+    (["--min_lr=6e-5"], "share of the peak"), (["--dropout=1"], "dropout"), (["--grad_accum=0"], "grad_accum=0"),
+    (["--resume=True"], "resume"),
 ], ids=lambda argument: str(argument)[:40])
 def test_mistakes(folder, tmp_path, arguments, says):
     done = sft(folder, tmp_path / "out", *arguments, status=2)
     assert says in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_bad_lines(folder, tmp_path):
+def test_bad_rows(folder, tmp_path):
+    """They are skipped and counted; --strict=True refuses the file."""
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"prompt": "x", "response": ""}\n{"prompt": "x"\n')
-    done = sft(folder, tmp_path / "out", f"--data={path}", status=2)
-    assert "line 1: an empty response" in done.stderr and "line 2: no JSON" in done.stderr
-    assert not (tmp_path / "out").exists()
+    path.write_text((folder / "tasks.jsonl").read_text() + '{"prompt": "x", "response": ""}\n{"prompt": "x"\n')
+    done = sft(folder, tmp_path / "out", f"--data={path}", "--strict=True", status=2)
+    assert "line 41: an empty response" in done.stderr and not (tmp_path / "out").exists()
+    done = sft(folder, tmp_path / "out", f"--data={path}", "--epochs=1")
+    assert "40 conversations" in done.stdout and "2 of 42 rows SKIPPED" in done.stdout
+    assert f"{path}, line 42 is skipped: no JSON" in done.stderr
+
+
+# ---- resume, stop ----------------------------------------------------------------------------------------------------
+
+
+def state(out) -> dict[str, np.ndarray]:
+    """The arrays of what a run leaves, and loss.csv without times."""
+    arrays = {f"{path.name} {name}": np.array(array) for path in out.glob("*.safetensors")
+              for name, array in mx.load(str(path)).items()}
+    with open(out / "loss.csv", newline="") as file:
+        rows = [[value for name, value in row.items() if name not in ("seconds", "tok_per_s", "peak_gib")]
+                for row in csv.DictReader(file)]
+    return {**arrays, "loss.csv": np.array(rows)}
+
+
+def assert_equal(a, b):
+    a, b = state(a), state(b)
+    assert a.keys() == b.keys() and [name for name in a if not np.array_equal(a[name], b[name])] == []
+
+
+STOPPED = """
+import os, runpy, signal, sys
+import run_folder
+stop, add_row = int(sys.argv[1]), run_folder.add_row
+
+def add_and_stop(out_dir, columns, row):
+    add_row(out_dir, columns, row)
+    if row["step"] == stop and "train_loss" in row:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+run_folder.add_row, sys.argv = add_and_stop, sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--kind=lora", "--dropout=0.2", "--neftune=2", "--grad_accum=2", "--epochs=8"], ["--kind=dora", "--base_bits=8"],
+    ["--kind=full", "--optimizer=muon", "--weight_decay=0.1"],
+], ids=lambda arguments: arguments[0][2:])
+def test_resume_is_exact(folder, tmp_path, arguments):
+    """Asked to stop in the middle, between evaluations and at one, and resumed, a run leaves what an unstopped one
+    leaves, to the last bit."""
+    settings = ["--epochs=3", *arguments, "--template=plain", "--eval_interval=4"]
+    sft(folder, tmp_path / "whole", *settings)
+    for stop in (6, 8):
+        out = tmp_path / f"part{stop}"
+        (tmp_path / "stop.py").write_text(STOPPED)
+        command = [sys.executable, tmp_path / "stop.py", str(stop), ROOT / "sft.py", folder / "base.safetensors",
+                   f"--data={folder / 'tasks.jsonl'}", f"--out_dir={out}", *FAST, *settings]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 130, done.stderr
+        step = int(re.search(r"stopped at step (\d+) of \d+", done.stdout)[1])
+        assert stop <= step <= stop + 1 and "--resume=True" in done.stdout
+        again = subprocess.run([sys.executable, ROOT / "sft.py", f"--out_dir={out}", "--resume=True"],
+                               capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        assert_equal(tmp_path / "whole", out)
+
+
+def test_more_epochs(folder, tmp_path):
+    """A finished run goes on with more epochs; what the state depends on cannot change."""
+    def again(*arguments):
+        return subprocess.run([sys.executable, ROOT / "sft.py", f"--out_dir={tmp_path / 'a'}", "--resume=True",
+                               *arguments], capture_output=True, text=True)
+
+    data = tmp_path / "tasks.jsonl"
+    data.write_bytes((folder / "tasks.jsonl").read_bytes())
+    sft(folder, tmp_path / "a", f"--data={data}", "--epochs=1")
+    steps = len(column(tmp_path / "a", "train_loss"))
+    assert f"is at step {steps} of {steps} already: give more --epochs" in again().stderr
+    for setting, says in (("--rank=4", "rank is 8"), ("--grad_accum=2", "grad_accum is 1"), ("--seed=1", "seed is")):
+        done = again("--epochs=2", setting)
+        assert done.returncode == 2 and says in done.stderr and "leave it out" in done.stderr
+    done = again("--epochs=2")
+    assert done.returncode == 0 and len(column(tmp_path / "a", "train_loss")) == 2 * steps
+    data.write_text(data.read_text().replace("aaa", "aba"))
+    assert f"{data} has changed since" in again("--epochs=3").stderr
+
+
+def test_accumulated_gradients_are_those_of_one_batch(folder, tmp_path):
+    """Two micro-steps of two rows and one of four rows make equal updates, though their rows have different numbers of
+    response tokens."""
+    data = tmp_path / "uneven.jsonl"
+    with open(data, "w") as file:
+        for i in range(12):
+            print(json.dumps({"prompt": f"{i}", "response": "ab" * (1 + 5 * (i % 4))}), file=file)
+    for name, sizes in (("one", ["--batch_size=4"]), ("two", ["--batch_size=2", "--grad_accum=2"])):
+        sft(folder, tmp_path / name, f"--data={data}", "--kind=full", "--packing=False", "--template=plain",
+            "--epochs=3", *sizes)
+    for name in ("train_loss", "val_loss", "grad_norm"):
+        np.testing.assert_allclose(column(tmp_path / "one", name), column(tmp_path / "two", name), rtol=1e-4)
+
+
+def test_the_step_before_training_may_be_the_best(folder, tmp_path):
+    sft(folder, tmp_path / "a", "--kind=full")
+    done = sft(folder, tmp_path / "b", f"--checkpoint={tmp_path / 'a' / 'sft.safetensors'}", "--kind=full",
+               "--learning_rate=0.5", "--epochs=3", "--grad_clip=0")
+    held_out = column(tmp_path / "b", "val_loss")
+    assert held_out[0] < min(held_out[1:]) and "| best" not in done.stdout
+    assert "NO STEP WAS BETTER than the model before training" in done.stdout
+    assert f"loss held out {min(held_out[1:]):.4f}, {held_out[0]:.4f} before training" in done.stdout
+
+
+# ---- chains ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_over_an_input(folder, tmp_path):
+    """Not the checkpoint, through a link or not; not the base of an adapter; not with --overwrite=True."""
+    sft(folder, tmp_path / "a", "--kind=full", "--epochs=1")
+    result = tmp_path / "a" / "sft.safetensors"
+    before = result.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(result)
+    os.link(result, tmp_path / "hard.safetensors")
+    (tmp_path / "a" / "more.jsonl").write_bytes((folder / "tasks.jsonl").read_bytes())
+    for path in (result, tmp_path / "link.safetensors", tmp_path / "hard.safetensors",
+                 tmp_path / "a" / ".." / "a" / "sft.safetensors"):
+        done = sft(folder, tmp_path / "a", f"--checkpoint={path}", "--overwrite=True", status=2)
+        assert str(path) in done.stderr and "--out_dir=" in done.stderr and result.read_bytes() == before
+    sft(folder, tmp_path / "b", f"--checkpoint={result}", "--epochs=1")
+    done = sft(folder, tmp_path / "a", f"--checkpoint={tmp_path / 'b' / 'sft.safetensors'}", "--overwrite=True",
+               status=2)
+    assert f"would overwrite the input {result}" in done.stderr and result.read_bytes() == before
+
+
+def test_chain_of_adapters(folder, tmp_path):
+    """An adapter on an adapter: the second is trained on the first one merged, and finds it by itself."""
+    sft(folder, tmp_path / "a", "--template=plain")
+    sft(folder, tmp_path / "b", f"--checkpoint={tmp_path / 'a' / 'sft.safetensors'}", "--epochs=2")
+    assert column(tmp_path / "b", "val_loss")[0] == pytest.approx(min(column(tmp_path / "a", "val_loss")), rel=1e-4)
+    model, meta = lora.load_adapted(str(tmp_path / "b" / "sft.safetensors"))
+    assert meta["template"] == "plain" and meta["tokenizer"] == ENC.to_dict()
+    base, _ = load_checkpoint(str(folder / "base.safetensors"))
+    expected = {}
+    for name, weight in tree_flatten(base.parameters()):
+        expected[name] = np.array(weight, np.float64)
+        for run in "ab":
+            arrays = mx.load(str(tmp_path / run / "sft.safetensors"))
+            if (a := arrays.get(name.replace(".weight", ".a"))) is not None:
+                b = arrays[name.replace(".weight", ".b")]
+                expected[name] = expected[name] + 2 * np.array(b, np.float64) @ np.array(a, np.float64)
+    lora.merge(model)
+    for name, weight in tree_flatten(model.parameters()):
+        np.testing.assert_allclose(np.array(weight), expected[name], atol=1e-5, err_msg=name)
 
 
 def test_bfloat16(folder, tmp_path):
