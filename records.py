@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import sys
 import zlib
 from collections import Counter
@@ -31,6 +30,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from config import UserError
+from text_files import decoded
 from tokenizer import Tokenizer, well_formed
 
 # The fields of each layout; a row may lack those with a question mark. The last field holds the answer, those before it
@@ -80,7 +80,9 @@ def read_rows(path: str) -> Iterator[tuple[str, dict | ValueError]]:
             good = isinstance(row, dict | ValueError)
             yield f"{path}, {where}", row if good else ValueError("it is no object in { }")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {how_to_convert(path, error.object)}") from error
+        for _ in decoded(path, 2**22):  # raises NotText, which tells how to convert the file
+            pass
+        raise UserError(f"{path} is not text ({error}): copy it again") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
@@ -93,17 +95,6 @@ def open_text(path: str, newline: str = "\n"):
     with opened(path, "rb") as file:
         encoding = json.detect_encoding(file.read(4))
     return opened(path, "rt", encoding=encoding, newline=newline)
-
-
-def how_to_convert(path: str, sample: bytes) -> str:
-    """The end of an error message for a file that is not UTF-8. The sample: bytes of the file where decoding fails."""
-    if b"\0" in sample:
-        return "it is no text, or damaged"
-    runs = re.findall(rb"[\x80-\xff]+", sample)
-    western = len(b"".join(runs)) < 1.5 * len(runs)  # accents stand alone between letters of ASCII
-    (stem, extension), encoding = os.path.splitext(path), "WINDOWS-1252" if western else "ENCODING"
-    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > {shlex.quote(f'{stem}-utf8{extension}')}"
-    return f"convert it with {command}" + ("" if western else " (iconv -l lists the names of encodings)")
 
 
 def read_json(path: str, extension: str) -> Iterator[tuple]:
@@ -165,12 +156,13 @@ def read_parquet(path: str, extension: str) -> Iterator[tuple]:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(".parquet files need the Python package pyarrow: pip install pyarrow") from error
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a parquet file, or is damaged: copy it again") from error
+    with open(path, "rb") as file:
+        try:
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a parquet file, or is damaged: copy it again") from error
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
@@ -265,7 +257,7 @@ def to_conversations(row: dict) -> tuple[str, list[str], list[list[dict]]]:
     layout, fields = recognise(row, CONVERSATIONS)
     *prompt, answer = fields
     if answer == "instances":
-        if not isinstance(row[answer], list) or not all(isinstance(part, dict) for part in row[answer]):
+        if not row[answer] or not isinstance(row[answer], list) or not all(isinstance(i, dict) for i in row[answer]):
             raise ValueError("instances is not a list of objects in { }")
         parts = [{"input": "", "output": None, **part, "instruction": row["instruction"]} for part in row[answer]]
         talks = [turn("user", part, ["instruction", "input"]) + turn("assistant", part, ["output"]) for part in parts]
@@ -391,10 +383,12 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
     if not total:
         raise UserError(f"{path} is empty: it must hold {what}")
     if not found:
-        known = "; ".join(f"{name} ({', '.join(fields.split())})" for name, fields in layouts.items())
-        raise UserError(f"none of {total} rows can be used, as {bad[0]}. Known layouts: {known}")
+        needed = {name: [field for field in fields.split() if "?" not in field] for name, fields in layouts.items()}
+        known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields in needed.items())
+        raise UserError(f"no row of {path} can be used. {bad[0]}" + f". Known layouts: {known}" * ("layout" in bad[0]))
     if bad and strict:
-        raise UserError(f"{len(bad)} of {total} rows are bad, as {bad[0]}: correct them, or leave out --strict=True")
+        raise UserError(f"{len(bad)} of {total} rows are bad, such as {bad[0]}: correct or remove them, or leave out "
+                        "--strict=True")
     for reason in bad[:3]:
         print(f"skipped {reason}", file=sys.stderr)
     shown = ", ".join(f"{f'{count:,} ' * (len(counts) > 1)}{layout} ({', '.join(used[layout])})"
