@@ -25,7 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from safetensors import SafetensorError, safe_open
 
@@ -261,10 +261,11 @@ def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], s
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     facts = {"commit": git_commit(), "arguments": sys.argv[1:], "settings": settings, "script": script,
              "started": before.get("started", now) if step else now}
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(facts, file, indent=1)
-    os.replace(f"{path}.tmp", path)
-    keep_source(out_dir, source, step)
+    with writing(out_dir):
+        with open(f"{path}.tmp", "w") as file:
+            json.dump(facts, file, indent=1)
+        os.replace(f"{path}.tmp", path)
+        keep_source(out_dir, source, step)
 
 
 def read_start(out_dir: str) -> dict:
@@ -354,19 +355,26 @@ def catch_stops() -> Callable[[], int]:
 def write_rows(out_dir: str, columns: list[str], rows: list[dict], name: str = "loss.csv"):
     """Begin loss.csv with these rows: those of a resumed run up to its checkpoint, or none."""
     path = os.path.join(out_dir, name)
-    with open(f"{path}.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(f"{path}.tmp", path)
+    with writing(path):
+        with open(f"{path}.tmp", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(f"{path}.tmp", path)
 
 
 def add_row(out_dir: str, columns: list[str], row: dict, name: str = "loss.csv"):
     """Add a row to loss.csv. A column that the row lacks stays empty."""
     path = os.path.join(out_dir, name)
+    with writing(path), open(path, "a", newline="") as file:
+        csv.DictWriter(file, columns, restval="").writerow(row)
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """UserError, which names this path, where a file cannot be written, as on a full disk."""
     try:
-        with open(path, "a", newline="") as file:
-            csv.DictWriter(file, columns, restval="").writerow(row)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is unharmed") from error
 

@@ -2,10 +2,11 @@
 
     python train.py                          # on Python's own source text: 3 minutes on two CPU cores
     ...
-    step    450 | loss 4.2759 | lr 1.0e-03 | norm 0.63 |   5,213 tok/s
+    step    450 | loss 4.2759 | lr 1.0e-03 5.0e-03 | norm 0.63 |   5,213 tok/s
     step    450 | val  4.2930 | ppl   73.2 | bpb 1.6326 | 0.35 GiB | best
 
     python train.py --data=book.txt --n_layer=6 --n_head=6 --n_embd=384 --max_iters=2000
+    python train.py --init=base.safetensors --data=book.txt --learning_rate=1e-3 --muon_lr=5e-3
     mlx.launch -n 2 -- python train.py       # several devices: they share batch_size
 
     OUT_DIR/ckpt.safetensors     the model after the last step, and beside it the state of the optimizer
@@ -14,12 +15,14 @@
     OUT_DIR/run.json, source/    the settings of the run and its code
 
 Ctrl-C saves the checkpoint and stops. --resume=True continues from OUT_DIR/ckpt.safetensors with the settings that it
-was trained with, except those on the command line. A new run asks before it replaces results in OUT_DIR.
+was trained with, except those on the command line. A new run asks before it replaces results in OUT_DIR. --init begins
+a new run with the weights of any checkpoint, also an imported one: it needs smaller learning rates than random weights.
 
 After every log_interval updates a line shows: loss, the mean cross-entropy of this update in nats per token; lr, the
-learning rate; norm, the norm of the gradient before clipping; tok/s, the training tokens per second since the last such
-line; with experts also load, the number of tokens that the busiest expert of any layer took, divided by the mean of its
-layer (1: all experts took the same). With mod=topk the training loss uses later tokens, as in the paper; val does not.
+learning rate, and under Muon also that of the matrices; norm, the norm of the gradient before clipping; tok/s, the
+training tokens per second since the last such line; with experts also load, the number of tokens that the busiest
+expert of any layer took, divided by the mean of its layer (1: all experts took the same). With mod=topk the training
+loss uses later tokens, as in the paper; val does not.
 
 After every eval_interval updates a line shows: val, the mean cross-entropy on fixed windows of the validation split;
 ppl, the perplexity exp(val); bpb, bits per byte of text, which can be compared between tokenizers; the peak memory; and
@@ -177,17 +180,16 @@ if origin:
         if value != before[name] and (resume or name != "block_size"):
             raise UserError(f"{name} is {value}, but {before[name]} in {origin}: leave it out or train anew")
 if resume:
-    settings.update(run_folder.old_settings(ckpt_path, meta, settings, ["optimizer"],
-                                            ["settings", "step", "losses", "tokenizer"]))
-    start_step = meta["step"]
-    if start_step >= settings["max_iters"]:
-        raise UserError(f"{ckpt_path} is at step {start_step} of {settings['max_iters']} already: "
-                        "give a larger --max_iters")
+    parts = ["settings", "step", "losses", "tokenizer", *{"tokens"} & meta.keys()]
+    settings.update(run_folder.old_settings(ckpt_path, meta, settings, ["optimizer"], parts))
+    start_step, end = meta["step"], settings["max_iters"]
+    if start_step >= end:
+        raise UserError(f"{ckpt_path} is at step {start_step} of {end} already: give a larger --max_iters")
 elif init:
     if given & {"tokenizer", "vocab_size"}:
         raise UserError("--init also takes the checkpoint's tokenizer: leave out --tokenizer and --vocab_size")
-    if not meta.get("tokenizer"):
-        raise UserError(f"{init} holds no tokenizer, so that its tokens are unknown: it cannot be trained further")
+    if not meta.get("tokenizer") or Tokenizer.from_dict(meta["tokenizer"]).n_vocab > before["vocab_size"]:
+        raise UserError(f"{init} holds no tokenizer, or one of more tokens than it embeds: take another checkpoint")
     T = settings["block_size"] if "block_size" in given else min(before["block_size"], 1024)  # longer: much memory
     if before["pos"] == "learned":
         if T > before["block_size"]:
@@ -230,16 +232,15 @@ def prepared(source: str) -> str:
     """The folder with source's tokens; data.py makes it first where it is missing or out of date."""
     if os.path.exists(os.path.join(source, "meta.json")):
         return source
-    name = ckpt_path if resume and init and not os.path.exists(tokenizer) else tokenizer
+    name = origin if init else tokenizer
     folder = tokens_folder(source, name, vocab_size)
     command = [sys.executable, os.path.join(HERE, "data.py"), f"--source={source}", f"--out={folder}",
                f"--tokenizer={name}", f"--vocab_size={vocab_size}"]
 
     def run_data():
-        try:
+        status = 130  # of Ctrl-C
+        with contextlib.suppress(KeyboardInterrupt):
             status = subprocess.run(command).returncode
-        except KeyboardInterrupt:
-            status = 130
         if status:
             sys.exit(status)  # data.py has said why
 
@@ -272,8 +273,6 @@ def windows(split: str, n: int, T: int, key: list[int]) -> tuple[mx.array, mx.ar
 
 # ---- model, optimizer ------------------------------------------------------------------------------------------------
 
-if model and enc.n_vocab > model.config.vocab_size:
-    raise UserError(f"{origin} has {model.config.vocab_size} embeddings for {enc.n_vocab} tokens: it cannot be trained")
 if not model:
     architecture = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
     architecture["vocab_size"] = -(-enc.n_vocab // 64) * 64  # a round number suits the matrix units
@@ -329,15 +328,14 @@ def schedule_at(step: int, settings: dict = settings) -> float:
 
 
 peaks = ["learning_rate", "muon_lr"] if optimizer == "muon" else ["learning_rate"]
-if resume:  # with the settings of before, the next learning rate would be the old one
-    old = {**settings, **meta["settings"]}
-    old["decay_iters"] = old["decay_iters"] or old["max_iters"]
-    rates = [(name, *(of[name] * schedule_at(start_step, of) for of in (old, settings))) for name in peaks]
-    jumps = [f"{name} from {a:.1e} to {b:.1e}" for name, a, b in rates if not math.isclose(a, b, rel_tol=0.01)]
-    keep = " ".join(f"--{name}={old[name]}" for name in (*peaks, "schedule", "warmup_iters", "decay_iters", "min_lr")
-                    if old[name] != settings[name])
-    if jumps:
-        say(f"step {start_step}: the rate jumps, {', '.join(jumps)}; to keep it: {keep}")
+old = {**settings, **meta.get("settings", {})}  # those of the run so far, if it goes on
+old["decay_iters"] = old["decay_iters"] or old["max_iters"]
+ways = [(name, *(of[name] * schedule_at(start_step, of) for of in (old, settings))) for name in peaks]
+jumps = [f"{name} from {a:.1e} to {b:.1e}" for name, a, b in ways if not math.isclose(a, b, rel_tol=0.01)]
+keep = " ".join(f"--{name}={old[name]}" for name in (*peaks, "schedule", "warmup_iters", "decay_iters", "min_lr")
+                if old[name] != settings[name])
+if jumps:
+    say(f"step {start_step}: the rate jumps, {', '.join(jumps)}; {keep} would keep it")
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 
@@ -390,15 +388,11 @@ def evaluate() -> tuple[float, float]:
 
 COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "learning_rate", "muon_lr", "grad_norm",
            "tok_per_s", "peak_gib"]
-losses = {"train": None, "val": None, "bits_per_byte": None, "best_val": None, "initial_val": None}
-losses.update(meta.get("losses", {}))
-if not os.path.exists(best_path):
+losses = {**dict.fromkeys(["train", "val", "bits_per_byte", "initial_val", "best_val"]), **meta.get("losses", {})}
+if run_folder.header_of(best_path).get("losses", {}).get("val") != losses["best_val"]:  # it is lost, or newer
     losses["best_val"] = None
-rows, seconds_before = [], 0.0
-tokens_per_step, tokens_before = batch_size * grad_accum * block_size, 0
-if resume:  # files of before the header had this number are of runs whose batch never changed
-    old_per_step = math.prod(meta["settings"][name] for name in ("batch_size", "grad_accum", "block_size"))
-    tokens_before = meta.get("tokens", start_step * old_per_step)
+rows, seconds_before, tokens_per_step = [], 0.0, batch_size * grad_accum * block_size
+tokens_before = meta.get("tokens", start_step * old["batch_size"] * old["grad_accum"] * old["block_size"])
 saved = resume  # whether this run has a checkpoint
 in_first_process(run_folder.start, out_dir, SCRIPT, settings, source, start_step)
 if rank == 0:
@@ -532,10 +526,9 @@ def evaluate_and_save(step: int):
         raise UserError(f"{init} has a validation loss of {nats}: its weights are damaged; take another checkpoint")
     if not math.isfinite(nats):
         diverged(f"step {step}: the validation loss is {nats}")
-    if step == 0:
-        losses["initial_val"] = nats
     is_best = step > 0 and (losses["best_val"] is None or nats < losses["best_val"])
-    losses.update(val=nats, bits_per_byte=bpb, best_val=nats if is_best else losses["best_val"])
+    losses.update(val=nats, bits_per_byte=bpb, initial_val=losses["initial_val"] if step else nats,
+                  best_val=nats if is_best else losses["best_val"])
     lowest = is_best and (losses["initial_val"] is None or nats < losses["initial_val"])
     mfu = f" | mfu {flops_per_token * speed / peak_flops / n_ranks:.1%}" if peak_flops and speed else ""
     say(f"step {step:6d} | val  {nats:6.4f} | ppl {math.exp(min(nats, 99)):6.1f} | bpb {bpb:.4f}"
@@ -616,17 +609,17 @@ if rank == 0:
     lines = [line.strip() for line in text.splitlines()[1:-1]]  # the first and the last one may be cut
     lines.append(max(text.splitlines(), key=len, default="").partition(" ")[2].strip())  # for a text of long lines
     text = next((line for line in lines if len(line) > 3 and line.isprintable()), "")[:24].rstrip()
-    best = run_folder.header_of(best_path)  # {} if the file has gone
-    told = {ckpt_path: (step, losses, "the last step")} if best.get("step") != step else {}
+    best = run_folder.header_of(best_path)
+    if best.get("step") != step:
+        say(f"{ckpt_path}: step {step}, validation loss {losses['val']:.4f}, the last step")
     if best:
-        told[best_path] = best["step"], best["losses"], "the best step"
-    for path, (number, of_step, what) in told.items():
-        say(f"{path}: step {number}, validation loss {of_step['val']:.4f}, {of_step['bits_per_byte']:.4f} bits a byte, "
-            f"{what}")
-    if losses["initial_val"] is not None and losses["initial_val"] <= losses["best_val"]:
+        say(f"{best_path}: step {best['step']}, validation loss {best['losses']['val']:.4f}, "
+            f"{best['losses']['bits_per_byte']:.4f} bits a byte, the best step")
+    if (losses["initial_val"] or math.inf) <= losses["best_val"]:
         say(f"NO STEP WAS BETTER than the model before training, validation loss {losses['initial_val']:.4f}: "
             "try smaller learning rates")
-    command = f"python {shlex.quote(os.path.relpath(os.path.join(HERE, 'sample.py')))} {shlex.quote(path)}"
+    script = os.path.relpath(os.path.join(HERE, "sample.py"))
+    command = f"python {shlex.quote(script)} {shlex.quote(best_path if best else ckpt_path)}"
     if text:
         command += f" --prompt={shlex.quote(text)}"
     say(f"curves: {out_dir}/loss.png\nnext: {command}")
