@@ -1,7 +1,7 @@
 """Make instruction data with a chat-tuned checkpoint: it writes a user's turn, and then answers it.
 
     python magpie.py out-sft/sft.safetensors --n=1000
-    python magpie.py out/ckpt.safetensors --adapter=out-sft/sft.safetensors --n=1000 --resume=True
+    python magpie.py out-sft/sft.safetensors --n=2000 --resume=True      # adds to the file
     python sft.py out/ckpt.safetensors --data=magpie.jsonl
 
 Magpie (Xu et al. 2024): a tuned model is given its template up to where the user's turn begins, and so it writes a
@@ -12,29 +12,37 @@ Each line of the file is {"messages": [...], "batch": number of the batch that m
 these reasons, which are counted for each turn: unended (no end mark within the context); short (a prompt of fewer than
 min_words words, or an answer without a word); repetitive (more than max_repetition of the word triples of a turn are
 repetitions of an earlier one); known (the prompt resembles one of the file or of --avoid: the Jaccard index of their
-runs of five characters is above max_similarity). Each batch has its own seed, so a run that is stopped and resumed
-writes the same file as a run without a stop.
+runs of five characters is above max_similarity).
+
+The random numbers of a batch depend on --seed, the name of the file and the number of the batch. So a run that is
+stopped and resumed writes the same file as a run without a stop, and two runs that write to files of different names
+make different conversations. Ctrl-C stops after the conversations that are in the file.
 """
 import json
 import os
 import re
 import shlex
+import sys
 import textwrap
 from collections import Counter
+from collections.abc import Iterable
 
 import blas  # noqa: F401  (before mlx)
+import numpy as np
 from tqdm import tqdm
 
 import run_folder
-from config import UserError, overrides
-from conversations import TEMPLATES, check_template, encode_prompt, end_of_answer, read_conversations, turns
-from lora import load_adapted
+from config import UserError, check_output, overrides
+from conversations import TEMPLATES, check_template, encode_prompt, end_of_answer, turns
+from draw import check_folder
+from lora import chain_of, load_adapted, path_and_weight
 from lora import merge as merge_adapters
 from model import compute_dtype, generate
+from records import read_conversations
 from tokenizer import Tokenizer
 
 # model
-checkpoint = "out-sft/sft.safetensors"  # a checkpoint that was tuned on conversations
+checkpoint = "out-sft/sft.safetensors"  # a checkpoint or an adapter that was tuned on conversations
 adapter = ()              # an adapter for it, PATH or PATH:WEIGHT; can be given several times
 template = ""             # plain | alpaca | chatml | llama3; "": the one that the model was tuned with
 system = ""               # the system message of every conversation
@@ -55,7 +63,7 @@ dtype = "auto"            # float32 | bfloat16 | float16; auto: bfloat16 on a GP
 min_words = 3             # of a prompt
 max_repetition = 0.3      # share of word triples that repeat an earlier one of the turn
 max_similarity = 0.7      # Jaccard index of the runs of five characters of two prompts
-avoid = ""                # jsonl with prompts to avoid, such as the file that the model was tuned on
+avoid = ""                # a file with prompts to avoid, such as the file that the model was tuned on
 patience = 20             # batches without a conversation that passes, after which the script gives up
 
 settings = overrides(globals(), "checkpoint", "out")
@@ -68,10 +76,64 @@ if temperature < 0 or answer_temperature < 0 or not 0 < top_p <= 1 or repetition
     raise UserError("temperatures must be 0 or more, top_p over 0 and up to 1, repetition_penalty over 0")
 if overwrite and resume:
     raise UserError("--overwrite=True begins anew and --resume=True goes on: give one of them")
-if os.path.exists(out) and not overwrite and not resume:
-    run_folder.ask_to_replace(f"{out} exists", [
-        "--overwrite=True to replace it", "--resume=True to go on with it",
-        f"--out={shlex.quote(run_folder.free_name(out, os.path.splitext(out)[1]))}"])
+if not 0 <= seed < 2**32:
+    raise UserError(f"seed={seed}: it must be from 0 to 2^32 - 1")
+check_folder(out)
+base, chain = chain_of(checkpoint)
+check_output(out, avoid, base, *(path for path, _ in [*chain, *map(path_and_weight, adapter)]))
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+def locked_file(mode: str):
+    """The file, opened without a buffer, and locked until this process ends."""
+    try:
+        file = open(out, mode, buffering=0)
+    except FileExistsError as error:
+        raise UserError(f"another process has made {out} since this one began: give another --out") from error
+    if not run_folder.locked(file):
+        raise UserError(f"another process is writing {out}: wait until it ends, or give another --out")
+    return file
+
+
+def write(lines: list[bytes]):
+    """Add all lines to the file, or none of them if the disk is full."""
+    left, size = b"".join(lines), file.seek(0, os.SEEK_END)
+    try:
+        while left:
+            left = left[file.write(left):]
+        os.fsync(file.fileno())
+    except BaseException as error:
+        file.truncate(size)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {out}: {error.strerror}; it holds {kept} conversations, and --resume=True "
+                            "goes on") from error
+        raise
+
+
+file, lines, rows, asked, numbers = None, [], [], [], []  # of the file: its lines, what they say, prompts, batches
+if os.path.exists(out):  # locked first, so that no other process can add lines after this one has looked
+    file = locked_file("r+b")
+    content = file.read()
+    if resume:
+        lines = [line for line in content.splitlines(True) if line.endswith(b"\n")]  # a crash may have cut the last one
+        try:
+            rows = [json.loads(line) for line in lines]
+            asked = [row["messages"][-2]["content"] for row in rows]
+            numbers = [row["batch"] for row in rows]
+            if not all(type(number) is int and type(text) is str for number, text in zip(numbers, asked, strict=True)):
+                raise ValueError("a batch is not a number, or a prompt not a text")
+            if numbers != sorted(numbers) or numbers and numbers[0] < 0:
+                raise ValueError("its batches are out of order")
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{out} is not a file of {SCRIPT} ({error!r}): give another --out") from error
+    elif content and not overwrite:
+        run_folder.ask_to_replace(f"{out} exists", [
+            "--overwrite=True to replace it", "--resume=True to go on with it",
+            f"--out={shlex.quote(run_folder.free_name(out, os.path.splitext(out)[1]))}"])
+if len(rows) >= n:
+    print(f"{out} holds {len(rows)} conversations: give a larger --n for more")
+    raise SystemExit
 
 # ---- filters ---------------------------------------------------------------------------------------------------------
 
@@ -95,8 +157,10 @@ def runs_of_five(text: str) -> set[str]:
 class Known:
     """Prompts, and for every run of five characters the numbers of the prompts that hold it."""
 
-    def __init__(self):
+    def __init__(self, texts: Iterable[str] = ()):
         self.sizes, self.holders = [], {}
+        for text in texts:
+            self.add(text)
 
     def add(self, text: str):
         runs = runs_of_five(text)
@@ -135,42 +199,37 @@ if len(beginning) >= prompt_room:
     raise UserError(f"the template and the system message take {len(beginning)} tokens, and half of the context has "
                     f"{prompt_room}: train a longer context")
 
-known, kept, batch = Known(), 0, 0
-if avoid:
-    for messages in read_conversations(avoid):
-        known.add(next((message["content"] for message in messages if message["role"] == "user"), ""))
-file = open(out, "a+b")
-if not run_folder.locked(file):
-    raise UserError(f"another process is writing {out}: wait until it ends, or give another --out")
-if resume:
-    file.seek(0)
-    lines = [line for line in file if line.endswith(b"\n")]  # the last one may have been cut by a crash
-    try:
-        rows = [json.loads(line) for line in lines]
-        batch = rows[-1]["batch"] if rows else 0
-        if any(row["batch"] > later["batch"] for row, later in zip(rows, rows[1:], strict=False)):
-            raise ValueError("its batches are out of order")
-        rows = [row for row in rows if row["batch"] < batch]  # the last batch may not be whole
-        for row in rows:
-            known.add(row["messages"][-2]["content"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{out} is not a file of {SCRIPT} ({error!r}): give another --out") from error
-    kept = len(rows)
-    file.truncate(sum(map(len, lines[:kept])))
-else:
-    file.truncate(0)
+avoided = [next((message["content"] for message in messages if message["role"] == "user"), "")
+           for messages in (read_conversations(avoid) if avoid else [])]
+file = file or locked_file("x+b")
+file.truncate(sum(map(len, lines)))
+
+# The last batch of the file may not be whole: it is made again, and what it lacks is added.
+kept, batch = len(rows), max(numbers, default=0)
+whole = sum(number < batch for number in numbers)
+known, unfinished = Known([*avoided, *asked[:whole]]), lines[whole:]
 
 # ---- write -----------------------------------------------------------------------------------------------------------
+
+
+def seed_of(batch: int, turn: int) -> int:
+    """A number below 2^63 for the random draws of a turn: 0, the user's, or 1, the assistant's."""
+    name = [*os.path.basename(out).encode()]
+    return int(np.random.SeedSequence([seed, batch, turn, *name]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def continued(prompts: list[list[int]], room: int, seed: int, mark: bytes = b"", **sampling) -> list[str | None]:
     """The continuation of each prompt, up to an end token or the mark; None if neither comes within `room` tokens."""
     texts, ended, counts = [b""] * len(prompts), [False] * len(prompts), [0] * len(prompts)
     for tokens in generate(model, prompts, room, seed=seed, n_vocab=enc.n_vocab, **sampling):
+        if stops():
+            raise KeyboardInterrupt
         for row, token in enumerate(tokens):
             if ended[row] or token is None or counts[row] == room:
                 continue
             counts[row] += 1
+            if token >= enc.n_vocab:  # where a logit is NaN
+                raise UserError(f"{checkpoint} has logits that are not finite: give --dtype=float32, or another one")
             if token in ends:
                 ended[row] = True
             else:
@@ -185,7 +244,7 @@ def continued(prompts: list[list[int]], room: int, seed: int, mark: bytes = b"",
 
 def conversations(batch: int) -> list[list[dict]]:
     """The conversations of a batch that pass the filters. The others are counted in `dropped`."""
-    asked = continued([beginning] * batch_size, prompt_room - len(beginning), seed + 2 * batch, mark,
+    asked = continued([beginning] * batch_size, prompt_room - len(beginning), seed_of(batch, 0), mark,
                       temperature=temperature, top_p=top_p)
     prompts = []
     for text in asked:
@@ -199,7 +258,7 @@ def conversations(batch: int) -> list[list[dict]]:
     ids = [encode_prompt(enc, [*opening, {"role": "user", "content": text}], template) for text in prompts]
     fitting = [i for i, row in enumerate(ids) if len(row) <= prompt_room]
     dropped["prompt unended"] += len(ids) - len(fitting)
-    answers = continued([ids[i] for i in fitting], answer_room, seed + 2 * batch + 1, temperature=answer_temperature,
+    answers = continued([ids[i] for i in fitting], answer_room, seed_of(batch, 1), temperature=answer_temperature,
                         repetition_penalty=repetition_penalty) if fitting else []
     found = []
     for i, answer in zip(fitting, answers, strict=True):
@@ -216,15 +275,23 @@ def conversations(batch: int) -> list[list[dict]]:
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
-dropped, without, began_with, made = Counter(), 0, kept, 0
-bar = tqdm(total=n, initial=min(kept, n), unit=" conversations", disable=None, dynamic_ncols=True)
-last = []
+dropped, without, began_with, made = Counter(), 0, whole, 0
+bar = tqdm(total=n, initial=kept, unit=" conversations", disable=None, dynamic_ncols=True)
+last, stops = [], run_folder.catch_stops()
 while kept < n:
-    found = conversations(batch)[:n - kept]
+    try:
+        found = conversations(batch)
+    except KeyboardInterrupt:
+        bar.close()
+        print(f"stopped: {out} holds {kept} conversations; --resume=True goes on", file=sys.stderr)
+        raise SystemExit(130) from None
     made += batch_size
-    file.write("".join(json.dumps({"messages": messages, "batch": batch}) + "\n" for messages in found).encode())
-    file.flush()
-    os.fsync(file.fileno())
+    lines = [(json.dumps({"messages": messages, "batch": batch}) + "\n").encode() for messages in found]
+    if lines[:len(unfinished)] != unfinished:  # made with other settings, or on another machine
+        bar.write(f"batch {batch} of {out} was made with other settings: its {len(unfinished)} conversations are kept")
+        lines, found, known = unfinished, [], Known([*avoided, *asked])
+    lines, unfinished, found = lines[len(unfinished):][:n - kept], [], found[len(unfinished):][:n - kept]
+    write(lines)
     kept, batch, without, last = kept + len(found), batch + 1, 0 if found else without + 1, found or last
     bar.update(len(found))
     bar.set_postfix_str(f"{(kept - began_with) / made:.0%} kept")

@@ -2,24 +2,35 @@
 import fcntl
 import itertools
 import json
+import os
+import random
 import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterable
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
 from test_sft import folder, sft  # noqa: F401  (a checkpoint)
 
-from conversations import encode, encode_prompt, read_conversations, turns
+import lora
+from config import UserError
+from conversations import encode, encode_prompt, turns
+from lora import load_adapted
 from model import load_checkpoint
+from records import read_conversations
 from tokenizer import byte_tokenizer
 
 SOURCE = (ROOT / "magpie.py").read_text()
 START, END = SOURCE.index("# ---- filters"), SOURCE.index("# ---- load")
-made = {"re": re, "Counter": Counter}
+made = {"re": re, "Counter": Counter, "Iterable": Iterable}
 exec(SOURCE[START:END], made)  # the section of the filters stands by itself
 
 
@@ -37,10 +48,12 @@ def tuned(folder, tmp_path_factory):  # noqa: F811
     return out / "sft.safetensors"
 
 
-def magpie(checkpoint, out, *arguments, status=0):
-    usual = "--batch_size=16", "--n=12", "--min_words=2", "--temperature=1", "--answer_temperature=0"
-    done = subprocess.run([sys.executable, ROOT / "magpie.py", checkpoint, f"--out={out}", *usual, *arguments],
-                          capture_output=True, text=True)
+USUAL = "--batch_size=16", "--n=12", "--min_words=2", "--temperature=1", "--answer_temperature=0"
+
+
+def magpie(checkpoint, out, *arguments, status=0, **options):
+    done = subprocess.run([sys.executable, ROOT / "magpie.py", checkpoint, f"--out={out}", *USUAL, *arguments],
+                          capture_output=True, text=True, **options)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -77,33 +90,170 @@ def test_answers_are_the_model_s_own(tuned, tmp_path):
         assert enc.decode(ids[start:]).strip() == messages[1]["content"]
 
 
-def test_resume_is_exact(tuned, tmp_path):
-    """Stopped in the middle of a line, or asked for more later: the file of one run."""
-    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
-    settings = "--batch_size=8", "--max_similarity=1"
-    magpie(tuned, whole, "--n=20", *settings)
-    magpie(tuned, part, "--n=7", *settings)
-    assert whole.read_bytes().startswith(part.read_bytes())
-    with open(part, "ab") as file:
-        file.write(whole.read_bytes()[part.stat().st_size:][:25])  # the beginning of a line
-    magpie(tuned, part, "--n=20", *settings, "--resume=True")
-    assert part.read_bytes() == whole.read_bytes()
-    batches = [json.loads(line)["batch"] for line in whole.read_text().splitlines()]
+SMALL = "--batch_size=4", "--max_similarity=1"
+
+
+@pytest.fixture(scope="module")
+def whole(tuned, tmp_path_factory):
+    """The file of a run without a stop, which has several batches."""
+    out = tmp_path_factory.mktemp("whole") / "made.jsonl"
+    magpie(tuned, out, "--n=20", *SMALL)
+    batches = [json.loads(line)["batch"] for line in out.read_text().splitlines()]
     assert batches == sorted(batches) and batches[-1] > 0
+    return out
 
 
-def test_overwrite_and_lock(tuned, tmp_path):
-    """--overwrite=True begins the file anew, but never a file that another process is writing."""
+def test_resume_is_exact(tuned, whole, tmp_path):
+    """Stopped in the middle of a line, or asked for more later: the file of one run."""
+    part = tmp_path / "made.jsonl"
+    for n in (7, 8, 15, 20):
+        magpie(tuned, part, f"--n={n}", *SMALL, f"--resume={n > 7}")
+        assert part.read_bytes() == b"".join(whole.read_bytes().splitlines(True)[:n])
+        with open(part, "ab") as file:
+            file.write(whole.read_bytes()[part.stat().st_size:][:25])  # the beginning of a line
+
+
+def test_resume_never_shortens(tuned, whole, tmp_path):
+    """Nothing happens where the file has as many as are asked for, or more. With other settings, what is there stays,
+    and what is added is made by batches with later numbers."""
+    part = tmp_path / "made.jsonl"
+    part.write_bytes(whole.read_bytes())
+    for n in (1, 12, 20):
+        done = magpie("none.safetensors", part, f"--n={n}", "--resume=True")  # it does not even look for the checkpoint
+        assert done.stdout == f"{part} holds 20 conversations: give a larger --n for more\n"
+        assert part.read_bytes() == whole.read_bytes()
+    done = magpie(tuned, part, "--n=24", *SMALL, "--resume=True", "--seed=2")
+    before, after = whole.read_text().splitlines(), part.read_text().splitlines()
+    last = json.loads(before[-1])["batch"]
+    assert f"batch {last} of {part} was made with other settings" in done.stderr + done.stdout
+    assert after[:20] == before and len(after) == 24
+    assert all(json.loads(line)["batch"] > last for line in after[20:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_and_resumed(tuned, whole, tmp_path, number):
+    """Again and again, wherever it is: lines stay whole, and in the end the file is that of one run."""
+    part, kills, rng = tmp_path / "made.jsonl", 0, random.Random(0)
+    command = [sys.executable, ROOT / "magpie.py", tuned, f"--out={part}", *USUAL, *SMALL, "--n=20", "--resume=True"]
+    while not part.exists() or part.read_bytes() != whole.read_bytes():
+        size = part.stat().st_size if part.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while process.poll() is None and (part.stat().st_size if part.exists() else 0) == size:
+            if number == signal.SIGKILL and kills < 3 and rng.random() < 0.01:  # others, so early, end in a traceback
+                break                                                           # of Python's own
+            time.sleep(0.003)
+        time.sleep(rng.uniform(0, 0.03))
+        if process.poll() is None:
+            process.send_signal(number)
+            kills += 1
+        told, _ = process.communicate()
+        assert "Traceback" not in told and process.returncode in (0, 130, -number), told  # -number: while Python ends
+        assert part.exists() or number == signal.SIGKILL
+        if process.returncode == 130:
+            found = part.read_bytes()
+            assert found.endswith(b"\n") and f"{part} holds {found.count(b'messages')} conversations; --resume" in told
+        assert whole.read_bytes().startswith(part.read_bytes() if part.exists() else b"")
+    assert kills > 2
+
+
+def test_two_at_once(tuned, whole, tmp_path, monkeypatch):
+    """The second is refused: at its start, or if the file has come into being since."""
     out = tmp_path / "made.jsonl"
+
+    def meanwhile(*arguments):
+        out.write_bytes(whole.read_bytes())
+        return load_adapted(*arguments)
+
+    monkeypatch.setattr(lora, "load_adapted", meanwhile)
+    for resume in (True, False):
+        out.unlink(missing_ok=True)
+        with pytest.raises(UserError, match="another process has made .*made.jsonl since this one began"):
+            run_here("magpie.py", tuned, f"--out={out}", "--n=30", f"--resume={resume}")
+        assert out.read_bytes() == whole.read_bytes()
+    monkeypatch.undo()
+    with open(out) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for way in ("--overwrite=True", "--resume=True", "--resume=False"):
+            assert "another process is writing" in magpie(tuned, out, "--n=30", way, status=2).stderr
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_no_two_runs_share_a_batch(tuned, whole, tmp_path):
+    """Every seed, name of a file, batch and turn has random numbers of its own; folders of equal names share them."""
+    source = SOURCE[SOURCE.index("def seed_of"):SOURCE.index("def continued")]
+    numbers = set()
+    for seed, out in itertools.product((0, 1, 2, 1337, 1338, 1339), ("a.jsonl", "b.jsonl", "/tmp/b.jsonl")):
+        names = {"seed": seed, "out": out, "np": np, "os": os}
+        exec(source, names)
+        numbers |= {names["seed_of"](batch, turn) for batch in range(40) for turn in (0, 1)}
+    assert len(numbers) == 6 * 2 * 40 * 2 and 0 <= min(numbers) and max(numbers) < 2**63
+    batches = []
+    for name, seed in (("made.jsonl", 1338), ("made.jsonl", 1339), ("other.jsonl", 1337)):
+        out = tmp_path / str(seed) / name
+        out.parent.mkdir()
+        magpie(tuned, out, "--n=20", *SMALL, f"--seed={seed}")
+        batches.append(out)
+    found = []
+    for path in (whole, *batches):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found += [str([row["messages"] for row in rows if row["batch"] == i]) for i in range(rows[-1]["batch"] + 1)]
+    assert len(found) > 4 and len(set(found) - {"[]"}) == len([batch for batch in found if batch != "[]"])
+
+
+def test_full_disk(tuned, whole, tmp_path):
+    """One line, and a file of whole lines that a later run goes on with."""
+    part = tmp_path / "made.jsonl"
+    size = whole.stat().st_size
+    for limit in (size // 2, size - 20):
+        told = magpie(tuned, part, "--n=20", *SMALL, "--resume=True", status=2,
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))).stderr  # noqa: B023
+        assert re.search(rf"cannot write {part}: .*; it holds \d+ conversations, and --resume=True goes on\n$", told)
+        assert whole.read_bytes().startswith(part.read_bytes()) and part.read_bytes().endswith(b"\n")
+    magpie(tuned, part, "--n=20", *SMALL, "--resume=True")
+    assert part.read_bytes() == whole.read_bytes()
+
+
+def test_inputs_are_safe(tuned, whole, tmp_path):
+    """--out is no input, nor a link to one."""
+    inputs = [tmp_path / "model.safetensors", tmp_path / "tasks.jsonl", tmp_path / "adapter.safetensors"]
+    for path, source in zip(inputs, (tuned, whole, tuned), strict=True):
+        path.write_bytes(source.read_bytes())
+    model, _ = load_adapted(str(inputs[0]))
+    lora.attach(model, "attn")
+    lora.save_adapter(str(inputs[2]), model, {"template": "plain"}, bases=[str(inputs[0])])
+    before, link = [path.read_bytes() for path in inputs], tmp_path / "link.jsonl"
+    for path in inputs:
+        link.symlink_to(path)
+        for out, way in itertools.product((path, link), ("--overwrite=True", "--resume=True")):
+            for given in ([inputs[2]], [inputs[0], f"--adapter={inputs[2]}:1"]):
+                with pytest.raises(UserError, match="would overwrite the input"):
+                    run_here("magpie.py", *given, f"--out={out}", "--n=99", f"--avoid={inputs[1]}", way)
+        link.unlink()
+    assert [path.read_bytes() for path in inputs] == before
+
+
+def test_from_an_adapter(tuned, tmp_path):
+    """An adapter that changes nothing makes what its base makes."""
+    model, _ = load_adapted(str(tuned))
+    lora.attach(model, "attn")
+    lora.save_adapter(str(tmp_path / "adapter.safetensors"), model, {"template": "plain"}, bases=[str(tuned)])
+    found = []
+    for i, given in enumerate(([tuned], [tmp_path / "adapter.safetensors"],
+                               [tuned, f"--adapter={tmp_path / 'adapter.safetensors'}"])):
+        (tmp_path / str(i)).mkdir()
+        magpie(given[0], tmp_path / str(i) / "made.jsonl", *given[1:])
+        found.append((tmp_path / str(i) / "made.jsonl").read_bytes())
+    assert found[0] == found[1] == found[2]
+
+
+def test_overwrite(tuned, tmp_path):
+    """--overwrite=True begins the file anew; an empty file is no result."""
+    out = tmp_path / "made.jsonl"
+    out.touch()
     magpie(tuned, out, "--n=5")
     first = out.read_bytes()
     out.write_bytes(first * 2)
     magpie(tuned, out, "--n=5", "--overwrite=True")
-    assert out.read_bytes() == first
-    with open(out) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for way in ("--overwrite=True", "--resume=True"):
-            assert "another process is writing" in magpie(tuned, out, "--n=9", way, status=2).stderr
     assert out.read_bytes() == first
 
 
