@@ -19,16 +19,28 @@ more than 65,536 tokens), and OUT/meta.json, which describes them and holds the 
 made with the same settings, and the source files have not changed, it does nothing.
 
 Sources: stdlib, the source text of Python's standard library; shakespeare, a download of 1.1 MB; hf:NAME or
-hf:NAME:CONFIG, a dataset on Hugging Face; hf:PATH, a folder or a file that the `datasets` library reads; a file of
-text, .jsonl or .parquet; a folder, with its subfolders; or a pattern such as "notes/*.md". A text file is one document,
-and so is a line of .jsonl or a row of .parquet. An end-of-text token follows every document.
+hf:NAME:CONFIG, a dataset on Hugging Face; hf:PATH, a folder or a file that the `datasets` library reads; a file; a
+folder, with its subfolders; or a pattern such as "notes/*.md".
 
-Whole documents are chosen for validation, by a hash of their text, so that equal documents are in one split. A source
-of one document is cut: the end is for validation, and no end-of-text token is put at the cut. A byte order mark is
-dropped; line ends are kept, since a model should be able to generate the text that it has read.
+Of .jsonl, .json, .csv, .tsv and .parquet files (see read_rows in records.py) the texts of one field are read. Each is a
+document, whatever it says. Any other file is text: a document, or several with <|endoftext|> between them, as in
+GPT-2's data. Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is dropped. Line ends are kept, since a
+model should be able to generate the text that it has read. Files and rows that cannot be read are skipped and printed;
+for text in another encoding, with the command that converts it.
+
+The tokenizer's end-of-text token follows each document. If the tokenizer has another token for the start of a document,
+as Llama's have, this token precedes each document.
+
+Whole documents are chosen for validation, by a hash of their text, so that equal documents are in one split. If they
+are few, or one is very long, their share of the bytes can be far from val_fraction. If it is less than half of that or
+more than twice, documents are taken in the order of their hashes until the share is reached, and the last one may be
+cut: its end is for validation. A source of one document is always cut, and no end-of-text token is put at the cut.
 """
-import codecs
+from config import UserError, given, overrides  # first: then Ctrl-C ends the script quietly, also while it imports
+
+# isort: split
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -36,6 +48,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import sysconfig
 import time
@@ -47,18 +60,29 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, overrides
-from tokenizer import byte_tokenizer, char_tokenizer, tiktoken_tokenizer, tokens_folder, train_bpe, well_formed
+from records import CONVERSATIONS, PREFERENCES, read_rows, recognise
+from text_files import NotText, cut_up, read_text
+from tokenizer import (
+    byte_tokenizer,
+    char_tokenizer,
+    open_tokens,
+    tiktoken_tokenizer,
+    tokenizer_of,
+    tokens_folder,
+    train_bpe,
+    well_formed,
+)
 
 # text
 source = "stdlib"           # stdlib | shakespeare | hf:NAME | a file, a folder or a pattern
-field = "text"              # the field of .jsonl, or the column of .parquet or of a dataset, that holds the text
+field = "text"              # the field of a row, or the column of a table or of a dataset, that holds the text
 hf_split = "train"          # the split of a Hugging Face dataset to read
 max_bytes = 0               # read only so many bytes; 0: all
-val_fraction = 0.1          # share of the documents for validation
+val_fraction = 0.1          # share of the text for validation
 seed = 1337                 # for the order of files and the choice of documents for validation
+strict = False              # refuse a source with files or rows that cannot be read, instead of skipping them
 # tokens
-tokenizer = "bpe"           # bpe | byte | char | a tiktoken name such as gpt2
+tokenizer = "bpe"           # bpe | byte | char | a tiktoken name such as gpt2 | the file of a checkpoint, for its own
 vocab_size = 4096           # for bpe, including the end-of-text token
 train_bytes = 50_000_000    # bytes of text to train bpe on, spread over the training documents
 threads = 0                 # for encoding; 0: one for each core
@@ -67,14 +91,17 @@ out = ""                    # the folder to write; "": data/SOURCE-TOKENIZER, wi
 
 settings = overrides(globals(), "source")
 
-VERSION = 1  # of the format of the output files
+VERSION = 2  # of the output files, and of how they are made
 PIECE = 4 * 2**20  # bytes; longer documents are read and encoded in pieces, to bound the memory
 BATCH = 2**19      # characters that a thread encodes at a time
+FEW = 5_000        # validation tokens, below which their loss says little
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_FILE = os.path.join("data", "tinyshakespeare.txt")
 HF_BUILDERS = {".jsonl": "json", ".txt": "text"}  # formats that `datasets` does not call by their extension
-OUTPUT = ["train.bin", "val.bin", "meta.json"]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # files of rows; all others are text
+OUTPUT = ["train.bin", "val.bin", "meta.json", "skipped.txt"]
 TEMPORARY = ["train.bin.tmp", "val.bin.tmp", "meta.json.tmp", "documents.jsonl.tmp"]
 
 if not 0 < val_fraction < 1:
@@ -99,6 +126,9 @@ def find_files() -> list[str]:
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
+        if is_output(path):
+            open_tokens(path)  # UserError if they cannot be used
+            raise UserError(f"{path} holds tokens already: train on them with python train.py {quoted('data', path)}")
         return shuffled(walk(path))
     if any(c in path for c in "*?["):
         return shuffled(filter(os.path.isfile, glob.glob(path, recursive=True)))
@@ -106,12 +136,18 @@ def find_files() -> list[str]:
 
 
 def walk(root: str, leave_out: tuple = ()) -> Iterator[str]:
-    """All files in a folder, except hidden files, the folders `leave_out`, and the output folder."""
+    """All files in a folder, except hidden files, the folders `leave_out`, and folders that data.py writes."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in leave_out
+                      and not is_output(os.path.join(folder, name))
                       and os.path.realpath(os.path.join(folder, name)) != os.path.realpath(out)]
         paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
         yield from filter(os.path.isfile, paths)
+
+
+def is_output(folder: str) -> bool:
+    """Whether a folder has tokens of data.py."""
+    return all(os.path.exists(os.path.join(folder, name)) for name in ("train.bin", "val.bin"))
 
 
 def shuffled(paths) -> list[str]:
@@ -121,14 +157,9 @@ def shuffled(paths) -> list[str]:
     return paths
 
 
-def text_size(path: str) -> int:
-    """Bytes of text in a file, which is an estimate for .jsonl and .parquet."""
-    if path.lower().endswith(".parquet"):
-        metadata = open_parquet(path).metadata
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        return sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)
-                   if group.column(i).path_in_schema == field)
-    return os.path.getsize(path)
+def quoted(name: str, value: str) -> str:
+    """A setting as a shell needs it."""
+    return shlex.quote(f"--{name}={value}")
 
 
 def fetch_shakespeare() -> str:
@@ -164,10 +195,10 @@ def fetch_dataset() -> str:
         extension = os.path.splitext(path)[1].lower()
         arguments = {"path": HF_BUILDERS.get(extension, extension[1:]), "data_files": path}
     copy, written = os.path.join(out, "documents.jsonl.tmp"), 0
-    with open(copy, "w") as file, progress("reading", max_bytes) as bar:
+    with open(copy, "w", encoding="utf-8") as file, progress("reading", max_bytes) as bar:
         try:
             for row in load_dataset(**arguments, split=hf_split, streaming=True):
-                text = well_formed(field_of(row, source) or "")
+                text = text_in(row, source)
                 file.write(json.dumps({field: text}) + "\n")
                 written += utf8_size(text)
                 bar.update(utf8_size(text))
@@ -176,182 +207,193 @@ def fetch_dataset() -> str:
         except UserError:
             raise
         except Exception as error:  # datasets raises errors of many types
-            raise UserError(f"datasets cannot read {source}: {str(error).strip().splitlines()[0][:200]}") from error
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
+            raise UserError(f"datasets cannot read {source}: {' '.join(str(error).split())[:200]}") from error
     return copy
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
-def field_of(row, where: str) -> str | None:
-    """The text of a row, a dict. UserError, which names `where` the row comes from, if it has none."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object such as {{\"{field}\": \"...\"}}: correct the line")
+def text_in(row: dict, where: str) -> str:
+    """The text of a row. UserError if the row has none."""
     if field not in row:
-        raise UserError(f"{where} has no field {field!r}, but {', '.join(map(repr, row)) or 'none'}: give --field=NAME")
+        names = ", ".join(repr(name[:30]) for name in list(row)[:12]) or "none"
+        name, reader = where.rpartition(", ")[0], script_for(row)
+        also = f"{reader} reads it with {quoted('data', name)}, or " if name and reader else ""
+        raise UserError(f"{where} has no field {field!r}, but {names}: {also}give --field=NAME")
     if not isinstance(row[field], str | None):
         raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text: give another --field")
-    return row[field]
+    return well_formed(row[field] or "")
 
 
-class NotText(UserError):
-    def __init__(self, path: str, offset: int):
-        super().__init__(f"{path} is not UTF-8 text (byte {offset}): convert it first, or leave it out")
+def script_for(row: dict) -> str:
+    """The script that learns from such a row: of pairs of answers, of a conversation; "" if none does."""
+    row = {str(name).lower(): value for name, value in row.items() if value is not None}
+    for script, layouts in (("dpo.py", PREFERENCES), ("sft.py", CONVERSATIONS)):
+        with contextlib.suppress(ValueError):
+            recognise(row, layouts)
+            return script
+    return ""
 
 
-def read_text(path: str) -> Iterator[tuple[bool, str]]:
-    """The pieces of a text file, which is one document: (whether it is the first piece, text)."""
-    decoder, rest, position, block = codecs.getincrementaldecoder("utf-8")(), "", 0, None
-    with open(path, "rb") as file:
-        while block is None or len(block) == PIECE:
-            block = file.read(PIECE)
-            if (nul := block.find(0)) >= 0:
-                raise NotText(path, position + nul)
-            first, position = position == 0, position + len(block)
-            try:
-                text = rest + decoder.decode(block, final=len(block) < PIECE)
-            except UnicodeDecodeError as error:  # error.object begins with bytes of the block before
-                raise NotText(path, position - len(error.object) + error.start) from error
-            text = text.removeprefix("\ufeff") if first else text
-            end = boundary(text, len(text)) if len(block) == PIECE else len(text)
-            yield first, text[:end]
-            rest = text[end:]
+def texts_of_rows(name: str) -> Iterator[str]:
+    """The texts of a file's rows. Of rows without one, the number and the first reasons come into `bad_rows`. UserError
+    if no row has a text."""
+    total, bad, reasons = 0, 0, []
+    for where, row in read_rows(name):
+        total += 1
+        try:
+            if isinstance(row, ValueError):
+                raise UserError(f"{where}: {row}")
+            text = text_in(row, where)
+        except UserError as error:
+            bad += 1
+            reasons += [str(error)] if len(reasons) < 3 else []
+        else:
+            yield text
+        bad_rows[name] = total, bad, reasons
+    if bad and bad == total:
+        raise UserError(reasons[0])
 
 
-def read_jsonl(path: str) -> Iterator[str | None]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if line.strip():
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except ValueError as error:
-                    raise UserError(f"{where}: not valid JSON ({error}): correct the line") from error
-                yield field_of(row, where)
+def pieces_of(name: str, most: float) -> Iterator[tuple[bool, str, int]]:
+    """The pieces of a file's documents, up to a number of bytes: (whether a document begins, text, bytes of the text).
+    UserError if it cannot be read."""
+    extension = os.path.splitext(name.lower().removesuffix(".tmp").removesuffix(".gz"))[1]
+    if extension in (".pkl", ".pickle"):  # it may look like text
+        raise UserError(f"{name} is a pickle, not text: leave it out")
+    if extension in ROWS:
+        parts = (part for text in texts_of_rows(name) for part in cut_up(text, PIECE))
+    else:
+        parts = read_text(name, PIECE)
+    for begins, text in parts:
+        if utf8_size(text) > most:
+            text, most = text.encode()[:int(most)].decode(errors="ignore"), 0
+        most -= utf8_size(text)
+        if text:
+            yield begins, text, utf8_size(text)
+        if most <= 0:
+            return
 
 
-def open_parquet(path: str):
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(".parquet files need the Python package pyarrow: pip install pyarrow") from error
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a parquet file: leave it out") from error
-    if field not in table.schema_arrow.names:
-        raise UserError(f"{path} has no column {field!r}, but {', '.join(map(repr, table.schema_arrow.names))}: "
-                        "give --field=NAME")
-    return table
-
-
-def read_parquet(path: str) -> Iterator[str | None]:
-    for batch in open_parquet(path).iter_batches(batch_size=256, columns=[field]):
-        for text in batch.column(0).to_pylist():
-            yield field_of({field: text}, path)
-
-
-def boundary(text: str, end: int) -> int:
-    """The position at or shortly before `end` at which to cut a text: before a single space, or after a single newline,
-    that is followed by a letter or digit. The patterns of tiktoken and of tokenizer.py end a word there in any case, so
-    that cutting does not change the tokens. Without such a position it is `end`, and a few tokens may change."""
-    for i in range(end - 2, max(end - 2**16, 0), -1):
-        if text[i] in " \n" and text[i + 1].isalnum() and not text[i - 1].isspace():
-            return i + (text[i] == "\n")
-    return end
-
-
-def cut_up(texts: Iterator[str | None]) -> Iterator[tuple[bool, str]]:
-    """The pieces of documents, each of which is in memory: (whether it is the first piece of a document, text)."""
-    for text in texts:
-        text, start = well_formed(text or ""), 0
-        while start < len(text):
-            end = boundary(text, start + PIECE) if len(text) > start + PIECE else len(text)
-            yield start == 0, text[start:end]
-            start = end
+def pieces() -> Iterator[tuple[bool, str, int]]:
+    """The pieces of all documents in order, up to max_bytes."""
+    left = max_bytes or math.inf
+    for name in files:
+        for piece in pieces_of(name, left):
+            yield piece
+            left -= piece[2]
+        if left <= 0:
+            return
 
 
 def utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def pieces() -> Iterator[tuple[bool, str, int]]:
-    """The pieces of all documents in order, up to max_bytes: (whether a document begins, text, bytes of the text)."""
-    left = max_bytes or math.inf
-    for name in files:
-        extension, taken = os.path.splitext(name.removesuffix(".tmp"))[1].lower(), False
-        if extension in (".pkl", ".pickle"):  # a pickle may look like text
-            skipped.add(name)
-            continue
-        if extension == ".parquet":
-            parts = cut_up(read_parquet(name))
-        else:
-            parts = cut_up(read_jsonl(name)) if extension == ".jsonl" else read_text(name)
-        try:
-            for begins, text in parts:
-                if utf8_size(text) > left:
-                    text, left = text.encode()[:left].decode(errors="ignore"), 0
-                left -= utf8_size(text)
-                if text:
-                    taken = True
-                    yield begins, text, utf8_size(text)
-                if left <= 0:
-                    return
-        except NotText:
-            if taken or files == [path]:  # the only source file, or partly used already
-                raise
-            skipped.add(name)
+def draws(parts: Iterator[tuple[bool, str, int]]) -> Iterator[tuple[float, int]]:
+    """For each document (draw(), bytes)."""
+    number, total = 0.0, 0
+    for begins, text, size in parts:
+        if begins:
+            if total:
+                yield number, total
+            number, total = draw(text), 0
+        total += size
+    if total:
+        yield number, total
+
+
+def draw(text: str) -> float:
+    """A pseudo-random number in [0, 1) that depends only on the seed and on a document's first piece."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def survey() -> tuple[list[str], int, int, int]:
+    """Read all files once: (those that can be read, bytes, documents, bytes of documents whose draw() is below
+    val_fraction). Why the others cannot be read comes into `skipped`: "" for a binary file."""
+    good, totals = [], np.zeros(3, np.int64)
+    with progress("reading", max_bytes) as bar:
+        for name in files:
+            found, left = np.zeros_like(totals), max_bytes - totals[0] if max_bytes else math.inf
+            try:
+                for number, size in draws(pieces_of(name, left)):
+                    found += size, 1, size * (number < val_fraction)
+                    bar.update(size)
+            except (UserError, OSError) as error:
+                if len(files) == 1 and not os.path.isdir(path):
+                    raise
+                why = f"{name} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+                skipped[name] = "" if isinstance(error, NotText) and not error.advice else why
+                bad_rows.pop(name, None)
+                continue
+            good.append(name)
+            totals += found
+            if 0 < max_bytes <= totals[0]:
+                break
+    reasons = [reason for reason in skipped.values() if reason]
+    reasons += [reason for _, _, reasons in bad_rows.values() for reason in reasons]
+    if strict and reasons:
+        raise UserError(reasons[0])
+    if not good or not totals[0]:
+        reasons += [f"its {len(skipped)} files are binary"] if skipped else ["give another --source"]
+        raise UserError(f"{source} holds no text: {reasons[0]}")
+    return good, *totals.tolist()
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
 
 
-def draw(text: str) -> float:
-    """A pseudo-random number in [0, 1) that depends only on the text and the seed."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def plan_split() -> tuple[float, float, int, int]:
+    """(val_below, cut, val_from, near): documents whose draw() is below val_below are for validation; of those whose
+    draw() is `cut`, usually one, the part is that begins at the byte val_from, or at most `near` characters before.
 
+    The draw alone decides where that gives both splits between half and twice of their share of the bytes. Otherwise
+    documents are taken in the order of their draws until validation has its share, and the last one is cut if with it
+    the share is too large, and without it too small."""
+    def fair(val: float) -> bool:
+        return all(part / 2 <= share / n_bytes <= 2 * part for share, part in (
+            (val, val_fraction), (n_bytes - val, 1 - val_fraction)))
 
-def plan_split() -> tuple[float, float]:
-    """(the limit of draw() below which a document is for validation, the byte at which validation begins if the source
-    is a single document). It reads documents until it has seen one of each split; if one split would stay empty, the
-    limit is moved by one document."""
-    lowest, highest, documents, total = math.inf, -1.0, 0, 0
-    for begins, text, size in pieces():
-        total += size
-        if begins:
-            lowest, highest, documents = min(lowest, draw(text)), max(highest, draw(text)), documents + 1
-            if lowest < val_fraction <= highest:
-                return val_fraction, math.inf
-    if not documents:
-        raise UserError(f"{source} holds no text" + (f": its {len(skipped)} files are binary" if skipped else
-                                                     ": give another --source"))
-    if documents == 1:
-        return 0.0, total * (1 - val_fraction)
-    if lowest == highest:
+    if fair(drawn):
+        return val_fraction, -1, 0, 0
+    found = np.fromiter(draws(pieces()), [("draw", "f8"), ("size", "i8")])
+    numbers, group, copies = np.unique(found["draw"], return_inverse=True, return_counts=True)
+    if len(numbers) == 1 < documents:
         raise UserError(f"the {documents} documents of {source} are all equal: add other ones, for validation")
-    return (highest if highest < val_fraction else math.nextafter(lowest, 1)), math.inf
+    sizes, training = np.bincount(group, found["size"]), n_bytes * (1 - val_fraction)
+    ends = np.cumsum(sizes)
+    last = np.searchsorted(ends, n_bytes - training)
+    if fair(ends[last]):
+        return np.nextafter(numbers[last], 1), -1, 0, 0
+    if fair(ends[last] - sizes[last]):
+        return numbers[last], -1, 0, 0
+    start, size = (training - (n_bytes - ends[last])) / copies[last], sizes[last] / copies[last]
+    return numbers[last], numbers[last], int(start), int(min(2000, start / 2, (size - start) / 2))
 
 
 def split_pieces() -> Iterator[tuple[str, bool, str, int]]:
     """The pieces() with their split, "train" or "val", before each."""
-    position, split = 0, ""
     for begins, text, size in pieces():
         if begins:
-            split = "val" if draw(text) < val_below else "train"
-        if position <= val_from < position + size:  # cut a single document, at the end of a line or word if possible
-            end = len(text.encode()[:int(val_from - position)].decode(errors="ignore"))
-            near = max(0, end - 2000)
-            end = text.rfind("\n", near, end) + 1 or text.rfind(" ", near, end) + 1 or end
+            number, position = draw(text), 0
+            split = "val" if number < val_below else "train"
+        if number == cut and position <= val_from < position + size:
+            end = max(len(text.encode()[:val_from - position].decode(errors="ignore")), int(begins))
+            before = max(0, end - near)  # from there on, the end of a line, or else of a word
+            end = text.rfind("\n", before, end) + 1 or text.rfind(" ", before, end) + 1 or end
             yield split, begins, text[:end], utf8_size(text[:end])
-            split, begins, text = "val", False, text[end:]
+            split, begins, text = "val", True, text[end:]
         yield split, begins, text, utf8_size(text)
         position += size
 
 
 def bpe_sample() -> Iterator[str]:
     """Texts to train bpe on: about train_bytes, in slices spread evenly over the training documents."""
-    share, due, left, step = train_bytes / (estimate * (1 - val_fraction)), 1.0, train_bytes, min(100_000, train_bytes)
+    share, due, left, step = train_bytes / (n_bytes * (1 - val_fraction)), 1.0, train_bytes, min(100_000, train_bytes)
     for split, _, text, _ in split_pieces():
         for start in range(0, len(text) if split == "train" else 0, step):
             part = text[start:start + step]
@@ -363,14 +405,13 @@ def bpe_sample() -> Iterator[str]:
                 return
 
 
-def make_tokenizer():
-    if tokenizer == "byte":
-        return byte_tokenizer()
-    if tokenizer == "char":  # with the characters of validation, too, which must be encoded
-        return char_tokenizer(text for _, text, _ in pieces())
-    if tokenizer == "bpe":
-        return train_bpe(bpe_sample(), vocab_size)
-    return tiktoken_tokenizer(tokenizer)
+def ready_tokenizer():
+    """The tokenizer, if it does not depend on the text; else None."""
+    if tokenizer in ("bpe", "char"):
+        return None
+    if tokenizer.endswith(".safetensors"):
+        return tokenizer_of(tokenizer)
+    return byte_tokenizer() if tokenizer == "byte" else tiktoken_tokenizer(tokenizer)
 
 
 # ---- encoding, in threads: tiktoken releases Python's lock, and processes were not faster ----------------------------
@@ -401,13 +442,14 @@ def encode_all(bins: dict):
         for (split, begins, _, size), ids in zip(batch, encoded, strict=True):
             if begins and count[f"{split}_tokens"]:
                 put(split, end)
+            if begins and tokens.bos != tokens.eot:
+                put(split, start)
             put(split, ids)
             count[f"{split}_bytes"] += size
-            count["documents"] += begins
             bar.update(size)
 
-    end, waiting = np.array([tokens.eot], dtype), deque()
-    with ThreadPoolExecutor(n_threads) as pool, progress("encoding", estimate) as bar:
+    start, end, waiting = np.array([tokens.bos], dtype), np.array([tokens.eot], dtype), deque()
+    with ThreadPoolExecutor(n_threads) as pool, progress("encoding", n_bytes) as bar:
         for batch in batches():
             waiting.append((batch, pool.submit(encode, batch)))
             if len(waiting) > n_threads + 1:
@@ -416,7 +458,7 @@ def encode_all(bins: dict):
         for batch, future in waiting:
             write(batch, future.result())
     for split in ("train", "val"):
-        if split == "val" or val_from == math.inf:  # not at the cut of a single document
+        if split == "val" or documents > 1:  # not at the cut of a single document
             put(split, end)
 
 
@@ -443,11 +485,13 @@ def output_folder() -> Iterator[int]:
         fcntl.flock(folder, fcntl.LOCK_EX)  # a second run waits, then finds the folder up to date
     try:
         yield folder
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             remove(TEMPORARY)
             for name in missing:
                 os.rmdir(name)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise UserError(f"cannot write to {out} ({error.strerror}): make room, or give another --out") from error
         raise
     finally:
         os.close(folder)
@@ -464,29 +508,47 @@ def fingerprint() -> str:
     name."""
     state = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in listed]
     used = {name: value for name, value in settings.items() if name not in ("out", "threads")}
+    if tokenizer.endswith(".safetensors"):
+        used["tokenizer"] = tokenizer_of(tokenizer).fingerprint
     return hashlib.sha256(json.dumps([VERSION, used, sorted(state)]).encode()).hexdigest()
 
 
 def up_to_date() -> bool:
     try:
-        with open(os.path.join(out, "meta.json")) as file:
-            old = json.load(file)
-        sizes = [os.path.getsize(os.path.join(out, f"{split}.bin")) for split in ("train", "val")]
-        width = np.dtype(old["dtype"]).itemsize
-        return old["fingerprint"] == wanted and sizes == [old["train_tokens"] * width, old["val_tokens"] * width]
-    except (OSError, ValueError, KeyError, TypeError):
+        return open_tokens(out)[0].get("fingerprint") == wanted
+    except UserError:
         return False
+
+
+def describe_skipped() -> list[str]:
+    """Lines that tell which files and rows were skipped, and why. A long list goes to OUT/skipped.txt."""
+    named, binary = sorted(filter(None, skipped.values())), [name for name in skipped if not skipped[name]]
+    lines, also = [], ":"
+    if len(named) > 10:
+        also = f", all listed in {os.path.join(out, 'skipped.txt')}, such as:"
+        with open(os.path.join(out, "skipped.txt"), "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(f"{reason}\n" for reason in named)
+    if named:
+        lines += [f"skipped {len(named)} file{'s' * (len(named) > 1)}{also}", *(f"  {reason}" for reason in named[:10])]
+    if binary:
+        lines.append(f"skipped {len(binary)} binary file{'s' * (len(binary) > 1)}, such as {min(binary)}")
+    if any(bad for _, bad, _ in bad_rows.values()):
+        total, bad, reasons = zip(*bad_rows.values(), strict=True)
+        lines.append(f"skipped {sum(bad):,} of {sum(total):,} rows, such as:")
+        lines += [f"  {reason}" for reason in sum(reasons, [])[:3]]
+    return lines
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 began = time.perf_counter()
-skipped: set[str] = set()  # files that are not text
+skipped: dict[str, str] = {}  # files that cannot be read: why; "" for a binary file
+bad_rows: dict[str, tuple[int, int, list[str]]] = {}  # for each file of rows: all, those without a text, why
 files = find_files()
 listed = files or [*filter(os.path.isfile, [path]), *walk(path)]  # a dataset of `datasets` may be files, too
 wanted = fingerprint()
 written = {os.path.realpath(os.path.join(out, name)) for name in OUTPUT + TEMPORARY}
-for name in listed:
+for name in [*listed, tokenizer]:
     if os.path.realpath(name) in written:
         raise UserError(f"--out={out} would overwrite {name}, a file of the source: give another --out")
 
@@ -494,40 +556,50 @@ with output_folder() as folder:
     if up_to_date():
         print(f"{out} is up to date")
         sys.exit()
+    tokens = ready_tokenizer()
     if source == "shakespeare":
         files = [fetch_shakespeare()]
     elif source.startswith("hf:"):
         files = [fetch_dataset()]
-    estimate = min(max_bytes or math.inf, sum(map(text_size, files)))
-    val_below, val_from = plan_split()
-    tokens = make_tokenizer()
+    files, n_bytes, documents, drawn = survey()
+    val_below, cut, val_from, near = plan_split()
+    if tokenizer == "bpe":
+        tokens = train_bpe(bpe_sample(), vocab_size)
+    elif tokenizer == "char":  # with the characters of validation, too, which must be encoded
+        tokens = char_tokenizer(text for _, text, _ in pieces())
     trained = time.perf_counter()
     dtype = np.dtype("<u2" if tokens.n_vocab <= 2**16 else "<u4")
-    count = dict.fromkeys(("train_tokens", "val_tokens", "train_bytes", "val_bytes", "documents"), 0)
+    count = dict.fromkeys(("train_tokens", "val_tokens", "train_bytes", "val_bytes"), 0)
     with (open(os.path.join(out, "train.bin.tmp"), "wb") as train_bin,
           open(os.path.join(out, "val.bin.tmp"), "wb") as val_bin,
-          open(os.path.join(out, "meta.json.tmp"), "w") as meta_json):
+          open(os.path.join(out, "meta.json.tmp"), "w", encoding="utf-8") as meta_json):
         encode_all({"train": train_bin, "val": val_bin})
         if min(count["train_tokens"], count["val_tokens"]) < 2:
             raise UserError(f"{source} has only {count['train_tokens']} training and {count['val_tokens']} validation "
                             "tokens: give more text")
-        json.dump({"version": VERSION, "source": source, "dtype": dtype.name, **count, "fingerprint": wanted,
+        named = {"source"} | given - {"out", "threads"}
+        json.dump({"version": VERSION, "source": source, "dtype": dtype.name, **count, "documents": documents,
+                   "fingerprint": wanted, "arguments": {name: settings[name] for name in settings if name in named},
                    "tokenizer": tokens.to_dict()}, meta_json)
         for file in (train_bin, val_bin, meta_json):
             file.flush()
             os.fsync(file.fileno())
-    remove(["meta.json"])  # until the new one is in place, the folder counts as empty
-    for name in OUTPUT:
+    remove(["meta.json", "skipped.txt"])  # until the new one is in place, the folder counts as empty
+    lines = describe_skipped()
+    for name in ("train.bin", "val.bin", "meta.json"):
         os.replace(os.path.join(out, name + ".tmp"), os.path.join(out, name))
         os.fsync(folder)
     remove(TEMPORARY)
 
 now = time.perf_counter()
-n_bytes, n_tokens = count["train_bytes"] + count["val_bytes"], count["train_tokens"] + count["val_tokens"]
-if skipped:
-    print(f"skipped {len(skipped)} files that are not text, such as {min(skipped)}")
-print(f"{source}: {count['documents']:,} document{'s' * (count['documents'] > 1)}, {n_bytes:,} bytes, "
+n_tokens = count["train_tokens"] + count["val_tokens"]
+print("".join(f"{line}\n" for line in lines), end="")
+print(f"{source}: {documents:,} document{'s' * (documents > 1)}, {n_bytes:,} bytes, "
       f"{count['val_bytes'] / n_bytes:.1%} of them for validation\n"
       f"{tokenizer}: {tokens.n_vocab:,} tokens, made in {trained - began:.1f} s\n"
       f"{out}: {count['train_tokens']:,} + {count['val_tokens']:,} tokens, {n_bytes / n_tokens:.2f} bytes a token\n"
       f"encoded at {n_bytes / 1e6 / (now - trained):.1f} MB/s, {now - began:.1f} s in all")
+if count["val_tokens"] < FEW:
+    more = FEW / n_tokens
+    print(f"only {count['val_tokens']:,} tokens for validation: their loss says little; give more text"
+          + (f", or --val_fraction={more:.2g}" if more <= 0.5 else ""))

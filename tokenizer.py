@@ -11,6 +11,7 @@ Each also has special tokens, which encoding a text never gives. One of them, <|
 precedes each document, unless the tokenizer has another special token for that.
 """
 import base64
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from functools import cached_property
 from importlib.util import find_spec
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from config import UserError, nearest
 
@@ -68,6 +70,11 @@ class Tokenizer:
         lengths = np.zeros(self.n_vocab, dtype=np.int32)
         lengths[:len(self.tokens)] = [len(token) for token in self.tokens]
         return lengths
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that determines the ids of a text."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict:
         """The tokenizer as JSON, for a checkpoint's header, which Python and the browser read."""
@@ -157,10 +164,30 @@ def well_formed(text: str) -> str:
 
 
 def tokens_folder(source: str, tokenizer: str, vocab_size: int) -> str:
-    """The folder in which data.py by default writes the tokens of a source, and in which train.py looks for them."""
+    """The folder in which data.py by default writes the tokens of a source, and in which train.py looks for them. The
+    tokenizer may be the file of a checkpoint; checkpoints with equal tokenizers have the same folder."""
     stem = os.path.splitext(os.path.basename(source.rstrip("/")))[0] if os.path.exists(source) else source
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)
-    return os.path.join("data", f"{safe}-{tokenizer}" + (f"-{vocab_size}" if tokenizer == "bpe" else ""))
+    if tokenizer.endswith(".safetensors"):
+        enc = tokenizer_of(tokenizer)
+        name = f"{enc.kind}-{enc.fingerprint[:8]}"
+    else:
+        name = f"bpe-{vocab_size}" if tokenizer == "bpe" else tokenizer
+    return os.path.join("data", f"{safe}-{name}")
+
+
+def tokenizer_of(path: str) -> Tokenizer:
+    """The tokenizer in the header of a checkpoint, read without its weights. UserError if there is none."""
+    try:
+        with safe_open(path, "numpy") as file:
+            header = json.loads((file.metadata() or {}).get("tinygpt", "null"))
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {path}: correct the name") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): copy or train it again") from error
+    if not isinstance(header, dict) or not isinstance(header.get("tokenizer"), dict):
+        raise UserError(f"{path} holds no tokenizer: give a checkpoint of train.py, or one that a reader imported")
+    return Tokenizer.from_dict(header["tokenizer"])
 
 
 def open_tokens(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
@@ -237,9 +264,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 def tiktoken_tokenizer(name: str) -> Tokenizer:
     """A copy of a tiktoken tokenizer, so that a checkpoint with this tokenizer needs no download."""
     import tiktoken
-    names = [*KINDS, *tiktoken.list_encoding_names()]
+    names = ["byte", "char", "bpe", *tiktoken.list_encoding_names()]
     if name not in names:
-        raise UserError(f"unknown tokenizer {name!r}: {nearest(name, names)}")
+        raise UserError(f"unknown tokenizer {name!r}: {nearest(name, names)}"
+                        "; or give a checkpoint, PATH.safetensors, for the tokenizer in it")
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
