@@ -87,14 +87,14 @@ def read_rows(path: str) -> Iterator[tuple[str, dict | ValueError]]:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
 
-def open_text(path: str, newline: str = "\n"):
-    """A text file, which may be compressed by gzip, opened for reading. Its encoding is UTF-8, or UTF-16 or UTF-32 if
-    its first bytes show that. newline as in open()."""
+def open_text(path: str):
+    """A text file, which may be compressed by gzip, opened for reading; its line ends are kept. Its encoding is UTF-8,
+    or UTF-16 or UTF-32 if its first bytes show that."""
     with open(path, "rb") as file:
         opened = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opened(path, "rb") as file:
         encoding = json.detect_encoding(file.read(4))
-    return opened(path, "rt", encoding=encoding, newline=newline)
+    return opened(path, "rt", encoding=encoding, newline="")
 
 
 def read_json(path: str, extension: str) -> Iterator[tuple]:
@@ -127,7 +127,7 @@ def loaded(text: str):
 def read_table(path: str, extension: str) -> Iterator[tuple]:
     """Cells separated by commas, semicolons or tabs, whichever the first line has most of. It names the fields."""
     csv.field_size_limit(2**31 - 1)
-    with open_text(path, newline="") as file:
+    with open_text(path) as file:
         first = file.readline()
         file.seek(0)
         reader = csv.reader(file, delimiter="\t" if extension == ".tsv" else max(",;\t", key=first.count), strict=True)
@@ -235,7 +235,7 @@ def opened(row: dict, messages: list[dict]) -> list[dict]:
     """The messages after those that OPENING holds, unless they begin with these."""
     first = [{"role": "system", "content": text} for field in OPENING[:2]
              if field in row and (text := text_of(row, field)).strip()]
-    first += messages_of(row["history"], "history") if row.get("history") else []
+    first += messages_of(row["history"], "history") if row.get("history", "") not in ("", "[]", []) else []
     return messages if messages[:len(first)] == first else first + messages
 
 
@@ -247,7 +247,7 @@ def recognise(row: dict, layouts: dict[str, str]) -> tuple[str, list[str]]:
     for name, fields in layouts.items():
         if all(field in row or field.endswith("?") for field in fields.split()):
             return name, [field for field in fields.replace("?", "").split() if field in row]
-    hints = {"chosen": "dpo.py reads pairs", "label": "dpo.py --loss=kto reads labels", "text": "data.py reads texts"}
+    hints = {"chosen": "dpo.py reads pairs", "text": "data.py reads texts", "label": "dpo.py --loss=kto reads labels"}
     hint = next((f" ({hint})" for field, hint in hints.items() if field in row), "")
     raise ValueError(f"no known layout has the fields {', '.join(name[:30] for name in list(row)[:12])}{hint}")
 
@@ -255,6 +255,8 @@ def recognise(row: dict, layouts: dict[str, str]) -> tuple[str, list[str]]:
 def to_conversations(row: dict) -> tuple[str, list[str], list[list[dict]]]:
     """(layout, fields that are read, conversations) of a row. ValueError tells what is wrong with the row."""
     layout, fields = recognise(row, CONVERSATIONS)
+    if any(row.get(name) is False for name in LABELS):
+        raise ValueError("its label is false (dpo.py --loss=kto reads labels)")
     *prompt, answer = fields
     if answer == "instances":
         if not row[answer] or not isinstance(row[answer], list) or not all(isinstance(i, dict) for i in row[answer]):
@@ -327,7 +329,7 @@ def to_labelled(row: dict) -> tuple[str, list[str], list[tuple[list[dict], str, 
     label = str(row[field]).strip().lower().removesuffix(".0")
     if label not in ("true", "1", "false", "0"):
         raise ValueError(f"{field} is {label[:30]!r}, not true or false")
-    layout, fields, talks = to_conversations(row)
+    layout, fields, talks = to_conversations({name: value for name, value in row.items() if name != field})
     return f"labelled {layout}", [*fields, field], [
         (talk[:-1], talk[-1]["content"], label in ("true", "1")) for talk in map(answered, talks)]
 
@@ -364,7 +366,7 @@ def read_labelled(path: str, strict: bool = False) -> list[tuple[list[dict], str
 
 def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str, str], what: str) -> tuple[list, str]:
     """What convert() makes of the good rows of a file, and the line that describes it."""
-    found, bad, total, counts, used, unused = [], [], 0, Counter(), {}, {}
+    found, bad, n_bad, total, counts, used, unused = [], [], 0, 0, Counter(), {}, {}
     for where, row in read_rows(path):
         total += 1
         try:
@@ -373,7 +375,8 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
             row = {str(name).strip().lower(): value for name, value in row.items() if value is not None}
             layout, fields, made = convert(row)
         except ValueError as error:
-            bad.append(f"{where}: {error}")
+            n_bad += 1
+            bad += [f"{where}: {error}"] * (len(bad) < 3)
             continue
         found += made
         counts[layout] += len(made)
@@ -387,14 +390,16 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
         known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields in needed.items())
         raise UserError(f"no row of {path} can be used. {bad[0]}" + f". Known layouts: {known}" * ("layout" in bad[0]))
     if bad and strict:
-        raise UserError(f"{len(bad)} of {total} rows are bad, such as {bad[0]}: correct or remove them, or leave out "
+        raise UserError(f"{n_bad:,} of {total:,} rows are bad, such as {bad[0]}: correct or remove them, or leave out "
                         "--strict=True")
-    for reason in bad[:3]:
+    for reason in bad:
         print(f"skipped {reason}", file=sys.stderr)
-    shown = ", ".join(f"{f'{count:,} ' * (len(counts) > 1)}{layout} ({', '.join(used[layout])})"
-                      for layout, count in counts.most_common())
-    line = f"{path}: {len(found):,} {what}, {shown}" + f"; not read: {', '.join(list(unused)[:8])}" * bool(unused)
-    return found, line + f"; {len(bad):,} of {total:,} rows SKIPPED" * bool(bad)
+    shown = []
+    for layout, count in counts.most_common():
+        names = ", ".join(sorted(used[layout], key=lambda field: field not in OPENING))
+        shown.append(f"{f'{count:,} ' * (len(counts) > 1)}{layout} ({names})")
+    line = f"{path}: {len(found):,} {what}, {', '.join(shown)}" + f"; not read: {', '.join(list(unused)[:8])}" * bool(unused)
+    return found, line + f"; {n_bad:,} of {total:,} rows SKIPPED" * bool(bad)
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------

@@ -28,10 +28,12 @@ CONVERSATIONS = {
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Sing.", "input": "", "output": "La"}]""",
         [["user: Add.\n\n1 2", "answer: 3"], ["user: Sing.", "answer: La"]]),
-    "Alpaca (system, history, instruction, input, output)": ("a.json", """[{"instruction": "Add.", "input": "1 2",
-        "output": "3", "system": "Be brief.", "history": [["Hi", "Hello"], ["How?", "So."]]}]""",
-        [["system: Be brief.", "user: Hi", "answer: Hello", "user: How?", "answer: So.", "user: Add.\n\n1 2",
-          "answer: 3"]]),
+    "Alpaca (system, history, instruction, input, output)": ("a.json", """[
+        {"instruction": "Sing.", "input": "", "output": "La", "system": "", "history": []},
+        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["Hi", "Hello"],
+         ["How?", "So."]]}]""",
+        [["user: Sing.", "answer: La"], ["system: Be brief.", "user: Hi", "answer: Hello", "user: How?", "answer: So.",
+                                         "user: Add.\n\n1 2", "answer: 3"]]),
     "messages (messages)": ("a.jsonl", """
         {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey", "weight": 0}, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Ciao", "weight": 1}]}
         {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}, {"role": "assistant", "content": " né 漢 "}]}""",  # noqa: E501
@@ -90,10 +92,11 @@ PREFERENCES = {  # the turns of the prompt, of which none is learned, the chosen
         {"prompt": [{"role": "user", "content": "Color?"}], "chosen": [{"role": "assistant", "content": "Blue."}], "rejected": [{"role": "assistant", "content": "Red."}]}
         {"prompt": "Hi", "prompt_id": "f0", "chosen": [{"content": "Hi", "role": "user"}, {"content": "Hey", "role": "assistant"}], "rejected": [{"content": "Hi", "role": "user"}, {"content": "No", "role": "assistant"}], "messages": [{"content": "Hi", "role": "user"}, {"content": "Hey", "role": "assistant"}], "score_chosen": 8.0, "score_rejected": 1.0}
         {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "Hi"}], "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey"}], "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}]}
+        {"prompt": [{"role": "system", "content": "s"}], "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey"}], "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}]}
         {"prompt": "b", "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "B"}], "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "C"}]}
         {"prompt": "\\n\\nHuman: Hi\\n\\nAssistant:", "chosen": "Hey", "rejected": "No"}""",  # noqa: E501
         [["user: The sky is", " blue.", " green."], ["user: Color?", "Blue.", "Red."], ["user: Hi", "Hey", "No"],
-         ["system: s", "user: Hi", "Hey", "No"], ["user: a", "assistant: A", "user: b", "B", "C"],
+         *[["system: s", "user: Hi", "Hey", "No"]] * 2, ["user: a", "assistant: A", "user: b", "B", "C"],
          ["user: Hi", "Hey", "No"]]),
     "pairs with an implicit prompt (chosen, rejected)": ("a.jsonl", """
         {"chosen": "The sky is blue.", "rejected": "The sky is blurred."}
@@ -123,7 +126,7 @@ LABELLED = {  # the turns of the prompt, the answer, the label
         {"prompt": "a", "completion": "b", "label": 0}""",  # noqa: E501
         [["user: The sky is", " blue.", True], ["user: Color?", "Red.", False], ["user: a", "b", True],
          ["user: a", "b", False]]),
-    "labelled prompt and response (prompt, response, label)": ("a.csv", "prompt,response,label\na,b,True\na,c,0\n",
+    "labelled prompt and response (prompt, response, label)": ("a.csv", "prompt,response,label\na,b,True\na,c,0.0\n",
                                                                [["user: a", "b", True], ["user: a", "c", False]]),
     "labelled messages (messages, kto_tag)": ("a.json", """[{"messages": [{"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hey"}, {"role": "user", "content": "a"},
@@ -237,6 +240,7 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "a part that is not text"),
     ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "y"}]}, "'function_call'"),
     ({"instruction": "x", "output": "y", "history": [["a", None]]}, "history has an item"),
+    ({"prompt": "x", "completion": "y", "label": False}, "its label is false"),
     ({"instruction": "x", "instances": [3]}, "instances is not a list"),
     ({"instruction": "x", "instances": [{"input": "y"}]}, "output is missing"),
 ])
@@ -389,6 +393,8 @@ def test_where_a_row_stands(tmp_path):
         (f"{path}, line 5", "it has 3 cells, and the first line 2"),
         (f"{path}, line 6", "the quotes are wrong (',' expected after '\"')"),
         (f"{path}, line 7", str({"prompt": "d", "response": "e"}))]
+    path = write(tmp_path / "mac.csv", 'a,b\r"1\r\n2",3\r4,5')
+    assert rows_of(path) == [{"a": "1\r\n2", "b": "3"}, {"a": "4", "b": "5"}]
     path = write(tmp_path / "a.jsonl", "\n{\n\n3\n")
     assert [where for where, _ in read_rows(path)] == [f"{path}, line 2", f"{path}, line 4"]
     path = write(tmp_path / "a.json", "[1, {}]")
@@ -487,6 +493,8 @@ def test_split_needs_two_prompts():
     assert len(split([talk("", str(i // 2)) for i in range(40)], 0.1, 1)[1]) == 4  # no prompt: only equal ones together
     systems = [[{"role": "system", "content": str(i)}, *talk("Sum up.", "x")] for i in range(40)]
     assert len(split(systems, 0.1, 1)[1]) == 4
+    with pytest.raises(UserError, match="cannot be split"):
+        split([[*systems[0][:2], *talk("", text)[1:]] for text in "xyz"], 0.1, 1)
 
 
 def test_show(capsys):
