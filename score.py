@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from config import UserError
 from model import GPT, cross_entropy
+from text_files import NotText, decoded
 from tokenizer import Tokenizer, open_tokens
 
 
@@ -22,17 +23,16 @@ def read_tokens(path: str, enc: Tokenizer, split: str = "val", max_tokens: int =
     if os.path.isdir(path):
         prepared, tokens = open_tokens(path)
         if prepared["tokenizer"] != enc.to_dict():
-            raise UserError(f"{path} was made with another tokenizer than the checkpoint's: give a text file instead")
-        tokens = tokens[split][:max_tokens or None]
+            raise UserError(f"{path} was made with another tokenizer than the checkpoint's: give a text file, or make "
+                            "the folder with python data.py SOURCE --tokenizer=CHECKPOINT")
+        path, tokens = os.path.join(path, f"{split}.bin"), tokens[split][:max_tokens or None]
     elif not os.path.isfile(path):
         raise UserError(f"{path} is not a text file, nor a folder that data.py made")
     else:
-        with open(path, "rb") as file:
-            raw = file.read()
         try:
-            tokens = enc.encode(raw.decode("utf-8-sig"))[:max_tokens or None]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+            tokens = enc.encode("".join(decoded(path, 2**22)))[:max_tokens or None]
+        except NotText as error:  # which tells how to convert the file, if it is text in another encoding
+            raise error if error.advice else UserError(f"{path} is a binary file: give a text") from error
     if len(tokens) == 0:
         raise UserError(f"{path} is empty: there is nothing to predict")
     return tokens.astype(np.int32)

@@ -212,7 +212,8 @@ def test_bad_text(chars, tmp_path):
     assert_one_line("--data=FILE", checkpoint, "")
     assert_one_line("bad.txt is not a text file", checkpoint, bad)
     assert_one_line("meta.json cannot be used (No such file", checkpoint, tmp_path)
-    for content, says in (b"", "empty"), (b"abc\xff\x00" * 9, "byte 3"), ("abcÄ".encode(), "'\\xc4'"):
+    for content, says in ((b"", "empty"), (b"abc\xff\x00" * 9, "is a binary file"), ("abcÄ".encode(), "'\\xc4'"),
+                          ("étagère ".encode("cp1252") * 9, "iconv -f CP1252 -t UTF-8 ")):
         bad.write_bytes(content)
         assert_one_line(says, checkpoint, bad)
 
@@ -222,9 +223,15 @@ def test_bad_folder(chars, tmp_path):
     prepare(tmp_path, byte_tokenizer(), [1, 2, 3], [1, 2, 3])
     assert_one_line("another tokenizer", checkpoint, tmp_path)
     prepare(tmp_path, tokenizer, [1, 2, 3], [])
-    assert_one_line("empty", checkpoint, tmp_path)
+    assert_one_line("val.bin is empty", checkpoint, tmp_path)
+    prepare(tmp_path, tokenizer, [1, 2, 3], [1, 2, 3])
+    for content in (b"", b"\1\0\2\0\3", b"\1\0\2\0\3\0\3\0", b"\1\0\2\0\xff\0"):  # cut, odd, too long, no token
+        (tmp_path / "val.bin").write_bytes(content)
+        assert_one_line("val.bin cannot be used", checkpoint, tmp_path)
     (tmp_path / "val.bin").unlink()
-    assert_one_line("val.bin", checkpoint, tmp_path)
+    assert_one_line("val.bin cannot be used", checkpoint, tmp_path)
+    (tmp_path / "meta.json").write_text("{")
+    assert_one_line("meta.json cannot be used", checkpoint, tmp_path)
 
 
 def test_bad_checkpoint(chars, tmp_path):
