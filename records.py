@@ -396,10 +396,14 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
         print(f"skipped {reason}", file=sys.stderr)
     shown = []
     for layout, count in counts.most_common():
-        names = ", ".join(sorted(used[layout], key=lambda field: field not in OPENING))
-        shown.append(f"{f'{count:,} ' * (len(counts) > 1)}{layout} ({names})")
-    line = f"{path}: {len(found):,} {what}, {', '.join(shown)}" + f"; not read: {', '.join(list(unused)[:8])}" * bool(unused)
-    return found, line + f"; {n_bad:,} of {total:,} rows SKIPPED" * bool(bad)
+        fields = sorted(used[layout], key=lambda field: field not in OPENING)
+        shown.append(f"{f'{count:,} ' * (len(counts) > 1)}{layout} ({', '.join(fields)})")
+    line = [f"{path}: {len(found):,} {what}, {', '.join(shown)}"]
+    if unused:
+        line.append(f"not read: {', '.join(list(unused)[:8])}")
+    if bad:
+        line.append(f"{n_bad:,} of {total:,} rows SKIPPED")
+    return found, "; ".join(line)
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------
