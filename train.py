@@ -238,9 +238,7 @@ def prepared(source: str) -> str:
                f"--tokenizer={name}", f"--vocab_size={vocab_size}"]
 
     def run_data():
-        status = 130  # of Ctrl-C
-        with contextlib.suppress(KeyboardInterrupt):
-            status = subprocess.run(command).returncode
+        status = subprocess.run(command, start_new_session=True).returncode  # so that Ctrl-C is told once, by train.py
         if status:
             sys.exit(status)  # data.py has said why
 
