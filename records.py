@@ -54,7 +54,7 @@ PREFERENCES = {
     "pairs": "prompt chosen rejected",
     "Alpaca pairs": "instruction input? chosen rejected",
     "Orca pairs": "question context? chosen rejected",
-    "input and pairs": "input chosen rejected",
+    "distilabel pairs": "input chosen rejected",
     "ShareGPT pairs": "conversations chosen rejected",
     "pairs with an implicit prompt": "chosen rejected",
     "OpenAI pairs": "input preferred_output non_preferred_output",
@@ -388,7 +388,8 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
     if not found:
         needed = {name: [field for field in fields.split() if "?" not in field] for name, fields in layouts.items()}
         known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields in needed.items())
-        raise UserError(f"no row of {path} can be used. {bad[0]}" + f". Known layouts: {known}" * ("layout" in bad[0]))
+        todo = f". Rename them to those of a known layout: {known}" if "no known layout" in bad[0] else ""
+        raise UserError(f"no row of {path} can be used. {bad[0]}{todo}")
     if bad and strict:
         raise UserError(f"{n_bad:,} of {total:,} rows are bad, such as {bad[0]}: correct or remove them, or leave out "
                         "--strict=True")

@@ -103,7 +103,7 @@ PREFERENCES = {  # the turns of the prompt, of which none is learned, the chosen
         {"chosen": [{"role": "user", "content": "Color?"}, {"role": "assistant", "content": "Blue."}], "rejected": [{"role": "user", "content": "Color?"}, {"role": "assistant", "content": "Red."}]}""",  # noqa: E501
         [["user: The sky is", " blue.", " blurred."], ["user: Color?", "Blue.", "Red."]]),
     "Orca pairs (system, question, chosen, rejected)": ("a.json", json.dumps([ORCA]), [["system: s", "user: Q?", "good", "bad"]]),  # noqa: E501
-    "input and pairs (system, input, chosen, rejected)": ("a.json", """[{"system": "", "input": "Q?", "chosen": "good",
+    "distilabel pairs (system, input, chosen, rejected)": ("a.json", """[{"system": "", "input": "Q?", "chosen": "good",
         "rejected": "bad", "rating": [9.0, 1.0]}]""", [["user: Q?", "good", "bad"]]),
     "Alpaca pairs (instruction, input, chosen, rejected)": ("a.json", """[
         {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"}]""", [["user: Add.\n\n1 2", "3", "4"]]),
