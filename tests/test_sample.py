@@ -286,6 +286,14 @@ def test_bad_checkpoints(writer, tmp_path):
     assert_one_line("whole", tmp_path)  # a folder
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite(writer, tmp_path, value):
+    model, meta = load_checkpoint(str(writer))
+    model.blocks[1].attn.v.weight[0, 1] = value
+    save_checkpoint(str(tmp_path / "bad.safetensors"), model, meta)
+    assert_one_line("infinite or NaN numbers in blocks.1.attn.v.weight", tmp_path / "bad.safetensors", "abc")
+
+
 @pytest.mark.parametrize("argument, says", [
     ("--prompt=Zoë", "'Z', '\\xeb'"),
     ("--temprature=1", "--temperature"),
@@ -319,7 +327,8 @@ def tuned(tmp_path_factory):
         model = base()
         for path in attach(model, "attn", rank=3, kind=kind):
             linear_layers(model)[path].b = mx.array(rng.standard_normal((64, 3)).astype(np.float32))
-        save_adapter(str(folder / f"{name}.safetensors"), model, {"template": "alpaca" if name == "b" else None})
+        save_adapter(str(folder / f"{name}.safetensors"), model, {"template": "alpaca" if name == "b" else None},
+                     bases=[str(folder / "base.safetensors")])
     return folder
 
 
@@ -337,6 +346,21 @@ def test_adapters(tuned, adapters):
         assert out == wanted + "\n"
     plain, _ = sample(tuned / "base.safetensors", "ab", "--temperature=0", "--max_new_tokens=20")
     assert plain != wanted + "\n"
+
+
+def test_an_adapter_as_the_checkpoint(tuned, tmp_path):
+    """It finds its base from any folder, and brings its template; --adapter adds another one."""
+    a, b, base, settings = "a.safetensors", "b.safetensors", "base.safetensors", ("Hi", "--temperature=0", "--seed=1")
+    pairs = [([a], [base, f"--adapter={a}"]), ([b], [base, f"--adapter={b}"]),
+             ([a, f"--adapter={b}:0.5"], [base, f"--adapter={a}", f"--adapter={b}:0.5"])]
+    texts = [[sample(*given, *settings, cwd=tuned)[0] for given in pair] for pair in pairs]
+    assert all(one == two for one, two in texts) and len({one for one, _ in texts}) == 3
+    assert sample(tuned / b, *settings, cwd=tmp_path)[0] == texts[1][0]
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((tuned / a).read_bytes())
+    _, error = sample(alone, "x", status=2)
+    assert re.search(rf"alone.safetensors was trained on .*base.safetensors, which is missing: give the checkpoint, "
+                     rf"and --adapter={alone}\n$", error) and error.count("\n") == 1
 
 
 def test_an_adapter_of_another_base(tuned, tmp_path):
