@@ -198,6 +198,16 @@ def test_every_known_layout_is_in_the_tables():
         assert any(name.startswith(f"{layout} (") for name in tested)
 
 
+def test_texts_are_kept(tmp_path):
+    text = "né 🙂 \u2028\x00\r\n " + "x" * 200_000
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
+    for ensure_ascii in (True, False):
+        path = write(tmp_path / "a.jsonl", json.dumps({"messages": messages}, ensure_ascii=ensure_ascii))
+        assert read_conversations(path) == [messages]
+    ids, learned = encode(CHATML, messages, "chatml")
+    assert CHATML.decode([i for i, yes in zip(ids, learned, strict=True) if yes][:-1]) == text
+
+
 def test_all_rows_of_a_mixed_file(tmp_path, capsys):
     """Each row is read by itself. Messages come before a prompt, a prompt before an instruction."""
     path = write(tmp_path / "a.jsonl", """
@@ -318,7 +328,7 @@ def test_any_row_is_read_or_refused():
         return {key: value(depth + 1) for key in rng.sample(keys, 3)}
 
     read = 0
-    for _ in range(20_000):
+    for _ in range(8_000):
         row = {name: value() for name in rng.sample(names, 4)}
         if rng.random() < 0.5:
             row["messages"] = [{"role": rng.choice(["user", "assistant"]), "content": value()} for _ in range(3)]
@@ -330,7 +340,7 @@ def test_any_row_is_read_or_refused():
             read += 1
             assert set(fields) <= set(row) and found
             json.dumps(found, ensure_ascii=False).encode()  # no half of a surrogate pair is left
-    assert read > 1000
+    assert read > 500
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
