@@ -77,8 +77,8 @@ def read_rows(path: str) -> Iterator[tuple[str, dict | ValueError]]:
     read = {".parquet": read_parquet, ".csv": read_table, ".tsv": read_table}.get(extension, read_json)
     try:
         for where, row in read(path, extension):
-            good = isinstance(row, dict | ValueError)
-            yield f"{path}, {where}", row if good else ValueError("it is no object in { }")
+            known = isinstance(row, dict | ValueError)
+            yield f"{path}, {where}", row if known else ValueError("it is not an object in { }")
     except UnicodeDecodeError as error:
         for _ in decoded(path, 2**22):  # raises NotText, which tells how to convert the file
             pass
@@ -130,25 +130,26 @@ def read_table(path: str, extension: str) -> Iterator[tuple]:
     with open_text(path) as file:
         first = file.readline()
         file.seek(0)
-        reader = csv.reader(file, delimiter="\t" if extension == ".tsv" else max(",;\t", key=first.count), strict=True)
+        rows = csv.reader(file, delimiter="\t" if extension == ".tsv" else max(",;\t", key=first.count), strict=True)
         names, end = None, 0
         while True:
-            where, row = f"line {end + 1}", None
+            where = f"line {end + 1}"
             try:
-                cells = next(reader, None)
+                row = next(rows, None)
             except csv.Error as error:
-                if "end of data" in str(error):
-                    raise UserError(f"{path}, {where}: a quote that begins here does not end: correct it") from error
-                cells, row = [""], ValueError(f"the quotes are wrong ({error})")
-            end = reader.line_num
-            if cells is None:
+                row = ValueError(f"the quotes are wrong ({error})")
+                if names is None or "end of data" in str(error):  # a quote that does not end hides the rows after it
+                    raise UserError(f"{path}, {where}: {row}: correct them") from error
+            end = rows.line_num
+            if row is None:
                 return
-            if names is None:
-                names = [name.strip() for name in cells]
-            elif cells:  # a blank line has none
-                fits = len(cells) == len(names)
-                yield where, row or (dict(zip(names, cells, strict=True)) if fits else ValueError(
-                    f"it has {len(cells)} cells, and the first line {len(names)}"))
+            if isinstance(row, ValueError):
+                yield where, row
+            elif names is None:
+                names = [name.strip() for name in row] or None
+            elif row:  # a blank line has no cells
+                yield where, dict(zip(names, row, strict=True)) if len(row) == len(names) else ValueError(
+                    f"it has {len(row)} cells, and the first line {len(names)}")
 
 
 def read_parquet(path: str, extension: str) -> Iterator[tuple]:
@@ -186,11 +187,11 @@ def message_of(item: dict) -> dict:
     name = item["role"] if item.get("role") is not None else item.get("from")
     role, weight = ROLES.get(str(name).lower()), item.get("weight")
     if not role:
-        raise ValueError(f"role {name!r} is not one that a template has: system, user, assistant")
+        raise ValueError(f"role {str(name)[:30]!r} is not one that a template has: system, user, assistant")
     if item.get("tool_calls") or item.get("function_call"):
         raise ValueError("it calls a tool, which a template does not have")
     if weight not in (None, 0, 1):
-        raise ValueError(f"weight is {weight!r}, not 0 or 1")
+        raise ValueError(f"weight is {str(weight)[:30]}, not 0 or 1")
     content = text_of(item, "value" if item.get("content") is None and "value" in item else "content")
     return {"role": role, "content": content} | ({"weight": 0} if weight == 0 and role == "assistant" else {})
 
@@ -217,7 +218,7 @@ def messages_of(value, field: str) -> list[dict]:
 def hh_messages(text: str) -> list[dict]:
     """The messages of a text in the form of HH, "\\n\\nHuman: ...\\n\\nAssistant: ..."; none if it has another form."""
     before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    return [] if before.strip() or parts[:1] != ["Human"] else [
+    return [] if before.strip() or parts[:1] != ["Human"] or "Assistant" not in parts else [
         {"role": "user" if name == "Human" else "assistant", "content": part.strip()}
         for name, part in zip(parts[::2], parts[1::2], strict=True)]
 
@@ -227,11 +228,11 @@ def turn(role: str, row: dict, fields: list[str]) -> list[dict]:
     if isinstance(row[fields[0]], list | dict):
         return messages_of(row[fields[0]], fields[0])
     content = "\n\n".join(text for field in fields if (text := text_of(row, field)))
-    asked = [message for message in hh_messages(content) if message["content"]] if role == "user" else []
-    return asked or [{"role": role, "content": content}]
+    turns = [message for message in hh_messages(content) if message["content"]] if role == "user" else []
+    return turns or [{"role": role, "content": content}]
 
 
-def opened(row: dict, messages: list[dict]) -> list[dict]:
+def with_opening(row: dict, messages: list[dict]) -> list[dict]:
     """The messages after those that OPENING holds, unless they begin with these."""
     first = [{"role": "system", "content": text} for field in OPENING[:2]
              if field in row and (text := text_of(row, field)).strip()]
@@ -255,7 +256,7 @@ def recognise(row: dict, layouts: dict[str, str]) -> tuple[str, list[str]]:
 def to_conversations(row: dict) -> tuple[str, list[str], list[list[dict]]]:
     """(layout, fields that are read, conversations) of a row. ValueError tells what is wrong with the row."""
     layout, fields = recognise(row, CONVERSATIONS)
-    if any(row.get(name) is False for name in LABELS):
+    if any(str(row.get(name)).lower() == "false" for name in LABELS):
         raise ValueError("its label is false (dpo.py --loss=kto reads labels)")
     *prompt, answer = fields
     if answer == "instances":
@@ -267,7 +268,7 @@ def to_conversations(row: dict) -> tuple[str, list[str], list[list[dict]]]:
         talks = [turn("user", row, prompt) + turn("assistant", row, [answer])]
     else:
         talks = [messages_of(row[answer], answer)]
-    talks = [opened(row, messages) for messages in talks]
+    talks = [with_opening(row, messages) for messages in talks]
     for messages in talks:
         answers = [m["content"] for m in messages if m["role"] == "assistant" and "weight" not in m]
         if not answers:
@@ -286,13 +287,12 @@ def to_pairs(row: dict) -> tuple[str, list[str], list[tuple[list[dict], str, str
     """(layout, fields that are read, one pair) of a row. ValueError tells what is wrong with the row."""
     layout, fields = recognise(row, PREFERENCES)
     *prompt, chosen, rejected = fields
-    asked = turn("user", row, prompt) if prompt else []
     talks = [turn("assistant", row, [name]) for name in (chosen, rejected)]
     if prompt:
-        talks = [with_prompt(asked, talk, isinstance(row[prompt[0]], str)) for talk in talks]
+        talks = [with_prompt(turn("user", row, prompt), talk, isinstance(row[prompt[0]], str)) for talk in talks]
     elif len(talks[0]) == len(talks[1]) == 1:
         layout, talks = without_prompt(*(talk[0]["content"] for talk in talks))
-    talks = [opened(row, messages) for messages in talks]
+    talks = [with_opening(row, messages) for messages in talks]
     for name, messages in zip((chosen, rejected), talks, strict=True):
         if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
             raise ValueError(f"{name} has no answer, or an empty one")
@@ -323,7 +323,7 @@ def without_prompt(chosen: str, rejected: str) -> tuple[str, list[list[dict]]]:
 def to_labelled(row: dict) -> tuple[str, list[str], list[tuple[list[dict], str, bool]]]:
     """(layout, fields that are read, labelled answers) of a row: one, or the two of a pair."""
     field = next((name for name in LABELS if name in row), None)
-    if field is None:
+    if field is None or "chosen" in row:
         layout, fields, [(prompt, chosen, rejected)] = to_pairs(row)
         return layout, fields, [(prompt, chosen, True), (prompt, rejected, False)]
     label = str(row[field]).strip().lower().removesuffix(".0")
@@ -372,7 +372,7 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
         try:
             if isinstance(row, ValueError):
                 raise row
-            row = {str(name).strip().lower(): value for name, value in row.items() if value is not None}
+            row = {" ".join(str(name).lower().split()): value for name, value in row.items() if value is not None}
             layout, fields, made = convert(row)
         except ValueError as error:
             n_bad += 1

@@ -59,9 +59,10 @@ CONVERSATIONS = {
     "prompt and completion (prompt, completion)": ("a.jsonl", """
         {"prompt": "The sky is", "completion": " blue."}
         {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "Color?"}], "completion": [{"role": "assistant", "content": "Blue."}]}
-        {"prompt": "\\n\\nHuman: Hi\\n\\nAssistant: Hey\\n\\nHuman: Bye\\n\\nAssistant:", "completion": "Ciao"}""",  # noqa: E501
+        {"prompt": "\\n\\nHuman: Hi\\n\\nAssistant: Hey\\n\\nHuman: Bye\\n\\nAssistant:", "completion": "Ciao"}
+        {"prompt": "Human: a kind of ape?", "completion": "Yes"}""",  # noqa: E501
         [["user: The sky is", "answer:  blue."], ["system: s", "user: Color?", "answer: Blue."],
-         ["user: Hi", "answer: Hey", "user: Bye", "answer: Ciao"]]),
+         ["user: Hi", "answer: Hey", "user: Bye", "answer: Ciao"], ["user: Human: a kind of ape?", "answer: Yes"]]),
     "prompt and response (prompt, response)": ("a.jsonl", '{"prompt": "p", "response": "r", "more": 1}',
                                                [["user: p", "answer: r"]]),
     "Dolly (instruction, context, response)": ("a.jsonl", """
@@ -132,8 +133,9 @@ LABELLED = {  # the turns of the prompt, the answer, the label
         {"role": "assistant", "content": "Hey"}, {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"}], "kto_tag": false}]""",
         [["user: Hi", "assistant: Hey", "user: a", "b", False]]),
-    "HH (chosen, rejected)": ("a.jsonl", HH, [["user: Hi", "assistant: Hey", "user: Bye", "Ciao", True],
-                                              ["user: Hi", "assistant: Hey", "user: Bye", "What?", False]]),
+    "HH (chosen, rejected)": ("a.jsonl", HH[:-1] + ', "label": 1}',
+                              [["user: Hi", "assistant: Hey", "user: Bye", "Ciao", True],
+                               ["user: Hi", "assistant: Hey", "user: Bye", "What?", False]]),
 }
 
 
@@ -236,8 +238,9 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
 
 
 @pytest.mark.parametrize("row, says", [
-    ("{", "no JSON"), ("[1]", "no object"), ("3", "no object"), ("[" * 3000, "no JSON"), ({}, "no known layout"),
-    ({"prompt": "x"}, "no known layout has the fields prompt"), ({"text": "x"}, "data.py reads texts"),
+    ("{", "no JSON"), ("[1]", "not an object"), ("3", "not an object"), ("[" * 3000, "no JSON"),
+    ({}, "no known layout"), ({"prompt": "x"}, "no known layout has the fields prompt"),
+    ({"text": "x"}, "data.py reads texts"), ({"A\n b": "x"}, "the fields a b\n"),
     (ORCA, "dpo.py reads pairs"), ({"prompt": 3, "response": "x"}, "prompt is not a text"),
     ({"prompt": "x", "response": " \n"}, "an empty answer"), ({"prompt": "x", "response": None}, "no known layout"),
     ({"messages": []}, "no list of messages"), ({"messages": "x"}, "no list"), ({"messages": [3]}, "not an object"),
@@ -245,12 +248,13 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
     ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "weight is 0.5"),
     ({"messages": [USER, {"role": "assistant", "content": ""}, USER, ANSWER]}, "an empty answer"),
     ({"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}, "role 'tool' is not one"),
-    ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "calls a tool"), ({"messages": [USER, {}]}, "role None"),
+    ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "calls a tool"), ({"messages": [USER, {}]}, "role 'None'"),
     ({"messages": [{"role": "user"}, ANSWER]}, "content is missing"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "a part that is not text"),
     ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "y"}]}, "'function_call'"),
     ({"instruction": "x", "output": "y", "history": [["a", None]]}, "history has an item"),
     ({"prompt": "x", "completion": "y", "label": False}, "its label is false"),
+    ({"prompt": "x", "completion": "y", "kto_tag": "False"}, "its label is false"),
     ({"instruction": "x", "instances": [3]}, "instances is not a list"),
     ({"instruction": "x", "instances": [{"input": "y"}]}, "output is missing"),
 ])
@@ -340,7 +344,7 @@ def test_any_row_is_read_or_refused():
             read += 1
             assert set(fields) <= set(row) and found
             json.dumps(found, ensure_ascii=False).encode()  # no half of a surrogate pair is left
-    assert read > 500
+    assert read > 300
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -403,6 +407,7 @@ def test_where_a_row_stands(tmp_path):
         (f"{path}, line 5", "it has 3 cells, and the first line 2"),
         (f"{path}, line 6", "the quotes are wrong (',' expected after '\"')"),
         (f"{path}, line 7", str({"prompt": "d", "response": "e"}))]
+    assert rows_of(write(tmp_path / "b.csv", '\r\n"a\nb"\n1\n')) == [{"a\nb": "1"}]
     path = write(tmp_path / "mac.csv", 'a,b\r"1\r\n2",3\r4,5')
     assert rows_of(path) == [{"a": "1\r\n2", "b": "3"}, {"a": "4", "b": "5"}]
     path = write(tmp_path / "a.jsonl", "\n{\n\n3\n")
@@ -435,7 +440,8 @@ def test_another_encoding_names_the_command_that_converts(tmp_path):
 @pytest.mark.parametrize("name, content, says", [
     ("a.jsonl.gz", gzip.compress(b"x" * 9999)[:-20], "damaged or cut short"), ("a.jsonl", b"\xff" * 300, "not UTF-8"),
     ("a.jsonl.gz", b"\x1f\x8b" + bytes(99), "damaged or cut short"), ("a.json", b'[{"a": 1},', "correct it"),
-    ("a.json", b"[" * 5000, "correct it"), ("a.csv", b'a,b\n1,2\n"3,4\n5,6\n', "line 3: a quote that begins here"),
+    ("a.json", b"[" * 5000, "correct it"), ("a.csv", b'a,b\n1,2\n"3,4\n5,6\n', "line 3: the quotes are wrong"),
+    ("b.csv", b'a,"b"c\n1,2\n', "line 1: the quotes are wrong"),
     ("a.parquet", b"PAR1" + bytes(99), "not a parquet file"), ("a.parquet", b"", "not a parquet file"),
 ], ids=lambda value: str(value)[:20])
 def test_damaged_files(tmp_path, name, content, says):
