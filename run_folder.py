@@ -68,13 +68,13 @@ def check(out_dir: str, script: str, overwrite: bool, resume: bool | None = None
     if not path:
         ask_to_replace(f"{out_dir} holds {' and '.join(others)}, and not of a run", ways)
         return
-    before = header_of(os.path.join(out_dir, state))
-    if resume is not None and before.get("script") == script:
+    header, before = header_of(path), header_of(os.path.join(out_dir, state))
+    if resume is not None and script == header.get("script") == before.get("script"):
         step = before.get("step", 0)
         done = step and step == before.get("settings", {}).get("max_iters")
         more = f" --max_iters={2 * step}" if done else ""
         ways.insert(1, f"--resume=True{more} to go on with it")
-    ask_to_replace(f"{out_dir} holds {describe(path, header_of(path))}", ways)
+    ask_to_replace(f"{out_dir} holds {describe(path, header)}", ways)
 
 
 def is_own(out_dir: str, path: str) -> bool:
@@ -83,12 +83,12 @@ def is_own(out_dir: str, path: str) -> bool:
     if not os.path.exists(path):
         return False
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    states = [name for name in names if re.fullmatch(r"ckpt\.optimizer-\d+\.safetensors", name)]
-    if any(os.path.samefile(path, os.path.join(out_dir, name))
-           for name in (*results(out_dir), *states, *OWN_FILES) if os.path.exists(os.path.join(out_dir, name))):
-        return True
-    folders = [os.path.realpath(os.path.join(out_dir, name)) for name in names if re.fullmatch(OWN_FOLDERS, name)]
-    return any(os.path.join(os.path.realpath(path), "").startswith(os.path.join(folder, "")) for folder in folders)
+    names = [name for name in names if name in (*results(out_dir), *OWN_FILES) or re.fullmatch(OWN_FOLDERS, name)
+             or re.fullmatch(r"ckpt\.optimizer-\d+\.safetensors", name)]
+    own = [os.path.join(out_dir, name) for name in names]
+    own += [os.path.join(folder, name) for top in own for folder, folders, files in os.walk(top)
+            for name in (*folders, *files)]
+    return any(os.path.samefile(path, name) for name in own if os.path.exists(name))
 
 
 def ask_to_replace(what: str, ways: list[str]):
@@ -159,8 +159,11 @@ def results(out_dir: str) -> list[str]:
 
 
 def newest_result(out_dir: str) -> str | None:
-    """The path of the checkpoint or adapter in a run's folder that was written last; None where there is none."""
-    return max((os.path.join(out_dir, name) for name in results(out_dir)), key=os.path.getmtime, default=None)
+    """The path of the checkpoint or adapter in a run's folder that was written last; None where there is none. The
+    state that sft.py and dpo.py resume from counts only where there is no other."""
+    paths = [os.path.join(out_dir, name) for name in results(out_dir)]
+    models = [path for path in paths if os.path.basename(path) != "resume.safetensors"]
+    return max(models or paths, key=os.path.getmtime, default=None)
 
 
 def header_of(path: str) -> dict:

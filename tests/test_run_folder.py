@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import json
+import math
 import os
 import pty
 import re
@@ -11,10 +12,13 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from datetime import datetime
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from safetensors.numpy import save_file
 from test_sft import folder  # noqa: F401  (a checkpoint and tasks)
 from test_train import TINY, data  # noqa: F401  (tokens)
 
@@ -366,3 +370,288 @@ def test_source_from_a_folder_below(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "below")
     source = run_folder.read_source("../mine.py")
     assert source["mine.py"] == b"x = 1" and "model.py" in source and all(name.endswith(".py") for name in source)
+
+
+# ---- inputs are never replaced ---------------------------------------------------------------------------------------
+
+
+def names_of(path, other) -> list[str]:
+    """Names of a file: its path, relative, through .., a symbolic link, one to its folder, and a hard link in `other`.
+    """
+    (other / "link").symlink_to(path)
+    (other / "folder").symlink_to(path.parent)
+    os.link(path, other / "hard")
+    return [str(path), os.path.relpath(path), f"{path.parent}/../{path.parent.name}/{path.name}",
+            str(other / "link"), str(other / "folder" / path.name), str(other / "hard")]
+
+
+@pytest.mark.parametrize("name", ["sft.safetensors", "ckpt.safetensors", "best.safetensors", "resume.safetensors",
+                                  "mine.safetensors", "ckpt.optimizer-7.safetensors", "loss.csv", "loss.png",
+                                  "experts.csv", "run.json", "peft/adapter_model.safetensors", "source/train.py",
+                                  "source-20-2/train.py", "tensorboard/events"])
+def test_inputs(name, tmp_path):
+    """A file that a run in the folder may write or delete is refused as an input under any name, whatever else is
+    asked for; the --out_dir that the message offers is free. A file of another name in that folder is taken."""
+    out, elsewhere = tmp_path / "an out", tmp_path / "elsewhere"
+    (out / name).parent.mkdir(parents=True)
+    elsewhere.mkdir()
+    (out / name).write_bytes(b"x")
+    (out / "run.json").write_text("{}")
+    for path in names_of(out / name, elsewhere):
+        for overwrite, resume in ((False, False), (True, False), (False, True), (True, None)):
+            with pytest.raises(UserError) as raised:
+                run_folder.check(str(out), "sft.py", overwrite, resume, ["", "stdlib", path])
+            other, = re.findall("--out_dir=(.*)", str(raised.value))
+            assert str(raised.value).startswith(path) and shlex.split(other) == [f"{tmp_path}/an out-2"]
+        run_folder.check(f"{tmp_path}/an out-2", "sft.py", False, False, [path])
+    (out / "tasks.jsonl").write_bytes(b"x")
+    (out / "base.bin").write_bytes(b"x")
+    run_folder.check(str(out), "sft.py", True, False, [str(out / "tasks.jsonl"), str(out / "base.bin"), str(out)])
+    assert contents(out).keys() == {out / name, out / "run.json", out / "tasks.jsonl", out / "base.bin"}
+
+
+def test_a_model_that_is_no_result(tmp_path):
+    """In a folder of no run, a checkpoint of another name than those of results may be the input."""
+    (tmp_path / "llama.safetensors").write_bytes(b"x")
+    run_folder.check(str(tmp_path), "sft.py", False, False, [str(tmp_path / "llama.safetensors")])
+
+
+def test_files_of_somebody_else(tmp_path):
+    """loss.csv or run.json that no run has written are not replaced unasked; those of a run that has saved nothing
+    yet are."""
+    for name, text in (("loss.csv", "epoch,loss\n1,2\n"), ("run.json", '{"name": "mine"}'), ("run.json", "[1]")):
+        out = tmp_path / name / text[:3]
+        out.mkdir(parents=True)
+        (out / name).write_text(text)
+        for resume in (False, None):
+            with pytest.raises(UserError, match=rf"holds {name}, and not of a run: give --overwrite=True"):
+                run_folder.check(str(out), "train.py", False, resume)
+        run_folder.check(str(out), "train.py", True, False)
+    out = str(tmp_path / "killed")
+    run_folder.start(out, "x.py", {}, {"x.py": b"a"})
+    run_folder.write_rows(out, ["step"], [])
+    run_folder.check(out, "x.py", False, False)
+
+
+def test_state_of_other_scripts(tmp_path):
+    """sft.py and dpo.py go on from resume.safetensors: it is named where it is missing, or made by another script; and
+    the way out --resume=True is offered where it is there."""
+    header = {"version": 1, "script": "sft.py", "step": 3, "settings": {"resume": False}}
+    (tmp_path / "run.json").write_text("{}")
+    path = str(tmp_path / "resume.safetensors")
+    with pytest.raises(UserError, match=rf"no checkpoint {path} to go on from: leave out --resume=True"):
+        run_folder.check_maker(path, "sft.py", str(tmp_path))
+    save_file({"a": np.zeros(2)}, tmp_path / "sft.safetensors", {"tinygpt": json.dumps(header)})
+    with pytest.raises(UserError, match=r"to go on from; .* holds sft.safetensors \(sft.py, step 3, "):
+        run_folder.check_maker(path, "sft.py", str(tmp_path))
+    with pytest.raises(UserError, match="give --overwrite=True to replace it, or --out_dir="):
+        run_folder.check(str(tmp_path), "sft.py", False, False, state="resume.safetensors")
+    save_file({"a": np.zeros(2)}, path, {"tinygpt": json.dumps(header)})
+    run_folder.check_maker(path, "sft.py", str(tmp_path))
+    with pytest.raises(UserError, match="made by sft.py: go on with python .*sft.py --out_dir=.* --resume=True"):
+        run_folder.check_maker(path, "dpo.py", str(tmp_path))
+    with pytest.raises(UserError, match=r"holds sft.safetensors .* --resume=True to go on with it"):
+        run_folder.check(str(tmp_path), "sft.py", False, False, state="resume.safetensors")
+    (tmp_path / "sft.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds resume.safetensors \(sft.py, step 3, .* --resume=True"):
+        run_folder.check(str(tmp_path), "sft.py", False, False, state="resume.safetensors")
+
+
+# ---- two at one moment -----------------------------------------------------------------------------------------------
+
+
+RACE = """
+import sys, time
+sys.path.insert(0, {root!r})
+import run_folder
+from config import UserError
+try:
+    run_folder.check({out!r}, "x.py", {overwrite})
+    print("checked", flush=True)
+    moment = float(sys.stdin.readline())
+    while time.time() < moment:
+        pass
+    run_folder.start({out!r}, "x.py", {{"number": int(sys.argv[1])}}, {{"x.py": sys.argv[1].encode()}})
+    run_folder.write_rows({out!r}, ["step"], [{{"step": sys.argv[1]}}])
+    print("started", flush=True)
+    sys.stdin.readline()
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_race(tmp_path, overwrite):
+    """Four processes, which all have found the folder free, start in one moment, eight times: one goes on, the others
+    end with a line, and all that is in the folder afterwards is of that one, and whatever was there before."""
+    for turn in range(8):
+        out = tmp_path / str(turn)
+        if overwrite:  # a folder as old scripts left it, without a lock
+            out.mkdir()
+            (out / "best.safetensors").write_bytes(b"of the run before")
+            (out / "notes.txt").write_bytes(b"mine")
+        script = RACE.format(root=str(ROOT), out=str(out), overwrite=overwrite)
+        started = [subprocess.Popen([sys.executable, "-c", script, str(number)], stdin=subprocess.PIPE,
+                                    stdout=subprocess.PIPE, text=True) for number in range(4)]
+        assert [process.stdout.readline() for process in started] == ["checked\n"] * 4
+        moment = time.time() + 0.1
+        for process in started:
+            process.stdin.write(f"{moment}\n")
+            process.stdin.flush()
+        said = [process.stdout.readline() for process in started]
+        winner, = (number for number, line in enumerate(said) if line == "started\n")
+        assert all("is writing to" in line for number, line in enumerate(said) if number != winner), said
+        names = {path.name for path in out.iterdir()} - ({"best.safetensors", "notes.txt"} if overwrite else set())
+        assert names == {"run.json", "run.lock", "loss.csv", "source"}
+        assert not overwrite or (out / "best.safetensors").exists() and (out / "notes.txt").exists()
+        assert json.loads((out / "run.json").read_text())["settings"] == {"number": winner}
+        assert (out / "source" / "x.py").read_text() == str(winner) == (out / "loss.csv").read_text().split()[1]
+        for process in started:
+            process.communicate()
+
+
+def test_two_runs_at_once(data, tmp_path):  # noqa: F811
+    """The scripts themselves: one trains, the other ends with one line before its first step."""
+    for turn in range(3):
+        out = tmp_path / str(turn)
+        command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--out_dir={out}", *QUICK]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        both = [subprocess.Popen([*command, f"--seed={seed}"], **pipes) for seed in (1, 2)]
+        told = [(process.communicate(), process.returncode) for process in both]
+        assert sorted(status for _, status in told) == [0, 2], told
+        for seed, ((printed, error), status) in enumerate(told, 1):
+            if status:
+                assert error.count("\n") == 1 and ("is writing to" in error or "holds ckpt" in error
+                                                   or "results of another run" in error), error
+                assert "step " not in printed
+            else:
+                assert load_checkpoint(str(out / "ckpt.safetensors"))[1]["settings"]["seed"] == seed
+
+
+# ---- rows that somebody edited ---------------------------------------------------------------------------------------
+
+ROWS = ["step,tokens,seconds,train_loss,val_loss", "0,0,1.5,,8.25", "10,80,3.5,6.5,", "20,160,5.5,6.25,",
+        "20,160,6,,6.125", "30,240,9,6,"]
+COLUMNS = ROWS[0].split(",")
+
+
+def edited(**lines) -> bytes:
+    """ROWS with other lines: _3="x" for the fourth."""
+    return "\r\n".join([*(lines.get(f"_{i}", row) for i, row in enumerate(ROWS)), ""]).encode()
+
+
+@pytest.mark.parametrize("content, steps, says", [
+    (edited(), [0, 10, 20, 20], ""),
+    (edited().replace(b"\r", b""), [0, 10, 20, 20], ""),
+    (b"\xef\xbb\xbf" + edited(), [0, 10, 20, 20], ""),  # a byte order mark
+    (edited(_0=",".join(f'"{name}"' for name in COLUMNS), _2='"10","80","3.5","6.5",""'), [0, 10, 20, 20], ""),
+    (edited(_5="30,240,9,oh,"), [0, 10, 20, 20], "line 6 is no row"),
+    (edited(_5="") + b"30,240,9", [0, 10, 20, 20], "line 7 is no row"),  # cut by a crash
+    (edited(_5="30,240,9,6,\r\nbeyond"), [0, 10, 20, 20], ""),  # left out anyway
+    (edited(_2="10,80,3.5,6.5"), [0, 20, 20], "line 3 is no row"),
+    (edited(_2="10,80,3.5,6.5,,"), [0, 20, 20], "line 3 is no row"),
+    (edited(_2="10;80;3.5;6.5;", _3="here I changed the data"), [0, 20], "line 3 and 1 more are no rows"),
+    (edited(_2="10,80,3.5,nan,", _4="20,160,,,6.125"), [0, 20], "line 3 and 1 more are no rows"),
+    (edited(_2="1e1,80,3.5,6.5,", _3="-1,160,5.5,6.25,"), [0, 20], "line 3 and 1 more are no rows"),
+    (edited(_2=",80,3.5,6.5,", _3="9" * 5000 + ",1,5.5,6.25,"), [0, 20], "line 3 and 1 more are no rows"),
+    (edited(_2='"10,80,3.5,6.5,'), [0, 20, 20], "line 3 is no row"),  # a quote without an end
+    (edited(_2="\x00" * 40), [0, 20, 20], "line 3 is no row"),
+    (edited(_2="1" * 200_000), [0, 20, 20], "line 3 is no row"),
+    (edited().replace(b",", b";"), [], "line 1 and 5 more are no rows"),
+    (edited(_0="step,tokens,seconds,train_loss,train_loss"), [], "line 1 and 5 more are no rows"),
+    (edited(_0="step,tokens,train_loss,val_loss,seconds_"), [], "line 1 and 5 more are no rows"),
+    (b"\xff\xfe" + edited().decode().encode("utf-16-le"), [], "are no rows"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9, [], "are no rows"),
+    (b"", [], "line 1 is no row"),
+    (edited(_3="", _4="", _5=""), [0, 10], ""),                         # rows may be 10 steps apart, as those before
+    (edited(_2="9,80,3.5,6.5,", _3="", _4="", _5=""), [0, 9], "ends at step 9, before step 20"),
+    (edited(_0="step,tokens,seconds,train_loss,note"), [0, 10, 20, 20], "no run writes the column 'note'"),
+    (None, [], "is missing: its rows begin at step 20"),
+])
+def test_rows(content, steps, says, tmp_path, capsys):
+    """What is left of loss.csv, one line about the rest, and the file that was edited, whole; another run can go on."""
+    path = tmp_path / "loss.csv"
+    if content is not None:
+        path.write_bytes(content)
+    rows = run_folder.read_rows(str(tmp_path), 20, COLUMNS)
+    assert [int(row["step"]) for row in rows] == steps
+    assert all(row["val_loss"] == "8.25" for row in rows if row["step"] == "0" and "val_loss" in row)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == (says != "") and says in printed, printed
+    kept = re.findall("kept in (.*)", printed)
+    assert bool(kept) == ("row of" in printed or "rows of" in printed or "column" in printed)
+    assert [open(name, "rb").read() for name in kept] == [content for _ in kept]
+    run_folder.write_rows(str(tmp_path), COLUMNS, rows)
+    run_folder.add_row(str(tmp_path), COLUMNS, {"step": 21, "seconds": 7})
+    with open(path, newline="") as file:
+        again = [*csv.DictReader(file)]
+    assert [int(row["step"]) for row in again] == [*steps, 21] and all(len(row) == 5 for row in again)
+
+
+# ---- learning rates, a full disk, signals ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings, says", [
+    # nanoGPT's own
+    ({"learning_rate": 6e-4, "min_lr": 6e-5}, r"the share 0.1 of learning_rate=0.0006: give --min_lr=0.1$"),
+    ({"learning_rate": 3e-4, "min_lr": 2.5e-5}, r"the share 0.0833 of .* give --min_lr=0.0833$"),
+    ({"learning_rate": 1e-2, "min_lr": 6e-5}, r"the share 0.006 of .* the nearest to take is --min_lr=0.01$"),
+    ({"learning_rate": 1e-3, "min_lr": 0.005}, r"a share of the peak, 0 or from 0.01 to 1$"),
+    ({"learning_rate": 0.0, "min_lr": 0.005}, r"a share of the peak, 0 or from 0.01 to 1$"),
+    ({"learning_rate": 1e-3, "min_lr": 1.5}, r"a share of the peak, 0 or from 0.01 to 1$"),
+    ({"learning_rate": 1e-3, "min_lr": -0.1}, r"a share of the peak, 0 or from 0.01 to 1$"),
+    ({"learning_rate": 1e-3, "min_lr": math.nan}, r"a share of the peak, 0 or from 0.01 to 1$"),
+    ({"learning_rate": -1e-3}, "learning_rate=-0.001: it must be a number from 0 up"),
+    ({"muon_lr": -1e-9}, "muon_lr=-1e-09: it must be"), ({"muon_lr": math.inf}, "muon_lr=inf: it must be"),
+    ({"weight_decay": math.nan}, "weight_decay=nan: it must be"), ({"grad_clip": -1.0}, "grad_clip=-1.0: it must be"),
+    ({"beta1": 1.0}, "beta1=1.0: it must be"), ({"beta2": -0.1}, "beta2=-0.1: it must be"),
+    ({"dropout": 1.0}, "dropout=1.0: it must be"), ({"dropout": math.nan}, "dropout=nan: it must be"),
+])
+def test_rates(settings, says, monkeypatch):
+    with pytest.raises(UserError, match=says):
+        run_folder.check_rates(settings)
+    if "min_lr" in settings:  # an old checkpoint's own stays
+        run_folder.check_rates(settings, resume=True)
+        monkeypatch.setattr(run_folder, "given", {"min_lr"})
+        with pytest.raises(UserError, match=says):
+            run_folder.check_rates(settings, resume=True)
+
+
+def test_rates_that_are_right():
+    for least in (0.0, 0.01, 0.1, 1.0):
+        run_folder.check_rates({"learning_rate": 0.0, "muon_lr": 0.05, "min_lr": least, "beta1": 0.0, "beta2": 0.999,
+                                "dropout": 0.5, "weight_decay": 0.0, "grad_clip": math.inf})
+    run_folder.check_rates({})
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    """Where the disk is full, as /dev/full is, one line names the file."""
+    out = str(tmp_path / "out")
+    run_folder.start(out, "x.py", {}, {"x.py": b"a"})
+    os.symlink("/dev/full", f"{out}/loss.csv")
+    with pytest.raises(UserError, match=f"^cannot write {out}/loss.csv: No space left on device; the last checkpoint"):
+        run_folder.add_row(out, ["step"], {"step": 1})
+    os.symlink("/dev/full", f"{out}/loss.csv.tmp")
+    with pytest.raises(UserError, match=f"^cannot write {out}/loss.csv: No space left on device"):
+        run_folder.write_rows(out, ["step"], [])
+    os.symlink("/dev/full", f"{out}/run.json.tmp")
+    with pytest.raises(UserError, match=f"^cannot write {out}: No space left on device"):
+        run_folder.start(out, "x.py", {}, {"x.py": b"a"})
+
+
+def test_stops():
+    """Signals are counted, whichever they are; the second Ctrl-C ends the process, a second SIGTERM does not."""
+    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport run_folder\nstops = run_folder.catch_stops()\n"
+              "print(stops(), flush=True)\nfor line in sys.stdin: print(stops(), flush=True)\n")
+    for signals in ([signal.SIGINT], [signal.SIGTERM, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]):
+        process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "0\n"
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.2)
+        printed, error = process.communicate("\n")
+        if signals == [signal.SIGTERM, signal.SIGINT]:
+            assert "KeyboardInterrupt" in error and printed == ""
+        else:
+            assert printed == f"{len(signals)}\n" and not error
