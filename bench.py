@@ -116,7 +116,13 @@ def our_round(task: dict):
 
 
 if task:
-    work = our_round(json.loads(task))
+    try:
+        described = json.loads(task)
+    except ValueError:
+        described = None
+    if not isinstance(described, dict) or not {"kind", "batch", "steps", "prompt", "new"} <= {*described}:
+        raise UserError("--task is for processes that bench.py itself starts: leave it out")
+    work = our_round(described)
     for _ in range(2):
         work()
         mx.reset_peak_memory()

@@ -54,7 +54,7 @@ def kernels():
 def chromium():
     """The text that webgpu/bench.js makes for demo.safetensors."""
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import Error, sync_playwright
     except ImportError as error:
         raise UserError("there is no browser: pip install playwright, and install chromium") from error
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -81,6 +81,8 @@ def chromium():
                 return (await benchmark(gpu, model)).text;
             }""")
             print(json.dumps(text), flush=True)
+    except Error as error:
+        raise UserError(f"the browser has failed ({str(error).splitlines()[0]}): run the page in it by hand") from error
     finally:
         server.terminate()
         server.wait()

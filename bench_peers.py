@@ -123,12 +123,12 @@ def mlx_lm_round(task: dict):
 # ---- serve -----------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    peers = {"torch": torch_round, "mlx_lm": mlx_lm_round}
+    if len(sys.argv) != 3 or sys.argv[1] not in peers or not sys.argv[2].startswith("{"):
         print(f"{sys.argv[0]} is started by bench.py: run `python bench.py` instead", file=sys.stderr)
         sys.exit(2)
-    name, task = sys.argv[1], json.loads(sys.argv[2])
     try:
-        work, peak = {"torch": torch_round, "mlx_lm": mlx_lm_round}[name](task)
+        work, peak = peers[sys.argv[1]](json.loads(sys.argv[2]))
     except ImportError:
         sys.exit(3)  # not installed
     for _ in range(2):

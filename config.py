@@ -90,11 +90,11 @@ def _parse(settings: dict, positional: tuple, arguments: list[str]) -> dict:
 def _convert(name: str, text: str, kind: type):
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        if value == value:  # all but nan
+        if value == value and not (kind is int and abs(value) >= 2**63):  # nan differs from itself
             return value
     except (ValueError, KeyError):
         pass
-    wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    wanted = {bool: "true or false", int: "a whole number of at most 64 bits", float: "a number"}[kind]
     raise UserError(f"--{name}={shlex.quote(text)}: it must be {wanted}")
 
 
@@ -115,10 +115,11 @@ def check_output(path: str, *inputs: str):
     if not os.path.exists(path):
         return
     for given in filter(os.path.exists, inputs):
-        for folder, _, names in [("", [], [given]), *os.walk(given)]:
-            for name in (os.path.join(folder, name) for name in names):
-                if os.path.exists(name) and os.path.samefile(path, name):  # a broken link does not exist
-                    raise UserError(f"{path} would overwrite the input {name}: give another name")
+        inside = os.path.realpath(path).startswith(os.path.join(os.path.realpath(given), ""))
+        names = [given, *(os.path.join(given, name) for name in (os.listdir(given) if os.path.isdir(given) else ()))]
+        same = next((name for name in names if os.path.exists(name) and os.path.samefile(path, name)), None)
+        if same or inside:
+            raise UserError(f"{path} would overwrite the input {same or given}: give another name")
 
 
 def check_replaced(path: str, script: str):
@@ -184,6 +185,8 @@ def _excepthook(kind, error, trace):
         line, status = "", 141
     elif issubclass(kind, UserError):
         line, status = f"{script}: {error}", 2
+    elif issubclass(kind, MemoryError):
+        line, status = f"{script}: there is not enough memory: {str(error) or 'make something smaller'}", 2
     elif issubclass(kind, OSError):
         line = ": ".join(str(part) for part in (script, error.strerror or error, error.filename) if part is not None)
         status = 2

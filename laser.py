@@ -241,6 +241,7 @@ if __name__ == "__main__":
         rows = windows(text_of(data, enc, checkpoint, "val"), 2 * samples, model.config.block_size + 1, seed)
         if len(rows) < 2:
             raise UserError(f"{data} has less than two windows of {model.config.block_size} tokens: give a longer text")
+        batch_size = min(batch_size, len(rows))
         search_rows, held_out = rows[:len(rows) // 2], rows[len(rows) // 2:]
         before = measure(model, search_rows), measure(model, held_out)
     size = sum(p.nbytes for _, p in tree_flatten(model.parameters()))

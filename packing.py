@@ -131,12 +131,12 @@ class InputRecorder(nn.Module):
 def matrix_inputs(model: GPT, layers: dict[str, nn.Module], rows: mx.array, batch_size: int) -> dict[str, tuple]:
     """For each of the linear layers, by path: the means of x^T x (in, in) and of |x| (in,) of its inputs x over all
     tokens of rows (n, T). Later layers are not computed, and the activations of one batch are in memory at a time."""
-    recorders = {path: InputRecorder(layer) for path, layer in layers.items()}
+    recorders, step = {path: InputRecorder(layer) for path, layer in layers.items()}, min(batch_size, len(rows))
     for path, recorder in recorders.items():
         replace_module(model, path, recorder)
     try:
-        for i in range(0, len(rows), batch_size):
-            model(rows[i:i + batch_size])  # lazy: only what the recorders need is computed
+        for i in range(0, len(rows), step):
+            model(rows[i:i + step])  # lazy: only what the recorders need is computed
             mx.eval([(recorder.gram, recorder.absolute) for recorder in recorders.values()])
     finally:
         for path, recorder in recorders.items():

@@ -118,7 +118,7 @@ def patched(model: GPT, idx: mx.array, states: dict, site: str, layers: Iterable
     """Logits of the last position (P, D, V), with the states at one of P positions replaced by values[layer] (P, C) in
     these layers. idx (D, T): D prompts to patch; states: their states, by record(). Earlier blocks are not computed."""
     layers, (D, T) = sorted(layers), idx.shape
-    step, logits, stream = max(1, batch_size // D), [], None
+    step, logits, stream = min(max(1, batch_size // D), len(positions)), [], None
     for start in range(0, len(positions), step):
         here = mx.array(positions[start:start + step])
         n = len(here)
@@ -414,7 +414,8 @@ def run_ablate(model: GPT, enc: Tokenizer):
         path = prompt_picture(picture) if data else picture
         measures.append((name, path, lambda tap: float(log_p(last_logits(model, ids, tap)[0])[wanted])))
     if data:
-        text, step = windows(read_tokens(data, enc), samples, config.block_size + 1, seed), max(1, batch_size // 8)
+        text = windows(read_tokens(data, enc), samples, config.block_size + 1, seed)
+        step = min(max(1, batch_size // 8), len(text))
         batches = [text[i:i + step] for i in range(0, len(text), step)]
 
         def loss(tap):

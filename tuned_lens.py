@@ -303,7 +303,8 @@ def draw_curves(plain: np.ndarray, tuned: np.ndarray):
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(plain[:-1], marker="o", label="logit lens")  # not the last one, the model itself, whose KL is 0
     axes.plot(tuned[:-1], marker="o", label="tuned lens")
-    axes.set(xlabel="before block", ylabel="KL to the model's distribution, bits per byte", yscale="log")
+    axes.set(xlabel="before block", ylabel="KL to the model's distribution, bits per byte",
+             yscale="log" if max(plain[:-1].max(), tuned[:-1].max()) > 0 else "linear")
     axes.set_xticks(range(len(plain) - 1))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")

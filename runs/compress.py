@@ -37,6 +37,8 @@ page = ""             # where the table goes; "": docs/compression.md
 
 settings = overrides(globals(), "out", "data")
 
+if min(rounds, new_tokens) < 1 or max_tokens < 0:
+    raise UserError("rounds and new_tokens must be 1 or more, max_tokens 0 or more")
 paths = [os.path.join(out, "base", "best.safetensors"), *sorted(glob.glob(os.path.join(out, "*.safetensors")))]
 if not data or not os.path.exists(paths[0]) or len(paths) == 1:
     raise UserError("nothing to compare: bash runs/compress.sh TRAIN TEST makes the checkpoints, and calls this")

@@ -1,8 +1,8 @@
 """Tables that the scripts beside this one write into the pages of docs/, and the files of runs that they read."""
 import csv
-import os
 
 from config import UserError
+from draw import write_whole
 
 END = "<!-- end of the table -->"
 
@@ -32,13 +32,10 @@ def read_number(path: str) -> float:
 
 def put_table(path: str, script: str, lines: list[str]):
     """Write a Markdown table in place of what stands between the script's mark and the next end mark."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         before, mark, rest = file.read().partition(f"<!-- {script} writes this table -->\n")
     _, end, after = rest.partition(END)
     if not mark or not end:
         raise UserError(f"{path} has lost the two marks of the table: nothing was written there")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write("\n".join([before + mark + lines[0], *lines[1:], end]) + after)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    text = "\n".join([before + mark + lines[0], *lines[1:], end]) + after
+    write_whole(path, text.encode(errors="surrogateescape"))
