@@ -357,8 +357,8 @@ def read_adapter(path: str) -> tuple[dict[str, dict], dict]:
     if not meta.get("adapter"):
         raise UserError(f"{path} is a checkpoint, not an adapter: give it as --checkpoint")
     alpha, bits = meta.get("alpha"), meta.get("base_bits", 0)
-    if (meta.get("kind") not in KINDS or type(alpha) not in (int, float) or not isinstance(meta.get("base"), str)
-            or type(bits) is not int):
+    if (meta.get("kind") not in KINDS or type(alpha) not in (int, float) or not -1e30 < alpha < 1e30
+            or not isinstance(meta.get("base"), str) or type(bits) is not int):
         raise UserError(f"{path} has no kind, alpha or base in its header that can be read: copy or train it again")
     modules = {}
     for name, array in arrays.items():

@@ -19,6 +19,7 @@ stopped and resumed writes the same file as a run without a stop, and two runs t
 make different conversations. Ctrl-C stops after the conversations that are in the file.
 """
 import json
+import math
 import os
 import re
 import shlex
@@ -72,13 +73,17 @@ SCRIPT = os.path.basename(__file__)
 for name in ("n", "batch_size", "patience"):
     if settings[name] < 1:
         raise UserError(f"{name}={settings[name]}: it must be 1 or more")
-if temperature < 0 or answer_temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
-    raise UserError("temperatures must be 0 or more, top_p over 0 and up to 1, repetition_penalty over 0")
+if not 0 <= temperature < math.inf or not 0 <= answer_temperature < math.inf:
+    raise UserError("temperature and answer_temperature must be 0 or more, and finite")
+if not 0 < top_p <= 1 or not 0 < repetition_penalty < math.inf:
+    raise UserError("top_p must be over 0 and up to 1, repetition_penalty over 0 and finite")
 if overwrite and resume:
     raise UserError("--overwrite=True begins anew and --resume=True goes on: give one of them")
 if not 0 <= seed < 2**32:
     raise UserError(f"seed={seed}: it must be from 0 to 2^32 - 1")
 check_folder(out)
+if os.path.exists(out) and not os.path.isfile(out):
+    raise UserError(f"{out} is not a file that can be read again: give another --out")
 base, chain = chain_of(checkpoint)
 check_output(out, avoid, base, *(path for path, _ in [*chain, *map(path_and_weight, adapter)]))
 
@@ -125,7 +130,7 @@ if os.path.exists(out):  # locked first, so that no other process can add lines 
                 raise ValueError("a batch is not a number, or a prompt not a text")
             if numbers != sorted(numbers) or numbers and numbers[0] < 0:
                 raise ValueError("its batches are out of order")
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{out} is not a file of {SCRIPT} ({error!r}): give another --out") from error
     elif content and not overwrite:
         run_folder.ask_to_replace(f"{out} exists", [

@@ -1,5 +1,7 @@
 """lora.py: against the formulas in float64 numpy, on dense and quantized bases, through files, and against PEFT."""
+import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -442,6 +444,27 @@ def test_mistakes(tmp_path):
         quantize_base(base(), 7)
 
 
+JUNK = [None, True, -1, math.nan, 1e400, 2**70, "", "x", "a\0b", [], ["x"], [None], ["."], {}, {"a": 1}, {"(": 1}]
+
+
+def test_headers_that_hold_anything(chain):
+    """A header with another value in any place: UserError, or a model where that value does not matter."""
+    arrays, header = mx.load(str(chain[2]), format="safetensors", return_metadata=True)
+    mx.eval(arrays)
+    header, odd, refused = json.loads(header["tinygpt"]), str(chain[1].with_name("odd")), set()
+    for name in header:
+        for value in JUNK:
+            mx.save_safetensors(f"{odd}.safetensors", arrays, {"tinygpt": json.dumps({**header, name: value})})
+            os.replace(f"{odd}.safetensors", odd)
+            for given in (odd, []), (str(chain[1]), [odd]):
+                try:
+                    model, _ = load_adapted(*given)
+                    assert mx.isfinite(model(IDX)).all() or name == "alpha"
+                except UserError:
+                    refused.add(name)
+    assert refused >= {"alpha", "kind", "base", "bases", "version"}
+
+
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
 
 THEIR_TARGETS = {"GPT-2": ["c_attn", "c_fc", "mlp.c_proj"], "Llama": ["q_proj", "o_proj", "down_proj"],
@@ -524,6 +547,11 @@ def test_bad_folders_of_peft(tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=says):
             load_adapter(base(), str(tmp_path))
+    for name in config:
+        for value in JUNK:
+            (tmp_path / "adapter_config.json").write_text(json.dumps({**config, name: value}))
+            with contextlib.suppress(UserError):  # and no other error
+                load_adapter(base(norm="layer"), str(tmp_path))
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     whole = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-50])
