@@ -239,15 +239,17 @@ def test_on_every_architecture(settings):
 # ---- chains: adapters for adapted models -----------------------------------------------------------------------------
 
 
-def train(out, checkpoint, *adapters, seed=0, **settings):
+def train(out, checkpoint, *adapters, seed=0, bits=0, **settings):
     """An adapter for a checkpoint with adapters, as sft.py and dpo.py make it, with random b and m."""
     model, meta = load_adapted(str(checkpoint), adapters)
     fingerprint = meta.get("fingerprint") or base_fingerprint(model)
     merge(model)
+    quantize_base(model, bits)
     attach(model, **{"targets": "attn", "rank": 3, "seed": seed, **settings})
     shake(model, seed)
     out.parent.mkdir(exist_ok=True)
-    save_adapter(str(out), model, {"template": f"t{seed}" if seed else None}, fingerprint, [str(checkpoint), *adapters])
+    header = {"template": f"t{seed}" if seed else None, "base_bits": bits}
+    save_adapter(str(out), model, header, fingerprint, [str(checkpoint), *adapters])
 
 
 @pytest.fixture
@@ -308,6 +310,25 @@ def test_a_base_of_several_adapters(chain):
             load_adapted(str(checkpoint), [f"{first}{weights[0]}", f"{second}{weights[1]}", str(third)])
     with pytest.raises(UserError, match="a finite number"):
         load_adapted(str(checkpoint), [f"{first}:nan"])
+
+
+def test_a_chain_with_quantized_bases(chain):
+    """The base of each is quantized for it alone, after the adapters before it are merged; fingerprints are taken
+    before that."""
+    checkpoint, folder = chain[0], chain[1].parent
+    train(folder / "first", checkpoint, seed=3, alpha=5, bits=8)
+    train(folder / "second", folder / "first", seed=4, alpha=5, bits=4, kind="dora")
+
+    def quantized(W, bits):
+        return mx.dequantize(*mx.quantize(mx.array(W.astype(np.float32)), 64, bits), 64, bits)
+
+    W = in_numpy(quantized(np.array(base().blocks[1].attn.q.weight), 8), (folder / "first", 1))
+    wanted = in_numpy(quantized(W, 4), (folder / "second", 1))
+    for given in ([folder / "second"], [checkpoint, folder / "first", folder / "second"]):
+        model, _ = load_adapted(str(given[0]), [*map(str, given[1:])])
+        found = np.array(lora.dense_weight(model.blocks[1].attn.q))
+        assert np.abs(found - wanted).max() < 2e-3 * np.abs(wanted).max()
+        assert model.blocks[1].mlp.up.bits == 8 and model.blocks[1].attn.q.base.bits == 4
 
 
 @pytest.mark.parametrize("move", ["folder", "cwd", "link to a folder", "link to a file"])
