@@ -49,7 +49,7 @@ CONVERSATIONS = {
         [["system: Be kind.", "user: Hi", "answer: Hey", "user: Bye", "answer: Ciao"]]),
     "ShareGPT (conversations)": ("a.jsonl", """
         {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Hey"}]}
-        {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey"}]}
+        {"conversations": [{"role": "user", "content": "Hi", "from": null, "value": null}, {"role": "assistant", "content": "Hey"}]}
         {"conversations": ["Hi", "Hey", "Bye", "Ciao"], "source": "lima"}""",  # noqa: E501
         [["system: s", "user: Hi", "answer: Hey"], ["user: Hi", "answer: Hey"],
          ["user: Hi", "answer: Hey", "user: Bye", "answer: Ciao"]]),
@@ -250,7 +250,7 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
     ({"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}, "role 'tool' is not one"),
     ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "calls a tool"), ({"messages": [USER, {}]}, "role 'None'"),
     ({"messages": [{"role": "user"}, ANSWER]}, "content is missing"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "a part that is not text"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}, ANSWER]}, "a part that is not text"),
     ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "y"}]}, "'function_call'"),
     ({"instruction": "x", "output": "y", "history": [["a", None]]}, "history has an item"),
     ({"prompt": "x", "completion": "y", "label": False}, "its label is false"),
