@@ -405,7 +405,7 @@ def base_with_adapter() -> GPT:
 
 
 def test_fingerprint_of_an_adapted_model(tmp_path):
-    """It depends on all that the files hold, and is the same on every machine: it stands in files."""
+    """It depends on all that the files hold, and is equal on every machine, as it stands in files."""
     model = GPT(GPTConfig(block_size=8, vocab_size=2, n_layer=1, n_head=1, n_embd=2))
     model.update(tree_map(lambda p: mx.full(p.shape, 0.5), model.parameters()))
     save_checkpoint(str(tmp_path / "ckpt"), model, {})
