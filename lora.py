@@ -280,7 +280,7 @@ def read_header(path: str) -> dict:
     try:
         with safe_open(path, "numpy") as file:
             header = json.loads((file.metadata() or {}).get("tinygpt", "null"))
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, OSError, ValueError, RecursionError):  # the last: JSON that is nested too deeply
         header = None
     return header if isinstance(header, dict) else {}
 
