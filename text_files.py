@@ -40,7 +40,7 @@ def read_text(path: str, size: int) -> Iterator[tuple[bool, str]]:
 
 
 def decoded(path: str, size: int) -> Iterator[str]:
-    """The text of a file in pieces that end at a boundary()."""
+    """The text of a file in pieces that end at a boundary(), and not within an <|endoftext|>."""
     rest, position, block, decoder = "", 0, None, None
     with open(path, "rb") as file:
         while block is None or len(block) == size:
@@ -55,7 +55,10 @@ def decoded(path: str, size: int) -> Iterator[str]:
                 text = rest + decoder.decode(block, final=len(block) < size)
             except UnicodeDecodeError as error:  # error.object begins with bytes of the block before
                 raise NotText(path, encoding, position - len(error.object) + error.start) from error
-            end = boundary(text, len(text)) if len(block) == size else len(text)
+            end = len(text)
+            if len(block) == size:
+                end = boundary(text, end)
+                end -= next((n for n in range(len(END) - 1, 0, -1) if text.endswith(END[:n], 0, end)), 0)
             yield text[:end]
             rest = text[end:]
 
@@ -64,21 +67,20 @@ def cut_up(text: str, size: int) -> Iterator[tuple[bool, str]]:
     """The pieces of a document: (whether it is the first one, text)."""
     start = 0
     while start < len(text):
-        end = boundary(text, start + size) if len(text) > start + size else len(text)
+        end = boundary(text, start + size, start) if len(text) > start + size else len(text)
         yield start == 0, text[start:end]
         start = end
 
 
-def boundary(text: str, end: int) -> int:
+def boundary(text: str, end: int, start: int = 0) -> int:
     """The position at or shortly before `end` at which to cut a text: before a single space, or after a single newline,
     that is followed by a letter or digit. The patterns of tiktoken and of tokenizer.py end a word there in any case, so
-    that cutting does not change the tokens. Without such a position it is `end`, or the start of an <|endoftext|> that
-    `end` would cut, and a few tokens may change."""
-    for i in range(end - 2, max(end - 2**16, 0), -1):
+    that cutting does not change the tokens. Without such a position after `start` it is `end`, and a few tokens may
+    change."""
+    for i in range(end - 2, max(end - 2**16, start), -1):
         if text[i] in " \n" and text[i + 1].isalnum() and not text[i - 1].isspace():
             return i + (text[i] == "\n")
-    tail = text[max(0, end - len(END) + 1):end]
-    return end - next((n for n in range(len(tail), 0, -1) if END.startswith(tail[-n:])), 0)
+    return end
 
 
 # ---- files in other encodings ----------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def guess(raw: bytes) -> str | None:
     """The encoding, as iconv and Python name it, in which the bytes beyond ASCII look most like frequent letters of one
     language; None for binary data."""
     zeros = [raw[i::2].count(0) / max(1, len(raw) // 2) for i in (0, 1)]
-    if max(zeros) > 0.5 and min(zeros) < 0.1:
+    if max(zeros) > 0.5 and min(zeros) < 0.1 and len(raw) >= 8:
         return "UTF-16LE" if zeros[1] > zeros[0] else "UTF-16BE"
     if re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]", raw):
         return None

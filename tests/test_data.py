@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_here
 
 from tokenizer import EOT, Tokenizer
 
@@ -80,7 +81,7 @@ def test_jsonl(tmp_path, tokenizer):
     assert 1 <= len(val) <= 15
     meta, ids, _, _ = load(tmp_path / "out")
     assert meta["dtype"] == "uint16" and (tmp_path / "out" / "train.bin").stat().st_size == 2 * len(ids)
-    assert meta["version"] == 1 and meta["source"] == "a.jsonl" and meta["tokenizer"]["kind"] == tokenizer
+    assert meta["version"] == 2 and meta["source"] == "a.jsonl" and meta["tokenizer"]["kind"] == tokenizer
 
 
 def test_jsonl_with_another_field_and_nothing_in_some(tmp_path):
@@ -102,7 +103,7 @@ def test_parquet(tmp_path):
 
 
 def test_folder_and_pattern(tmp_path):
-    texts = some_texts(30)
+    texts = [text.replace(EOT, "") for text in some_texts(30)]
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / ".git").mkdir()
     for i, text in enumerate(texts):
@@ -113,7 +114,12 @@ def test_folder_and_pattern(tmp_path):
     (tmp_path / "in" / "latin1").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "in" / "p.pkl").write_bytes(b"I1\n.")
     (tmp_path / "in" / "empty").write_bytes(b"")
-    assert "skipped 3 files that are not text" in prepare(tmp_path, "in", "--tokenizer=byte", out="other")
+    assert prepare(tmp_path, "in", "--tokenizer=byte", out="other").startswith(
+        "skipped 2 files:\n"
+        "  in/latin1 is not UTF-8 text (byte 3): convert it with iconv -f CP1252 -t UTF-8 in/latin1 > in/latin1-utf8\n"
+        "  in/p.pkl is a pickle, not text: leave it out\n"
+        "skipped 1 binary file, such as in/picture\n"
+        "in: 30 documents, ")
     whole(tmp_path, texts, "in", "--tokenizer=byte")
     whole(tmp_path, texts[1::2], "in/deep/*.md", "--tokenizer=byte")
     whole(tmp_path, texts, "in/**/*.md", "--tokenizer=byte")
@@ -173,12 +179,72 @@ def test_hf_without_datasets(tmp_path):
     assert done.returncode == 2 and "pip install datasets" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_few_documents_and_a_tiny_share_still_fill_both_splits(tmp_path):
-    for n in (2, 9):
-        for fraction in (1e-9, 0.5, 1 - 1e-9):
-            write_jsonl(tmp_path / "a.jsonl", some_texts(n))
-            train, val = whole(tmp_path, some_texts(n), "a.jsonl", "--tokenizer=byte", f"--val_fraction={fraction}")
-            assert fraction == 0.5 or len(val if fraction < 0.5 else train) == 1
+@pytest.mark.parametrize("sizes", [[50], [99_000, 500, 500], [300, 400], [30_000] * 5, [10] * 40 + [5_000, 90_000]])
+@pytest.mark.parametrize("fraction", [0.1, 0.01, 0.5, 0.95])
+def test_the_share_of_bytes_is_bounded(tmp_path, monkeypatch, capsys, sizes, fraction):
+    """Each split has between half and twice of its share, whatever the seed; the text is whole, and one document may be
+    cut. Where the hashes alone give that, they alone decide."""
+    def fair(val: int) -> bool:
+        share = val / sum(sizes)
+        return fraction / 2 <= share <= 2 * fraction and (1 - fraction) / 2 <= 1 - share <= 2 * (1 - fraction)
+
+    texts = [(f"{i} " + "word\n" * size)[:size] for i, size in enumerate(sizes)]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i}.txt").write_text(text)
+    for seed in range(3):
+        run_here("data.py", "in", "--tokenizer=byte", "--out=out", f"--val_fraction={fraction}", f"--seed={seed}")
+        meta, train, val, tokenizer = load(tmp_path / "out")
+        assert fair(meta["val_bytes"])
+        train, val = ([part for part in tokenizer.decode(ids).split(EOT) if part] for ids in (train, val))
+        starts = [text for text in train if text not in texts]
+        ends = [text for text in val if text not in texts]
+        assert len(starts) == len(ends) <= 1
+        assert sorted(set(train + val) - set(starts + ends) | {a + b for a, b in zip(starts, ends, strict=True)}
+                      ) == sorted(texts)
+        drawn = [text for text in texts if draw(text, seed) < fraction]
+        if fair(sum(map(len, drawn))):
+            assert set(val) == set(drawn) and not starts
+
+
+def draw(text: str, seed: int) -> float:
+    """Which documents are for validation shall never change: models were compared on them."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=b"%d" % seed).digest(), "big") / 2**64
+
+
+def test_where_a_document_is_cut(tmp_path):
+    """By hand: of 10,000 bytes 1,000 are for validation. The long document's draw is below the short one's for one of
+    these seeds and above it for the other."""
+    write_jsonl(tmp_path / "a.jsonl", ["a" * 9_990, "b" * 10])
+    seeds = {draw("a" * 9_990, seed) < draw("b" * 10, seed): seed for seed in range(9)}
+    prepare(tmp_path, "a.jsonl", "--tokenizer=byte", f"--seed={seeds[True]}")
+    _, train, val, _ = load(tmp_path / "out")
+    assert train.tolist() == [97] * 8_990 + [256] + [98] * 10 + [256] and val.tolist() == [97] * 1_000 + [256]
+    prepare(tmp_path, "a.jsonl", "--tokenizer=byte", f"--seed={seeds[False]}")
+    _, train, val, _ = load(tmp_path / "out")
+    assert train.tolist() == [97] * 9_000 + [256] and val.tolist() == [97] * 990 + [256] + [98] * 10 + [256]
+
+
+def test_copies_are_cut_at_one_place(tmp_path):
+    """By hand: of 20,000 bytes 2,000 are for validation: the last 1,000 of each copy if the copies come first."""
+    write_jsonl(tmp_path / "a.jsonl", ["a" * 9_900, "b" * 200, "a" * 9_900])
+    seed = next(seed for seed in range(9) if draw("a" * 9_900, seed) < draw("b" * 200, seed))
+    prepare(tmp_path, "a.jsonl", "--tokenizer=byte", f"--seed={seed}")
+    _, train, val, _ = load(tmp_path / "out")
+    assert val.tolist() == ([97] * 1_000 + [256]) * 2
+    assert train.tolist() == [97] * 8_900 + [256] + [98] * 200 + [256] + [97] * 8_900 + [256]
+
+
+def test_a_small_validation_split_is_told(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 49_990)  # 4,999 tokens for validation, and the end-of-text token
+    assert "for validation: their loss" not in prepare(tmp_path, "a.txt", "--tokenizer=byte")
+    (tmp_path / "a.txt").write_text("a" * 40_000)
+    assert prepare(tmp_path, "a.txt", "--tokenizer=byte").endswith(
+        "only 4,001 tokens for validation: their loss says little; give more text, or --val_fraction=0.12\n")
+    assert "for validation: their loss" not in prepare(tmp_path, "a.txt", "--tokenizer=byte", "--val_fraction=0.13")
+    (tmp_path / "a.txt").write_text("a" * 4_000)
+    assert prepare(tmp_path, "a.txt", "--tokenizer=byte").endswith("their loss says little; give more text\n")
 
 
 def test_equal_documents_are_in_one_split(tmp_path):
@@ -247,6 +313,120 @@ def test_bpe_learns_from_the_training_split_only_and_not_from_more_than_it_may(t
     assert 5 < len(some) < 60 and some < learned and max(some) > 80, "a part, from all over the file"
 
 
+def test_rows_of_every_kind_of_file(tmp_path):
+    """Each holds the same two texts; the values are written by hand."""
+    two = 'say "hi",\n日本'
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n' + json.dumps({"text": two, "n": 1}))
+    (tmp_path / "a.ndjson").write_text('\ufeff{"n": 1, "text": "one"}\r\n' + json.dumps({"text": two}) + "\r\n")
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": two}], indent=1))
+    (tmp_path / "b.json").write_text(json.dumps({"version": 1, "data": [{"text": "one"}, {"text": two}]}))
+    (tmp_path / "a.csv").write_text('n,text\n1,one\n2,"say ""hi"",\n日本"\n')
+    (tmp_path / "b.csv").write_text('text;n\r\none;1\r\n"say ""hi"",\n日本";2\r\n')
+    (tmp_path / "a.tsv").write_text('text\tn\none\t1\n"say ""hi"",\n日本"\t2\n')
+    expected = sorted([[*b"one", 256], [*two.encode(), 256]])
+    for name in ("a.jsonl", "a.ndjson", "a.json", "b.json", "a.csv", "b.csv", "a.tsv"):
+        prepare(tmp_path, name, "--tokenizer=byte", "--val_fraction=0.3")
+        meta, train, val, _ = load(tmp_path / "out")
+        assert sorted([train.tolist(), val.tolist()]) == expected and meta["documents"] == 2, name
+
+
+def test_end_of_text_in_a_file_ends_a_document_and_in_a_row_does_not(tmp_path):
+    """tiktoken, which may read <|endoftext|> as a token, gives equal tokens."""
+    text = "".join(f"Story {i} of a fox.\n<|endoftext|>\n" for i in range(200)) + "The end.\n"
+    (tmp_path / "a.txt").write_text(text)
+    prepare(tmp_path, "a.txt", "--vocab_size=300", "--val_fraction=0.2")
+    meta, train, val, tokenizer = load(tmp_path / "out")
+    assert meta["documents"] == 201
+    tiktoken = pytest.importorskip("tiktoken")
+    theirs = tiktoken.Encoding("theirs", pat_str=tokenizer.pattern, special_tokens={EOT: 299},
+                               mergeable_ranks={token: i for i, token in enumerate(tokenizer.tokens)})
+    ids = np.array([*theirs.encode(text, allowed_special="all"), 299])
+    wanted = sorted(part.tolist() for part in np.split(ids, np.flatnonzero(ids == 299) + 1)[:-1])
+    found = [part.tolist() for ids in (train, val) for part in np.split(ids, np.flatnonzero(ids == 299) + 1)[:-1]]
+    assert sorted(found) == wanted
+    write_jsonl(tmp_path / "a.jsonl", ["a<|endoftext|>b", "c" * 15])
+    whole(tmp_path, ["a<|endoftext|>b", "c" * 15], "a.jsonl", "--tokenizer=byte", "--val_fraction=0.5")
+
+
+def test_end_of_text_across_pieces(tmp_path):
+    """PIECE is 10 bytes, so that nearly every <|endoftext|> is read in two parts."""
+    source = (ROOT / "data.py").read_text()
+    (tmp_path / "data.py").write_text(source.replace("PIECE = 4 * 2**20", "PIECE = 10"))
+    texts = [f"{n}:" + "x" * n for n in range(1, 40)]
+    (tmp_path / "a.txt").write_text(EOT.join(texts))
+    done = data(tmp_path, "a.txt", "--out=out", "--tokenizer=byte", "--val_fraction=0.3", script=tmp_path / "data.py")
+    assert done.returncode == 0, done.stderr
+    assert sorted(sum(documents(tmp_path / "out"), [])) == sorted(texts)
+
+
+MIXED = {
+    "notes/a.txt": b"a text\n" * 400,
+    "notes/utf16.txt": "größer".encode("utf-16"),
+    "notes/rows.jsonl": b'{"text": "one"}\n{"text": \n{"txt": "no"}\n{"text": 7}\n[1]\n{"text": "two"}\n',
+    "notes/table.csv": b"id,text\n1,a cell\n2\n",
+    "notes/chat.jsonl": b'{"messages": [{"role": "user", "content": "hi"}]}\n',
+    "notes/pairs.jsonl": b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+    "notes/alpaca.json": b'[{"instruction": "a", "input": "", "output": "b"}]',
+    "notes/package.json": b'{\n "name": "x"\n}',
+    "notes/broken.json": b"{",
+    "notes/latin 1.txt": "Le café était là".encode("cp1252"),
+    "notes/russian.txt": "Все счастливые семьи похожи".encode("koi8-r"),
+    "notes/picture": b"\x89PNG\0",
+}
+SKIPPED = """skipped 7 files:
+  notes/alpaca.json, row 1 has no field 'text', but 'instruction', 'input', 'output': sft.py reads it with \
+--data=notes/alpaca.json, or give --field=NAME
+  notes/broken.json: no JSON can be read (Expecting property name enclosed in double quotes: line 1 column 2 \
+(char 1)): correct it, or copy the file again
+  notes/chat.jsonl, line 1 has no field 'text', but 'messages': sft.py reads it with --data=notes/chat.jsonl, or \
+give --field=NAME
+  notes/latin 1.txt is not UTF-8 text (byte 6): convert it with iconv -f CP1252 -t UTF-8 'notes/latin 1.txt' > \
+'notes/latin 1-utf8.txt'
+  notes/package.json, row 1 has no field 'text', but 'name': give --field=NAME
+  notes/pairs.jsonl, line 1 has no field 'text', but 'prompt', 'chosen', 'rejected': dpo.py reads it with \
+--data=notes/pairs.jsonl, or give --field=NAME
+  notes/russian.txt is not UTF-8 text (byte 0): convert it with iconv -f KOI8-R -t UTF-8 notes/russian.txt > \
+notes/russian-utf8.txt
+skipped 1 binary file, such as notes/picture
+skipped 5 of 8 rows, such as:
+"""
+
+
+def test_a_folder_of_mixed_files(tmp_path):
+    """What cannot be read is named, with what to do; the rest is read."""
+    (tmp_path / "notes").mkdir()
+    for name, content in MIXED.items():
+        (tmp_path / name).write_bytes(content)
+    said = prepare(tmp_path, "notes", "--tokenizer=byte")
+    assert said.startswith(SKIPPED) and said.count("\n  notes/rows.jsonl, line ") + said.count("table.csv, line ") == 3
+    _, train, val, tokenizer = load(tmp_path / "out")
+    texts = [part for ids in (train, val) for part in tokenizer.decode(ids).split(EOT) if not part.startswith("a text")]
+    assert sorted(filter(None, texts)) == sorted(["größer", "one", "two", "a cell"])
+    done = data(tmp_path, "notes", "--tokenizer=byte", "--strict=True", "--out=b")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "b").exists()
+    for i in range(4):
+        (tmp_path / "notes" / f"more{i}.txt").write_bytes(b"caf\xe9 noir")
+    said = prepare(tmp_path, "notes", "--tokenizer=byte", out="c")
+    listed = (tmp_path / "c" / "skipped.txt").read_text().splitlines()
+    assert said.startswith("skipped 11 files, all listed in c/skipped.txt, such as:\n  ") and len(listed) == 11
+    assert {f"  {line}" for line in listed} > set(said.splitlines()[1:11])
+    for i in range(4):
+        (tmp_path / "notes" / f"more{i}.txt").unlink()
+    prepare(tmp_path, "notes", "--tokenizer=byte", out="c")
+    load(tmp_path / "c")  # skipped.txt, which is out of date, is gone
+
+
+def test_a_file_that_breaks_off_in_the_middle_is_left_out_as_a_whole(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"word " * 10**6 + b"\xe9 caf\xe9")  # read in two pieces
+    (tmp_path / "in" / "b.txt").write_bytes(b"other\n" * 2000)
+    for seed in (1, 2, 3):
+        assert "in/a.txt is not UTF-8 text (byte 5000000)" in prepare(tmp_path, "in", "--tokenizer=byte",
+                                                                     f"--seed={seed}")
+        _, train, val, tokenizer = load(tmp_path / "out")
+        assert tokenizer.decode(train) + tokenizer.decode(val[:-1]) == "other\n" * 2000
+
+
 def test_up_to_date(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", some_texts())
     arguments = ["a.jsonl", "--tokenizer=byte"]
@@ -262,6 +442,9 @@ def test_up_to_date(tmp_path):
     assert "up to date" not in prepare(tmp_path, *arguments)
     (tmp_path / "out" / "val.bin").write_bytes(b"")
     assert "up to date" not in prepare(tmp_path, *arguments)
+    ids = np.fromfile(tmp_path / "out" / "train.bin", np.uint16)
+    np.array([257, *ids[1:]], np.uint16).tofile(tmp_path / "out" / "train.bin")  # beyond the vocabulary
+    assert "up to date" not in prepare(tmp_path, *arguments) and load(tmp_path / "out")[1].max() == 256
 
 
 def test_killed_in_the_middle(tmp_path):
@@ -316,18 +499,28 @@ LINES = b"".join(b'{"text": "line %d"}\n' % i for i in range(300))
     bad("a.txt", b"x" * 5_000_000 + b"\xe9", message="a.txt is not UTF-8 text (byte 5000000)"),
     bad("a.txt", b"x" * (4 * 2**20 - 1) + b"\xc3(", message=f"a.txt is not UTF-8 text (byte {4 * 2**20 - 1})"),
     bad("a.txt", b"abc\xc3", message="a.txt is not UTF-8 text (byte 3)"),
-    bad("a.jsonl", LINES + b'{"text": \n', message="a.jsonl, line 301: not valid JSON"),
-    bad("a.jsonl", b'"text"\n', message="line 1: not a JSON object"),
+    bad("a.jsonl", LINES + b'{"text": \n', "--strict=True", message="a.jsonl, line 301: no JSON can be read"),
+    bad("a.jsonl", b'{"text": \n' * 2, message="a.jsonl, line 1: no JSON can be read"),
+    bad("a.jsonl", b'"text"\n', message="object in { }"),
+    bad("a.jsonl", b'{"text": "caf\xe9"}\n', message="convert it with iconv -f CP1252 -t UTF-8 a.jsonl > a-utf8.jsonl"),
+    bad("a.json", b'{\n"a": 1}\n', message="a.json, row 1 has no field 'text', but 'a': give --field=NAME"),
+    bad("a.json", b"[1, 2]", message="object in { }"),
+    bad("a.csv", b"id,body\n1,x\n", message="a.csv, line 2 has no field 'text', but 'id', 'body': give --field=NAME"),
+    bad("a.pkl", b"I1\n.", message="a.pkl is a pickle"),
+    bad("a.txt.gz", b"\x1f\x8b\x08\0", message="convert it with gunzip -k a.txt.gz"),
     bad("a.jsonl", b'{"messages": [], "id": 1}\n', message="has no field 'text', but 'messages', 'id'"),
     bad("a.jsonl", b'{"messages": []}\n', "--field=messages", message="field 'messages' is list, not text"),
     bad("a.jsonl", b'{"text": "same"}\n' * 9, message="are all equal"),
     bad("a.parquet", b"nonsense", message="a.parquet is not a parquet file"),
     bad("a.txt", LINES, "--tokenizer=gtp2", message="unknown tokenizer 'gtp2': did you mean gpt2?"),
     bad("a.txt", LINES, "--tokenizer=bite", message="did you mean byte?"),
+    bad("a.txt", LINES, "--tokenizer=hf", message="unknown tokenizer 'hf': choose one of byte, char, bpe, gpt2"),
+    bad("a.txt", LINES, "--tokenizer=a.safetensors", message="no checkpoint at a.safetensors"),
+    bad("a.safetensors", LINES, "--tokenizer=a.safetensors", message="a.safetensors is not a whole safetensors file"),
     bad("a.txt", LINES, "--vocab_size=256", message="257 or more"),
     bad("a.txt", LINES, "--val_fraction=1", message="between 0 and 1"),
     bad("a.txt", LINES, "--max_bytes=-1", message="0 or more"),
-    bad("a.txt", b"a", "--tokenizer=byte", message="only 0 training"),
+    bad("a.txt", b"a", "--tokenizer=byte", message="only 1 training and 1 validation tokens"),
     bad("a.txt", LINES, "--out=a.txt/out", message="cannot write to a.txt/out"),
     bad("a.txt", LINES, "--out=a.txt", message="cannot write to a.txt"),
 ])
