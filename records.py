@@ -274,7 +274,7 @@ def to_conversations(row: dict) -> tuple[str, list[str], list[list[dict]]]:
         if not answers:
             raise ValueError("it has no answer to learn")
         if not all(map(str.strip, answers)):
-            raise ValueError("an empty answer")
+            raise ValueError("an empty response")
     return layout, fields, talks
 
 
@@ -376,7 +376,7 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
             layout, fields, made = convert(row)
         except ValueError as error:
             n_bad += 1
-            bad += [f"{where}: {error}"] * (len(bad) < 3)
+            bad += [(where, str(error))] * (len(bad) < 3)
             continue
         found += made
         counts[layout] += len(made)
@@ -388,13 +388,13 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
     if not found:
         needed = {name: [field for field in fields.split() if "?" not in field] for name, fields in layouts.items()}
         known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields in needed.items())
-        todo = f". Rename them to those of a known layout: {known}" if "no known layout" in bad[0] else ""
-        raise UserError(f"no row of {path} can be used. {bad[0]}{todo}")
+        todo = f". Rename them to those of a known layout: {known}" if "no known layout" in bad[0][1] else ""
+        raise UserError(f"no row of {path} can be used. {': '.join(bad[0])}{todo}")
     if bad and strict:
-        raise UserError(f"{n_bad:,} of {total:,} rows are bad, such as {bad[0]}: correct or remove them, or leave out "
-                        "--strict=True")
-    for reason in bad:
-        print(f"skipped {reason}", file=sys.stderr)
+        raise UserError(f"{n_bad:,} of {total:,} rows are bad, such as {': '.join(bad[0])}: correct or remove them, or "
+                        "leave out --strict=True")
+    for where, reason in bad:
+        print(f"{where} is skipped: {reason}", file=sys.stderr)
     shown = []
     for layout, count in counts.most_common():
         fields = sorted(used[layout], key=lambda field: field not in OPENING)

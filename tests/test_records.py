@@ -242,11 +242,11 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
     ({}, "no known layout"), ({"prompt": "x"}, "no known layout has the fields prompt"),
     ({"text": "x"}, "data.py reads texts"), ({"A\n b": "x"}, "the fields a b\n"),
     (ORCA, "dpo.py reads pairs"), ({"prompt": 3, "response": "x"}, "prompt is not a text"),
-    ({"prompt": "x", "response": " \n"}, "an empty answer"), ({"prompt": "x", "response": None}, "no known layout"),
+    ({"prompt": "x", "response": " \n"}, "an empty response"), ({"prompt": "x", "response": None}, "no known layout"),
     ({"messages": []}, "no list of messages"), ({"messages": "x"}, "no list"), ({"messages": [3]}, "not an object"),
     ({"messages": [USER]}, "no answer to learn"), ({"messages": [USER, {**ANSWER, "weight": 0}]}, "no answer to learn"),
     ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "weight is 0.5"),
-    ({"messages": [USER, {"role": "assistant", "content": ""}, USER, ANSWER]}, "an empty answer"),
+    ({"messages": [USER, {"role": "assistant", "content": ""}, USER, ANSWER]}, "an empty response"),
     ({"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}, "role 'tool' is not one"),
     ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "calls a tool"), ({"messages": [USER, {}]}, "role 'None'"),
     ({"messages": [{"role": "user"}, ANSWER]}, "content is missing"),
@@ -264,7 +264,7 @@ def test_bad_conversation(tmp_path, capsys, row, says):
     assert read_conversations(path) == [[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]]
     out, err = capsys.readouterr()
     assert "1 conversations" in out and out.endswith("; 1 of 2 rows SKIPPED\n")
-    assert err.startswith(f"skipped {path}, line 3: ") and says in err and err.count("\n") == 1
+    assert err.startswith(f"{path}, line 3 is skipped: ") and says in err and err.count("\n") == 1
     with pytest.raises(UserError, match="1 of 2 rows are bad, such as .*line 3: .*--strict=True"):
         read_conversations(path, strict=True)
 
@@ -288,7 +288,7 @@ def test_bad_pair(tmp_path, capsys, row, says):
 @pytest.mark.parametrize("row, says", [
     ({"prompt": "x", "completion": "y", "label": "good"}, "label is 'good', not true or false"),
     ({"prompt": "x", "completion": "y", "label": 0.5}, "'0.5'"), ({"prompt": "x", "completion": "y"}, "no known"),
-    ({"prompt": "x", "completion": "", "label": 1}, "an empty answer"), ({**ORCA, "rejected": ""}, "no answer"),
+    ({"prompt": "x", "completion": "", "label": 1}, "an empty response"), ({**ORCA, "rejected": ""}, "no answer"),
 ])
 def test_bad_label(tmp_path, capsys, row, says):
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, (ORCA, row))))
