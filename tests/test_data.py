@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run_here
+from safetensors.numpy import save_file
 
-from tokenizer import EOT, Tokenizer
+from tokenizer import EOT, Tokenizer, from_tokenizer_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -559,3 +561,115 @@ def test_shakespeare_is_checked(tmp_path):
     load(tmp_path / "data" / "shakespeare-char")
     (tmp_path / "data" / "tinyshakespeare.txt").write_text("changed")
     assert "SHA-256 differs" in data(tmp_path, "shakespeare", "--tokenizer=byte", script=script).stderr
+
+
+# ---- a checkpoint's tokenizer ----------------------------------------------------------------------------------------
+
+
+def save_header(path: Path, tokenizer: Tokenizer):
+    """A file with a tokenizer in its header, as checkpoints have it."""
+    header = {"version": 1, "tokenizer": tokenizer.to_dict()}
+    save_file({"w": np.zeros(3, np.float32)}, path, {"tinygpt": json.dumps(header)})
+
+
+def test_the_tokenizer_of_a_checkpoint(tmp_path):
+    """Special tokens may have large ids, which need uint32. By hand: 70000 is the end-of-text token."""
+    save_header(tmp_path / "a.safetensors", Tokenizer("byte", [bytes([i]) for i in range(256)], {EOT: 70_000}))
+    write_jsonl(tmp_path / "a.jsonl", ["abc", "xyz"])
+    done = data(tmp_path, "a.jsonl", "--tokenizer=a.safetensors", "--val_fraction=0.5")
+    assert done.returncode == 0, done.stderr
+    folder, = (tmp_path / "data").iterdir()
+    meta, train, val, tokenizer = load(folder)
+    assert meta["dtype"] == "uint32" and tokenizer.n_vocab == 70_001
+    assert sorted([train.tolist(), val.tolist()]) == [[97, 98, 99, 70_000], [120, 121, 122, 70_000]]
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")  # an equal tokenizer: an equal folder
+    done = data(tmp_path, "a.jsonl", "--tokenizer=b.safetensors", "--val_fraction=0.5")
+    assert done.stdout == f"{folder.relative_to(tmp_path)} is up to date\n"
+    save_header(tmp_path / "b.safetensors", Tokenizer("byte", [bytes([i]) for i in range(256)], {EOT: 256}))
+    assert data(tmp_path, "a.jsonl", "--tokenizer=b.safetensors").returncode == 0
+    assert len(list((tmp_path / "data").iterdir())) == 2 and load(folder)[1].tolist() == train.tolist()
+
+
+def test_an_imported_tokenizer(tmp_path):
+    """Of kind hf, with a token of its own for the start of a document: the ids are those of the tokenizers package."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    theirs.pre_tokenizer, theirs.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    texts = [f"{i}: the fox and the crow " * 9 + "é" for i in range(40)]
+    theirs.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))]))
+    ours = from_tokenizer_json(theirs.to_str(), "<s>", "</s>")
+    assert (ours.kind, ours.bos, ours.eot) == ("hf", 1, 2)
+    save_header(tmp_path / "a.safetensors", ours)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    prepare(tmp_path, "a.jsonl", "--tokenizer=a.safetensors")
+    _, *splits, _ = load(tmp_path / "out")
+    parts = [part.tolist() for ids in splits for part in np.split(ids, np.flatnonzero(ids == 2) + 1)[:-1]]
+    assert all(ids[-1] == 2 for ids in splits)
+    assert sorted(parts) == sorted([1, *theirs.encode(text, add_special_tokens=False).ids, 2] for text in texts)
+
+
+# ---- what goes wrong outside -----------------------------------------------------------------------------------------
+
+
+def test_names_beyond_ascii_where_the_locale_has_no_utf8(tmp_path):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    (tmp_path / "é 日").mkdir()
+    (tmp_path / "é 日" / "ü.txt").write_bytes(b"some words\n" * 9000)
+    (tmp_path / "é 日" / "café.txt").write_bytes("café".encode("cp1252"))
+    (tmp_path / "é 日" / "rows.jsonl").write_bytes(b'{"text": 1}\n{"text": "a"}\n')
+    for source, out in (("é 日", ()), ("é 日/ü.txt", ()), ("é 日/*.txt", ("--out=ö",))):
+        arguments = [sys.executable, ROOT / "data.py", source, "--tokenizer=byte", *out]
+        first, second = (subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True) for _ in "12")
+        assert first.returncode == 0 and first.stdout.decode().split("\n")[-5].startswith(f"{source}: "), first.stderr
+        assert second.returncode == 0 and second.stdout.decode().endswith(" is up to date\n"), second.stderr
+    done = subprocess.run([sys.executable, ROOT / "data.py", "é 日/café.txt"], cwd=tmp_path, env=environment,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.decode().endswith(
+        "convert it with iconv -f CP1252 -t UTF-8 'é 日/café.txt' > 'é 日/café-utf8.txt'\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("name", ["train.bin.tmp", "val.bin.tmp", "meta.json.tmp"])
+def test_a_full_disk(tmp_path, name):
+    write_jsonl(tmp_path / "a.jsonl", some_texts())
+    whole(tmp_path, some_texts(), "a.jsonl", "--tokenizer=byte")
+    before = documents(tmp_path / "out")
+    (tmp_path / "out" / name).symlink_to("/dev/full")
+    done = data(tmp_path, "a.jsonl", "--tokenizer=byte", "--seed=3", "--out=out")
+    assert done.returncode == 2 and done.stderr == (
+        "data.py: cannot write to out (No space left on device): make room, or give another --out\n")
+    assert documents(tmp_path / "out") == before, "the old tokens remain"
+
+
+def test_ctrl_c(tmp_path):
+    """One line, and nothing new is left, wherever it is interrupted after Python's own start."""
+    (tmp_path / "long.txt").write_text("some words of text\n" * 300_000)
+    for number in range(4):
+        process = subprocess.Popen([sys.executable, ROOT / "data.py", "long.txt", "--out=out/deep"], cwd=tmp_path,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if number:
+            while not (tmp_path / "out").exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(0.2 * number)
+        else:
+            time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+        if process.returncode == 0:  # it was faster
+            break
+        assert (process.returncode, said, errors) == (130, "", "stopped\n") and os.listdir(tmp_path) == ["long.txt"]
+    assert number > 1
+
+
+def test_a_folder_of_tokens_is_no_source(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", some_texts())
+    prepare(tmp_path, "a.jsonl", "--tokenizer=byte", out="made/x")
+    done = data(tmp_path, "made/x", "--out=b")
+    assert done.returncode == 2 and "train on them with python train.py --data=made/x\n" in done.stderr
+    (tmp_path / "made" / "x" / "meta.json").unlink()
+    done = data(tmp_path, "made/x", "--out=b")
+    assert done.returncode == 2 and "make it again with python data.py --source=SOURCE --out=made/x\n" in done.stderr
+    (tmp_path / "made" / "b.txt").write_text("text\n" * 99)
+    assert prepare(tmp_path, "made", "--tokenizer=byte").startswith("made: 1 document, 495 bytes"), "it is passed over"

@@ -1,11 +1,14 @@
 """tokenizer.py, against tiktoken used directly, and against byte pair encoding written from the definition."""
 
 import json
+import shlex
+import tracemalloc
 
 import numpy as np
 import pytest
 import regex
 import tiktoken
+from safetensors.numpy import save_file
 
 from config import UserError
 from tokenizer import (
@@ -14,7 +17,10 @@ from tokenizer import (
     Tokenizer,
     byte_tokenizer,
     char_tokenizer,
+    open_tokens,
     tiktoken_tokenizer,
+    tokenizer_of,
+    tokens_folder,
     train_bpe,
 )
 
@@ -159,6 +165,9 @@ def test_a_copy_of_tiktokens(bpe, monkeypatch):
 def test_tiktoken_errors(monkeypatch):
     with pytest.raises(UserError, match="did you mean gpt2"):
         tiktoken_tokenizer("gpt-2")
+    for name in ("hf", "xyz"):  # hf is no choice: such a tokenizer comes with a checkpoint
+        with pytest.raises(UserError, match=r"choose one of byte, char, bpe, gpt2, .*; or give a checkpoint"):
+            tiktoken_tokenizer(name)
 
     def no_network(name):
         raise ConnectionError("a long story")
@@ -166,3 +175,100 @@ def test_tiktoken_errors(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(UserError, match="could not download gpt2"):
         tiktoken_tokenizer("gpt2")
+
+
+# ---- folders of tokens -----------------------------------------------------------------------------------------------
+
+
+def write_tokens(folder, train=(1, 2, 256), val=(7, 256), dtype="uint16", **changes):
+    """A folder as data.py writes it; changes: of meta.json, None: without that entry."""
+    folder.mkdir(exist_ok=True)
+    for name, ids in (("train", train), ("val", val)):
+        np.array(ids, dtype).tofile(folder / f"{name}.bin")
+    meta = {"version": 2, "source": "a.txt", "dtype": dtype, "train_tokens": len(train), "val_tokens": len(val),
+            "arguments": {"source": "a.txt", "tokenizer": "byte"}, "tokenizer": byte_tokenizer().to_dict(), **changes}
+    meta = {name: value for name, value in meta.items() if value is not None}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return meta
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_open_tokens(tmp_path, dtype):
+    meta = write_tokens(tmp_path, val=(), dtype=dtype)
+    found, tokens = open_tokens(str(tmp_path))
+    assert found == meta and tokens["train"].dtype == dtype and isinstance(tokens["train"], np.memmap)
+    assert tokens["train"].tolist() == [1, 2, 256] and tokens["val"].tolist() == []
+
+
+def test_open_tokens_reads_a_part_at_a_time(tmp_path):
+    write_tokens(tmp_path, train=np.zeros(10**7, int))
+    tracemalloc.start()
+    open_tokens(str(tmp_path))
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+    write_tokens(tmp_path, train=np.append(np.zeros(10**7, int), 257))
+    with pytest.raises(UserError, match="train.bin cannot be used .it has the id 257, but the tokenizer has 257 "):
+        open_tokens(str(tmp_path))
+
+
+WITHOUT = {"kind": "byte", "tokens": [], "special": {EOT: 1}}
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda folder: (folder / "meta.json").unlink(), "meta.json cannot be used (No such file or directory)"),
+    (lambda folder: (folder / "meta.json").write_text(""), "meta.json cannot be used (Expecting value"),
+    (lambda folder: (folder / "meta.json").write_bytes(b'{"\xff'), "meta.json cannot be used ('utf-8' codec"),
+    (lambda folder: (folder / "meta.json").write_text("[" * 10**5), "meta.json cannot be used (maximum recursion"),
+    (lambda folder: (folder / "meta.json").write_text("[1]"), "meta.json cannot be used (it has no dtype)"),
+    (lambda folder: write_tokens(folder, dtype="float32"), "(its dtype is 'float32', not uint16 or uint32)"),
+    (lambda folder: write_tokens(folder, train_tokens=None), "meta.json cannot be used (it has no train_tokens)"),
+    (lambda folder: write_tokens(folder, val_tokens="2"), "meta.json cannot be used (it has no val_tokens)"),
+    (lambda folder: write_tokens(folder, val_tokens=True), "meta.json cannot be used (it has no val_tokens)"),
+    (lambda folder: write_tokens(folder, tokenizer=None), "meta.json cannot be used (it has no tokenizer)"),
+    (lambda folder: write_tokens(folder, tokenizer={"kind": "x"}), "the tokenizer is of unknown kind 'x'"),
+    (lambda folder: write_tokens(folder, tokenizer=WITHOUT), "the tokenizer is not whole (KeyError('pattern'))"),
+    (lambda folder: write_tokens(folder, tokenizer={**WITHOUT, "pattern": "", "special": {EOT: "1"}}), "whole numbers"),
+    (lambda folder: (folder / "train.bin").unlink(), "train.bin cannot be used (No such file or directory)"),
+    (lambda folder: (folder / "val.bin").write_bytes(b""), "val.bin cannot be used (it has 0 bytes, not 4"),
+    (lambda folder: (folder / "train.bin").write_bytes(b"12345"), "train.bin cannot be used (it has 5 bytes, not 6"),
+    (lambda folder: (folder / "train.bin").write_bytes(bytes(8)), "train.bin cannot be used (it has 8 bytes, not 6"),
+    (lambda folder: write_tokens(folder, val=[257]), "val.bin cannot be used (it has the id 257, "),
+])
+def test_spoilt_folders_of_tokens(tmp_path, spoil, message):
+    folder = tmp_path / "it's"
+    write_tokens(folder)
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        open_tokens(str(folder))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    command = str(error.value).split(": make it again with ")[1]
+    *words, out = shlex.split(command)
+    assert out == f"--out={folder}" and words[:2] == ["python", "data.py"]
+    assert words[2:] in (["--source=SOURCE"], ["--source=a.txt", "--tokenizer=byte"])
+
+
+def test_folders_have_the_name_of_the_tokenizer(tmp_path, bpe):
+    assert tokens_folder("stdlib", "bpe", 4096) == "data/stdlib-bpe-4096"
+    assert tokens_folder("hf:a/b", "gpt2", 4096) == "data/hf-a-b-gpt2"
+    folders = set()
+    for i, enc in enumerate([bpe, bpe, Tokenizer("bpe", bpe.tokens, {EOT: 500}, PATTERN), byte_tokenizer()]):
+        path = str(tmp_path / f"{i}.safetensors")
+        save_file({"w": np.zeros(1)}, path, {"tinygpt": json.dumps({"version": 1, "tokenizer": enc.to_dict()})})
+        assert tokenizer_of(path).to_dict() == enc.to_dict()
+        folders.add(tokens_folder("book.txt", path, 4096))
+    assert len(folders) == 3 and all(folder.startswith("data/book.txt-b") for folder in folders)
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "no checkpoint at"), (b"", "is not a whole"), (b"x" * 99, "is not a whole safetensors file"),
+    ({}, "holds no tokenizer"), ({"tinygpt": "{}"}, "holds no tokenizer"), ({"tinygpt": "{"}, "is not a whole"),
+    ({"tinygpt": '{"tokenizer": {}}'}, "the tokenizer is not whole"),
+])
+def test_checkpoints_without_a_tokenizer(tmp_path, content, message):
+    path = tmp_path / "a.safetensors"
+    if isinstance(content, dict):
+        save_file({"w": np.zeros(1)}, path, content)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        tokenizer_of(str(path))
