@@ -106,8 +106,6 @@ def advice(path: str, offset: int = 0) -> str:
                 return f"{command} {shlex.quote(path)}"
         file.seek(max(0, offset - 2000))
         raw = file.read(6000)
-    if offset > 2000:
-        raw = raw[raw.find(b"\n", 0, 1999) + 1:]  # a character does not begin at any byte
     encoding = guess(raw)
     stem, ending = os.path.splitext(path)
     converted = shlex.quote(f"{stem}-utf8{ending}")

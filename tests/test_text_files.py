@@ -78,7 +78,7 @@ def test_boundary():
 # ---- other encodings -------------------------------------------------------------------------------------------------
 
 SENTENCES = {
-    "cp1252": ["L'élève était déjà à l'école, où il garçon…", "Größe über alles, schöne Straße", "It’s “fine” – really",
+    "cp1252": ["L'élève était déjà à l'école, où il garçon…", "Größe über alles, schöne Straße", "It’s “fine”", "a – b",
                "El niño comió mañana; ¿qué pasó?", "São Paulo não é então a solução", "Blåbærsyltetøy på Åland",
                "perché la città è così"],
     "cp850": ["L'élève était déjà à l'école, où"],
@@ -116,7 +116,7 @@ def test_the_command_converts_a_text(tmp_path, encoding):
 
 
 def test_a_byte_far_inside(tmp_path):
-    """The guess is made from the text around the first byte that is not UTF-8, from the start of a line on."""
+    """The guess is made from the text around the first byte that is not UTF-8."""
     text = "plain\n" * 10**6 + SENTENCES["cp932"][0]
     (tmp_path / "a.txt").write_bytes(text.encode("cp932"))
     with pytest.raises(NotText, match=r"\(byte 6000000\): convert it with iconv -f CP932 "):
