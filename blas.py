@@ -145,9 +145,27 @@ def _keep_freed_memory():
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
 
 
+def _remove_broken_kernels():
+    """Remove what MLX has compiled and is not whole. MLX compiles kernels with g++ when they are first needed, and keeps
+    them in a temporary folder. If Ctrl-C or a power cut leaves one cut short there, every later run fails."""
+    folder = next(filter(None, map(os.environ.get, ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))), "/tmp")
+    for path in glob.glob(os.path.join(glob.escape(folder), "mlx", "*", "cpu", "lib*.so")):
+        try:
+            with open(path, "rb") as file:
+                elf, length = file.read(64).ljust(64, b"\0"), os.fstat(file.fileno()).st_size
+            (start,), (size, count) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HH", elf, 58)
+            if elf[:4] != b"\x7fELF" or not 64 <= start + size * count <= length:  # the section headers end the file
+                os.remove(path)
+        except OSError:  # of another user, or another process was faster
+            pass
+
+
 def _load():
     global loaded, _library
-    if os.environ.get("TINYGPT_BLAS") == "off" or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux"):
+        return
+    _remove_broken_kernels()
+    if os.environ.get("TINYGPT_BLAS") == "off":
         return
     try:
         if _installed("mlx_cuda_12")[0] or _installed("mlx_cuda_13")[0]:

@@ -201,3 +201,24 @@ def test_two_processes_race_for_an_empty_cache(tmp_path, package):
         assert process.returncode == 0 and "scipy-openblas32" in out and "product is right" in out, err
     assert len(list((tmp_path / "tinygpt").iterdir())) == 1
     shutil.rmtree(tmp_path / "tinygpt")  # 25 MB
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="MLX compiles with g++")
+def test_broken_kernels_are_removed(tmp_path):
+    """What MLX has compiled, cut short as by a kill: a later process compiles it again. Without blas.py it fails."""
+    with_blas = "import blas, mlx.core as mx\nprint(mx.compile(lambda x: mx.abs(x) + 1.5)(mx.array(-2.0)).item())\n"
+    without = with_blas.replace("blas, ", "")
+    (tmp_path / "tmp").mkdir()
+    own = {"TMPDIR": str(tmp_path / "tmp"), "TINYGPT_BLAS": "off"}
+    assert run(without, tmp_path, **own)[0] == "3.5\n"
+    path, = (tmp_path / "tmp").glob("mlx/*/cpu/lib*.so")
+    whole = path.read_bytes()
+    for content in (b"", whole[:40], whole[:5000], bytes(len(whole))):
+        path.write_bytes(content)
+        process = start(without, tmp_path, **own)
+        assert process.communicate()[0] == "" and process.returncode
+        assert run(with_blas, tmp_path, **own)[0] == "3.5\n", len(content)
+        assert path.stat().st_size == len(whole)
+    before = path.stat()
+    run("import blas", tmp_path, **own)
+    assert path.stat().st_mtime_ns == before.st_mtime_ns  # what is whole stays
