@@ -146,8 +146,8 @@ def _keep_freed_memory():
 
 
 def _remove_broken_kernels():
-    """Remove what MLX has compiled and is not whole. MLX compiles kernels with g++ when they are first needed, and keeps
-    them in a temporary folder. If Ctrl-C or a power cut leaves one cut short there, every later run fails."""
+    """Remove what MLX has compiled and is not whole. MLX compiles kernels with g++ when they are first needed, and
+    keeps them in a temporary folder. If Ctrl-C or a power cut leaves one cut short there, every later run fails."""
     folder = next(filter(None, map(os.environ.get, ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))), "/tmp")
     for path in glob.glob(os.path.join(glob.escape(folder), "mlx", "*", "cpu", "lib*.so")):
         try:
