@@ -584,8 +584,9 @@ with output_folder() as folder:
         for file in (train_bin, val_bin, meta_json):
             file.flush()
             os.fsync(file.fileno())
-    remove(["meta.json", "skipped.txt"])  # until the new one is in place, the folder counts as empty
+    remove(["skipped.txt"])
     lines = describe_skipped()
+    remove(["meta.json"])  # until the new one is in place, the folder counts as empty
     for name in ("train.bin", "val.bin", "meta.json"):
         os.replace(os.path.join(out, name + ".tmp"), os.path.join(out, name))
         os.fsync(folder)
@@ -600,6 +601,6 @@ print(f"{source}: {documents:,} document{'s' * (documents > 1)}, {n_bytes:,} byt
       f"{out}: {count['train_tokens']:,} + {count['val_tokens']:,} tokens, {n_bytes / n_tokens:.2f} bytes a token\n"
       f"encoded at {n_bytes / 1e6 / (now - trained):.1f} MB/s, {now - began:.1f} s in all")
 if count["val_tokens"] < FEW:
-    more = FEW / n_tokens
+    more = math.ceil(100 * FEW / n_tokens) / 100
     print(f"only {count['val_tokens']:,} tokens for validation: their loss says little; give more text"
-          + (f", or --val_fraction={more:.2g}" if more <= 0.5 else ""))
+          + (f", or --val_fraction={more}" if more <= 0.5 else ""))

@@ -243,7 +243,7 @@ def test_a_small_validation_split_is_told(tmp_path):
     assert "for validation: their loss" not in prepare(tmp_path, "a.txt", "--tokenizer=byte")
     (tmp_path / "a.txt").write_text("a" * 40_000)
     assert prepare(tmp_path, "a.txt", "--tokenizer=byte").endswith(
-        "only 4,001 tokens for validation: their loss says little; give more text, or --val_fraction=0.12\n")
+        "only 4,001 tokens for validation: their loss says little; give more text, or --val_fraction=0.13\n")
     assert "for validation: their loss" not in prepare(tmp_path, "a.txt", "--tokenizer=byte", "--val_fraction=0.13")
     (tmp_path / "a.txt").write_text("a" * 4_000)
     assert prepare(tmp_path, "a.txt", "--tokenizer=byte").endswith("their loss says little; give more text\n")
