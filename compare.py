@@ -119,10 +119,14 @@ def read_start(folder: str) -> dict:
         else:
             with safe_open(path, "numpy") as file:
                 start = json.loads((file.metadata() or {}).get("tinygpt", "null"))
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, SafetensorError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): is it whole?") from error
     if not isinstance(start, dict) or not isinstance(start.get("settings"), dict):
         raise UserError(f"{path} names no settings: it is not from train.py, sft.py or dpo.py")
+    for name, kind in {"script": str, "commit": str, "max_iters": int, "seed": int}.items():
+        value = (start["settings"] if kind is int else start).get(name)
+        if value is not None and type(value) is not kind:
+            raise UserError(f"{path} has {name}={value!r}: correct it, or leave the run out")
     return start
 
 

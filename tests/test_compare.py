@@ -1,7 +1,9 @@
 """compare.py: the figures of made-up runs against numpy's, what it says of them, its picture and its page."""
 import itertools
 import json
+import random
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -309,3 +311,51 @@ def test_hover(sweep, tmp_path, monkeypatch, capsys, chromium):
     assert opened.evaluate("[...new Set(drawn.map(d => d.row.name))].length") == 1
     context.close()
     assert not problems
+
+
+CELLS = ["", "nan", "inf", "-1", "1e999", "0", "x", '"', '"5"', "2.5", "9" * 30, "\x00", "é", "  7 "]
+VALUES = [None, [], {}, "x", -1, True, "</script>", [1, 2], 1.5]
+
+
+def test_edited_files(tmp_path, monkeypatch, capsys):
+    """loss.csv and run.json with odd cells, lines and values, cut, or with other bytes: one line, or a comparison."""
+    rng, refused = random.Random(0), 0
+    for i in range(80):
+        for name in ("a", "b"):
+            shutil.rmtree(tmp_path / str(i) / name, ignore_errors=True)
+            write(tmp_path / str(i) / name, {0: 3.0, 10: 2.5, 20: 2.0}, seed=1, alibi=name == "a")
+        path = tmp_path / str(i) / "a" / ("loss.csv" if i % 4 else "run.json")
+        content = bytearray(path.read_bytes())
+        if i % 5 == 0:
+            del content[rng.randrange(len(content)):]
+        elif i % 5 == 1:
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        elif path.name == "loss.csv":
+            lines = [line.split(",") for line in content.decode().splitlines()]
+            line = rng.choice(lines)
+            line[rng.randrange(len(line))] = rng.choice(CELLS)
+            lines.insert(rng.randrange(len(lines)), rng.choice(lines))
+            content = "\n".join([*map(",".join, lines), ""]).encode()
+        else:
+            start = json.loads(content)
+            part = rng.choice([start, start["settings"]])
+            part[rng.choice(list(part))] = rng.choice(VALUES)
+            content = json.dumps(start).encode()
+        path.write_bytes(content)
+        try:
+            called(monkeypatch, capsys, tmp_path / str(i), tmp_path / str(i) / "a", tmp_path / str(i) / "b")
+        except UserError as error:
+            assert "\n" not in str(error) and path.parent.name in str(error), error
+            refused += 1
+    assert refused >= 20
+
+
+@pytest.mark.parametrize("change", [{"script": 3}, {"commit": True}, {"settings": {"max_iters": "x"}},
+                                    {"settings": {"seed": {}}}])
+def test_a_start_of_another_kind(change, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "a", {0: 3.0, 10: 2.5})
+    start = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps({**start, **change}))
+    name = [*change["settings"]][0] if "settings" in change else [*change][0]
+    with pytest.raises(UserError, match=f"run.json has {name}="):
+        called(monkeypatch, capsys, tmp_path, tmp_path / "a")
