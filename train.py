@@ -190,7 +190,8 @@ elif init:
         raise UserError("--init also takes the checkpoint's tokenizer: leave out --tokenizer and --vocab_size")
     if not meta.get("tokenizer") or Tokenizer.from_dict(meta["tokenizer"]).n_vocab > before["vocab_size"]:
         raise UserError(f"{init} holds no tokenizer, or one of more tokens than it embeds: take another checkpoint")
-    T = settings["block_size"] if "block_size" in given else min(before["block_size"], 1024)  # longer: much memory
+    # A long context takes much memory, and few documents fill it: over 1,024 tokens it is trained only if asked for.
+    T = settings["block_size"] if "block_size" in given else min(before["block_size"], 1024)
     if before["pos"] == "learned":
         if T > before["block_size"]:
             raise UserError(f"block_size={T}, but {init} has learned {before['block_size']} positions: take no more")

@@ -740,7 +740,14 @@ def test_optimizer_file(data, whole, tmp_path, spoil):
 
 
 def test_headers_that_lack_a_part(data, whole, tmp_path):
-    """A checkpoint without settings, or with one that cannot be: one line."""
+    """A checkpoint without settings, or with one that cannot be: one line. A page writes 1.0 as 1, which is right."""
+    out = tmp_path / "page"
+    shutil.copytree(whole, out)
+    arrays, header = load_arrays(str(out / "ckpt.safetensors"))
+    assert header["settings"]["grad_clip"] == 1.0
+    header["settings"]["grad_clip"] = 1
+    save_arrays(str(out / "ckpt.safetensors"), arrays, header)
+    train(data, out, "--resume=True", "--max_iters=13")
     for change, says in (({"settings": None}, "lacks settings"), ({"step": "x"}, "lacks step"),
                          ({"tokens": "x"}, "lacks tokens"), ({"losses": 3}, "lacks losses"),
                          ({"settings": {"resume": True, "beta1": "x"}}, "beta1='x'")):
