@@ -610,10 +610,10 @@ if rank == 0:
     text = next((line for line in lines if len(line) > 3 and line.isprintable()), "")[:24].rstrip()
     best = run_folder.header_of(best_path)
     if best.get("step") != step:
-        say(f"{ckpt_path}: step {step}, validation loss {losses['val']:.4f}, the last step")
+        say(f"{ckpt_path}: last step {step}, validation loss {losses['val']:.4f}")
     if best:
-        say(f"{best_path}: step {best['step']}, validation loss {best['losses']['val']:.4f}, "
-            f"{best['losses']['bits_per_byte']:.4f} bits a byte, the best step")
+        say(f"{best_path}: best step {best['step']}, validation loss {best['losses']['val']:.4f}, "
+            f"{best['losses']['bits_per_byte']:.4f} bits a byte")
     if (losses["initial_val"] or math.inf) <= losses["best_val"]:
         say(f"NO STEP WAS BETTER than the model before training, validation loss {losses['initial_val']:.4f}: "
             "try smaller learning rates")

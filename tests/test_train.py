@@ -620,7 +620,7 @@ def test_best_is_named(data, whole, tmp_path):
     assert min(losses, key=losses.get) == 12
     best = tmp_path / "a" / "best.safetensors"
     lines = last_lines(printed)
-    assert lines[0].startswith(f"{best}: step 12, validation loss {losses[12]:.4f}, ") and len(lines) == 3
+    assert lines[0].startswith(f"{best}: best step 12, validation loss {losses[12]:.4f}, ") and len(lines) == 3
     assert lines[-1].startswith("next: python ") and f"sample.py {best} --prompt=" in lines[-1]
     assert not re.search("NO STEP|ckpt.safetensors", "".join(lines))
 
@@ -628,8 +628,8 @@ def test_best_is_named(data, whole, tmp_path):
     losses = {int(row["step"]): float(row["val_loss"]) for row in curve(tmp_path / "a") if row["val_loss"]}
     assert min(losses, key=losses.get) == 12, losses
     lines = last_lines(printed)
-    assert lines[0].startswith(f"{tmp_path / 'a' / 'ckpt.safetensors'}: step 20, validation loss {losses[20]:.4f}")
-    assert lines[1].startswith(f"{best}: step 12, validation loss {losses[12]:.4f}") and "NO STEP" not in printed
+    assert lines[0].startswith(f"{tmp_path / 'a' / 'ckpt.safetensors'}: last step 20, validation loss {losses[20]:.4f}")
+    assert lines[1].startswith(f"{best}: best step 12, validation loss {losses[12]:.4f}") and "NO STEP" not in printed
     assert nats_of(best, data) == pytest.approx(losses[12], rel=1e-5) and f"sample.py {best}" in lines[-1]
 
     init = f"--init={whole / 'ckpt.safetensors'}"
@@ -648,7 +648,7 @@ def test_best_that_is_lost(data, tmp_path):
         spoil(out / "best.safetensors")
         printed = train(data, out, "--resume=True", "--max_iters=12", "--learning_rate=0").stdout
         assert load_checkpoint(str(out / "best.safetensors"))[1]["step"] == 12
-        assert f"{out / 'best.safetensors'}: step 12" in printed
+        assert f"{out / 'best.safetensors'}: best step 12" in printed
 
 
 def test_rates_are_logged(data, tmp_path):
