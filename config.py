@@ -185,6 +185,8 @@ def _excepthook(kind, error, trace):
         line, status = "", 141
     elif issubclass(kind, UserError):
         line, status = f"{script}: {error}", 2
+    elif kind is RuntimeError and "Could not load C++ shared library" in str(error):  # Ctrl-C ended MLX's compiler, too
+        line, status = "stopped while MLX compiled a kernel", 130
     elif issubclass(kind, MemoryError):
         line, status = f"{script}: there is not enough memory: {str(error) or 'make something smaller'}", 2
     elif issubclass(kind, OSError):

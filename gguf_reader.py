@@ -31,6 +31,7 @@ from readers import (
     ROPE_SETTINGS,
     SIZES,
     check_export,
+    check_finite,
     check_out,
     check_spelling,
     check_unknown,
@@ -394,7 +395,13 @@ def write_gguf(path: str, model: GPT, meta: dict):
                 matrix = array.ndim > 1 and not tensor.endswith(("position_embd.weight", "ffn_gate_inp.weight"))
                 kind = gguf.GGMLQuantizationType[type if matrix and array.shape[-1] % 32 == 0 else
                                                  "F16" if matrix else "F32"]
-                data = gguf.quants.quantize(np.array(array), kind)
+                check_finite(array, tensor)
+                try:
+                    with np.errstate(over="raise"):
+                        data = gguf.quants.quantize(np.array(array), kind)
+                except FloatingPointError as error:
+                    raise UserError(f"{tensor} holds numbers beyond the range of float16: it cannot be exported"
+                                    ) from error
                 writer.add_tensor(tensor, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

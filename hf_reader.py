@@ -33,6 +33,7 @@ from readers import (
     ROPE_SETTINGS,
     SIZES,
     check_export,
+    check_finite,
     check_out,
     model_config,
     multiply_factors,
@@ -158,6 +159,7 @@ def write_folder(folder: str, model: GPT, meta: dict):
             name = name.removeprefix("transformer.")  # as in GPT-2's own files; mlx-lm reads no other
             arrays[name] = mx.contiguous(array)
             mx.eval(arrays[name])
+            check_finite(arrays[name], name)
         dtype = str(next(array for name, array in arrays.items() if "norm" in name or "ln_f" in name).dtype)[9:]
         with open(os.path.join(temporary, "model.safetensors"), "wb") as file:
             mx.save_safetensors(file, arrays, {"format": "pt"})

@@ -553,8 +553,13 @@ def check_array(name: str, array: mx.array, place: str, wanted: dict):
     if not packed and array.dtype not in NOT_FINITE:
         raise UserError(f"{place} holds {str(array.dtype)[9:]}, where floating-point numbers of 16 or 32 bits should "
                         "be: this format cannot be read")
+    check_finite(array, place)
+
+
+def check_finite(array: mx.array, place: str):
+    """UserError for floating-point numbers that are infinite or NaN."""
     if array.dtype in NOT_FINITE and not finite(array):
-        raise UserError(f"{place} holds infinite numbers or NaN: copy the file again")
+        raise UserError(f"{place} holds infinite numbers or NaN: the file is damaged; copy it again")
 
 
 NOT_FINITE = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}

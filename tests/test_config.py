@@ -194,6 +194,7 @@ def test_help_needs_neither_mlx_nor_numpy(tmp_path):
         ('open("missing/file.bin")', 2, "script.py: No such file or directory: missing/file.bin"),
         ('raise OSError("the disk is gone")', 2, "script.py: the disk is gone"),
         ("bytearray(2**62)", 2, "script.py: there is not enough memory: make something smaller"),
+        ("raise RuntimeError('Could not load C++ shared library a.so')", 130, "stopped while MLX compiled a kernel"),
         ("raise KeyboardInterrupt", 130, "stopped"),
         ("raise BrokenPipeError", 141, ""),
         ("raise SystemExit(7)", 7, ""),

@@ -1,5 +1,6 @@
 """gguf_reader.py: all types against the gguf package, models by its writer, exports, bad input."""
 import json
+import math
 import re
 import subprocess
 import sys
@@ -320,6 +321,23 @@ def test_what_has_no_counterpart(settings, says, tmp_path):
     with pytest.raises(UserError, match=re.escape(says)):
         run_here("gguf_reader.py", tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}")
     assert not list(tmp_path.glob("b*"))
+
+
+@pytest.mark.parametrize("kind, value, says", [
+    ("F16", 1e6, "numbers beyond the range of float16"), ("Q8_0", 1e9, "numbers beyond the range of float16"),
+    ("F16", math.nan, "infinite numbers or NaN"), ("Q8_0", -math.inf, "infinite numbers or NaN")])
+def test_numbers_that_float16_lacks(kind, value, says, tmp_path):
+    """A weight of 1e6 would be infinite in F16, and so would the scale of a block with 1e9 in Q8_0: nothing is written.
+    """
+    model = GPT(GPTConfig(**USUAL | FLAVOURS["llama"]))
+    model.blocks[1].mlp.up.weight[0, 0] = value
+    save_checkpoint(str(tmp_path / "a.safetensors"), model, {})
+    with pytest.raises(UserError, match=f"^blk.1.ffn_up.weight holds {says}"):
+        run_here("gguf_reader.py", tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}", f"--type={kind}")
+    if not math.isfinite(value):
+        with pytest.raises(UserError, match=r"^model.layers.1.mlp.up_proj.weight holds infinite numbers or NaN"):
+            run_here("hf_reader.py", tmp_path / "a.safetensors", f"--export={tmp_path / 'folder'}")
+    assert len([*tmp_path.iterdir()]) == 1
 
 
 def test_what_is_not_written_over(tmp_path):
