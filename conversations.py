@@ -1,14 +1,12 @@
-"""Conversations: reading them from .jsonl files, chat templates, and tokens with a loss mask.
+"""Chat templates: conversations as tokens with a loss mask, and several of them in a row.
 
-    conversations = read_conversations("tasks.jsonl")
-    ids, learned = encode(enc, conversations[0], "chatml")   # learned: True for tokens of the assistant's messages
-    ids = encode_prompt(enc, [{"role": "user", "content": "Hello"}], "chatml")   # ends where the answer begins
-    rows = pack([(ids, learned), ...], block_size)           # several examples in a row, for model.loss(..., places=)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
+    ids, learned = encode(enc, messages, "chatml")        # learned: True for tokens of the assistant's messages
+    ids = encode_prompt(enc, messages[:1], "chatml")      # ends where the answer begins
+    rows = pack([(ids, learned), ...], block_size)        # several examples in a row, for model.loss(..., places=)
 
-A line of a file is a JSON object: {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}, or
-{"instruction": ..., "input": ..., "output": ...}, where input is optional, or {"prompt": ..., "response": ...}.
+A message has a role (system, user or assistant) and a content. records.py reads conversations from files.
 """
-import json
 import re
 import sys
 
@@ -31,77 +29,6 @@ TEMPLATES = {
                "user": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
                "assistant": ("<|start_header_id|>assistant<|end_header_id|>\n\n", ""), "end": "<|eot_id|>"},
 }
-ROLES = ("system", "user", "assistant")
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: str, convert) -> list:
-    """convert(object) for the JSON object in each line. A line is bad if it is not JSON or convert raises ValueError.
-    The first ten bad lines are printed with their numbers, and UserError is raised."""
-    found, bad = [], []
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    found.append(convert(json.loads(line)))
-                except ValueError as error:  # JSONDecodeError is one
-                    what = f"no JSON can be read ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
-                    bad.append(f"{path}, line {number}: {what}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
-    if bad:
-        print("\n".join(bad[:10]), file=sys.stderr)
-        raise UserError(f"{len(bad)} bad lines in {path}, of which {min(10, len(bad))} are shown above: correct them")
-    if not found:
-        raise UserError(f"{path} is empty: it must have a conversation in each line")
-    return found
-
-
-def read_conversations(path: str) -> list[list[dict]]:
-    """The messages of each line of a .jsonl file."""
-    return read_jsonl(path, to_messages)
-
-
-def to_messages(line) -> list[dict]:
-    """The messages of a line; the last one is the assistant's. ValueError tells what is wrong with the line."""
-    if not isinstance(line, dict):
-        raise ValueError("not an object in { }")
-    if "messages" in line:
-        messages = check_messages(line["messages"])
-        if not messages or messages[-1]["role"] != "assistant":
-            raise ValueError("the last message is not the assistant's")
-    elif "instruction" in line and "output" in line:
-        given = text_of(line, "instruction"), text_of(line, "input") if line.get("input") is not None else ""
-        messages = turns("\n\n".join(part for part in given if part), text_of(line, "output"))
-    elif "prompt" in line and "response" in line:
-        messages = turns(text_of(line, "prompt"), text_of(line, "response"))
-    else:
-        raise ValueError("it has neither messages, nor instruction and output, nor prompt and response")
-    for message in messages:
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError("an empty response")
-    return messages
-
-
-def check_messages(messages) -> list[dict]:
-    """The role and content of each message. ValueError tells what is wrong."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError("messages is not a list of objects")
-    for message in messages:
-        if message.get("role") not in ROLES:
-            raise ValueError(f"unknown role {message.get('role')!r}: it must be one of {', '.join(ROLES)}")
-    return [{"role": message["role"], "content": text_of(message, "content")} for message in messages]
-
-
-def text_of(line: dict, field: str) -> str:
-    """The text in a field. ValueError if it is missing or not a text."""
-    if not isinstance(line.get(field), str):
-        raise ValueError(f"{field} is missing" if field not in line else f"{field} is not a text")
-    return line[field]
 
 
 def turns(prompt: str, response: str) -> list[dict]:
@@ -133,13 +60,14 @@ def end_of_answer(enc: Tokenizer, template: str) -> int:
     return enc.special.get(TEMPLATES[template]["end"], enc.eot)
 
 
-def encode(enc: Tokenizer, messages: list[dict], template: str) -> tuple[list[int], list[bool]]:
+def encode(enc: Tokenizer, messages: list[dict], template: str, learn_prompts: bool = False,
+           ) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and for each whether it is learned: whether it belongs to a message of the
-    assistant, its end token included, unless the message has "weight": 0. The first token is the template's start token
-    if the tokenizer has it, else bos."""
+    assistant, with the token that ends the message, or, with learn_prompts, to anything. A message with "weight": 0 is
+    not learned. The first token is the template's start token if the tokenizer has it, else bos."""
     form = TEMPLATES[template]
     ids = encode_marked(enc, form["start"]) if form["start"] in enc.special else [enc.bos]
-    learned = [False] * len(ids)
+    learned = [learn_prompts] * len(ids)
     for i, message in enumerate(messages):
         before, after = (encode_marked(enc, mark) for mark in form[message["role"]])
         content, answer = enc.encode(message["content"]).tolist(), message["role"] == "assistant"
@@ -147,8 +75,8 @@ def encode(enc: Tokenizer, messages: list[dict], template: str) -> tuple[list[in
             content.append(end_of_answer(enc, template))
             after = after if i + 1 < len(messages) else []
         ids += before + content + after
-        yes = answer and message.get("weight") != 0
-        learned += [False] * len(before) + [yes] * len(content) + [False] * len(after)
+        yes = (answer or learn_prompts) and message.get("weight") != 0
+        learned += [learn_prompts] * len(before) + [yes] * len(content) + [learn_prompts] * len(after)
     return ids, learned
 
 

@@ -53,7 +53,7 @@ from conversations import check_template, encode, encode_prompt
 from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
 from lora import merge as merge_adapters
 from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, save_arrays, save_checkpoint
-from records import read_labelled, read_preferences, show, split
+from records import read_labelled, read_preferences, show, split, without
 from tokenizer import Tokenizer
 
 checkpoint = "out-sft/sft.safetensors"  # a checkpoint or an adapter; one of sft.py suits best
@@ -200,6 +200,7 @@ read = read_labelled if loss == "kto" else read_preferences
 pairs = read(data, strict)
 if val_data:
     held_out = read(val_data, strict)
+    pairs = without(pairs, held_out)
 else:
     pairs, held_out = split(pairs, val_share, seed)
 model, meta = load_adapted(checkpoint, adapter)

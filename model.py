@@ -1176,7 +1176,7 @@ def dropout_keys(model, p: float) -> tuple[mx.array, mx.array]:
 
 
 def dropout(x: mx.array, carry: dict, place: int) -> mx.array:
-    """x of any shape. place: 3 layer for the attention weights, + 1 for attention, + 2 for the MLP; last, embeddings."""
+    """x of any shape. place: 3 layer for attention weights, + 1 for attention, + 2 for the MLP; -1 for embeddings."""
     p, keys = map(mx.stop_gradient, carry["dropout"])
     return x * (mx.random.bernoulli(1 - p, x.shape, key=keys[place]) / (1 - p)).astype(x.dtype)
 

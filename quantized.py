@@ -28,8 +28,8 @@ mlx_quantized_linear = nn.QuantizedLinear.__call__
 
 def few_rows(x: mx.array) -> bool:
     """Whether x (..., in) has so few rows that MLX's product with a packed weight is the faster one. On CUDA, that
-    product is wrong for two or more rows of float32 (MLX 0.32)."""
-    most = 4 if mx.default_device() == mx.cpu else 1 if x.dtype == mx.float32 else 512
+    product is wrong for two or more rows of float32, or of 64 numbers (MLX 0.32)."""
+    most = 4 if mx.default_device() == mx.cpu else 1 if x.dtype == mx.float32 or x.shape[-1] < 128 else 512
     return mx.metal.is_available() or x.size <= most * x.shape[-1]
 
 

@@ -430,6 +430,18 @@ def split(examples: list, share: float, seed: int) -> tuple[list, list]:
     return [examples[i] for i in order if i not in held_out], [examples[i] for i in order if i in held_out]
 
 
+def without(examples: list, held_out: list) -> list:
+    """The examples that do not begin as one of those held out does; it prints how many others there are. UserError if
+    none is left."""
+    known = {beginning(example) for example in held_out}
+    kept = [example for example in examples if beginning(example) not in known]
+    if not kept:
+        raise UserError(f"the prompts of all {len(examples):,} examples are also held out: give another --val_data")
+    if len(kept) < len(examples):
+        print(f"{len(examples) - len(kept):,} training examples are LEFT OUT, since their prompts are also held out")
+    return kept
+
+
 def beginning(example) -> str:
     """The text before the first answer, in lower case and with single blanks; if there is none, the whole example."""
     messages = example if isinstance(example, list) else example[0]

@@ -51,7 +51,7 @@ from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, s
 from lora import merge as merge_adapters
 from model import ON_CPU, PADDING, VERSION, compute_dtype, generate, load_arrays, no_tap, save_arrays, save_checkpoint
 from muon import Muon, by_muon
-from records import read_conversations, show, split
+from records import read_conversations, show, split, without
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # from train.py, or a checkpoint or adapter of an earlier sft.py or dpo.py
@@ -144,6 +144,7 @@ run_folder.check(out_dir, SCRIPT, overwrite, resume, [checkpoint, *adapter, data
 conversations = read_conversations(data, strict)
 if val_data:
     held_out = read_conversations(val_data, strict)
+    conversations = without(conversations, held_out)
 else:
     conversations, held_out = split(conversations, val_share, seed)
 model, meta = load_adapted(checkpoint, adapter)
@@ -157,9 +158,8 @@ block_size = model.config.block_size
 
 
 def rows_of(conversations: list, what: str) -> dict[str, np.ndarray]:
-    examples, cut, skipped = shorten([encode(enc, messages, template) for messages in conversations], block_size)
-    if learn_prompts:
-        examples = [(ids, [True] * len(ids)) for ids, _ in examples]
+    examples = [encode(enc, messages, template, learn_prompts) for messages in conversations]
+    examples, cut, skipped = shorten(examples, block_size)
     if not examples:
         raise UserError(f"no {what} example has a response within {block_size} tokens: train a longer context")
     rows = pack(examples, block_size, packing)

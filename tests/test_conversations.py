@@ -1,13 +1,10 @@
-"""conversations.py: the forms of a file's lines, templates against texts written by hand, packing."""
-import json
-
+"""conversations.py: templates against texts written by hand, packing."""
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from config import UserError
-from conversations import TEMPLATES, encode, encode_prompt, pack, read_conversations, shorten
+from conversations import TEMPLATES, encode, encode_prompt, pack, shorten
 from model import DOCUMENT, GPT, PADDING, GPTConfig
 from tokenizer import Tokenizer, byte_tokenizer
 
@@ -19,57 +16,6 @@ TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "
 
 def with_specials(*names) -> Tokenizer:
     return Tokenizer("byte", BYTES.tokens, {**BYTES.special, **{name: 257 + i for i, name in enumerate(names)}})
-
-
-def write(path, *lines) -> str:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return str(path)
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_every_form(tmp_path):
-    found = read_conversations(write(
-        tmp_path / "a.jsonl", {"messages": TALK}, {"instruction": "Add.", "input": "1 2", "output": "3"},
-        {"instruction": "Sing.", "output": "La"}, "", {"prompt": "p", "response": "r", "more": 1},
-        {"instruction": "x", "input": "", "output": "y"}))
-    assert found[0] == TALK
-    assert [[message["content"] for message in messages] for messages in found[1:]] == [
-        ["Add.\n\n1 2", "3"], ["Sing.", "La"], ["p", "r"], ["x", "y"]]
-    assert all([message["role"] for message in messages] == ["user", "assistant"] for messages in found[1:])
-
-
-def test_unicode_long_and_empty_turns(tmp_path):
-    talk = [{"role": "user", "content": ""}, {"role": "assistant", "content": "né 漢字 🙂 \u2028\x00 " + "x" * 200_000}]
-    assert read_conversations(write(tmp_path / "a.jsonl", {"messages": talk})) == [talk]
-    ids, learned = encode(BYTES, talk, "chatml")
-    assert BYTES.decode([i for i, yes in zip(ids, learned, strict=True) if yes][:-1]) == talk[1]["content"]
-
-
-@pytest.mark.parametrize("line, says", [
-    ("{", "no JSON"), ("[1]", "not an object"), ({}, "neither messages"), ({"prompt": "x"}, "neither messages"),
-    ({"prompt": 3, "response": "x"}, "prompt is not a text"), ({"prompt": "x", "response": " "}, "empty response"),
-    ({"instruction": "x", "output": ""}, "empty response"), ({"instruction": 0, "output": "x"}, "instruction is not"),
-    ({"messages": []}, "last message"), ({"messages": TALK[:2]}, "last message"), ({"messages": "x"}, "not a list"),
-    ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'"),
-    ({"messages": [{"role": "user"}]}, "content is missing"),
-])
-def test_bad_line(tmp_path, capsys, line, says):
-    with pytest.raises(UserError, match="1 bad lines"):
-        read_conversations(write(tmp_path / "a.jsonl", {"prompt": "x", "response": "y"}, line))
-    assert f"{tmp_path / 'a.jsonl'}, line 2: " in (told := capsys.readouterr().err) and says in told
-
-
-def test_first_ten(tmp_path, capsys):
-    with pytest.raises(UserError, match="30 bad lines.*10 are shown above"):
-        read_conversations(write(tmp_path / "a.jsonl", *["x"] * 30))
-    assert len(capsys.readouterr().err.splitlines()) == 10
-    with pytest.raises(UserError, match="is empty"):
-        read_conversations(write(tmp_path / "b.jsonl", ""))
-    (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not UTF-8"):
-        read_conversations(str(tmp_path / "c.jsonl"))
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------
@@ -123,6 +69,8 @@ def test_weight_0_is_not_learned(template):
         end = start + len(text) + 1  # with the end token
         assert others_ids == ids and all(learned[start:end])
         assert others_learned == [*learned[:start], *[False] * (end - start), *learned[end:]]
+        everything = encode(enc, other, template, learn_prompts=True)[1]
+        assert everything == [*[True] * start, *[False] * (end - start), *[True] * (len(ids) - end)]
 
 
 def test_special_tokens_in_a_text_are_text():
@@ -132,12 +80,6 @@ def test_special_tokens_in_a_text_are_text():
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def test_byte_order_mark(tmp_path):
-    path = tmp_path / "tasks.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "response": "b"}\r\n')  # as Windows writes it
-    assert read_conversations(str(path)) == [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
 
 
 def test_shorten_counts_cut_examples():

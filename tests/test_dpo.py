@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_sft import STOPPED, assert_equal, folder, sft  # noqa: F401  (folder: a checkpoint)
+from test_sft import ON_PATH, STOPPED, assert_equal, folder, sft  # noqa: F401  (folder: a checkpoint)
 
 import lora
 from conversations import encode
@@ -168,7 +168,8 @@ def test_learns(folder, pairs, tmp_path, arguments, first):  # noqa: F811
 def test_accumulated_gradients_are_those_of_one_batch(folder, pairs, tmp_path, loss):  # noqa: F811
     """For kto only the gradient's norm and loss of the first update, as z is an estimate from one micro-step."""
     for name, sizes in (("one", ["--batch_size=8"]), ("two", ["--batch_size=4", "--grad_accum=2"])):
-        dpo(folder, pairs, tmp_path / name, f"--loss={loss}", "--epochs=1", "--log_interval=1", *sizes)
+        dpo(folder, pairs, tmp_path / name, f"--loss={loss}", "--epochs=1", "--log_interval=1",
+            "--dtype=float32", *sizes)
     both = [rows_of(tmp_path / name, "train")[:1 if loss == "kto" else 99] for name in ("one", "two")]
     for one, two in zip(*both, strict=True):
         assert [one[name] for name in ("loss", "grad_norm", "margin", "chosen", "rejected")] == pytest.approx(
@@ -213,7 +214,7 @@ def test_resume_is_exact(folder, pairs, tmp_path):  # noqa: F811
         (tmp_path / "stop.py").write_text(STOPPED)
         command = [sys.executable, tmp_path / "stop.py", str(stop), ROOT / "dpo.py", folder / "base.safetensors",
                    f"--data={pairs}", f"--out_dir={out}", "--template=plain", "--learning_rate=3e-3", *settings]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run(command, capture_output=True, text=True, env=ON_PATH)
         assert done.returncode == 130 and "--resume=True" in done.stdout, done.stderr
         again = subprocess.run([sys.executable, ROOT / "dpo.py", f"--out_dir={out}", "--resume=True"],
                                capture_output=True, text=True)
@@ -228,11 +229,11 @@ def test_merged(folder, pairs, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("line, says", [
-    ({"prompt": "x", "chosen": "y"}, "no known layout"), ({"chosen": "x", "rejected": "y"}, "no prompt in common"),
+    ({"prompt": "x", "chosen": "y"}, "no known layout"), ({"chosen": "x", "rejected": "y"}, "do not answer one prompt"),
     ({"prompt": "x", "chosen": "y", "rejected": "y"}, "are equal"), ("{", "no JSON"), ("[] ", "is empty"),
-    ({"prompt": "x", "chosen": " ", "rejected": "y"}, "empty chosen"),
-    ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "x", "rejected": "y"}, "unknown role 'bot'"),
-    ({"prompt": "x", "chosen": [{"role": "assistant", "content": ""}], "rejected": "y"}, "empty chosen"),
+    ({"prompt": "x", "chosen": " ", "rejected": "y"}, "chosen has no answer"),
+    ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "x", "rejected": "y"}, "role 'bot' is not"),
+    ({"prompt": "x", "chosen": [{"role": "assistant", "content": ""}], "rejected": "y"}, "chosen has no answer"),
 ], ids=str)
 def test_bad_lines(folder, tmp_path, line, says):  # noqa: F811
     path = tmp_path / "bad.jsonl"

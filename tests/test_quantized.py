@@ -26,6 +26,17 @@ def test_linear(bits, group_size, bias, shape):
         assert near(y[0], quantized.mlx_quantized_linear(layer, mx.array(x)))
 
 
+@pytest.mark.parametrize("inputs", [64, 96, 128, 256])
+@pytest.mark.parametrize("rows", [1, 2, 9, 64, 600])
+def test_linear_in_bfloat16(inputs, rows):
+    """Any width and number of rows: MLX's product on CUDA is wrong for rows of 64 numbers."""
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(inputs, 40, bias=False), 32, 4)
+    x = mx.array(numbers(rows, inputs)).astype(mx.bfloat16)
+    weight = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, 32, 4), np.float64)
+    expected = np.array(x.astype(mx.float32), np.float64) @ weight.T
+    assert np.abs(np.array(layer(x).astype(mx.float32)) - expected).max() < 0.02 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_dtype_is_that_of_the_input(rows):
     """Scales and biases of another dtype do not change the dtype of the output, nor that of the gradient."""

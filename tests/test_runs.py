@@ -13,8 +13,8 @@ from conftest import ROOT, run
 from mlx.utils import tree_flatten
 from test_variants import SOURCE, without
 
-from conversations import read_conversations
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from records import read_conversations
 from tokenizer import byte_tokenizer
 
 TINY = ["--n_layer=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--max_iters=2", "--eval_windows=4",
@@ -139,10 +139,15 @@ def test_finetune_sh(tmp_path):
         text.touch()
     subprocess.run(["bash", script, *texts], check=True, capture_output=True, env=environment)
     asked = (tmp_path / "log").read_text().splitlines()
+    asked = [line.removeprefix(f"{tmp_path}/") for line in asked]
     trained = [line for line in asked if line.split()[0] in ("train.py", "sft.py", "dpo.py")]
-    assert len(trained) == 7 and all(" --overwrite=True --out_dir=out-finetune/" in line for line in trained)
+    folders = ["out", "out-sft", "out-dpo", "full", "lora", "dora", "qlora8", "qlora4"]
+    for line, folder in zip(trained, folders, strict=True):
+        assert f" --out_dir={folder} " in line and line.endswith(" --overwrite=True")
+        assert (tmp_path / "out-finetune" / folder / "seconds").exists()
     assert trained[0].startswith(f"train.py --data={tmp_path}/a b.txt ")
-    assert asked[-2] == "runs/finetune.py out-finetune" and asked[-1].startswith("compare.py out-finetune/full out-fin")
+    assert [line.split()[0] for line in asked[4:8]] == ["magpie.py", "sample.py", "merge.py", "eval.py"]
+    assert asked[-2] == "runs/finetune.py ." and asked[-1].startswith("compare.py full lora ")
 
 
 # ---- compression -----------------------------------------------------------------------------------------------------
@@ -245,16 +250,16 @@ def test_tasks(tmp_path):
 def test_finetune_table(tmp_path):
     """The first and the lowest loss held out, of a run of each kind."""
     for name, rows in (("lora", "step,train_loss,val_loss\n0,,8.0\n5,7.0,\n9,,6.5\n12,,6.75\n"),
-                       ("dpo", "step,train_loss,val_loss,accuracy\n0,,0.6931,0.5\n1,0.1,,1\n9,,0.25,0.875\n")):
+                       ("out-dpo", "step,train_loss,val_loss,accuracy\n0,,0.6931,0.5\n1,0.1,,1\n9,,0.25,0.875\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "loss.csv").write_text(rows)
         (tmp_path / name / "seconds").write_text("90\n")
     command = [sys.executable, ROOT / "runs" / "finetune.py", tmp_path]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines[2:] == ["| lora | 8.000 to 6.500 |  | 1.5 |", "| dpo | 0.693 to 0.250 | 50% to 88% | 1.5 |"]
-    for path, spoilt in ((tmp_path / "dpo" / "loss.csv", "step,val_loss,accuracy\n0,x,1\n"),
-                         (tmp_path / "dpo" / "loss.csv", "step,val_loss,accuracy\n0,1\n"),
-                         (tmp_path / "dpo" / "loss.csv", "step,val_loss\n0,1\n"), (tmp_path / "lora" / "seconds", "?")):
+    assert lines[2:] == ["| out-dpo | 0.693 to 0.250 | 50% to 88% | 1.5 |", "| lora | 8.000 to 6.500 |  | 1.5 |"]
+    table = tmp_path / "out-dpo" / "loss.csv"
+    for path, spoilt in ((tmp_path / "lora" / "seconds", "?"), (table, "step,val_loss,accuracy\n0,x,1\n"),
+                         (table, "step,val_loss,accuracy\n0,1\n"), (table, "step,val_loss\n0,1\n")):
         path.write_text(spoilt)
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(path) in done.stderr, done.stderr

@@ -190,13 +190,16 @@ def test_full_continues_from_full(folder, tmp_path):
 
 
 def test_long_examples_are_cut_or_skipped_and_told(folder, tmp_path):
+    """And examples whose prompts are also held out are left out."""
     path = tmp_path / "long.jsonl"
     path.write_text((folder / "tasks.jsonl").read_text() + "".join(
-        json.dumps(talk) + "\n" for talk in [{"prompt": "x" * 90, "response": "y"}] * 3
+        json.dumps(talk) + "\n" for talk in [{"prompt": f"{i}" * 90, "response": "y"} for i in range(3)]
         + [{"prompt": "x", "response": "y" * 90}] * 2))
-    done = sft(folder, tmp_path / "out", f"--data={path}", f"--val_data={folder / 'tasks.jsonl'}", "--template=plain",
+    (tmp_path / "val.jsonl").write_text("".join((folder / "tasks.jsonl").open().readlines()[:7]).replace(" ", "  "))
+    done = sft(folder, tmp_path / "out", f"--data={path}", f"--val_data={tmp_path / 'val.jsonl'}", "--template=plain",
                "--epochs=1")
-    assert re.search(r"training: 42 examples.*\n +5 cut at 64 tokens; 3 SKIPPED", done.stdout)
+    assert re.search(r"training: 35 examples.*\n +5 cut at 64 tokens; 3 SKIPPED", done.stdout)
+    assert "7 training examples are LEFT OUT, since their prompts are also held out" in done.stdout
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -243,6 +246,7 @@ def assert_equal(a, b):
     assert a.keys() == b.keys() and [name for name in a if not np.array_equal(a[name], b[name])] == []
 
 
+ON_PATH = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 STOPPED = """
 import os, runpy, signal, sys
 import run_folder
@@ -272,7 +276,7 @@ def test_resume_is_exact(folder, tmp_path, arguments):
         (tmp_path / "stop.py").write_text(STOPPED)
         command = [sys.executable, tmp_path / "stop.py", str(stop), ROOT / "sft.py", folder / "base.safetensors",
                    f"--data={folder / 'tasks.jsonl'}", f"--out_dir={out}", *FAST, *settings]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run(command, capture_output=True, text=True, env=ON_PATH)
         assert done.returncode == 130, done.stderr
         step = int(re.search(r"stopped at step (\d+) of \d+", done.stdout)[1])
         assert stop <= step <= stop + 1 and "--resume=True" in done.stdout
@@ -311,7 +315,7 @@ def test_accumulated_gradients_are_those_of_one_batch(folder, tmp_path):
             print(json.dumps({"prompt": f"{i}", "response": "ab" * (1 + 5 * (i % 4))}), file=file)
     for name, sizes in (("one", ["--batch_size=4"]), ("two", ["--batch_size=2", "--grad_accum=2"])):
         sft(folder, tmp_path / name, f"--data={data}", "--kind=full", "--packing=False", "--template=plain",
-            "--epochs=3", *sizes)
+            "--epochs=3", "--dtype=float32", *sizes)
     for name in ("train_loss", "val_loss", "grad_norm"):
         np.testing.assert_allclose(column(tmp_path / "one", name), column(tmp_path / "two", name), rtol=1e-4)
 
@@ -349,8 +353,8 @@ def test_nothing_is_written_over_an_input(folder, tmp_path):
 
 def test_chain_of_adapters(folder, tmp_path):
     """An adapter on an adapter: the second is trained on the first one merged, and finds it by itself."""
-    sft(folder, tmp_path / "a", "--template=plain")
-    sft(folder, tmp_path / "b", f"--checkpoint={tmp_path / 'a' / 'sft.safetensors'}", "--epochs=2")
+    sft(folder, tmp_path / "a", "--template=plain", "--dtype=float32")
+    sft(folder, tmp_path / "b", f"--checkpoint={tmp_path / 'a' / 'sft.safetensors'}", "--epochs=2", "--dtype=float32")
     assert column(tmp_path / "b", "val_loss")[0] == pytest.approx(min(column(tmp_path / "a", "val_loss")), rel=1e-4)
     model, meta = lora.load_adapted(str(tmp_path / "b" / "sft.safetensors"))
     assert meta["template"] == "plain" and meta["tokenizer"] == ENC.to_dict()
