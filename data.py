@@ -22,11 +22,11 @@ Sources: stdlib, the source text of Python's standard library; shakespeare, a do
 hf:NAME:CONFIG, a dataset on Hugging Face; hf:PATH, a folder or a file that the `datasets` library reads; a file; a
 folder, with its subfolders; or a pattern such as "notes/*.md".
 
-Of .jsonl, .json, .csv, .tsv and .parquet files (see read_rows in records.py) the texts of one field are read. Each is a
-document, whatever it says. Any other file is text: a document, or several with <|endoftext|> between them, as in
-GPT-2's data. Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is dropped. Line ends are kept, since a
-model should be able to generate the text that it has read. Files and rows that cannot be read are skipped and printed;
-for text in another encoding, with the command that converts it.
+Of .jsonl, .json, .csv, .tsv and .parquet files (see rows.py) the texts of one field are read. Each is a document,
+whatever it says. Any other file is text: a document, or several with <|endoftext|> between them, as in GPT-2's data.
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is dropped. Line ends are kept, since a model should be
+able to generate the text that it has read. Files and rows that cannot be read are skipped and printed; for text in
+another encoding, with the command that converts it.
 
 The tokenizer's end-of-text token follows each document. If the tokenizer has another token for the start of a document,
 as Llama's have, this token precedes each document.
@@ -60,7 +60,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from records import CONVERSATIONS, PREFERENCES, read_rows, recognise
+from rows import read_rows
 from text_files import NotText, cut_up, read_text
 from tokenizer import (
     byte_tokenizer,
@@ -101,6 +101,8 @@ SHAKESPEARE_FILE = os.path.join("data", "tinyshakespeare.txt")
 HF_BUILDERS = {".jsonl": "json", ".txt": "text"}  # formats that `datasets` does not call by their extension
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # files of rows; all others are text
+SCRIPTS = {"chosen": "dpo.py", **dict.fromkeys(  # the script that reads rows with this field
+    ("messages", "conversations", "instruction", "response", "completion"), "sft.py")}
 OUTPUT = ["train.bin", "val.bin", "meta.json", "skipped.txt"]
 TEMPORARY = ["train.bin.tmp", "val.bin.tmp", "meta.json.tmp", "documents.jsonl.tmp"]
 
@@ -220,22 +222,12 @@ def text_in(row: dict, where: str) -> str:
     """The text of a row. UserError if the row has none."""
     if field not in row:
         names = ", ".join(repr(name[:30]) for name in list(row)[:12]) or "none"
-        name, reader = where.rpartition(", ")[0], script_for(row)
-        also = f"{reader} reads it with {quoted('data', name)}, or " if name and reader else ""
+        name, script = where.rpartition(", ")[0], next((SCRIPTS[key] for key in SCRIPTS if key in row), "")
+        also = f"{script} reads it with {quoted('data', name)}, or " if name and script else ""
         raise UserError(f"{where} has no field {field!r}, but {names}: {also}give --field=NAME")
     if not isinstance(row[field], str | None):
         raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text: give another --field")
     return well_formed(row[field] or "")
-
-
-def script_for(row: dict) -> str:
-    """The script that learns from such a row: of pairs of answers, of a conversation; "" if none does."""
-    row = {str(name).lower(): value for name, value in row.items() if value is not None}
-    for script, layouts in (("dpo.py", PREFERENCES), ("sft.py", CONVERSATIONS)):
-        with contextlib.suppress(ValueError):
-            recognise(row, layouts)
-            return script
-    return ""
 
 
 def texts_of_rows(name: str) -> Iterator[str]:

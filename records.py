@@ -16,21 +16,17 @@ of a question and an answer. Wherever a text may stand, messages may stand. A co
 answer with "weight": 0 is not learned. Turns after the last answer are left out. A row is skipped, and counted, if it
 has an answer without text, a role that the templates lack (such as tool), a call of a tool, or an image.
 """
-import csv
-import gzip
 import itertools
-import json
 import os
 import re
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from config import UserError
-from text_files import decoded
+from rows import loaded, read_rows
 from tokenizer import Tokenizer, well_formed
 
 # The fields of each layout; a row may lack those with a question mark. The last field holds the answer, those before it
@@ -64,106 +60,6 @@ OPENING = ("system", "system_prompt", "history")  # they precede the prompt
 LABELS = ("label", "kto_tag")
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
          **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai"), "assistant")}
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: str) -> Iterator[tuple[str, dict | ValueError]]:
-    """The rows of a .jsonl, .json, .csv, .tsv or .parquet file: (where it stands, such as "a.jsonl, line 7", the row).
-    In place of a row that cannot be read stands a ValueError that says why. A list in a .json file is read whole; all
-    else is read a part at a time. UserError: the file is not in UTF-8 or UTF-16, is damaged, or needs pyarrow."""
-    extension = os.path.splitext(path.lower().removesuffix(".gz"))[1]
-    read = {".parquet": read_parquet, ".csv": read_table, ".tsv": read_table}.get(extension, read_json)
-    try:
-        for where, row in read(path, extension):
-            known = isinstance(row, dict | ValueError)
-            yield f"{path}, {where}", row if known else ValueError("it is not an object in { }")
-    except UnicodeDecodeError as error:
-        for _ in decoded(path, 2**22):  # raises NotText, which tells how to convert the file
-            pass
-        raise UserError(f"{path} is not text ({error}): copy it again") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
-
-
-def open_text(path: str):
-    """A text file, which may be compressed by gzip, opened for reading; its line ends are kept. Its encoding is UTF-8,
-    or UTF-16 or UTF-32 if its first bytes show that."""
-    with open(path, "rb") as file:
-        opened = gzip.open if file.read(2) == b"\x1f\x8b" else open
-    with opened(path, "rb") as file:
-        encoding = json.detect_encoding(file.read(4))
-    return opened(path, "rt", encoding=encoding, newline="")
-
-
-def read_json(path: str, extension: str) -> Iterator[tuple]:
-    """The lines of a file, or the list in it. The content decides which, as files have wrong extensions."""
-    with open_text(path) as file:
-        lines = list(itertools.islice(filter(str.strip, file), 2))
-        by_line = extension != ".json" and not "".join(lines).lstrip().startswith("[")
-        by_line = by_line or len(lines) == 2 and not isinstance(loaded(lines[0]), ValueError)
-        file.seek(0)
-        if by_line or not lines:
-            yield from ((f"line {number}", loaded(line)) for number, line in enumerate(file, 1) if line.strip())
-            return
-        whole = loaded(file.read())
-    if isinstance(whole, ValueError):
-        raise UserError(f"{path}: {whole}: correct it, or copy the file again")
-    if isinstance(whole, dict):  # an object that holds the list, or a single row
-        lists = [part for part in whole.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
-        whole = lists[0] if len(lists) == 1 and not {"role", "from", "input"} & set(lists[0][0]) else [whole]
-    yield from ((f"row {number}", row) for number, row in enumerate(whole if isinstance(whole, list) else [whole], 1))
-
-
-def loaded(text: str):
-    """The value of a JSON text; a ValueError if there is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"no JSON can be read ({error})")
-
-
-def read_table(path: str, extension: str) -> Iterator[tuple]:
-    """Cells separated by commas, semicolons or tabs, whichever the first line has most of. It names the fields."""
-    csv.field_size_limit(2**31 - 1)
-    with open_text(path) as file:
-        first = file.readline()
-        file.seek(0)
-        rows = csv.reader(file, delimiter="\t" if extension == ".tsv" else max(",;\t", key=first.count), strict=True)
-        names, end = None, 0
-        while True:
-            where = f"line {end + 1}"
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                row = ValueError(f"the quotes are wrong ({error})")
-                if names is None or "end of data" in str(error):  # a quote that does not end hides the rows after it
-                    raise UserError(f"{path}, {where}: {row}: correct them") from error
-            end = rows.line_num
-            if row is None:
-                return
-            if isinstance(row, ValueError):
-                yield where, row
-            elif names is None:
-                names = [name.strip() for name in row] or None
-            elif row:  # a blank line has no cells
-                yield where, dict(zip(names, row, strict=True)) if len(row) == len(names) else ValueError(
-                    f"it has {len(row)} cells, and the first line {len(names)}")
-
-
-def read_parquet(path: str, extension: str) -> Iterator[tuple]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(".parquet files need the Python package pyarrow: pip install pyarrow") from error
-    with open(path, "rb") as file:
-        try:
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not a parquet file, or is damaged: copy it again") from error
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
