@@ -240,7 +240,7 @@ def read_conversations(path: str, strict: bool = False) -> list[list[dict]]:
     found, line = read_examples(path, strict, to_conversations, CONVERSATIONS, "conversations")
     talks = list(map(answered, found))
     cut = sum(map(len, found)) - sum(map(len, talks))
-    print(line + f"; {cut:,} turns after the last answer left out" * (cut > 0))
+    print(line + f"; {cut:,} turns after the last answer left out" * bool(cut))
     return talks
 
 
@@ -262,7 +262,7 @@ def read_labelled(path: str, strict: bool = False) -> list[tuple[list[dict], str
 
 def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str, str], what: str) -> tuple[list, str]:
     """What convert() makes of the good rows of a file, and the line that describes it."""
-    found, bad, n_bad, total, counts, used, unused = [], [], 0, 0, Counter(), {}, {}
+    found, bad, total, counts, used, unused = [], [], 0, Counter(), {}, {}
     for where, row in read_rows(path):
         total += 1
         try:
@@ -271,8 +271,7 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
             row = {" ".join(str(name).lower().split()): value for name, value in row.items() if value is not None}
             layout, fields, made = convert(row)
         except ValueError as error:
-            n_bad += 1
-            bad += [(where, str(error))] * (len(bad) < 3)
+            bad.append((where, str(error)))
             continue
         found += made
         counts[layout] += len(made)
@@ -287,20 +286,17 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
         todo = f". Rename them to those of a known layout: {known}" if "no known layout" in bad[0][1] else ""
         raise UserError(f"no row of {path} can be used. {': '.join(bad[0])}{todo}")
     if bad and strict:
-        raise UserError(f"{n_bad:,} of {total:,} rows are bad, such as {': '.join(bad[0])}: correct or remove them, or "
-                        "leave out --strict=True")
-    for where, reason in bad:
+        raise UserError(f"{len(bad):,} of {total:,} rows are bad, such as {': '.join(bad[0])}: correct or remove them, "
+                        "or leave out --strict=True")
+    for where, reason in bad[:3]:
         print(f"{where} is skipped: {reason}", file=sys.stderr)
     shown = []
     for layout, count in counts.most_common():
         fields = sorted(used[layout], key=lambda field: field not in OPENING)
         shown.append(f"{f'{count:,} ' * (len(counts) > 1)}{layout} ({', '.join(fields)})")
-    line = [f"{path}: {len(found):,} {what}, {', '.join(shown)}"]
-    if unused:
-        line.append(f"not read: {', '.join(list(unused)[:8])}")
-    if bad:
-        line.append(f"{n_bad:,} of {total:,} rows SKIPPED")
-    return found, "; ".join(line)
+    return found, (f"{path}: {len(found):,} {what}, {', '.join(shown)}"
+                   + f"; not read: {', '.join(list(unused)[:8])}" * bool(unused)
+                   + f"; {len(bad):,} of {total:,} rows SKIPPED" * bool(bad))
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------

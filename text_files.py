@@ -41,22 +41,22 @@ def read_text(path: str, size: int) -> Iterator[tuple[bool, str]]:
 
 def decoded(path: str, size: int) -> Iterator[str]:
     """The text of a file in pieces that end at a boundary(), and not within an <|endoftext|>."""
-    rest, position, block, decoder = "", 0, None, None
+    rest, position, last = "", 0, False
     with open(path, "rb") as file:
-        while block is None or len(block) == size:
+        encoding = next((name for bom, name in BOMS.items() if file.peek().startswith(bom)), "utf-8")
+        decoder = codecs.getincrementaldecoder(encoding)()
+        while not last:
             block = file.read(size)
-            if decoder is None:
-                encoding = next((name for bom, name in BOMS.items() if block.startswith(bom)), "utf-8")
-                decoder = codecs.getincrementaldecoder(encoding)()
-            if (nul := block.find(0)) >= 0 and encoding.startswith("utf-8"):
-                raise NotText(path, encoding, position + nul)
+            last = len(block) < size
+            if encoding.startswith("utf-8") and b"\0" in block:
+                raise NotText(path, encoding, position + block.find(0))
             position += len(block)
             try:
-                text = rest + decoder.decode(block, final=len(block) < size)
+                text = rest + decoder.decode(block, final=last)
             except UnicodeDecodeError as error:  # error.object begins with bytes of the block before
                 raise NotText(path, encoding, position - len(error.object) + error.start) from error
             end = len(text)
-            if len(block) == size:
+            if not last:
                 end = boundary(text, end)
                 end -= next((n for n in range(len(END) - 1, 0, -1) if text.endswith(END[:n], 0, end)), 0)
             yield text[:end]

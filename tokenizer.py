@@ -198,8 +198,9 @@ def open_tokens(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
+        meta = meta if isinstance(meta, dict) else {}
         for name, kind in {"dtype": str, "train_tokens": int, "val_tokens": int, "tokenizer": dict}.items():
-            if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
+            if type(meta.get(name)) is not kind:
                 raise ValueError(f"it has no {name}")
         if meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"its dtype is {meta['dtype']!r}, not uint16 or uint32")
@@ -226,9 +227,9 @@ def largest_id(path: str, dtype: np.dtype) -> int:
     return largest
 
 
-def how_to_make(folder: str, meta) -> str:
-    """The end of an error message: the command that makes a token folder (again)."""
-    given = meta.get("arguments") if isinstance(meta, dict) else None  # what data.py was given
+def how_to_make(folder: str, meta: dict) -> str:
+    """The end of an error message: the command that makes a token folder again."""
+    given = meta.get("arguments")  # what data.py was given
     given = given if isinstance(given, dict) and given else {"source": "SOURCE"}
     words = [f"--{name}={value}" for name, value in {**given, "out": folder}.items()]
     return f"make it again with python data.py {shlex.join(words)}"
