@@ -52,7 +52,7 @@ from config import UserError, check_output, overrides
 from conversations import check_template, encode, encode_prompt
 from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
 from lora import merge as merge_adapters
-from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, save_arrays, save_checkpoint
+from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, save_arrays
 from records import read_labelled, read_preferences, show, split, without
 from tokenizer import Tokenizer
 
@@ -178,20 +178,11 @@ if kind not in ("full", *KINDS):
     raise UserError(f"kind={kind!r} is not one of full, {', '.join(KINDS)}")
 if kind == "full" and base_bits:
     raise UserError(f"base_bits={base_bits} with kind=full: packed weights do not train; take kind=lora")
-for name in ("epochs", "batch_size", "grad_accum", "eval_interval", "log_interval", "beta"):
-    if settings[name] <= 0:
-        raise UserError(f"{name}={settings[name]}: it must be more than 0")
-for name in ("seed", "desirable_weight", "undesirable_weight"):
-    if settings[name] < 0:
-        raise UserError(f"{name}={settings[name]}: it must be 0 or more")
-if not 0 < val_share < 1 or not 0 <= label_smoothing < 0.5:
-    raise UserError("val_share must be between 0 and 1, label_smoothing from 0 up to 0.5")
-if not 0 <= dropout < 1 or not 0 <= warmup_share <= 1:
-    raise UserError("dropout must be from 0 up to 1, warmup_share from 0 to 1")
-run_folder.check_rates(settings, resume)
-if dtype == "float16":
-    raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
-run_folder.check_log(log)
+if not beta > 0:
+    raise UserError(f"beta={beta}: it must be more than 0")
+if min(desirable_weight, undesirable_weight) < 0 or not 0 <= label_smoothing < 0.5:
+    raise UserError("desirable_weight and undesirable_weight must be 0 or more, label_smoothing from 0 up to 0.5")
+run_folder.check_settings(settings, resume)
 run_folder.check(out_dir, SCRIPT, overwrite, resume, [checkpoint, *adapter, data, val_data], "resume.safetensors")
 
 # ---- data: pairs (prompt, chosen, rejected), for kto answers (prompt, answer, whether it is desirable) ---------------
@@ -409,7 +400,6 @@ FIGURES = ["accuracy", "margin", "chosen", "rejected"]
 COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", *FIGURES, "learning_rate", "grad_norm", "tok_per_s",
            "peak_gib"]
 losses = before.get("losses", {"untrained": None, "best": None, "best_step": 0})  # held out
-rows, seconds_before = [], 0.0
 
 
 def facts(step: int) -> dict:
@@ -424,9 +414,7 @@ def finite(figures: dict[str, float]) -> dict[str, float]:
 
 def save_best(step: int, held_out: dict[str, float]):
     header = {**facts(step), "losses": {"val": held_out["loss"], **held_out}}
-    if kind == "full":
-        save_checkpoint(result, model, {**header, "tokenizer": meta["tokenizer"]})
-    elif merge:
+    if kind == "full" or merge:
         save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
     else:
         save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint,
@@ -441,13 +429,6 @@ def save_state(step: int):
     arrays = dict(tree_flatten({"model": model.trainable_parameters(), "optimizer": opt.state}))
     save_arrays(state_path, arrays, {**facts(step), "version": VERSION, "losses": losses, "tokens": tokens,
                                      "evaluated": evaluated, "rows": rows_hash})
-
-
-def record(**row):
-    row["seconds"] = round(seconds_before + time.perf_counter() - began, 2)
-    rows.append(row)
-    run_folder.add_row(out_dir, COLUMNS, row)
-    send(row)
 
 
 def draw_curves():
@@ -465,16 +446,13 @@ def draw_curves():
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
 run_folder.start(out_dir, SCRIPT, settings, source, start_step)
-if resume:
-    rows = run_folder.read_rows(out_dir, start_step)
-    seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
-run_folder.write_rows(out_dir, COLUMNS, rows)
-send, commit = run_folder.log_to(log, out_dir, settings, start_step), run_folder.git_commit()
+rows, record = run_folder.open_rows(out_dir, COLUMNS, settings, start_step)
+commit = run_folder.git_commit()
 if peft and kind != "full" and not resume:
     save_peft(os.path.join(out_dir, "peft"), model)  # raises here, before training, if PEFT has no such adapter
 interrupts = run_folder.catch_stops()
 model.train()
-pending, began = None, time.perf_counter()
+pending = None
 bar = tqdm(total=max_iters, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
 
@@ -565,5 +543,7 @@ print(f"{result}: step {losses['best_step']}, loss held out {losses['best']:.4f}
       f"{losses['untrained']:.4f} before training\ncurves: {out_dir}/loss.png")
 if losses["best"] >= losses["untrained"]:
     print("NO STEP WAS BETTER than the model before training: try a lower learning_rate, or more pairs")
-ending = "" if kind == "full" or merge else "  (an adapter: python merge.py makes a whole checkpoint)"
-print(f"next: python sample.py {shlex.quote(result)} --prompt=...{ending}")
+prompt = held_out[0][0][-1]["content"].partition("\n")[0][:60]
+print(f"next: python sample.py {shlex.quote(result)} --prompt={shlex.quote(prompt)}")
+if kind != "full" and not merge:
+    print(f"a whole checkpoint: python merge.py {shlex.quote(result)} dpo-merged.safetensors")

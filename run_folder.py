@@ -4,7 +4,8 @@
     run_folder.check(out_dir, SCRIPT, overwrite, inputs=[data])  # before any work: is the folder free?
     run_folder.start(out_dir, SCRIPT, settings, source)
     stops = run_folder.catch_stops()                  # how often Ctrl-C or SIGTERM has asked the run to stop
-    run_folder.add_row(out_dir, COLUMNS, {"step": 1, "train_loss": 8.3})
+    rows, record = run_folder.open_rows(out_dir, COLUMNS, settings)
+    record(step=1, train_loss=8.3)                    # adds a row to loss.csv
 
     OUT_DIR/run.json       commit, arguments, settings, script, and started, the date
     OUT_DIR/source/        the script and the modules that it imported, as they were at the start; source-STEP/ where
@@ -25,7 +26,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
@@ -37,8 +40,8 @@ except ImportError:  # Windows has no such locks: two runs in one folder go unno
     fcntl = None
 
 RESULTS = ("ckpt", "best", "sft", "dpo", "resume")
-OWN_FILES = ("loss.csv", "loss.png", "experts.csv", "experts.png", "run.json", "run.lock")
-OWN_FOLDERS = r"source(-\d+)*|peft|tensorboard|wandb"
+OWN = (r"(loss|experts)\.(csv|png)|run\.(json|lock)|ckpt\.optimizer-\d+\.safetensors|source(-\d+)*"
+       r"|peft|tensorboard|wandb")  # what else a run writes
 locks = {}  # open files by path: a lock is held until its file is closed, at the latest when the process ends
 allowed = {}  # by folder: the results, and their time, that check() allowed to replace
 
@@ -55,8 +58,8 @@ def check(out_dir: str, script: str, overwrite: bool, resume: bool | None = None
         raise UserError("--overwrite=True begins anew and --resume=True goes on: give one of them")
     for path in inputs:
         if is_own(out_dir, path):
-            raise UserError(f"{path} is read by this run, which may replace it, as it is in the folder {out_dir} of a "
-                            f"run: give another one, --out_dir={shlex.quote(free_name(out_dir))}")
+            raise UserError(f"{path} is in {out_dir}, and this run may replace it: give another folder, "
+                            f"--out_dir={shlex.quote(free_name(out_dir))}")
     if os.path.exists(os.path.join(out_dir, "run.lock")):
         lock(out_dir, script)
     path = newest_result(out_dir)
@@ -68,13 +71,12 @@ def check(out_dir: str, script: str, overwrite: bool, resume: bool | None = None
     if not path:
         ask_to_replace(f"{out_dir} holds {' and '.join(others)}, and not of a run", ways)
         return
-    header, before = header_of(path), header_of(os.path.join(out_dir, state))
-    if resume is not None and script == header.get("script") == before.get("script"):
+    before = header_of(os.path.join(out_dir, state))
+    if resume is not None and script == header_of(path).get("script") == before.get("script"):
         step = before.get("step", 0)
         done = step and step == before.get("settings", {}).get("max_iters")
-        more = f" --max_iters={2 * step}" if done else ""
-        ways.insert(1, f"--resume=True{more} to go on with it")
-    ask_to_replace(f"{out_dir} holds {describe(path, header)}", ways)
+        ways.insert(1, f"--resume=True{f' --max_iters={2 * step}' if done else ''} to go on with it")
+    ask_to_replace(f"{out_dir} holds {describe(path)}", ways)
 
 
 def is_own(out_dir: str, path: str) -> bool:
@@ -83,12 +85,9 @@ def is_own(out_dir: str, path: str) -> bool:
     if not os.path.exists(path):
         return False
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    names = [name for name in names if name in (*results(out_dir), *OWN_FILES) or re.fullmatch(OWN_FOLDERS, name)
-             or re.fullmatch(r"ckpt\.optimizer-\d+\.safetensors", name)]
-    own = [os.path.join(out_dir, name) for name in names]
-    own += [os.path.join(folder, name) for top in own for folder, folders, files in os.walk(top)
-            for name in (*folders, *files)]
-    return any(os.path.samefile(path, name) for name in own if os.path.exists(name))
+    own = [Path(out_dir, name) for name in names if name in results(out_dir) or re.fullmatch(OWN, name)]
+    own += [below for folder in own for below in folder.rglob("*")]
+    return any(os.path.samefile(path, file) for file in own if file.exists())
 
 
 def ask_to_replace(what: str, ways: list[str]):
@@ -108,7 +107,7 @@ def check_maker(path: str, script: str, out_dir: str):
     one that is to resume it has made it."""
     if not os.path.exists(path):
         found = newest_result(out_dir)
-        there = f"; {out_dir} holds {describe(found, header_of(found))}" if found else ""
+        there = f"; {out_dir} holds {describe(found)}" if found else ""
         raise UserError(f"there is no checkpoint {path} to go on from{there}: leave out --resume=True")
     header = header_of(path)
     maker = header.get("script", "an unknown script")
@@ -166,20 +165,25 @@ def newest_result(out_dir: str) -> str | None:
     return max(models or paths, key=os.path.getmtime, default=None)
 
 
-def header_of(path: str) -> dict:
-    """What the header of a checkpoint says of the run that made it; {} if the file is no checkpoint of ours."""
+def read_header(path: str) -> dict:
+    """The header of a checkpoint or an adapter; {} for any other file."""
     try:
         with safe_open(path, "numpy") as file:
             header = json.loads((file.metadata() or {}).get("tinygpt", "null"))
-    except (SafetensorError, OSError, ValueError):
-        return {}
-    kinds = {"version": int, "script": str, "step": int, "losses": dict, "settings": dict}
-    header = header if isinstance(header, dict) else {}
+    except (SafetensorError, OSError, ValueError, RecursionError):  # the last: JSON that is nested too deeply
+        header = None
+    return header if isinstance(header, dict) else {}
+
+
+def header_of(path: str) -> dict:
+    """What the header of a checkpoint says of the run that made it, without values of a wrong type."""
+    kinds, header = {"version": int, "script": str, "step": int, "losses": dict, "settings": dict}, read_header(path)
     return {name: header[name] for name, kind in kinds.items() if isinstance(header.get(name), kind)}
 
 
-def describe(path: str, header: dict) -> str:
+def describe(path: str) -> str:
     """A checkpoint in a few words: its file, script, step, loss and date."""
+    header = header_of(path)
     loss = header.get("losses", {}).get("val")
     facts = [header.get("script"), f"step {header['step']}" if "step" in header else None,
              f"validation loss {loss:.4f}" if isinstance(loss, float) else None,
@@ -190,22 +194,25 @@ def describe(path: str, header: dict) -> str:
 def old_settings(path: str, header: dict, settings: dict, lasting: Iterable[str],
                  parts: Iterable[str] = ("settings", "step", "tokens", "losses", "rows")) -> dict:
     """The settings of the run whose state this file holds, for --resume=True, except those on the command line.
-    UserError if one of the `lasting` ones, which the state depends on, differs there; or if the header lacks one of its
-    parts."""
+    UserError if the header lacks one of its parts, or if the command line changes one of the `lasting` settings, which
+    the state depends on."""
     kinds = {"settings": dict, "step": int, "tokens": int, "losses": dict, "rows": str, "tokenizer": dict}
     if lacking := [name for name in parts if not isinstance(header.get(name), kinds[name])]:
         raise UserError(f"{path} lacks {', '.join(lacking)} in its header: begin anew with --overwrite=True")
-    old = {name: tuple(value) if isinstance(value, list) else value for name, value in header["settings"].items()
-           if name in settings.keys() - {"resume", "out_dir", "overwrite"}}
-    for name, value in old.items():
-        if type(value) is int and type(settings[name]) is float:  # JavaScript writes 1.0 as 1
-            old[name] = float(value)
-        elif type(value) is not type(settings[name]):
+    old = {}
+    for name, value in header["settings"].items():
+        if name not in settings or name in ("resume", "out_dir", "overwrite"):
+            continue
+        kind = type(settings[name])
+        if (kind, type(value)) in ((tuple, list), (float, int)):  # JSON has no tuples, and JavaScript writes 1.0 as 1
+            value = kind(value)
+        if type(value) is not kind:
             raise UserError(f"{path} has the setting {name}={value!r}: begin anew with --overwrite=True")
-    for name in given & {*lasting} & old.keys():
-        if settings[name] != old[name]:
-            raise UserError(f"{name} is {old[name]!r} in {path}: leave it out, or give another --out_dir")
-    return {name: value for name, value in old.items() if name not in given}
+        if name not in given:
+            old[name] = value
+        elif name in lasting and settings[name] != value:
+            raise UserError(f"{name} is {value!r} in {path}: leave it out, or give another --out_dir")
+    return old
 
 
 def free_name(path: str, ending: str = "") -> str:
@@ -218,11 +225,16 @@ def free_name(path: str, ending: str = "") -> str:
     return f"{stem}-{number}{ending}"
 
 
-def check_rates(settings: dict, resume: bool = False):
-    """UserError for a learning_rate, muon_lr, weight_decay, grad_clip, beta1, beta2, dropout or min_lr (those that the
-    script has) with which no training is possible. min_lr is a share of the peak: a value that must be a learning rate,
-    as nanoGPT's 6e-5 is, is refused. It stands here since train.py, sft.py and dpo.py have these settings. resume: a
-    min_lr that was not given is the checkpoint's own, and stays."""
+def check_settings(settings: dict, resume: bool = False):
+    """UserError for settings of train.py, sft.py and dpo.py, of those that the script has, with which no training is
+    possible. min_lr is a share of the peak, and refused if it looks like a learning rate, as nanoGPT's 6e-5 does.
+    resume: a min_lr that was not given is the checkpoint's own, and stays."""
+    for name in ("max_iters", "epochs", "batch_size", "grad_accum", "eval_interval", "eval_windows", "log_interval"):
+        if settings.get(name, 1) < 1:
+            raise UserError(f"{name}={settings[name]}: it must be 1 or more")
+    for name in ("seed", "warmup_iters", "decay_iters", "checkpoint_every", "samples", "sample_tokens", "neftune"):
+        if settings.get(name, 0) < 0:
+            raise UserError(f"{name}={settings[name]}: it must be 0 or more")
     for name in ("learning_rate", "muon_lr", "weight_decay", "grad_clip"):
         value = settings.get(name, 0.0)
         if not value >= 0 or value == math.inf and name != "grad_clip":
@@ -230,16 +242,22 @@ def check_rates(settings: dict, resume: bool = False):
     for name in ("beta1", "beta2", "dropout"):
         if not 0 <= settings.get(name, 0.0) < 1:
             raise UserError(f"{name}={settings[name]}: it must be from 0 up to 1, and less than 1")
+    if not 0 < settings.get("val_share", 0.5) < 1:
+        raise UserError(f"val_share={settings['val_share']}: it must be between 0 and 1")
+    if not 0 <= settings.get("warmup_share", 0.0) <= 1:
+        raise UserError(f"warmup_share={settings['warmup_share']}: it must be from 0 to 1")
+    if settings.get("dtype") == "float16":
+        raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
+    check_log(settings.get("log", ""))
     least, peak = settings.get("min_lr", 0.0), settings.get("learning_rate", 0.0)
     if resume and "min_lr" not in given or least == 0 or 0.01 <= least <= 1:
         return
     rule = f"min_lr={least}: it is a share of the peak, 0 or from 0.01 to 1"
-    if not 0 < least < peak:
-        raise UserError(rule)
-    share = float(f"{least / peak:.3g}")
-    nearest = "" if share >= 0.01 else "; the nearest to take is --min_lr=0.01"
-    raise UserError(f"{rule}; as a rate it is the share {share} of learning_rate={peak}" +
-                    (nearest or f": give --min_lr={share}"))
+    if 0 < least < peak:
+        share = float(f"{least / peak:.3g}")
+        todo = f": give --min_lr={share}" if share >= 0.01 else "; the nearest to take is --min_lr=0.01"
+        rule += f"; as a rate it is the share {share} of learning_rate={peak}{todo}"
+    raise UserError(rule)
 
 
 # ---- begin -----------------------------------------------------------------------------------------------------------
@@ -289,19 +307,17 @@ def read_source(script: str) -> dict[str, bytes]:
     files = [getattr(module, "__file__", None) for module in [*sys.modules.values()]]  # None: built into Python
     paths = {os.path.abspath(path) for path in (*files, script) if path}
     paths = {path for path in paths if os.path.dirname(path) in folders}
-    source = {}
-    for path in sorted(paths):
-        with open(path, "rb") as file:
-            source[os.path.basename(path)] = file.read()
-    return source
+    return {os.path.basename(path): Path(path).read_bytes() for path in sorted(paths)}
 
 
 def keep_source(out_dir: str, source: dict[str, bytes], step: int):
     """Write the source to OUT_DIR/source, or after a change to a new folder OUT_DIR/source-STEP."""
     kept = [name for name in os.listdir(out_dir) if re.fullmatch(r"source(-\d+)*", name)]
     kept.sort(key=lambda name: [int(number) for number in name.split("-")[1:]])
-    if kept and source == read_folder(os.path.join(out_dir, kept[-1])):
-        return
+    if kept:
+        last = Path(out_dir, kept[-1])
+        if source == {path.name: path.read_bytes() for path in last.iterdir() if path.is_file()}:
+            return
     stem = f"source-{step}" if step else "source"
     name, number = stem, 2
     while name in kept:  # it has changed again since it was resumed at this step before
@@ -310,18 +326,8 @@ def keep_source(out_dir: str, source: dict[str, bytes], step: int):
     shutil.rmtree(temporary, ignore_errors=True)
     os.mkdir(temporary)
     for file_name, content in source.items():
-        with open(os.path.join(temporary, file_name), "wb") as file:
-            file.write(content)
+        Path(temporary, file_name).write_bytes(content)
     os.replace(temporary, os.path.join(out_dir, name))
-
-
-def read_folder(folder: str) -> dict[str, bytes]:
-    found = {}
-    for entry in os.scandir(folder):
-        if entry.is_file():
-            with open(entry.path, "rb") as file:
-                found[entry.name] = file.read()
-    return found
 
 
 def git_commit() -> str:
@@ -355,6 +361,23 @@ def catch_stops() -> Callable[[], int]:
 # ---- rows: loss.csv, TensorBoard, wandb ------------------------------------------------------------------------------
 
 
+def open_rows(out_dir: str, columns: list[str], settings: dict, step: int = 0) -> tuple[list[dict], Callable]:
+    """Begin loss.csv: (the rows of the run up to this step, none if it is new; a function that adds a row to these, to
+    loss.csv and to --log). The function adds the column "seconds": since the run began, without its interruptions."""
+    rows = read_rows(out_dir, step, columns) if settings["resume"] else []
+    before, began = max((float(row["seconds"]) for row in rows), default=0.0), time.perf_counter()
+    write_rows(out_dir, columns, rows)
+    send = log_to(settings["log"], out_dir, settings, step)
+
+    def record(**row):
+        row["seconds"] = round(before + time.perf_counter() - began, 2)
+        rows.append(row)
+        add_row(out_dir, columns, row)
+        send(row)
+
+    return rows, record
+
+
 def write_rows(out_dir: str, columns: list[str], rows: list[dict], name: str = "loss.csv"):
     """Begin loss.csv with these rows: those of a resumed run up to its checkpoint, or none."""
     path = os.path.join(out_dir, name)
@@ -382,11 +405,10 @@ def writing(path: str) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is unharmed") from error
 
 
-def read_rows(out_dir: str, step: int, columns: Iterable[str] = (), name: str = "loss.csv") -> list[dict[str, str]]:
-    """The rows of loss.csv up to the step at which a run goes on; their values are texts of numbers, or empty, and
-    those of step and seconds are never empty. A line that is no row, since somebody edited the file or a crash cut it,
-    is left out, and so is a column that is not among `columns`. Then one line is printed, and the file is kept as
-    loss-2.csv. One line tells also of a file that is missing or ends early. Nothing is raised."""
+def read_rows(out_dir: str, step: int, columns: Iterable[str], name: str = "loss.csv") -> list[dict[str, str]]:
+    """The rows of loss.csv up to the step at which a run goes on: texts of finite numbers, or empty, but not for step
+    and seconds. Other lines, as somebody edited the file or a crash cut it, and other columns than these are left out:
+    then one line tells so, and the file is kept as loss-2.csv. One line also tells if rows are missing."""
     path = os.path.join(out_dir, name)
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -394,31 +416,29 @@ def read_rows(out_dir: str, step: int, columns: Iterable[str] = (), name: str = 
     except FileNotFoundError:
         print(f"{path} is missing: its rows begin at step {step}", flush=True)
         return []
-    names = fields_of(lines[0])
-    rows, spoilt, beyond = [], [], False
-    needed = {"step", "seconds"} if name == "loss.csv" else {"step"}
+    names, rows, spoilt, needed = fields_of(lines[0]), [], [], {"step", "seconds"} & {*columns}
     if not needed <= {*names} or len({*names}) < len(names):
         names, spoilt = [], [1]
     for number, line in enumerate(lines[1:], 2):
-        fields = fields_of(line)
-        whole = names and number < len(lines) and len(fields) == len(names) and all(map(is_number, fields))
-        row = dict(zip(names, fields, strict=True)) if whole else {}
-        if row and row["step"].isdecimal() and all(row[one] for one in needed):
-            beyond = beyond or int(row["step"]) > step
+        fields = fields_of(line) if number < len(lines) else []  # the last line has no end: a crash may have cut it
+        row = dict(zip(names, fields, strict=False))
+        if 0 < len(fields) == len(names) and all(map(is_number, fields)) and row["step"].isdecimal() and all(
+                row[name] for name in needed):
             rows.append(row)
-        elif not beyond and line.strip():  # what follows the checkpoint's step is left out anyway
+        elif line.strip() and not (rows and int(rows[-1]["step"]) > step):  # later ones are left out anyway
             spoilt.append(number)
-    rows = [row for row in rows if int(row["step"]) <= step]
-    more = [one for one in names if columns and one not in columns]
-    if spoilt or more:
+    rows, what = [row for row in rows if int(row["step"]) <= step], ""
+    if spoilt:
+        more = f"and {len(spoilt) - 1} more are no rows" if spoilt[1:] else "is no row"
+        what = f"line {spoilt[0]} {more} of a run"
+    elif other := [name for name in names if name not in columns]:
+        what = f"no run writes the column {other[0]!r}"
+    steps = [int(row["step"]) for row in rows] or [0]
+    if what:
         kept = free_name(path, ".csv")
         shutil.copyfile(path, kept)
-        what = (f"line {spoilt[0]} {f'and {len(spoilt) - 1} more are no rows' if spoilt[1:] else 'is no row'} of a run"
-                if spoilt else f"no run writes the column {more[0]!r}")
         print(f"{path}: {what}: left out here, and kept in {kept}", flush=True)
-        return rows
-    steps = [int(row["step"]) for row in rows] or [0]
-    if step - steps[-1] > max((b - a for a, b in zip(steps, steps[1:], strict=False)), default=step):
+    elif step - steps[-1] > max((b - a for a, b in zip(steps, steps[1:], strict=False)), default=step):
         print(f"{path} ends at step {steps[-1]}, before step {step} of the checkpoint: rows are missing", flush=True)
     return rows
 
@@ -433,9 +453,10 @@ def fields_of(line: str) -> list[str]:
 
 def is_number(text: str) -> bool:
     """Whether a field is empty or a finite number."""
-    with contextlib.suppress(ValueError):
-        return not text or math.isfinite(float(text))
-    return False
+    try:
+        return math.isfinite(float(text or 0))
+    except ValueError:
+        return False
 
 
 def check_log(log: str):
@@ -472,8 +493,7 @@ def log_to(log: str, out_dir: str, settings: dict, step: int = 0):
         def send(row: dict):
             run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
     else:
-        def send(row: dict):
-            pass
+        return lambda row: None
     return send
 
 

@@ -7,7 +7,7 @@
 The examples may have any layout that records.py lists: Alpaca's, messages, ShareGPT's, Dolly's, ... One of them is
 printed as the model sees it. Only the responses are learned, unless --learn_prompts=True. Several examples are packed
 into one row of block_size tokens; each example attends to itself only, and its positions begin at 0. An example that is
-longer than a row is cut; one of which no response would be left is skipped, and the number of these is printed.
+longer than a row is cut; if no response would be left, it is skipped. The numbers of both are printed.
 
     OUT_DIR/sft.safetensors      the step with the lowest validation loss: with --kind=full or --merge=True as a whole
                                  checkpoint, else as an adapter for the checkpoint that it was trained on
@@ -49,7 +49,7 @@ from config import UserError, check_output, overrides
 from conversations import check_template, encode, encode_prompt, end_of_answer, pack, shorten
 from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
 from lora import merge as merge_adapters
-from model import ON_CPU, PADDING, VERSION, compute_dtype, generate, load_arrays, no_tap, save_arrays, save_checkpoint
+from model import ON_CPU, PADDING, VERSION, compute_dtype, generate, load_arrays, no_tap, save_arrays
 from muon import Muon, by_muon
 from records import read_conversations, show, split, without
 from tokenizer import Tokenizer
@@ -123,20 +123,7 @@ if kind == "full" and base_bits:
     raise UserError(f"base_bits={base_bits} with kind=full: packed weights do not train; take kind=lora")
 if optimizer not in ("adamw", "muon"):
     raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon")
-for name in ("epochs", "batch_size", "grad_accum", "eval_interval", "log_interval"):
-    if settings[name] < 1:
-        raise UserError(f"{name}={settings[name]}: it must be 1 or more")
-for name in ("neftune", "seed", "samples", "sample_tokens"):
-    if settings[name] < 0:
-        raise UserError(f"{name}={settings[name]}: it must be 0 or more")
-if not 0 < val_share < 1:
-    raise UserError(f"val_share={val_share}: it must be between 0 and 1")
-if not 0 <= dropout < 1 or not 0 <= warmup_share <= 1:
-    raise UserError("dropout must be from 0 up to 1, warmup_share from 0 to 1")
-run_folder.check_rates(settings, resume)
-if dtype == "float16":
-    raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
-run_folder.check_log(log)
+run_folder.check_settings(settings, resume)
 run_folder.check(out_dir, SCRIPT, overwrite, resume, [checkpoint, *adapter, data, val_data], "resume.safetensors")
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -164,7 +151,7 @@ def rows_of(conversations: list, what: str) -> dict[str, np.ndarray]:
         raise UserError(f"no {what} example has a response within {block_size} tokens: train a longer context")
     rows = pack(examples, block_size, packing)
     print(f"{what}: {len(examples)} examples, {sum(len(ids) for ids, _ in examples):,} tokens, "
-          f"{int(rows['mask'].sum()):,} to learn, in {len(rows['idx'])} rows of {block_size}")
+          f"{int(rows['mask'].sum()):,} to learn; rows of {block_size} tokens: {len(rows['idx'])}")
     if cut or skipped:
         print(f"    {cut} cut at {block_size} tokens; {skipped} SKIPPED, as no response was left")
     if what == "training":
@@ -298,7 +285,6 @@ def evaluate() -> float:
 COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "muon_lr", "grad_norm", "tok_per_s",
            "peak_gib"]
 losses = before.get("losses", {"untrained": None, "best": None, "best_step": 0})  # held out, nats a response token
-rows, seconds_before = [], 0.0
 
 
 def facts(step: int) -> dict:
@@ -308,9 +294,7 @@ def facts(step: int) -> dict:
 
 def save_best(step: int, val: float):
     header = {**facts(step), "losses": {"val": val}}
-    if kind == "full":
-        save_checkpoint(result, model, {**header, "tokenizer": meta["tokenizer"]})
-    elif merge:
+    if kind == "full" or merge:
         save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
     else:
         save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint,
@@ -327,26 +311,16 @@ def save_state(step: int):
                                      "evaluated": evaluated, "rows": rows_hash})
 
 
-def record(**row):
-    row["seconds"] = round(seconds_before + time.perf_counter() - began, 2)
-    rows.append(row)
-    run_folder.add_row(out_dir, COLUMNS, row)
-    send(row)
-
-
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
 run_folder.start(out_dir, SCRIPT, settings, source, start_step)
-if resume:
-    rows = run_folder.read_rows(out_dir, start_step)
-    seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
-run_folder.write_rows(out_dir, COLUMNS, rows)
-send, commit = run_folder.log_to(log, out_dir, settings, start_step), run_folder.git_commit()
+rows, record = run_folder.open_rows(out_dir, COLUMNS, settings, start_step)
+commit = run_folder.git_commit()
 if peft and kind != "full" and not resume:
     save_peft(os.path.join(out_dir, "peft"), model)  # raises here, before training, if PEFT has no such adapter
 interrupts = run_folder.catch_stops()
 model.train()
-pending, began = None, time.perf_counter()
+pending = None
 bar = tqdm(total=max_iters, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
 
@@ -440,5 +414,7 @@ print(f"\n{result}: step {losses['best_step']}, loss held out {losses['best']:.4
       f"{losses['untrained']:.4f} before training\ncurves: {out_dir}/loss.png")
 if losses["best"] >= losses["untrained"]:
     print("NO STEP WAS BETTER than the model before training: try a lower learning_rate, or more examples")
-ending = "" if kind == "full" or merge else "  (an adapter: python merge.py makes a whole checkpoint)"
-print(f"next: python sample.py {shlex.quote(result)} --prompt=...{ending}")
+prompt = held_out[0][-2:][0]["content"].partition("\n")[0][:60]
+print(f"next: python sample.py {shlex.quote(result)} --prompt={shlex.quote(prompt)}")
+if kind != "full" and not merge:
+    print(f"a whole checkpoint: python merge.py {shlex.quote(result)} sft-merged.safetensors")

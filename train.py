@@ -207,23 +207,14 @@ elif init:
     meta = {"tokenizer": meta["tokenizer"]}
 globals().update(settings)
 
-for name in ("max_iters", "batch_size", "grad_accum", "eval_interval", "eval_windows", "log_interval"):
-    if settings[name] < 1:
-        raise UserError(f"{name}={settings[name]}: it must be 1 or more")
-for name in ("seed", "warmup_iters", "decay_iters", "checkpoint_every", "sample_tokens"):
-    if settings[name] < 0:
-        raise UserError(f"{name}={settings[name]}: it must be 0 or more")
+run_folder.check_settings(settings, resume)
 if not out_dir:
     raise UserError("out_dir is empty: name a folder, or . for this one")
 if batch_size % n_ranks:
     raise UserError(f"batch_size={batch_size} is not divisible by the {n_ranks} processes: change it")
-run_folder.check_rates(settings, resume)
-if dtype == "float16":
-    raise UserError("dtype=float16 would need loss scaling: take bfloat16, which has float32's range")
 if schedule not in ("cosine", "wsd"):
     raise UserError(f"schedule={schedule!r} is not one of cosine, wsd")
 working_dtype = compute_dtype(dtype)
-run_folder.check_log(log)
 in_first_process(run_folder.check, out_dir, SCRIPT, overwrite, resume, [data] if resume else [data, init])
 
 # ---- data: random windows of a flat file of tokens -------------------------------------------------------------------
@@ -390,26 +381,18 @@ COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "le
 losses = {**dict.fromkeys(["train", "val", "bits_per_byte", "initial_val", "best_val"]), **meta.get("losses", {})}
 if run_folder.header_of(best_path).get("losses", {}).get("val") != losses["best_val"]:  # it is lost, or newer
     losses["best_val"] = None
-rows, seconds_before, tokens_per_step = [], 0.0, batch_size * grad_accum * block_size
+tokens_per_step = batch_size * grad_accum * block_size
 tokens_before = meta.get("tokens", start_step * old["batch_size"] * old["grad_accum"] * old["block_size"])
 saved = resume  # whether this run has a checkpoint
 in_first_process(run_folder.start, out_dir, SCRIPT, settings, source, start_step)
 if rank == 0:
-    send = run_folder.log_to(log, out_dir, settings, start_step)
-    if resume:
-        rows = run_folder.read_rows(out_dir, start_step, COLUMNS)
-        seconds_before = max((float(row["seconds"]) for row in rows), default=0.0)
-    run_folder.write_rows(out_dir, COLUMNS, rows)
+    rows, add_row = run_folder.open_rows(out_dir, COLUMNS, settings, start_step)
 commit = run_folder.git_commit()
 
 
 def record(step: int, **figures):
     if rank == 0:
-        row = {"step": step, "tokens": tokens_before + (step - start_step) * tokens_per_step, **figures}
-        row["seconds"] = round(seconds_before + time.perf_counter() - began, 2)
-        rows.append(row)
-        run_folder.add_row(out_dir, COLUMNS, row)
-        send(row)
+        add_row(step=step, tokens=tokens_before + (step - start_step) * tokens_per_step, **figures)
 
 
 def save(step: int, is_best: bool = False):
@@ -485,7 +468,7 @@ if init and not resume and block_size != before["block_size"]:
     say(f"the context is {block_size:,} tokens; that of {init} is {before['block_size']:,}, see --block_size")
 
 model.train()
-step, pending, began = start_step, None, time.perf_counter()
+step, pending = start_step, None
 lap_time, lap_steps, speed = 0.0, 0, 0.0  # speed: tokens a second, up to the last log line
 bar = tqdm(total=max_iters, initial=start_step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
 

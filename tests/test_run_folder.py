@@ -609,19 +609,19 @@ def test_rows(content, steps, says, tmp_path, capsys):
 ])
 def test_rates(settings, says, monkeypatch):
     with pytest.raises(UserError, match=says):
-        run_folder.check_rates(settings)
+        run_folder.check_settings(settings)
     if "min_lr" in settings:  # an old checkpoint's own stays
-        run_folder.check_rates(settings, resume=True)
+        run_folder.check_settings(settings, resume=True)
         monkeypatch.setattr(run_folder, "given", {"min_lr"})
         with pytest.raises(UserError, match=says):
-            run_folder.check_rates(settings, resume=True)
+            run_folder.check_settings(settings, resume=True)
 
 
 def test_rates_that_are_right():
     for least in (0.0, 0.01, 0.1, 1.0):
-        run_folder.check_rates({"learning_rate": 0.0, "muon_lr": 0.05, "min_lr": least, "beta1": 0.0, "beta2": 0.999,
+        run_folder.check_settings({"learning_rate": 0.0, "muon_lr": 0.05, "min_lr": least, "beta1": 0.0, "beta2": 0.999,
                                 "dropout": 0.5, "weight_decay": 0.0, "grad_clip": math.inf})
-    run_folder.check_rates({})
+    run_folder.check_settings({})
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
