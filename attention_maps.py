@@ -193,7 +193,7 @@ def draw(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str]):
             if head >= len(each):
                 spot.axis("off")
             elif name == "difference":
-                top = np.nanmax(np.abs(each[head])) or 1
+                top = np.nan_to_num(np.abs(each[head])).max() or 1  # with mod=topk a layer may skip all tokens
                 spot.imshow(each[head], cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
             else:
                 spot.imshow(each[head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -116,6 +117,7 @@ def our_round(task: dict):
 
 
 if task:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the process that has started this one says that it was stopped
     try:
         described = json.loads(task)
     except ValueError:

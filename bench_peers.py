@@ -8,6 +8,7 @@ torch.compile, bfloat16 and a fused AdamW on a GPU; decoding with a preallocated
 and generate_step. Exit status 3: the package is not installed.
 """
 import json
+import signal
 import sys
 import time
 
@@ -123,6 +124,7 @@ def mlx_lm_round(task: dict):
 # ---- serve -----------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # bench.py says that it was stopped
     peers = {"torch": torch_round, "mlx_lm": mlx_lm_round}
     if len(sys.argv) != 3 or sys.argv[1] not in peers or not sys.argv[2].startswith("{"):
         print(f"{sys.argv[0]} is started by bench.py: run `python bench.py` instead", file=sys.stderr)

@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import difflib
 import json
+import math
 import os
 import re
 import shlex
@@ -90,11 +91,11 @@ def _parse(settings: dict, positional: tuple, arguments: list[str]) -> dict:
 def _convert(name: str, text: str, kind: type):
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        if value == value and not (kind is int and abs(value) >= 2**63):  # nan differs from itself
+        if kind in (bool, str) or kind is int and abs(value) < 2**63 or kind is float and math.isfinite(value):
             return value
     except (ValueError, KeyError):
         pass
-    wanted = {bool: "true or false", int: "a whole number of at most 64 bits", float: "a number"}[kind]
+    wanted = {bool: "true or false", int: "a whole number of at most 64 bits", float: "a number that is finite"}[kind]
     raise UserError(f"--{name}={shlex.quote(text)}: it must be {wanted}")
 
 
@@ -187,6 +188,8 @@ def _excepthook(kind, error, trace):
         line, status = f"{script}: {error}", 2
     elif kind is RuntimeError and "Could not load C++ shared library" in str(error):  # Ctrl-C ended MLX's compiler, too
         line, status = "stopped while MLX compiled a kernel", 130
+    elif kind is RuntimeError and "Failed to compile function" in str(error):
+        line, status = f"{script}: MLX cannot compile a kernel: is the disk full? ({str(error).splitlines()[-1]})", 2
     elif issubclass(kind, MemoryError):
         line, status = f"{script}: there is not enough memory: {str(error) or 'make something smaller'}", 2
     elif issubclass(kind, OSError):

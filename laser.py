@@ -17,6 +17,7 @@ edit of each matrix, and draws a picture of them, layer by matrix, coloured by t
 model.py multiplies by one after the other. Each expert's matrix is edited on its own, and is never stored as factors.
 The edits are written to the checkpoint's header, under "laser".
 """
+import math
 import os
 
 import blas  # noqa: F401  (before mlx)
@@ -59,7 +60,11 @@ def rank_of(shape: tuple, rho: float) -> int:
 
 def svd(W: mx.array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The singular value decomposition, float32: W (..., m, n) -> (..., m, r), (..., r), (..., r, n), r = min(m, n)."""
-    return np.linalg.svd(np.array(W.astype(mx.float32)), full_matrices=False)
+    with np.errstate(all="ignore"):
+        parts = np.linalg.svd(np.array(W.astype(mx.float32)), full_matrices=False)
+    if not np.isfinite(parts[1]).all():
+        raise UserError("a matrix holds numbers that are too large to be decomposed: give another checkpoint")
+    return parts
 
 
 def low_rank(parts: tuple, k: int) -> tuple[mx.array, mx.array]:
@@ -244,6 +249,8 @@ if __name__ == "__main__":
         batch_size = min(batch_size, len(rows))
         search_rows, held_out = rows[:len(rows) // 2], rows[len(rows) // 2:]
         before = measure(model, search_rows), measure(model, held_out)
+        if not math.isfinite(before[0][0] + before[1][0]):
+            raise UserError(f"the model's loss on {data} is infinite or NaN: give another checkpoint")
     size = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
     dense = {path: module.weight for path, module in layers.items()}
     if search:

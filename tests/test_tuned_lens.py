@@ -207,7 +207,7 @@ def test_apply(learned):
     (["--data={text}", "--out={path}"], "its name must end in .lenses"),
     (["--data={text}", "--out={folder}"], "d.lenses: it is a folder"), (["--data={text}", "--seed=-1"], "seed=-1"),
     (["--data={text}", "--picture=x.html"], "let its name end in .png"),
-    (["--data={text}", "--out={wild}", "--max_iters=5", "--learning_rate=inf"], "smaller --learning_rate"),
+    (["--data={text}", "--out={wild}", "--max_iters=5", "--learning_rate=1e38"], "smaller --learning_rate"),
     (["--apply={path}", "--prompt=x"], "is not a lens file"),
     (["--apply={cut}", "--prompt=x"], "is not a whole TGTL file"),
 ])
