@@ -129,7 +129,7 @@ def turn(role: str, row: dict, fields: list[str]) -> list[dict]:
 
 
 def with_opening(row: dict, messages: list[dict]) -> list[dict]:
-    """The messages after those that OPENING holds, unless they begin with these."""
+    """The messages, and before them those of the fields in OPENING, unless they begin with these already."""
     first = [{"role": "system", "content": text} for field in OPENING[:2]
              if field in row and (text := text_of(row, field)).strip()]
     first += messages_of(row["history"], "history") if row.get("history", "") not in ("", "[]", []) else []
@@ -200,7 +200,7 @@ def to_pairs(row: dict) -> tuple[str, list[str], list[tuple[list[dict], str, str
 
 
 def with_prompt(prompt: list[dict], answer: list[dict], is_text: bool) -> list[dict]:
-    """Both. The answer may begin with the end of the prompt; if the prompt is a text, the answer may hold all of it."""
+    """The messages of prompt and answer. The answer may repeat the end of the prompt; if that is a text, all of it."""
     both = next((n for n in range(min(len(prompt), len(answer)), 0, -1) if prompt[-n:] == answer[:n]), 0)
     return answer if is_text and not both and answer[0]["role"] != "assistant" else prompt + answer[both:]
 
@@ -323,8 +323,7 @@ def split(examples: list, share: float, seed: int) -> tuple[list, list]:
 
 
 def without(examples: list, held_out: list) -> list:
-    """The examples that do not begin as one of those held out does; it prints how many others there are. UserError if
-    none is left."""
+    """The examples whose prompts are not held out, too. It prints how many are left out. UserError: none is left."""
     known = {beginning(example) for example in held_out}
     kept = [example for example in examples if beginning(example) not in known]
     if not kept:

@@ -318,10 +318,8 @@ def keep_source(out_dir: str, source: dict[str, bytes], step: int):
         last = Path(out_dir, kept[-1])
         if source == {path.name: path.read_bytes() for path in last.iterdir() if path.is_file()}:
             return
-    stem = f"source-{step}" if step else "source"
-    name, number = stem, 2
-    while name in kept:  # it has changed again since it was resumed at this step before
-        name, number = f"{stem}-{number}", number + 1
+    stem = f"source-{step}" if step else "source"  # with a number if it has changed at this step before
+    name = next(name for name in (stem, *(f"{stem}-{i + 2}" for i in range(len(kept)))) if name not in kept)
     temporary = os.path.join(out_dir, "source.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     os.mkdir(temporary)

@@ -24,8 +24,8 @@ UNPACK = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bunz
 
 def read_text(path: str, size: int) -> Iterator[tuple[bool, str]]:
     """The pieces of a text file, each of at most about `size` bytes: (whether a document begins, text). <|endoftext|>
-    ends a document, is left out, and so is a document after it that only has blanks, such as the end of the last line.
-    Raises NotText."""
+    ends a document and is left out. A document after it that has only blanks, such as a file's last newline, is left
+    out, too. Raises NotText."""
     begins, first, held = True, True, ""
     for block in decoded(path, size):
         for i, text in enumerate(block.split(END)):

@@ -192,8 +192,8 @@ def tokenizer_of(path: str) -> Tokenizer:
 
 def open_tokens(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
     """Open a folder that data.py wrote: (meta.json, ids {"train": (N,), "val": (M,)}, which are mapped into memory).
-    UserError, which gives the command that makes the folder again, unless all of it is whole: meta.json, the lengths of
-    the files, and every id, which must be in the tokenizer's vocabulary."""
+    UserError, with the command that makes the folder again, if meta.json is not whole, a file is longer or shorter than
+    meta.json says, or an id is not in the tokenizer's vocabulary."""
     path, meta, tokens = os.path.join(folder, "meta.json"), {}, {}
     try:
         with open(path, encoding="utf-8") as file:
@@ -343,13 +343,8 @@ def bpe_pattern(found: dict) -> str | None:
 def merges_go_by_ids(merges: list, vocab: dict[str, int]) -> bool:
     """Whether the tokens that the merges make have increasing ids, as tiktoken assumes. Several merges in a row may
     make one token."""
-    last = -1
-    for merge in merges:
-        i = vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)]
-        if i < last:
-            return False
-        last = i
-    return True
+    ids = [vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
+    return ids == sorted(ids)
 
 
 def same_ids(ours: Tokenizer, theirs: Tokenizer) -> bool:
