@@ -116,7 +116,7 @@ def write(lines: list[bytes]):
         raise
 
 
-file, lines, rows, asked, numbers = None, [], [], [], []  # of the file: its lines, what they say, prompts, batches
+file, lines, asked, numbers = None, [], [], []  # of the file: its lines, and their prompts and batches
 if os.path.exists(out):  # locked first, so that no other process can add lines after this one has looked
     file = locked_file("r+b")
     content = file.read()
@@ -126,18 +126,16 @@ if os.path.exists(out):  # locked first, so that no other process can add lines 
             rows = [json.loads(line) for line in lines]
             asked = [row["messages"][-2]["content"] for row in rows]
             numbers = [row["batch"] for row in rows]
-            if not all(type(number) is int and type(text) is str for number, text in zip(numbers, asked, strict=True)):
-                raise ValueError("a batch is not a number, or a prompt not a text")
-            if numbers != sorted(numbers) or numbers and numbers[0] < 0:
-                raise ValueError("its batches are out of order")
+            if {*map(type, numbers)} - {int} or {*map(type, asked)} - {str} or numbers != sorted(map(abs, numbers)):
+                raise ValueError("a batch or a prompt is of another type, or batches are out of order")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{out} is not a file of {SCRIPT} ({error!r}): give another --out") from error
     elif content and not overwrite:
         run_folder.ask_to_replace(f"{out} exists", [
             "--overwrite=True to replace it", "--resume=True to go on with it",
             f"--out={shlex.quote(run_folder.free_name(out, os.path.splitext(out)[1]))}"])
-if len(rows) >= n:
-    print(f"{out} holds {len(rows)} conversations: give a larger --n for more")
+if len(lines) >= n:
+    print(f"{out} holds {len(lines)} conversations: give a larger --n for more")
     raise SystemExit
 
 # ---- filters ---------------------------------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ file = file or locked_file("x+b")
 file.truncate(sum(map(len, lines)))
 
 # The last batch of the file may not be whole: it is made again, and what it lacks is added.
-kept, batch = len(rows), max(numbers, default=0)
+kept, batch = len(lines), max(numbers, default=0)
 whole = sum(number < batch for number in numbers)
 known, unfinished = Known([*avoided, *asked[:whole]]), lines[whole:]
 
@@ -280,7 +278,7 @@ def conversations(batch: int) -> list[list[dict]]:
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
-dropped, without, began_with, made = Counter(), 0, whole, 0
+dropped, without, made = Counter(), 0, 0
 bar = tqdm(total=n, initial=kept, unit=" conversations", disable=None, dynamic_ncols=True)
 last, stops = [], run_folder.catch_stops()
 while kept < n:
@@ -299,7 +297,7 @@ while kept < n:
     write(lines)
     kept, batch, without, last = kept + len(found), batch + 1, 0 if found else without + 1, found or last
     bar.update(len(found))
-    bar.set_postfix_str(f"{(kept - began_with) / made:.0%} kept")
+    bar.set_postfix_str(f"{(kept - whole) / made:.0%} kept")
     if without == patience:
         bar.close()
         reasons = ", ".join(f"{count} {reason}" for reason, count in (+dropped).most_common())
@@ -313,5 +311,5 @@ bar.close()
 for messages in last[:3]:
     for message in messages[-2:]:
         print(textwrap.fill(f"{message['role']}: {message['content']}", 120, subsequent_indent="    "))
-print(f"{made} made, {kept - began_with} kept"
+print(f"{made} made, {kept - whole} kept"
       + "".join(f", {count} {reason}" for reason, count in (+dropped).most_common()) + f"; {out} holds {kept}")
