@@ -13,8 +13,9 @@ in the line that is printed. Texts are kept as they are; several texts of a prom
 
 Messages are a list of {"role", "content"} or {"from", "value"}, of {"input", "output"}, of texts by turns, or of pairs
 of a question and an answer. Wherever a text may stand, messages may stand. A content may be a list of parts of text. An
-answer with "weight": 0 is not learned. Turns after the last answer are left out. A row is skipped, and counted, if it
-has an answer without text, a role that the templates lack (such as tool), a call of a tool, or an image.
+answer with "weight": 0 or "train": false is not learned. Turns after the last answer are left out. A row is skipped,
+and counted, if it has an answer without text, a role that the templates lack (such as tool), a call of a tool, or an
+image.
 """
 import itertools
 import os
@@ -37,8 +38,8 @@ CONVERSATIONS = {
     "Capybara": "conversation",
     "prompt and completion": "prompt completion",
     "prompt and response": "prompt response",
-    "Alpaca": "instruction input? output",
-    "Dolly": "instruction context? response",
+    "Alpaca": "instruction input? context? output",
+    "Dolly": "instruction input? context? response",
     "OpenOrca": "question context? response",
     "question and answer": "question context? answer",
     "MetaMath": "query response",
@@ -58,6 +59,7 @@ PREFERENCES = {
 }
 OPENING = ("system", "system_prompt", "history")  # they precede the prompt
 LABELS = ("label", "kto_tag")
+MESSAGE = {"role", "content", "from", "value", "input", "output", "weight", "train", "training", "messages"}  # are read
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
          **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai"), "assistant")}
 
@@ -82,6 +84,8 @@ def message_of(item: dict) -> dict:
     """{"role", "content"}, and "weight" if that is 0."""
     name = item["role"] if item.get("role") is not None else item.get("from")
     role, weight = ROLES.get(str(name).lower()), item.get("weight")
+    if item.get("train") is False or item.get("training") is False:
+        weight = 0
     if not role:
         raise ValueError(f"role {str(name)[:30]!r} is not one that a template has: system, user, assistant")
     if item.get("tool_calls") or item.get("function_call"):
@@ -278,6 +282,7 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
         fields = [*(field for field in OPENING if field in row), *fields]
         used.setdefault(layout, {}).update(dict.fromkeys(fields))
         unused.update(dict.fromkeys(name for name in row if name not in fields))
+        unused.update((f"{field}.{name}", None) for field in fields for name in unread_of_messages(row[field]))
     if not total:
         raise UserError(f"{path} is empty: it must hold {what}")
     if not found:
@@ -297,6 +302,12 @@ def read_examples(path: str, strict: bool, convert: Callable, layouts: dict[str,
     return found, (f"{path}: {len(found):,} {what}, {', '.join(shown)}"
                    + f"; not read: {', '.join(list(unused)[:8])}" * bool(unused)
                    + f"; {len(bad):,} of {total:,} rows SKIPPED" * bool(bad))
+
+
+def unread_of_messages(value) -> list[str]:
+    """The fields of messages that hold something and are not read, such as "reasoning_content"."""
+    items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+    return [name for item in items for name, held in item.items() if held and name not in MESSAGE]
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------

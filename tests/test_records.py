@@ -33,10 +33,19 @@ CONVERSATIONS = {
          ["How?", "So."]]}]""",
         [["user: Sing.", "answer: La"], ["system: Be brief.", "user: Hi", "answer: Hello", "user: How?", "answer: So.",
                                          "user: Add.\n\n1 2", "answer: 3"]]),
+    "Alpaca (instruction, context, output)": ("a.jsonl", """
+        {"instruction": "Who?", "context": "Ann sang.", "output": "Ann"}""",
+        [["user: Who?\n\nAnn sang.", "answer: Ann"]]),
+    "Dolly (instruction, input, response)": ("a.json", """[
+        {"instruction": "Add.", "input": "1 2", "response": "3"},
+        {"instruction": "Sing.", "input": "", "response": "La"}]""",
+        [["user: Add.\n\n1 2", "answer: 3"], ["user: Sing.", "answer: La"]]),
     "messages (messages)": ("a.jsonl", """
         {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey", "weight": 0}, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Ciao", "weight": 1}]}
+        {"messages": [{"role": "user", "content": "Hi", "train": true}, {"role": "assistant", "content": "Hey", "train": false}, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Ciao", "train": true}]}
         {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}, {"role": "assistant", "content": " né 漢 "}]}""",  # noqa: E501
         [["system: Be kind.", "user: Hi", "assistant: Hey", "user: Bye", "answer: Ciao"],
+         ["user: Hi", "assistant: Hey", "user: Bye", "answer: Ciao"],
          ["system: x", "user: a b", "answer:  né 漢 "]]),
     "messages (system, messages)": ("a.jsonl", """
         {"system": "Be kind.", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey"}]}
@@ -238,6 +247,13 @@ def test_turns_without_an_answer_are_counted(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"messages": talk[:n]}) for n in (2, 3, 4)))
     assert read_conversations(path) == [talk[:2]] * 3
     assert "; 3 turns after the last answer left out" in capsys.readouterr().out
+
+
+def test_unread_fields_are_named(tmp_path, capsys):
+    thought = {"role": "assistant", "content": "Hey", "thinking": "Hm.", "tool_calls": [], "name": None}
+    path = write(tmp_path / "a.jsonl", json.dumps({"id": 3, "messages": [{"role": "user", "content": "Hi"}, thought]}))
+    read_conversations(path)
+    assert capsys.readouterr().out == f"{path}: 1 conversations, messages (messages); not read: id, messages.thinking\n"
 
 
 # ---- bad rows --------------------------------------------------------------------------------------------------------
