@@ -14,11 +14,17 @@ from collections.abc import Iterator
 from config import UserError
 from text_files import decoded
 
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
+
 
 def read_rows(path: str) -> Iterator[tuple[str, dict | ValueError]]:
     """The rows of a file: (where the row stands, the row). In place of a row that cannot be read stands a ValueError
     that says why. A list in a .json file is read whole; all else is read a part at a time. UserError: the file is not
-    in UTF-8, UTF-16 or UTF-32, is damaged, or needs pyarrow."""
+    in UTF-8, UTF-16 or UTF-32, is damaged, is a folder, or needs pyarrow."""
+    if os.path.isdir(path):
+        held = [name for name in sorted(os.listdir(path)) if name.lower().endswith(ENDINGS)]
+        example = f", such as {os.path.join(path, held[0])}" if held else ""
+        raise UserError(f"{path} is a folder: give a file{example}")
     extension = os.path.splitext(path.lower().removesuffix(".gz"))[1]
     read = {".parquet": read_parquet, ".csv": read_table, ".tsv": read_table}.get(extension, read_json)
     try:

@@ -127,6 +127,15 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         rows_of(tmp_path / "a.parquet")
 
 
+def test_a_folder_is_told(tmp_path):
+    """mlx-lm and Hugging Face keep train.jsonl and valid.jsonl in a folder; its name alone is not enough."""
+    with pytest.raises(UserError, match="is a folder: give a file$"):
+        rows_of(tmp_path)
+    write(tmp_path / "train.jsonl", "{}")
+    with pytest.raises(UserError, match="is a folder: give a file, such as .*train.jsonl$"):
+        rows_of(tmp_path)
+
+
 def test_no_command_of_its_own():
     done = subprocess.run([sys.executable, rows.__file__], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.endswith("no command of its own: run data.py, which uses it\n")
