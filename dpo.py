@@ -290,11 +290,7 @@ def side_by_side(x: mx.array) -> mx.array:
 
 # ---- the reference: the log-probabilities before the first update ----------------------------------------------------
 
-
-def log_probs(ids, learned):
-    return answer_log_probs(model, ids, learned)
-
-
+log_probs = partial(answer_log_probs, model)
 if compile:
     log_probs = mx.compile(log_probs, inputs=model.state)
 

@@ -235,7 +235,7 @@ if __name__ == "__main__":
     out = output_path(checkpoint, out, "laser", data)
     picture, _ = pictures(picture or f"{out.removesuffix('.safetensors')}.png")
     check_output(picture, checkpoint, data)
-    check_finite(model)
+    check_finite(checkpoint, dict(tree_flatten(model.parameters())))
     layers = {path: module for path, module in matrices(model).items() if path.startswith("blocks.")}
     for path, module in layers.items():
         if "scales" in module:

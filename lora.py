@@ -34,9 +34,10 @@ from safetensors import SafetensorError, safe_open
 import quantized
 from config import UserError
 from model import GPT, VERSION, Linear, load_arrays, load_checkpoint, save_arrays
-from packing import matrices
+from packing import check_finite, matrices
 from quantized import BITS, replace_module
 from readers import GPT2, LLAMA, NAMES, OURS, PREFIX
+from run_folder import read_header
 from tokenizer import Tokenizer
 
 KINDS = ("lora", "rslora", "dora")
@@ -182,11 +183,10 @@ def adapter_arrays(model: GPT) -> dict[str, mx.array]:
 
 def save_adapter(path: str, model: GPT, meta: dict | None = None, fingerprint: str | None = None,
                  bases: Sequence[str] = ()):
-    """Write the adapters alone, which must be of one kind, rank and alpha. fingerprint: the base_fingerprint() of the
-    base, or the "fingerprint" of load_adapted(); None: that of the model as it is. bases: the files that make the base,
-    by which load_adapted() finds it: a checkpoint or an adapter, and adapters for it as PATH or PATH:WEIGHT. meta: more
-    for the header, as JSON; meta["base_bits"]: the bits that the base was quantized to before the adapters were
-    attached, 0: none."""
+    """Write the adapters alone, which must be of one kind, rank and alpha. meta: more for the header, as JSON, with
+    "base_bits", the bits that the base was quantized to before. fingerprint: of the base, from base_fingerprint() or
+    load_adapted(); None: of the model as it is. bases: the files by which load_adapted() finds the base: a checkpoint
+    or an adapter, and adapters for it as PATH or PATH:WEIGHT."""
     adapters = [module for module in linear_layers(model).values() if isinstance(module, Adapter)]
     facts = {(module.kind, len(module.a), module.alpha) for module in adapters}
     if len(facts) != 1 or any(isinstance(module.base, Adapter) for module in adapters):
@@ -213,12 +213,11 @@ def save_merged(path: str, model: GPT, meta: dict):
 
 def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
     """A checkpoint with adapters attached: (model, meta). path: a checkpoint, or an adapter file, whose base is found
-    through its header. adapters: more of them, each PATH or PATH:WEIGHT. Adapters with an equal base add up. One that
-    was trained on the base with the adapters before it was trained on their merged weights: these are merged first.
+    through its header. adapters: more of them, each PATH or PATH:WEIGHT. Adapters with an equal base add up. Before an
+    adapter that was trained on a model with adapters, these are merged.
 
-    meta is the checkpoint's, with "template" of the last adapter that names one, and "files", all paths that were read.
-    With adapters, meta["fingerprint"] is what an adapter that is trained on this model records as its base; without,
-    that is base_fingerprint(model)."""
+    meta is the checkpoint's, with "template" of the last adapter that names one, "files", all paths that were read, and
+    if there are adapters "fingerprint", which identifies this model as the base of another adapter."""
     checkpoint, chain = chain_of(path)
     n_found = len(chain)
     chain += [path_and_weight(adapter) for adapter in adapters]
@@ -244,13 +243,6 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
     return model, meta
 
 
-def check_finite(path: str, arrays: dict[str, mx.array]):
-    """UserError, which names the first tensor that holds infinite or NaN numbers."""
-    for name, array in arrays.items():
-        if not mx.isfinite(array.sum()).item() and not mx.isfinite(array).all().item():  # the sum alone may overflow
-            raise UserError(f"{path} has infinite or NaN numbers in {name}: give another checkpoint")
-
-
 def chain_of(path: str) -> tuple[str, list[tuple[str, float]]]:
     """The checkpoint under an adapter file, and the adapters to load onto it in turn as (path, weight), of which this
     file is the last. A checkpoint has none."""
@@ -259,30 +251,19 @@ def chain_of(path: str) -> tuple[str, list[tuple[str, float]]]:
                         f"--adapter={shlex.quote(path)}")
     chain, seen = [], set()
     while (header := read_header(path)).get("adapter"):
-        bases, seen = bases_of(path, header), {*seen, os.path.realpath(path)}
-        chain = [(path, 1.0), *chain]
+        bases, chain = bases_of(path, header), [(path, 1.0), *chain]
+        seen.add(os.path.realpath(path))
         to_do = f"give the checkpoint, and {' '.join(f'--adapter={shlex.quote(adapter)}' for adapter, _ in chain)}"
         if not bases:
             raise UserError(f"{path} is an adapter that does not tell where its base is: {to_do}")
         beside = [path_and_weight(base) for base in bases[1:]]
-        chain = [*beside, *chain]
         for base in (bases[0], *(adapter for adapter, _ in beside)):
             if not os.path.exists(base):
                 raise UserError(f"{path} was trained on {base}, which is missing: {to_do}")
         if os.path.realpath(bases[0]) in seen:
             raise UserError(f"{path} names {bases[0]} as its base, which is or needs {path} itself: {to_do}")
-        path = bases[0]
+        path, chain = bases[0], [*beside, *chain]
     return path, chain
-
-
-def read_header(path: str) -> dict:
-    """The header of a checkpoint or an adapter file; {} for any other file, which load_checkpoint() refuses."""
-    try:
-        with safe_open(path, "numpy") as file:
-            header = json.loads((file.metadata() or {}).get("tinygpt", "null"))
-    except (SafetensorError, OSError, ValueError, RecursionError):  # the last: JSON that is nested too deeply
-        header = None
-    return header if isinstance(header, dict) else {}
 
 
 def bases_of(path: str, header: dict) -> list[str]:
@@ -309,7 +290,7 @@ def path_and_weight(adapter: str) -> tuple[str, float]:
     return (path, weight) if colon else (adapter, 1.0)
 
 
-def another_base(path: str, meta: dict, found: bool = False) -> str:
+def another_base(path: str, meta: dict, found: bool) -> str:
     """The line for an adapter of another base than this. found: this one was found through the adapter's header."""
     bases = bases_of(path, meta)
     if found:
@@ -332,17 +313,6 @@ def adapted_fingerprint(fingerprint: str, modules: dict[str, dict], meta: dict, 
                 digest.update(f"{name} {array.dtype} {array.shape} ".encode())
                 digest.update(np.array(array.view(mx.uint8)).tobytes())
     return digest.hexdigest()
-
-
-def load_adapter(model: GPT, path: str, weight: float = 1.0, fingerprint: str | None = None) -> dict:
-    """Put a saved adapter onto a model: a file that save_adapter() wrote, or a folder of PEFT's. The change B A is
-    multiplied by `weight`. A file's base must have this fingerprint (None: that of the model as it is); PEFT's folders
-    do not identify their base. Returns the adapter's meta."""
-    modules, meta = read_adapter(path)
-    if "base" in meta and meta["base"] != (fingerprint or base_fingerprint(model)):
-        raise UserError(another_base(path, meta))
-    add_adapter(model, path, modules, meta, weight)
-    return meta
 
 
 def read_adapter(path: str) -> tuple[dict[str, dict], dict]:

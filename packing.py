@@ -161,11 +161,11 @@ def output_path(checkpoint: str, out: str, label: str, *texts: str) -> str:
     return out
 
 
-def check_finite(model: nn.Module):
-    """UserError where a parameter is infinite or NaN."""
-    for name, array in tree_flatten(model.parameters()):
-        if not mx.isfinite(array).all().item():
-            raise UserError(f"{name.rpartition('.')[0]} has infinite or NaN weights: give another checkpoint")
+def check_finite(path: str, arrays: dict[str, mx.array]):
+    """UserError, which names the file and the first of its arrays that holds infinite or NaN numbers."""
+    for name, array in arrays.items():
+        if not mx.isfinite(array.sum()).item() and not mx.isfinite(array).all().item():  # the sum alone may overflow
+            raise UserError(f"{path} has infinite or NaN numbers in {name}: give another checkpoint")
 
 
 def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str,
@@ -175,7 +175,7 @@ def open_dense(checkpoint: str, out: str, label: str, scale_dtype: str,
         raise UserError(f"scale_dtype={scale_dtype!r} is not one of float16, float32")
     model, meta = load_checkpoint(checkpoint)
     out = output_path(checkpoint, out, re.sub(r"[^.0-9a-z_=]+", "-", label), *texts)
-    check_finite(model)
+    check_finite(checkpoint, dict(tree_flatten(model.parameters())))
     enc = Tokenizer.from_dict(meta["tokenizer"]) if meta.get("tokenizer") else None
     return model, meta, enc, out
 

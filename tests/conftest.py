@@ -46,6 +46,14 @@ def page(chromium, server):
         yield opened
 
 
+def load_adapter(model, path: str, weight: float = 1.0) -> dict:
+    """Put a saved adapter onto a model, whatever its base was. Returns the adapter's header."""
+    from lora import add_adapter, read_adapter
+    modules, meta = read_adapter(path)
+    add_adapter(model, path, modules, meta, weight)
+    return meta
+
+
 def run_here(script: str, *arguments):
     """The same in this process, a second faster: its errors come out as they are."""
     import config

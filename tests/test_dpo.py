@@ -10,7 +10,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_adapter
 from test_sft import ON_PATH, STOPPED, assert_equal, folder, sft  # noqa: F401  (folder: a checkpoint)
 
 import lora
@@ -139,7 +139,7 @@ def test_learns(folder, pairs, tmp_path, arguments, first):  # noqa: F811
         model, meta = load_checkpoint(str(tmp_path / "dpo.safetensors"))
     else:
         model, _ = load_checkpoint(str(folder / "base.safetensors"))
-        meta = lora.load_adapter(model, str(tmp_path / "dpo.safetensors"))
+        meta = load_adapter(model, str(tmp_path / "dpo.safetensors"))
     best = min(held_out[1:], key=lambda row: row["loss"])
     reference, _ = load_checkpoint(str(folder / "base.safetensors"))
     lora.quantize_base(reference, 8 if "--base_bits=8" in arguments else 0)

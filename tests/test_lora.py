@@ -12,12 +12,14 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from conftest import load_adapter
 from mlx.utils import tree_flatten, tree_map
 from test_model import build, in_transformers
 
 import lora
+import packing
 from config import UserError
-from lora import Adapter, attach, base_fingerprint, load_adapted, load_adapter, merge, quantize_base, save_adapter
+from lora import Adapter, attach, base_fingerprint, load_adapted, merge, quantize_base, save_adapter
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 every_kind = pytest.mark.parametrize("kind", lora.KINDS)
@@ -429,7 +431,7 @@ def test_fingerprint_of_an_adapted_model(tmp_path):
 
 def test_numbers_that_are_not_finite(tmp_path):
     """Told by the tensor's name; large numbers whose sum overflows are finite."""
-    lora.check_finite("", {"x": mx.full((4,), 3e38), "z": mx.full((4,), 6e4, mx.float16)})
+    packing.check_finite("", {"x": mx.full((4,), 3e38), "z": mx.full((4,), 6e4, mx.float16)})
     model = base()
     save_checkpoint(str(tmp_path / "ckpt"), model, {})
     attach(model, "attn.q")
@@ -449,13 +451,10 @@ def test_mistakes(tmp_path):
             attach(base(), **bad)
     attach(model, "attn", rank=4)
     save_adapter(path, model)
-    other = base(seed=1)
-    with pytest.raises(UserError, match="another base"):
-        load_adapter(other, path)
     with pytest.raises(UserError, match="adapts blocks.1.* which this model lacks"):
-        load_adapter(base(n_layer=1), path, fingerprint=base_fingerprint(base()))
+        load_adapter(base(n_layer=1), path)
     with pytest.raises(UserError, match=r"attn.[kv].b has shape \(64, 4\), but \(32, 4\)"):
-        load_adapter(base(n_kv_head=1), path, fingerprint=base_fingerprint(base()))
+        load_adapter(base(n_kv_head=1), path)
     with pytest.raises(UserError, match=f"is an adapter: .* `python merge.py {path} OUT`"):
         load_checkpoint(path)
     save_checkpoint(path, base(), {})

@@ -11,11 +11,11 @@ import termios
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_adapter
 from mlx.utils import tree_flatten
 
 from conversations import encode_prompt
-from lora import attach, linear_layers, load_adapter, save_adapter
+from lora import attach, linear_layers, save_adapter
 from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
 from tokenizer import EOT, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_adapter
 from mlx.utils import tree_flatten
 
 import lora
@@ -65,7 +65,7 @@ def tuned(folder, out) -> GPT:
     """The model that sft.py left."""
     if "--adapter" in out.name:
         model, _ = load_checkpoint(str(folder / "base.safetensors"))
-        lora.load_adapter(model, str(out / "sft.safetensors"))
+        load_adapter(model, str(out / "sft.safetensors"))
         return model
     return load_checkpoint(str(out / "sft.safetensors"))[0]
 
@@ -154,7 +154,7 @@ def test_folder_for_peft(folder, tmp_path):
     sft(folder, tmp_path / "a", "--epochs=1", "--peft=True")
     models = [load_checkpoint(str(folder / "base.safetensors"))[0] for _ in range(2)]
     for model, path in zip(models, ("sft.safetensors", "peft"), strict=True):
-        lora.load_adapter(model, str(tmp_path / "a" / path))
+        load_adapter(model, str(tmp_path / "a" / path))
     ids = mx.arange(40)[None]
     assert mx.abs(models[0](ids) - models[1](ids)).max() < 1e-5
     model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=64, norm="layer", n_kv_head=1,
