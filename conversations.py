@@ -40,7 +40,7 @@ def turns(prompt: str, response: str) -> list[dict]:
 
 
 def check_template(name: str) -> str:
-    if name not in TEMPLATES:
+    if name not in [*TEMPLATES]:  # a damaged header may hold a list here, which no dict can look up
         raise UserError(f"template={name!r} is not one of {', '.join(TEMPLATES)}")
     return name
 

@@ -90,6 +90,7 @@ class GPTConfig:
     softcap: float = 0.0         # logits are bounded to +-softcap by a tanh; 0: they are not  # softcap
 
     def __post_init__(self):
+        check_numbers(self)
         check_alibi(self)  # alibi
         check_yoco(self)  # yoco
         check_window(self)  # window
@@ -113,10 +114,26 @@ class GPTConfig:
         check_diff(self)  # diff
         swiglu_dim = -(-8 * self.n_embd // (3 * 64)) * 64
         self.ffn_dim = self.ffn_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
+        if max(self.n_head * self.head_dim, self.ffn_dim) >= 2**30:
+            raise UserError(f"n_head * head_dim or ffn_dim={self.ffn_dim} is 2^30 or more: make them smaller")
         choices = {"pos": ("rope", "learned", "none"), "norm": ("rms", "layer"), "mlp": tuple(ACTIVATIONS)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+
+def check_numbers(config: GPTConfig):
+    """UserError for a setting, from a command line or a checkpoint's header, that is no number of its kind."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and not (isinstance(value, int) and abs(value) < 2**31):
+            raise UserError(f"{field.name}={str(value)[:40]}: it must be a whole number below 2^31")
+        if field.type is float:
+            if not (isinstance(value, int | float) and abs(value) < 1e300):
+                raise UserError(f"{field.name}={str(value)[:40]}: it must be a finite number")
+            setattr(config, field.name, float(value))
+    if config.n_layer > 1000:
+        raise UserError(f"n_layer={config.n_layer}: it must be 1000 or less")
 
 
 def check_known(config: GPTConfig, known: str, what: str):
@@ -1238,6 +1255,7 @@ class GPT(nn.Module):
         self.compute_dtype = None  # dtype of the activations; None: that of the parameters
         self.dropout = 0.0  # share of the numbers that are dropped in training  # dropout
         if seed is not None:
+            check_memory(self)
             init_weights(self, seed)
 
     def residual(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,
@@ -1381,6 +1399,14 @@ def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) 
 
 
 # ---- init ------------------------------------------------------------------------------------------------------------
+
+
+def check_memory(model: GPT):
+    """UserError if the parameters, which are not computed yet, are larger than the memory of this machine."""
+    size = sum(p.nbytes for _, p in tree_flatten(model.parameters())) / 2**30
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if size > room:
+        raise UserError(f"a model of {size:,.0f} GiB does not fit into {room:,.0f} GiB of memory: make it smaller")
 
 
 def init_weights(model: GPT, seed: int = 0):

@@ -514,6 +514,17 @@ def test_dropout_of_recomputed_blocks(flavour, every):
     assert model.loss(idx[:, :-1], idx[:, 1:]).item() != pytest.approx(found[0][0].item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("settings, says", [
+    (dict(head_dim=2**32), "head_dim=4294967296"), (dict(n_layer=1001), "n_layer=1001"),
+    (dict(n_layer="4"), "n_layer=4"), (dict(rope_theta=10**400), "rope_theta=1000"),
+    (dict(softcap=math.nan), "softcap=nan"), (dict(norm_eps=math.inf), "norm_eps=inf"),
+    (dict(n_head=2**29, head_dim=2), "n_head . head_dim"), (dict(n_layer=1000, n_embd=2**17), "GiB does not fit"),
+], ids=str)
+def test_sizes_that_make_no_model(settings, says):
+    with pytest.raises(UserError, match=says):
+        GPT(GPTConfig(**settings))
+
+
 @pytest.mark.parametrize("every, recomputed", [(0, []), (1, [0, 1, 2]), (2, [0, 2])])
 def test_activation_checkpointing(every, recomputed, monkeypatch):
     model, idx, blocks = build("Llama", n_layer=3), mx.array(tokens(2, 20)), []
