@@ -251,6 +251,9 @@ if resume and before["rows"] != rows_hash:
 
 working_dtype = compute_dtype(dtype)
 fingerprint = meta.get("fingerprint") or base_fingerprint(model)
+if resume and before.get("base", fingerprint) != fingerprint:
+    raise UserError(f"{checkpoint} has changed since {state_path} was written: put the old file back, or begin anew in "
+                    "another --out_dir")
 merge_adapters(model)
 model.compute_dtype, model.dropout = working_dtype, dropout
 if kind == "full":
@@ -424,7 +427,7 @@ def save_state(step: int):
     comes to the best step again."""
     arrays = dict(tree_flatten({"model": model.trainable_parameters(), "optimizer": opt.state}))
     save_arrays(state_path, arrays, {**facts(step), "version": VERSION, "losses": losses, "tokens": tokens,
-                                     "evaluated": evaluated, "rows": rows_hash})
+                                     "evaluated": evaluated, "rows": rows_hash, "base": fingerprint})
 
 
 def draw_curves():

@@ -110,7 +110,10 @@ def check_maker(path: str, script: str, out_dir: str):
         there = f"; {out_dir} holds {describe(found)}" if found else ""
         raise UserError(f"there is no checkpoint {path} to go on from{there}: leave out --resume=True")
     header = header_of(path)
-    maker = header.get("script", "an unknown script")
+    maker, last = header.get("script", "an unknown script"), read_start(out_dir).get("script", script)
+    if maker == script != last:
+        raise UserError(f"{path} is of a run before that of {last} in {out_dir}: move the files of {script} into a "
+                        "folder of their own, and give it as --out_dir")
     if maker == script or not header:  # a file that is no checkpoint is refused when it is loaded
         return
     if "resume" not in header.get("settings", {}):

@@ -169,6 +169,9 @@ if resume and before["rows"] != rows_hash:
 
 working_dtype = compute_dtype(dtype)
 fingerprint = meta.get("fingerprint") or base_fingerprint(model)
+if resume and kind != "full" and before.get("base", fingerprint) != fingerprint:
+    raise UserError(f"{checkpoint} has changed since {state_path} was written: put the old file back, or begin anew in "
+                    "another --out_dir")
 merge_adapters(model)
 bytes_before = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
 model.compute_dtype, model.dropout = working_dtype, dropout
@@ -308,7 +311,7 @@ def save_state(step: int):
     comes to the best step again."""
     arrays = dict(tree_flatten({"model": model.trainable_parameters(), "optimizer": opt.state}))
     save_arrays(state_path, arrays, {**facts(step), "version": VERSION, "losses": losses, "tokens": tokens,
-                                     "evaluated": evaluated, "rows": rows_hash})
+                                     "evaluated": evaluated, "rows": rows_hash, "base": fingerprint})
 
 
 # ---- loop ------------------------------------------------------------------------------------------------------------

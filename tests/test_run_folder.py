@@ -24,7 +24,7 @@ from test_train import TINY, data  # noqa: F401  (tokens)
 
 import run_folder
 from config import UserError
-from model import load_checkpoint
+from model import load_checkpoint, save_checkpoint
 
 QUICK = [*TINY, "--max_iters=2", "--sample_tokens=0"]
 
@@ -455,6 +455,43 @@ def test_state_of_other_scripts(tmp_path):
     (tmp_path / "sft.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds resume.safetensors \(sft.py, step 3, .* --resume=True"):
         run_folder.check(str(tmp_path), "sft.py", False, False, state="resume.safetensors")
+
+
+def test_state_of_a_run_that_another_script_replaced(tmp_path):
+    """sft.py's state is left where train.py has begun a run with --overwrite=True: loss.csv is train.py's then."""
+    header = {"version": 1, "script": "sft.py", "step": 3, "settings": {"resume": False}}
+    state, out = str(tmp_path / "a" / "resume.safetensors"), str(tmp_path / "a")
+    run_folder.start(out, "sft.py", {}, {"sft.py": b"a"})
+    save_file({"a": np.zeros(2)}, state, {"tinygpt": json.dumps(header)})
+    run_folder.check_maker(state, "sft.py", out)
+    run_folder.check(out, "train.py", True, False)
+    run_folder.start(out, "train.py", {}, {"train.py": b"a"})
+    with pytest.raises(UserError, match=f"{state} is of a run before that of train.py in {out}: move the files"):
+        run_folder.check_maker(state, "sft.py", out)
+    (tmp_path / "b").mkdir()
+    run_folder.check_maker(shutil.move(state, tmp_path / "b"), "sft.py", str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_resume_on_a_base_that_changed(folder, tmp_path, script):  # noqa: F811
+    """An adapter, and the reference of dpo.py, belong to the weights that the run began with."""
+    base, pairs = tmp_path / "base.safetensors", tmp_path / "pairs.jsonl"
+    shutil.copy(folder / "base.safetensors", base)
+    pairs.write_text("".join(json.dumps({"prompt": f"{i} x", "chosen": "x", "rejected": "y"}) + "\n" for i in range(9)))
+    data = pairs if script == "dpo.py" else folder / "tasks.jsonl"  # noqa: F811
+    more = ["--samples=0"] if script == "sft.py" else []
+    resume = ROOT / script, f"--out_dir={tmp_path / 'a'}", "--resume=True"
+    python(ROOT / script, base, data, f"--out_dir={tmp_path / 'a'}", "--epochs=1", "--template=plain", *more)
+    python(*resume, "--epochs=2")
+    state = (tmp_path / "a" / "resume.safetensors").read_bytes()
+    model, meta = load_checkpoint(str(base))
+    model.embed.weight = model.embed.weight * 1.5
+    save_checkpoint(str(base), model, {"tokenizer": meta["tokenizer"], "script": "train.py"})
+    says = f"{base} has changed since {tmp_path / 'a' / 'resume.safetensors'} was written: put the old file back"
+    assert says in python(*resume, "--epochs=3", status=2).stderr
+    assert (tmp_path / "a" / "resume.safetensors").read_bytes() == state
+    shutil.copy(folder / "base.safetensors", base)
+    python(*resume, "--epochs=3")
 
 
 # ---- two at one moment -----------------------------------------------------------------------------------------------
