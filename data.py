@@ -31,10 +31,11 @@ another encoding, with the command that converts it.
 The tokenizer's end-of-text token follows each document. If the tokenizer has another token for the start of a document,
 as Llama's have, this token precedes each document.
 
-Whole documents are chosen for validation, by a hash of their text, so that equal documents are in one split. If they
-are few, or one is very long, their share of the bytes can be far from val_fraction. If it is less than half of that or
-more than twice, documents are taken in the order of their hashes until the share is reached, and the last one may be
-cut: its end is for validation. A source of one document is always cut, and no end-of-text token is put at the cut.
+Validation gets whole documents, chosen by a hash of their text, so that equal documents are in one split. With few
+documents, or a very long one, the share of the bytes can be far from val_fraction. If it is less than half of
+val_fraction or more than twice, documents are taken in the order of their hashes until validation has its share. The
+last of them may be cut: its end is for validation. A source of one document is always cut, and no end-of-text token is
+put at the cut.
 """
 from config import UserError, given, overrides  # first: then Ctrl-C ends the script quietly, also while it imports
 
@@ -218,8 +219,10 @@ def fetch_dataset() -> str:
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
-def text_in(row: dict, where: str) -> str:
-    """The text of a row. UserError if the row has none."""
+def text_in(row: dict | ValueError, where: str) -> str:
+    """The text of a row. UserError if the row has none, or could not be read."""
+    if isinstance(row, ValueError):
+        raise UserError(f"{where}: {row}")
     if field not in row:
         names = ", ".join(repr(name[:30]) for name in list(row)[:12]) or "none"
         name, script = where.rpartition(", ")[0], next((SCRIPTS[key] for key in SCRIPTS if key in row), "")
@@ -231,22 +234,19 @@ def text_in(row: dict, where: str) -> str:
 
 
 def texts_of_rows(name: str) -> Iterator[str]:
-    """The texts of a file's rows. Of rows without one, the number and the first reasons come into `bad_rows`. UserError
-    if no row has a text."""
-    total, bad, reasons = 0, 0, []
+    """The texts of a file's rows. `bad_rows` gets their number, and the reasons why some have no text. UserError if no
+    row has a text."""
+    total, reasons = 0, []
     for where, row in read_rows(name):
         total += 1
         try:
-            if isinstance(row, ValueError):
-                raise UserError(f"{where}: {row}")
             text = text_in(row, where)
         except UserError as error:
-            bad += 1
-            reasons += [str(error)] if len(reasons) < 3 else []
+            reasons.append(str(error))
         else:
             yield text
-        bad_rows[name] = total, bad, reasons
-    if bad and bad == total:
+        bad_rows[name] = total, reasons
+    if 0 < total == len(reasons):
         raise UserError(reasons[0])
 
 
@@ -285,7 +285,7 @@ def utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def draws(parts: Iterator[tuple[bool, str, int]]) -> Iterator[tuple[float, int]]:
+def draws(parts: Iterator[tuple[bool, str, int]], bar: tqdm) -> Iterator[tuple[float, int]]:
     """For each document (draw(), bytes)."""
     number, total = 0.0, 0
     for begins, text, size in parts:
@@ -294,6 +294,7 @@ def draws(parts: Iterator[tuple[bool, str, int]]) -> Iterator[tuple[float, int]]
                 yield number, total
             number, total = draw(text), 0
         total += size
+        bar.update(size)
     if total:
         yield number, total
 
@@ -304,17 +305,15 @@ def draw(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def survey() -> tuple[list[str], int, int, int]:
-    """Read all files once: (those that can be read, bytes, documents, bytes of documents whose draw() is below
-    val_fraction). Why the others cannot be read comes into `skipped`: "" for a binary file."""
-    good, totals = [], np.zeros(3, np.int64)
+def survey() -> tuple[list[str], np.ndarray]:
+    """Read all files once: (those that can be read, the "draw" and "size" of each document). `skipped` gets the reason
+    why another file cannot be read, "" for a binary one."""
+    kinds, good, left = [("draw", "f8"), ("size", "i8")], [], max_bytes or math.inf
+    found = [np.empty(0, kinds)]
     with progress("reading", max_bytes) as bar:
         for name in files:
-            found, left = np.zeros_like(totals), max_bytes - totals[0] if max_bytes else math.inf
             try:
-                for number, size in draws(pieces_of(name, left)):
-                    found += size, 1, size * (number < val_fraction)
-                    bar.update(size)
+                found.append(np.fromiter(draws(pieces_of(name, left), bar), kinds))
             except (UserError, OSError) as error:
                 if len(files) == 1 and not os.path.isdir(path):
                     raise
@@ -323,25 +322,27 @@ def survey() -> tuple[list[str], int, int, int]:
                 bad_rows.pop(name, None)
                 continue
             good.append(name)
-            totals += found
-            if 0 < max_bytes <= totals[0]:
+            left -= found[-1]["size"].sum()
+            if left <= 0:
                 break
     reasons = [reason for reason in skipped.values() if reason]
-    reasons += [reason for _, _, reasons in bad_rows.values() for reason in reasons]
+    reasons += [reason for _, reasons in bad_rows.values() for reason in reasons]
     if strict and reasons:
         raise UserError(reasons[0])
-    if not good or not totals[0]:
+    found = np.concatenate(found)
+    if not len(found):
         reasons += [f"its {len(skipped)} files are binary"] if skipped else ["give another --source"]
         raise UserError(f"{source} holds no text: {reasons[0]}")
-    return good, *totals.tolist()
+    return good, found
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
 
 
 def plan_split() -> tuple[float, float, int, int]:
-    """(val_below, cut, val_from, near): documents whose draw() is below val_below are for validation; of those whose
-    draw() is `cut`, usually one, the part is that begins at the byte val_from, or at most `near` characters before.
+    """(val_below, cut, val_from, near): validation gets the documents whose draw() is below val_below. A document whose
+    draw() is `cut`, and its copies, are cut: the part from byte val_from on, or from up to `near` characters before it,
+    is for validation.
 
     The draw alone decides where that gives both splits between half and twice of their share of the bytes. Otherwise
     documents are taken in the order of their draws until validation has its share, and the last one is cut if with it
@@ -350,19 +351,15 @@ def plan_split() -> tuple[float, float, int, int]:
         return all(part / 2 <= share / n_bytes <= 2 * part for share, part in (
             (val, val_fraction), (n_bytes - val, 1 - val_fraction)))
 
-    if fair(drawn):
-        return val_fraction, -1, 0, 0
-    found = np.fromiter(draws(pieces()), [("draw", "f8"), ("size", "i8")])
     numbers, group, copies = np.unique(found["draw"], return_inverse=True, return_counts=True)
-    if len(numbers) == 1 < documents:
-        raise UserError(f"the {documents} documents of {source} are all equal: add other ones, for validation")
     sizes, training = np.bincount(group, found["size"]), n_bytes * (1 - val_fraction)
     ends = np.cumsum(sizes)
     last = np.searchsorted(ends, n_bytes - training)
-    if fair(ends[last]):
-        return np.nextafter(numbers[last], 1), -1, 0, 0
-    if fair(ends[last] - sizes[last]):
-        return numbers[last], -1, 0, 0
+    for below in (val_fraction, np.nextafter(numbers[last], 1), numbers[last]):
+        if fair(sizes[numbers < below].sum()):
+            return below, -1, 0, 0
+    if len(numbers) == 1 < len(found):
+        raise UserError(f"the {len(found)} documents of {source} are all equal: add other ones, for validation")
     start, size = (training - (n_bytes - ends[last])) / copies[last], sizes[last] / copies[last]
     return numbers[last], numbers[last], int(start), int(min(2000, start / 2, (size - start) / 2))
 
@@ -524,10 +521,9 @@ def describe_skipped() -> list[str]:
         lines += [f"skipped {len(named)} file{'s' * (len(named) > 1)}{also}", *(f"  {reason}" for reason in named[:10])]
     if binary:
         lines.append(f"skipped {len(binary)} binary file{'s' * (len(binary) > 1)}, such as {min(binary)}")
-    if any(bad for _, bad, _ in bad_rows.values()):
-        total, bad, reasons = zip(*bad_rows.values(), strict=True)
-        lines.append(f"skipped {sum(bad):,} of {sum(total):,} rows, such as:")
-        lines += [f"  {reason}" for reason in sum(reasons, [])[:3]]
+    if reasons := [reason for _, reasons in bad_rows.values() for reason in reasons]:
+        lines.append(f"skipped {len(reasons):,} of {sum(total for total, _ in bad_rows.values()):,} rows, such as:")
+        lines += [f"  {reason}" for reason in reasons[:3]]
     return lines
 
 
@@ -535,7 +531,7 @@ def describe_skipped() -> list[str]:
 
 began = time.perf_counter()
 skipped: dict[str, str] = {}  # files that cannot be read: why; "" for a binary file
-bad_rows: dict[str, tuple[int, int, list[str]]] = {}  # for each file of rows: all, those without a text, why
+bad_rows: dict[str, tuple[int, list[str]]] = {}  # for each file of rows: how many, and why some have no text
 files = find_files()
 listed = files or [*filter(os.path.isfile, [path]), *walk(path)]  # a dataset of `datasets` may be files, too
 wanted = fingerprint()
@@ -553,7 +549,8 @@ with output_folder() as folder:
         files = [fetch_shakespeare()]
     elif source.startswith("hf:"):
         files = [fetch_dataset()]
-    files, n_bytes, documents, drawn = survey()
+    files, found = survey()
+    n_bytes, documents = int(found["size"].sum()), len(found)
     val_below, cut, val_from, near = plan_split()
     if tokenizer == "bpe":
         tokens = train_bpe(bpe_sample(), vocab_size)
