@@ -481,21 +481,13 @@ def log_to(log: str, out_dir: str, settings: dict, step: int = 0):
             if not step and name.startswith("events.out.tfevents"):  # of a run that this one replaces
                 os.remove(os.path.join(folder, name))
         writer = SummaryWriter(folder, purge_step=step + 1 if step else None, flush_secs=5, filename_suffix=f".{step}")
-
-        def send(row: dict):
-            for name, value in row.items():
-                if name != "step":
-                    writer.add_scalar(name, value, row["step"])
-    elif log == "wandb":
+        return lambda row: [writer.add_scalar(name, row[name], row["step"]) for name in row if name != "step"]
+    if log == "wandb":
         import wandb
         run = wandb.init(project="tinygpt", name=os.path.basename(os.path.abspath(out_dir)), dir=out_dir,
                          config=settings, mode=os.environ.get("WANDB_MODE", "offline"))
-
-        def send(row: dict):
-            run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-    else:
-        return lambda row: None
-    return send
+        return lambda row: run.log({name: row[name] for name in row if name != "step"}, step=row["step"])
+    return lambda row: None
 
 
 if __name__ == "__main__":
