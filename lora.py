@@ -251,18 +251,20 @@ def chain_of(path: str) -> tuple[str, list[tuple[str, float]]]:
                         f"--adapter={shlex.quote(path)}")
     chain, seen = [], set()
     while (header := read_header(path)).get("adapter"):
-        bases, chain = bases_of(path, header), [(path, 1.0), *chain]
+        bases = bases_of(path, header)
+        beside = [path_and_weight(base) for base in bases[1:]]
+        chain = [*beside, (path, 1.0), *chain]
         seen.add(os.path.realpath(path))
-        to_do = f"give the checkpoint, and {' '.join(f'--adapter={shlex.quote(adapter)}' for adapter, _ in chain)}"
+        given = (f"{adapter}:{weight}" if weight != 1 else adapter for adapter, weight in chain)
+        to_do = f"give the checkpoint, and {' '.join(f'--adapter={shlex.quote(adapter)}' for adapter in given)}"
         if not bases:
             raise UserError(f"{path} is an adapter that does not tell where its base is: {to_do}")
-        beside = [path_and_weight(base) for base in bases[1:]]
         for base in (bases[0], *(adapter for adapter, _ in beside)):
             if not os.path.exists(base):
                 raise UserError(f"{path} was trained on {base}, which is missing: {to_do}")
         if os.path.realpath(bases[0]) in seen:
             raise UserError(f"{path} names {bases[0]} as its base, which is or needs {path} itself: {to_do}")
-        path, chain = bases[0], [*beside, *chain]
+        path = bases[0]
     return path, chain
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import sys
 
 import blas  # noqa: F401  (before mlx)
@@ -312,6 +313,12 @@ def test_a_base_of_several_adapters(chain):
             load_adapted(str(checkpoint), [f"{first}{weights[0]}", f"{second}{weights[1]}", str(third)])
     with pytest.raises(UserError, match="a finite number"):
         load_adapted(str(checkpoint), [f"{first}:nan"])
+    found = checkpoint.rename(checkpoint.with_name("moved"))
+    with pytest.raises(UserError, match="ckpt, which is missing: give the checkpoint, and --adapter=") as told:
+        load_adapted(str(third))
+    given = shlex.split(str(told.value).split("the checkpoint, and ")[1].replace("--adapter=", ""))
+    weight = lora.dense_weight(load_adapted(str(found), given)[0].blocks[1].attn.q)
+    assert len(given) == 3 and np.abs(np.array(weight) - wanted).max() < 2e-5 * np.abs(wanted).max()
 
 
 def test_a_chain_with_quantized_bases(chain):
