@@ -187,7 +187,7 @@ def _excepthook(kind, error, trace):
     elif issubclass(kind, UserError):
         line, status = f"{script}: {error}", 2
     elif kind is RuntimeError and "Could not load C++ shared library" in str(error):  # Ctrl-C ended MLX's compiler, too
-        line, status = "stopped while MLX compiled a kernel", 130
+        line, status = "stopped while MLX compiled a kernel: start again", 130
     elif kind is RuntimeError and "Failed to compile function" in str(error):
         line, status = f"{script}: MLX cannot compile a kernel: is the disk full? ({str(error).splitlines()[-1]})", 2
     elif issubclass(kind, MemoryError):

@@ -7,8 +7,8 @@ import re
 import statistics
 import sys
 
-here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, here)
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, HERE)
 import blas  # noqa: E402, F401  (before mlx)
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
@@ -27,7 +27,7 @@ settings = overrides(globals(), "out")
 
 # ---- lines of code: a variant's section in model.py, and the lines elsewhere that end in its tag ---------------------
 
-with open(os.path.join(here, "model.py"), encoding="utf-8") as file:
+with open(os.path.join(HERE, "model.py"), encoding="utf-8") as file:
     source = file.read()
 
 
@@ -54,9 +54,9 @@ def of_run(folder: str) -> dict:
 
 def cache_bytes(model, meta: dict) -> int:
     """After `length` tokens of the validation text; positions beyond the training length are as good as any here."""
-    folder = os.path.join(here, meta["settings"]["data"])
+    folder = os.path.join(HERE, meta["settings"]["data"])
     if not os.path.exists(os.path.join(folder, "val.bin")):
-        folder = os.path.join(here, tokens_folder(*(meta["settings"][s] for s in ("data", "tokenizer", "vocab_size"))))
+        folder = os.path.join(HERE, tokens_folder(*(meta["settings"][s] for s in ("data", "tokenizer", "vocab_size"))))
     tokens = np.memmap(os.path.join(folder, "val.bin"), dtype=np.uint16, mode="r")[:length]
     cache = model.make_cache()
     for start in range(0, len(tokens), 1024):
@@ -64,7 +64,7 @@ def cache_bytes(model, meta: dict) -> int:
     return cache.nbytes
 
 
-with open(os.path.join(here, "runs", "architectures.sh"), encoding="utf-8") as file:
+with open(os.path.join(HERE, "runs", "architectures.sh"), encoding="utf-8") as file:
     names = [line.split()[1] for line in file if line.startswith("run ")]
 own = {"out_dir", "seed", "resume", "overwrite", "log"}
 table = ["| | settings | parameters (active) | validation loss (lowest to highest) | tok/s | peak GiB "
@@ -98,4 +98,4 @@ if len(table) == 2:
     raise UserError(f"no run in {out}: start runs/architectures.sh")
 print("\n".join(table))
 
-put_table(page or os.path.join(here, "docs", "variants.md"), "runs/architectures.sh", table)
+put_table(page or os.path.join(HERE, "docs", "variants.md"), "runs/architectures.sh", table)

@@ -12,8 +12,8 @@ import statistics
 import sys
 import time
 
-here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, here)
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, HERE)
 import blas  # noqa: E402, F401  (before mlx)
 import matplotlib  # noqa: E402
 import mlx.core as mx  # noqa: E402
@@ -100,7 +100,7 @@ for label in sorted(found, key=order):
 print(f"{os.path.basename(data)}, {len(tokens):,} tokens; {weights / 1e6:.2f}M parameters; "
       f"{mx.device_info().get('device_name')}, {str(dtype)[9:]}\n" + "\n".join(lines))
 
-put_table(page or os.path.join(here, "docs", "compression.md"), "runs/compress.sh", lines)
+put_table(page or os.path.join(HERE, "docs", "compression.md"), "runs/compress.sh", lines)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

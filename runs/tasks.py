@@ -30,7 +30,8 @@ with open(source, "rb") as file:
             if instance["output"].strip():
                 tasks.append({"prompt": prompt, "response": instance["output"]})
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{source}, line {number} is no task ({type(error).__name__}: {str(error)[:80]})") from error
+            reason = f"{type(error).__name__}: {str(error)[:80]}"
+            raise UserError(f"{source}, line {number} is no task ({reason})") from error
 rng, files = random.Random(1337), {}
 for name, part in (("", [task for i, task in enumerate(tasks) if i % 5]), ("-val", tasks[::5])):
     files[f"tasks{name}.jsonl"] = part
