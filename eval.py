@@ -14,6 +14,8 @@ memory. An adapter is a checkpoint too: its base is found.
 """
 import math
 import os
+import re
+import shlex
 import time
 
 import blas  # noqa: F401  (before mlx)
@@ -70,6 +72,9 @@ for path in checkpoint:
     text = f"{data}: {len(tokens):,} tokens, {n_bytes:,} bytes"
     if text != told:  # checkpoints may have different tokenizers
         print(text)
+        if not told and re.search(r"\.(jsonl|json|csv|tsv)$", data.lower()):
+            print(f"    names of fields and quotes included; python data.py --source={shlex.quote(data)} "
+                  f"--tokenizer={shlex.quote(meta['files'][0])} makes tokens of a field's texts alone")
         told = text
     print(f"loss {nats:.4f} | perplexity {math.exp(min(nats, 700)):.2f} | "
           f"bits/byte {nats * len(tokens) / max(n_bytes, 1) / math.log(2):.4f} | accuracy {accuracy:.2%} | "

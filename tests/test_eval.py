@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 
@@ -153,6 +154,21 @@ def test_prepared_folder(chars, tmp_path):
 
 
 # ---- several checkpoints, adapters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, told", [("rows.jsonl", True), ("text.txt", False)])
+def test_files_with_fields(chars, tmp_path, name, told):
+    """A .jsonl file is measured as it stands; the command that is told gives the texts alone."""
+    checkpoint, tokenizer, _ = chars
+    (tmp_path / name).write_text("ab, cd. " * 9, encoding="utf-8")
+    done = evaluate([checkpoint, checkpoint], tmp_path / name)
+    assert done.stdout.count("names of fields and quotes included") == told
+    if told:
+        command = shlex.split(re.search(r"python (data.py .*) makes tokens", done.stdout)[1])
+        (tmp_path / name).write_text(json.dumps({"text": "ab, cd. " * 40}), encoding="utf-8")
+        made = subprocess.run([sys.executable, *command, f"--out={tmp_path / 'tokens'}"], cwd=ROOT, capture_output=True)
+        assert made.returncode == 0, made.stderr
+        assert 0 < figures(evaluate(checkpoint, tmp_path / "tokens"))[0] < 320
 
 
 @pytest.fixture(scope="module")
