@@ -37,7 +37,7 @@ from model import GPT, VERSION, Linear, load_arrays, load_checkpoint, save_array
 from packing import check_finite, matrices
 from quantized import BITS, replace_module
 from readers import GPT2, LLAMA, NAMES, OURS, PREFIX
-from run_folder import read_header
+from run_folder import describe, read_header
 from tokenizer import Tokenizer
 
 KINDS = ("lora", "rslora", "dora")
@@ -293,14 +293,21 @@ def path_and_weight(adapter: str) -> tuple[str, float]:
 
 
 def another_base(path: str, meta: dict, found: bool) -> str:
-    """The line for an adapter of another base than this. found: this one was found through the adapter's header."""
+    """The line for an adapter of another base than this. found: this one was found through the adapter's header.
+    UserError where the base that the header names cannot be loaded, either."""
     bases = bases_of(path, meta)
     if found:
-        return (f"{path} was trained on {' + '.join(bases)}, which has changed since then: put the old file back, or "
-                "train again")
-    to_do = f", {' + '.join(bases)}: give {path} as the checkpoint, and its base is found" if bases else (
-        " than this checkpoint: give its own base")
-    return f"{path} was trained on another base{to_do}"
+        held = " + ".join(describe(path_and_weight(base)[0]) for base in bases)
+        return (f"{path} was trained on {' + '.join(bases)}, which has changed since then, to {held}: put the old file "
+                "back, or tune again")
+    if not bases:
+        return f"{path} was trained on another base than this checkpoint: give its own base"
+    for base, _ in map(path_and_weight, bases):
+        if not os.path.exists(base):
+            return f"{path} was trained on another base, {base}, which is missing: put it back, or tune again"
+    load_adapted(path)
+    return (f"{path} was trained on another base, {' + '.join(bases)}: give {path} as the checkpoint, and its base is "
+            "found")
 
 
 def adapted_fingerprint(fingerprint: str, modules: dict[str, dict], meta: dict, weight: float) -> str:
