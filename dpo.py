@@ -403,7 +403,8 @@ losses = before.get("losses", {"untrained": None, "best": None, "best_step": 0})
 
 def facts(step: int) -> dict:
     """What a file's header says of the run."""
-    return {"script": SCRIPT, "settings": settings, "commit": commit, "step": step, "template": template}
+    return {"script": SCRIPT, "settings": settings, "commit": commit, "started": started, "step": step,
+            "template": template}
 
 
 def finite(figures: dict[str, float]) -> dict[str, float]:
@@ -444,9 +445,9 @@ def draw_curves():
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
 
-run_folder.start(out_dir, SCRIPT, settings, source, start_step)
+run_folder.start(out_dir, SCRIPT, settings, source, start_step, before.get("started", ""))
 rows, record = run_folder.open_rows(out_dir, COLUMNS, settings, start_step)
-commit = run_folder.git_commit()
+commit, started = run_folder.git_commit(), run_folder.started(out_dir)
 if peft and kind != "full" and not resume:
     save_peft(os.path.join(out_dir, "peft"), model)  # raises here, before training, if PEFT has no such adapter
 interrupts = run_folder.catch_stops()
@@ -545,4 +546,5 @@ if losses["best"] >= losses["untrained"]:
 prompt = held_out[0][0][-1]["content"].partition("\n")[0][:60]
 print(f"next: python sample.py {shlex.quote(result)} --prompt={shlex.quote(prompt)}")
 if kind != "full" and not merge:
-    print(f"a whole checkpoint: python merge.py {shlex.quote(result)} dpo-merged.safetensors")
+    print(f"this adapter needs {meta['files'][0]} as it is; to have both in one file: python merge.py "
+          f"{shlex.quote(result)} dpo-merged.safetensors")

@@ -109,8 +109,11 @@ def check_maker(path: str, script: str, out_dir: str):
         found = newest_result(out_dir)
         there = f"; {out_dir} holds {describe(found)}" if found else ""
         raise UserError(f"there is no checkpoint {path} to go on from{there}: leave out --resume=True")
-    header = header_of(path)
-    maker, last = header.get("script", "an unknown script"), read_start(out_dir).get("script", script)
+    header, begun = header_of(path), read_start(out_dir)
+    maker, last, started = header.get("script", "an unknown script"), begun.get("script", script), begun.get("started")
+    if maker == script == last and started and header.get("started", started) != started:
+        raise UserError(f"{path} is of a run that began at {header['started']}; another one began in {out_dir} at "
+                        f"{started} and has saved nothing: begin it again with --overwrite=True")
     if maker == script != last:
         raise UserError(f"{path} is of a run before that of {last} in {out_dir}: move the files of {script} into a "
                         "folder of their own, and give it as --out_dir")
@@ -180,7 +183,8 @@ def read_header(path: str) -> dict:
 
 def header_of(path: str) -> dict:
     """What the header of a checkpoint says of the run that made it, without values of a wrong type."""
-    kinds, header = {"version": int, "script": str, "step": int, "losses": dict, "settings": dict}, read_header(path)
+    kinds = {"version": int, "script": str, "step": int, "losses": dict, "settings": dict, "started": str}
+    header = read_header(path)
     return {name: header[name] for name, kind in kinds.items() if isinstance(header.get(name), kind)}
 
 
@@ -266,8 +270,9 @@ def check_settings(settings: dict, resume: bool = False):
 # ---- begin -----------------------------------------------------------------------------------------------------------
 
 
-def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], step: int = 0):
-    """Make the folder, lock it, keep the source and write run.json. step: where a resumed run goes on; 0: a new run."""
+def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], step: int = 0, began: str = ""):
+    """Make the folder, lock it, keep the source and write run.json. step: where a resumed run goes on; 0: a new run.
+    began: when the run that is resumed did, as the header of its checkpoint or state says."""
     os.makedirs(out_dir, exist_ok=True)
     lock(out_dir, script)
     path = newest_result(out_dir)
@@ -284,12 +289,17 @@ def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], s
                 shutil.rmtree(os.path.join(out_dir, name))
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     facts = {"commit": git_commit(), "arguments": sys.argv[1:], "settings": settings, "script": script,
-             "started": before.get("started", now) if step else now}
+             "started": began or (before.get("started", now) if step else now)}
     with writing(out_dir):
         with open(f"{path}.tmp", "w") as file:
             json.dump(facts, file, indent=1)
         os.replace(f"{path}.tmp", path)
         keep_source(out_dir, source, step)
+
+
+def started(out_dir: str) -> str:
+    """When the run in this folder began, for the headers of its files: by that a resumed run knows its own ones."""
+    return read_start(out_dir).get("started", "")
 
 
 def read_start(out_dir: str) -> dict:

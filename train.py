@@ -384,10 +384,11 @@ if run_folder.header_of(best_path).get("losses", {}).get("val") != losses["best_
 tokens_per_step = batch_size * grad_accum * block_size
 tokens_before = meta.get("tokens", start_step * old["batch_size"] * old["grad_accum"] * old["block_size"])
 saved = resume  # whether this run has a checkpoint
-in_first_process(run_folder.start, out_dir, SCRIPT, settings, source, start_step)
+in_first_process(run_folder.start, out_dir, SCRIPT, settings, source, start_step,
+                 meta.get("started", "") if resume else "")
 if rank == 0:
     rows, add_row = run_folder.open_rows(out_dir, COLUMNS, settings, start_step)
-commit = run_folder.git_commit()
+commit, started = run_folder.git_commit(), run_folder.started(out_dir)
 
 
 def record(step: int, **figures):
@@ -401,7 +402,7 @@ def save(step: int, is_best: bool = False):
     the checkpoint on disk is whole and the optimizer's state of its step is there."""
     global saved
     if rank == 0:
-        header = {"script": SCRIPT, "settings": settings, "commit": commit, "step": step,
+        header = {"script": SCRIPT, "settings": settings, "commit": commit, "started": started, "step": step,
                   "tokens": tokens_before + (step - start_step) * tokens_per_step, "losses": losses,
                   "tokenizer": data_meta["tokenizer"]}
         own = f"ckpt.optimizer-{step}.safetensors"

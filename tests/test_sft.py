@@ -306,6 +306,20 @@ def test_more_epochs(folder, tmp_path):
     assert f"{data} has changed since" in again("--epochs=3").stderr
 
 
+def test_a_state_of_the_run_before_is_not_resumed(folder, tmp_path):
+    """A new run that is killed before it saves has not yet replaced the state of the run before it."""
+    sft(folder, tmp_path / "a", "--epochs=1")
+    facts = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps({**facts, "started": "2026-01-01T00:00:00+00:00"}))
+    command = [sys.executable, ROOT / "sft.py", f"--out_dir={tmp_path / 'a'}", "--resume=True", "--epochs=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "another one began" in done.stderr and "--overwrite=True" in done.stderr
+    (tmp_path / "a" / "run.json").write_text(json.dumps(facts))
+    for epochs in (2, 3):
+        subprocess.run([*command[:-1], f"--epochs={epochs}"], check=True, capture_output=True)
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["started"] == facts["started"]
+
+
 def test_accumulated_gradients_are_those_of_one_batch(folder, tmp_path):
     """Two micro-steps of two rows and one of four rows make equal updates, though their rows have different numbers of
     response tokens."""
