@@ -116,20 +116,36 @@ def write(lines: list[bytes]):
         raise
 
 
+def row_of(line: bytes, where: str) -> tuple[str, int]:
+    """The last prompt of a line of the file, and the number of its batch. UserError if this script has not written
+    it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: no JSON can be read ({error}): give another --out") from error
+    row = row if isinstance(row, dict) else {}
+    messages, batch = row.get("messages"), row.get("batch")
+    turn = messages[-2] if isinstance(messages, list) and len(messages) > 1 else None
+    prompt = turn.get("content") if isinstance(turn, dict) else None
+    lacks = ("messages with a prompt and an answer" if not isinstance(prompt, str) else
+             "number of a batch" if type(batch) is not int or batch < 0 else "")
+    if lacks:
+        raise UserError(f"{where} has no {lacks}, and so is not of {SCRIPT}: give another --out")
+    return prompt, batch
+
+
 file, lines, asked, numbers = None, [], [], []  # of the file: its lines, and their prompts and batches
 if os.path.exists(out):  # locked first, so that no other process can add lines after this one has looked
     file = locked_file("r+b")
     content = file.read()
     if resume:
         lines = [line for line in content.splitlines(True) if line.endswith(b"\n")]  # a crash may have cut the last one
-        try:
-            rows = [json.loads(line) for line in lines]
-            asked = [row["messages"][-2]["content"] for row in rows]
-            numbers = [row["batch"] for row in rows]
-            if {*map(type, numbers)} - {int} or {*map(type, asked)} - {str} or numbers != sorted(map(abs, numbers)):
-                raise ValueError("a batch or a prompt is of another type, or batches are out of order")
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(f"{out} is not a file of {SCRIPT} ({error!r}): give another --out") from error
+        found = [row_of(line, f"{out}, line {i}") for i, line in enumerate(lines, 1)]
+        asked, numbers = [prompt for prompt, _ in found], [number for _, number in found]
+        for i, (before, number) in enumerate(zip(numbers, numbers[1:], strict=False), 2):
+            if number < before:
+                raise UserError(f"{out}, line {i}: batch {number} is out of order, after batch {before}: give another "
+                                "--out")
     elif content and not overwrite:
         run_folder.ask_to_replace(f"{out} exists", [
             "--overwrite=True to replace it", "--resume=True to go on with it",

@@ -283,8 +283,19 @@ def test_bad_input(folder, tuned, tmp_path):  # noqa: F811
     assert f"{out} exists: give --overwrite=True to replace it, --resume=True" in told
     assert told.endswith(f" or --out={tmp_path / 'made-2.jsonl'}\n")
     assert "give one of them" in magpie(tuned, out, "--resume=True", "--overwrite=True", status=2).stderr
-    assert "is not a file of magpie.py" in magpie(tuned, out, "--resume=True", status=2).stderr
-    assert out.read_text() == "{}\n"
+    messages = '{"messages": [{"content": "a"}, {"content": "b"}]}'
+    no_messages = "has no messages with a prompt and an answer, and so is not of magpie.py: give another --out"
+    no_batch = "has no number of a batch, and so is not of magpie.py: give another --out"
+    for line, says in {
+            "{}": no_messages, '{"prompt": "a", "response": "b"}': no_messages, "[1]": no_messages,
+            '{"messages": 1}': no_messages, '{"messages": [{"content": "a"}]}': no_messages,
+            '{"messages": ["a", "b"]}': no_messages, messages.replace('"a"', "7"): no_messages, messages: no_batch,
+            messages[:-1] + ', "batch": "1"}': no_batch, messages[:-1] + ', "batch": -1}': no_batch}.items():
+        out.write_text(f"{line}\n")
+        assert magpie(tuned, out, "--resume=True", status=2).stderr == f"magpie.py: {out}, line 1 {says}\n"
+        assert out.read_text() == f"{line}\n"
+    out.write_text("some text\n")
+    assert f"{out}, line 1: no JSON can be read" in magpie(tuned, out, "--resume=True", status=2).stderr
     row = '{"messages": [{"content": "a"}, {"content": "b"}], "batch": %d}\n'
     out.write_text(row % 5 + row % 2)
     assert "out of order" in magpie(tuned, out, "--resume=True", status=2).stderr
