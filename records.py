@@ -43,6 +43,8 @@ CONVERSATIONS = {
     "OpenOrca": "question context? response",
     "question and answer": "question context? answer",
     "MetaMath": "query response",
+    "problem and solution": "problem solution",
+    "inputs and targets": "inputs targets",
     "input and output": "input output",
     "Self-Instruct": "instruction instances",  # a list of {"input", "output"}: each becomes a conversation
 }
@@ -59,6 +61,7 @@ PREFERENCES = {
 }
 OPENING = ("system", "system_prompt", "history")  # they precede the prompt
 LABELS = ("label", "kto_tag")
+GOOD, BAD = ("true", "1", "desirable"), ("false", "0", "undesirable")  # values of a label
 MESSAGE = {"role", "content", "from", "value", "input", "output", "weight", "train", "training", "messages"}  # are read
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
          **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai"), "assistant")}
@@ -227,11 +230,11 @@ def to_labelled(row: dict) -> tuple[str, list[str], list[tuple[list[dict], str, 
         layout, fields, [(prompt, chosen, rejected)] = to_pairs(row)
         return layout, fields, [(prompt, chosen, True), (prompt, rejected, False)]
     label = str(row[field]).strip().lower().removesuffix(".0")
-    if label not in ("true", "1", "false", "0"):
+    if label not in GOOD + BAD:
         raise ValueError(f"{field} is {label[:30]!r}, not true or false")
     layout, fields, talks = to_conversations({name: value for name, value in row.items() if name != field})
     return f"labelled {layout}", [*fields, field], [
-        (talk[:-1], talk[-1]["content"], label in ("true", "1")) for talk in map(answered, talks)]
+        (talk[:-1], talk[-1]["content"], label in GOOD) for talk in map(answered, talks)]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -71,6 +71,9 @@ CONVERSATIONS = {
         {"prompt": "Human: a kind of ape?", "completion": "Yes"}""",  # noqa: E501
         [["user: The sky is", "answer:  blue."], ["system: s", "user: Color?", "answer: Blue."],
          ["user: Hi", "answer: Hey", "user: Bye", "answer: Ciao"], ["user: Human: a kind of ape?", "answer: Yes"]]),
+    "problem and solution (problem, solution)": ("a.jsonl", '{"lang": "py", "problem": "p", "solution": "s"}',
+                                                 [["user: p", "answer: s"]]),
+    "inputs and targets (inputs, targets)": ("a.csv", "inputs,targets,task\np,t,flan\n", [["user: p", "answer: t"]]),
     "prompt and response (prompt, response)": ("a.jsonl", '{"prompt": "p", "response": "r", "more": 1}',
                                                [["user: p", "answer: r"]]),
     "Dolly (instruction, context, response)": ("a.jsonl", """
@@ -135,8 +138,10 @@ LABELLED = {  # the turns of the prompt, the answer, the label
         {"prompt": "a", "completion": "b", "label": 0}""",  # noqa: E501
         [["user: The sky is", " blue.", True], ["user: Color?", "Red.", False], ["user: a", "b", True],
          ["user: a", "b", False]]),
-    "labelled prompt and response (prompt, response, label)": ("a.csv", "prompt,response,label\na,b,True\na,c,0.0\n",
-                                                               [["user: a", "b", True], ["user: a", "c", False]]),
+    "labelled prompt and response (prompt, response, label)": ("a.csv", "prompt,response,label\na,b,True\na,c,0.0\n"
+                                                               "a,d,Desirable\na,e,undesirable\n",
+                                                               [["user: a", "b", True], ["user: a", "c", False],
+                                                                ["user: a", "d", True], ["user: a", "e", False]]),
     "labelled messages (messages, kto_tag)": ("a.json", """[{"messages": [{"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hey"}, {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"}], "kto_tag": false}]""",
