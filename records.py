@@ -159,7 +159,7 @@ def recognise(row: dict, layouts: dict[str, str]) -> tuple[str, list[str]]:
 def to_conversations(row: dict) -> tuple[str, list[str], list[list[dict]]]:
     """(layout, fields that are read, conversations) of a row. ValueError tells what is wrong with the row."""
     layout, fields = recognise(row, CONVERSATIONS)
-    if any(str(row.get(name)).lower() == "false" for name in LABELS):
+    if any(str(row.get(name)).lower() in ("false", "undesirable") for name in LABELS):
         raise ValueError("its label is false (dpo.py --loss=kto reads labels)")
     *prompt, answer = fields
     if answer == "instances":
