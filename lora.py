@@ -33,11 +33,21 @@ from safetensors import SafetensorError, safe_open
 
 import quantized
 from config import UserError
-from model import GPT, VERSION, Linear, load_arrays, load_checkpoint, save_arrays
+from model import (
+    GPT,
+    VERSION,
+    Linear,
+    give_one_of,
+    load_arrays,
+    load_checkpoint,
+    maker_of,
+    other_kind,
+    save_arrays,
+)
 from packing import check_finite, matrices
 from quantized import BITS, replace_module
 from readers import GPT2, LLAMA, NAMES, OURS, PREFIX
-from run_folder import describe, read_header
+from run_folder import describe, newest_result, read_header
 from tokenizer import Tokenizer
 
 KINDS = ("lora", "rslora", "dora")
@@ -328,13 +338,17 @@ def read_adapter(path: str) -> tuple[dict[str, dict], dict]:
     """The arrays a, b, m and the alpha for each linear layer by path, and the meta, of an adapter file or a folder of
     PEFT's."""
     if os.path.isdir(path):
+        if "adapter_config.json" not in os.listdir(path) and newest_result(path):
+            raise UserError(f"{path} is a folder, not an adapter: {give_one_of(path)}")
         return read_peft(path)
     if not os.path.exists(path):
-        raise UserError(f"no adapter at {path}: train one with `python sft.py`, or check the name")
+        script = "dpo.py" if maker_of(path) == "dpo.py" else "sft.py"
+        raise UserError(f"no adapter at {path}: train one with `python {script}`, or check the name")
     arrays, meta = load_arrays(path)
     check_finite(path, arrays)
     if not meta.get("adapter"):
-        raise UserError(f"{path} is a checkpoint, not an adapter: give it as --checkpoint")
+        raise UserError(f"{path} is a checkpoint, not an adapter: give it as --checkpoint" if "config" in meta else
+                        other_kind(path, arrays, meta))
     alpha, bits = meta.get("alpha"), meta.get("base_bits", 0)
     if (meta.get("kind") not in KINDS or type(alpha) not in (int, float) or not -1e30 < alpha < 1e30
             or not isinstance(meta.get("base"), str) or type(bits) is not int):
@@ -397,9 +411,9 @@ def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
     try:
         with open(config_path, encoding="utf-8") as file:
             config = json.load(file)
-        with safe_open(path, "numpy"):  # checks the header against the file's length
-            arrays = mx.load(path)
-        mx.eval(arrays)
+        with safe_open(path, "numpy"), open(path, "rb") as file:  # safe_open checks the header by the file's length
+            arrays = mx.load(file, format="safetensors")
+            mx.eval(arrays)
         return peft_modules(config_path, config, path, arrays)
     except UserError:
         raise

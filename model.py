@@ -11,6 +11,7 @@ modern small model: rotary positions, RMSNorm, relu squared (So et al. 2021), QK
 
 Shapes: B batch, T positions, C = n_embd, H heads, KV key/value heads, D = head_dim, V = vocab_size, S keys.
 """
+import codecs
 import contextlib
 import json
 import math
@@ -1576,7 +1577,9 @@ def save_arrays(path: str, arrays: dict[str, mx.array], header: dict):
 def load_arrays(path: str) -> tuple[dict[str, mx.array], dict]:
     """Read a file of save_arrays(): (arrays, header). UserError for any other file."""
     if not os.path.exists(path):
-        raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or check the name")
+        raise UserError(f"no checkpoint at {path}: train one with `python {maker_of(path)}`, or check the name")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, not a checkpoint: {give_one_of(path)}")
     try:
         with safe_open(path, "numpy") as file:  # checks the header against the file's length
             header = json.loads((file.metadata() or {}).get("tinygpt", "null"))
@@ -1584,11 +1587,46 @@ def load_arrays(path: str) -> tuple[dict[str, mx.array], dict]:
             raise UserError(f"{path} is a safetensors file, but not one of ours: its header has no `tinygpt` entry")
         if header["version"] != VERSION:
             raise UserError(f"{path} has version {header['version']}, this code reads {VERSION}: update the code")
-        arrays = mx.load(path, format="safetensors")
-        mx.eval(arrays)  # read now: the file may be replaced later
+        with open(path, "rb") as file:  # by a name beyond ASCII, MLX opens a file only where the locale is UTF-8
+            arrays = mx.load(file, format="safetensors")
+            mx.eval(arrays)  # read now: the file may be replaced later
     except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as error:
+        if is_text(path):
+            raise UserError(f"{path} is a text file, not a checkpoint: give a .safetensors file") from error
         raise UserError(f"{path} is not a whole safetensors file ({error}): copy or train it again") from error
     return arrays, header
+
+
+def maker_of(path: str) -> str:
+    """The script that writes a checkpoint or an adapter under a file name such as sft.safetensors."""
+    return {"sft.safetensors": "sft.py", "dpo.safetensors": "dpo.py"}.get(os.path.basename(path), "train.py")
+
+
+def give_one_of(folder: str) -> str:
+    """The end of an error message: the checkpoints and adapters in a folder, by the names that the scripts use."""
+    paths = [os.path.join(folder, f"{name}.safetensors") for name in ("ckpt", "best", "sft", "dpo")]
+    found = [path for path in paths if os.path.exists(path)]
+    return f"give {' or '.join(found)}" if found else "give a .safetensors file of train.py, sft.py or dpo.py"
+
+
+def is_text(path: str) -> bool:
+    """Whether a file begins as UTF-8 text does. No safetensors file does: its first 8 bytes, a length, hold zeros."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return len(start.strip()) >= 8 and b"\0" not in start
+
+
+def other_kind(path: str, arrays: dict, header: dict) -> str:
+    """The line for a file of save_arrays() that holds neither a checkpoint nor an adapter."""
+    if "lens" in header:
+        return f"{path} is a lens of tuned_lens.py, not a checkpoint: give the checkpoint that it was trained on"
+    if any(name.endswith("learning_rate") for name in arrays):  # of an optimizer
+        return f"{path} is the state from which a run resumes, not a checkpoint: {give_one_of(os.path.dirname(path))}"
+    return f"{path} has no config in its header: copy or train it again"
 
 
 def save_checkpoint(path: str, model: GPT, meta: dict):
@@ -1616,7 +1654,9 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     if meta.get("adapter"):
         command = f"python merge.py {shlex.quote(path)} OUT"
         raise UserError(f"{path} is an adapter: give a checkpoint, or make one of it by `{command}`")
-    settings = known_settings(meta.get("config"), path)
+    if "config" not in meta:
+        raise UserError(other_kind(path, arrays, meta))
+    settings = known_settings(meta["config"], path)
     try:
         model = GPT(GPTConfig(**settings), seed=None)
     except (UserError, TypeError) as error:

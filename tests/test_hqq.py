@@ -284,7 +284,7 @@ def test_bad_weights(tmp_path):
     done = run(path, "--out=d", status=2)
     assert "has infinite or NaN numbers in blocks.1.attn_norm.weight" in done.stderr and done.stdout == ""
     assert not (tmp_path / "b").exists() and not (ROOT / "d").exists()
-    assert "not a whole safetensors file" in run(ROOT / "hqq.py", status=2).stderr
+    assert "hqq.py is a text file, not a checkpoint" in run(ROOT / "hqq.py", status=2).stderr
     header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "other").write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
     assert "not one of ours" in run(tmp_path / "other", status=2).stderr

@@ -5,6 +5,8 @@ import math
 import os
 import resource
 import shlex
+import shutil
+import subprocess
 import sys
 
 import blas  # noqa: F401  (before mlx)
@@ -13,7 +15,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import load_adapter
+from conftest import ROOT, load_adapter
 from mlx.utils import tree_flatten, tree_map
 from test_model import build, in_transformers
 
@@ -21,7 +23,7 @@ import lora
 import packing
 from config import UserError
 from lora import Adapter, attach, base_fingerprint, load_adapted, merge, quantize_base, save_adapter
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, save_arrays, save_checkpoint
 
 every_kind = pytest.mark.parametrize("kind", lora.KINDS)
 
@@ -413,7 +415,35 @@ def test_bases_that_are_not_found(chain, tmp_path, monkeypatch):
     refused("old was trained on out/ckpt, which is missing", "../old")
     lora.save_peft("my peft", base_with_adapter())
     refused(f"my peft is an adapter of PEFT's, .*: {to_do}'my peft'", "my peft")
-    refused("no adapter at none", "../out/ckpt", "none:0.5")
+    refused("no adapter at none: train one with `python sft.py`", "../out/ckpt", "none:0.5")
+    refused("no adapter at none/dpo.safetensors: train one with `python dpo.py`", "../out/ckpt", "none/dpo.safetensors")
+    os.mkdir("tuned")
+    state = {"model.blocks.0.attn.q.a": mx.zeros((3, 32)), "optimizer.learning_rate": mx.array(1.0)}
+    refused("^tuned/adapter_config.json is missing", "../out/ckpt", "tuned")
+    save_arrays("tuned/resume.safetensors", state, {"version": 1, "step": 3})
+    shutil.copy("lora", "tuned/sft.safetensors")
+    refused("^tuned is a folder, not an adapter: give tuned/sft.safetensors$", "../out/ckpt", "tuned")
+    says = "^tuned/resume.safetensors is the state from which a run resumes, .*: give tuned/sft.safetensors$"
+    refused(says, "../out/ckpt", "tuned/resume.safetensors")
+    refused(says, "tuned/resume.safetensors")
+    refused("^../out/ckpt is a checkpoint, not an adapter: give it as --checkpoint$", "../out/ckpt", "../out/ckpt")
+
+
+def test_peft_in_a_locale_of_ascii(tmp_path):
+    """A folder of PEFT's whose name is not ASCII, where Python reads names as ASCII."""
+    model = base_with_adapter()
+    save_checkpoint(str(tmp_path / "ckpt"), base(norm="layer"), {})
+    (tmp_path / "größe").mkdir()
+    lora.save_peft(str(tmp_path / "größe" / "peft"), model)
+    code = "import os, sys, lora; folder = f'{os.fsdecode(sys.argv[1])}/peft'; assert not folder.isprintable(); " \
+           "model, _ = lora.load_adapted('ckpt', [folder]); lora.save_peft(f'{folder}-2', model)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, "größe"], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    a, b = (load_adapted(str(tmp_path / "ckpt"), [str(tmp_path / "größe" / name)])[0] for name in ("peft", "peft-2"))
+    assert mx.allclose(a(IDX), model(IDX), atol=1e-5) and mx.allclose(b(IDX), model(IDX), atol=1e-5)
+    assert not mx.allclose(a(IDX), base(norm="layer")(IDX), atol=1e-2)
 
 
 def base_with_adapter() -> GPT:

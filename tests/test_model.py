@@ -3,13 +3,17 @@ import json
 import math
 import os
 import struct
+import subprocess
+import sys
 from dataclasses import asdict, fields
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
+from conftest import ROOT
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -934,10 +938,16 @@ def spoil_bytes(change):
 FOREIGN = {"x": np.zeros(3, np.float32)}
 BAD_FILES = {
     "missing": (os.remove, "no checkpoint"),
-    "a folder": (lambda path: (os.remove(path), os.mkdir(path)), "not a whole"),
+    "a folder": (lambda path: (os.remove(path), os.mkdir(path)), "is a folder, not a checkpoint: give a .safetensors"),
     "empty": (spoil_bytes(lambda old: b""), "not a whole"),
     "random bytes": (spoil_bytes(lambda old: np.random.default_rng(0).bytes(5000)), "not a whole"),
-    "text": (spoil_bytes(lambda old: b"hello world, this is no checkpoint\n" * 9), "not a whole"),
+    "text": (spoil_bytes(lambda old: b"hello world, this is no checkpoint\n" * 9), "is a text file, not a checkpoint"),
+    "one line": (spoil_bytes(lambda old: b'{"prompt": 1}'), "is a text file, not a checkpoint: give a .safe"),
+    "text cut in a letter": (spoil_bytes(lambda old: b"x" + "é".encode() * 4000), "is a text file"),
+    "blanks": (spoil_bytes(lambda old: b"  \n"), "not a whole"),
+    "seven letters": (spoil_bytes(lambda old: b"hello w"), "not a whole"),  # may be the start of a cut file
+    "text and a zero": (spoil_bytes(lambda old: b"hello\0" * 99), "not a whole"),
+    "an empty header": (spoil_bytes(lambda old: struct.pack("<Q", 0)), "not a whole"),
     "bytes too many": (spoil_bytes(lambda old: old + b"\0"), "not a whole"),
     "foreign": (lambda path: save_file(FOREIGN, path), "not one of ours"),
     "foreign of float64": (lambda path: save_file({"x": np.zeros(3)}, path), "not one of ours"),  # MLX has none
@@ -946,6 +956,7 @@ BAD_FILES = {
     "header is not JSON": (lambda path: save_file(FOREIGN, path, {"tinygpt": "{a"}), ""),
     "other version": (spoil_header(lambda arrays, header: {**header, "version": 2}), "version 2"),
     "no config": (spoil_header(lambda arrays, header: {"version": 1}), "no config"),
+    "a lens": (spoil_header(lambda arrays, header: {"version": 1, "lens": "full"}), "is a lens of tuned_lens.py"),
     "unknown setting": (config_with(dropout=0.1), "dropout"),
     "setting out of range": (config_with(n_layer=0), "n_layer"),
     "setting of another type": (config_with(n_layer="2"), ""),
@@ -970,6 +981,50 @@ def test_bad_file(kind, tmp_path):
     spoil, words = BAD_FILES[kind]
     spoil(path)
     assert words in user_error(path)
+
+
+@pytest.mark.parametrize("name", ["ckpt", "best", "sft", "dpo"])
+@pytest.mark.parametrize("optimizer", [optim.Adam(1), optim.Lion(1), optim.MultiOptimizer([optim.Adam(1)], [])],
+                         ids=["adam", "lion", "multi"])
+def test_states_and_folders(name, optimizer, tmp_path):
+    """The states that train.py, sft.py and dpo.py resume from, and a run's folder, lead to the checkpoint there."""
+    model, wanted = build(), str(tmp_path / f"{name}.safetensors")
+    optimizer.init(model.parameters())
+    states = {"ckpt.optimizer-20.safetensors": optimizer.state,
+              "resume.safetensors": {"model": model.parameters(), "optimizer": optimizer.state}}
+    for file, state in states.items():
+        core.save_arrays(str(tmp_path / file), dict(tree_flatten(state)), {"version": 1, "step": 20})
+        says = f"{tmp_path / file} is the state from which a run resumes, not a checkpoint: give "
+        assert user_error(str(tmp_path / file)) == f"{says}a .safetensors file of train.py, sft.py or dpo.py"
+    save_checkpoint(wanted, model, META)
+    for file in states:
+        says = f"{tmp_path / file} is the state from which a run resumes, not a checkpoint: give {wanted}"
+        assert user_error(str(tmp_path / file)) == says
+    assert user_error(str(tmp_path)) == f"{tmp_path} is a folder, not a checkpoint: give {wanted}"
+    for more in ("ckpt", "best"):
+        save_checkpoint(str(tmp_path / f"{more}.safetensors"), model, META)
+    assert f"{tmp_path / 'ckpt.safetensors'} or {tmp_path / 'best.safetensors'}" in user_error(str(tmp_path))
+
+
+@pytest.mark.parametrize("name, script", [("ckpt", "train.py"), ("sft", "sft.py"), ("dpo", "dpo.py")])
+def test_the_script_that_makes_a_missing_file(name, script, tmp_path):
+    path = str(tmp_path / f"{name}.safetensors")
+    assert user_error(path) == f"no checkpoint at {path}: train one with `python {script}`, or check the name"
+
+
+def test_names_in_a_locale_of_ascii(tmp_path):
+    """A folder whose name is not ASCII, where Python reads names as ASCII: bytes that it cannot decode."""
+    save_checkpoint(str(tmp_path / "ckpt.safetensors"), build(), META)
+    (tmp_path / "größe").mkdir()
+    os.rename(tmp_path / "ckpt.safetensors", tmp_path / "größe" / "a.safetensors")
+    code = "import os, model; os.chdir(os.listdir()[0]); folder = os.getcwd(); assert not folder.isprintable(); " \
+           "loaded, meta = model.load_checkpoint(f'{folder}/a.safetensors'); " \
+           "model.save_checkpoint(f'{folder}/b.safetensors', loaded, meta)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    a, b = (load_checkpoint(str(tmp_path / "größe" / f"{name}.safetensors"))[0].parameters() for name in "ab")
+    assert all(mx.array_equal(p, q) for (_, p), (_, q) in zip(tree_flatten(a), tree_flatten(b), strict=True))
 
 
 def test_cut_short(tmp_path):

@@ -276,14 +276,16 @@ def assert_one_line(says, checkpoint, *arguments):
 def test_bad_checkpoints(writer, tmp_path):
     bad = tmp_path / "bad.safetensors"
     assert_one_line("no checkpoint", bad)
-    for content in (b"", b"no checkpoint, but text", writer.read_bytes()[:1000], writer.read_bytes()[:-1000]):
+    bad.write_bytes(b"no checkpoint, but text")
+    assert_one_line("bad.safetensors is a text file, not a checkpoint", bad)
+    for content in (b"", writer.read_bytes()[:1000], writer.read_bytes()[:-1000]):
         bad.write_bytes(content)
         assert_one_line("not a whole safetensors file", bad)
     mx.save_safetensors(str(bad), {"x": mx.zeros(3)})
     assert_one_line("not one of ours", bad)
     save_checkpoint(str(bad), load_checkpoint(str(writer))[0], {})
     assert_one_line("no tokenizer", bad)
-    assert_one_line("whole", tmp_path)  # a folder
+    assert_one_line("is a folder, not a checkpoint", tmp_path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
