@@ -135,7 +135,7 @@ def find_files() -> list[str]:
         return shuffled(walk(path))
     if any(c in path for c in "*?["):
         return shuffled(filter(os.path.isfile, glob.glob(path, recursive=True)))
-    raise UserError(f"{source} is not a file, a folder, a pattern, stdlib, shakespeare or hf:NAME: correct --source")
+    raise UserError(f"{source} is not a file, a folder, a pattern, stdlib, shakespeare or hf:NAME: correct the name")
 
 
 def walk(root: str, leave_out: tuple = ()) -> Iterator[str]:
@@ -160,9 +160,17 @@ def shuffled(paths) -> list[str]:
     return paths
 
 
-def quoted(name: str, value: str) -> str:
+def quoted(name: str, value) -> str:
     """A setting as a shell needs it."""
     return shlex.quote(f"--{name}={value}")
+
+
+def again(name: str, value) -> str:
+    """What to run to read the source with another setting. It is complete also for a user who ran train.py, which has
+    none of these settings."""
+    others = [quoted(other, settings[other]) for other in settings if other in given - {"source", name}]
+    command = " ".join(["python data.py", shlex.quote(source), *others, quoted(name, value)])
+    return f"run `{command}`, then train.py with {quoted('data', value if name == 'out' else out)}"
 
 
 def fetch_shakespeare() -> str:
@@ -227,9 +235,9 @@ def text_in(row: dict | ValueError, where: str) -> str:
         names = ", ".join(repr(name[:30]) for name in list(row)[:12]) or "none"
         name, script = where.rpartition(", ")[0], next((SCRIPTS[key] for key in SCRIPTS if key in row), "")
         also = f"{script} reads it with {quoted('data', name)}, or " if name and script else ""
-        raise UserError(f"{where} has no field {field!r}, but {names}: {also}give --field=NAME")
+        raise UserError(f"{where} has no field {field!r}, but {names}: {also}{again('field', 'NAME')}")
     if not isinstance(row[field], str | None):
-        raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text: give another --field")
+        raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text: {again('field', 'NAME')}")
     return well_formed(row[field] or "")
 
 
@@ -331,7 +339,7 @@ def survey() -> tuple[list[str], np.ndarray]:
         raise UserError(reasons[0])
     found = np.concatenate(found)
     if not len(found):
-        reasons += [f"its {len(skipped)} files are binary"] if skipped else ["give another --source"]
+        reasons += [f"its {len(skipped)} files are binary"] if skipped else ["name another source"]
         raise UserError(f"{source} holds no text: {reasons[0]}")
     return good, found
 
@@ -469,7 +477,7 @@ def output_folder() -> Iterator[int]:
         os.makedirs(out, exist_ok=True)
         folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}): give another --out") from error
+        raise UserError(f"cannot write to {out} ({error.strerror}): {again('out', 'FOLDER')}") from error
     with contextlib.suppress(OSError):  # some network file systems have no locks
         fcntl.flock(folder, fcntl.LOCK_EX)  # a second run waits, then finds the folder up to date
     try:
@@ -480,7 +488,8 @@ def output_folder() -> Iterator[int]:
             for name in missing:
                 os.rmdir(name)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise UserError(f"cannot write to {out} ({error.strerror}): make room, or give another --out") from error
+            raise UserError(f"cannot write to {out} ({error.strerror}): make room, or "
+                            f"{again('out', 'FOLDER')}") from error
         raise
     finally:
         os.close(folder)
@@ -538,7 +547,7 @@ wanted = fingerprint()
 written = {os.path.realpath(os.path.join(out, name)) for name in OUTPUT + TEMPORARY}
 for name in [*listed, tokenizer]:
     if os.path.realpath(name) in written:
-        raise UserError(f"--out={out} would overwrite {name}, a file of the source: give another --out")
+        raise UserError(f"--out={out} would overwrite {name}, which is an input: {again('out', 'FOLDER')}")
 
 with output_folder() as folder:
     if up_to_date():
@@ -592,4 +601,4 @@ print(f"{source}: {documents:,} document{'s' * (documents > 1)}, {n_bytes:,} byt
 if count["val_tokens"] < FEW:
     more = math.ceil(100 * FEW / n_tokens) / 100
     print(f"only {count['val_tokens']:,} tokens for validation: their loss says little; give more text"
-          + (f", or --val_fraction={more}" if more <= 0.5 else ""))
+          + (f", or {again('val_fraction', more)}" if more <= 0.5 else ""))

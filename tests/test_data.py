@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -243,7 +245,8 @@ def test_a_small_validation_split_is_told(tmp_path):
     assert "for validation: their loss" not in prepare(tmp_path, "a.txt", "--tokenizer=byte")
     (tmp_path / "a.txt").write_text("a" * 40_000)
     assert prepare(tmp_path, "a.txt", "--tokenizer=byte").endswith(
-        "only 4,001 tokens for validation: their loss says little; give more text, or --val_fraction=0.13\n")
+        "only 4,001 tokens for validation: their loss says little; give more text, or run "
+        "`python data.py a.txt --tokenizer=byte --out=out --val_fraction=0.13`, then train.py with --data=out\n")
     assert "for validation: their loss" not in prepare(tmp_path, "a.txt", "--tokenizer=byte", "--val_fraction=0.13")
     (tmp_path / "a.txt").write_text("a" * 4_000)
     assert prepare(tmp_path, "a.txt", "--tokenizer=byte").endswith("their loss says little; give more text\n")
@@ -375,18 +378,19 @@ MIXED = {
     "notes/russian.txt": "Все счастливые семьи похожи".encode("koi8-r"),
     "notes/picture": b"\x89PNG\0",
 }
-SKIPPED = """skipped 7 files:
+AGAIN = "run `python data.py notes --tokenizer=byte --out=out --field=NAME`, then train.py with --data=out"
+SKIPPED = f"""skipped 7 files:
   notes/alpaca.json, row 1 has no field 'text', but 'instruction', 'input', 'output': sft.py reads it with \
---data=notes/alpaca.json, or give --field=NAME
+--data=notes/alpaca.json, or {AGAIN}
   notes/broken.json: no JSON can be read (Expecting property name enclosed in double quotes: line 1 column 2 \
 (char 1)): correct it, or copy the file again
   notes/chat.jsonl, line 1 has no field 'text', but 'messages': sft.py reads it with --data=notes/chat.jsonl, or \
-give --field=NAME
+{AGAIN}
   notes/latin 1.txt is not UTF-8 text (byte 6): convert it with iconv -f CP1252 -t UTF-8 'notes/latin 1.txt' > \
 'notes/latin 1-utf8.txt'
-  notes/package.json, row 1 has no field 'text', but 'name': give --field=NAME
+  notes/package.json, row 1 has no field 'text', but 'name': {AGAIN}
   notes/pairs.jsonl, line 1 has no field 'text', but 'prompt', 'chosen', 'rejected': dpo.py reads it with \
---data=notes/pairs.jsonl, or give --field=NAME
+--data=notes/pairs.jsonl, or {AGAIN}
   notes/russian.txt is not UTF-8 text (byte 0): convert it with iconv -f KOI8-R -t UTF-8 notes/russian.txt > \
 notes/russian-utf8.txt
 skipped 1 binary file, such as notes/picture
@@ -505,9 +509,9 @@ LINES = b"".join(b'{"text": "line %d"}\n' % i for i in range(300))
     bad("a.jsonl", b'{"text": \n' * 2, message="a.jsonl, line 1: no JSON can be read"),
     bad("a.jsonl", b'"text"\n', message="object in { }"),
     bad("a.jsonl", b'{"text": "caf\xe9"}\n', message="convert it with iconv -f CP1252 -t UTF-8 a.jsonl > a-utf8.jsonl"),
-    bad("a.json", b'{\n"a": 1}\n', message="a.json, row 1 has no field 'text', but 'a': give --field=NAME"),
+    bad("a.json", b'{\n"a": 1}\n', message="a.json, row 1 has no field 'text', but 'a': run `python "),
     bad("a.json", b"[1, 2]", message="object in { }"),
-    bad("a.csv", b"id,body\n1,x\n", message="a.csv, line 2 has no field 'text', but 'id', 'body': give --field=NAME"),
+    bad("a.csv", b"id,body\n1,x\n", message="no field 'text', but 'id', 'body': run `python data.py a.csv"),
     bad("a.pkl", b"I1\n.", message="a.pkl is a pickle"),
     bad("a.txt.gz", b"\x1f\x8b\x08\0", message="convert it with gunzip -k a.txt.gz"),
     bad("a.jsonl", b'{"messages": [], "id": 1}\n', message="has no field 'text', but 'messages', 'id'"),
@@ -537,6 +541,36 @@ def test_bad_input(tmp_path, name, content, arguments, message):
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_hints_are_right_for_train_py(tmp_path):
+    """train.py has no --field and no --val_fraction: what data.py tells a user of train.py can be pasted."""
+    (tmp_path / "my notes.jsonl").write_text("".join(f'{{"body": "line {i} of a text"}}\n' for i in range(2000)))
+    small = "--max_iters=1", "--n_layer=1", "--n_embd=32", "--block_size=32", "--eval_windows=2", "--out_dir=run"
+
+    def train(*arguments):
+        return subprocess.run([sys.executable, ROOT / "train.py", *small, *arguments], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=100)
+
+    def pasted(told: str, *words: str) -> str:
+        """Run the command that an error names, with the words that a user fills in, and train.py on the folder."""
+        command, folder = re.search("run `python (.*?)`, then train.py with (.*)\n", told).groups()
+        for word in words:
+            command = command.replace(*word.split("="))
+        script, *arguments = shlex.split(command)
+        done = data(tmp_path, *arguments, script=ROOT / script)
+        assert done.returncode == 0, done.stderr
+        trained = train(*shlex.split(folder), "--overwrite=True")
+        assert trained.returncode == 0, trained.stderr
+        return done.stdout
+
+    done = train("--data=my notes.jsonl", "--tokenizer=byte")
+    assert done.returncode == 2 and done.stderr.startswith("data.py: my notes.jsonl, line 1 has no field 'text', but ")
+    told = pasted(done.stderr, "NAME=body")
+    assert "only" in told and "--val_fraction=" in told
+    assert "for validation: their loss" not in pasted(told)
+    done = train("--data=none")
+    assert done.returncode == 2 and "--" not in done.stderr, done.stderr
 
 
 def test_shakespeare_is_checked(tmp_path):
@@ -639,7 +673,8 @@ def test_a_full_disk(tmp_path, name):
     (tmp_path / "out" / name).symlink_to("/dev/full")
     done = data(tmp_path, "a.jsonl", "--tokenizer=byte", "--seed=3", "--out=out")
     assert done.returncode == 2 and done.stderr == (
-        "data.py: cannot write to out (No space left on device): make room, or give another --out\n")
+        "data.py: cannot write to out (No space left on device): make room, or run `python data.py a.jsonl "
+        "--seed=3 --tokenizer=byte --out=FOLDER`, then train.py with --data=FOLDER\n")
     assert documents(tmp_path / "out") == before, "the old tokens remain"
 
 
