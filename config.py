@@ -227,11 +227,15 @@ def _any_text(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _flush():
-    """Flush the output before Python does, as Python prints an error if the process that reads it has ended."""
+    """Flush the output before Python does, as Python prints a traceback where the process that reads it has ended, or
+    the disk that it goes to is full."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"{os.path.basename(sys.argv[0])}: cannot write the output: {error.strerror}", file=sys.stderr)
+        os._exit(2)
 
 
 codecs.register_error("any_text", _any_text)

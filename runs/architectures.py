@@ -17,7 +17,7 @@ from table import column, put_table  # noqa: E402
 
 from config import UserError, overrides  # noqa: E402
 from model import compute_dtype, load_checkpoint  # noqa: E402
-from tokenizer import tokens_folder  # noqa: E402
+from tokenizer import open_tokens, tokens_folder  # noqa: E402
 
 out = "out-architectures"  # the runs
 length = 4096              # tokens in the cache that is measured
@@ -54,10 +54,10 @@ def of_run(folder: str) -> dict:
 
 def cache_bytes(model, meta: dict) -> int:
     """After `length` tokens of the validation text; positions beyond the training length are as good as any here."""
-    folder = os.path.join(HERE, meta["settings"]["data"])
-    if not os.path.exists(os.path.join(folder, "val.bin")):
-        folder = os.path.join(HERE, tokens_folder(*(meta["settings"][s] for s in ("data", "tokenizer", "vocab_size"))))
-    tokens = np.memmap(os.path.join(folder, "val.bin"), dtype=np.uint16, mode="r")[:length]
+    data, tokenizer, vocab_size = (meta["settings"][name] for name in ("data", "tokenizer", "vocab_size"))
+    folders = data, os.path.join(HERE, data), os.path.join(HERE, tokens_folder(data, tokenizer, vocab_size))
+    folder = next((folder for folder in folders if os.path.exists(os.path.join(folder, "val.bin"))), folders[-1])
+    tokens = open_tokens(folder)[1]["val"][:length]
     cache = model.make_cache()
     for start in range(0, len(tokens), 1024):
         mx.eval(model(mx.array(tokens[start:start + 1024].astype(np.int32))[None], cache=cache, last=True))

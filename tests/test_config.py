@@ -220,6 +220,13 @@ def test_output_into_a_closed_pipe_is_quiet(tmp_path, body):
     assert run(tmp_path, body="\nimport time; time.sleep(0.2)" + body, shell="| true") == (0, "", "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has such a device")
+@pytest.mark.parametrize("body", ["\nprint('x')\n", "\nfor i in range(100000): print(i)\n"])
+def test_output_onto_a_full_disk(tmp_path, body):
+    status, out, err = run(tmp_path, body=body, shell="> /dev/full")
+    assert (status, out) == (2, "") and err.count("\n") == 1 and err.startswith("script.py: "), err
+
+
 def test_unknown_positional_is_a_bug(tmp_path):
     status, _, err = run(tmp_path, script="from config import overrides\nx = 1\noverrides(globals(), 'y')\n")
     assert status == 1 and "AssertionError" in err
