@@ -567,8 +567,10 @@ def test_hints_are_right_for_train_py(tmp_path):
     done = train("--data=my notes.jsonl", "--tokenizer=byte")
     assert done.returncode == 2 and done.stderr.startswith("data.py: my notes.jsonl, line 1 has no field 'text', but ")
     told = pasted(done.stderr, "NAME=body")
-    assert "only" in told and "--val_fraction=" in told
-    assert "for validation: their loss" not in pasted(told)
+    few = load(tmp_path / "data" / "my-notes-byte")[0]["val_tokens"]
+    assert f"only {few:,} tokens for validation" in told and "--val_fraction=0.13`" in told
+    pasted(told)
+    assert load(tmp_path / "data" / "my-notes-byte")[0]["val_tokens"] > few
     done = train("--data=none")
     assert done.returncode == 2 and "--" not in done.stderr, done.stderr
 
