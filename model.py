@@ -1604,20 +1604,18 @@ def maker_of(path: str) -> str:
 
 def give_one_of(folder: str) -> str:
     """The end of an error message: the checkpoints and adapters in a folder, by the names that the scripts use."""
-    paths = [os.path.join(folder, f"{name}.safetensors") for name in ("ckpt", "best", "sft", "dpo")]
-    found = [path for path in paths if os.path.exists(path)]
+    paths = (os.path.join(folder, f"{name}.safetensors") for name in ("ckpt", "best", "sft", "dpo"))
+    found = [*filter(os.path.exists, paths)]
     return f"give {' or '.join(found)}" if found else "give a .safetensors file of train.py, sft.py or dpo.py"
 
 
 def is_text(path: str) -> bool:
     """Whether a file begins as UTF-8 text does. No safetensors file does: its first 8 bytes, a length, hold zeros."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4096)
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, "rb") as file:
+        start = file.read(4096)
         codecs.getincrementaldecoder("utf-8")().decode(start)
-    except (OSError, UnicodeDecodeError):
-        return False
-    return len(start.strip()) >= 8 and b"\0" not in start
+        return len(start.strip()) >= 8 and b"\0" not in start
+    return False
 
 
 def other_kind(path: str, arrays: dict, header: dict) -> str:

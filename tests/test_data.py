@@ -564,6 +564,8 @@ def test_hints_are_right_for_train_py(tmp_path):
         assert trained.returncode == 0, trained.stderr
         return done.stdout
 
+    done = train("--data=none")
+    assert done.returncode == 2 and "--" not in done.stderr, done.stderr
     done = train("--data=my notes.jsonl", "--tokenizer=byte")
     assert done.returncode == 2 and done.stderr.startswith("data.py: my notes.jsonl, line 1 has no field 'text', but ")
     told = pasted(done.stderr, "NAME=body")
@@ -571,8 +573,6 @@ def test_hints_are_right_for_train_py(tmp_path):
     assert f"only {few:,} tokens for validation" in told and "--val_fraction=0.13`" in told
     pasted(told)
     assert load(tmp_path / "data" / "my-notes-byte")[0]["val_tokens"] > few
-    done = train("--data=none")
-    assert done.returncode == 2 and "--" not in done.stderr, done.stderr
 
 
 def test_shakespeare_is_checked(tmp_path):
