@@ -120,7 +120,7 @@ def curves(path: str, rows: list[dict], panels: dict[str, dict[str, str]], title
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
         axes.grid(alpha=0.3)
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(printable(title), parse_math=False)
     write_figure(path, figure)
 
 
@@ -134,11 +134,16 @@ def expert_load(path: str, steps: list[int], load: np.ndarray, title: str):
     axes = figure.subplots()
     image = axes.pcolormesh([0, *steps], np.arange(L * E + 1), load.reshape(-1, L * E).T, cmap="RdBu_r", vmin=0, vmax=2)
     axes.set(xlabel="step", ylabel="layer", yticks=[E * (layer + 0.5) for layer in range(L)], yticklabels=range(L))
-    axes.set_title(title, parse_math=False)
+    axes.set_title(printable(title), parse_math=False)
     axes.hlines([E * layer for layer in range(1, L)], 0, steps[-1], color="black", lw=1)
     axes.invert_yaxis()
     figure.colorbar(image, ax=axes, extend="max")
     write_figure(path, figure)
+
+
+def printable(text: str) -> str:
+    """A text that a picture can show: the bytes of a file's name that Python could not decode are read as UTF-8."""
+    return text.encode(errors="any_text").decode(errors="replace")  # config.py defines any_text
 
 
 def short(text: str, width: int = 10) -> str:
@@ -170,7 +175,7 @@ def heat_map(path: str, values, rows: list[str], columns: list[str], title: str,
     axes.set_xticks(range(len(columns)), columns, fontsize=8, family="monospace", parse_math=False,
                     rotation=90 if max(map(len, columns)) * len(columns) > 12 * width else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    axes.set_title(f"{title}\n{unit}", fontsize=10, parse_math=False)
+    axes.set_title(printable(f"{title}\n{unit}"), fontsize=10, parse_math=False)
     figure.colorbar(image, ax=axes, fraction=0.5 / size[0], pad=0.1 / size[0])
     write_figure(path, figure)
 
@@ -196,7 +201,7 @@ def page(path: str, title: str, text: str, *parts: str):
     title = html.escape(title)
     content = "\n".join([
         f"{PAGE}<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{html.escape(text)}</p>", *parts, ""])
-    write_whole(path, content.encode(errors="backslashreplace"))
+    write_whole(path, printable(content).encode())
 
 
 if __name__ == "__main__":

@@ -321,7 +321,9 @@ class Folder:
         self.used.add(name)
         try:
             if name not in self.open.get(path, {}):
-                self.open[path] = mx.load(path, format="safetensors")  # lazy arrays: MLX reads one when it is evaluated
+                with open(path, "rb") as file:  # MLX opens a name beyond ASCII only where the locale is UTF-8
+                    place = path if path.isascii() else f"/dev/fd/{file.fileno()}"
+                    self.open[path] = mx.load(place, format="safetensors")  # lazy: MLX reads an evaluated array only
             found = self.open[path].pop(name)
             mx.eval(found)
         except (OSError, RuntimeError, ValueError, KeyError) as error:

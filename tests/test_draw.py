@@ -65,6 +65,17 @@ def test_page(tmp_path):
     assert "a&amp;b" in html and "x &amp; y" in html
 
 
+def test_names_beyond_ascii(tmp_path):
+    """A file's name as Python has it where the locale is not UTF-8, or where its bytes are no text."""
+    for name, text in (("b\udcc3\udcbc.txt", "bü.txt"), ("\udcff", "\ufffd"), ("\ud800", "\\ud800"), ("ü", "ü")):
+        assert draw.printable(name) == text
+        draw.curves(str(tmp_path / "a.png"), [{"step": 1, "x": 2.0}], {"y": {"x": "x"}}, name)
+        draw.expert_load(str(tmp_path / "b.png"), [1], np.ones((1, 1, 2)), name)
+        draw.heat_map(str(tmp_path / "c.png"), [[1.0]], ["r"], ["c"], name, [["t"]], name)
+        draw.page(str(tmp_path / "d.html"), name, name)
+        assert f"<title>{text}</title>" in (tmp_path / "d.html").read_text()
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("values", [[[0.0, 0.0]], [[-1.0, 2.0], [3.0, 0.0]], [[1e-9] * 40] * 6], ids=len)

@@ -1,5 +1,6 @@
 """hf_reader.py: reads folders that transformers wrote, with their logits (fixtures/make_hf.py); exports; bad input."""
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -598,6 +599,18 @@ def test_what_is_not_written_over(tmp_path, capsys):
     for source, says in (("a.safetensors", "exists: give another --export"), ("folder", "--export takes a checkpoint")):
         with pytest.raises(UserError, match=says):
             run_here("hf_reader.py", tmp_path / source, f"--export={tmp_path / 'folder'}")
+
+
+@pytest.mark.parametrize("name", ["b\xfccher".encode(), b"b\xfccher"])
+@pytest.mark.parametrize("utf8", ["0", "1"])
+def test_folders_beyond_ascii(name, utf8, tmp_path):
+    """A folder whose name is no ASCII, or no text at all, in a locale with UTF-8 and in one without."""
+    shutil.copytree(FOLDERS / "llama", tmp_path / os.fsdecode(name))
+    command = [sys.executable, ROOT / "hf_reader.py", name, b"new-" + name]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env={
+        **os.environ, "LC_ALL": "C", "PYTHONUTF8": utf8, "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 0 and done.stdout.count(b"new-" + name) == 1, done
+    assert (tmp_path / f"new-{os.fsdecode(name)}").exists()
 
 
 @pytest.mark.parametrize("script", ["hf_reader.py", "gguf_reader.py"])
