@@ -431,17 +431,17 @@ def test_bases_that_are_not_found(chain, tmp_path, monkeypatch):
 
 def test_peft_in_a_locale_of_ascii(tmp_path):
     """A folder of PEFT's whose name is not ASCII, where Python reads names as ASCII."""
-    model = base_with_adapter()
+    model, folder = base_with_adapter(), os.fsdecode("größe".encode())  # the tests may run in such a locale, too
     save_checkpoint(str(tmp_path / "ckpt"), base(norm="layer"), {})
-    (tmp_path / "größe").mkdir()
-    lora.save_peft(str(tmp_path / "größe" / "peft"), model)
+    (tmp_path / folder).mkdir()
+    lora.save_peft(str(tmp_path / folder / "peft"), model)
     code = "import os, sys, lora; folder = f'{os.fsdecode(sys.argv[1])}/peft'; assert not folder.isprintable(); " \
            "model, _ = lora.load_adapted('ckpt', [folder]); lora.save_peft(f'{folder}-2', model)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", code, "größe"], cwd=tmp_path, env=environment, capture_output=True,
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=tmp_path, env=environment, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    a, b = (load_adapted(str(tmp_path / "ckpt"), [str(tmp_path / "größe" / name)])[0] for name in ("peft", "peft-2"))
+    a, b = (load_adapted(str(tmp_path / "ckpt"), [str(tmp_path / folder / name)])[0] for name in ("peft", "peft-2"))
     assert mx.allclose(a(IDX), model(IDX), atol=1e-5) and mx.allclose(b(IDX), model(IDX), atol=1e-5)
     assert not mx.allclose(a(IDX), base(norm="layer")(IDX), atol=1e-2)
 
