@@ -13,7 +13,7 @@ from test_cpu import near, numbers
 
 import packing
 from config import UserError
-from model import GPT, Experts, GPTConfig
+from model import GPT, Experts, GPTConfig, save_checkpoint
 from quantized import BITS
 
 # ---- integers --------------------------------------------------------------------------------------------------------
@@ -108,3 +108,22 @@ def test_output_path(tmp_path, monkeypatch):
     for out in ("ckpt.safetensors", "link", "data/../ckpt.safetensors", str(tmp_path / "book.txt"), "data/val.bin"):
         with pytest.raises(UserError, match="would overwrite the input"):
             packing.output_path("./ckpt.safetensors", out, "hqq-4", "book.txt", "data")
+
+
+def test_results_are_not_replaced(tmp_path, capsys, monkeypatch):
+    """Only an earlier result of the same script may be replaced, which is printed."""
+    monkeypatch.setattr("sys.argv", ["hqq.py"])
+    path = str(tmp_path / "out.safetensors")
+    model = GPT(GPTConfig(n_layer=1, n_embd=32, n_head=2, vocab_size=32))
+    for header, says in (({"script": "train.py"}, "made by train.py"), ({}, "and is no result of a script"),
+                         ({"script": ["hqq.py"]}, "and is no result of a script")):
+        save_checkpoint(path, model, header)
+        with pytest.raises(UserError, match=f"out.safetensors exists, {says}: give another name"):
+            packing.output_path("ckpt.safetensors", path, "hqq-4")
+    for content in (b"", b"text", b"\xff" * 8 + b"{}", (2).to_bytes(8, "little") + b"{}", b"[" * 100_000):
+        (tmp_path / "out.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="exists, and is no result of a script"):
+            packing.output_path("ckpt.safetensors", path, "hqq-4")
+    save_checkpoint(path, model, {"script": "hqq.py"})
+    assert packing.output_path("ckpt.safetensors", path, "hqq-4") == path
+    assert capsys.readouterr().out == f"{path} is an earlier result of hqq.py, which is replaced\n"

@@ -442,6 +442,17 @@ def test_bad_input(arguments, says, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
 
 
+def test_the_second_picture_replaces_nothing(tmp_path):
+    """With a text and a prompt, --mode=ablate draws two pictures and two pages."""
+    path, _ = checkpoint(tmp_path)
+    for name in ("ckpt-ablate-prompt.png", "ckpt-ablate-prompt.html", "ckpt-ablate.html"):
+        (tmp_path / name).write_text("mine")
+        done = run(path, "--mode=ablate", CLEAN, TARGET, f"--data={ROOT / 'README.md'}", status=2)
+        assert f"{name} exists, and was not drawn here" in done.stderr
+        assert (tmp_path / name).read_text() == "mine" and len([*tmp_path.iterdir()]) == 2
+        (tmp_path / name).unlink()
+
+
 def test_docstring(tmp_path):
     checkpoint(tmp_path, n_layer=4)
     logits = conftest.docstring_use(patching, tmp_path)["logits"]

@@ -222,6 +222,21 @@ def test_bad_input(arguments, says, learned, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["cut.tgtl", "d.lenses", "short.txt"]
 
 
+def test_what_is_not_replaced(learned, tmp_path):
+    """A file that another script made under the name of the lenses, or that stands beside them."""
+    path = learned / "ckpt.safetensors"
+    command = [path, f"--data={learned / 'text.txt'}", f"--out={tmp_path / 'a.lenses'}", "--max_iters=1"]
+    (tmp_path / "a.tgtl").write_text("mine")
+    assert "a.tgtl exists without a .lenses file beside it" in run(*command, status=2).stderr
+    (tmp_path / "a.lenses").write_bytes(path.read_bytes())
+    assert "a.lenses exists, and is no result of a script" in run(*command, status=2).stderr
+    assert (tmp_path / "a.tgtl").read_text() == "mine"
+    for name in ("a.tgtl", "a.lenses"):
+        (tmp_path / name).unlink()
+    run(*command)
+    assert "a.lenses is an earlier result of tuned_lens.py, which is replaced" in run(*command).stdout
+
+
 def test_docstring(tmp_path):
     checkpoint(tmp_path, n_layer=4)
     names = conftest.docstring_use(tuned_lens, tmp_path)
