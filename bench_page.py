@@ -6,6 +6,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -63,6 +64,13 @@ def chromium():
     here = os.path.dirname(os.path.abspath(__file__))
     server = subprocess.Popen([sys.executable, os.path.join(here, "playground.py"), "--port=0", "--open=False"],
                               stdout=subprocess.PIPE, text=True)
+
+    def stop(*_):  # a KeyboardInterrupt in playwright's loop may leave a traceback
+        server.terminate()
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stop)
     try:
         url = next(line.split()[0] for line in server.stdout if line.startswith("http://"))
         with sync_playwright() as tools:

@@ -11,8 +11,8 @@ if sys.platform.startswith("linux"):
     import fuzz
 
 
-@pytest.mark.parametrize("more", [["--n=60", "--files=40"],
-                                  ["--n=0", "--files=0", "--more=True", "--only=sft.py,hqq.py,hf_reader.py,patching.py"]])
+@pytest.mark.parametrize("more", [
+    ["--n=60", "--files=40"], ["--n=0", "--files=0", "--more=True", "--only=sft.py,hqq.py,hf_reader.py,patching.py"]])
 def test_sample(more):
     """Arguments and broken files at every script, and outputs that are inputs: nothing but one-line errors, nothing
     lost. The whole count is in fuzz.py's docstring."""
