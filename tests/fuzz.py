@@ -493,6 +493,9 @@ def one(kind: str, number: int, place: Path, before: dict, listed: list) -> tupl
             how = f"over {name}"
             (place / f"soft{Path(name).suffix}").symlink_to(name)
             (place / f"hard{Path(name).suffix}").hardlink_to(place / name)
+    pages = [text for text in command if text.startswith("--page=")]
+    if "page" in SCRIPTS[script][0] and pages[-1:] in ([], ["--page="]):
+        command = [*command, "--page=page.md"]  # by default they write to docs/ of this checkout
     result = run_case(place, script, command, rng.choice(["utf-8"] * 3 + ["ascii"]),
                       rng.choice([2**28] * 6 + [3000, 100_000] * (kind != "more" and script not in SHORT)),
                       SHORT.get(script, limit))
