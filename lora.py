@@ -412,7 +412,7 @@ def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
         with open(config_path, encoding="utf-8") as file:
             config = json.load(file)
         with safe_open(path, "numpy"), open(path, "rb") as file:  # safe_open checks the header by the file's length
-            arrays = mx.load(file, format="safetensors")
+            arrays = mx.load(path if path.isascii() else f"/dev/fd/{file.fileno()}", format="safetensors")
             mx.eval(arrays)
         return peft_modules(config_path, config, path, arrays)
     except UserError:

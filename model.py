@@ -128,7 +128,7 @@ def check_numbers(config: GPTConfig):
     for field in fields(config):
         value = getattr(config, field.name)
         if field.type is int and not (isinstance(value, int) and abs(value) < 2**31):
-            raise UserError(f"{field.name}={str(value)[:40]}: it must be a whole number below 2^31")
+            raise UserError(f"{field.name}={repr(value)[:40]}: it must be a whole number below 2^31")
         if field.type is float:
             if not (isinstance(value, int | float) and abs(value) < 1e300):
                 raise UserError(f"{field.name}={str(value)[:40]}: it must be a finite number")
@@ -1588,7 +1588,7 @@ def load_arrays(path: str) -> tuple[dict[str, mx.array], dict]:
         if header["version"] != VERSION:
             raise UserError(f"{path} has version {header['version']}, this code reads {VERSION}: update the code")
         with open(path, "rb") as file:  # by a name beyond ASCII, MLX opens a file only where the locale is UTF-8
-            arrays = mx.load(file, format="safetensors")
+            arrays = mx.load(path if path.isascii() else f"/dev/fd/{file.fileno()}", format="safetensors")
             mx.eval(arrays)  # read now: the file may be replaced later
     except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as error:
         if is_text(path):

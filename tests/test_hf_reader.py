@@ -362,7 +362,7 @@ def refused(folder, says):
     ("model_type", "rwkv", "architecture 'rwkv'"), ("hidden_act", "gelu", "hidden_act='gelu'"),
     ("attention_bias", True, "attention_bias"), ("rope_parameters", {"rope_type": "yarn"}, "'yarn'"),
     ("vocab_size", 41, "model.safetensors: model.embed_tokens.weight has shape (40, 16), but by the settings it is"),
-    ("num_hidden_layers", 3, "holds no tensor model.layers.2"), ("hidden_size", "16", "setting of the wrong type"),
+    ("num_hidden_layers", 3, "holds no tensor model.layers.2"), ("hidden_size", "16", "n_embd='16'"),
     ("num_attention_heads", 3, "not divisible"), ("quantization_config", {"quant_method": "awq"}, "awq_reader.py"),
     ("quantization_config", {"quant_method": "bitsandbytes"}, "'bitsandbytes', which has no reader"),
     ("quantization", {"group_size": 64, "bits": 4}, "'mlx-lm', which has no reader"),

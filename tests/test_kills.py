@@ -17,20 +17,24 @@ def start(*command) -> subprocess.Popen:
                             stderr=subprocess.STDOUT, text=True)
 
 
-def kill_and_resume(begin: list, go_on: list, begun, n: int, seed: int):
+def size(path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def kill_and_resume(begin: list, go_on: list, begun, written, n: int, seed: int):
     """Start, kill and resume a script, so that it is killed n times in all, fewer where the machine is so fast that it
-    ends before; then let it end. begun() tells whether there is something to resume: before, it is begun anew."""
+    ends before; then let it end. begun() tells whether there is something to resume: before, it is begun anew. It is
+    killed soon after it has written to the file `written`."""
     rng, killed = random.Random(seed), 0
     while True:
+        before = size(written)
         process = start(*(go_on if begun() else [*begin, "--overwrite=True"]))
         if killed == n:
             told, _ = process.communicate(timeout=300)
             assert process.returncode == 0, told
             break
-        first = begun()
-        for line in process.stdout:  # the imports are over
-            if first or "step" in line or "conversations" in line:
-                break
+        while process.poll() is None and size(written) == before:
+            time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.6))
         process.kill()
         told, _ = process.communicate()
@@ -51,7 +55,8 @@ def test_training(folder, pairs, tmp_path, script, arguments, kills):  # noqa: F
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([sys.executable, *begin, f"--out_dir={whole}"], check=True, capture_output=True)
     go_on = [ROOT / f"{script}.py", f"--out_dir={killed}", "--resume=True"]
-    kill_and_resume([*begin, f"--out_dir={killed}"], go_on, (killed / "resume.safetensors").exists, kills, seed=1)
+    kill_and_resume([*begin, f"--out_dir={killed}"], go_on, (killed / "resume.safetensors").exists, killed / "loss.csv",
+                    kills, seed=1)
     one, other = state(whole), state(killed)
     assert one.keys() == other.keys() and len(one["loss.csv"]) > 20
     for name, array in one.items():
@@ -65,6 +70,6 @@ def test_magpie(tuned, tmp_path):  # noqa: F811
     begin = [ROOT / "magpie.py", tuned, *settings]
     subprocess.run(list(map(str, [sys.executable, *begin, f"--out={whole}"])), check=True, capture_output=True)
     begun = lambda: killed.exists() and killed.stat().st_size > 0  # noqa: E731
-    kill_and_resume([*begin, f"--out={killed}"], [*begin, f"--out={killed}", "--resume=True"], begun, 6, seed=2)
+    kill_and_resume([*begin, f"--out={killed}"], [*begin, f"--out={killed}", "--resume=True"], begun, killed, 6, seed=2)
     assert killed.read_bytes() == whole.read_bytes()
     assert len({json.dumps(json.loads(line)["messages"]) for line in whole.read_text().splitlines()}) == 60

@@ -520,7 +520,7 @@ def test_dropout_of_recomputed_blocks(flavour, every):
 
 @pytest.mark.parametrize("settings, says", [
     (dict(head_dim=2**32), "head_dim=4294967296"), (dict(n_layer=1001), "n_layer=1001"),
-    (dict(n_layer="4"), "n_layer=4"), (dict(rope_theta=10**400), "rope_theta=1000"),
+    (dict(n_layer="4"), "n_layer='4'"), (dict(rope_theta=10**400), "rope_theta=1000"),
     (dict(softcap=math.nan), "softcap=nan"), (dict(norm_eps=math.inf), "norm_eps=inf"),
     (dict(n_head=2**29, head_dim=2), "n_head . head_dim"), (dict(n_layer=1000, n_embd=2**17), "GiB does not fit"),
 ], ids=str)
