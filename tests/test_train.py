@@ -817,6 +817,9 @@ def test_stopped_at_any_moment(data, tmp_path):
         printed, error = process.communicate()
         if process.returncode == 2 and "already" in error or process.returncode == 0:
             break
+        if process.returncode == -signal.SIGINT:  # a shell calls it 130, too: all was done, and Python was ending
+            assert not error and "sample.py" in printed.splitlines()[-1]
+            break
         assert process.returncode == 130 and error in ("", "stopped\n"), error
         assert error or f"train.py --out_dir={out} --resume=True" in printed.splitlines()[-1]
         stops += 1
