@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT, peak_memory, run, run_here, survives
+from peers import peer
 
 import readers
 from config import UserError
@@ -64,7 +65,7 @@ def test_logits_of_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_reads_what_we_write(name, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch, transformers = peer("torch"), peer("transformers")
     read(FOLDERS / name, tmp_path / "model.safetensors")
     read(tmp_path / "model.safetensors", f"--export={tmp_path / 'folder'}")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
@@ -76,7 +77,7 @@ def test_transformers_reads_what_we_write(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama3", "qwen2", "qwen3", "mixtral"])
 def test_mlx_lm_reads_what_we_write(name, tmp_path):
-    mlx_lm = pytest.importorskip("mlx_lm.utils")
+    mlx_lm = peer("mlx_lm.utils")
     read(FOLDERS / name, tmp_path / "model.safetensors")
     read(tmp_path / "model.safetensors", f"--export={tmp_path / 'folder'}")
     model, _ = mlx_lm.load_model(tmp_path / "folder")
@@ -115,15 +116,15 @@ def test_bfloat16_is_kept(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_beside_transformers(name, tmp_path):
     """The error of logits in bfloat16 is no larger than in transformers."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch, transformers = peer("torch"), peer("transformers")
     in_bfloat16(name, tmp_path / "half")
     run_here("hf_reader.py", tmp_path / "half", tmp_path / "model.safetensors")
     model, _ = load_checkpoint(str(tmp_path / "model.safetensors"))
     ours, theirs = np.array(model(mx.array(IDX)).astype(mx.float32)), {}
     for dtype in ("bfloat16", "float32"):
-        peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=getattr(torch, dtype)).eval()
+        built = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=getattr(torch, dtype)).eval()
         with torch.no_grad():
-            theirs[dtype] = peer(torch.tensor(IDX)).logits.float().numpy()
+            theirs[dtype] = built(torch.tensor(IDX)).logits.float().numpy()
     errors = [np.sqrt(np.square(x - theirs["float32"]).mean()) for x in (ours, theirs["bfloat16"])]
     assert errors[0] < 1.3 * errors[1]
     model.set_dtype(mx.float32)
@@ -436,7 +437,7 @@ def test_published_settings(name):
 @pytest.mark.parametrize("family", ["GPT2", "Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral"])
 def test_settings_of_transformers(family):
     """The default settings of its classes are read."""
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     found = json.loads(getattr(transformers, f"{family}Config")().to_json_string(use_diff=False))
     assert readers.model_config(found, "config.json").n_layer == found.get("num_hidden_layers", found.get("n_layer"))
 

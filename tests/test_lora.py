@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_adapter
 from mlx.utils import tree_flatten, tree_map
+from peers import peer
 from test_model import build, in_transformers
 
 import lora
@@ -554,21 +555,10 @@ def test_folder_of_peft_and_back(flavour, targets, kind, tmp_path):
     assert mx.abs(build(flavour)(IDX) - model(IDX)).max() > 1e-2
 
 
-def package_peft():
-    """peft takes a module called hqq for the package of that name: ours is hidden while it looks."""
-    ours, sys.modules["hqq"] = sys.modules.get("hqq"), None
-    try:
-        return pytest.importorskip("peft")
-    finally:
-        del sys.modules["hqq"]
-        if ours:
-            sys.modules["hqq"] = ours
-
-
 @every_kind
 @pytest.mark.parametrize("flavour", THEIR_TARGETS)
 def test_peft_reads_what_we_write(flavour, kind, tmp_path):
-    torch, peft = pytest.importorskip("torch"), package_peft()
+    torch, peft = peer("torch"), peer("peft")
     model = build(flavour)
     theirs = in_transformers(flavour, model)
     attach(model, "attn, mlp", rank=3, alpha=7, kind=kind)
@@ -583,7 +573,7 @@ def test_peft_reads_what_we_write(flavour, kind, tmp_path):
 @every_kind
 @pytest.mark.parametrize("flavour", THEIR_TARGETS)
 def test_we_read_what_peft_writes(flavour, kind, tmp_path):
-    torch, peft = pytest.importorskip("torch"), package_peft()
+    torch, peft = peer("torch"), peer("peft")
     model = build(flavour)
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=THEIR_TARGETS[flavour], use_dora=kind == "dora",
                              use_rslora=kind == "rslora", task_type="CAUSAL_LM", fan_in_fan_out=flavour == "GPT-2")

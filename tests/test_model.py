@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten, tree_unflatten
+from peers import peer
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -1117,7 +1118,7 @@ THEIR_NAMES = {
 
 def in_transformers(flavour: str, model: GPT):
     """The same model, made by transformers."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch, transformers = peer("torch"), peer("transformers")
     c = model.config
     if flavour == "GPT-2":
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -1154,7 +1155,7 @@ def in_transformers(flavour: str, model: GPT):
 
 @pytest.mark.parametrize("flavour", ["GPT-2", "Llama", "Llama 3.1", "Qwen2", "Qwen3"])
 def test_transformers(flavour):
-    torch = pytest.importorskip("torch")
+    torch = peer("torch")
     model, idx = build(flavour), tokens(2, 90)
     theirs = in_transformers(flavour, model)
     with torch.no_grad():
