@@ -26,12 +26,13 @@ from draw import check_finite, grid, labels, page, pictures, prompt_ids, short, 
 from model import (
     DIFF_LAMBDAS,
     GPT,
+    attention_weights,
     check_known,
     compute_dtype,
     crosses,
     load_checkpoint,
-    places_of,
     rope_to_sinks,
+    rotary,
     score_mask,
     windowed,
 )
@@ -47,7 +48,9 @@ settings = overrides(globals(), "checkpoint")
 
 # Settings of the variants that attention_maps() was written for
 KNOWN = ("alibi sliding_window window_pattern sinks diff_attn diff_attn_version n_expert expert_top_k n_shared_expert "
-         "expert_balance mod mod_capacity mod_every yoco value_residual value_embeds softcap")
+         "expert_balance mod mod_capacity mod_every yoco value_residual value_embeds softcap attn_softcap attn_scale "
+         "rotary_dim rope_scaling rope_pattern window_theta parallel norm_place norm_bias out_bias head_bias "
+         "qk_norm_width embed_scale residual_scale logit_scale")
 
 
 def record(model: GPT, idx: mx.array) -> dict[tuple[str, int], mx.array]:
@@ -83,18 +86,12 @@ def attention_maps(model: GPT, idx: mx.array, states: dict | None = None) -> lis
             order, n = order_of(model, layer, x)
             n = n.item()
             offset = mx.where(mx.arange(T) < n, order, 2 * T)[None]
-        if windowed(config, layer) and config.sinks and config.pos == "rope":
+        if windowed(config, layer) and config.sinks and rotary(config, layer):
             q, k = rope_to_sinks(config, q, k, block.attn._inverse, offset, keys)
         mask = score_mask(config, layer, T, offset, keys)
-        if mask is None or isinstance(mask, str):
-            mask = places_of(T, 0)[..., None] >= mx.arange(T)
-        if mask.dtype == mx.bool_:
-            mask = mx.where(mask, 0.0, -mx.inf)
-        k = mx.repeat(k, q.shape[1] // k.shape[1], axis=1)
-        scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * q.shape[-1] ** -0.5 + mask
-        maps = {"map": mx.softmax(scores, axis=-1)[0]}
+        maps = {"map": attention_weights(config, q, k, mask)[0]}
         if config.diff_attn:
-            maps = differential(config, block.attn, block.attn_norm(x)[:, order], maps["map"])
+            maps = differential(config, block.attn, block.normed("attn_norm", x)[:, order], maps["map"])
         rows = np.array(order)[:n]
         columns = np.arange(T) if crossing else rows
         found.append({})

@@ -265,7 +265,7 @@ def bench_window():  # window
 
     alternate("window 128 of 4096, attention; all keys", "tok/s", B * T,
               lambda: gradients(lambda *x: window_attention(config, 0, *x, 0)),
-              lambda: gradients(lambda *x: attend(*x, "causal")))
+              lambda: gradients(lambda *x: attend(config, *x, "causal")))
 
 
 def bench_moe():  # moe

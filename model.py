@@ -58,24 +58,38 @@ class GPTConfig:
     n_kv_head: int = 0           # key/value heads, each shared by n_head / n_kv_head query heads; 0: n_head
     n_embd: int = 128            # width of the residual stream
     head_dim: int = 0            # width of a head; 0: n_embd / n_head
-    ffn_dim: int = 0             # hidden width of the MLP; 0: 4 n_embd (swiglu: 8/3 n_embd, up to a multiple of 64)
+    ffn_dim: int = 0             # hidden width of the MLP; 0: 4 n_embd (gated: 8/3 n_embd, up to a multiple of 64)
     pos: str = "rope"            # rope | learned | none
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    rope_factor: float = 1.0     # Llama 3 scaling: factor by which long wavelengths grow (8 in Llama 3.1); 1: off
+    rope_factor: float = 1.0     # factor by which long wavelengths grow (8 in Llama 3.1), see rope_scaling; 1: off
     rope_low_freq: float = 1.0   # wavelengths over rope_original / rope_low_freq grow by the whole factor
     rope_high_freq: float = 4.0  # wavelengths under rope_original / rope_high_freq stay
     rope_original: int = 8192    # context length before the scaling
     norm: str = "rms"            # rms | layer
     norm_eps: float = 1e-5       # added to the variance
-    mlp: str = "relu2"           # relu2 | gelu | gelu_tanh | swiglu
+    mlp: str = "relu2"           # relu2 | gelu | gelu_tanh | swiglu | geglu
     bias: bool = False           # biases in all linear layers and in LayerNorm
     qkv_bias: bool = False       # biases in q, k and v alone (Qwen2)
     qk_norm: bool = True         # RMSNorm of every head's query and key
     tie: bool = True             # the unembedding is the embedding's transpose
+    rotary_dim: int = 0          # numbers of a head that rotary positions turn, the first ones; 0: all
+    rope_scaling: str = "llama3"  # formula of rope_factor: llama3 | linear | yarn
+    rope_pattern: str = "R"      # one letter a layer, repeated: R rotary positions, N no positions (SmolLM3)
+    parallel: bool = False       # attention and MLP both read the block's input (GPT-NeoX)
+    norm_place: str = "before"   # before | after | both: where norms stand about attention and MLP (OLMo-2, Gemma)
+    norm_bias: bool = False      # a bias in LayerNorm, though linear layers have none (StableLM)
+    out_bias: bool = False       # a bias in attention's output projection
+    head_bias: bool = False      # a bias in the unembedding (Phi-2)
+    qk_norm_width: bool = False  # QK-norm is over the numbers of all heads together, not of each (OLMo-2)
+    embed_scale: float = 1.0     # factor of the embedding (Gemma, Granite)
+    attn_scale: float = 0.0      # factor of attention's scores; 0: 1 / sqrt(head_dim)
+    residual_scale: float = 1.0  # factor of what attention and MLP add to the residual stream (Granite)
+    logit_scale: float = 1.0     # factor of the logits (Granite)
     alibi: bool = False          # scores fall linearly with the distance; no other position signal  # alibi
     sliding_window: int = 0      # keys that a query sees, itself included; 0: all  # window
     window_pattern: str = "S"    # one letter a layer, repeated: S short (the window), L long (all keys)  # window
     sinks: int = 0               # first tokens that windowed queries see too  # window
+    window_theta: float = 0.0    # rope_theta of windowed layers, without scaling; 0: that of all layers  # window
     diff_attn: bool = False      # differential attention  # diff
     diff_attn_version: int = 1   # 1 (2024): pairs of the n_head heads; 2 (2026): n_head pairs  # diff
     n_expert: int = 0            # experts, MLPs of width ffn_dim, of which a token uses some; 0: one MLP  # moe
@@ -89,6 +103,7 @@ class GPTConfig:
     value_residual: bool = False  # every layer's values are mixed with those of layer 0  # resformer
     value_embeds: bool = False   # every other layer adds an embedding of the token to its values  # valembed
     softcap: float = 0.0         # logits are bounded to +-softcap by a tanh; 0: they are not  # softcap
+    attn_softcap: float = 0.0    # attention's scores are bounded to +-attn_softcap; 0: they are not  # softcap
 
     def __post_init__(self):
         check_numbers(self)
@@ -113,14 +128,18 @@ class GPTConfig:
         if self.pos == "rope" and self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs; make it even or set pos")
         check_diff(self)  # diff
-        swiglu_dim = -(-8 * self.n_embd // (3 * 64)) * 64
-        self.ffn_dim = self.ffn_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
+        gated_dim = -(-8 * self.n_embd // (3 * 64)) * 64
+        self.ffn_dim = self.ffn_dim or (gated_dim if self.mlp in GATED else 4 * self.n_embd)
         if max(self.n_head * self.head_dim, self.ffn_dim) >= 2**30:
             raise UserError(f"n_head * head_dim or ffn_dim={self.ffn_dim} is 2^30 or more: make them smaller")
-        choices = {"pos": ("rope", "learned", "none"), "norm": ("rms", "layer"), "mlp": tuple(ACTIVATIONS)}
+        choices = {"pos": ("rope", "learned", "none"), "norm": ("rms", "layer"), "mlp": tuple(ACTIVATIONS),
+                   "rope_scaling": ("llama3", "linear", "yarn"), "norm_place": ("before", "after", "both")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        check_rotary(self)
+        check_scales(self)
+        check_needs(self)
 
 
 def check_numbers(config: GPTConfig):
@@ -135,6 +154,37 @@ def check_numbers(config: GPTConfig):
             setattr(config, field.name, float(value))
     if config.n_layer > 1000:
         raise UserError(f"n_layer={config.n_layer}: it must be 1000 or less")
+
+
+def check_rotary(config: GPTConfig):
+    if not 0 <= config.rotary_dim <= config.head_dim or config.rotary_dim % 2:
+        raise UserError(f"rotary_dim={config.rotary_dim}: it must be even, and 0 to head_dim={config.head_dim}")
+    if not config.rope_pattern or set(config.rope_pattern) - set("RN"):
+        raise UserError(f"rope_pattern={config.rope_pattern!r}: it must be letters R (rotary) and N (no positions)")
+    for name in ("rope_theta", "rope_factor", "rope_original"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name}={getattr(config, name)}: it must be over 0")
+    if not 0 < config.rope_low_freq < config.rope_high_freq:
+        raise UserError(f"rope_low_freq={config.rope_low_freq}, rope_high_freq={config.rope_high_freq}: both must be "
+                        "over 0, and the first one the smaller")
+
+
+def check_scales(config: GPTConfig):
+    if config.attn_scale < 0:
+        raise UserError(f"attn_scale={config.attn_scale}: it must be 0, which is 1 / sqrt(head_dim), or more")
+    for name in ("embed_scale", "residual_scale", "logit_scale"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name}={getattr(config, name)}: it must be over 0")
+
+
+def check_needs(config: GPTConfig):
+    """UserError for a setting that has no effect beside another one."""
+    for name, other, wanted in (
+            ("rotary_dim", "pos", "rope"), ("rope_pattern", "pos", "rope"), ("norm_bias", "norm", "layer"),
+            ("head_bias", "tie", False), ("qk_norm_width", "qk_norm", True)):
+        value, found = getattr(config, name), getattr(config, other)
+        if value != getattr(GPTConfig, name) and found != wanted:
+            raise UserError(f"{name}={value!r} needs {other}={wanted}, not {other}={found}: change one of them")
 
 
 def check_known(config: GPTConfig, known: str, what: str):
@@ -183,15 +233,29 @@ class LayerNorm(nn.LayerNorm):
 
 
 def rope_inv_freq(config: GPTConfig) -> np.ndarray:
-    """The angle in radians by which each pair of dimensions turns from one position to the next: (D/2,), theta^(-2i/D)
-    (Su et al. 2021). Llama 3.1's scaling divides the small angles, of long wavelengths, by rope_factor."""
-    inv_freq = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    if config.rope_factor != 1:
-        low, high = config.rope_low_freq, config.rope_high_freq
-        turns = config.rope_original * inv_freq / (2 * math.pi)  # full turns within the original context
-        keep = np.clip((turns - low) / (high - low), 0, 1)       # 1: short wavelength, kept; 0: long wavelength, scaled
-        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / config.rope_factor
-    return inv_freq
+    """The angle in radians by which each pair of dimensions turns from one position to the next: (R/2,), theta^(-2i/R)
+    (Su et al. 2021), for the R dimensions that turn. For a longer context a scaling divides angles by rope_factor:
+    "linear" all of them (Chen et al. 2023); "llama3" and "yarn" (Peng et al. 2023) the small ones, of long wavelengths,
+    with a ramp between, over the number of full turns in the original context or over the number of the pair."""
+    R, low, high = config.rotary_dim or config.head_dim, config.rope_low_freq, config.rope_high_freq
+    inv_freq = config.rope_theta ** (-np.arange(0, R, 2, dtype=np.float64) / R)
+    if config.rope_factor == 1:
+        return inv_freq
+    keep = np.zeros(len(inv_freq))  # 1: kept; 0: divided
+    if config.rope_scaling == "llama3":
+        turns = config.rope_original * inv_freq / (2 * math.pi)
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+    if config.rope_scaling == "yarn":
+        def pair(turns):  # the number of the pair, not rounded, that makes so many full turns
+            return R * math.log(config.rope_original / (2 * math.pi * turns)) / (2 * math.log(config.rope_theta))
+        first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), R - 1)
+        keep = 1 - np.clip((np.arange(len(inv_freq)) - first) / max(last - first, 0.001), 0, 1)
+    return keep * inv_freq + (1 - keep) * inv_freq / config.rope_factor
+
+
+def rotary(config: GPTConfig, layer: int) -> bool:
+    """Whether a layer turns its queries and keys by their positions."""
+    return config.pos == "rope" and config.rope_pattern[layer % len(config.rope_pattern)] == "R"
 
 
 # The positions of T tokens are given by `offset`. An int is the position of the first token; the others follow. Where
@@ -207,14 +271,15 @@ def places_of(T: int, offset: int | mx.array) -> mx.array:
 
 
 def rope(x: mx.array, inverse: mx.array, offset: int | mx.array) -> mx.array:
-    """Turn each pair (i, i + D/2) of a head by its position: x (B, H, T, D); inverse: 1 / rope_inv_freq, which
-    MLX calls freqs."""
+    """Turn each pair (i, i + R/2) of a head's first R numbers by its position: x (B, H, T, D); inverse (R/2,):
+    1 / rope_inv_freq, which MLX calls freqs."""
+    half = inverse.size
     if isinstance(offset, int):
-        return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
+        return mx.fast.rope(x, 2 * half, traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
     angle = (offset % DOCUMENT)[:, None, :, None] / inverse
     cos, sin = mx.cos(angle).astype(x.dtype), mx.sin(angle).astype(x.dtype)
-    a, b = mx.split(x, 2, axis=-1)
-    return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    a, b, rest = mx.split(x, [half, 2 * half], axis=-1)
+    return mx.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
 
 
 # ---- score: which keys a query may see, and with what bias -----------------------------------------------------------
@@ -301,6 +366,9 @@ def check_window(config: GPTConfig):
         raise UserError(f"window_pattern={config.window_pattern!r}: it must be letters S (short) and L (long)")
     if config.sinks < 0 or config.sinks and not config.sliding_window:
         raise UserError(f"sinks={config.sinks}: they stay beside a window; give sliding_window too, or sinks=0")
+    if config.window_theta < 0 or config.window_theta and not (config.sliding_window and config.pos == "rope"):
+        raise UserError(f"window_theta={config.window_theta}: it is 0, or the theta of layers with a window; give "
+                        f"sliding_window={config.sliding_window} and pos={config.pos} other values, or window_theta=0")
 
 
 def windowed(config: GPTConfig, layer: int) -> bool:
@@ -325,13 +393,13 @@ def rope_to_sinks(config: GPTConfig, q: mx.array, k: mx.array, inverse: mx.array
     """Rotary positions for sinks. q (B, H, T, D) and k (B, KV, S, D), rotated by their positions, become twice as wide.
     The first half of the width holds a key, the second half is 0; for a sink it is the other way round. The second half
     of a query is rotated for the query's position inside the cache, and decides the scores of sinks."""
-    T, D, last = q.shape[2], q.shape[3], config.sinks + config.sliding_window - 1
+    T, last = q.shape[2], config.sinks + config.sliding_window - 1
     queries, keys = score_places(T, offset, keys)
-    back = mx.fast.rope(q, D, traditional=False, base=None, scale=-1.0, offset=offset - last, freqs=inverse)
+    back = mx.fast.rope(q, 2 * inverse.size, traditional=False, base=None, scale=-1.0, offset=offset - last,
+                        freqs=inverse)
     q = mx.concatenate([q, mx.where(queries > last, back, q)], axis=-1)
     sink = (keys < config.sinks).swapaxes(2, 3)
-    k = mx.concatenate([mx.where(sink, 0, k), mx.where(sink, k, 0)], axis=-1)
-    return q * 2**0.5, k  # attend() divides by the square root of the width, which has doubled
+    return q, mx.concatenate([mx.where(sink, 0, k), mx.where(sink, k, 0)], axis=-1)
 
 
 def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v: mx.array, offset: int) -> mx.array:
@@ -359,7 +427,7 @@ def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v:
     if config.alibi:  # alibi
         mask = alibi_mask(config, layer, mask, queries, keys)  # alibi
     mask = mx.broadcast_to(mask, (B, *mask.shape[1:])).flatten(0, 1)
-    y = attend(blocks(q).flatten(0, 1), with_previous(blocks(k), k).flatten(0, 1),
+    y = attend(config, blocks(q).flatten(0, 1), with_previous(blocks(k), k).flatten(0, 1),
                with_previous(blocks(v), v).flatten(0, 1), mask)
     return y.reshape(B, n, H, size, -1).swapaxes(1, 2).reshape(B, H, n * size, -1)[:, :, :T]
 
@@ -474,12 +542,16 @@ class Attention(nn.Module):
         self.q = Linear(C, config.n_head * D, bias=bias)
         self.k = Linear(C, config.n_kv_head * D, bias=bias)
         self.v = Linear(C, config.n_kv_head * D, bias=bias)
-        self.out = Linear(config.n_head * D, C, bias=config.bias)
+        self.out = Linear(config.n_head * D, C, bias=config.bias or config.out_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(D, eps=config.norm_eps)
-            self.k_norm = RMSNorm(D, eps=config.norm_eps)
-        if config.pos == "rope":
-            self._inverse = mx.array(1 / rope_inv_freq(config), dtype=mx.float32)  # "_": not a parameter
+            wide = config.qk_norm_width
+            self.q_norm = RMSNorm(D * config.n_head if wide else D, eps=config.norm_eps)
+            self.k_norm = RMSNorm(D * config.n_kv_head if wide else D, eps=config.norm_eps)
+        if rotary(config, layer):
+            inv_freq = rope_inv_freq(config)
+            if config.window_theta and windowed(config, layer):  # window
+                inv_freq = rope_inv_freq(replace(config, rope_theta=config.window_theta, rope_factor=1.0))  # window
+            self._inverse = mx.array(1 / inv_freq, dtype=mx.float32)  # "_": not a parameter
         if config.value_embeds:  # valembed
             make_value_embedding(self)  # valembed
         if config.value_residual and layer > 0:  # resformer
@@ -496,33 +568,34 @@ class Attention(nn.Module):
 
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         """The output of each head, before the output projection: (B, T, C) -> (B, H, T, D)."""
-        (B, T, _), config, layer = x.shape, self.config, self.layer
-        q = self.q(x).reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
-        if config.qk_norm:
-            q = self.q_norm(q)
-        if config.pos == "rope":
-            q = rope(q, self._inverse, offset)
-        q = tap("q", layer, q)
+        T, config, layer = x.shape[1], self.config, self.layer
+        q = tap("q", layer, self.turned("q", x, offset))
         k, v, keys = self.keys_values(x, offset, cache, tap, carry)
         if config.diff_attn:  # diff
             v = values_of_pairs(config, v)  # diff
-        if windowed(config, layer) and config.sinks and config.pos == "rope":  # window
+        if windowed(config, layer) and config.sinks and rotary(config, layer):  # window
             q, k = rope_to_sinks(config, q, k, self._inverse, offset, keys)  # window
         if "dropout" in carry:  # dropout
-            return dropout_attention(q, k, v, score_mask(config, layer, T, offset, keys), carry, layer)  # dropout
+            return dropout_attention(self, q, k, v, score_mask(config, layer, T, offset, keys), carry)  # dropout
         if windowed(config, layer) and k.shape[2] == T > 2 * window_block(config):  # window
             return window_attention(config, layer, q, k, v, offset)  # window
-        return attend(q, k, v, score_mask(config, layer, T, offset, keys))
+        return attend(config, q, k, v, score_mask(config, layer, T, offset, keys))
+
+    def turned(self, name: str, x: mx.array, offset: int) -> mx.array:
+        """The queries (name "q") or the keys ("k") of x (B, T, C), with their norm and positions: (B, H, T, D)."""
+        config, y = self.config, self[name](x)
+        if config.qk_norm_width:
+            y = self[f"{name}_norm"](y)
+        y = y.reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2)
+        if config.qk_norm and not config.qk_norm_width:
+            y = self[f"{name}_norm"](y)
+        return rope(y, self._inverse, offset) if rotary(config, self.layer) else y
 
     def keys_values(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict):
         """Keys and values (B, KV, S, D) of the cached tokens and of x (B, T, C), and the positions of the keys (S,), or
         None where they are 0, 1, ..."""
-        (B, T, _), config, layer = x.shape, self.config, self.layer
-        k, v = (linear(x).reshape(B, T, -1, config.head_dim).swapaxes(1, 2) for linear in (self.k, self.v))
-        if config.qk_norm:
-            k = self.k_norm(k)
-        if config.pos == "rope":
-            k = rope(k, self._inverse, offset)
+        config, layer, k = self.config, self.layer, self.turned("k", x, offset)
+        v = self.v(x).reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2)
         if config.value_embeds:  # valembed
             v = add_value_embedding(self, x, v, carry)  # valembed
         if config.value_residual:  # resformer
@@ -531,14 +604,36 @@ class Attention(nn.Module):
         return (k, v, None) if cache is None else cache.update(k, v)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
-    """softmax(q k^T / sqrt(D) + mask) v: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D)."""
-    scale = q.shape[-1] ** -0.5
+def attend(config: GPTConfig, q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
+    """softmax(scale q k^T + mask) v: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D)."""
+    if config.attn_softcap:  # softcap
+        return weighed(attention_weights(config, q, k, mask).astype(q.dtype), v)  # softcap
+    scale = config.attn_scale or config.head_dim ** -0.5
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(q.dtype)  # the fused kernels refuse a wider one
     if FAST_CPU and q.shape[2] > 1 and q.dtype == mx.float32:
         return cpu.attention(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def attention_weights(config: GPTConfig, q: mx.array, k: mx.array, mask) -> mx.array:
+    """The weights of attend(), which the fused kernels do not keep: (B, H, T, S), float32."""
+    (B, H, T, D), (_, KV, S, _) = q.shape, k.shape
+    scores = (q.reshape(B, KV, -1, D) @ k.swapaxes(2, 3)).reshape(B, H, T, S).astype(mx.float32)
+    scores = scores * (config.attn_scale or config.head_dim ** -0.5)
+    if config.attn_softcap:  # softcap
+        scores = capped(scores, config.attn_softcap)  # softcap
+    if isinstance(mask, str):
+        mask = mx.tri(T, S, S - T, dtype=mx.bool_)
+    if mask is not None:
+        scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
+    return softmax(scores)
+
+
+def weighed(weights: mx.array, v: mx.array) -> mx.array:
+    """The sums of values v (B, KV, S, D) by weights (B, H, T, S): (B, H, T, D)."""
+    (B, H, T, S), KV = weights.shape, v.shape[1]
+    return (weights.reshape(B, KV, -1, S) @ v).reshape(B, H, T, -1)
 
 
 # ---- variant diff: differential attention (Ye et al. 2024; version 2, 2026) ------------------------------------------
@@ -554,6 +649,8 @@ DIFF_LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
 def check_diff(config: GPTConfig):
+    if config.diff_attn and config.qk_norm_width:
+        raise UserError("diff_attn=True and qk_norm_width=True: pairs of heads need a norm each; leave one of them out")
     if config.diff_attn_version not in (1, 2):
         raise UserError(f"diff_attn_version={config.diff_attn_version} is not one of 1, 2")
     if config.diff_attn and config.diff_attn_version == 1 and (config.n_head % 2 or config.n_kv_head % 2):
@@ -678,25 +775,33 @@ def recompute(f: Callable) -> Callable:
 erf, sigmoid, softmax = mx.erf, mx.sigmoid, partial(mx.softmax, axis=-1)
 if FAST_CPU:
     erf, sigmoid, softmax = cpu.erf, cpu.sigmoid, cpu.softmax
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    return x * sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
+
+
 ACTIVATIONS = {
     "relu2": recompute(lambda x: mx.square(mx.maximum(x, 0))),
     "gelu": recompute(lambda x: x * (0.5 + 0.5 * erf(x * 0.5**0.5))),
-    "gelu_tanh": recompute(lambda x: x * sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))),
+    "gelu_tanh": recompute(gelu_tanh),
     "swiglu": recompute(lambda gate, x: gate * sigmoid(gate) * x),  # SiLU of the gate (Shazeer 2020)
+    "geglu": recompute(lambda gate, x: gelu_tanh(gate) * x),
 }
+GATED = ("swiglu", "geglu")
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        if config.mlp == "swiglu":
+        if config.mlp in GATED:
             self.gate = Linear(config.n_embd, config.ffn_dim, bias=config.bias)
         self.up = Linear(config.n_embd, config.ffn_dim, bias=config.bias)
         self.down = Linear(config.ffn_dim, config.n_embd, bias=config.bias)
 
     def __call__(self, x: mx.array, tap: Callable) -> mx.array:
-        inputs = (self.gate(x), self.up(x)) if self.config.mlp == "swiglu" else (self.up(x),)
+        inputs = (self.gate(x), self.up(x)) if self.config.mlp in GATED else (self.up(x),)
         return self.down(tap("hidden", self.layer, ACTIVATIONS[self.config.mlp](*inputs)))
 
 
@@ -869,7 +974,7 @@ class MoE(nn.Module):
         self.config, self.layer = config, layer
         E, C, F = config.n_expert, config.n_embd, config.ffn_dim
         self.router = Linear(C, E, bias=False)
-        if config.mlp == "swiglu":
+        if config.mlp in GATED:
             self.gate = Experts(E, C, F, config.bias)
         self.up = Experts(E, C, F, config.bias)
         self.down = Experts(E, F, C, config.bias)
@@ -894,7 +999,7 @@ class MoE(nn.Module):
         else:
             pair, row, expert, ends = dispatch(chosen, config.n_expert)
             rows = to_rows(flat, pair, row)
-        inputs = (self.gate(rows, expert, ends),) if config.mlp == "swiglu" else ()
+        inputs = (self.gate(rows, expert, ends),) if config.mlp in GATED else ()
         rows = self.down(ACTIVATIONS[config.mlp](*inputs, self.up(rows, expert, ends)), expert, ends)
         pairs = rows if ends is None else from_rows(rows, pair, row)
         y = (gates[:, :, None] * pairs.reshape(len(flat), k, -1)).sum(1).reshape(x.shape)
@@ -929,39 +1034,50 @@ def rebalance(model) -> mx.array:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), for every position."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), for every position. Norms may also stand after attention and MLP
+    (norm_place), and with `parallel` both read the same x."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer = layer
-        self.attn_norm = make_norm(config)
+        self.config, self.layer = config, layer
         self.attn = Attention(config, layer)
         if config.diff_attn:  # diff
             self.attn = DiffAttention(config, layer)  # diff
         if crosses(config, layer):  # yoco
             self.attn = cross_attention(config, layer)  # yoco
-        self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, layer)
         if config.n_expert:  # moe
             self.mlp = MoE(config, layer)  # moe
+        if config.norm_place != "after":
+            self.attn_norm, self.mlp_norm = make_norm(config), make_norm(config)
+        if config.norm_place != "before":
+            self.attn_post_norm, self.mlp_post_norm = make_norm(config), make_norm(config)
 
     def make_cache(self, room: Callable = mx.zeros):
         return self.attn.make_cache(room)
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
-        y = tap("attn", self.layer, self.attn(self.attn_norm(x), offset, cache, tap, carry))
+        y = self.attn(self.normed("attn_norm", x), offset, cache, tap, carry)
+        y = tap("attn", self.layer, self.scaled(self.normed("attn_post_norm", y)))
         if "dropout" in carry:  # dropout
             y = dropout(y, carry, 3 * self.layer + 1)  # dropout
-        x = x + y
-        y = tap("mlp", self.layer, self.mlp(self.mlp_norm(x), tap))
+        entered, x = x, x + y
+        y = self.mlp(self.normed("mlp_norm", entered if self.config.parallel else x), tap)
+        y = tap("mlp", self.layer, self.scaled(self.normed("mlp_post_norm", y)))
         if "dropout" in carry:  # dropout
             y = dropout(y, carry, 3 * self.layer + 2)  # dropout
         return x + y
 
+    def normed(self, name: str, x: mx.array) -> mx.array:
+        return self[name](x) if name in self else x
+
+    def scaled(self, y: mx.array) -> mx.array:
+        return y if self.config.residual_scale == 1 else y * self.config.residual_scale
+
 
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "layer":
-        return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias or config.norm_bias)
     return RMSNorm(config.n_embd, eps=config.norm_eps)
 
 
@@ -991,7 +1107,6 @@ class RoutedBlock(Block):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)
-        self.config = config
         self.depth_router = Linear(config.n_embd, 1, bias=False)
         if config.mod == "topk":
             self.predictor = Linear(config.n_embd, 1, bias=False)
@@ -1106,6 +1221,9 @@ def check_yoco(config: GPTConfig):
     if config.yoco:
         if config.n_layer < 2:
             raise UserError("yoco=True has two halves: give n_layer=2 or more")
+        if "N" in config.rope_pattern:
+            raise UserError(f"yoco=True and rope_pattern={config.rope_pattern!r}: its layers share keys, which turn or "
+                            "do not; leave one of them out")
         config.sliding_window = config.sliding_window or max(1, config.block_size // 4)  # window
 
 
@@ -1165,14 +1283,15 @@ def cross_attention(config: GPTConfig, layer: int) -> Attention:
 
 
 def check_softcap(config: GPTConfig):
-    if not 0 <= config.softcap < math.inf:
-        raise UserError(f"softcap={config.softcap}: it must be 0, which bounds nothing, or more")
+    for name in ("softcap", "attn_softcap"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name}={getattr(config, name)}: it must be 0, which bounds nothing, or more")
 
 
-def capped(config: GPTConfig, logits: mx.array) -> mx.array:
-    scaled = logits.astype(mx.float32) / config.softcap  # bfloat16 is too coarse near 0
-    tanh = 2 * sigmoid(2 * scaled) - 1                   # by the sigmoid, which is the faster one on a CPU
-    return (config.softcap * tanh).astype(logits.dtype)
+def capped(x: mx.array, bound: float) -> mx.array:
+    scaled = x.astype(mx.float32) / bound  # bfloat16 is too coarse near 0
+    tanh = 2 * sigmoid(2 * scaled) - 1     # by the sigmoid, which is the faster one on a CPU
+    return (bound * tanh).astype(x.dtype)
 
 
 # ---- end of softcap --------------------------------------------------------------------------------------------------
@@ -1199,15 +1318,10 @@ def dropout(x: mx.array, carry: dict, place: int) -> mx.array:
     return x * (mx.random.bernoulli(1 - p, x.shape, key=keys[place]) / (1 - p)).astype(x.dtype)
 
 
-def dropout_attention(q: mx.array, k: mx.array, v: mx.array, mask, carry: dict, layer: int) -> mx.array:
+def dropout_attention(attention: Attention, q: mx.array, k: mx.array, v: mx.array, mask, carry: dict) -> mx.array:
     """attend(), with dropout of the attention weights."""
-    k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-    scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * q.shape[-1] ** -0.5
-    if isinstance(mask, str):
-        mask = mx.tri(scores.shape[2], dtype=mx.bool_)
-    if mask is not None:
-        scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
-    return dropout(mx.softmax(scores, axis=-1).astype(q.dtype), carry, 3 * layer) @ v
+    weights = attention_weights(attention.config, q, k, mask).astype(q.dtype)
+    return weighed(dropout(weights, carry, 3 * attention.layer), v)
 
 
 # ---- end of dropout --------------------------------------------------------------------------------------------------
@@ -1251,7 +1365,7 @@ class GPT(nn.Module):
             self.shared = SharedKeysValues(config)  # yoco
         self.norm = make_norm(config)
         if not config.tie:
-            self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+            self.head = Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         self.checkpoint_every = 0  # recompute every k-th block's activations in the backward pass; 0: store all
         self.compute_dtype = None  # dtype of the activations; None: that of the parameters
         self.dropout = 0.0  # share of the numbers that are dropped in training  # dropout
@@ -1273,6 +1387,8 @@ class GPT(nn.Module):
         if places is not None and self.config.sinks:  # window
             raise UserError("sinks and packing: a row has one set of first tokens; leave one of them out")  # window
         x = self.embed(idx)
+        if self.config.embed_scale != 1:
+            x = x * self.config.embed_scale
         if self.config.pos == "learned":
             if offset + T > self.config.block_size:
                 raise UserError(f"{offset + T} tokens, but positions are learned up to {self.config.block_size}")
@@ -1318,8 +1434,10 @@ class GPT(nn.Module):
     def project(self, x: mx.array) -> mx.array:
         """The vocabulary projection alone."""
         logits = self.embed.as_linear(x) if self.config.tie else self.head(x)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
         if self.config.softcap:  # softcap
-            logits = capped(self.config, logits)  # softcap
+            logits = capped(logits, self.config.softcap)  # softcap
         return logits
 
     def __call__(self, idx: mx.array, cache: Cache | None = None, tap: Callable = no_tap, last: bool = False,

@@ -381,7 +381,7 @@ def run_grid(model: GPT, enc: Tokenizer):
 def run_trace(model: GPT, enc: Tokenizer):
     ids, wanted = prompt_ids(enc, clean, model, "clean"), one_token(enc, target, "target")
     at, of = positions_of(enc, ids, subject), f"p({enc.decode([wanted])!r})"
-    size = noise * np.array(model.embed(mx.array(ids)).astype(mx.float32)).std()
+    size = noise * model.config.embed_scale * np.array(model.embed(mx.array(ids)).astype(mx.float32)).std()
     drawn = np.random.default_rng(seed).standard_normal((draws, len(at), model.config.n_embd)) * size
     corrupted, restored = trace(model, mx.array(ids), at, mx.array(drawn.astype(np.float32)), site, window, batch_size)
     clean_p = float(mx.exp(log_p(model(mx.array([ids]))[0, -1])[wanted]))

@@ -361,7 +361,8 @@ class Case:
         self.room, self.first = self.seen + 3 * (first > 0), first
         self.q = numbers(B * T, H, D, seed=seed, scale=scale)
         self.k, self.v = (numbers(B * self.room, KV, D, seed=seed + i, scale=scale) for i in (1, 2))
-        config = GPTConfig(n_head=H, n_kv_head=KV, n_embd=H * D, pos="none", sliding_window=window, alibi=bool(alibi))
+        self.config = config = GPTConfig(n_head=H, n_kv_head=KV, n_embd=H * D, pos="none", sliding_window=window,
+                                         alibi=bool(alibi))
         self.slopes = np.array(model.alibi_slopes(H), np.float32) if alibi else zeros(H)
         places = mx.arange(first, self.seen)[None]  # as an array, since an int makes no mask for a single query
         self.mask = model.score_mask(config, 0, T, places, mx.arange(self.seen))
@@ -371,7 +372,7 @@ class Case:
         q, k, v = (mx.array(x) if x is not None else mx.array(own) for x, own in (
             (q, self.q), (k, self.k), (v, self.v)))
         q, k, v = (x.reshape(self.B, -1, *x.shape[1:]).swapaxes(1, 2) for x in (q, k, v))
-        y = model.attend(q, k[:, :, :self.seen], v[:, :, :self.seen], self.mask)
+        y = model.attend(self.config, q, k[:, :, :self.seen], v[:, :, :self.seen], self.mask)
         return y.swapaxes(1, 2).reshape(-1, self.H, self.D)
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:

@@ -244,7 +244,7 @@ def test_window_in_blocks(T, W, alibi):
     assert np.abs(np.array(window_attention(config, 0, q, k, v, 0)) - wanted).max() < 1e-5
 
     def whole(q, k, v):
-        return core.attend(q, k, v, core.score_mask(config, 0, T, 0, None))
+        return core.attend(config, q, k, v, core.score_mask(config, 0, T, 0, None))
 
     a, b = (mx.grad(lambda q, k, v, f=f: (f(q, k, v) * q).sum(), (0, 1, 2))(q, k, v)
             for f in (lambda *x: window_attention(config, 0, *x, 0), whole))
