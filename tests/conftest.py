@@ -17,6 +17,20 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two threads on a busy mach
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore Ctrl-C, and so do theirs
 
 
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless docs/tests.md says why")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips") and not hasattr(report, "wasxfail"):
+        reason = call.excinfo.value.msg
+        if reason not in (ROOT / "docs" / "tests.md").read_text():
+            report.outcome, report.longrepr = "failed", f"skipped, and docs/tests.md does not say why: {reason}"
+    return report
+
+
 def run(script: str, *arguments, status: int = 0) -> subprocess.CompletedProcess:
     """A script from a command line. Where it fails, it tells why in one line."""
     done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True)
@@ -83,7 +97,7 @@ def docstring_use(script, folder: Path) -> dict:
 
 class OneLayer(dict):
     """In place of a folder, for a reader: arrays by name."""
-    names = property(dict.keys)
+    names, prefix = property(dict.keys), "model."
 
     def file_of(self, name: str) -> str:
         return "a file"

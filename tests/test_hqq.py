@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import distributions
 
 import blas  # noqa: F401  (before mlx)
 import conftest
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
+from peers import peer
 
 from hqq import quantize, shrink
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
@@ -85,6 +87,18 @@ def test_zero_and_scale(bits, size):
     expected = slow_hqq(weight, bits, 64, 5, scale_moves=True)
     near = np.isclose(np.array(scale), expected[0], rtol=1e-3) & np.isclose(np.array(zero), expected[1], atol=1e-2)
     assert near.mean() > 0.9
+
+
+def test_the_package_gives_the_fixture(tmp_path):
+    """In a process of its own, where our hqq.py is not found in place of the package."""
+    peer("torch")
+    if not any(distributions(name="hqq")):
+        pytest.skip("could not find the package hqq")
+    subprocess.run([sys.executable, ROOT / "tests" / "fixtures" / "make_hqq.py"], cwd=tmp_path, check=True)
+    made = np.load(tmp_path / "hqq.npz")
+    assert set(made) == set(PEER)
+    for name in PEER:
+        np.testing.assert_allclose(made[name], PEER[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("bits", BITS)
