@@ -197,9 +197,9 @@ def test_embed(bits, group, scale_bits):
         if not learned and bits == 3:  # a few cases are enough
             continue
         arrays = [*matrix, np.array([5], np.uint32), tokens, positions, zeros(6, width)]
-        found, = run("embed", constants | {"LEARNED": learned}, (6, T, width), arrays,
+        found, = run("embed", constants | {"LEARNED": learned}, (6, T, width, 1.5), arrays,
                      elements(6 * -(-width // 4)), [7])
-        expected = table[tokens] + (np.tile(positions[5:8], (2, 1)) if learned else 0)
+        expected = 1.5 * table[tokens] + (np.tile(positions[5:8], (2, 1)) if learned else 0)
         assert near(found, expected, 3e-7)
 
 
@@ -249,15 +249,15 @@ def test_norm_backward(layer, add):
         assert near(d_weight, expected[1], 1e-5) and near(d_bias, expected[2]), (R, C)
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", range(5))
 def test_activation(kind):
     """As model.py's activations and their gradients, also of large numbers; nothing is NaN where exp() overflows."""
-    name = ("relu2", "gelu", "gelu_tanh", "swiglu")[kind]
+    name = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu")[kind]
     act, n = model.ACTIVATIONS[name], 403
     x, gate, dy = numbers(n, scale=2), numbers(n, seed=1, scale=2), numbers(n, seed=2)
     x[:8], gate[8:16] = (-100, -30, -9, -1e-4, 0, 9, 30, 100), (-100, -30, -9, -1e-4, 0, 9, 30, 100)
     y, = run("activation", {"KIND": kind}, (n,), [gate, x, zeros(n)], elements(n), [3])
-    inputs = (gate, x) if name == "swiglu" else (x,)
+    inputs = (gate, x) if name in model.GATED else (x,)
     assert np.abs(y - np.array(act(*map(mx.array, inputs)))).max() <= 1e-6 * np.abs(y[16:]).max()
     dx, d_gate = run("activation_backward", {"KIND": kind}, (n,), [gate, x, dy, zeros(n)], elements(n), [3, 4])
     *d_gates, d_x = grad(act, *inputs, cotangent=dy)
@@ -268,27 +268,29 @@ def test_activation(kind):
 def test_column_sum_of_many_rows():
     """1,000 rows, and one column more than a workgroup computes."""
     dy = numbers(1000, 17)
-    found, = run("column_sum", {}, (1000, 17), [NONE.view(np.float32), dy, zeros(2), zeros(17)], (2, 1), [4])
-    assert near(found, dy.astype(np.float64).sum(0))
+    for before in (zeros(17), 100 * numbers(17, seed=1)):
+        found, = run("column_sum", {"ACCUMULATE": before.any()}, (1000, 17),
+                     [NONE.view(np.float32), dy, zeros(2), before], (2, 1), [4])
+        assert near(found, dy.astype(np.float64).sum(0) + before)
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
 
 
-def frequencies(D: int) -> np.ndarray:
-    return 10000.0 ** (-np.arange(0, D, 2) / D)
+def frequencies(R: int) -> np.ndarray:
+    return 10000.0 ** (-np.arange(0, R, 2) / R)
 
 
-def turns(D: int, room: int) -> np.ndarray:
-    """Cosine and sine of each position and pair: (room, D / 2, 2)."""
-    angle = np.arange(room)[:, None] * frequencies(D)
+def turns(R: int, room: int) -> np.ndarray:
+    """Cosine and sine of each position and pair: (room, R / 2, 2)."""
+    angle = np.arange(room)[:, None] * frequencies(R)
     return np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
 
 
-def rope(x, B: int, first: int):
-    """model.py's rope() of (B T, H, D)."""
+def rope(x, B: int, first: int, R: int):
+    """model.py's rope() of (B T, H, D), of which R numbers turn."""
     x = mx.array(x).reshape(B, -1, *x.shape[1:]).swapaxes(1, 2)
-    y = model.rope(x, mx.array(1 / frequencies(x.shape[3]), dtype=mx.float32), first)
+    y = model.rope(x, mx.array(1 / frequencies(R), dtype=mx.float32), first)
     return y.swapaxes(1, 2).flatten(0, 1)
 
 
@@ -303,41 +305,43 @@ def rows_first(x) -> np.ndarray:
     return x.reshape(-1, *x.shape[2:])
 
 
-ROPES = [(1, 1, 1, 2, 0), (2, 5, 3, 6, 7), (3, 4, 2, 64, 0), (1, 7, 1, 130, 20)]  # B, T, H, D, first position
+# B, T, H, D, first position, numbers that turn
+ROPES = [(1, 1, 1, 2, 0, 2), (2, 5, 3, 6, 7, 6), (3, 4, 2, 64, 0, 64), (1, 7, 1, 130, 20, 130), (2, 3, 2, 8, 5, 2),
+         (1, 4, 3, 80, 9, 32)]
 
 
 def test_rope():
     """As model.py's rope() at any offset, with equal positions in all sequences."""
-    for B, T, H, D, first in ROPES:
+    for B, T, H, D, first, R in ROPES:
         x, before = numbers(B * T, H, D), numbers(B * T, H, D, seed=1)
-        arrays = [np.array([first, T], np.uint32), turns(D, 40), x, before]
-        y, = run("rope", {}, (B * T, T, H, D), arrays, elements(B * T * H * D // 2), [4])
-        assert near(y, rope(x, B, first), 1e-5)
+        arrays = [np.array([first, T], np.uint32), turns(R, 40), x, before]
+        y, = run("rope", {}, (B * T, T, H, D, R), arrays, elements(B * T * H * D // 2), [4])
+        assert near(y, rope(x, B, first, R), 1e-5)
 
 
 def test_rope_backward():
     """UNDO computes the gradient of rope(), which is its inverse."""
-    for B, T, H, D, first in ROPES:
+    for B, T, H, D, first, R in ROPES:
         x = numbers(B * T, H, D)
-        at, size, n = np.array([first, T], np.uint32), (B * T, T, H, D), elements(B * T * H * D // 2)
-        dx, = run("rope", {"UNDO": True}, size, [at, turns(D, 40), x, zeros(*x.shape)], n, [4])
-        expected, = grad(partial(rope, B=B, first=first), x, cotangent=x)
+        at, size, n = np.array([first, T], np.uint32), (B * T, T, H, D, R), elements(B * T * H * D // 2)
+        dx, = run("rope", {"UNDO": True}, size, [at, turns(R, 40), x, zeros(*x.shape)], n, [4])
+        expected, = grad(partial(rope, B=B, first=first, R=R), x, cotangent=x)
         assert near(dx, expected, 1e-5)
-        y, = run("rope", {}, size, [at, turns(D, 40), dx, zeros(*x.shape)], n, [4])
+        y, = run("rope", {}, size, [at, turns(R, 40), dx, zeros(*x.shape)], n, [4])
         assert near(y, x)
 
 
-@pytest.mark.parametrize("turn", [True, False])
+@pytest.mark.parametrize("turn", ["all", "some", "none"])
 def test_rope_into_the_cache(turn):
     """A row is written to its position, rotated or not; padding is not written. Heads of odd width are only copied."""
-    for T, real, H, D, first in [(5, 3, 2, 6, 4), (1, 1, 3, 4, 9), (8, 8, 1, 34, 0)] + [(4, 3, 2, 5, 2)] * (not turn):
+    odd = [(4, 3, 2, 5, 2)] if turn == "none" else []
+    for T, real, H, D, first in [(5, 3, 2, 6, 4), (1, 1, 3, 4, 9), (8, 8, 1, 34, 0), *odd]:
+        R = {"all": D, "some": D // 2 // 2 * 2, "none": 0}[turn]
         x, cache = numbers(T, H, D), numbers(12, H, D, seed=1)
-        arrays = [np.array([first, real], np.uint32), turns(D, 12), x, cache]
-        found, = run("rope", {"TURN": turn, "CACHE": True}, (T, T, H, D), arrays, elements(T * H * -(-D // 2)), [4])
+        arrays = [np.array([first, real], np.uint32), turns(R or 2, 12), x, cache]
+        found, = run("rope", {"CACHE": True}, (T, T, H, D, R), arrays, elements(T * H * -(-D // 2)), [4])
         expected = cache.copy()
-        expected[first:first + real] = x[:real]
-        if turn:
-            expected[first:first + real] = np.array(rope(x, 1, first))[:real]
+        expected[first:first + real] = np.array(rope(x, 1, first, R))[:real] if R else x[:real]
         assert near(found, expected, 1e-5)
 
 
@@ -356,13 +360,13 @@ CACHED = [
 class Case:
     """The inputs of one of the cases above for the kernels, and model.py's attention with these inputs."""
 
-    def __init__(self, B, T, H, KV, D, first, window, alibi, seed=0, scale=1.5):
+    def __init__(self, B, T, H, KV, D, first, window, alibi, seed=0, scale=1.5, **settings):
         self.B, self.T, self.H, self.KV, self.D, self.window, self.seen = B, T, H, KV, D, window, first + T
         self.room, self.first = self.seen + 3 * (first > 0), first
         self.q = numbers(B * T, H, D, seed=seed, scale=scale)
         self.k, self.v = (numbers(B * self.room, KV, D, seed=seed + i, scale=scale) for i in (1, 2))
         self.config = config = GPTConfig(n_head=H, n_kv_head=KV, n_embd=H * D, pos="none", sliding_window=window,
-                                         alibi=bool(alibi))
+                                         alibi=bool(alibi), **settings)
         self.slopes = np.array(model.alibi_slopes(H), np.float32) if alibi else zeros(H)
         places = mx.arange(first, self.seen)[None]  # as an array, since an int makes no mask for a single query
         self.mask = model.score_mask(config, 0, T, places, mx.arange(self.seen))
@@ -379,19 +383,25 @@ class Case:
         """In float64: the weights (B, H, T, keys), and the logarithms of their sums (B T, H)."""
         q, k = (heads_first(x.astype(np.float64), self.B) for x in (self.q, self.k))
         k = np.repeat(k[:, :, :self.seen], self.H // self.KV, 1)
-        scores = q @ k.swapaxes(2, 3) / math.sqrt(self.D) + np.array(self.mask)
+        scores, bound = q @ k.swapaxes(2, 3) * self.scale, self.config.attn_softcap
+        scores = (bound * np.tanh(scores / bound) if bound else scores) + np.array(self.mask)
         top = scores.max(-1, keepdims=True)
         total = np.exp(scores - top).sum(-1, keepdims=True)
         return np.exp(scores - top) / total, rows_first(top + np.log(total))[..., 0]
 
+    @property
+    def scale(self) -> float:
+        return self.config.attn_scale or self.D**-0.5
+
     def params(self, *more) -> tuple:
-        return (self.T, *more, self.H, self.KV, self.D, self.window, self.D**-0.5)
+        return (self.T, *more, self.H, self.KV, self.D, self.window, self.scale)
 
     def attention(self) -> tuple[np.ndarray, np.ndarray]:
         arrays = [np.array([self.first], np.uint32), self.slopes, self.q, self.k, self.v, zeros(*self.q.shape),
                   zeros(*self.q.shape[:2])]
         groups = elements(self.T, 4), self.H, self.B
-        return run("attention", {"WIDTH": self.D}, self.params(self.room), arrays, groups, [6, 7])
+        params = (*self.params(self.room), self.config.attn_softcap)
+        return run("attention", {"WIDTH": self.D}, params, arrays, groups, [6, 7])
 
 
 @pytest.mark.parametrize("case", PREFILLS + CACHED, ids=str)
@@ -402,6 +412,22 @@ def test_attention(case):
     o, lse = case.attention()
     assert near(o, case.outputs(), 1e-5)
     assert near(lse, case.exact()[1])
+
+
+@pytest.mark.parametrize("settings", [dict(attn_scale=0.7), dict(attn_softcap=2.0), dict(attn_softcap=9.0, attn_scale=0.1)],
+                         ids=str)
+def test_scaled_and_bounded_scores(settings):
+    """Another factor of the scores, and Gemma 2's bound, beside a window, ALiBi and a cache."""
+    for sizes in (PREFILLS[6], PREFILLS[3], CACHED[2]):
+        case = Case(*sizes, **settings)
+        o, lse = case.attention()
+        weights, exact = case.exact()
+        assert near(o, case.outputs(), 1e-5) and near(lse, exact)
+        if case.B == 1 and not case.first:
+            arrays = [case.slopes, case.q, case.k, lse, zeros(case.H, case.T, case.T)]
+            found, = run("attention_map", {}, (*case.params(), case.config.attn_softcap), arrays,
+                         elements(case.H * case.T * case.T), [5])
+            assert near(found, weights[0], 1e-5)
 
 
 def test_attention_of_large_scores():
@@ -434,7 +460,7 @@ def test_attention_map(case):
     case = Case(*case)
     weights, lse = case.exact()
     arrays = [case.slopes, case.q, case.k, lse.astype(np.float32), zeros(case.H, case.T, case.T) + 7]
-    found, = run("attention_map", {}, case.params(), arrays, elements(case.H * case.T * case.T), [5])
+    found, = run("attention_map", {}, (*case.params(), 0.0), arrays, elements(case.H * case.T * case.T), [5])
     assert near(found, weights[0], 1e-5)
 
 
@@ -551,6 +577,11 @@ def test_rows():
 def test_add():
     x, y = numbers(201), numbers(201, seed=1)
     assert np.array_equal(run("add", {}, (201,), [y, x], elements(201), [2])[0], x + y)
+
+
+def test_scale():
+    x = numbers(201)
+    assert np.array_equal(run("scale", {}, (201, 0.75), [x], elements(201), [1])[0], np.float32(0.75) * x)
 
 
 def test_patch():

@@ -12,18 +12,24 @@ import { Tokenizer } from "./tokenizer.js";
 
 // ---- config ---------------------------------------------------------------------------------------------------------
 
-export const KINDS = { relu2: 0, gelu: 1, gelu_tanh: 2, swiglu: 3 };
+export const KINDS = { relu2: 0, gelu: 1, gelu_tanh: 2, swiglu: 3, geglu: 4 };
+const isGated = ({ mlp }) => mlp === "swiglu" || mlp === "geglu";
 const whole = (least) => (value) => Number.isInteger(value) && value >= least;
 const number = (value) => Number.isFinite(value) && value >= 0;
+const factor = (value) => Number.isFinite(value) && value > 0;
 const flag = (value) => typeof value === "boolean";
 const among = (...all) => (value) => all.includes(value);
 // The settings that the page handles: the default value of each, as in model.py's GPTConfig, and a check of a value.
 const SETTINGS = {
   block_size: [256, whole(1)], vocab_size: [4096, whole(1)], n_layer: [4, whole(1)], n_head: [2, whole(1)], n_kv_head: [0, whole(1)],
   n_embd: [128, whole(1)], head_dim: [0, whole(1)], ffn_dim: [0, whole(1)],  // configOf() replaces a 0
-  pos: ["rope", among("rope", "learned", "none")], rope_theta: [1e4, number], rope_factor: [1, number], rope_low_freq: [1, number],
+  pos: ["rope", among("rope", "learned", "none")], rope_theta: [1e4, factor], rope_factor: [1, factor], rope_low_freq: [1, number],
   rope_high_freq: [4, number], rope_original: [8192, number], norm: ["rms", among("rms", "layer")], norm_eps: [1e-5, number],
   mlp: ["relu2", among(...Object.keys(KINDS))], bias: [false, flag], qkv_bias: [false, flag], qk_norm: [true, flag], tie: [true, flag],
+  rotary_dim: [0, whole(0)], rope_scaling: ["llama3", among("llama3", "linear", "yarn")], rope_pattern: ["R", (value) => /^[RN]+$/.test(value)],
+  parallel: [false, flag], norm_place: ["before", among("before", "after", "both")], norm_bias: [false, flag], out_bias: [false, flag],
+  head_bias: [false, flag], qk_norm_width: [false, flag], embed_scale: [1, factor], attn_scale: [0, number], residual_scale: [1, factor],
+  logit_scale: [1, factor], window_theta: [0, number], attn_softcap: [0, number],
   alibi: [false, flag], sliding_window: [0, whole(0)], window_pattern: ["S", (value) => /^[SL]+$/.test(value)], softcap: [0, number],
 };
 // Every other setting must be off, but for these: they belong to a setting that must be off itself.
@@ -44,27 +50,44 @@ export function configOf(settings) {
   const config = { ...defaults, ...settings };
   config.n_kv_head ||= config.n_head;
   config.head_dim ||= config.n_embd / config.n_head;
-  config.ffn_dim ||= config.mlp === "swiglu" ? Math.ceil(8 * config.n_embd / (3 * 64)) * 64 : 4 * config.n_embd;
+  config.ffn_dim ||= isGated(config) ? Math.ceil(8 * config.n_embd / (3 * 64)) * 64 : 4 * config.n_embd;
   if (config.alibi) config.pos = "none";
   const wrong = Object.keys(SETTINGS).find((name) => !SETTINGS[name][1](config[name]));
   if (wrong) throw senseless(wrong);
   if (config.n_head % config.n_kv_head) throw senseless("n_kv_head");
   if (config.pos === "rope" && config.head_dim % 2) throw senseless("head_dim");
+  if (config.rotary_dim % 2 || config.rotary_dim > config.head_dim) throw senseless("rotary_dim");
   if (config.head_dim > 256) throw new UserError(`This model has heads of width ${config.head_dim}: this page goes up to 256.`);
   return config;
 }
 
-/** Cosine and sine for each position and each pair of a head: (block_size, D / 2, 2). See rope_inv_freq in model.py. */
+/** The numbers of a head that rotary positions turn. */
+const rotaryOf = ({ rotary_dim, head_dim }) => rotary_dim || head_dim;
+
+/** The angle by which each pair of a head turns from one position to the next: (R / 2,). See rope_inv_freq in model.py. */
+function anglesOf(config) {
+  const { rope_theta, rope_factor, rope_low_freq: low, rope_high_freq: high, rope_original, rope_scaling } = config, R = rotaryOf(config);
+  const pair = (turns) => R * Math.log(rope_original / (2 * Math.PI * turns)) / (2 * Math.log(rope_theta));
+  const [first, last] = [Math.max(Math.floor(pair(high)), 0), Math.min(Math.ceil(pair(low)), R - 1)];
+  const within = (share) => Math.min(1, Math.max(0, share));
+  return Float64Array.from({ length: R / 2 }, (_, i) => {
+    const angle = rope_theta ** (-2 * i / R);
+    if (rope_factor === 1) return angle;
+    let keep = 0;  // 1: the angle stays; 0: it is divided by rope_factor
+    if (rope_scaling === "llama3") keep = within((rope_original * angle / (2 * Math.PI) - low) / (high - low));
+    if (rope_scaling === "yarn") keep = 1 - within((i - first) / Math.max(last - first, 0.001));
+    return keep * angle + (1 - keep) * angle / rope_factor;
+  });
+}
+
+/** Cosine and sine for each position and each pair of a head: (block_size, R / 2, 2). */
 function turnsOf(config) {
-  const { block_size: T, head_dim: D } = config, turns = new Float32Array(T * D);
-  for (let i = 0; i < D / 2; i++) {
-    let frequency = config.rope_theta ** (-2 * i / D);
-    if (config.rope_factor !== 1) {
-      const { rope_low_freq: low, rope_high_freq: high } = config;
-      const keep = Math.min(1, Math.max(0, (config.rope_original * frequency / (2 * Math.PI) - low) / (high - low)));
-      frequency = keep * frequency + (1 - keep) * frequency / config.rope_factor;
+  const angles = anglesOf(config), R = rotaryOf(config), turns = new Float32Array(config.block_size * R);
+  for (let at = 0, t = 0; t < config.block_size; t++) {
+    for (const angle of angles) {
+      turns[at++] = Math.cos(t * angle);
+      turns[at++] = Math.sin(t * angle);
     }
-    for (let t = 0; t < T; t++) turns.set([Math.cos(t * frequency), Math.sin(t * frequency)], t * D + 2 * i);
   }
   return turns;
 }
@@ -88,53 +111,60 @@ export function parametersOf(config) {
   };
   const norm = (path, width, layer = config.norm === "layer") => {
     found.set(`${path}.weight`, [width]);
-    if (layer && config.bias) found.set(`${path}.bias`, [width]);
+    if (layer && (config.bias || config.norm_bias)) found.set(`${path}.bias`, [width]);
   };
   found.set("embed.weight", [V, C]);
   if (config.pos === "learned") found.set("pos_embed.weight", [config.block_size, C]);
   for (let layer = 0; layer < config.n_layer; layer++) {
-    const at = `blocks.${layer}`, bias = config.bias || config.qkv_bias;
-    norm(`${at}.attn_norm`, C);
+    const at = `blocks.${layer}`, bias = config.bias || config.qkv_bias, { norm_place } = config;
     linear(`${at}.attn.q`, config.n_head * D, C, bias);
     linear(`${at}.attn.k`, config.n_kv_head * D, C, bias);
     linear(`${at}.attn.v`, config.n_kv_head * D, C, bias);
-    linear(`${at}.attn.out`, C, config.n_head * D, config.bias);
+    linear(`${at}.attn.out`, C, config.n_head * D, config.bias || config.out_bias);
     if (config.qk_norm) {
-      norm(`${at}.attn.q_norm`, D, false);
-      norm(`${at}.attn.k_norm`, D, false);
+      norm(`${at}.attn.q_norm`, config.qk_norm_width ? config.n_head * D : D, false);
+      norm(`${at}.attn.k_norm`, config.qk_norm_width ? config.n_kv_head * D : D, false);
     }
-    norm(`${at}.mlp_norm`, C);
-    if (config.mlp === "swiglu") linear(`${at}.mlp.gate`, F, C, config.bias);
+    if (isGated(config)) linear(`${at}.mlp.gate`, F, C, config.bias);
     linear(`${at}.mlp.up`, F, C, config.bias);
     linear(`${at}.mlp.down`, C, F, config.bias);
+    for (const part of ["attn", "mlp"]) {
+      if (norm_place !== "after") norm(`${at}.${part}_norm`, C);
+      if (norm_place !== "before") norm(`${at}.${part}_post_norm`, C);
+    }
   }
   norm("norm", C);
-  if (!config.tie) linear("head", V, C, false);
+  if (!config.tie) linear("head", V, C, config.head_bias);
   return found;
 }
 
 // ---- model ----------------------------------------------------------------------------------------------------------
 
+/** The longest context that the page takes, unless it is opened with ?context=N: keys and values of more tokens might not fit
+ *  into a graphics card's memory. Positions that are learned are not cut. */
+export const CONTEXT = 2048;
 const CHUNK = 64;  // tokens of a prompt that are read at a time
 const FEW = 8;     // up to so many are read one by one, by the kernels that writing needs too
 const AHEAD = 2;   // tokens that are being computed before the caller has taken the next one
 
 export class GPT {
-  /** Load a checkpoint of train.py, hqq.py, a reader ...; onProgress(share) is called while it is read. */
-  static async load(gpu, blob, onProgress = () => {}) {
+  /** Load a checkpoint of train.py, hqq.py, a reader ...; onProgress(share) is called while it is read. context: the most
+   *  tokens of its context that it may use. */
+  static async load(gpu, blob, onProgress = () => {}, context = CONTEXT) {
     const { meta, tensors } = await readHeader(blob), name = blob.name ?? "This file";
     if (!meta?.config) {
       const why = meta?.lens ? "a file of lenses: drop it on the lens panel" : meta?.adapter ? "an adapter: lora.py --merge folds it into its model"
         : "a safetensors file, but not a checkpoint of this project: python hf_reader.py makes one of a Hugging Face folder";
       throw new UserError(`${name} is ${why}.`);
     }
-    const config = configOf(meta.config);
+    const config = configOf(meta.config), { block_size } = config;
+    if (config.pos !== "learned") config.block_size = Math.min(block_size, context);
     gpu.kernel("attention", { WIDTH: config.head_dim }).catch(() => {});  // this kernel compiles longest: begin while weights are read
     const weights = new Map(), made = [];
     const keep = (content) => (made.push(gpu.buffer(content)), made.at(-1));
     try {
       await gpu.guard(() => readWeights(blob, config, tensors, weights, keep, onProgress));
-      return new GPT(gpu, config, weights, { meta, made, blob });
+      return new GPT(gpu, config, weights, { meta, made, blob, whole_context: block_size });
     } catch (error) {
       made.forEach((buffer) => buffer.destroy());
       throw error;
@@ -143,10 +173,12 @@ export class GPT {
 
   /** weights: a Map from paths to {buffer, rows, width, bits, group, scaleBits, scales, biases, bias} of matrices, and
    *  {buffer, bias} of norms; each buffer is a buffer or {buffer, offset, size}. made: buffers that the GPT destroys with
-   *  itself. blob: the file that it was read from. */
-  constructor(gpu, config, weights, { meta, made = [], blob = null }) {
-    Object.assign(this, { gpu, config, weights, meta, made, blob });
+   *  itself. blob: the file that it was read from. whole_context: the context of its file, of which config.block_size may
+   *  be a part. */
+  constructor(gpu, config, weights, { meta, made = [], blob = null, whole_context = config.block_size }) {
+    Object.assign(this, { gpu, config, weights, meta, made, blob, whole_context });
     this.enc = meta.tokenizer ? new Tokenizer(meta.tokenizer) : null;
+    this.ends = new Set([this.enc?.eot, ...(Array.isArray(meta.ends) ? meta.ends : [])]);  // tokens after which a text is over
     this.n_vocab = Math.min(this.enc?.n_vocab ?? config.vocab_size, config.vocab_size);  // ids from here on are padding
     this.bytes = made.reduce((sum, buffer) => sum + buffer.size, 0);
     this.n_parameters = [...parametersOf(config).values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
@@ -154,6 +186,9 @@ export class GPT {
     this.format = bits < 16 ? `${bits} bits, groups of ${group}` : `float${bits}`;
     this.slopes = this.own(slopesOf(config));
     this.turns = config.pos === "rope" ? this.own(turnsOf(config)) : gpu.none;
+    this.window_turns = config.pos === "rope" && config.window_theta ?
+      this.own(turnsOf({ ...config, rope_theta: config.window_theta, rope_factor: 1 })) : this.turns;
+    this.scale = config.attn_scale || config.head_dim ** -0.5;
     this.plans = new Map();  // see planned()
   }
 
@@ -187,21 +222,36 @@ export class GPT {
     return window_pattern[layer % window_pattern.length] === "S" ? sliding_window : 0;
   }
 
+  /** The numbers of a head that a layer's rotary positions turn: 0 in a layer without them. */
+  rotaryOf(layer) {
+    const { pos, rope_pattern } = this.config;
+    return pos === "rope" && rope_pattern[layer % rope_pattern.length] === "R" ? rotaryOf(this.config) : 0;
+  }
+
+  turnsOf(layer) { return this.windowOf(layer) ? this.window_turns : this.turns; }
+
+  /** The buffers of the queries and keys, of those in a room, of which a layer's scores are computed. */
+  scored(layer, room) {
+    if (this.rotaryOf(layer)) return [room.qr, room.kr];
+    return this.config.qk_norm ? [room.qn, room.kn] : [room.q, room.k];
+  }
+
   // ---- forward ------------------------------------------------------------------------------------------------------
 
   /** Buffers for the activations of one block, R rows each, by name. */
   room(plan, R) {
     const { n_embd: C, n_head: H, n_kv_head: KV, head_dim: D, ffn_dim: F } = this.config;
     const sizes = { h: C, q: H * D, qn: H * D, qr: H * D, k: KV * D, kn: KV * D, kr: KV * D, v: KV * D, o: H * D, lse: 2 * H,
-      attn: C, h2: C, up: F, gate: F, act: F, mlp: C };
+      attn_y: C, attn: C, h2: C, up: F, gate: F, act: F, mlp_y: C, mlp: C };
     if (!this.config.qk_norm) delete sizes.qn, delete sizes.kn;
     if (this.config.pos !== "rope") delete sizes.qr, delete sizes.kr;
-    if (this.config.mlp !== "swiglu") delete sizes.gate;
+    if (!isGated(this.config)) delete sizes.gate;
+    if (this.config.norm_place === "before") delete sizes.attn_y, delete sizes.mlp_y;  // their values before the norm
     return Object.fromEntries(Object.entries(sizes).map(([name, width]) => [name, plan.scratch(4 * R * width)]));
   }
 
   norm(plan, path, x, y, R, C, more = null) {
-    const { buffer, bias } = this.weights.get(path), LAYER = this.config.norm === "layer" && C === this.config.n_embd && !/[qk]_norm$/.test(path);
+    const { buffer, bias } = this.weights.get(path), LAYER = this.config.norm === "layer" && !/\.[qk]_norm$/.test(path);
     const settings = { ...(LAYER && { LAYER }), ...(more && { ADD: true }), ...(bias && { BIAS: true }) };
     plan.add("norm", settings, [R, C, this.config.norm_eps], [buffer, bias ?? this.gpu.none, more ?? this.gpu.none, x, y], this.gpu.groups(R));
   }
@@ -209,6 +259,23 @@ export class GPT {
   linear(plan, path, x, y, M) { this.gpu.linear(plan, this.weights.get(path), x, y, M); }
 
   add(plan, x, y, n) { plan.add("add", {}, [n], [y, x], this.gpu.threads(n)); }
+
+  scaled(plan, x, factor, n) { if (factor !== 1) plan.add("scale", {}, [n, factor], [x], this.gpu.threads(n)); }
+
+  /** The input of attention or MLP: the norm of x, in y; or x where there is none before them. `more` is first added to x. */
+  entering(plan, path, x, y, R, more = null) {
+    const C = this.config.n_embd;
+    if (this.config.norm_place !== "after") this.norm(plan, path, x, y, R, C, more);
+    else if (more) this.add(plan, x, more, R * C);
+    return this.config.norm_place === "after" ? x : y;
+  }
+
+  /** From the output of attention or MLP to what is added to the stream: `part` of a room. */
+  leaving(plan, layer, part, room, R) {
+    const C = this.config.n_embd;
+    if (room[`${part}_y`]) this.norm(plan, `blocks.${layer}.${part}_post_norm`, room[`${part}_y`], room[part], R, C);
+    this.scaled(plan, room[part], this.config.residual_scale, R * C);
+  }
 
   /** Add to the plan the steps from tokens (B T,) to the residual stream after the last block (B T, C), whose buffer is
    *  returned.
@@ -227,7 +294,7 @@ export class GPT {
       const { buffer, scales, biases, bits = 32, group, scaleBits } = this.weights.get("embed");
       const LEARNED = this.config.pos === "learned", positions = LEARNED ? this.weights.get("pos_embed").buffer : gpu.none;
       const settings = { BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }), ...(LEARNED && { LEARNED }) };
-      plan.add("embed", settings, [R, T, C], [buffer, scales ?? gpu.none, biases ?? gpu.none, at, tokens, positions, x],
+      plan.add("embed", settings, [R, T, C, this.config.embed_scale], [buffer, scales ?? gpu.none, biases ?? gpu.none, at, tokens, positions, x],
         gpu.threads(R * Math.ceil(C / 4)));
     }
     const whole = (layer) => {
@@ -238,11 +305,13 @@ export class GPT {
     for (let layer = start; layer < n_layer; layer++) {
       const room = rooms(layer), path = `blocks.${layer}`;
       if (tap) whole(layer);
-      this.norm(plan, `${path}.attn_norm`, x, room.h, R, C, more);
-      this.attention(plan, layer, room, { B, T, at, cache, tap });
+      const h = this.entering(plan, `${path}.attn_norm`, x, room.h, R, more);
+      let h2 = this.config.parallel ? this.entering(plan, `${path}.mlp_norm`, x, room.h2, R) : null;
+      this.attention(plan, layer, room, { h, B, T, at, cache, tap });
       tap?.("attn", layer, room.attn, C);
-      this.norm(plan, `${path}.mlp_norm`, room.attn, room.h2, R, C, x);  // this adds x to room.attn, which is the stream from here on
-      this.mlp(plan, path, room, R);
+      if (h2) this.add(plan, room.attn, x, R * C);  // room.attn is the stream from here on
+      else h2 = this.entering(plan, `${path}.mlp_norm`, room.attn, room.h2, R, x);  // this adds x to it too
+      this.mlp(plan, layer, room, h2, R);
       tap?.("mlp", layer, room.mlp, C);
       [x, more] = [room.mlp, room.attn];
     }
@@ -250,43 +319,49 @@ export class GPT {
     return x;
   }
 
-  attention(plan, layer, room, { B, T, at, cache, tap }) {
-    const { n_head: H, n_kv_head: KV, head_dim: D, pos, qk_norm, block_size } = this.config, R = B * T, { gpu } = this;
-    const path = `blocks.${layer}.attn`, TURN = pos === "rope";
-    for (const name of "qkv") this.linear(plan, `${path}.${name}`, room.h, room[name], R);
-    const turn = (x, y, heads, settings) => plan.add("rope", settings, [R, T, heads, D], [at, this.turns, x, y],
+  attention(plan, layer, room, { h, B, T, at, cache, tap }) {
+    const { n_head: H, n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, block_size, attn_softcap } = this.config, R = B * T, { gpu } = this;
+    const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
+    for (const name of "qkv") this.linear(plan, `${path}.${name}`, h, room[name], R);
+    const turn = (x, y, heads, rotary, settings = {}) => plan.add("rope", settings, [R, T, heads, D, rotary], [at, this.turnsOf(layer), x, y],
       gpu.threads(R * heads * Math.ceil(D / 2)));
     let { q, k, v } = room;
     if (qk_norm) {
-      this.norm(plan, `${path}.q_norm`, q, room.qn, R * H, D);
-      this.norm(plan, `${path}.k_norm`, k, room.kn, R * KV, D);
+      const sizes = (heads) => qk_norm_width ? [R, heads * D] : [R * heads, D];  // a norm of all heads together, or of each
+      this.norm(plan, `${path}.q_norm`, q, room.qn, ...sizes(H));
+      this.norm(plan, `${path}.k_norm`, k, room.kn, ...sizes(KV));
       [q, k] = [room.qn, room.kn];
     }
-    if (TURN) turn(q, room.qr, H, {}), q = room.qr;
+    if (rotary) turn(q, room.qr, H, rotary), q = room.qr;
     if (cache) {
-      turn(k, cache.k[layer], KV, { TURN, CACHE: true });
-      turn(v, cache.v[layer], KV, { TURN: false, CACHE: true });
+      turn(k, cache.k[layer], KV, rotary, { CACHE: true });
+      turn(v, cache.v[layer], KV, 0, { CACHE: true });
       [k, v] = [cache.k[layer], cache.v[layer]];
-    } else if (TURN) turn(k, room.kr, KV, {}), k = room.kr;
-    plan.add("attention", { WIDTH: D }, [T, cache ? block_size : T, H, KV, D, this.windowOf(layer), D ** -0.5],
+    } else if (rotary) turn(k, room.kr, KV, rotary), k = room.kr;
+    plan.add("attention", { WIDTH: D }, [T, cache ? block_size : T, H, KV, D, this.windowOf(layer), this.scale, attn_softcap],
       [at, this.slopes, q, k, v, room.o, room.lse], [Math.ceil(T / 4), H, B]);
     tap?.("heads", layer, room.o, H * D);
-    this.linear(plan, `${path}.out`, room.o, room.attn, R);
+    this.linear(plan, `${path}.out`, room.o, room.attn_y ?? room.attn, R);
+    this.leaving(plan, layer, "attn", room, R);
   }
 
-  mlp(plan, path, room, R) {
-    const n = R * this.config.ffn_dim;
-    if (room.gate) this.linear(plan, `${path}.mlp.gate`, room.h2, room.gate, R);
-    this.linear(plan, `${path}.mlp.up`, room.h2, room.up, R);
+  mlp(plan, layer, room, h, R) {
+    const n = R * this.config.ffn_dim, path = `blocks.${layer}`;
+    if (room.gate) this.linear(plan, `${path}.mlp.gate`, h, room.gate, R);
+    this.linear(plan, `${path}.mlp.up`, h, room.up, R);
     plan.add("activation", { KIND: KINDS[this.config.mlp] }, [n], [room.gate ?? room.up, room.up, room.act], this.gpu.threads(n));
-    this.linear(plan, `${path}.mlp.down`, room.act, room.mlp, R);
+    this.linear(plan, `${path}.mlp.down`, room.act, room.mlp_y ?? room.mlp, R);
+    this.leaving(plan, layer, "mlp", room, R);
   }
+
+  head() { return this.weights.get(this.config.tie ? "embed" : "head"); }
 
   /** Add the steps from the stream x (R, C) to the logits (R, V), whose buffer is returned. */
   unembed(plan, x, R, logits = plan.scratch(4 * R * this.config.vocab_size)) {
-    const { n_embd: C, vocab_size: V, tie, softcap } = this.config, h = plan.scratch(4 * R * C);
+    const { n_embd: C, vocab_size: V, softcap } = this.config, h = plan.scratch(4 * R * C);
     this.norm(plan, "norm", x, h, R, C);
-    this.gpu.linear(plan, { ...this.weights.get(tie ? "embed" : "head"), bias: undefined }, h, logits, R);
+    this.gpu.linear(plan, this.head(), h, logits, R);
+    this.scaled(plan, logits, this.config.logit_scale, R * V);
     if (softcap) plan.add("softcap", {}, [R * V, softcap], [logits], this.gpu.threads(R * V));
     return logits;
   }
@@ -295,7 +370,9 @@ export class GPT {
     const { block_size, vocab_size } = this.config;
     if (!ids.length) throw new UserError("There is nothing to continue: type a prompt.");
     if (ids.length > block_size) {
-      throw new UserError(`The prompt has ${ids.length} tokens, and this model's context is ${block_size}: shorten it.`);
+      const whole = this.whole_context, most = whole > block_size ? `this page takes ${block_size} of this model's ${whole}: shorten it, or ` +
+        `open the page with ?context=${Math.min(whole, 2 * ids.length)}.` : `this model's context is ${block_size}: shorten it.`;
+      throw new UserError(`The prompt has ${ids.length} tokens, and ${most}`);
     }
     if (ids.some((id) => !(id < vocab_size))) throw new UserError("The prompt has tokens that this model does not know.");
   }

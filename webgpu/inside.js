@@ -86,8 +86,8 @@ export async function attention(model, ids) {
     const room = model.room(plan, T), wanted = [];
     model.read(plan, ids, (site, layer) => {
       if (site !== "heads") return;
-      const map = plan.scratch(4 * H * T * T), q = room.qr ?? room.qn ?? room.q, k = room.kr ?? room.kn ?? room.k;
-      plan.add("attention_map", {}, [T, H, KV, D, model.windowOf(layer), D ** -0.5], [model.slopes, q, k, room.lse, map],
+      const map = plan.scratch(4 * H * T * T), [q, k] = model.scored(layer, room), { attn_softcap } = model.config;
+      plan.add("attention_map", {}, [T, H, KV, D, model.windowOf(layer), model.scale, attn_softcap], [model.slopes, q, k, room.lse, map],
         model.gpu.threads(H * T * T));
       wanted.push([map, 4 * H * T * T]);
     }, room);

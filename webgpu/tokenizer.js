@@ -8,21 +8,24 @@ const EOT = "<|endoftext|>";
 const NOTHING = new Uint8Array();
 
 export class Tokenizer {
-  /** dict: {kind: byte | char | bpe | hf, tokens: [base64], special: {text: id}, pattern, bos?, eot?} */
+  /** dict: {kind: byte | char | bpe | hf, tokens: [base64], special: {text: id}, added?: {text: id}, pattern, bos?, eot?,
+   *  source?: the text of a tokenizer.json} */
   constructor(dict) {
     check(dict);
-    const tokens = dict.tokens.map(fromBase64);
-    const special = Object.entries(dict.special);
+    const tokens = dict.tokens.map(fromBase64), named = Object.entries({ ...dict.special, ...dict.added });
     this.kind = dict.kind;
-    this.n_vocab = special.reduce((most, [, id]) => Math.max(most, id + 1), tokens.length);
+    this.n_vocab = named.reduce((most, [, id]) => Math.max(most, id + 1), tokens.length);
     this.eot = dict.eot ?? dict.special[EOT]; // ends a document
-    this.bos = dict.bos ?? this.eot; // begins it
+    this.bos = dict.bos === undefined ? this.eot : dict.bos; // begins it; null: no token does
+    this.start = this.bos === null ? [] : [this.bos];
     this.pieces = new Array(this.n_vocab).fill(NOTHING); // the bytes of each token
     tokens.forEach((token, id) => token && (this.pieces[id] = Uint8Array.from(token, byteOf)));
-    for (const [text, id] of special) this.pieces[id] = new TextEncoder().encode(text);
-    const encoder = { byte: byteEncoder, char: charEncoder, bpe: bpeEncoder, hf: hfEncoder }[dict.kind];
-    /** Token ids of a text, a Uint32Array. The text of a special token is encoded like any other text. */
-    this.encode = encoder(tokens, dict.pattern);
+    for (const [text, id] of named) this.pieces[id] = new TextEncoder().encode(text);
+    const encoder = { byte: byteEncoder, char: charEncoder, bpe: bpeEncoder, hf: hfEncoder }[dict.kind](tokens, dict);
+    /** Token ids of a text, a Uint32Array. The text of a special token is encoded like any other text; that of an added
+     *  token, which is not special, is that token. */
+    this.encode = dict.kind === "hf" || !Object.keys(dict.added ?? {}).length ? encoder :
+      (text) => Uint32Array.from(splitAt(dict.added, dict.special, text).flatMap(({ id, part }) => id ?? [...encoder(part)]));
   }
 
   /** The text of token ids. Bytes that are not UTF-8 become U+FFFD. An id beyond the vocabulary is padding, without text. */
@@ -57,16 +60,17 @@ export function charTokenizer(text) {
 /** UserError if a dict is not one that this page can use. */
 function check(dict) {
   if (!dict) throw new UserError("This checkpoint holds no tokenizer: it cannot read or write text.");
-  const { kind, tokens, special, pattern, bos, eot } = dict;
+  const { kind, tokens, special, added = {}, pattern, bos, eot, source = "" } = dict;
   if (!["byte", "char", "bpe", "hf"].includes(kind)) {
     throw new UserError(`This checkpoint's tokenizer is of the unknown kind ${JSON.stringify(kind)}: ` +
       "it must be byte, char, bpe or hf.");
   }
   const isId = (id) => Number.isInteger(id) && id >= 0 && id < 2 ** 22;
   const whole = Array.isArray(tokens) && tokens.length <= 2 ** 22 &&
-    tokens.every((token) => typeof token === "string") && special && typeof special === "object" &&
-    Object.values(special).every(isId) && [bos, eot].every((id) => (id ?? null) === null || isId(id)) &&
-    typeof (pattern ?? "") === "string";
+    tokens.every((token) => typeof token === "string") &&
+    [special, added].every((named) => named && typeof named === "object" && Object.values(named).every(isId)) &&
+    [bos, eot].every((id) => (id ?? null) === null || isId(id)) &&
+    [pattern ?? "", source].every((text) => typeof text === "string");
   if (!whole) throw new UserError("This checkpoint's tokenizer is damaged: copy the file again.");
   if (!isId(eot ?? special[EOT])) {
     throw new UserError("This checkpoint's tokenizer names no token that ends a document: make the file again.");
@@ -104,9 +108,28 @@ function escaped(text) {
   });
 }
 
-// ---- byte, char, hf -------------------------------------------------------------------------------------------------
+/** The parts of a text, each {id} of an added token or {part}: the text between. At each place the longest name counts;
+ *  names of special tokens are text, but an added token's name inside one is not found. */
+function splitAt(added, special, text) {
+  const names = Object.keys({ ...special, ...added }).filter(Boolean).sort((a, b) => b.length - a.length);
+  if (!names.length) return [{ part: text }];
+  const parts = [];
+  let start = 0;
+  for (const { 0: name, index } of text.matchAll(new RegExp(names.map(quoted).join("|"), "gu"))) {
+    if (!Object.hasOwn(added, name)) continue;
+    if (index > start) parts.push({ part: text.slice(start, index) });
+    parts.push({ id: added[name] });
+    start = index + name.length;
+  }
+  if (start < text.length) parts.push({ part: text.slice(start) });
+  return parts;
+}
 
-// Each of these takes the tokens, as binary strings, and returns a function that encodes a text.
+const quoted = (text) => text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&");
+
+// ---- byte, char -----------------------------------------------------------------------------------------------------
+
+// Each of these takes the tokens, as binary strings, and the dict, and returns a function that encodes a text.
 
 function byteEncoder() {
   return (text) => Uint32Array.from(new TextEncoder().encode(text)); // it replaces half a surrogate pair by U+FFFD itself
@@ -128,16 +151,9 @@ function charEncoder(tokens) {
   };
 }
 
-function hfEncoder() {
-  return () => {
-    throw new UserError("This checkpoint's tokenizer is run by a Python package, so that the page can show what the " +
-      "model writes, but cannot encode a text for it: use sample.py.");
-  };
-}
-
 // ---- bpe ------------------------------------------------------------------------------------------------------------
 
-function bpeEncoder(tokens, pattern) {
+function bpeEncoder(tokens, { pattern }) {
   const ranks = new Map();
   let longest = 0, regex;
   tokens.forEach((token, id) => {
@@ -165,25 +181,36 @@ function bpeEncoder(tokens, pattern) {
   };
 }
 
-/** The ids of a word. The two neighbouring parts whose union is the token with the lowest id (its rank) are merged, the
- *  leftmost first where several are equal, until there are none. A heap finds them, so that a word of a megabyte takes a
- *  second and not an hour. */
+/** The ids of a word, a binary string. The rank of two neighbouring parts is the id of the token that is their union. */
 function encodeWord(word, ranks, longest) {
   const whole = ranks.get(word);
   if (whole !== undefined) return [whole]; // as in tiktoken, even if no merges lead to it
+  const rankOf = (start, middle, end) => end - start > longest ? -1 : ranks.get(word.slice(start, end)) ?? -1;
+  return mergedParts(word, rankOf).map((part) => {
+    const id = ranks.get(part);
+    if (id === undefined) throw new UserError("This checkpoint's tokenizer lacks some of the 256 bytes.");
+    return id;
+  });
+}
+
+/** The parts of a word, which at first are its characters. The two neighbours with the lowest rank are merged, the leftmost
+ *  first where several are equal, until no two have a rank. rankOf(start, middle, end): that of the neighbours
+ *  word.slice(start, middle) and word.slice(middle, end), -1 for none. A heap finds the lowest, so that a word of a megabyte
+ *  takes a second and not an hour. */
+function mergedParts(word, rankOf) {
   const n = word.length, end = new Int32Array(n), previous = new Int32Array(n);
-  const rank = new Int32Array(n); // of the part that begins here joined with the next part; -1 if that is not a token
+  const rank = new Int32Array(n).fill(-1); // of the part that begins here and the next part
   const heap = []; // of rank * 2^31 + place: the smallest is merged next, if it is still valid
   const look = (place) => {
-    const next = end[place], last = next < n ? end[next] : Infinity;
-    rank[place] = last - place > longest ? -1 : ranks.get(word.slice(place, last)) ?? -1;
+    const next = end[place];
+    rank[place] = next < n ? rankOf(place, next, end[next]) : -1;
     if (rank[place] >= 0) push(heap, rank[place] * 2 ** 31 + place);
   };
-  for (let place = n - 1; place >= 0; place--) {
-    end[place] = place + 1;
-    previous[place] = place - 1;
-    look(place);
+  for (let place = 0, last = -1; place < n; last = place, place = end[place]) {
+    end[place] = place + (word.codePointAt(place) > 0xffff ? 2 : 1);
+    previous[place] = last;
   }
+  for (let place = 0; place < n; place = end[place]) look(place);
   while (heap.length) {
     const key = pop(heap), place = key % 2 ** 31;
     if (rank[place] !== Math.floor(key / 2 ** 31)) continue; // one of the two parts has changed since
@@ -194,13 +221,9 @@ function encodeWord(word, ranks, longest) {
     look(place);
     if (place > 0) look(previous[place]);
   }
-  const ids = [];
-  for (let place = 0; place < n; place = end[place]) {
-    const id = ranks.get(word.slice(place, end[place]));
-    if (id === undefined) throw new UserError("This checkpoint's tokenizer lacks some of the 256 bytes.");
-    ids.push(id);
-  }
-  return ids;
+  const parts = [];
+  for (let place = 0; place < n; place = end[place]) parts.push(word.slice(place, end[place]));
+  return parts;
 }
 
 function push(heap, key) {
@@ -239,6 +262,179 @@ const LIKE = [ // for each kind of character, one that may replace another of th
 function withoutFalsePairs(text) {
   return text.replace(/[\uf800-\ufbff](?=[\ufc00-\uffff])/g, (character) =>
     LIKE.find(([kind]) => kind.test(character))[1]);
+}
+
+// ---- hf: byte pair encoding by the text of a tokenizer.json ----------------------------------------------------------
+// Byte-level as in Llama 3 and Qwen, and on characters as in SentencePiece (Llama 2, Gemma). A file with any other step is
+// refused by the step's name.
+
+const GPT2 = "'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+
+const refuse = (what) => new UserError(`This checkpoint's tokenizer has ${what}, which the page cannot run: use sample.py.`);
+
+function hfEncoder(_, { source }) {
+  let encode; // made only for the first text: without it, the page can still decode
+  return (text) => {
+    encode ??= sourceEncoder(source ?? "");
+    return encode(text.toWellFormed());
+  };
+}
+
+function sourceEncoder(source) {
+  let file;
+  try {
+    file = JSON.parse(source);
+  } catch {
+    throw new UserError("This checkpoint's tokenizer is damaged: copy the file again.");
+  }
+  const normalize = normalizer(file.normalizer), split = preTokenizer(file.pre_tokenizer), encodePart = mergesOf(file.model ?? {});
+  const all = file.added_tokens ?? [], named = (tokens, nameOf = (name) => name) => Object.fromEntries(
+    tokens.map(({ content, id }) => [nameOf(content), id]));
+  const odd = all.find((token) => !token.special && (token.single_word || token.lstrip || token.rstrip));
+  if (odd) throw refuse(`the token ${odd.content} that takes blanks with it`);
+  // As the tokenizers package does: names are found in the text, and others in what the normalizer has made of the rest.
+  const found = (list, normalized) => list.filter((token) => Boolean(token.normalized) === normalized);
+  const [first, second] = [false, true].map((normalized) => [false, true].map((special) =>
+    named(found(all, normalized).filter((token) => Boolean(token.special) === special), normalized ? normalize : undefined)));
+  return (text) => {
+    const ids = [];
+    let place = 0;
+    for (const { id, part } of splitAt(...first, text)) {
+      if (id !== undefined) ids.push(id);
+      else {
+        for (const { id, part: inside } of splitAt(...second, normalize(part))) {
+          if (id !== undefined) ids.push(id);
+          else for (const word of split([inside], place === 0)) for (const token of encodePart(word)) ids.push(token);
+          place = 1;
+        }
+      }
+      place = 1;
+    }
+    return Uint32Array.from(ids);
+  };
+}
+
+/** The function that a `normalizer` of tokenizer.json describes: from text to text. */
+function normalizer(step) {
+  if (!step) return (text) => text;
+  switch (step.type) {
+    case "Sequence": {
+      const all = step.normalizers.map(normalizer);
+      return (text) => all.reduce((sofar, each) => each(sofar), text);
+    }
+    case "Prepend": return (text) => text && step.prepend + text;
+    case "Replace":
+      if (typeof step.pattern?.String !== "string") throw refuse("a regex in its normalizer");
+      return (text) => text.replaceAll(step.pattern.String, () => step.content);
+    case "NFC": case "NFD": case "NFKC": case "NFKD": return (text) => text.normalize(step.type);
+    default: throw refuse(`the normalizer ${step.type}`);
+  }
+}
+
+/** The function that a `pre_tokenizer` of tokenizer.json describes: from parts of a text to smaller parts. Its second
+ *  argument: whether the first part begins the text. */
+function preTokenizer(step) {
+  const each = (cut) => (parts, begins) => parts.flatMap((part, i) => cut(part, begins && i === 0));
+  if (!step) return (parts) => parts;
+  switch (step.type) {
+    case "Sequence": {
+      const all = step.pretokenizers.map(preTokenizer);
+      return (parts, begins) => all.reduce((sofar, cut) => cut(sofar, begins), parts);
+    }
+    case "Split": {
+      const { Regex, String: plain } = step.pattern, regex = Regex === undefined ? new RegExp(quoted(plain), "gu") : wordRegex(Regex);
+      return each((part) => cutAt(part, regex, step.behavior, step.invert));
+    }
+    case "Digits": {
+      const regex = step.individual_digits ? /\p{N}/gu : /\p{N}+/gu;
+      return each((part) => cutAt(part, regex, "Isolated"));
+    }
+    case "ByteLevel": {
+      const regex = step.use_regex ?? true ? wordRegex(GPT2) : null;
+      return each((part) => {
+        const whole = (step.add_prefix_space ?? true) && !part.startsWith(" ") ? ` ${part}` : part;
+        return (regex ? cutAt(whole, regex, "Isolated") : [whole]).map(inLetters);
+      });
+    }
+    case "Metaspace": {
+      const blank = step.replacement, scheme = step.prepend_scheme ?? (step.add_prefix_space ?? true ? "always" : "never");
+      return each((part, begins) => {
+        let text = part.replaceAll(" ", blank);
+        if ((scheme === "always" || scheme === "first" && begins) && !text.startsWith(blank)) text = blank + text;
+        if (step.split === false) return [text];
+        return cutAt(text, new RegExp(`${quoted(blank)}[^${quoted(blank)}]*`, "gu"), "Isolated");
+      });
+    }
+    default: throw refuse(`the pre-tokenizer ${step.type}`);
+  }
+}
+
+/** A text cut at the matches of a regex, which with `invert` are what lies between them. */
+function cutAt(text, regex, behavior, invert = false) {
+  const parts = [];
+  let start = 0, merged = false; // merged: the part before is a match
+  const take = (end, isMatch) => {
+    if (end === start) return;
+    const part = text.slice(start, end);
+    start = end;
+    if (behavior === "MergedWithPrevious" && isMatch && !merged && parts.length) parts.push(parts.pop() + part);
+    else if (behavior !== "Removed" || !isMatch) parts.push(part);
+    merged = isMatch;
+  };
+  if (!["Isolated", "Removed", "MergedWithPrevious"].includes(behavior)) throw refuse(`a pre-tokenizer with ${behavior}`);
+  for (const { 0: match, index } of withoutFalsePairs(text).matchAll(regex)) {
+    take(index, invert);
+    take(index + match.length, !invert);
+  }
+  take(text.length, invert);
+  return parts;
+}
+
+let letters;
+
+/** A text in GPT-2's letters for its bytes: printable bytes are their own letters, the others U+0100 and on. */
+function inLetters(text) {
+  if (!letters) {
+    let others = 0x100;
+    letters = Array.from({ length: 256 }, (_, byte) => byte > 32 && byte < 127 || byte > 160 && byte !== 173 ?
+      String.fromCharCode(byte) : String.fromCharCode(others++));
+  }
+  return Array.from(binary(text), (byte) => letters[byteOf(byte)]).join("");
+}
+
+/** The function that a `model` of tokenizer.json describes, byte pair encoding: from a part of a text to ids. */
+function mergesOf(model) {
+  if ((model.type ?? "BPE") !== "BPE" || !model.merges) throw refuse(`the model ${model.type}`);
+  for (const name of ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]) if (model[name]) throw refuse(name);
+  const ids = new Map(Object.entries(model.vocab)), ranks = new Map(), known = new Map();
+  const keyOf = (length, both) => `${length} ${both}`; // of two neighbours: where the second begins
+  model.merges.forEach((merge, rank) => {
+    const [a, b] = typeof merge === "string" ? merge.split(" ") : merge;
+    ranks.set(keyOf(a.length, a + b), rank);
+  });
+  const unknown = model.unk_token ? ids.get(model.unk_token) : undefined;
+  const encodeWord = (word) => {
+    const whole = model.ignore_merges ? ids.get(word) : undefined;
+    if (whole !== undefined) return [whole];
+    const found = [];
+    for (const part of mergedParts(word, (start, middle, end) => ranks.get(keyOf(middle - start, word.slice(start, end))) ?? -1)) {
+      const id = ids.get(part);
+      const bytes = id === undefined && model.byte_fallback ? Array.from(binary(part), (byte) =>
+        ids.get(`<0x${byteOf(byte).toString(16).toUpperCase().padStart(2, "0")}>`)) : [undefined];
+      if (id !== undefined) found.push(id);
+      else if (!bytes.includes(undefined)) found.push(...bytes);
+      else if (unknown !== undefined && !(model.fuse_unk && found.at(-1) === unknown)) found.push(unknown);
+    }
+    return found;
+  };
+  return (word) => {
+    let found = known.get(word);
+    if (!found) {
+      if (known.size > 100_000) known.clear();
+      known.set(word, found = encodeWord(word));
+    }
+    return found;
+  };
 }
 
 // ---- the regex that cuts a text into words --------------------------------------------------------------------------

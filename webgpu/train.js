@@ -15,6 +15,8 @@ import { Tokenizer } from "./tokenizer.js";
 const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
   beta1: 0.9, beta2: 0.95, seed: 1337 };
 const LOGITS = 2 ** 24;  // that are in memory at a time
+const WINDOW = 512;      // tokens of a window, at most, where a model with a longer context is trained further
+
 export class Trainer {
   /** model: a GPT to start from (quantized weights are unpacked); or config and tokenizer, to start from random weights.
    *  text: to learn from, or ids, its tokens; the last tenth is held out. resume: {checkpoint, optimizer}, files of save().
@@ -25,6 +27,8 @@ export class Trainer {
     const { meta } = blob ? await readHeader(blob) : { meta: { config, tokenizer } };
     if (resume && meta.script !== "train.py") throw new UserError("This checkpoint is not from a training run: its training cannot go on.");
     const architecture = configOf(meta.config);
+    if (architecture.attn_softcap) throw new UserError("This model has attn_softcap, with which this page cannot train: python train.py --init can.");
+    if (model && !resume) architecture.block_size = Math.min(architecture.block_size, WINDOW);  // as train.py --init does
     if (!meta.tokenizer) throw new UserError("This checkpoint holds no tokenizer: it cannot read a text.");
     Object.assign(trainer, { gpu, meta, config: architecture, settings: { ...DEFAULTS, ...(resume && meta.settings), ...settings } });
     trainer.updates = resume ? meta.step : 0;
@@ -111,7 +115,7 @@ export class Trainer {
     const embedded = plan.scratch(4 * R * C), h = plan.scratch(4 * R * C), losses = plan.scratch(4 * R);
     const rows = Math.max(64, Math.floor(LOGITS / this.config.vocab_size / 64) * 64);
     const logits = plan.scratch(4 * Math.min(rows, Math.ceil(R / 64) * 64) * this.config.vocab_size);
-    const head = model.weights.get(this.config.tie ? "embed" : "head"), head_name = this.config.tie ? "embed.weight" : "head.weight";
+    const head = model.head(), head_name = this.config.tie ? "embed.weight" : "head.weight", V = this.config.vocab_size;
     const d = this.d = plan.scratch(4 * R * C), d_h = plan.scratch(4 * R * C);
 
     const forward = (plan) => model.forward(plan, { B, T, tokens: this.inputs, at, rooms: (layer) => rooms[layer], embedded });
@@ -120,9 +124,11 @@ export class Trainer {
       for (let start = 0; start < R; start += rows) {
         const n = Math.min(rows, R - start);
         const part = (buffer, width) => ({ buffer, offset: 4 * start * width, size: 4 * n * width });
-        gpu.linear(plan, { ...head, bias: undefined }, part(h, C), logits, n, { ACCUMULATE: false });
-        plan.add("loss", learn ? {} : { EVALUATE: true }, [n, this.config.vocab_size, 1 / R, this.config.softcap], [part(this.targets, 1), logits, part(losses, 1)], gpu.groups(n));
+        gpu.linear(plan, head, part(h, C), logits, n, { ACCUMULATE: false });
+        model.scaled(plan, logits, this.config.logit_scale, n * V);
+        plan.add("loss", learn ? {} : { EVALUATE: true }, [n, V, 1 / R, this.config.softcap], [part(this.targets, 1), logits, part(losses, 1)], gpu.groups(n));
         if (learn) {
+          model.scaled(plan, logits, this.config.logit_scale, n * V);  // from here on, these are gradients
           this.weightGradient(plan, part(h, C), logits, head_name, n, start > 0);
           this.inputGradient(plan, head, logits, part(d_h, C), n);
         }
@@ -149,7 +155,7 @@ export class Trainer {
     const { shape: [rows, width] } = this.places.get(name), bias = this.gradient(name.replace("weight", "bias"));
     this.gpu.linear(plan, { buffer: x, rows, width }, dy, this.gradient(name), rows,
       { TRANSPOSE_X: true, TRANSPOSE_W: true, ACCUMULATE: more, N: width, K: R });
-    if (bias) plan.add("column_sum", {}, [R, rows], [this.gpu.none, dy, this.gpu.none, bias], [Math.ceil(rows / 16)]);
+    if (bias) plan.add("column_sum", more ? { ACCUMULATE: true } : {}, [R, rows], [this.gpu.none, dy, this.gpu.none, bias], [Math.ceil(rows / 16)]);
   }
 
   /** dx = dy W, or with `more` dx += dy W. */
@@ -175,54 +181,76 @@ export class Trainer {
     const weight = (path) => model.weights.get(path), size = (width) => plan.scratch(4 * R * width);
     const [d_act, d_gate, d_o, d_q, d_k, d_v] = [F, F, H * D, H * D, KV * D, KV * D].map(size);
     const [d_q2, d_k2] = config.qk_norm || config.pos === "rope" ? [H * D, KV * D].map(size) : [];
+    const { parallel, norm_place, residual_scale, qk_norm_width } = config, after = norm_place !== "before";
+    const [d_y, d_normed, d_h2] = [after || residual_scale !== 1, after, parallel].map((needed) => needed ? size(C) : null);
+    // The gradient of what attention or MLP computes, from d, that of what is added to the stream.
+    const leaving = (path, y) => {
+      if (!d_y) return d;
+      plan.copy(d, 0, d_y, 0, 4 * R * C);
+      model.scaled(plan, d_y, residual_scale, R * C);
+      if (after) this.normGradient(plan, `${path}_post_norm`, y, d_y, d_normed, R, C, false);
+      return after ? d_normed : d_y;
+    };
+    // Adds the gradient d_h of the input of attention or MLP, which is that of a norm of x, or that of x.
+    const entering = (path, x, d_h) => {
+      if (norm_place === "after") model.add(plan, d, d_h, R * C);
+      else this.normGradient(plan, `${path}_norm`, x, d_h, d, R, C, true);
+    };
     this.statistics = {};
     this.normGradient(plan, "norm", x, d_h, d, R, C, false);
     for (let layer = n_layer - 1; layer >= 0; layer--) {
       const room = rooms[layer], path = `blocks.${layer}`, entered = layer ? rooms[layer - 1].mlp : embedded;
+      const [h, h2] = norm_place !== "after" ? [room.h, room.h2] : [entered, parallel ? entered : room.attn];
       // the MLP: d is the gradient of the block's output
-      this.weightGradient(plan, room.act, d, `${path}.mlp.down.weight`, R);
-      this.inputGradient(plan, weight(`${path}.mlp.down`), d, d_act, R);
+      const d_mlp = leaving(`${path}.mlp`, room.mlp_y), d_in = d_h2 ?? d_h;
+      this.weightGradient(plan, room.act, d_mlp, `${path}.mlp.down.weight`, R);
+      this.inputGradient(plan, weight(`${path}.mlp.down`), d_mlp, d_act, R);
       plan.add("activation_backward", { KIND: KINDS[config.mlp] }, [R * F], [room.gate ?? room.up, room.up, d_act, room.gate ? d_gate : gpu.trash], gpu.threads(R * F));
-      this.weightGradient(plan, room.h2, d_act, `${path}.mlp.up.weight`, R);
-      this.inputGradient(plan, weight(`${path}.mlp.up`), d_act, d_h, R);
+      this.weightGradient(plan, h2, d_act, `${path}.mlp.up.weight`, R);
+      this.inputGradient(plan, weight(`${path}.mlp.up`), d_act, d_in, R);
       if (room.gate) {
-        this.weightGradient(plan, room.h2, d_gate, `${path}.mlp.gate.weight`, R);
-        this.inputGradient(plan, weight(`${path}.mlp.gate`), d_gate, d_h, R, true);
+        this.weightGradient(plan, h2, d_gate, `${path}.mlp.gate.weight`, R);
+        this.inputGradient(plan, weight(`${path}.mlp.gate`), d_gate, d_in, R, true);
       }
-      this.normGradient(plan, `${path}.mlp_norm`, room.attn, d_h, d, R, C, true);
-      // attention: d is the gradient of the stream between attention and MLP
-      this.weightGradient(plan, room.o, d, `${path}.attn.out.weight`, R);
-      this.inputGradient(plan, weight(`${path}.attn.out`), d, d_o, R);
-      const q = room.qr ?? room.qn ?? room.q, k = room.kr ?? room.kn ?? room.k;
-      const uniforms = [T, H, KV, D, model.windowOf(layer), D ** -0.5];
+      if (!parallel) entering(`${path}.mlp`, room.attn, d_in);
+      // attention: d is the gradient of the stream after it
+      const d_attn = leaving(`${path}.attn`, room.attn_y);
+      this.weightGradient(plan, room.o, d_attn, `${path}.attn.out.weight`, R);
+      this.inputGradient(plan, weight(`${path}.attn.out`), d_attn, d_o, R);
+      if (parallel) entering(`${path}.mlp`, entered, d_in);  // only now, as attention reads d too
+      const [q, k] = model.scored(layer, room);
+      const uniforms = [T, H, KV, D, model.windowOf(layer), model.scale];
       plan.add("attention_backward_q", { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, room.o, d_o, room.lse, d_q], [Math.ceil(T / 4), H, B]);
       plan.add("attention_backward_kv", { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, d_o, room.lse, d_k, d_v], [Math.ceil(T / 4), KV, B]);
       let of_q = d_q, of_k = d_k, [free_q, free_k] = [d_q2, d_k2];
-      if (config.pos === "rope") {
-        const undo = (x, y, heads) => plan.add("rope", { UNDO: true }, [R, T, heads, D], [at, model.turns, x, y], gpu.threads(R * heads * D / 2));
+      const rotary = model.rotaryOf(layer);
+      if (rotary) {
+        const undo = (x, y, heads) => plan.add("rope", { UNDO: true }, [R, T, heads, D, rotary], [at, model.turnsOf(layer), x, y], gpu.threads(R * heads * D / 2));
         undo(of_q, free_q, H);
         undo(of_k, free_k, KV);
         [of_q, free_q, of_k, free_k] = [free_q, of_q, free_k, of_k];
       }
       if (config.qk_norm) {
-        this.normGradient(plan, `${path}.attn.q_norm`, room.q, of_q, free_q, R * H, D, false);
-        this.normGradient(plan, `${path}.attn.k_norm`, room.k, of_k, free_k, R * KV, D, false);
+        const sizes = (heads) => qk_norm_width ? [R, heads * D] : [R * heads, D];
+        this.normGradient(plan, `${path}.attn.q_norm`, room.q, of_q, free_q, ...sizes(H), false);
+        this.normGradient(plan, `${path}.attn.k_norm`, room.k, of_k, free_k, ...sizes(KV), false);
         [of_q, of_k] = [free_q, free_k];
       }
       for (const [name, dy] of [["q", of_q], ["k", of_k], ["v", d_v]]) {
-        this.weightGradient(plan, room.h, dy, `${path}.attn.${name}.weight`, R);
+        this.weightGradient(plan, h, dy, `${path}.attn.${name}.weight`, R);
         this.inputGradient(plan, weight(`${path}.attn.${name}`), dy, d_h, R, name !== "q");
       }
-      this.normGradient(plan, `${path}.attn_norm`, entered, d_h, d, R, C, true);
+      entering(`${path}.attn`, entered, d_h);
     }
     const embed = this.gradient("embed.weight");
     if (!config.tie) plan.add("ablate", {}, [config.vocab_size, C, 0, C], [gpu.none, embed], gpu.threads(C));  // set to 0, as a batch has gradients only for its own ids
-    plan.add("embed_backward", {}, [C, R], [this.lists, d, embed], gpu.threads(R * C));
     if (config.pos === "learned") {
       const rows = Array.from({ length: R }, (_, i) => (i % B) * T + Math.floor(i / B));  // the rows of position 0, then of position 1, ...
       const lists = plan.scratch(Uint32Array.from([T, ...Array.from({ length: T }, (_, t) => t), ...Array.from({ length: T + 1 }, (_, t) => t * B), ...rows]));
       plan.add("embed_backward", { ACCUMULATE: false }, [C, T], [lists, d, this.gradient("pos_embed.weight")], gpu.threads(T * C));
     }
+    model.scaled(plan, d, config.embed_scale, R * C);
+    plan.add("embed_backward", {}, [C, R], [this.lists, d, embed], gpu.threads(R * C));
   }
 
   /** Write windows of tokens, by their starts, to `inputs` and `targets`, and the lists of the rows of each id. */
@@ -347,7 +375,7 @@ async function readDense(blob, places, values) {
     const path = name.slice(0, name.lastIndexOf(".")), scales = tensors.get(`${path}.scales`), entry = tensors.get(name);
     const bytes = await readTensor(blob, entry);
     if (!scales || name.endsWith(".bias")) {
-      values.set(toFloat32(bytes, entry.dtype), at);
+      values.set(toFloat32(bytes, entry.dtype).subarray(0, shape.reduce((a, b) => a * b)), at);  // of learned positions the first
       continue;
     }
     const [rows, width] = shape, bits = entry.shape[1] * 32 / width, group = width / scales.shape[1], words = new Uint32Array(bytes);

@@ -1,7 +1,8 @@
 // y = act(x), number by number. KIND:
 //   0 relu2       max(x, 0)^2                              2 gelu_tanh   x sigmoid(sqrt(8 / pi) (x + 0.044715 x^3))
 //   1 gelu        x (1 + erf(x / sqrt 2)) / 2              3 swiglu      gate sigmoid(gate) x
-// Only swiglu reads gate: for the others it may be any buffer.
+//                                                          4 geglu       gelu_tanh(gate) x
+// Only the last two read gate: for the others it may be any buffer.
 
 override KIND: u32 = 0;
 
@@ -12,6 +13,8 @@ struct Params { n: u32 }
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 
 fn sigmoid(x: f32) -> f32 { return 1 / (1 + exp(-x)); }
+
+fn gelu_tanh(x: f32) -> f32 { return x * sigmoid(1.59576912 * (x + 0.044715 * x * x * x)); }
 
 fn erf(x: f32) -> f32 {  // within 5e-7 (Abramowitz & Stegun 1964, 7.1.26)
   let size = abs(x);
@@ -29,7 +32,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   switch (KIND) {
     case 0: { y[n] = max(v, 0) * max(v, 0); }
     case 1: { y[n] = v * (0.5 + 0.5 * erf(v * 0.70710678)); }
-    case 2: { y[n] = v * sigmoid(1.59576912 * (v + 0.044715 * v * v * v)); }
+    case 2: { y[n] = gelu_tanh(v); }
+    case 4: { y[n] = gelu_tanh(gate[n]) * v; }
     default: { y[n] = gate[n] * sigmoid(gate[n]) * v; }
   }
 }

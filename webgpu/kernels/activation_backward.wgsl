@@ -12,6 +12,12 @@ struct Params { n: u32 }
 
 fn sigmoid(x: f32) -> f32 { return 1 / (1 + exp(-x)); }
 
+// gelu_tanh(x) and its derivative
+fn gelu_tanh(x: f32) -> vec2<f32> {
+  let s = sigmoid(1.59576912 * (x + 0.044715 * x * x * x));
+  return vec2(x * s, s + x * s * (1 - s) * 1.59576912 * (1 + 3 * 0.044715 * x * x));
+}
+
 fn erf(x: f32) -> f32 {
   let size = abs(x);
   let t = 1 / (1 + 0.3275911 * size);
@@ -29,9 +35,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   switch (KIND) {
     case 0: { dx[n] = dy * 2 * max(v, 0); }
     case 1: { dx[n] = dy * (0.5 + 0.5 * erf(v * 0.70710678) + v * 0.39894228 * exp(-0.5 * v * v)); }
-    case 2: {
-      let s = sigmoid(1.59576912 * (v + 0.044715 * v * v * v));
-      dx[n] = dy * (s + v * s * (1 - s) * 1.59576912 * (1 + 3 * 0.044715 * v * v));
+    case 2: { dx[n] = dy * gelu_tanh(v).y; }
+    case 4: {
+      let g = gelu_tanh(gate[n]);
+      d_gate[n] = dy * v * g.y;
+      dx[n] = dy * g.x;
     }
     default: {
       let g = gate[n];

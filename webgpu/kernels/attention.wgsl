@@ -4,7 +4,8 @@
 //
 // at[0]: the position of the first of the T queries; the keys are those of positions 0 ... at[0] + T - 1. S: rows of k for
 // each sequence, T or the size of the cache. window: the number of keys that a query sees, its own included; 0: all.
-// slopes (H,): of ALiBi's bias -slope distance; zeros without ALiBi.
+// slopes (H,): of ALiBi's bias -slope distance; zeros without ALiBi. softcap: q k^T scale becomes softcap tanh(q k^T scale /
+// softcap), as in Gemma 2; 0: it does not.
 //
 // A workgroup computes four queries of a head, which are the components of its vectors. It takes 64 keys at a time: first
 // each thread computes the scores of a key, then a column of the weighted sum of v.
@@ -12,7 +13,7 @@
 override SIZE: u32 = 64;    // threads
 override WIDTH: u32 = 256;  // at least D, but not more than needed: shared memory is zeroed at the start
 
-struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
+struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32, softcap: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> at: array<u32>;
 @group(0) @binding(2) var<storage, read> slopes: array<f32>;
@@ -27,6 +28,12 @@ var<workgroup> queries: array<vec4<f32>, WIDTH>;  // by column
 var<workgroup> sums: array<vec4<f32>, WIDTH>;
 var<workgroup> scores: array<vec4<f32>, 64>;      // by key
 var<workgroup> weights: array<vec4<f32>, 64>;
+
+fn bounded(score: vec4<f32>) -> vec4<f32> {
+  if (p.softcap == 0) { return score; }
+  let e = exp(-2 * abs(score) / p.softcap);  // WGSL's own tanh may be wrong by 1e-5
+  return sign(score) * p.softcap * (1 - e) / (1 + e);
+}
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -58,7 +65,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       let distance = vec4<i32>(places) - i32(base + i);
       var seen = distance >= vec4(0);
       if (p.window > 0) { seen = seen & (distance < vec4(i32(p.window))); }
-      scores[i] = select(vec4(LOWEST), product * p.scale - slopes[head] * vec4<f32>(distance), seen);
+      scores[i] = select(vec4(LOWEST), bounded(product * p.scale) - slopes[head] * vec4<f32>(distance), seen);
     }
     workgroupBarrier();
     var top = highest;

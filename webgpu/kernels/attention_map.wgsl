@@ -1,7 +1,7 @@
 // The attention weights of one sequence, map (H, T, T) with queries in rows and keys in columns, from its q, k and lse (see
 // attention.wgsl, with S = T). A thread computes a weight.
 
-struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
+struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32, softcap: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> slopes: array<f32>;
 @group(0) @binding(2) var<storage, read> q: array<f32>;
@@ -23,7 +23,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     let key = (j * p.KV + head / (p.H / p.KV)) * p.D;
     var product = 0.0;
     for (var c = 0u; c < p.D; c++) { product += q[query + c] * k[key + c]; }
-    weight = exp(product * p.scale - slopes[head] * f32(i - j) - lse[i * p.H + head]);
+    var score = product * p.scale;
+    if (p.softcap > 0) {
+      let e = exp(-2 * abs(score) / p.softcap);
+      score = sign(score) * p.softcap * (1 - e) / (1 + e);
+    }
+    weight = exp(score - slopes[head] * f32(i - j) - lse[i * p.H + head]);
   }
   map[n] = weight;
 }

@@ -1,9 +1,10 @@
 // Sums over the rows of dy (R, C), which are the gradient of a bias; with NORM, of dy (x - mean) s, which are the gradient
-// of a norm's weight (statistics: see norm_backward.wgsl).
+// of a norm's weight (statistics: see norm_backward.wgsl). ACCUMULATE: the sums are added to what is there.
 //
 // A workgroup computes 16 columns, each with 16 threads.
 
 override NORM: bool = false;
+override ACCUMULATE: bool = false;
 
 struct Params { R: u32, C: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -31,7 +32,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) l
   parts[local.y * 16 + local.x] = sum;
   workgroupBarrier();
   if (local.y == 0 && column < p.C) {
-    var whole = 0.0;
+    var whole = select(0.0, sums[column], ACCUMULATE);
     for (var i = 0u; i < 16; i++) { whole += parts[i * 16 + local.x]; }
     sums[column] = whole;
   }

@@ -1,11 +1,11 @@
 // (+ weights.wgsl)
-// y[row] = E[token of the row], and with LEARNED + P[position]: tokens (R,), E (V, C) of any format, P (room, C).
+// y[row] = factor E[token of the row], and with LEARNED + P[position]: tokens (R,), E (V, C) of any format, P (room, C).
 //
 // at[0]: the position of the first of each T tokens. A thread computes four columns of a row.
 
 override LEARNED: bool = false;
 
-struct Params { R: u32, T: u32, C: u32 }
+struct Params { R: u32, T: u32, C: u32, factor: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(4) var<storage, read> at: array<u32>;
 @group(0) @binding(5) var<storage, read> tokens: array<u32>;
@@ -22,7 +22,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   if (row >= p.R) { return; }
   let four = weight4(tokens[row], column, p.C);
   for (var c = 0u; c < 4 && column + c < p.C; c++) {
-    var value = four[c];
+    var value = p.factor * four[c];
     if (LEARNED) { value += positions[(at[0] + row % p.T) * p.C + column + c]; }
     y[row * p.C + column + c] = value;
   }
