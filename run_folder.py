@@ -290,11 +290,13 @@ def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], s
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     facts = {"commit": git_commit(), "arguments": sys.argv[1:], "settings": settings, "script": script,
              "started": began or (before.get("started", now) if step else now)}
-    with writing(out_dir):
+    with writing(out_dir, f"{path}.tmp"):
         with open(f"{path}.tmp", "w") as file:
             json.dump(facts, file, indent=1)
         os.replace(f"{path}.tmp", path)
-        keep_source(out_dir, source, step)
+    temporary = os.path.join(out_dir, "source.tmp")
+    with writing(out_dir, temporary):
+        keep_source(out_dir, source, step, temporary)
 
 
 def started(out_dir: str) -> str:
@@ -323,8 +325,9 @@ def read_source(script: str) -> dict[str, bytes]:
     return {os.path.basename(path): Path(path).read_bytes() for path in sorted(paths)}
 
 
-def keep_source(out_dir: str, source: dict[str, bytes], step: int):
-    """Write the source to OUT_DIR/source, or after a change to a new folder OUT_DIR/source-STEP."""
+def keep_source(out_dir: str, source: dict[str, bytes], step: int, temporary: str):
+    """Write the source to OUT_DIR/source, or after a change to a new folder OUT_DIR/source-STEP; first to the folder
+    `temporary`, which is then renamed."""
     kept = [name for name in os.listdir(out_dir) if re.fullmatch(r"source(-\d+)*", name)]
     kept.sort(key=lambda name: [int(number) for number in name.split("-")[1:]])
     if kept:
@@ -333,7 +336,6 @@ def keep_source(out_dir: str, source: dict[str, bytes], step: int):
             return
     stem = f"source-{step}" if step else "source"  # with a number if it has changed at this step before
     name = next(name for name in (stem, *(f"{stem}-{i + 2}" for i in range(len(kept)))) if name not in kept)
-    temporary = os.path.join(out_dir, "source.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     os.mkdir(temporary)
     for file_name, content in source.items():
@@ -345,8 +347,9 @@ def git_commit() -> str:
     """The commit of this checkout, with -dirty where files have changed since; "" where there is no git."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True)
-        return found.stdout.decode().strip()
+        commit, changed = (subprocess.run(["git", "--no-optional-locks", *command], cwd=here, capture_output=True)
+                           for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
+        return commit.stdout.decode().strip() + "-dirty" * bool(changed.stdout)
     except OSError:
         return ""
 
@@ -392,7 +395,7 @@ def open_rows(out_dir: str, columns: list[str], settings: dict, step: int = 0) -
 def write_rows(out_dir: str, columns: list[str], rows: list[dict], name: str = "loss.csv"):
     """Begin loss.csv with these rows: those of a resumed run up to its checkpoint, or none."""
     path = os.path.join(out_dir, name)
-    with writing(path):
+    with writing(path, f"{path}.tmp"):
         with open(f"{path}.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
@@ -408,11 +411,16 @@ def add_row(out_dir: str, columns: list[str], row: dict, name: str = "loss.csv")
 
 
 @contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
-    """UserError, which names this path, where a file cannot be written, as on a full disk."""
+def writing(path: str, temporary: str = "") -> Iterator[None]:
+    """UserError, which names this path, where a file cannot be written, as on a full disk. Then the file or folder
+    `temporary` is removed."""
     try:
         yield
     except OSError as error:
+        if os.path.isdir(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif os.path.exists(temporary):
+            os.remove(temporary)
         raise UserError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is unharmed") from error
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -144,6 +145,16 @@ def test_a_folder_that_is_called_source(tmp_path):
     for _ in range(2):
         run_folder.start(str(tmp_path), "x.py", {}, {"x.py": b"a"})
         assert (mine / "notes.py").read_text() == "mine" and [*mine.iterdir()] == [mine / "notes.py"]
+
+
+@pytest.mark.parametrize("room", [50, 1000])  # bytes of a file: fewer than run.json has, than the source has
+def test_full_disk_at_the_start(tmp_path, room):
+    """Nothing is left that is not whole."""
+    start = f"import run_folder; run_folder.start({str(tmp_path / 'out')!r}, 'x.py', {{}}, {{'x.py': b'a' * 2000}})"
+    limited = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    done = subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True, **limited)
+    assert "the last checkpoint is unharmed" in done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"run.json", "run.lock"}
 
 
 # ---- one process a folder --------------------------------------------------------------------------------------------
