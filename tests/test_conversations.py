@@ -1,12 +1,31 @@
-"""conversations.py: templates against texts written by hand, packing."""
+"""conversations.py: templates against texts written by hand and transformers (fixtures/make_chat.py); packing."""
+import datetime
+import json
+import runpy
+from pathlib import Path
+
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 import pytest
+from peers import peer
 
-from conversations import TEMPLATES, encode, encode_prompt, pack, shorten
+from config import UserError
+from conversations import (
+    TEMPLATES,
+    OwnTemplate,
+    encode,
+    encode_prompt,
+    end_of_answer,
+    end_of_prompt,
+    ends_of_text,
+    pack,
+    row_length,
+    shorten,
+    template_of,
+)
 from model import DOCUMENT, GPT, PADDING, GPTConfig
-from tokenizer import Tokenizer, byte_tokenizer
+from tokenizer import Tokenizer, byte_tokenizer, from_tokenizer_json
 
 BYTES = byte_tokenizer()
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
@@ -79,7 +98,202 @@ def test_special_tokens_in_a_text_are_text():
     assert ids.count(enc.special["<|im_start|>"]) == 2 and ids.count(enc.special["<|im_end|>"]) == 2
 
 
+# ---- a model's own template ------------------------------------------------------------------------------------------
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MADE = runpy.run_path(str(FIXTURES / "make_chat.py"))
+CHATS, STYLES, talk = MADE["CHATS"], MADE["TEMPLATES"], MADE["talk"]
+FOUND = json.loads((FIXTURES / "chat.json").read_text(encoding="utf-8"))
+SYSTEM, TWO = [{"role": "system", "content": "Be kind."}], talk("Hi", "Hello!", "And now?", "Bye.")
+
+
+def own(style: str) -> tuple[Tokenizer, OwnTemplate]:
+    kind, bos, eos, text = STYLES[style]
+    enc = from_tokenizer_json(FOUND["tokenizers"][kind], bos or "", eos)
+    names = {"bos_token": bos, "eos_token": {"content": eos}, "clean_up_tokenization_spaces": False}
+    return enc, template_of({"chat_template": text, "template": "own", "hf": {"tokenizer_config": names}}, enc)
+
+
+def brackets(enc: Tokenizer, ids: list[int], learned: list[bool]) -> str:
+    text, inside = "", False
+    for i, yes in zip(ids, learned, strict=True):
+        text += ("[" if yes else "]") * (yes != inside) + enc.decode([i])
+        inside = yes
+    return text + "]" * inside
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ids_of_transformers(style):
+    """Texts and ids equal those of apply_chat_template, also where names of special tokens stand in messages. What the
+    template refuses is refused in one line that gives its reason."""
+    pytest.importorskip("tokenizers")
+    enc, template = own(style)
+    for chat, theirs in zip(CHATS, FOUND["chats"][style], strict=True):
+        for name, answer in (("whole", False), ("prompt", True)):
+            if "error" in theirs[name]:
+                with pytest.raises(UserError) as told:
+                    template.render(chat, answer)
+                assert theirs[name]["error"] in str(told.value) and "\n" not in str(told.value)
+                assert f"roles {', '.join(message['role'] for message in chat)}:" in str(told.value)
+                continue
+            assert template.render(chat, answer)[0] == theirs[name]["text"]
+            ids = encode_prompt(enc, chat, template) if answer else encode(enc, chat, template)[0]
+            assert ids == theirs[name]["ids"]
+            if theirs[name]["mask"] and not answer and chat[-1]["content"]:
+                ends = [i > 0 and theirs[name]["mask"][i - 1] == 1 and token == end_of_answer(enc, template)
+                        for i, token in enumerate(ids)]  # the token after an answer ends it, and is learned as well
+                assert encode(enc, chat, template)[1] == [yes == 1 or end for yes, end in zip(
+                    theirs[name]["mask"], ends, strict=True)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_fixture_is_what_transformers_makes(style):
+    peer("transformers")
+    import tokenizers
+    kind, bos, eos, text = STYLES[style]
+    made = MADE["rendered"](tokenizers.Tokenizer.from_str(FOUND["tokenizers"][kind]), text, bos, eos)
+    assert json.loads(json.dumps(made)) == FOUND["chats"][style]
+
+
+OWN_WRITTEN = {  # of two turns; the tokens between brackets are learned
+    "smollm2": "<|im_start|>system\nYou are a test.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+               "[Hello!<|im_end|>]\n<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n[Bye.<|im_end|>]\n",
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday: 26 Jul 2024\n\n<|eot_id|>"
+              "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
+              "\n\n[Hello!<|eot_id|>]<|start_header_id|>user<|end_header_id|>\n\nAnd now?<|eot_id|><|start_header_id|>"
+              "assistant<|end_header_id|>\n\n[Bye.<|eot_id|>]",
+    "qwen3": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nAnd now?"
+             "<|im_end|>\n<|im_start|>assistant\n[<think>\n\n</think>\n\nBye.<|im_end|>]\n",
+    "deepseek": "<|begin_of_text|><|User|>Hi<|Assistant|>[Hello!<|end_of_text|>]<|User|>And now?<|Assistant|>"
+                "[Bye.<|end_of_text|>]",
+    "marked": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[Hello!<|im_end|>]\n<|im_start|>user\nAnd now?"
+              "<|im_end|>\n<|im_start|>assistant\n[Bye.<|im_end|>]\n",
+    "llama2": "<s>[INST] Hi [/INST][ Hello! </s>]<s>[INST] And now? [/INST][ Bye. </s>]",
+    "mistral": "<s>[INST] Hi[/INST][ Hello!</s>][INST] And now?[/INST][ Bye.</s>]",
+    "gemma2": "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n[Hello!<end_of_turn>]\n<start_of_turn>"
+              "user\nAnd now?<end_of_turn>\n<start_of_turn>model\n[Bye.<end_of_turn>]\n",
+    "phi3": "<|user|>\nHi<|end|>\n<|assistant|>\n[Hello!<|end|>]\n<|user|>\nAnd now?<|end|>\n<|assistant|>\n"
+            "[Bye.<|end|>]\n</s>",
+}
+OWN_WRITTEN["gemma3"] = OWN_WRITTEN["gemma2"]
+
+
+def without_blanks(text: str) -> str:
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_own_template_learns_the_answers(style):
+    """An answer is learned with the token that ends it; one that the template writes otherwise when the conversation
+    goes on is not, and is counted; messages of weight 0 are never learned."""
+    pytest.importorskip("tokenizers")
+    enc, template = own(style)
+    ids, learned = encode(enc, TWO, template)
+    assert without_blanks(brackets(enc, ids, learned)) == without_blanks(OWN_WRITTEN[style])
+    assert template.not_located == (style == "qwen3")
+    alone = []
+    for i, other in ((1, 3), (3, 1)):  # of the two answers, i is learned alone, or all but i
+        alone.append(encode(enc, [m | {"weight": int(n == i)} for n, m in enumerate(TWO)], template)[1])
+        all_but = encode(enc, [m | {"weight": int(n != i)} for n, m in enumerate(TWO)], template, learn_prompts=True)[1]
+        hidden = style == "qwen3" and i == 1  # it may be anywhere: all of the conversation is left out
+        assert all_but == ([False] * len(ids) if hidden else [not yes for yes in alone[-1]])
+        text = enc.decode([token for token, yes in zip(ids, alone[-1], strict=True) if yes])
+        assert (TWO[i]["content"] in text) != hidden and TWO[other]["content"] not in text
+    assert [one or other for one, other in zip(*alone, strict=True)] == learned
+    assert all(encode(enc, TWO, template, learn_prompts=True)[1])
+
+
+def test_a_system_message_that_moves():
+    """Mistral's template writes it into the question that is to be answered, and drops it once an answer follows: with
+    such a prompt no conversation begins."""
+    pytest.importorskip("tokenizers")
+    enc, template = own("mistral")
+    for messages, count in ((TWO, 0), (SYSTEM + TWO, 2), (SYSTEM + talk("Hi", "Hi", "Hi", "Hi"), 2)):
+        template.not_located = 0
+        assert any(encode(enc, messages, template)[1]) == (not count) and template.not_located == count
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_own_template_around_a_question(style):
+    """Up to where the user writes, and from there to the answer: together they are the prompt."""
+    pytest.importorskip("tokenizers")
+    enc, template = own(style)
+    start, mark = encode_prompt(enc, [], template, "user"), end_of_prompt(enc, template, [])
+    whole = enc.decode(encode_prompt(enc, talk("Xyz"), template))
+    before, _, after = whole.partition("Xyz")
+    assert enc.decode(start).rstrip() == before.rstrip() and after.strip().startswith(mark) and mark.strip() == mark
+    assert mark in {**enc.special}
+
+
+def test_ends():
+    pytest.importorskip("tokenizers")
+    for style, end in (("smollm2", "<|im_end|>"), ("gemma2", "<end_of_turn>"), ("phi3", "<|end|>"), ("llama2", "</s>")):
+        enc, template = own(style)
+        assert end_of_answer(enc, template) == enc.special[end]
+        assert ends_of_text(enc, {"ends": [3, "x", None]}, template) == {enc.eot, 3, enc.special[end]}
+        assert ends_of_text(enc, {}, "none") == {enc.eot}
+    assert end_of_answer(BYTES, OwnTemplate("{{ messages[-1].content }}", {})) == BYTES.eot
+
+
+def test_which_template():
+    """A name that is given comes first, then the header's; "own" where there is a program alone."""
+    text = "{{ bos_token }}"
+    assert template_of({}, BYTES) == "none" and template_of({"template": "alpaca"}, BYTES) == "alpaca"
+    assert template_of({"template": "alpaca", "chat_template": text}, BYTES) == "alpaca"
+    assert template_of({"template": "own", "chat_template": text}, BYTES, "plain") == "plain"
+    assert template_of({"chat_template": text}, BYTES).render([])[0] == "<|endoftext|>"
+    assert template_of({"chat_template": text}, BYTES, "none") == "none"
+    for meta, name, says in (({}, "own", "no chat template of its own"), ({}, "vicuna", "template='vicuna'"),
+                             ({"template": ["x"]}, "", "is not one of"), ({"template": "own"}, "", "of its own")):
+        with pytest.raises(UserError, match=says):
+            template_of(meta, BYTES, name)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("{% for x in %}", "no Jinja program"), ("{{ messages[7].content.x }}", "refuses messages of the roles user: "),
+    ("{{ raise_exception('No\nway') }}", "roles user: No"), ("{{ 1 / 0 }}", "division by zero"),
+    ("{% for x in range(10**9) %}{% endfor %}", "Range too big"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ("{{ messages.append(1) }}", "append"), ("{{ namespace(_x=1) }}", "cannot hold '_x'"),
+    ("{% set n = namespace() %}{% set n.__call__ = 1 %}", "cannot hold '__call__'"),
+    ("{{ dict.__init__.__globals__ }}", "unsafe"), ("{% include 'x' %}", "no loader"),
+])
+def test_a_template_cannot_do_harm(text, says):
+    with pytest.raises(UserError, match=says) as told:
+        print(OwnTemplate(text, {}).render(talk("Hi")))
+    assert "\n" not in str(told.value)
+
+
+def test_functions_of_a_template():
+    """Against Python's: the date, JSON without escapes for HTML, break and continue, and blanks about blocks."""
+    day = datetime.datetime(2024, 2, 29, 13, 5)
+    text = "{{ strftime_now('%d %b %Y %H:%M') }} {{ {'a': '<é>', 'b': [1, none]} | tojson }}\n"
+    text += "  {% if true %}\nx\n{% endif %}"
+    text += "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i > 2 %}{% break %}{% endif %}{{ i }}"
+    text += "{% endfor %}{{ dict(a=1) | tojson(indent=1) }}{{ dict.fromkeys([2], 3) }}{{ undefined }}"
+    text += "{{ tools is none }}"
+    wanted = f"29 Feb 2024 13:05 {json.dumps({'a': '<é>', 'b': [1, None]}, ensure_ascii=False)}\nx\n02"
+    assert OwnTemplate(text, {}, day).render(talk("Hi"))[0] == wanted + '{\n "a": 1\n}{2: 3}True'
+
+
+def test_jinja2_is_needed_only_for_own_templates(monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert encode(BYTES, TALK, "chatml")
+    with pytest.raises(UserError, match="pip install jinja2"):
+        OwnTemplate("{{ x }}", {})
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("longest, context, given, length", [
+    (10, 64, 0, 64), (900, 1024, 0, 1024), (10, 2048, 0, 64), (64, 2048, 0, 64), (65, 8192, 0, 128),
+    (5000, 8192, 0, 1024), (5000, 8192, 4096, 4096), (10, 8192, 100, 100), (5000, 8192, 8192, 8192)])
+def test_row_length(longest, context, given, length):
+    assert row_length(longest, context, given) == length
+    for wrong in (context + 1, -1):
+        with pytest.raises(UserError, match=f"block_size={wrong}"):
+            row_length(longest, context, wrong)
 
 
 def test_shorten_counts_cut_examples():
