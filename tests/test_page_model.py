@@ -35,6 +35,20 @@ FLAVOURS = {
     "window": dict(sliding_window=9, window_pattern="SL"), "alibi": dict(alibi=True, n_head=3, n_embd=96),
     "softcap": dict(softcap=2.0), "odd": dict(n_embd=54, n_head=3, head_dim=10, ffn_dim=77),
     "4-bit": dict(mlp="swiglu"), "8-bit": {}, "3-bit": {}, "2-bit": {},
+    "neox": dict(parallel=True, rotary_dim=8, norm="layer", mlp="gelu", bias=True, qk_norm=False, tie=False),
+    "phi": dict(parallel=True, rotary_dim=12, norm="layer", norm_bias=True, mlp="gelu_tanh", bias=True, qk_norm=False,
+                tie=False, head_bias=True),
+    "stablelm": dict(norm="layer", norm_bias=True, rotary_dim=8, mlp="swiglu", qk_norm=False, qkv_bias=True),
+    "gemma": dict(norm_place="both", mlp="geglu", embed_scale=8.0, attn_scale=0.3, n_kv_head=1, sliding_window=9,
+                  window_pattern="SL", window_theta=100.0, rope_scaling="linear", rope_factor=4.0),
+    "gemma2": dict(norm_place="both", mlp="geglu", embed_scale=8.0, attn_softcap=3.0, softcap=5.0, qk_norm=False),
+    "olmo": dict(norm_place="after", qk_norm_width=True, mlp="swiglu", n_kv_head=1, tie=False),
+    "after-parallel": dict(norm_place="after", parallel=True, residual_scale=0.7),
+    "smollm3": dict(rope_pattern="RRN", mlp="swiglu", qk_norm=False, out_bias=True, qkv_bias=True),
+    "no-positions": dict(rope_pattern="RN"),
+    "granite": dict(mlp="swiglu", qk_norm=False, embed_scale=3.0, attn_scale=0.1, residual_scale=0.4, logit_scale=0.2),
+    "yarn": dict(mlp="swiglu", qk_norm=False, rope_scaling="yarn", rope_factor=4.0, rope_original=64, rope_low_freq=1.0,
+                 rope_high_freq=32.0, rope_theta=100.0),
 }
 FILES = """
 const fileOf = (text, name) => new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name);
@@ -190,7 +204,7 @@ def test_probabilities(opened, server):
 # ---- looking inside --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "4-bit", "gpt2", "softcap"])
+@pytest.mark.parametrize("name", ["default", "4-bit", "gpt2", "softcap", "phi", "granite"])
 def test_lens(name, opened, server, tmp_path):
     """The logit lens and a tuned lens, from its sidecar file, as in tuned_lens.py; another model's lens is refused."""
     path, model = flavour(server, name)
@@ -218,7 +232,7 @@ def test_lens(name, opened, server, tmp_path):
         np.testing.assert_allclose([[cell["entropy"] for cell in row] for row in rows], entropy, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["default", "llama", "window", "alibi"])
+@pytest.mark.parametrize("name", ["default", "llama", "window", "alibi", "no-positions", "gemma", "gemma2", "olmo"])
 def test_attention(name, opened, server):
     path, model = flavour(server, name)
     maps = in_page(opened, path, """
@@ -232,7 +246,7 @@ def log_p(logits, target: int) -> float:
     return float(patching.log_p(logits)[target])
 
 
-@pytest.mark.parametrize("name", ["default", "4-bit"])
+@pytest.mark.parametrize("name", ["default", "4-bit", "neox", "granite", "after-parallel"])
 def test_ablation(name, opened, server):
     """As patching.py's --mode=ablate on a prompt: zero, mean, skip."""
     path, model = flavour(server, name)
@@ -249,7 +263,7 @@ def test_ablation(name, opened, server):
         np.testing.assert_allclose(found["values"], expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["default", "4-bit"])
+@pytest.mark.parametrize("name", ["default", "4-bit", "gemma"])
 def test_patching(name, opened, server):
     """As patching.py's --mode=swap. Before the first block, a donor that differs in one token has an effect only there.
     """
@@ -337,6 +351,47 @@ def follow(page, data, out, settings: list[str], updates: int) -> tuple[dict, li
 def test_gradients(settings, opened, data, tmp_path):
     """A few updates follow train.py's losses, which a wrong or missing gradient would not."""
     follow(opened, data, tmp_path / "run", settings, 8)
+
+
+LEARNED = {  # flavours whose parts a backward pass has
+    "gemma": dict(norm_place="both", mlp="geglu", embed_scale=6.0, attn_scale=0.3, n_kv_head=1, sliding_window=9,
+                  window_pattern="SL", window_theta=100.0),
+    "olmo": dict(norm_place="after", qk_norm_width=True, mlp="swiglu", n_kv_head=1, rope_pattern="RN"),
+    "neox": dict(parallel=True, rotary_dim=8, norm="layer", norm_bias=True, mlp="gelu", qk_norm=False, tie=False,
+                 head_bias=True, out_bias=True),
+    "parallel": dict(parallel=True, norm_place="after", residual_scale=0.4, logit_scale=0.5),
+    "granite": dict(embed_scale=3.0, residual_scale=0.4, logit_scale=0.2, pos="learned", bias=True),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_gradients_of(name, opened, server):
+    """The gradient of each parameter is that of MLX."""
+    model = small(n_layer=2, block_size=16, **LEARNED[name])
+    model.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape, key=mx.random.key(p.size)), model.parameters()))
+    path = save(server, f"learned-{name}.safetensors", model)
+    ids = [i % 257 for i in RNG.integers(0, 257, 100).tolist()]
+    starts = [3, 20]
+    found, loss = in_page(opened, path, """
+        const { Trainer } = await import("/train.js");
+        const trainer = await Trainer.create(gpu, { model, ids, batch_size: 2, learning_rate: 1e-9 });
+        const { loss } = await trainer.step(starts), all = new Float32Array(await gpu.read(trainer.gradients)), found = {};
+        for (const [name, { at, size }] of trainer.places) found[name] = Array.from(all.subarray(at, at + size));
+        trainer.destroy();
+        return [found, loss];""", ids, starts, parameters="ids, starts")
+    windows = mx.array([ids[start:start + 17] for start in starts])
+
+    def of(parameters):
+        model.update(parameters)
+        return nn.losses.cross_entropy(model(windows[:, :-1]), windows[:, 1:]).mean()
+
+    expected, gradients = mx.value_and_grad(of)(model.trainable_parameters())
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    gradients = dict(tree_flatten(gradients))
+    assert gradients.keys() == found.keys()
+    for path, gradient in gradients.items():
+        exact = np.array(gradient).reshape(-1)
+        assert np.abs(np.array(found[path]) - exact).max() < 2e-5 * max(np.abs(exact).max(), 0.01), path
 
 
 def test_training(opened, data, tmp_path):
