@@ -1040,18 +1040,23 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
+        before, after = config.norm_place != "after", config.norm_place != "before"
+        if before:
+            self.attn_norm = make_norm(config)
         self.attn = Attention(config, layer)
         if config.diff_attn:  # diff
             self.attn = DiffAttention(config, layer)  # diff
         if crosses(config, layer):  # yoco
             self.attn = cross_attention(config, layer)  # yoco
+        if after:
+            self.attn_post_norm = make_norm(config)
+        if before:
+            self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, layer)
         if config.n_expert:  # moe
             self.mlp = MoE(config, layer)  # moe
-        if config.norm_place != "after":
-            self.attn_norm, self.mlp_norm = make_norm(config), make_norm(config)
-        if config.norm_place != "before":
-            self.attn_post_norm, self.mlp_post_norm = make_norm(config), make_norm(config)
+        if after:
+            self.mlp_post_norm = make_norm(config)
 
     def make_cache(self, room: Callable = mx.zeros):
         return self.attn.make_cache(room)

@@ -25,6 +25,7 @@ from model import GPT, GPTConfig, KVCache, generate, load_checkpoint, sample_tok
 
 SMALL = dict(block_size=96, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 LLAMA3 = dict(rope_factor=8.0, rope_original=256)  # of head_dim 16, pairs 0 to 2 turn fast, 3 in between, 4 to 7 slowly
+YARN = dict(rope_scaling="yarn", rope_factor=4.0, rope_original=64, rope_high_freq=8.0)  # likewise 0; 1 and 2; 3 to 7
 FLAVOURS = {
     "default": {},
     "GPT-2": dict(pos="learned", norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False),
@@ -82,6 +83,35 @@ FLAVOURS = {
     "value embeddings, YOCO": dict(value_embeds=True, yoco=True, sliding_window=9, n_layer=3, value_residual=True),
     "softcap": dict(softcap=3.0),
     "softcap, head": dict(softcap=30.0, tie=False, pos="learned", norm="layer"),
+    "Pythia": dict(pos="rope", norm="layer", mlp="gelu", bias=True, qk_norm=False, tie=False, parallel=True,
+                   rotary_dim=2),
+    "Phi-2": dict(norm="layer", mlp="gelu_tanh", bias=True, qk_norm=False, tie=False, parallel=True, rotary_dim=6,
+                  head_bias=True, n_kv_head=2),
+    "Gemma": dict(mlp="geglu", ffn_dim=40, n_kv_head=1, head_dim=12, qk_norm=False, norm_eps=1e-6, embed_scale=32**0.5),
+    "Gemma 2": dict(mlp="geglu", ffn_dim=40, n_kv_head=2, head_dim=12, qk_norm=False, norm_eps=1e-6, norm_place="both",
+                    embed_scale=32**0.5, attn_scale=0.4, attn_softcap=2.5, softcap=3.0, sliding_window=7,
+                    window_pattern="SL"),
+    "Gemma 3": dict(mlp="geglu", ffn_dim=40, n_kv_head=1, head_dim=12, norm_eps=1e-6, norm_place="both", n_layer=3,
+                    embed_scale=32**0.5, attn_scale=0.4, sliding_window=7, window_pattern="SSL", window_theta=100.0,
+                    rope_theta=1e6, rope_scaling="linear", rope_factor=8.0),
+    "OLMo-2": dict(mlp="swiglu", ffn_dim=40, n_kv_head=2, qk_norm_width=True, norm_place="after", tie=False),
+    "SmolLM3": dict(mlp="swiglu", ffn_dim=40, n_kv_head=2, qk_norm=False, rope_pattern="RRN", n_layer=4),
+    "StableLM": dict(mlp="swiglu", ffn_dim=40, norm="layer", norm_bias=True, qk_norm=False, tie=False, qkv_bias=True,
+                     rotary_dim=2),
+    "Granite": dict(mlp="swiglu", ffn_dim=40, n_kv_head=2, qk_norm=False, norm_eps=1e-6, embed_scale=12.0,
+                    attn_scale=0.2, residual_scale=0.22, logit_scale=0.125),
+    "Llama, biases": dict(mlp="swiglu", ffn_dim=40, qk_norm=False, tie=False, qkv_bias=True, out_bias=True),
+    "Llama, yarn": dict(mlp="swiglu", ffn_dim=40, head_dim=16, qk_norm=False, **YARN, attn_scale=0.3),
+    "rotary part, linear": dict(rotary_dim=4, rope_scaling="linear", rope_factor=4.0),
+    "parallel, both norms, MoD": dict(parallel=True, norm_place="both", mod="topk", mod_every=1, rotary_dim=4,
+                                      attn_softcap=1.0),
+    "one key norm, YOCO": dict(yoco=True, sliding_window=9, n_kv_head=2, qk_norm_width=True, norm_place="after",
+                               window_theta=50.0),
+    "geglu, MoE": dict(n_expert=4, ffn_dim=24, mlp="geglu", residual_scale=0.5, norm_place="both", norm="layer"),
+    "sinks, of all": dict(sliding_window=6, sinks=3, rotary_dim=4, rope_pattern="RN", attn_softcap=2.0, attn_scale=0.5,
+                          n_kv_head=2),
+    "diff, softcap": dict(diff_attn=True, attn_softcap=1.5, attn_scale=0.5, rotary_dim=2, norm_place="after",
+                          n_kv_head=2),
     "window": dict(sliding_window=5),
     "window of one": dict(sliding_window=1, n_layer=1, qk_norm=False),
     "window over all": dict(sliding_window=500, n_layer=1),
@@ -114,14 +144,28 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
         if kind == "layer":
             x = x - x.mean(-1, keepdims=True)
         y = x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * weight(f"{name}.weight")
-        return y + weight(f"{name}.bias") if kind == "layer" and c.bias else y
+        return y + weight(f"{name}.bias") if kind == "layer" and (c.bias or c.norm_bias) else y
 
-    def frequencies():  # as transformers words Llama 3.1: by wavelength
-        found = []
-        for i in range(D // 2):
-            frequency = 1 / c.rope_theta ** (2 * i / D)
+    def is_short(layer):
+        letter = (c.window_pattern * c.n_layer)[layer]
+        return c.sliding_window and letter == "S" and not (c.yoco and layer >= c.n_layer // 2)
+
+    def frequencies(layer):  # as transformers words Llama 3.1: by wavelength
+        found, R = [], c.rotary_dim or D
+        if is_short(layer) and c.window_theta:
+            return 1 / c.window_theta ** (2 * np.arange(R // 2) / R)
+        first, last = (R / 2 * math.log(c.rope_original / turns / 2 / math.pi) / math.log(c.rope_theta)
+                       for turns in (c.rope_high_freq, c.rope_low_freq))  # yarn: pairs that turn so often
+        first, last = max(0, math.floor(first)), min(R - 1, math.ceil(last))
+        for i in range(R // 2):
+            frequency = 1 / c.rope_theta ** (2 * i / R)
             wavelength = 2 * math.pi / frequency
-            if c.rope_factor == 1 or wavelength < c.rope_original / c.rope_high_freq:
+            if c.rope_scaling == "linear":
+                found.append(frequency / c.rope_factor)
+            elif c.rope_scaling == "yarn":
+                part = (i - first) / (last - first) if first < i < last else float(i > first)
+                found.append(part * frequency / c.rope_factor + (1 - part) * frequency)
+            elif c.rope_factor == 1 or wavelength < c.rope_original / c.rope_high_freq:
                 found.append(frequency)
             elif wavelength > c.rope_original / c.rope_low_freq:
                 found.append(frequency / c.rope_factor)
@@ -130,12 +174,18 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
                 found.append((1 - smooth) * frequency / c.rope_factor + smooth * frequency)
         return np.array(found)
 
-    def turn(x, at):  # (T, heads, D), positions (T,): dimensions i and i + D/2 are one complex number
-        if c.pos != "rope":
+    def turn(x, at, layer):  # (T, heads, D), positions (T,): dimensions i and i + R/2 are one complex number
+        if c.pos != "rope" or (c.rope_pattern * c.n_layer)[layer] == "N":
             return x
-        z = x[..., :D // 2] + 1j * x[..., D // 2:]
-        z = z * np.exp(1j * at[:, None] * frequencies())[:, None]
-        return np.concatenate([z.real, z.imag], axis=-1)
+        R = c.rotary_dim or D
+        z = x[..., :R // 2] + 1j * x[..., R // 2:R]
+        z = z * np.exp(1j * at[:, None] * frequencies(layer))[:, None]
+        return np.concatenate([z.real, z.imag, x[..., R:]], axis=-1)
+
+    def head_norm(name, x):  # (T, heads, D)
+        if not c.qk_norm:
+            return x
+        return norm(name, x.reshape(len(x), -1) if c.qk_norm_width else x, "rms").reshape(x.shape)
 
     def keys_values(name, x, layer, at, seen):
         k, v = (linear(f"{name}.{n}", x, c.bias or c.qkv_bias).reshape(len(x), KV, D) for n in "kv")
@@ -147,24 +197,24 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
         elif c.value_residual:
             own, first = weight(f"{name}.value_mix")
             v = own * v + first * seen["values"][at]
-        return turn(norm(f"{name}.k_norm", k, "rms") if c.qk_norm else k, at), v, at
+        return turn(head_norm(f"{name}.k_norm", k), at, layer), v, at
 
     def attention(name, x, layer, at, seen):  # x (T, C) at the positions (T,)
         T, shared = len(x), seen["shared"]
         k, v, at_k = shared or keys_values(name, x, layer, at, seen)
-        q = linear(f"{name}.q", x, c.bias or c.qkv_bias).reshape(T, -1, D)
-        if c.qk_norm:
-            q = norm(f"{name}.q_norm", q, "rms")
-        short = c.sliding_window and (c.window_pattern * c.n_layer)[layer] == "S" and not shared
+        q = head_norm(f"{name}.q_norm", linear(f"{name}.q", x, c.bias or c.qkv_bias).reshape(T, -1, D))
+        short = is_short(layer)
         within = np.minimum(at, c.sinks + c.sliding_window - 1) if short else at  # positions inside the cache
         maps = np.zeros((q.shape[1], T, len(k)))
         pairs = c.diff_attn and q.shape[1] // 2  # version 2 has twice the query heads
-        q, q_within = turn(q, at), turn(q, within)
+        q, q_within = turn(q, at, layer), turn(q, within, layer)
         for t, h, j in np.ndindex(T, len(maps), len(k)):
             sink = short and at_k[j] < c.sinks
             if at_k[j] > at[t] or short and not sink and at[t] - at_k[j] >= c.sliding_window:
                 continue
-            score = (q_within if sink else q)[t, h] @ k[j, h * KV // len(maps)] / math.sqrt(D)
+            score = (q_within if sink else q)[t, h] @ k[j, h * KV // len(maps)]
+            score = score * c.attn_scale if c.attn_scale else score / math.sqrt(D)
+            score = c.attn_softcap * math.tanh(score / c.attn_softcap) if c.attn_softcap else score
             if c.alibi:
                 distance = (within if sink else at)[t] - at_k[j]
                 score = score - (SLOPES[pairs][h // 2] if pairs else SLOPES[H][h]) * distance
@@ -186,7 +236,7 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
             lam = 1 / (1 + np.exp(-x @ weight(f"{name}.lam.weight").T))
             y = np.stack([(maps[2 * i] - lam[:, i, None] * maps[2 * i + 1]) @ v[:, i * KV // H]
                           for i in range(pairs)], axis=1)
-        return linear(f"{name}.out", y.reshape(T, H * D))
+        return linear(f"{name}.out", y.reshape(T, H * D), c.bias or c.out_bias)
 
     def activation(up, gate):
         if c.mlp == "swiglu":
@@ -195,10 +245,12 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
             return np.where(up > 0, up, 0) ** 2
         if c.mlp == "gelu":
             return up * (1 + np.vectorize(math.erf)(up / math.sqrt(2))) / 2
-        return up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up ** 3)))
+        x = gate if c.mlp == "geglu" else up
+        y = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+        return y * up if c.mlp == "geglu" else y
 
     def mlp(name, x):
-        gate = linear(f"{name}.gate", x) if c.mlp == "swiglu" else None
+        gate = linear(f"{name}.gate", x) if c.mlp in ("swiglu", "geglu") else None
         return linear(f"{name}.down", activation(linear(f"{name}.up", x), gate))
 
     def experts(name, x):  # every token through every expert, weighed
@@ -214,18 +266,24 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
 
         y = mlp(f"{name}.shared", x) if c.n_shared_expert else 0
         for e in range(c.n_expert):
-            gate = expert_linear("gate", x, e) if c.mlp == "swiglu" else None
+            gate = expert_linear("gate", x, e) if c.mlp in ("swiglu", "geglu") else None
             hidden = activation(expert_linear("up", x, e), gate)
             y = y + gates[:, e, None] * expert_linear("down", hidden, e)
         return y
 
     def block(x, layer, at, seen):
         name = f"blocks.{layer}"
-        x = x + drop(attention(f"{name}.attn", norm(f"{name}.attn_norm", x), layer, at, seen))
-        return x + drop((experts if c.n_expert else mlp)(f"{name}.mlp", norm(f"{name}.mlp_norm", x)))
+
+        def added(part, x, f):  # f with its norms
+            y = f(f"{name}.{part}", x if c.norm_place == "after" else norm(f"{name}.{part}_norm", x))
+            y = y if c.norm_place == "before" else norm(f"{name}.{part}_post_norm", y)
+            return drop(c.residual_scale * y)
+
+        y = added("attn", x, lambda *of: attention(*of, layer, at, seen))
+        return x + y + added("mlp", x if c.parallel else x + y, experts if c.n_expert else mlp)
 
     def row(idx):
-        x, at = weight("embed.weight")[idx], np.arange(len(idx))
+        x, at = c.embed_scale * weight("embed.weight")[idx], np.arange(len(idx))
         seen = {"ids": idx, "values": np.zeros((len(idx), KV, D)), "shared": None}
         if c.pos == "learned":
             x = x + weight("pos_embed.weight")[at]
@@ -244,7 +302,8 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
                 chosen, = np.nonzero(likely > 0)
                 x = x.copy()
                 x[chosen] += r[chosen, None] * (block(x[chosen], layer, at[chosen], seen) - x[chosen])
-        y = norm("norm", x) @ weight("embed.weight" if c.tie else "head.weight").T
+        y = norm("norm", x) @ weight("embed.weight").T if c.tie else linear("head", norm("norm", x), c.head_bias)
+        y = c.logit_scale * y
         return c.softcap * np.tanh(y / c.softcap) if c.softcap else y
 
     logits = np.stack([row(ids) for ids in idx])
@@ -480,7 +539,7 @@ def test_gradients_are_slopes(flavour):
 
 
 DROPS = ["default", "GPT-2", "Llama", "diff", "diff 2", "ALiBi", "sinks", "window", "MoE", "MoD, soft", "YOCO",
-         "value residual", "softcap"]
+         "value residual", "softcap", "Gemma 2", "OLMo-2", "Granite", "Phi-2", "diff, softcap"]
 
 
 @pytest.mark.parametrize("flavour", DROPS)
@@ -681,12 +740,29 @@ def test_config_defaults():
 @pytest.mark.parametrize("bad", [
     dict(block_size=0), dict(vocab_size=0), dict(n_layer=0), dict(n_head=0), dict(n_embd=-1), dict(n_kv_head=-1),
     dict(head_dim=-1), dict(ffn_dim=-1), dict(n_head=3), dict(n_kv_head=3), dict(n_kv_head=8), dict(head_dim=7),
-    dict(pos="alibi"), dict(norm="batch"), dict(mlp="relu")], ids=str)
+    dict(pos="alibi"), dict(norm="batch"), dict(mlp="relu"), dict(rope_scaling="ntk"), dict(norm_place="under"),
+    dict(rotary_dim=-2), dict(rotary_dim=5), dict(rotary_dim=66), dict(rope_pattern=""), dict(rope_pattern="RS"),
+    dict(rope_theta=-1.0), dict(rope_factor=0.0), dict(rope_low_freq=4.0), dict(rope_high_freq=-1.0),
+    dict(attn_scale=-0.5), dict(embed_scale=0.0), dict(residual_scale=-1.0), dict(logit_scale=0.0),
+    dict(attn_softcap=-1.0), dict(window_theta=-1.0)], ids=str)
 def test_bad_config(bad):
     with pytest.raises(UserError) as error:
         GPTConfig(**bad)
     (name, value), = bad.items()
     assert f"{name}={value!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [
+    dict(norm_bias=True, norm="rms"), dict(head_bias=True, tie=True), dict(qk_norm_width=True, qk_norm=False),
+    dict(qk_norm_width=True, diff_attn=True), dict(rotary_dim=4, pos="learned"), dict(rope_pattern="RN", pos="none"),
+    dict(rope_pattern="RN", yoco=True), dict(window_theta=1e4, sliding_window=0),
+    dict(window_theta=1e4, sliding_window=8, pos="learned")], ids=str)
+def test_settings_that_exclude_each_other(bad):
+    """One line names both."""
+    with pytest.raises(UserError) as error:
+        GPTConfig(**bad)
+    assert all(f"{name}={value}" in str(error.value).replace("'", "") for name, value in bad.items())
+    assert "\n" not in str(error.value)
 
 
 def test_compute_dtype():
