@@ -445,7 +445,7 @@ def encode_all(bins: dict):
             count[f"{split}_bytes"] += size
             bar.update(size)
 
-    start, end, waiting = np.array([tokens.bos], dtype), np.array([tokens.eot], dtype), deque()
+    start, end, waiting = np.array(tokens.start, dtype), np.array([tokens.eot], dtype), deque()
     with ThreadPoolExecutor(n_threads) as pool, progress("encoding", n_bytes) as bar:
         for batch in batches():
             waiting.append((batch, pool.submit(encode, batch)))

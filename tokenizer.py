@@ -8,7 +8,8 @@ A tokenizer has a list of byte strings, tokens[id], and a method to split text i
             token. It is trained by rustbpe, or copied from tiktoken or from a tokenizer.json, and run by tiktoken.
     hf      any other tokenizer.json, stored whole, and run by the tokenizers package
 Each also has special tokens, which encoding a text never gives. One of them, <|endoftext|>, ends a document; it also
-precedes each document, unless the tokenizer has another special token for that.
+precedes each document, unless the tokenizer has another special token for that, or none. Tokenizers of other projects
+may also have added tokens that are not special, as <think>: where a text holds the name of one, it becomes that token.
 """
 import base64
 import hashlib
@@ -17,6 +18,7 @@ import os
 import re
 import shlex
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib.util import find_spec
@@ -37,23 +39,45 @@ LONGEST_BLANK = 50_000  # runs of blanks that are too long for the regex engine 
 
 class Tokenizer:
     def __init__(self, kind: str, tokens: list[bytes], special: dict[str, int], pattern: str = "",
-                 bos: int | None = None, eot: int | None = None, source: str = ""):
+                 bos: int | None = -1, eot: int | None = None, source: str = "", added: dict[str, int] | None = None,
+                 normalizer: str = ""):
         self.kind = kind        # byte | char | bpe | hf
-        self.tokens = tokens    # by id; b"" at ids of special tokens, and at unused ids
+        self.tokens = tokens    # by id; b"" at ids of special tokens, of added ones in a bpe, and at unused ids
         self.special = special  # special tokens: text -> id
+        self.added = added or {}  # added tokens that are not special: text -> id
         self.pattern = pattern  # bpe: the regex that splits text into words
+        self.normalizer = normalizer  # bpe: "NFC" if the text gets this Unicode normal form first
         self.source = source    # hf: the text of tokenizer.json
-        self.n_vocab = max(len(tokens), 1 + max(special.values(), default=0))
+        self.n_vocab = max(len(tokens), 1 + max([*special.values(), *self.added.values()], default=0))
         self.eot = special[EOT] if eot is None else eot  # the token after a document
-        self.bos = self.eot if bos is None else bos      # the token before a document
+        self.bos = self.eot if bos == -1 else bos        # the token before a document; None: there is none
 
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids (n,), uint32. The text of a special token is encoded like any other text."""
+    @property
+    def start(self) -> list[int]:
+        """The tokens before a document: one, or none."""
+        return [] if self.bos is None else [self.bos]
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids (n,), uint32. The text of a special token is encoded like any other text, unless `special`, as for
+        a rendered chat template: then it becomes that token."""
+        if self.kind == "hf":
+            if self._hf.encode_special_tokens == special:  # to set it needs the object, which threads may be using
+                self._hf.encode_special_tokens = not special
+            return np.array(self._hf.encode(well_formed(text), add_special_tokens=False).ids, dtype=np.uint32)
+        if not self.added and not special:
+            return self._encode_part(text)
+        found = self.added | self.special if special else self.added
+        parts, start = [], 0
+        for match in self._names.finditer(text):  # an added token's name within a special one's is not found
+            if match[0] in found:
+                parts += [self._encode_part(text[start:match.start()]), [found[match[0]]]]
+                start = match.end()
+        return np.concatenate([*parts, self._encode_part(text[start:])]).astype(np.uint32)
+
+    def _encode_part(self, text: str) -> np.ndarray:
         if self.kind == "bpe":
             return self._encode_bpe(text)
         text = well_formed(text)
-        if self.kind == "hf":
-            return np.array(self._hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         if self.kind == "char":
             return self._encode_chars(text)
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
@@ -69,6 +93,8 @@ class Tokenizer:
         """The bytes of each token (n_vocab,), int32; 0 for special tokens, which are not text. For bits per byte."""
         lengths = np.zeros(self.n_vocab, dtype=np.int32)
         lengths[:len(self.tokens)] = [len(token) for token in self.tokens]
+        for i in self.added.values():
+            lengths[i] = len(self._pieces[i])
         return lengths
 
     @cached_property
@@ -78,7 +104,7 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """The tokenizer as JSON, for a checkpoint's header, which Python and the browser read."""
-        more = {"source": self.source} if self.source else {}
+        more = {name: getattr(self, name) for name in ("source", "added", "normalizer") if getattr(self, name)}
         if (self.bos, self.eot) != (self.special.get(EOT),) * 2:
             more |= {"bos": self.bos, "eot": self.eot}
         return {"kind": self.kind, "tokens": [base64.b64encode(token).decode() for token in self.tokens],
@@ -90,10 +116,14 @@ class Tokenizer:
         try:
             if d["kind"] not in KINDS:
                 raise UserError(f"the tokenizer is of unknown kind {d['kind']!r}: it must be one of {', '.join(KINDS)}")
-            tokens, ids = [base64.b64decode(token) for token in d["tokens"]], [*d["special"].values()]
+            tokens, added = [base64.b64decode(token) for token in d["tokens"]], d.get("added", {})
+            bos, eot = d.get("bos", -1), d.get("eot")  # bos: without it eot; null: none
+            ids = [*d["special"].values(), *added.values(), *(i for i in (eot, bos) if i not in (None, -1))]
             if not all(type(i) is int and i >= 0 for i in ids):
                 raise TypeError("ids of special tokens must be whole numbers")
-            return cls(d["kind"], tokens, d["special"], d["pattern"], d.get("bos"), d.get("eot"), d.get("source", ""))
+            if (normalizer := d.get("normalizer", "")) not in ("", "NFC"):
+                raise ValueError(f"normalizer {normalizer!r}")
+            return cls(d["kind"], tokens, d["special"], d["pattern"], bos, eot, d.get("source", ""), added, normalizer)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -102,15 +132,36 @@ class Tokenizer:
     @cached_property
     def _pieces(self) -> list[bytes]:
         pieces = self.tokens + [b""] * (self.n_vocab - len(self.tokens))
+        for name, i in self.added.items():
+            pieces[i] = pieces[i] or name.encode()
         for name, i in self.special.items():
             pieces[i] = name.encode()
         return pieces
 
     @cached_property
+    def _names(self) -> re.Pattern:
+        """Finds the names of added and special tokens: the leftmost one, and of several there the longest."""
+        names = sorted(filter(None, self.added | self.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    @cached_property
     def _bpe(self):  # built when needed: decoding and loading do without it
         import tiktoken
         ranks = {token: i for i, token in enumerate(self.tokens) if token}
+        ranks |= {bytes([byte]): self.n_vocab + byte for byte in self._missing}  # tiktoken needs all bytes
         return tiktoken.Encoding("tinygpt", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special)
+
+    @cached_property
+    def _missing(self) -> bytes:
+        """The bytes that are no token, which can be left out of a vocabulary where the training text lacks them."""
+        known = set(self.tokens)
+        return bytes(byte for byte in range(256) if bytes([byte]) not in known)
+
+    @cached_property
+    def _by_package(self) -> "Tokenizer":
+        """The tokenizer as one of kind hf, for texts that tiktoken cannot encode to equal ids."""
+        source = json.dumps({**to_tokenizer_json(self), "added_tokens": [], "post_processor": None})
+        return Tokenizer("hf", self.tokens, self.special, eot=self.eot, source=source)
 
     @cached_property
     def _hf(self):
@@ -124,7 +175,6 @@ class Tokenizer:
         except Exception as error:  # the package raises no other type
             raise UserError(f"the tokenizers package cannot read this tokenizer.json ({error}): copy the file again"
                             ) from error
-        found.encode_special_tokens = True  # encode their names as ordinary text
         return found
 
     @cached_property
@@ -147,6 +197,10 @@ class Tokenizer:
     def _encode_bpe(self, text: str) -> np.ndarray:
         # encode_to_numpy is 1.5 times faster than encode on two threads, since it releases Python's lock.
         # disallowed_special=(): names of special tokens in the text are encoded as text, and are not an error.
+        if self._missing and set(well_formed(text).encode()) & {*self._missing}:
+            return self._by_package.encode(text)  # it removes these bytes from a word before it merges
+        if self.normalizer and not unicodedata.is_normalized(self.normalizer, text):
+            return self._by_package.encode(text)  # it goes by Unicode 9, which lacks some combining marks
         try:
             return self._bpe.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # half a surrogate pair, or blanks that overflow the regex engine's stack
@@ -283,68 +337,150 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
 # ---- Hugging Face's tokenizer.json -----------------------------------------------------------------------------------
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # it written out
 
 
-def from_tokenizer_json(text: str, bos: str = "", eos: str = "") -> Tokenizer:
-    """Read a tokenizer.json. The kind is bpe (or byte) if that gives exactly equal ids, else hf. bos and eos: the names
-    of the tokens that begin and end a document; without them, the usual names are searched for."""
+def from_tokenizer_json(text: str, bos: str = "", eos: str = "", add_bos: bool = False) -> Tokenizer:
+    """Read a tokenizer.json. The kind is bpe (or byte) if that gives exactly equal ids, else hf. A token precedes each
+    text only if the file's post_processor says so, or if add_bos does (add_bos_token of tokenizer_config.json), which
+    then is the one of the name `bos`. eos: the name of the token that ends a document; without it, the usual names are
+    searched for."""
     try:
         found = json.loads(text)
-        model, added = found["model"], {token["content"]: token["id"] for token in found.get("added_tokens") or ()}
+        model, entries = found["model"], found.get("added_tokens") or []
+        special = {token["content"]: token["id"] for token in entries if token.get("special")}
+        added = {token["content"]: token["id"] for token in entries if not token.get("special")}
         vocab = model["vocab"]
         if not isinstance(vocab, dict):  # Unigram: pairs of a piece and its score
             vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
         byte_level = "ByteLevel" in json.dumps(found.get("decoder") or found.get("pre_tokenizer"))
-        tokens = [b""] * (1 + max(vocab.values()))
+        tokens = [b""] * (1 + max([*vocab.values(), *added.values()]))
         for piece, i in vocab.items():
-            if piece not in added:
+            if piece not in special:
                 tokens[i] = bytes_of_letters(piece) if byte_level else bytes_of_piece(piece)
+        for name, i in added.items():
+            tokens[i] = name.encode() if byte_level else bytes_of_piece(name)
+        known = special | added
         ends = [eos, EOT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"]
-        eot = next((added[name] for name in ends if name in added), None)
+        eot = next((known[name] for name in ends if name in known), None)
         if eot is None:
             raise UserError("tokenizer.json has no token that ends a document: name one as eos_token in "
                             "tokenizer_config.json")
-        start = next((added[name] for name in (bos, "<s>", "<|begin_of_text|>") if name in added), eot)
-        pattern = bpe_pattern(found)
-        exact = pattern is not None and byte_level and merges_go_by_ids(model["merges"], vocab)
-        exact = exact and {bytes([i]) for i in range(256)} <= set(tokens)  # tiktoken needs all bytes
+        first = first_token(found)
+        if first is None and add_bos:
+            first = known.get(bos, vocab.get(bos))
+        pattern, normalizer = bpe_pattern(found), (found.get("normalizer") or {}).get("type", "")
+        exact = pattern is not None and byte_level and flags_are_simple(entries, bool(normalizer))
+        exact = exact and is_tiktokens(model["merges"], vocab, known, model.get("ignore_merges", False))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"tokenizer.json cannot be read ({error!r}): copy the file again") from error
     if tokens[:256] == [bytes([i]) for i in range(256)] and not any(tokens[256:]) and not model.get("merges"):
-        return Tokenizer("byte", tokens[:256], added, "", start, eot)
-    theirs = Tokenizer("hf", tokens, added, "", start, eot, text)
-    ours = Tokenizer("bpe", tokens, added, pattern or "", start, eot)
-    if exact and same_ids(ours, theirs):
-        return ours
+        return Tokenizer("byte", tokens[:256], special, "", first, eot)
+    theirs = Tokenizer("hf", tokens, special, "", first, eot, compact(found), added)
+    if exact:
+        tokens = [b"" if i in added.values() else token for i, token in enumerate(tokens)]
+        ours = Tokenizer("bpe", tokens, special, pattern, first, eot, "", added, normalizer)
+        if same_ids(ours, theirs):
+            return ours
     if find_spec("tokenizers"):
         theirs.encode("")  # UserError if the tokenizers package cannot read it
     return theirs
 
 
-def bpe_pattern(found: dict) -> str | None:
-    """The regex that splits text into words, or None if the tokenizer.json does more than byte pair encoding."""
-    model, pre = found["model"], found.get("pre_tokenizer") or {}
-    plain = model.get("type", "BPE") == "BPE" and not found.get("normalizer") and not any(
-        model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
-    if not plain or not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space", True):
-        return None
-    if len(steps) == 1 and steps[0].get("use_regex", True):
-        return GPT2_PATTERN
-    split = steps[0]
-    alone = len(steps) == 2 and split.get("type") == "Split" and split.get("behavior") == "Isolated"
-    if alone and not split.get("invert") and not steps[1].get("use_regex", True):
-        return split["pattern"].get("Regex")
+def compact(found: dict) -> str:
+    """A tokenizer.json as text without blanks between its parts, and with merges as pairs in one string where no piece
+    has a blank, as a header's JSON escapes each quotation mark twice."""
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"].get("merges") or ()]
+    if merges and all(merge.count(" ") == 1 for merge in merges):
+        found = {**found, "model": {**found["model"], "merges": merges}}
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+
+
+def first_token(found: dict) -> int | None:
+    """The token that the post_processor of a tokenizer.json puts before a text, or None."""
+    steps = found.get("post_processor") or {}
+    for step in steps.get("processors", [steps]):
+        if step.get("type") == "TemplateProcessing":
+            names = []
+            for piece in step["single"]:
+                if "SpecialToken" not in piece:
+                    break
+                names.append(piece["SpecialToken"]["id"])
+            ids = [i for name in names for i in step["special_tokens"][name]["ids"]]
+            if len(ids) > 1:
+                raise UserError(f"tokenizer.json puts {len(ids)} tokens before a text ({', '.join(names)}): only one "
+                                "is supported")
+            return ids[0] if ids else None
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            return step["cls"][1]
     return None
 
 
-def merges_go_by_ids(merges: list, vocab: dict[str, int]) -> bool:
-    """Whether the tokens that the merges make have increasing ids, as tiktoken assumes. Several merges in a row may
-    make one token."""
-    ids = [vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
-    return ids == sorted(ids)
+def flags_are_simple(entries: list[dict], normalized: bool) -> bool:
+    """Whether added tokens are found by their names alone: none takes blanks with it or must be a whole word. With a
+    normalizer, a token that is searched for after it must be of blanks, which it does not change; without one, tokens
+    that are searched for first must have no character of those that come later."""
+    if any(token.get(flag) for token in entries for flag in ("single_word", "lstrip", "rstrip")):
+        return False
+    later = {token["content"] for token in entries if token.get("normalized")}
+    if normalized and any(name.strip(" ") for name in later):
+        return False
+    first = {letter for token in entries if not token.get("normalized") for letter in token["content"]}
+    return not later or not first & {letter for name in later for letter in name}
+
+
+def bpe_pattern(found: dict) -> str | None:
+    """The regex that splits text into words, or None if the tokenizer.json does more than byte pair encoding of the
+    text in the form NFC or as it is."""
+    model, pre, normalizer = found["model"], found.get("pre_tokenizer") or {}, found.get("normalizer")
+    plain = model.get("type", "BPE") == "BPE" and normalizer in (None, {"type": "NFC"}) and not any(
+        model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                                     "unk_token"))
+    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    if not plain or not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space", True):
+        return None
+    regexes = [split_regex(step) for step in steps[:-1]]
+    if steps[-1].get("use_regex", True):
+        regexes.append(GPT2_PATTERN)
+    if len(regexes) == 2 and regexes[0] == r"\p{N}" and regexes[1] in (GPT2_PATTERN, GPT2_WORDS):
+        return DIGITS_ALONE
+    return regexes[0] if len(regexes) == 1 else None
+
+
+# GPT-2's words after each digit became a word of its own, as in SmolLM2 and StarCoder: where blanks come before a
+# digit, the text that is left ends, so that the last blank belongs to them.
+DIGITS_ALONE = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+
+def split_regex(step: dict) -> str | None:
+    """The regex by which a pre_tokenizer cuts a text into what it matches and what lies between, or None."""
+    if step.get("type") == "Digits":
+        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+    if step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return step["pattern"].get("Regex")
+    return None
+
+
+def is_tiktokens(merges: list, vocab: dict[str, int], known: dict[str, int], ignore_merges: bool) -> bool:
+    """Whether tiktoken gives the ids that the merges give, though it merges any two neighbours that make a token, and
+    takes a word that is a token as it is. It does if merges stand in the order of the tokens' ids, and if each token's
+    own text becomes that token: then no other two tokens that make it can be neighbours. (Of a token whose text does
+    not, all pairs that make it must be among the merges, and ignore_merges must be true.)"""
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    ids = [vocab["".join(pair)] for pair in pairs]
+    if ids != sorted(ids) or not find_spec("tokenizers"):
+        return ids == sorted(ids)
+    from tokenizers import models
+    ranks, others = set(pairs), [piece for piece in vocab if piece not in known]
+    model = models.BPE({piece: vocab[piece] for piece in others}, pairs)
+    for piece in others:
+        if [token.id for token in model.tokenize(piece)] != [vocab[piece]]:
+            cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+            if not ignore_merges or any(a in vocab and b in vocab and (a, b) not in ranks for a, b in cuts):
+                return False
+    return True
 
 
 def same_ids(ours: Tokenizer, theirs: Tokenizer) -> bool:
@@ -396,14 +532,31 @@ def to_tokenizer_json(enc: Tokenizer) -> dict | None:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     pattern = enc.pattern.replace("?+", "?").replace("++", "+")  # possessive quantifiers only save time
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": True} for name, i in sorted(enc.special.items(), key=lambda pair: pair[1])]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": sorted([*added_entries(enc.special, True), *added_entries(enc.added, False)],
+                                   key=lambda entry: entry["id"]),
+            "normalizer": {"type": enc.normalizer} if enc.normalizer else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]} if pattern else level,
-            "post_processor": None, "decoder": level,
+            "post_processor": begin_with(enc.bos, enc._pieces[enc.bos].decode()) if enc.start else None,
+            "decoder": level,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
                       "vocab": {spelled[token]: i for token, i in ranks.items()}, "merges": merges}}
+
+
+def added_entries(names: dict[str, int], special: bool) -> list[dict]:
+    """The entries of added tokens in a tokenizer.json."""
+    return [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": special} for name, i in names.items()]
+
+
+def begin_with(bos: int, name: str) -> dict:
+    """The post_processor of a tokenizer.json that puts a token before each text."""
+    def part(sequence: str, number: int) -> list[dict]:
+        return [{"SpecialToken": {"id": name, "type_id": number}}, {"Sequence": {"id": sequence, "type_id": number}}]
+
+    return {"type": "TemplateProcessing", "single": part("A", 0), "pair": part("A", 0) + part("B", 1),
+            "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}}}
 
 
 if __name__ == "__main__":

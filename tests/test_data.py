@@ -635,7 +635,7 @@ def test_an_imported_tokenizer(tmp_path):
     texts = [f"{i}: the fox and the crow " * 9 + "é" for i in range(40)]
     theirs.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=300, special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))]))
-    ours = from_tokenizer_json(theirs.to_str(), "<s>", "</s>")
+    ours = from_tokenizer_json(theirs.to_str(), "<s>", "</s>", add_bos=True)
     assert (ours.kind, ours.bos, ours.eot) == ("hf", 1, 2)
     save_header(tmp_path / "a.safetensors", ours)
     write_jsonl(tmp_path / "a.jsonl", texts)
