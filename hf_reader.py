@@ -11,11 +11,13 @@ that is not known here is refused, unless its value turns it off.
 It writes such a folder, which transformers and mlx-lm load, of every checkpoint whose architecture is one of these six.
 Quantized layers are unpacked, and low-rank layers multiplied out.
 """
+import contextlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -26,23 +28,24 @@ from config import UserError, overrides
 from model import GPT, GPTConfig, load_checkpoint
 from quantized import dense_weight
 from readers import (
-    EXPERTS,
-    GPT2,
-    LLAMA,
-    PREFIX,
+    FUSED,
+    GEMMAS,
+    LETTERS,
+    PART_OF,
     ROPE_SETTINGS,
-    SIZES,
-    check_export,
+    SETTINGS,
     check_finite,
     check_out,
     model_config,
     multiply_factors,
+    names_of,
     open_folder,
     read_model,
     skeleton,
     their_name,
     tokenizer_of,
     write_checkpoint,
+    yarn_boost,
 )
 from tokenizer import EOT, Tokenizer, to_tokenizer_json
 
@@ -55,107 +58,245 @@ settings = overrides(globals(), "source", "out")
 # ---- write a folder --------------------------------------------------------------------------------------------------
 
 
-def their_config(config: GPTConfig) -> dict:
-    """The settings for config.json, spelled for transformers 4 and 5. UserError names a setting that no architecture
-    has."""
+TITLES = {"gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "qwen3_moe": "Qwen3-MoE", "gemma2": "Gemma 2", "phi": "Phi-2",
+          "gemma3_text": "Gemma 3", "phi3": "Phi-3", "olmo2": "OLMo-2", "smollm3": "SmolLM3", "stablelm": "StableLM"}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+           "gemma3_text": "Gemma3ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "stablelm": "StableLmForCausalLM"}
+
+
+def title_of(family: str) -> str:
+    return TITLES.get(family, family.capitalize())
+
+
+def family_of(config: GPTConfig) -> str:
+    """The family, by its name in config.json, that has what is special in a model. If it lacks something else, no other
+    family has both."""
     if config.pos == "learned":
-        has = dict(norm=("layer",), mlp=("gelu", "gelu_tanh"), bias=(True,), qk_norm=(False,), pos=("learned",),
-                   n_kv_head=(config.n_head,), head_dim=(config.n_embd // config.n_head,))
-        check_export(config, "GPT-2", has, (*SIZES, *ROPE_SETTINGS, "qkv_bias"))  # the last six have no effect
-        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
-                "n_ctx": config.block_size,
-                "vocab_size": config.vocab_size, "n_layer": config.n_layer, "n_head": config.n_head,
-                "n_embd": config.n_embd, "n_inner": config.ffn_dim, "layer_norm_epsilon": config.norm_eps,
-                "activation_function": "gelu" if config.mlp == "gelu" else "gelu_new",
-                "tie_word_embeddings": config.tie}
-    has = dict(norm=("rms",), mlp=("swiglu",), bias=(False,), pos=("rope",))
-    if config.n_expert:  # "bias" adds a parameter that Mixtral does not have
-        has |= {"expert_balance": ("loss", "none")}
-    check_export(config, "the Llama family", has, (
-        *SIZES, *ROPE_SETTINGS, "n_kv_head", "head_dim", "qkv_bias", "qk_norm", "sliding_window", "window_pattern",
-        "n_expert", "expert_top_k"))
-    kinds = {"Mixtral": config.n_expert > 0, "Qwen3": config.qk_norm, "Qwen2": config.qkv_bias,
-             "Mistral": config.sliding_window > 0 and config.window_pattern == "S"}
-    own = [name for name in ("Mixtral", "Qwen3", "Qwen2") if kinds[name]]
-    if len(own) > 1:
-        raise UserError(f"no architecture has what {' and '.join(own)} have: the model cannot be exported")
-    name = next((name for name, has in kinds.items() if has), "Llama")
-    if name == "Qwen2" and config.head_dim * config.n_head != config.n_embd:
-        raise UserError(f"head_dim={config.head_dim} has no counterpart in Qwen2, where heads share n_embd")
-    found = {"model_type": name.lower(), "architectures": [f"{name}ForCausalLM"], "hidden_act": "silu",
-             "max_position_embeddings": config.block_size, "vocab_size": config.vocab_size,
-             "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-             "num_key_value_heads": config.n_kv_head, "hidden_size": config.n_embd, "head_dim": config.head_dim,
-             "intermediate_size": config.ffn_dim, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tie,
-             "attention_bias": False, "mlp_bias": False, "rope_theta": config.rope_theta, **their_rope(config)}
-    if name == "Mixtral":
-        if config.expert_top_k < 2:
-            raise UserError("expert_top_k=1 has no counterpart in Mixtral, whose gates sum to 1")
-        found |= {"num_local_experts": config.n_expert, "num_experts_per_tok": config.expert_top_k}
-    letters = (config.window_pattern * config.n_layer)[:config.n_layer]
-    long = letters.count("L")
-    if not config.sliding_window:
-        return found | {"sliding_window": None}
-    if name in ("Qwen2", "Qwen3") and letters == "L" * long + "S" * (config.n_layer - long):
-        kinds = ["full_attention"] * long + ["sliding_attention"] * (config.n_layer - long)
-        return found | {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": long,
-                        "layer_types": kinds}
-    if name in ("Mistral", "Mixtral") and not long:
-        return found | {"sliding_window": config.sliding_window}
-    raise UserError(f"window_pattern={config.window_pattern!r} has no counterpart in {name}: the model cannot be "
-                    "exported")
+        return "gpt2"
+    if config.mlp == "geglu":
+        return "gemma" if config.norm_place == "before" else "gemma3_text" if config.qk_norm else "gemma2"
+    if config.norm == "layer" and (config.bias or config.norm_bias):
+        return "stablelm" if config.norm_bias else "phi" if config.head_bias else "gpt_neox"
+    if config.n_expert:
+        return "qwen3_moe" if config.qk_norm else "mixtral"
+    if config.norm_place == "after":
+        return "olmo2"
+    if "N" in config.rope_pattern:
+        return "smollm3"
+    if config.rotary_dim:
+        return "phi3"
+    if (config.embed_scale, config.residual_scale, config.logit_scale) != (1, 1, 1) or (
+            config.attn_scale and config.rope_scaling != "yarn"):
+        return "granite"
+    if config.qk_norm:
+        return "qwen3"
+    if config.qkv_bias and not config.out_bias:
+        return "qwen2"
+    return "mistral" if config.sliding_window and config.window_pattern == "S" else "llama"
 
 
-def their_rope(config: GPTConfig) -> dict:
+def letters_of(pattern: str, config: GPTConfig) -> str:
+    """A pattern of letters, one for each layer."""
+    return (pattern * config.n_layer)[:config.n_layer]
+
+
+def their_config(config: GPTConfig, family: str) -> dict:
+    """The settings for config.json, spelled for transformers 4 and 5. UserError names a setting of the model that the
+    family does not have."""
+    letters = letters_of(config.window_pattern if config.sliding_window else "L", config)
+    gelu = {"gelu_tanh": "gelu_new"}.get(config.mlp, "gelu")
+    share = config.rotary_dim / config.head_dim if config.rotary_dim else 1.0
+    scale = config.attn_scale or config.head_dim**-0.5
+    values = {
+        "vocab_size": config.vocab_size, "n_positions": config.block_size, "n_embd": config.n_embd,
+        "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": config.ffn_dim, "activation_function": gelu,
+        "layer_norm_epsilon": config.norm_eps, "layer_norm_eps": config.norm_eps, "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.block_size, "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "intermediate_size": config.ffn_dim,
+        "hidden_act": gelu, "tie_word_embeddings": config.tie, "attention_bias": config.bias or config.out_bias,
+        "mlp_bias": config.bias, "use_qkv_bias": config.qkv_bias, "use_parallel_residual": config.parallel,
+        "sliding_window": config.sliding_window or None, "use_sliding_window": config.sliding_window > 0,
+        "num_local_experts": config.n_expert, "num_experts": config.n_expert,
+        "num_experts_per_tok": config.expert_top_k, "moe_intermediate_size": config.ffn_dim, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "embedding_multiplier": config.embed_scale, "residual_multiplier": config.residual_scale,
+        "attention_multiplier": scale, "query_pre_attn_scalar": round(scale**-2),
+        "logits_scaling": 1 / config.logit_scale, "final_logit_softcapping": config.softcap or None,
+        "attn_logit_softcapping": config.attn_softcap or None,
+        "no_rope_layers": ["NR".index(letter) for letter in letters_of(config.rope_pattern, config)],
+        "rotary_pct": share, "rotary_emb_base": config.rope_theta, "rope_theta": config.rope_theta,
+        "rope_local_base_freq": config.window_theta or config.rope_theta, **their_rope(config, family)}
+    if family == "gpt2":
+        values["n_ctx"] = config.block_size
+    elif family == "gpt_neox":
+        values["attention_bias"] = True
+        values["rope_parameters"]["partial_rotary_factor"] = share
+    elif family in ("phi", "phi3", "stablelm"):
+        values["partial_rotary_factor"] = values["rope_parameters"]["partial_rotary_factor"] = share
+    if family in GEMMAS:
+        values["hidden_act"] = values["hidden_activation"] = "gelu_pytorch_tanh"
+    elif family not in ("gpt2", "gpt_neox", "phi"):
+        values["hidden_act"] = "silu"
+    if family in ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3"):
+        kinds = {letter: kind for kind, letter in LETTERS.items()}
+        values["layer_types"] = [kinds[letter] for letter in letters]
+        values["sliding_window_pattern"] = (letters + "L").index("L") + 1  # mlx-lm does not look at layer_types
+        if config.sliding_window:
+            values["max_window_layers"] = len(letters.rstrip("S"))
+    if family in GEMMAS and not config.sliding_window:
+        values["sliding_window"] = config.block_size
+    found = {"model_type": family, "architectures": [CLASSES.get(family, f"{family.capitalize()}ForCausalLM")],
+             **{name: values[name] for name in (*SETTINGS[family], "n_ctx") if name in values}}
+    if config.n_expert and config.expert_top_k < 2:
+        raise UserError(f"expert_top_k=1 has no counterpart in {title_of(family)}, whose gates sum to 1")
+    check_counterparts(config, model_config(found, "config.json"), title_of(family))
+    if family in ("qwen2", "phi3", "granite") and config.head_dim * config.n_head != config.n_embd:
+        raise UserError(f"head_dim={config.head_dim} has no counterpart in {title_of(family)}, where heads share "
+                        "n_embd: the model cannot be exported")
+    return found
+
+
+def check_counterparts(config: GPTConfig, again: GPTConfig, title: str):
+    """UserError names a setting that is another one in `again`, which was read from the exported settings: the family
+    does not have it. A setting that GPTConfig may gain is not lost in silence."""
+    given, found = with_effect(config), {field.name: field.default for field in fields(config)} | with_effect(again)
+    names = [field.name for field in fields(config)]
+    last = names.index("tie") + 1
+    for name in (*reversed(names[last:]), *names[:last]):  # variants first, which may have set others
+        same = given[name] == found[name] or isinstance(given[name], float) and math.isclose(given[name], found[name])
+        if not same:
+            raise UserError(f"{name}={getattr(config, name)!r} has no counterpart in {title}, which has "
+                            f"{found[name]!r}: the model cannot be exported")
+
+
+def with_effect(config: GPTConfig) -> dict:
+    """The settings of a model. Those that have no effect beside others get their default values, and two spellings of
+    the same become one."""
+    found, default = asdict(config), {field.name: field.default for field in fields(config)}
+    found["window_pattern"] = letters_of(config.window_pattern, config)
+    found["rope_pattern"] = letters_of(config.rope_pattern, config)
+    if config.pos != "rope":
+        found |= {name: default[name] for name in ("rope_pattern", "rotary_dim", *ROPE_SETTINGS, "rope_scaling")}
+    if config.rope_factor == 1 or is_linear(config):
+        found |= {name: default[name] for name in ("rope_low_freq", "rope_high_freq", "rope_original")}
+        found["rope_scaling"] = "linear"
+    if config.bias:
+        found |= {"qkv_bias": False, "out_bias": False, "norm_bias": False}
+    if config.rotary_dim == config.head_dim:
+        found["rotary_dim"] = 0
+    if config.window_theta == config.rope_theta and config.rope_factor == 1:
+        found["window_theta"] = 0.0
+    found["attn_scale"] = config.attn_scale or config.head_dim**-0.5
+    if config.expert_balance == "loss":  # it is a loss of training
+        found["expert_balance"] = "none"
+    return found | {name: default[name] for name, switch in PART_OF.items() if found[switch] == default[switch]}
+
+
+def is_linear(config: GPTConfig) -> bool:
+    """Whether a scaling makes all wavelengths longer: no wavelength is short enough to stay as it is."""
+    return config.rope_scaling == "linear" or (
+        config.rope_scaling == "llama3" and config.rope_original / config.rope_low_freq < 2 * math.pi)
+
+
+def their_rope(config: GPTConfig, family: str) -> dict:
     """The settings of rotary positions for config.json."""
-    if config.rope_factor == 1:
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "rope_scaling": None}
-    scaling = {"rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": config.rope_low_freq,
-               "high_freq_factor": config.rope_high_freq, "original_max_position_embeddings": config.rope_original}
-    if config.rope_original / config.rope_low_freq < 2 * math.pi:  # no wavelength is short enough to stay as it is
+    scaling = {"rope_type": "default"}
+    if config.rope_factor != 1 and is_linear(config):
         scaling = {"rope_type": "linear", "type": "linear", "factor": config.rope_factor}
-    return {"rope_parameters": {**scaling, "rope_theta": config.rope_theta}, "rope_scaling": scaling}
+    elif config.rope_factor != 1 and config.rope_scaling == "llama3":
+        scaling = {"rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": config.rope_low_freq,
+                   "high_freq_factor": config.rope_high_freq, "original_max_position_embeddings": config.rope_original}
+    elif config.rope_factor != 1:
+        scaling = {"rope_type": "yarn", "type": "yarn", "factor": config.rope_factor,
+                   "beta_slow": config.rope_low_freq, "beta_fast": config.rope_high_freq,
+                   "original_max_position_embeddings": config.rope_original}
+        boost = (config.attn_scale or config.head_dim**-0.5) ** 0.5 * config.head_dim**0.25
+        boost = 1.0 if family in ("granite", *GEMMAS) else boost  # they have settings of their own for attn_scale
+        if not math.isclose(boost, yarn_boost(config.rope_factor, {})):
+            scaling["attention_factor"] = boost
+            scaling["mscale"] = (boost - 1) / (0.1 * math.log(config.rope_factor))  # as mlx-lm has it
+    short = {"rope_scaling": None if config.rope_factor == 1 else scaling}
+    if family == "gemma3_text":
+        windowed = {"rope_type": "default"} if config.window_theta else scaling
+        return short | {"rope_parameters": {
+            "full_attention": scaling | {"rope_theta": config.rope_theta},
+            "sliding_attention": windowed | {"rope_theta": config.window_theta or config.rope_theta}}}
+    return short | {"rope_parameters": scaling | {"rope_theta": config.rope_theta}}
 
 
-def their_arrays(model: GPT) -> Iterator[tuple[str, mx.array]]:
+def their_arrays(model: GPT, family: str) -> Iterator[tuple[str, mx.array]]:
     """The folder's tensors, by name, unpacked."""
-    config, modules = model.config, dict(model.named_modules())
-    column = GPT2 if config.pos == "learned" else LLAMA
+    config, modules, seen = model.config, dict(model.named_modules()), {}
+    names, dtype = names_of(family, config), unpacked(modules["embed"])["weight"].dtype
     for path in skeleton(config):
-        module, theirs = modules[path], their_name(path, column)
-        layer, _, inner = path.removeprefix("blocks.").partition(".")
-        number, parts = f"{PREFIX[column]}{layer}", dict(module.parameters())
-        if "scales" in module:
-            parts = {part: array for part, array in parts.items() if part in ("weight", "bias")}
-            parts["weight"] = dense_weight(module).astype(module.scales.dtype)
+        theirs, (layer, _, inner) = their_name(path, names), path.removeprefix("blocks.").partition(".")
+        fused = next((name for name in FUSED if name in names and inner in FUSED[name]), None)
+        if fused and inner != FUSED[fused][0]:
+            continue  # it goes with the first one
+        if fused:
+            theirs = their_name(f"blocks.{layer}.{fused}", names)
+            each = [unpacked(modules[f"blocks.{layer}.{name}"]) for name in FUSED[fused]]
+            parts = {part: join(config, family, [found[part] for found in each]) for part in each[0]}
+        else:
+            parts = unpacked(modules[path])
+        if theirs in seen:
+            other = unpacked(modules[seen[theirs]])
+            if not all(mx.array_equal(other[part], array) for part, array in parts.items()):
+                raise UserError(f"{path} differs from {seen[theirs]}, but {title_of(family)} has one norm for both: "
+                                "the model cannot be exported")
+            continue
+        seen[theirs] = path
         for part, array in parts.items():
-            linear = isinstance(module, (nn.Linear, nn.QuantizedLinear)) and path != "head"
-            if column == GPT2 and linear and part == "weight":
+            if family in GEMMAS and "norm" in path:
+                array = (array.astype(mx.float32) - 1).astype(dtype)
+            if family == "gpt2" and part == "weight" and array.ndim == 2 and path.startswith("blocks."):
                 array = array.T
-            if column == GPT2 and inner in ("attn.q", "attn.k", "attn.v"):
-                if inner == "attn.q":
-                    three = [modules[path[:-1] + letter] for letter in "qkv"]
-                    pieces = [other.bias if part == "bias" else dense_weight(other).astype(array.dtype).T
-                              for other in three]
-                    yield f"{number}.attn.c_attn.{part}", mx.concatenate(pieces, axis=-1)
-            elif inner in EXPERTS and config.n_expert:
+            if "{}" in theirs:
                 for expert, piece in enumerate(array):
-                    yield f"{number}.block_sparse_moe.experts.{expert}.{EXPERTS[inner]}.{part}", piece
+                    yield f"{theirs.format(expert)}.{part}", piece
             else:
                 yield f"{theirs}.{part}", array
+
+
+def unpacked(module: nn.Module) -> dict[str, mx.array]:
+    """The weight and the bias of a module, dense."""
+    parts = dict(module.parameters())
+    if "scales" in module:
+        parts = {part: array for part, array in parts.items() if part in ("weight", "bias")}
+        parts["weight"] = dense_weight(module).astype(module.scales.dtype)
+    return parts
+
+
+def join(config: GPTConfig, family: str, parts: list[mx.array]) -> mx.array:
+    """One matrix of the rows of several, as readers.split() takes it apart; or one bias."""
+    if family == "gpt_neox":
+        heads = [array.reshape(config.n_head, config.head_dim, *array.shape[1:]) for array in parts]
+        return mx.stack(heads, axis=1).reshape(-1, *parts[0].shape[1:])
+    return mx.concatenate(parts)
+
+
+def their_settings(config: GPTConfig, family: str | None) -> dict:
+    """their_config() of the family that the model was read from, or of another one that has all settings of the
+    model."""
+    if family in SETTINGS:
+        with contextlib.suppress(UserError):
+            return their_config(config, family)
+    return their_config(config, family_of(config))
 
 
 def write_folder(folder: str, model: GPT, meta: dict):
     """Write a checkpoint as a new folder. UserError if it exists, or no architecture fits the model."""
     if os.path.exists(folder):
         raise UserError(f"{folder} exists: give another --export, or remove it")
-    config = their_config(model.config)
+    config = their_settings(model.config, (meta.get("hf") or {}).get("model_type"))
     multiply_factors(model)
     temporary = f"{folder.rstrip('/')}.tmp{os.getpid()}"
     os.makedirs(temporary)
     try:
         arrays = {}
-        for name, array in tqdm(their_arrays(model), unit=" tensors", disable=None, dynamic_ncols=True):
+        tensors = their_arrays(model, config["model_type"])
+        for name, array in tqdm(tensors, unit=" tensors", disable=None, dynamic_ncols=True):
             name = name.removeprefix("transformer.")  # as in GPT-2's own files; mlx-lm reads no other
             arrays[name] = mx.contiguous(array)
             mx.eval(arrays[name])
@@ -211,4 +352,5 @@ else:
         raise UserError(f"{folder.file_of(packed)}: {packed} is packed: read it with awq_reader.py or gptq_reader.py")
     config = model_config(folder.raw, os.path.join(source, "config.json"))
     tokenizer, more = tokenizer_of(folder)
+    more["hf"] = {**more.get("hf", {}), "model_type": folder.raw["model_type"]}
     write_checkpoint(out, config, read_model(config, folder), tokenizer, more)

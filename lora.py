@@ -46,7 +46,7 @@ from model import (
 )
 from packing import check_finite, matrices
 from quantized import BITS, replace_module
-from readers import GPT2, LLAMA, NAMES, OURS, PREFIX
+from readers import GPT2, LLAMA
 from run_folder import describe, newest_result, read_header
 from tokenizer import Tokenizer
 
@@ -397,8 +397,8 @@ def quantize_base(model: GPT, bits: int):
 
 # ---- PEFT's folders: adapter_config.json, adapter_model.safetensors --------------------------------------------------
 
-PREFIXES = {PREFIX[column]: {row[OURS]: row[column] for row in NAMES if row[column] and "norm" not in row[column]}
-            for column in (LLAMA, GPT2)}  # GPT-2 also has attn.c_attn: q, k and v in one
+PREFIXES = {names["blocks."]: {ours: theirs for ours, theirs in names.items() if re.match(r"(attn|mlp)\.", ours)}
+            for names in (LLAMA, GPT2)}  # GPT-2's attn.qkv is q, k and v in one
 
 
 def read_peft(folder: str) -> tuple[dict[str, dict], dict]:

@@ -1,5 +1,5 @@
 """Models of other projects: reads Hugging Face folders tensor by tensor; knows the tensors' names and the settings of
-the architectures gpt2, llama, mistral, qwen2, qwen3 and mixtral; writes checkpoints.
+the architectures in SETTINGS; writes checkpoints.
 
     source = open_folder("Llama-3.2-1B")
     config = model_config(source.raw, source.folder)
@@ -8,6 +8,7 @@ the architectures gpt2, llama, mistral, qwen2, qwen3 and mixtral; writes checkpo
 Pickled weights (.bin, .pt) are refused, since unpickling runs whatever code they hold. No code of a folder is run.
 """
 import json
+import math
 import os
 import re
 import reprlib
@@ -31,55 +32,102 @@ from tokenizer import Tokenizer, from_tokenizer_json
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
-OURS, LLAMA, GPT2, GGUF = range(4)
-PREFIX = ("blocks.", "model.layers.", "transformer.h.", "blk.")  # of a layer, before its number
-NAMES = [  # modules of a layer: ours, the Llama family's, GPT-2's, GGUF's
-    ("attn_norm", "input_layernorm", "ln_1", "attn_norm"),
-    ("attn.q", "self_attn.q_proj", None, "attn_q"),  # GPT-2 has attn.c_attn: q, k and v in one
-    ("attn.k", "self_attn.k_proj", None, "attn_k"),
-    ("attn.v", "self_attn.v_proj", None, "attn_v"),
-    ("attn.out", "self_attn.o_proj", "attn.c_proj", "attn_output"),
-    ("attn.q_norm", "self_attn.q_norm", None, "attn_q_norm"),
-    ("attn.k_norm", "self_attn.k_norm", None, "attn_k_norm"),
-    ("mlp_norm", "post_attention_layernorm", "ln_2", "ffn_norm"),
-    ("mlp.gate", "mlp.gate_proj", None, "ffn_gate"),
-    ("mlp.up", "mlp.up_proj", "mlp.c_fc", "ffn_up"),
-    ("mlp.down", "mlp.down_proj", "mlp.c_proj", "ffn_down"),
-    ("mlp.router", "block_sparse_moe.gate", None, "ffn_gate_inp"),
-]
-OUTSIDE = [
-    ("embed", "model.embed_tokens", "transformer.wte", "token_embd"),
-    ("pos_embed", None, "transformer.wpe", "position_embd"),
-    ("norm", "model.norm", "transformer.ln_f", "output_norm"),
-    ("head", "lm_head", "lm_head", "output"),
-]
-EXPERTS = {"mlp.gate": "w1", "mlp.up": "w3", "mlp.down": "w2"}  # Mixtral: block_sparse_moe.experts.{expert}.w1
+# The names of modules in other projects, by their names here. "blocks." is what stands before the number of a layer. A
+# matrix attn.qkv holds the rows of q, k and v, and mlp.gate_up those of gate and up; {} is the number of an expert.
+LLAMA = {"blocks.": "model.layers.", "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+         "attn_norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+         "attn.v": "self_attn.v_proj", "attn.out": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm",
+         "attn.k_norm": "self_attn.k_norm", "mlp_norm": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj",
+         "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
+MIXTRAL = LLAMA | {
+    "mlp.router": "block_sparse_moe.gate", "mlp.gate": "block_sparse_moe.experts.{}.w1",
+    "mlp.up": "block_sparse_moe.experts.{}.w3", "mlp.down": "block_sparse_moe.experts.{}.w2"}
+QWEN3_MOE = LLAMA | {"mlp.router": "mlp.gate", "mlp.gate": "mlp.experts.{}.gate_proj",
+                     "mlp.up": "mlp.experts.{}.up_proj", "mlp.down": "mlp.experts.{}.down_proj"}
+OLMO2 = LLAMA | {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+GEMMA2 = OLMO2 | {"mlp_norm": "pre_feedforward_layernorm"}
+PHI3 = LLAMA | {"attn.qkv": "self_attn.qkv_proj", "mlp.gate_up": "mlp.gate_up_proj"}
+PHI = LLAMA | {"norm": "model.final_layernorm", "mlp_norm": "input_layernorm",  # one norm for attention and MLP
+               "attn.out": "self_attn.dense", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
+GPT_NEOX = {"blocks.": "gpt_neox.layers.", "embed": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm",
+            "head": "embed_out", "attn_norm": "input_layernorm", "attn.qkv": "attention.query_key_value",
+            "attn.out": "attention.dense", "mlp_norm": "post_attention_layernorm", "mlp.up": "mlp.dense_h_to_4h",
+            "mlp.down": "mlp.dense_4h_to_h"}
+GPT2 = {"blocks.": "transformer.h.", "embed": "transformer.wte", "pos_embed": "transformer.wpe",
+        "norm": "transformer.ln_f", "head": "lm_head", "attn_norm": "ln_1", "attn.qkv": "attn.c_attn",
+        "attn.out": "attn.c_proj", "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+GGUF = {"blocks.": "blk.", "embed": "token_embd", "pos_embed": "position_embd", "norm": "output_norm",
+        "head": "output", "attn_norm": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
+        "attn.out": "attn_output", "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm",
+        "attn_post_norm": "post_attention_norm", "mlp_norm": "ffn_norm", "mlp_post_norm": "post_ffw_norm",
+        "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down", "mlp.router": "ffn_gate_inp"}
+NAMES = {"gpt2": GPT2, "gpt_neox": GPT_NEOX, "llama": LLAMA, "mistral": LLAMA, "mixtral": MIXTRAL, "qwen2": LLAMA,
+         "qwen3": LLAMA, "qwen3_moe": QWEN3_MOE, "gemma": LLAMA, "gemma2": GEMMA2, "gemma3_text": GEMMA2, "phi": PHI,
+         "phi3": PHI3, "olmo2": OLMO2, "smollm3": LLAMA, "stablelm": LLAMA, "granite": LLAMA}
+FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up")}
 
 
-def their_name(ours: str, column: int) -> str | None:
-    """The name of a module in another project: blocks.3.attn.q -> model.layers.3.self_attn.q_proj, or GPT-2's or GGUF's
-    name for it, by the column of NAMES. None if that project has no such module."""
+def their_name(ours: str, names: dict[str, str]) -> str | None:
+    """The name of a module in another project, by a dictionary such as LLAMA: blocks.3.attn.q ->
+    model.layers.3.self_attn.q_proj. None if that project has no such module."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", ours)
-    for row in NAMES if match else OUTSIDE:
-        if row[OURS] == (match[2] if match else ours):
-            return row[column] and (f"{PREFIX[column]}{match[1]}.{row[column]}" if match else row[column])
-    return None
+    if not match:
+        return names.get(ours)
+    return f"{names['blocks.']}{match[1]}.{names[match[2]]}" if match[2] in names else None
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-# The settings of config.json that are read or checked, by family. mistral, qwen2 and qwen3 have llama's.
+# The settings of config.json that are read or checked, by family, with the values that transformers takes where a file
+# leaves them out; ... for those that must be there.
+GPT2_SETTINGS = dict(
+    vocab_size=..., n_positions=..., n_embd=..., n_layer=..., n_head=..., n_inner=None, activation_function="gelu_new",
+    layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
+    is_causal=True)
+COMMON_SETTINGS = dict(
+    vocab_size=..., hidden_size=..., intermediate_size=..., num_hidden_layers=..., num_attention_heads=...,
+    num_key_value_heads=None, max_position_embeddings=..., rope_theta=1e4, rope_scaling=None, rope_parameters=None,
+    partial_rotary_factor=None, tie_word_embeddings=False, is_causal=True)
+LAYER_NORM_SETTINGS = COMMON_SETTINGS | dict(layer_norm_eps=1e-5, qk_layernorm=False)
+LLAMA_SETTINGS = COMMON_SETTINGS | dict(
+    head_dim=None, hidden_act="silu", activation="swiglu", rms_norm_eps=..., attention_bias=False, mlp_bias=False,
+    sliding_window=None, use_sliding_window=False, max_window_layers=28, layer_types=None)
+QWEN_SETTINGS = LLAMA_SETTINGS | dict(num_key_value_heads=32, sliding_window=4096)
+GEMMA_SETTINGS = LLAMA_SETTINGS | dict(
+    num_key_value_heads=4, head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
+    tie_word_embeddings=True)
 SETTINGS = {
-    "gpt2": ("activation_function", "is_causal", "layer_norm_epsilon", "n_embd", "n_head", "n_inner", "n_layer",
-             "n_positions", "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "tie_word_embeddings",
-             "vocab_size"),
-    "llama": ("activation", "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "is_causal",
-              "layer_types", "max_position_embeddings", "max_window_layers", "mlp_bias", "num_attention_heads",
-              "num_hidden_layers", "num_key_value_heads", "partial_rotary_factor", "rms_norm_eps", "rope_parameters",
-              "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_sliding_window",
-              "vocab_size")}
-SETTINGS["mixtral"] = (*SETTINGS["llama"], "num_experts_per_tok", "num_local_experts")
+    "gpt2": GPT2_SETTINGS,
+    "gpt_neox": COMMON_SETTINGS | dict(
+        layer_norm_eps=1e-5, hidden_act="gelu", attention_bias=True, rotary_pct=0.25, rotary_emb_base=1e4,
+        use_parallel_residual=True),
+    "llama": LLAMA_SETTINGS,
+    "mistral": LLAMA_SETTINGS | dict(num_key_value_heads=8, sliding_window=4096),
+    "mixtral": LLAMA_SETTINGS | dict(num_key_value_heads=8, rope_theta=1e6, num_experts_per_tok=2,
+                                     num_local_experts=8),
+    "qwen2": QWEN_SETTINGS,
+    "qwen3": QWEN_SETTINGS | dict(head_dim=128),
+    "qwen3_moe": QWEN_SETTINGS | dict(
+        num_key_value_heads=4, intermediate_size=None, moe_intermediate_size=768, num_experts=128,
+        num_experts_per_tok=8, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=None),
+    "gemma": GEMMA_SETTINGS | dict(num_key_value_heads=16),
+    "gemma2": GEMMA_SETTINGS | dict(
+        sliding_window=4096, query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+    "gemma3_text": GEMMA_SETTINGS | dict(
+        sliding_window=4096, query_pre_attn_scalar=256, final_logit_softcapping=None, rope_theta=1e6,
+        rope_local_base_freq=1e4, sliding_window_pattern=6),
+    "phi": LAYER_NORM_SETTINGS | dict(hidden_act="gelu_new", partial_rotary_factor=0.5),
+    "phi3": LLAMA_SETTINGS | dict(original_max_position_embeddings=4096),
+    "olmo2": LLAMA_SETTINGS,
+    "smollm3": LLAMA_SETTINGS | dict(num_key_value_heads=4, tie_word_embeddings=True, rope_theta=2e6,
+                                     no_rope_layers=None, no_rope_layer_interval=4),
+    "stablelm": LAYER_NORM_SETTINGS | dict(
+        num_key_value_heads=32, hidden_act="silu", use_qkv_bias=False, use_parallel_residual=False,
+        partial_rotary_factor=0.25),
+    "granite": LLAMA_SETTINGS | dict(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0,
+                                     logits_scaling=1.0),
+}
 # Settings that no logit depends on, of: the file, tokens, training, outputs, other tasks, quantization, sampling.
 WITHOUT_EFFECT = re.compile(r"""
     _.* | architectures | auto_map | is_llama_config | license | model_type | name_or_path | transformers\.js_config
@@ -87,8 +135,8 @@ WITHOUT_EFFECT = re.compile(r"""
     | .*_token_ids? | tokenizer_class | prefix | n_ctx | seq_length | max_seq(uence)?_len(gth)? | model_max_length
     | .*dropout.* | .*_pdrop | gradient_checkpointing | initializer_range | neftune_noise_alpha | pretraining_tp
     | router_(aux_loss_coef|jitter_noise) | tf_legacy_loss
-    | .*attn_implementation | chunk_size_feed_forward | is_decoder | output_.* | reorder_and_upcast_attn | return_dict.*
-    | torchscript | use_bfloat16 | use_cache | use_flash_.*
+    | .*attn_implementation | cache_implementation | chunk_size_feed_forward | is_decoder | output_.*
+    | reorder_and_upcast_attn | return_dict.* | torchscript | use_bfloat16 | use_cache | use_flash_.*
     | finetuning_task | id2label | label2id | num_labels | predict_special_tokens | problem_type | summary_.*
     | task_specific_params
     | quantization(_config)?
@@ -97,7 +145,11 @@ WITHOUT_EFFECT = re.compile(r"""
     | num_return_sequences | remove_invalid_values | repetition_penalty | temperature | top_[kp] | typical_p
     """, re.X)
 ROPE = {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor",
-        "original_max_position_embeddings", "partial_rotary_factor"}
+        "original_max_position_embeddings", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow",
+        "mscale", "mscale_all_dim", "truncate"}
+GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+LETTERS = {"full_attention": "L", "sliding_attention": "S"}
 MOST_LAYERS = 1000
 
 
@@ -105,47 +157,142 @@ def model_config(raw: dict, where: str) -> GPTConfig:
     """The GPTConfig for the settings `raw` of a config.json, spelled as transformers 4 or 5 spells them. where: the
     file, for messages. UserError names a setting that GPT cannot follow."""
     family = raw.get("model_type")
-    if family not in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"):
-        raise UserError(f"{where}: architecture {family!r} is not one of gpt2, llama, mistral, qwen2, qwen3, mixtral")
-    known = SETTINGS.get(family, SETTINGS["llama"])
-    check_spelling(raw, where, known)
-    check_unknown(raw, known, WITHOUT_EFFECT, where)
-
-    def refuse(name: str, *allowed):
-        if raw.get(name, allowed[0]) not in allowed:
-            raise UserError(f"{where}: {name}={raw[name]!r} is not supported, only {' or '.join(map(repr, allowed))}")
-
+    if not isinstance(family, str) or family not in SETTINGS:
+        raise UserError(f"{where}: architecture {family!r} is not one of {', '.join(SETTINGS)}")
+    known = SETTINGS[family]
+    check_spelling(raw, where, tuple(known))
+    check_unknown(raw, tuple(known), WITHOUT_EFFECT, where)
+    raw = {**{name: value for name, value in known.items() if value is not ...}, **raw}
     try:
-        refuse("is_causal", True)
-        if family == "gpt2":
-            refuse("scale_attn_weights", True)
-            refuse("scale_attn_by_inverse_layer_idx", False)
-            refuse("activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu")
-            mlp = "gelu" if raw.get("activation_function") == "gelu" else "gelu_tanh"
-            return checked(
-                where, block_size=raw["n_positions"], vocab_size=raw["vocab_size"], n_layer=raw["n_layer"],
-                n_head=raw["n_head"], n_embd=raw["n_embd"], ffn_dim=raw.get("n_inner") or 0, pos="learned",
-                norm="layer", norm_eps=raw.get("layer_norm_epsilon", 1e-5), mlp=mlp, bias=True, qk_norm=False,
-                tie=raw.get("tie_word_embeddings", True))
-        refuse("activation", "swiglu")  # Falcon 3's; transformers reads hidden_act
-        refuse("hidden_act", "silu")
-        refuse("attention_bias", False)
-        refuse("mlp_bias", False)
-        refuse("partial_rotary_factor", 1, None)
-        n_layer = raw["num_hidden_layers"]
-        moe = dict(n_expert=raw["num_local_experts"], expert_top_k=raw["num_experts_per_tok"],
-                   expert_balance="none") if family == "mixtral" else {}
-        return checked(
-            where, block_size=raw["max_position_embeddings"], vocab_size=raw["vocab_size"], n_layer=n_layer,
-            n_head=raw["num_attention_heads"], n_embd=raw["hidden_size"], head_dim=raw.get("head_dim") or 0,
-            n_kv_head=raw.get("num_key_value_heads") or 0, ffn_dim=raw["intermediate_size"], mlp="swiglu",
-            norm_eps=raw["rms_norm_eps"], qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
-            tie=raw.get("tie_word_embeddings", False), **rope_settings(raw, where), **window_settings(raw, where),
-            **moe)
+        if raw["is_causal"] is not True:
+            raise UserError(f"{where}: is_causal={raw['is_causal']!r} is not supported, only True")
+        found = gpt2_settings(raw, where) if family == "gpt2" else {
+            **common_settings(raw, where), **rope_settings(raw, where), **window_settings(raw, where),
+            **OWN_SETTINGS[family](raw, where)}
+        return checked(where, **found)
     except KeyError as error:
         raise UserError(f"{where} lacks {error}: it is no config.json of {family}") from error
-    except (TypeError, ArithmeticError) as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where} has a setting of the wrong type ({error}): copy it again") from error
+
+
+def require(raw: dict, where: str, **allowed: tuple):
+    """UserError for a setting whose value is not one of those allowed."""
+    for name, values in allowed.items():
+        if raw[name] not in values:
+            raise UserError(f"{where}: {name}={raw[name]!r} is not supported, only {' or '.join(map(repr, values))}")
+
+
+def common_settings(raw: dict, where: str) -> dict:
+    """The settings that all families but GPT-2 have."""
+    return dict(
+        block_size=raw["max_position_embeddings"], vocab_size=raw["vocab_size"], n_layer=raw["num_hidden_layers"],
+        n_head=raw["num_attention_heads"], n_kv_head=raw["num_key_value_heads"] or 0, n_embd=raw["hidden_size"],
+        head_dim=raw.get("head_dim") or 0, ffn_dim=raw["intermediate_size"], qk_norm=False,
+        tie=raw["tie_word_embeddings"])
+
+
+def gpt2_settings(raw: dict, where: str) -> dict:
+    require(raw, where, scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+            activation_function=tuple(GELUS))
+    return dict(
+        block_size=raw["n_positions"], vocab_size=raw["vocab_size"], n_layer=raw["n_layer"], n_head=raw["n_head"],
+        n_embd=raw["n_embd"], ffn_dim=raw["n_inner"] or 0, pos="learned", norm="layer",
+        norm_eps=raw["layer_norm_epsilon"], mlp=GELUS[raw["activation_function"]], bias=True, qk_norm=False,
+        tie=raw["tie_word_embeddings"])
+
+
+def gpt_neox_settings(raw: dict, where: str) -> dict:
+    require(raw, where, hidden_act=tuple(GELUS), attention_bias=(True,))
+    return dict(norm="layer", norm_eps=raw["layer_norm_eps"], mlp=GELUS[raw["hidden_act"]], bias=True,
+                parallel=raw["use_parallel_residual"])
+
+
+def llama_settings(raw: dict, where: str) -> dict:
+    """Those of llama, mistral, qwen2, qwen3, phi3, and with further ones of other families."""
+    require(raw, where, hidden_act=("silu",), activation=("swiglu",))  # the second is Falcon 3's
+    return dict(mlp="swiglu", norm_eps=raw["rms_norm_eps"], **bias_settings(raw, where),
+                qk_norm=raw["model_type"].startswith("qwen3"))
+
+
+def bias_settings(raw: dict, where: str) -> dict:
+    """Biases of linear layers. Qwen2 has them in q, k and v; others, where attention_bias says so, also in the output
+    projection; with mlp_bias all linear layers have one."""
+    require(raw, where, attention_bias=(False, True), mlp_bias=(False, True) if raw["attention_bias"] else (False,))
+    if raw["mlp_bias"]:
+        return dict(bias=True)
+    return dict(qkv_bias=raw["attention_bias"] or raw["model_type"] == "qwen2", out_bias=raw["attention_bias"])
+
+
+def mixtral_settings(raw: dict, where: str) -> dict:
+    return dict(llama_settings(raw, where), **expert_settings(raw["num_local_experts"], raw, where))
+
+
+def qwen3_moe_settings(raw: dict, where: str) -> dict:
+    require(raw, where, norm_topk_prob=(True,), decoder_sparse_step=(1,), mlp_only_layers=(None, []))
+    return dict(llama_settings(raw, where), **expert_settings(raw["num_experts"], raw, where),
+                ffn_dim=raw["moe_intermediate_size"])
+
+
+def expert_settings(n_expert: int, raw: dict, where: str) -> dict:
+    """The gates of a token's experts sum to 1 there. GPT has another rule for a single expert."""
+    if raw["num_experts_per_tok"] == 1:
+        raise UserError(f"{where}: num_experts_per_tok=1 is not supported, only 2 or more")
+    return dict(n_expert=n_expert, expert_top_k=raw["num_experts_per_tok"], expert_balance="none")
+
+
+def gemma_settings(raw: dict, where: str) -> dict:
+    """Those of Gemma 1, 2 and 3. Gemma 1's files say "gelu" and mean its approximation by a tanh."""
+    require(raw, where, hidden_act=("gelu_pytorch_tanh", "gelu"), hidden_activation=("gelu_pytorch_tanh", None))
+    found = dict(mlp="geglu", norm_eps=raw["rms_norm_eps"], embed_scale=raw["hidden_size"] ** 0.5,
+                 **bias_settings(raw, where), qk_norm=raw["model_type"] == "gemma3_text")
+    if raw["model_type"] == "gemma":
+        return found
+    return dict(found, norm_place="both", softcap=raw["final_logit_softcapping"] or 0.0,
+                attn_softcap=raw.get("attn_logit_softcapping") or 0.0)
+
+
+def phi_settings(raw: dict, where: str) -> dict:
+    require(raw, where, hidden_act=tuple(GELUS), qk_layernorm=(False,))
+    return dict(norm="layer", norm_eps=raw["layer_norm_eps"], mlp=GELUS[raw["hidden_act"]], bias=True, parallel=True,
+                head_bias=True)
+
+
+def olmo2_settings(raw: dict, where: str) -> dict:
+    return dict(llama_settings(raw, where), norm_place="after", qk_norm=True, qk_norm_width=True)
+
+
+def smollm3_settings(raw: dict, where: str) -> dict:
+    return dict(llama_settings(raw, where), rope_pattern=rope_letters(raw, where))
+
+
+def rope_letters(raw: dict, where: str) -> str:
+    """rope_pattern for SmolLM3's no_rope_layers, in which 1 stands for a layer with rotary positions."""
+    n_layer, each = min(raw["num_hidden_layers"], MOST_LAYERS), raw["no_rope_layer_interval"]
+    flags = raw["no_rope_layers"] or [int((i + 1) % each != 0) for i in range(n_layer)]
+    if len(flags) < n_layer or set(flags) - {0, 1}:
+        raise UserError(f"{where}: no_rope_layers is not a list of 0 and 1, one for each layer")
+    return "".join("NR"[flag] for flag in flags[:n_layer]) if 0 in flags[:n_layer] else "R"
+
+
+def stablelm_settings(raw: dict, where: str) -> dict:
+    require(raw, where, hidden_act=("silu",), qk_layernorm=(False,))
+    return dict(norm="layer", norm_bias=True, norm_eps=raw["layer_norm_eps"], mlp="swiglu",
+                qkv_bias=raw["use_qkv_bias"], parallel=raw["use_parallel_residual"])
+
+
+def granite_settings(raw: dict, where: str) -> dict:
+    return dict(llama_settings(raw, where), embed_scale=raw["embedding_multiplier"],
+                residual_scale=raw["residual_multiplier"], logit_scale=1 / raw["logits_scaling"])
+
+
+OWN_SETTINGS = {"gpt_neox": gpt_neox_settings, "llama": llama_settings, "mistral": llama_settings,
+                "mixtral": mixtral_settings, "qwen2": llama_settings, "qwen3": llama_settings,
+                "qwen3_moe": qwen3_moe_settings, "gemma": gemma_settings, "gemma2": gemma_settings,
+                "gemma3_text": gemma_settings, "phi": phi_settings, "phi3": llama_settings, "olmo2": olmo2_settings,
+                "smollm3": smollm3_settings, "stablelm": stablelm_settings, "granite": granite_settings}
 
 
 def check_spelling(raw: Iterable[str], where: str, names: Sequence[str]):
@@ -191,41 +338,118 @@ def checked(where: str, **settings) -> GPTConfig:
     return config
 
 
+def head_width(raw: dict) -> int:
+    return raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+
+
 def rope_settings(raw: dict, where: str) -> dict:
-    """The rotary settings of GPTConfig for a config.json."""
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    """The settings of rotary positions and of the attention's scale for a config.json."""
+    family, found, rope = raw["model_type"], {}, raw["rope_parameters"] or {}
+    if family == "gemma3_text":  # one set of settings for each kind of layer
+        if rope.keys() - LETTERS.keys():
+            raise UserError(f"{where}: rope_parameters has {min(rope)!r} beside {' and '.join(LETTERS)}")
+        windowed, rope = rope.get("sliding_attention") or {}, rope.get("full_attention") or {}
+        if windowed.get("rope_type", "default") != "default":
+            raise UserError(f"{where}: rope scaling {windowed['rope_type']!r} of layers with a window is not supported")
+        if "S" in window_letters(raw, where):
+            found["window_theta"] = windowed.get("rope_theta", raw["rope_local_base_freq"])
+    rope = {**(raw["rope_scaling"] or {}), **rope}
     if unknown := rope.keys() - ROPE:
         raise UserError(f"{where}: rope setting {min(unknown)!r} is not supported")
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise UserError(f"{where}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported, only 1")
-    theta = 1e6 if raw["model_type"] == "mixtral" else 1e4
-    found = {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", theta))}
-    kind = rope.get("rope_type", rope.get("type")) if rope.keys() - {"rope_theta"} else "default"
+    found["rope_theta"] = rope.get("rope_theta", raw.get("rotary_emb_base", raw["rope_theta"]))
+    plain = not rope.keys() - {"rope_theta", "partial_rotary_factor"}
+    kind = "default" if plain else rope.get("rope_type", rope.get("type"))
+    original = rope.get("original_max_position_embeddings", raw["max_position_embeddings"])
+    boost = 1.0  # factor of turned queries and keys
+    if family == "phi3" and kind != "default":
+        raise UserError(f"{where}: rope scaling {kind!r} of Phi-3 is not supported, only 'default'")
     if kind == "llama3":
-        found |= {"rope_factor": rope["factor"], "rope_low_freq": rope["low_freq_factor"],
-                  "rope_high_freq": rope["high_freq_factor"], "rope_original": rope["original_max_position_embeddings"]}
-    elif kind == "linear":  # all wavelengths grow: none is short enough to stay as it is
-        found |= {"rope_factor": rope["factor"], "rope_low_freq": 1e9, "rope_high_freq": 2e9}
+        found |= dict(rope_factor=rope["factor"], rope_low_freq=rope["low_freq_factor"],
+                      rope_high_freq=rope["high_freq_factor"], rope_original=original)
+    elif kind == "linear":
+        found |= dict(rope_scaling="linear", rope_factor=rope["factor"])
+    elif kind == "yarn":
+        if rope.get("truncate", True) is not True:
+            raise UserError(f"{where}: truncate={rope['truncate']!r} of rope scaling yarn is not supported, only True")
+        factor = rope["factor"] or raw["max_position_embeddings"] / original
+        found |= dict(rope_scaling="yarn", rope_factor=factor, rope_low_freq=rope.get("beta_slow") or 1.0,
+                      rope_high_freq=rope.get("beta_fast") or 32.0, rope_original=original)
+        boost = yarn_boost(factor, rope)
+    elif kind == "dynamic":
+        print("rope scaling dynamic begins beyond max_position_embeddings, at which the context ends here: no effect")
     elif kind != "default":
-        raise UserError(f"{where}: rope scaling {kind!r} is not one of default, linear, llama3")
-    return found
+        raise UserError(f"{where}: rope scaling {kind!r} is not one of default, linear, dynamic, llama3, yarn")
+    found |= rotary_dim(raw, rope, where)
+    if boost != 1 and ("rotary_dim" in found or "window_theta" in found or raw.get("no_rope_layers")):
+        raise UserError(f"{where}: attention_factor={boost:g} of rope scaling yarn is not supported where not all "
+                        "numbers of all layers are turned")
+    return found | attention_scale(raw, boost)
+
+
+def yarn_boost(factor: float, rope: dict) -> float:
+    """The factor by which YaRN (Peng et al. 2023, equation 22) multiplies turned queries and keys."""
+    def grown(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return grown(rope["mscale"]) / grown(rope["mscale_all_dim"])
+    return grown(1)
+
+
+def rotary_dim(raw: dict, rope: dict, where: str) -> dict:
+    """How many numbers of a head are turned. Most families turn all of them."""
+    name = "rotary_pct" if raw["model_type"] == "gpt_neox" else "partial_rotary_factor"
+    share = rope.get("partial_rotary_factor", raw[name])
+    if raw["model_type"] not in ("gpt_neox", "phi", "phi3", "stablelm") and share not in (None, 1):
+        raise UserError(f"{where}: {name}={share!r} is not supported, only 1")
+    width, turned = head_width(raw), int(head_width(raw) * (1 if share is None else share))
+    if not 0 < turned <= width:
+        raise UserError(f"{where}: {name}={share!r} turns {turned} of a head's {width} numbers, which is not supported")
+    return {} if turned == width else {"rotary_dim": turned}
+
+
+def attention_scale(raw: dict, boost: float) -> dict:
+    """attn_scale, the factor of the scores, with boost^2, since boost multiplies queries and keys."""
+    scale, usual = head_width(raw) ** -0.5, head_width(raw) ** -0.5
+    if raw["model_type"] == "granite":
+        scale = raw["attention_multiplier"]
+    if raw["model_type"] in ("gemma2", "gemma3_text"):
+        scale = raw["query_pre_attn_scalar"] ** -0.5
+    return {} if scale * boost**2 == usual else {"attn_scale": scale * boost**2}
+
+
+def window_letters(raw: dict, where: str) -> str:
+    """One letter a layer, S or L, for a config.json; "" for a family or a model without windows."""
+    family, window = raw["model_type"], raw.get("sliding_window")
+    n_layer, kinds = min(raw["num_hidden_layers"], MOST_LAYERS), raw.get("layer_types")
+    if family in ("qwen2", "qwen3", "qwen3_moe", "smollm3") and not raw["use_sliding_window"]:
+        return ""
+    if family in ("llama", "gemma", "olmo2", "granite", "gpt_neox", "phi", "stablelm") or (
+            window is None and family not in GEMMAS):
+        return ""
+    if not kinds:
+        first = raw["max_window_layers"] if family in ("qwen2", "qwen3") else 0
+        letters = ["L" if i < first else "S" for i in range(n_layer)]
+        if family == "gemma2":
+            letters = ["LS"[(i + 1) % 2] for i in range(n_layer)]
+        if family == "gemma3_text":
+            letters = ["S" if (i + 1) % raw["sliding_window_pattern"] else "L" for i in range(n_layer)]
+        if family == "smollm3":
+            letters = ["S" if letter == "N" else "L" for letter in (rope_letters(raw, where) * n_layer)[:n_layer]]
+        return "".join(letters)
+    if len(kinds) != n_layer or set(kinds) - LETTERS.keys():
+        raise UserError(f"{where}: layer_types is not a list of {' and '.join(LETTERS)}, one for each layer")
+    return "".join(LETTERS[kind] for kind in kinds)
 
 
 def window_settings(raw: dict, where: str) -> dict:
     """sliding_window and window_pattern for a config.json; {} if no layer has a window."""
-    family = raw["model_type"]
-    window, qwen = raw.get("sliding_window", None if family == "mixtral" else 4096), family.startswith("qwen")
-    if family == "llama" or window is None or qwen and not raw.get("use_sliding_window"):
+    letters = window_letters(raw, where)
+    if "S" not in letters:
         return {}
-    letters = {"full_attention": "L", "sliding_attention": "S"}
-    n_layer, first = min(raw["num_hidden_layers"], MOST_LAYERS), raw.get("max_window_layers", 28) if qwen else 0
-    kinds = raw.get("layer_types") or [[*letters][i >= first] for i in range(n_layer)]
-    if len(kinds) != n_layer or set(kinds) - letters.keys():
-        raise UserError(f"{where}: layer_types is not a list of {' and '.join(letters)}, one for each layer")
-    pattern = "".join(letters[kind] for kind in kinds)
-    if "S" not in pattern:
-        return {}
-    return {"sliding_window": window, "window_pattern": pattern if "L" in pattern else "S"}
+    return {"sliding_window": raw["sliding_window"], "window_pattern": letters if "L" in letters else "S"}
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
@@ -234,8 +458,9 @@ def window_settings(raw: dict, where: str) -> dict:
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ffn_dim", "norm_eps", "tie")
 ROPE_SETTINGS = ("rope_theta", "rope_factor", "rope_low_freq", "rope_high_freq", "rope_original")
 # A setting on the left has no effect while the one on the right has its default value.
-PART_OF = {"window_pattern": "sliding_window", "diff_attn_version": "diff_attn", "expert_top_k": "n_expert",
-           "expert_balance": "n_expert", "mod_capacity": "mod", "mod_every": "mod"}
+PART_OF = {"rope_scaling": "rope_factor", "window_pattern": "sliding_window", "window_theta": "sliding_window",
+           "diff_attn_version": "diff_attn", "expert_top_k": "n_expert", "expert_balance": "n_expert",
+           "mod_capacity": "mod", "mod_every": "mod"}
 
 
 def check_export(config: GPTConfig, family: str, limited: dict[str, tuple], free: Sequence[str]):
@@ -299,17 +524,18 @@ class Folder:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
         self.names = set(self.files)
+        names = NAMES.get(self.raw.get("model_type"), LLAMA) if isinstance(self.raw.get("model_type"), str) else LLAMA
+        self.prefix = names["embed"].partition(".")[0] + "."  # which some files leave out
 
     def file_of(self, name: str) -> str:
-        if name not in self.files and name.startswith("transformer."):  # some of GPT-2's files leave it out
-            name = name.removeprefix("transformer.")
-        if name not in self.files:
-            raise UserError(f"{self.folder} holds no tensor {name}: the files do not fit config.json; copy them again")
-        return self.files[name]
+        for found in (name, name.removeprefix(self.prefix)):
+            if found in self.files:
+                return self.files[found]
+        raise UserError(f"{self.folder} holds no tensor {name}: the files do not fit config.json; copy them again")
 
     def place(self, module: str, part: str) -> str:
         """The file and the name of a tensor, part (weight, bias) of a module, for messages."""
-        for name in (f"{module}.{part}", f"{module}.{part}".removeprefix("transformer."), f"{module}.qweight"):
+        for name in (f"{module}.{part}", f"{module}.{part}".removeprefix(self.prefix), f"{module}.qweight"):
             if name in self.files:
                 return f"{self.files[name]}: {name}"
         return f"{self.folder}: {module}.{part}"
@@ -317,7 +543,7 @@ class Folder:
     def __getitem__(self, name: str) -> mx.array:
         """The tensor of this name, read from its file. The folder keeps no copy of it."""
         path = self.file_of(name)
-        name = name if name in self.files else name.removeprefix("transformer.")
+        name = name if name in self.files else name.removeprefix(self.prefix)
         self.used.add(name)
         try:
             if name not in self.open.get(path, {}):
@@ -357,9 +583,9 @@ def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
     """The weight (out, in), and the bias (out,) if there is one, of a module, by its name in the folder. GPT-2's
     matrices are stored transposed."""
     found = {"weight": source[f"{name}.weight"]}
-    if name.startswith("transformer.h."):
+    if name.startswith(GPT2["blocks."]):
         found["weight"] = found["weight"].T
-    if f"{name}.bias" in source.names or f"{name.removeprefix('transformer.')}.bias" in source.names:
+    if f"{name}.bias" in source.names or f"{name.removeprefix(source.prefix)}.bias" in source.names:
         found["bias"] = source[f"{name}.bias"]
     return found
 
@@ -405,53 +631,84 @@ def packed_linear(words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, bits
     return {"weight": weight, "scales": scales.astype(dtype), "biases": biases.astype(dtype)}
 
 
+def names_of(family: str, config: GPTConfig) -> dict[str, str]:
+    """The names of a family's modules, by ours. A StableLM that is parallel has one norm for attention and MLP."""
+    one_norm = {"mlp_norm": "input_layernorm"} if family == "stablelm" and config.parallel else {}
+    return NAMES[family] | one_norm
+
+
 def read_model(config: GPTConfig, source: Folder,
                linear: Callable[[Folder, str], dict[str, mx.array]] = dense_linear) -> Iterator:
     """All arrays of a GPT, one at a time: the name in the checkpoint, the array, and the file and the name it was read
     from. linear(source, name in the folder) reads a linear layer: its weight, and its bias if there is one; of a
     quantized layer also scales, biases and `order` (see quantized.py)."""
-    column = GPT2 if source.raw.get("model_type") == "gpt2" else LLAMA
+    family = source.raw.get("model_type")
+    names = names_of(family, config)
     for path, module in skeleton(config).items():
-        theirs = their_name(path, column)
-        layer = path.rpartition(".attn.")[0] or path.rpartition(".mlp.")[0]
-        if column == GPT2 and path.endswith("attn.q"):
-            theirs = f"{PREFIX[GPT2]}{layer.removeprefix('blocks.')}.attn.c_attn"
+        theirs, (layer, _, inner) = their_name(path, names), path.removeprefix("blocks.").partition(".")
+        fused = next((name for name in FUSED if name in names and inner in FUSED[name]), None)
+        if fused and inner != FUSED[fused][0]:
+            continue  # it came with the first one
+        if fused:
+            theirs = their_name(f"blocks.{layer}.{fused}", names)
             for part, array in linear(source, theirs).items():
-                if array.shape[0] != 3 * config.n_embd:
-                    raise UserError(f"{source.place(theirs, part)} has shape {array.shape}, which is not three times "
-                                    f"{config.n_embd}, as config.json says: they do not fit")
-                for letter, piece in zip("qkv", mx.split(array, 3), strict=True):
-                    yield f"{layer}.attn.{letter}.{part}", mx.contiguous(piece), source.place(theirs, part)
-        elif column == GPT2 and path.endswith((".attn.k", ".attn.v")):
-            continue  # these came with q
-        elif theirs is not None and path.partition(".mlp.")[2] in ("gate", "up", "down") and config.n_expert:
-            name, number = f"mlp.{path.partition('.mlp.')[2]}", layer.removeprefix("blocks.")
-            names = [f"{PREFIX[LLAMA]}{number}.block_sparse_moe.experts.{expert}.{EXPERTS[name]}"
-                     for expert in range(config.n_expert)]
-            experts = [linear(source, name) for name in names]
+                pieces = split(config, family, fused, array, source.place(theirs, part)) if part != "order" else [
+                    array] * len(FUSED[fused])
+                for name, piece in zip(FUSED[fused], pieces, strict=True):
+                    if part != "bias" or "bias" in module or array.any().item():
+                        yield f"blocks.{layer}.{name}.{part}", mx.contiguous(piece), source.place(theirs, part)
+        elif theirs and "{}" in theirs:
+            each = [theirs.format(expert) for expert in range(config.n_expert)]
+            experts = [linear(source, name) for name in each]
             shapes = [{part: array.shape for part, array in found.items()} for found in experts]
-            for name, shape in zip(names, shapes, strict=True):
+            for name, shape in zip(each, shapes, strict=True):
                 if shape != shapes[0]:
                     raise UserError(f"{source.place(name, 'weight')} has shape {shape}, but expert 0 {shapes[0]}: they "
                                     "do not fit")
             for part in shapes[0]:
-                yield f"{path}.{part}", mx.stack([found.pop(part) for found in experts]), source.place(names[0], part)
+                yield f"{path}.{part}", mx.stack([found.pop(part) for found in experts]), source.place(each[0], part)
         elif isinstance(module, nn.Linear):
             for part, array in linear(source, theirs).items():
                 if part != "bias" or "bias" in module or array.any().item():  # some quantizers write biases of zeros
                     yield f"{path}.{part}", array, source.place(theirs, part)
         else:
             for part in module.parameters():
-                yield f"{path}.{part}", source[f"{theirs}.{part}"], source.place(theirs, part)
-    more = [name for name in sorted(source.names - source.used) if not re.search(IGNORED, name)
-            and not (config.tie and name == "lm_head.weight")]
+                array = source[f"{theirs}.{part}"]
+                if family in GEMMAS and "norm" in path:
+                    array = array.astype(mx.float32) + 1  # the files hold what is added to 1
+                yield f"{path}.{part}", array, source.place(theirs, part)
+    if config.tie:
+        check_tied(source, names)
+    more = [name for name in sorted(source.names - source.used) if not re.search(IGNORED, name)]
     if more:
         raise UserError(f"{source.file_of(more[0])} holds {more[0]}, and {len(more) - 1} more, which have no "
                         "place in the architecture of config.json: copy the files again")
 
 
+def split(config: GPTConfig, family: str, fused: str, array: mx.array, place: str) -> list[mx.array]:
+    """The rows of q, k and v, or of gate and up, in a matrix that holds all of them, or in its bias or scales. GPT-NeoX
+    has q, k and v of the first head, then those of the second one, and so on."""
+    D = config.head_dim
+    sizes = [config.ffn_dim] * 2 if fused == "mlp.gate_up" else [D * config.n_head, *[D * config.n_kv_head] * 2]
+    if array.shape[0] != sum(sizes):
+        raise UserError(f"{place} has shape {array.shape}, but by config.json it has {' + '.join(map(str, sizes))} "
+                        "rows: they do not fit")
+    if family == "gpt_neox":
+        heads = array.reshape(config.n_head, 3, D, *array.shape[1:])
+        return [heads[:, i].reshape(-1, *array.shape[1:]) for i in range(3)]
+    return mx.split(array, np.cumsum(sizes)[:-1].tolist())
+
+
+def check_tied(source: Folder, names: dict[str, str]):
+    """UserError if the unembedding of a tied model is in the files and differs from the embedding."""
+    head = f"{names['head']}.weight"
+    if head in source.names and not mx.array_equal(source[head], source[f"{names['embed']}.weight"]):
+        raise UserError(f"{source.file_of(head)}: {head} differs from {names['embed']}.weight, though config.json has "
+                        "tie_word_embeddings=true: set it to false to use both, or remove the first from the file")
+
+
 # Constants that some versions of transformers wrote: causal masks, and the frequencies of rotary positions.
-IGNORED = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$"
+IGNORED = r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$"
 
 
 def skeleton(config: GPTConfig) -> dict[str, nn.Module]:

@@ -182,7 +182,7 @@ GPT2 = dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False)
 
 @pytest.mark.parametrize("settings, says", [
     (dict(mlp="relu2"), "mlp='relu2'"), (dict(alibi=True), "alibi=True"), (dict(yoco=True), "yoco=True"),
-    (dict(norm="layer"), "norm='layer'"), (dict(qkv_bias=True), "what Qwen3 and Qwen2 have"),
+    (dict(norm="layer"), "norm='layer'"), (dict(qkv_bias=True), "qkv_bias=True"),
     (dict(pos="learned"), "norm='rms' has no counterpart in GPT-2"), (dict(n_shared_expert=1, n_expert=4), "n_shared"),
     (dict(qk_norm=False, sliding_window=8, window_pattern="SL"), "window_pattern='SL' has no counterpart in Llama"),
     (dict(qk_norm=False, n_expert=4, expert_top_k=1), "expert_top_k=1"),
@@ -279,7 +279,7 @@ def test_gpt2s_tokenizer_is_run_as_our_own():
             ids = theirs.encode(text).ids
             assert found.encode(text).tolist() == ids and found.decode(ids) == text
     again = Tokenizer.from_dict(json.loads(json.dumps(found.to_dict())))
-    assert (again.eot, again.bos) == (0, 0) and again.encode("a b").tolist() == found.encode("a b").tolist()
+    assert (again.eot, again.bos) == (0, None) and again.encode("a b").tolist() == found.encode("a b").tolist()
 
 
 def test_merges_that_are_no_ranks():
@@ -303,10 +303,10 @@ def test_other_tokenizers_are_run_by_their_package():
     theirs = package.SentencePieceBPETokenizer()
     theirs.train_from_iterator(["the cat sat on the mat"] * 3, vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"])
     found = from_tokenizer_json(theirs.to_str())
-    assert found.kind == "hf" and (found.bos, found.eot) == (1, 2)
+    assert found.kind == "hf" and (found.bos, found.eot) == (None, 2)  # the file puts no token before a text
     ids = theirs.encode("the cat", add_special_tokens=False).ids
     again = Tokenizer.from_dict(json.loads(json.dumps(found.to_dict())))
-    assert again.encode("the cat").tolist() == ids and (again.bos, again.eot) == (1, 2)
+    assert again.encode("the cat").tolist() == ids and (again.bos, again.eot) == (None, 2)
     assert again.decode(ids).strip() == "the cat"
 
 
@@ -361,7 +361,9 @@ def refused(folder, says):
 
 @pytest.mark.parametrize("name, value, says", [
     ("model_type", "rwkv", "architecture 'rwkv'"), ("hidden_act", "gelu", "hidden_act='gelu'"),
-    ("attention_bias", True, "attention_bias"), ("rope_parameters", {"rope_type": "yarn"}, "'yarn'"),
+    ("attention_bias", True, "attn.k.bias is missing"), ("rope_parameters", {"rope_type": "yarn"}, "lacks 'factor'"),
+    ("rope_parameters", {"rope_type": "longrope"}, "'longrope'"), ("attention_bias", 2, "attention_bias=2"),
+    ("mlp_bias", True, "mlp_bias=True"),
     ("vocab_size", 41, "model.safetensors: model.embed_tokens.weight has shape (40, 16), but by the settings it is"),
     ("num_hidden_layers", 3, "holds no tensor model.layers.2"), ("hidden_size", "16", "n_embd='16'"),
     ("num_attention_heads", 3, "not divisible"), ("quantization_config", {"quant_method": "awq"}, "awq_reader.py"),
@@ -484,14 +486,18 @@ def test_bad_folders(tmp_path):
 
 
 def test_more_than_the_config_says(tmp_path):
-    """Tensors that the architecture does not have are refused, but for constants, biases of zeros, and a tied head."""
+    """Tensors that the architecture does not have are refused, but for constants, biases of zeros, and the unembedding
+    of a tied model, which must equal the embedding."""
     shutil.copytree(FOLDERS / "qwen3", tmp_path / "bad")
     arrays = mx.load(str(FOLDERS / "qwen3" / "model.safetensors"))
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(4), "lm_head.weight": mx.ones((40, 16)),
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(4), "lm_head.weight": arrays["model.embed_tokens.weight"],
             "model.layers.1.self_attn.q_proj.bias": mx.zeros(32)}
     mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays | more)
     read(tmp_path / "bad", tmp_path / "model.safetensors")
     assert near(load_checkpoint(str(tmp_path / "model.safetensors"))[0], np.load(FOLDERS / "qwen3" / "logits.npy"))
+    other = {"lm_head.weight": mx.contiguous(arrays["model.embed_tokens.weight"][::-1])}
+    mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays | other)
+    refused(tmp_path / "bad", "lm_head.weight differs from model.embed_tokens.weight, though config.json has tie_word")
     mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays | {"model.layers.2.mlp.x": mx.ones(4)})
     refused(tmp_path / "bad", "holds model.layers.2.mlp.x, and 0 more")
     more["model.layers.1.self_attn.q_proj.bias"] = mx.ones(32)
