@@ -7,7 +7,7 @@
 "Packed" means that the integers q lie side by side, bit by bit, in words of 32 bits; to unpack is to compute w. MLX's
 product with a packed weight unpacks it again for every few rows of the input, which suits decoding. For many rows it
 is faster to unpack the weight once and to multiply as usual: 70 times on a CPU, 5 times on CUDA. On Metal, MLX's
-product is used for any number of rows.
+product is used for any number of rows. On a Linux CPU, matvec.py has a faster product for few rows.
 """
 import re
 import sys
@@ -19,6 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from config import UserError
+
+try:
+    import matvec  # faster products on a CPU
+except ImportError:
+    matvec = None
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 mlx_quantized_linear = nn.QuantizedLinear.__call__
@@ -39,18 +44,30 @@ def quantized_linear(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.ar
     """
     if "order" in layer:
         x = x[..., layer.order]
-    if few_rows(x):
+    if few_rows(x) and mx.default_device() != mx.cpu:
         return mlx_quantized_linear(layer, x).astype(x.dtype)
 
     @mx.custom_function
     def product(x):
-        return x @ unpacked(layer, x).T
+        y = cpu_product(layer, x)
+        return x @ unpacked(layer, x).T if y is None else y
 
     @product.vjp
     def product_backward(x, cotangent, _):
         return cotangent @ unpacked(layer, cotangent)
 
     return product(x) + layer.bias.astype(x.dtype) if "bias" in layer else product(x)
+
+
+def cpu_product(layer: nn.Module, x: mx.array) -> mx.array | None:
+    """x (..., in) times the packed weight of a layer -> (..., out); None where it is faster to unpack the weight."""
+    format = layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits
+    y = None
+    if matvec and mx.default_device() == mx.cpu and x.size <= matvec.ROWS * x.shape[-1]:
+        y = matvec.product(x, *format)
+    if y is None and few_rows(x):
+        y = mx.quantized_matmul(x, *format[:3], True, *format[3:]).astype(x.dtype)
+    return y
 
 
 def unpacked(layer: nn.Module, x: mx.array) -> mx.array:
