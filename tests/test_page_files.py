@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from model import GPT, GPTConfig, load_arrays, load_checkpoint, save_arrays, save_checkpoint
-from tokenizer import EOT, GPT2_PATTERN, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer
+from tokenizer import DIGITS_ALONE, EOT, GPT2_PATTERN, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,8 @@ def test_bad_tokenizers(page):
            ({**good, "special": None}, "damaged"), ({**good, "special": {EOT: "1"}}, "damaged"),
            ({**good, "special": {EOT: 2**40}}, "damaged"), ({**good, "eot": -1}, "damaged"),
            ({**good, "pattern": 5}, "damaged"), ({**good, "special": {}}, "names no token"),
-           ({**good, "kind": "bpe", "tokens": good["tokens"][:97], "pattern": "."}, "256 bytes")]
+           ({**good, "added": {"<think>": "x"}}, "damaged"), ({**good, "added": 5}, "damaged"),
+           ({**good, "normalizer": "NFKC"}, "damaged"), ({**good, "source": 5}, "damaged")]
     told = js(page, REFUSED, [dict_ for dict_, _ in bad], "a")
     assert [part for _, part in bad if part in told.pop(0)] == [part for _, part in bad]
 
@@ -304,10 +305,125 @@ def test_char_names_what_it_lacks(page):
     assert all(name in told for name in (r"'\t'", "'з'", "'🙂'")) and "'a'" not in told and told.count("з") == 1
 
 
-def test_hf_decodes_and_says_why_it_does_not_encode(page):
-    enc = Tokenizer("hf", [b"", b" the", b"\xe2\x82"], {"</s>": 3}, "", 3, 3, "{}")
+# ---- tokenizer.js: the text of a tokenizer.json -----------------------------------------------------------------------
+
+LLAMA3 = {"type": "Split", "pattern": {"Regex": PATTERNS["llama3"]}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+TO_BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, TO_BLANKS]}
+
+
+def sequence(*steps) -> dict:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def metaspace(scheme: str, split: bool) -> dict:
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+
+
+SOURCES = {  # normalizer, pre_tokenizer, of byte-level tokenizers, and of SentencePiece's
+    "gpt2": (None, BYTES | {"use_regex": True}),
+    "llama3": (None, sequence(LLAMA3, BYTES)),
+    "smollm": (None, sequence({"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True})),
+    "digits together": (None, sequence({"type": "Digits", "individual_digits": False}, BYTES | {"use_regex": True})),
+    "nfc": ({"type": "NFC"}, sequence(LLAMA3 | {"pattern": {"Regex": PATTERNS["qwen2"]}}, BYTES)),
+    "prefix": (None, BYTES | {"add_prefix_space": True, "use_regex": True}),
+    "lines": (None, sequence(LLAMA3 | {"pattern": {"Regex": "[\r\n]"}}, LLAMA3 | {"pattern": {"Regex": r"\s?\p{L}+"}},
+                             LLAMA3 | {"pattern": {"String": "e"}, "behavior": "MergedWithPrevious"}, BYTES)),
+    "removed": (None, sequence(LLAMA3 | {"behavior": "Removed", "pattern": {"Regex": r"\p{L}+|\p{N}"},
+                                         "invert": True}, BYTES)),
+    "llama2": (PREPEND, None),
+    "gemma": (TO_BLANKS, LLAMA3 | {"pattern": {"String": " "}, "behavior": "MergedWithPrevious"}),
+    "always": (None, metaspace("always", True)), "first": (None, metaspace("first", False)),
+    "never": ({"type": "NFC"}, metaspace("never", True)),
+}
+
+
+def source_of(name: str, **model) -> str:
+    """A tokenizer.json of these steps, trained on difficult texts, whose merges do not go by ids, with added tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    normalizer, pre = SOURCES[name]
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": normalizer,
+             "pre_tokenizer": pre, "post_processor": None, "decoder": None,
+             "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    trained = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    bytes_too = "ByteLevel" in json.dumps(pre)
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet() if bytes_too else []
+    texts = [text for text in (TEXTS + RANDOM) * 3 if not any("\ud800" <= c <= "\udfff" for c in text)]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=800, initial_alphabet=letters, limit_alphabet=300,
+                                             show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+    found = json.loads(trained.to_str())
+    pieces = [*found["model"]["vocab"]]
+    if not bytes_too:
+        pieces += [f"<0x{byte:02X}>" for byte in range(256)] + ["<unk>"]
+        found["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+    random.Random(0).shuffle(pieces)
+    found["model"] |= {"vocab": {piece: i for i, piece in enumerate(pieces)}} | model
+    names = {"<think>": (False, False), "<think>x": (False, False), "the": (False, True), " \n": (False, False),
+             "<|im_end|>": (True, False), "<|im": (False, False)}
+    fresh = [text for text in names if text not in pieces]  # one that is a piece keeps its id
+    ids = {text: pieces.index(text) if text in pieces else len(pieces) + fresh.index(text) for text in names}
+    found["added_tokens"] = [{"id": ids[text], "content": text, "single_word": False, "lstrip": False,
+                              "rstrip": False, "normalized": normalized, "special": special}
+                             for text, (special, normalized) in names.items()]
+    return json.dumps(found)
+
+
+def of_source(source: str) -> Tokenizer:
+    added = json.loads(source)["added_tokens"]
+    named = [{token["content"]: token["id"] for token in added if token["special"] == special}
+             for special in (True, False)]
+    return Tokenizer("hf", [], named[0], "", None, named[0]["<|im_end|>"], source, named[1])
+
+
+NAMED = ["<think>", "a<think>x <think> the\n", "<|im_end|>a<|im_en", "x the \n <|im <|im_end|>", "<<think>> the the"]
+
+
+@pytest.mark.parametrize("name, model", [*((name, {}) for name in SOURCES), ("llama3", {"ignore_merges": True}),
+                                         ("llama2", {"byte_fallback": False}), ("gemma", {"unk_token": None})])
+def test_hf_encodes_as_the_tokenizers_package(page, name, model):
+    enc = of_source(source_of(name, **model))
+    assert_encodes_alike(page, enc, TEXTS + RANDOM + NAMED)
+    ids = [i for text in TEXTS + NAMED for i in enc.encode(text).tolist()]
+    assert len(set(ids)) > 100 and set(enc.added.values()) & set(ids) and not set(enc.special.values()) & set(ids)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(normalizer={"type": "NFKC"}), "the normalizer NFKC"),
+    (dict(normalizer=TO_BLANKS | {"pattern": {"Regex": "a+"}}), "a regex in its normalizer"),
+    (dict(pre_tokenizer={"type": "BertPreTokenizer"}), "the pre-tokenizer BertPreTokenizer"),
+    (dict(pre_tokenizer=LLAMA3 | {"behavior": "MergedWithNext"}), "MergedWithNext"),
+    (dict(model={"type": "Unigram", "vocab": []}), "the model Unigram"),
+    (dict(model={"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "</w>"}), "end_of_word_suffix"),
+    (dict(added_tokens=[{"id": 3, "content": "<x>", "special": False, "rstrip": True}]), "<x>"),
+], ids=str)
+def test_hf_refuses_other_steps_by_name(page, change, says):
+    whole = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "model": {"vocab": {"a": 0}, "merges": []}}
+    enc = Tokenizer("hf", [b"a"], {EOT: 1}, source=json.dumps(whole))
+    assert js(page, ENCODE, enc.to_dict(), ["a"]) == [[0]]
+    told, = js(page, REFUSED, [Tokenizer("hf", [b"a"], {EOT: 1}, source=json.dumps(whole | change)).to_dict()], "a")
+    assert says in told and "use sample.py" in told
+
+
+def test_added_tokens_of_bpe(page):
+    """The longest name at the leftmost place is a token, and bytes that are no token are left out, as in tokenizer.py;
+    blanks before digits; NFC."""
+    tokens = of_pattern(PATTERNS["qwen2"]).tokens
+    tokens[0x80] = tokens[ord("z")] = b""
+    added = {"<think>": 1002, "<think>x": 1003, "<|im": 1004, "  ": 1005, "é": 1006}
+    texts = TEXTS + RANDOM + NAMED + ["ez zoo fizz", "e\u0301 é", "\u0080"]
+    for pattern in (PATTERNS["qwen2"], DIGITS_ALONE):
+        for normalizer in ("", "NFC"):
+            enc = Tokenizer("bpe", tokens, {EOT: 1000, "<|im_end|>": 1001}, pattern, None, 1001, "", added, normalizer)
+            assert_encodes_alike(page, enc, texts)
+            assert js(page, DECODE, enc.to_dict(), [[1002, 65]])["bos"] is None
+
+
+def test_hf_decodes(page):
+    enc = Tokenizer("hf", [b"", b" the", b"\xe2\x82"], {"</s>": 3}, "", 3, 3, "{")
     told, = js(page, REFUSED, [enc.to_dict()], "a")
-    assert "sample.py" in told
+    assert "damaged" in told
     function = """async (dict) => new (await import("/tokenizer.js")).Tokenizer(dict).decode([1, 2, 3])"""
     assert js(page, function, enc.to_dict()) == enc.decode([1, 2, 3])
 

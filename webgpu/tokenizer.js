@@ -8,8 +8,8 @@ const EOT = "<|endoftext|>";
 const NOTHING = new Uint8Array();
 
 export class Tokenizer {
-  /** dict: {kind: byte | char | bpe | hf, tokens: [base64], special: {text: id}, added?: {text: id}, pattern, bos?, eot?,
-   *  source?: the text of a tokenizer.json} */
+  /** dict: {kind: byte | char | bpe | hf, tokens: [base64], special: {text: id}, added?: {text: id}, pattern, normalizer?,
+   *  bos?, eot?, source?: the text of a tokenizer.json} */
   constructor(dict) {
     check(dict);
     const tokens = dict.tokens.map(fromBase64), named = Object.entries({ ...dict.special, ...dict.added });
@@ -20,7 +20,9 @@ export class Tokenizer {
     this.start = this.bos === null ? [] : [this.bos];
     this.pieces = new Array(this.n_vocab).fill(NOTHING); // the bytes of each token
     tokens.forEach((token, id) => token && (this.pieces[id] = Uint8Array.from(token, byteOf)));
-    for (const [text, id] of named) this.pieces[id] = new TextEncoder().encode(text);
+    for (const [text, id] of named) {
+      if (!this.pieces[id].length || Object.hasOwn(dict.special, text)) this.pieces[id] = new TextEncoder().encode(text);
+    }
     const encoder = { byte: byteEncoder, char: charEncoder, bpe: bpeEncoder, hf: hfEncoder }[dict.kind](tokens, dict);
     /** Token ids of a text, a Uint32Array. The text of a special token is encoded like any other text; that of an added
      *  token, which is not special, is that token. */
@@ -60,7 +62,7 @@ export function charTokenizer(text) {
 /** UserError if a dict is not one that this page can use. */
 function check(dict) {
   if (!dict) throw new UserError("This checkpoint holds no tokenizer: it cannot read or write text.");
-  const { kind, tokens, special, added = {}, pattern, bos, eot, source = "" } = dict;
+  const { kind, tokens, special, added = {}, pattern, normalizer = "", bos, eot, source = "" } = dict;
   if (!["byte", "char", "bpe", "hf"].includes(kind)) {
     throw new UserError(`This checkpoint's tokenizer is of the unknown kind ${JSON.stringify(kind)}: ` +
       "it must be byte, char, bpe or hf.");
@@ -70,7 +72,7 @@ function check(dict) {
     tokens.every((token) => typeof token === "string") &&
     [special, added].every((named) => named && typeof named === "object" && Object.values(named).every(isId)) &&
     [bos, eot].every((id) => (id ?? null) === null || isId(id)) &&
-    [pattern ?? "", source].every((text) => typeof text === "string");
+    [pattern ?? "", source].every((text) => typeof text === "string") && ["", "NFC"].includes(normalizer);
   if (!whole) throw new UserError("This checkpoint's tokenizer is damaged: copy the file again.");
   if (!isId(eot ?? special[EOT])) {
     throw new UserError("This checkpoint's tokenizer names no token that ends a document: make the file again.");
@@ -153,7 +155,7 @@ function charEncoder(tokens) {
 
 // ---- bpe ------------------------------------------------------------------------------------------------------------
 
-function bpeEncoder(tokens, { pattern }) {
+function bpeEncoder(tokens, { pattern, normalizer }) {
   const ranks = new Map();
   let longest = 0, regex;
   tokens.forEach((token, id) => {
@@ -162,35 +164,40 @@ function bpeEncoder(tokens, { pattern }) {
   });
   return (text) => {
     regex ??= wordRegex(pattern ?? ""); // made only now: without it, the page can still decode
-    const well = text.toWellFormed(), seen = withoutFalsePairs(well), ids = [];
+    let well = text.toWellFormed();
+    const whole = well === text, ids = [];
+    if (normalizer) well = well.normalize(normalizer);
     const known = new Map(); // most words of a text repeat; the Map is dropped after it, as its keys keep the text in memory
-    try {
-      checkBlanks(well, well === text ? 999_999 : 50_000);
-      for (const { 0: { length }, index } of seen.matchAll(regex)) { // text that it does not match is left out, as in tiktoken
+    return unlessTooLong(() => {
+      checkBlanks(well, whole ? 999_999 : 50_000);
+      for (const { 0: { length }, index } of withoutFalsePairs(well).matchAll(regex)) { // text that it does not match is left out, as in tiktoken
         const word = well.slice(index, index + length);
         let found = known.get(word);
         if (!found) known.set(word, found = encodeWord(binary(word), ranks, longest));
         for (const id of found) ids.push(id);
       }
-    } catch (error) {
-      if (!(error instanceof RangeError || error.name === "InternalError")) throw error;
-      // The stack of the browser's regex engine has overflowed, which Firefox calls an InternalError.
-      throw new UserError("The text has a word, or a run of blanks, of millions of characters: break it up.");
-    }
-    return Uint32Array.from(ids);
+      return Uint32Array.from(ids);
+    });
   };
+}
+
+/** The result of work(). UserError where it has a regex that overflows the stack of the browser's engine. */
+function unlessTooLong(work) {
+  try {
+    return work();
+  } catch (error) {
+    if (!(error instanceof RangeError || error.name === "InternalError")) throw error;  // the second is Firefox's
+    throw new UserError("The text has a word, or a run of blanks, of millions of characters: break it up.");
+  }
 }
 
 /** The ids of a word, a binary string. The rank of two neighbouring parts is the id of the token that is their union. */
 function encodeWord(word, ranks, longest) {
   const whole = ranks.get(word);
   if (whole !== undefined) return [whole]; // as in tiktoken, even if no merges lead to it
-  const rankOf = (start, middle, end) => end - start > longest ? -1 : ranks.get(word.slice(start, end)) ?? -1;
-  return mergedParts(word, rankOf).map((part) => {
-    const id = ranks.get(part);
-    if (id === undefined) throw new UserError("This checkpoint's tokenizer lacks some of the 256 bytes.");
-    return id;
-  });
+  const known = Array.from(word).filter((byte) => ranks.has(byte)).join("");  // a vocabulary may lack bytes that no text had
+  const rankOf = (start, _, end) => end - start > longest ? -1 : ranks.get(known.slice(start, end)) ?? -1;
+  return mergedParts(known, rankOf).map((part) => ranks.get(part));
 }
 
 /** The parts of a word, which at first are its characters. The two neighbours with the lowest rank are merged, the leftmost
@@ -275,8 +282,10 @@ const refuse = (what) => new UserError(`This checkpoint's tokenizer has ${what},
 function hfEncoder(_, { source }) {
   let encode; // made only for the first text: without it, the page can still decode
   return (text) => {
-    encode ??= sourceEncoder(source ?? "");
-    return encode(text.toWellFormed());
+    return unlessTooLong(() => {
+      encode ??= sourceEncoder(source ?? "");
+      return encode(text.toWellFormed());
+    });
   };
 }
 
@@ -326,7 +335,7 @@ function normalizer(step) {
     case "Replace":
       if (typeof step.pattern?.String !== "string") throw refuse("a regex in its normalizer");
       return (text) => text.replaceAll(step.pattern.String, () => step.content);
-    case "NFC": case "NFD": case "NFKC": case "NFKD": return (text) => text.normalize(step.type);
+    case "NFC": return (text) => text.normalize("NFC");
     default: throw refuse(`the normalizer ${step.type}`);
   }
 }
@@ -429,10 +438,10 @@ function mergesOf(model) {
   };
   return (word) => {
     let found = known.get(word);
-    if (!found) {
-      if (known.size > 100_000) known.clear();
-      known.set(word, found = encodeWord(word));
-    }
+    if (found) return found;
+    if (known.size > 100_000) known.clear();
+    found = encodeWord(word);
+    if (word.length < 50) known.set(word, found);
     return found;
   };
 }
