@@ -337,7 +337,6 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
 # ---- Hugging Face's tokenizer.json -----------------------------------------------------------------------------------
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # it written out
 
 
 def from_tokenizer_json(text: str, bos: str = "", eos: str = "", add_bos: bool = False) -> Tokenizer:
@@ -431,36 +430,44 @@ def flags_are_simple(entries: list[dict], normalized: bool) -> bool:
     return not later or not first & {letter for name in later for letter in name}
 
 
-def bpe_pattern(found: dict) -> str | None:
-    """The regex that splits text into words, or None if the tokenizer.json does more than byte pair encoding of the
-    text in the form NFC or as it is."""
-    model, pre, normalizer = found["model"], found.get("pre_tokenizer") or {}, found.get("normalizer")
-    plain = model.get("type", "BPE") == "BPE" and normalizer in (None, {"type": "NFC"}) and not any(
-        model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
-                                     "unk_token"))
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
-    if not plain or not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space", True):
-        return None
-    regexes = [split_regex(step) for step in steps[:-1]]
-    if steps[-1].get("use_regex", True):
-        regexes.append(GPT2_PATTERN)
-    if len(regexes) == 2 and regexes[0] == r"\p{N}" and regexes[1] in (GPT2_PATTERN, GPT2_WORDS):
-        return DIGITS_ALONE
-    return regexes[0] if len(regexes) == 1 else None
-
-
 # GPT-2's words after each digit became a word of its own, as in SmolLM2 and StarCoder: where blanks come before a
 # digit, the text that is left ends, so that the last blank belongs to them.
 DIGITS_ALONE = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
-def split_regex(step: dict) -> str | None:
-    """The regex by which a pre_tokenizer cuts a text into what it matches and what lies between, or None."""
-    if step.get("type") == "Digits":
-        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
-    if step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-        return step["pattern"].get("Regex")
-    return None
+def bpe_pattern(found: dict) -> str | None:
+    """The regex that splits text into words, or None if the tokenizer.json does more than byte pair encoding of the
+    text in the form NFC or as it is."""
+    model, regexes = found["model"], bpe_regexes(found)
+    if model.get("type", "BPE") != "BPE" or found.get("normalizer") not in (None, {"type": "NFC"}) or any(
+            model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                                         "unk_token")):
+        return None
+    if regexes == [r"\p{N}", GPT2_PATTERN]:
+        return DIGITS_ALONE
+    return regexes[0] if regexes and len(regexes) == 1 else None
+
+
+def bpe_regexes(found: dict) -> list[str] | None:
+    """The regexes by which a tokenizer.json cuts a text into words, one after the other, each into what it matches and
+    what lies between. None if it does anything else before it takes the bytes."""
+    pre = found.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space", True):
+        return None
+    regexes = []
+    for step in steps[:-1]:
+        if step.get("type") == "Digits":
+            regexes.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+        elif step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            regexes.append(step["pattern"].get("Regex"))
+        else:
+            return None
+    if steps[-1].get("use_regex", True):
+        regexes.append(GPT2_PATTERN)
+    written_out = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    regexes = [GPT2_PATTERN if regex == written_out else regex for regex in regexes]
+    return None if None in regexes else regexes
 
 
 def is_tiktokens(merges: list, vocab: dict[str, int], known: dict[str, int], ignore_merges: bool) -> bool:
