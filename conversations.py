@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -201,6 +202,50 @@ def special_names(meta: dict, enc: Tokenizer) -> dict[str, str]:
         return {name: texts[i] for name, i in (("bos_token", enc.bos), ("eos_token", enc.eot)) if i in texts}
     given = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
     return {name: given[name] for name in SPECIAL_NAMES if isinstance(given.get(name), str)}
+
+
+def template_for_training(meta: dict, enc: Tokenizer, name: str = "", started: str | None = None,
+                          ) -> "str | OwnTemplate":
+    """template_of(); a model that has none gets llama3 if its tokenizer has that template's tokens, else chatml, and a
+    line tells so. started: when the run that is resumed began, so that a template writes the date of that day."""
+    form = template_of(meta, enc, name, datetime.datetime.fromisoformat(started) if started else None)
+    if form != "none" or name == "none":
+        return form if form != "none" else check_template(name)
+    form = "llama3" if TEMPLATES["llama3"]["end"] in enc.special else "chatml"
+    why = (f"as the tokenizer has {TEMPLATES[form]['end']}" if TEMPLATES[form]["end"] in enc.special else
+           "whose marks become text, as the tokenizer has no tokens for them")
+    print(f"the checkpoint has no chat template: {form} is taken, {why}")
+    return form
+
+
+def entries_to_keep(meta: dict, template: "str | OwnTemplate") -> dict:
+    """The entries of a checkpoint's header that also hold once the model is tuned with this template."""
+    names = ("ends", "hf", "chat_template") if isinstance(template, OwnTemplate) else ("ends", "hf")
+    return {name: meta[name] for name in names if name in meta}
+
+
+def written(examples: list, encoded: Callable, template: "str | OwnTemplate", strict: bool = False,
+            ) -> tuple[list, list]:
+    """(examples, what encoded() makes of each), without those that a model's own template refuses. It prints how many
+    are left out, and how many answers are not learned. UserError: none is left or, if strict, one is refused."""
+    kept, found, refused = [], [], []
+    for example in examples:
+        try:
+            found.append(encoded(example))
+            kept.append(example)
+        except UserError as error:
+            if not isinstance(template, OwnTemplate):
+                raise
+            refused.append(str(error))
+    if refused and (strict or not found):
+        raise UserError(f"{refused[0]} ({len(refused):,} of {len(examples):,} examples): remove them, or give another "
+                        "--template")
+    if refused:
+        print(f"{len(refused):,} of {len(examples):,} examples are SKIPPED: {refused[0]}")
+    if number := getattr(template, "not_located", 0):
+        print(f"{number:,} answers are NOT LEARNED: the model's chat template does not write them as it asks for them")
+        template.not_located = 0
+    return kept, found
 
 
 def check_template(name: str) -> str:

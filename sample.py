@@ -8,8 +8,9 @@
     python sample.py out/ckpt.safetensors                     # asks for one prompt after another
     python sample.py out-sft/sft.safetensors --prompt="Name three birds."
 
-A checkpoint that sft.py fine-tuned answers through its chat template: the prompt is a message, the generated text is
-the answer, and on a terminal the conversation goes on until an empty line. --template=none continues the text instead.
+A checkpoint that was tuned on conversations, by sft.py or by its makers, answers through its chat template: the prompt
+is a message, the generated text is the answer, and on a terminal the conversation goes on until an empty line. The
+template that came with a model of another project is run by jinja2. --template=none continues the text instead.
 The checkpoint may be an adapter: its base is found through its header. --adapter=PATH adds another one to it, or with
 --adapter=PATH:0.5 half of it, and can be given several times. --merge=True folds all adapters into the weights, which
 is faster.
@@ -29,7 +30,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from config import UserError, overrides
-from conversations import check_template, encode_prompt, end_of_answer
+from conversations import encode_prompt, ends_of_text, first_tokens, template_of
 from lora import load_adapted
 from lora import merge as merge_adapters
 from model import compute_dtype, generate
@@ -44,7 +45,7 @@ prompt = ""               # the beginning of the text, or a message; "": ask for
 max_new_tokens = 200      # tokens to generate at most
 num_samples = 1           # texts for each prompt
 stop = ""                 # end a text before this string; several are separated by |
-template = ""             # plain | alpaca | chatml | llama3: answer the prompt; none: continue it; "": as trained
+template = ""             # own | plain | alpaca | chatml | llama3: answer; none: continue the text; "": as trained
 system = ""               # with a template: the system message
 # sampling
 temperature = 0.8         # 0: always the most probable token; 1: the model's own distribution
@@ -71,9 +72,11 @@ if not meta.get("tokenizer"):
 enc = Tokenizer.from_dict(meta["tokenizer"])
 if merge:
     merge_adapters(model)
-template = template or meta.get("template") or "none"
-if template != "none":
-    check_template(template)
+form = template_of(meta, enc, template)
+ends = ends_of_text(enc, meta, form)
+opening = [{"role": "system", "content": system}] if system else []
+if system and form != "none":
+    encode_prompt(enc, [*opening, {"role": "user", "content": prompt}], form)  # UserError if it has no system message
 model.make_cache(kv_bits)  # UserError, before the prompt is printed, where head_dim does not suit kv_bits
 model.set_dtype(compute_dtype(dtype))
 mx.eval(model.parameters())
@@ -111,15 +114,15 @@ def end_of(new: str) -> tuple[int, int]:
 
 def write(prompt: str, seed: int, before: list[dict]) -> str:
     """Continue a prompt on standard output; or, with a template, answer it as the message that follows those in
-    `before`. The text ends at a stop string, an end-of-text token or max_new_tokens. Returns the new text."""
-    ids, ends = [enc.bos, *enc.encode(prompt).tolist()], {enc.eot}
-    if template != "none":
-        ids = encode_prompt(enc, [*before, {"role": "user", "content": prompt}], template)
-        ends.add(end_of_answer(enc, template))
+    `before`. The text ends at a stop string, a token that ends a text or max_new_tokens. Returns the new text."""
+    if form == "none":
+        ids = [*first_tokens(enc), *enc.encode(prompt).tolist()] or [enc.eot]
+    else:
+        ids = encode_prompt(enc, [*before, {"role": "user", "content": prompt}], form)
     if len(ids) > config.block_size:
         print(f"the prompt has {len(ids)} tokens: only the last {config.block_size} are read", file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can take several tokens
-    if template == "none":
+    if form == "none":
         print(prompt, end="", flush=True)
     text, new, count, cache, began = "", "", 0, model.make_cache(kv_bits), time.perf_counter()
     for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
@@ -155,18 +158,19 @@ sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encod
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() gains a history and editing)
 
-opening = [{"role": "system", "content": system}] if system else []
 if prompt or not sys.stdin.isatty():
     for i in range(num_samples):
         write(prompt, seed + i, opening)
 else:
-    print("Write the beginning of a text; an empty line ends." if template == "none" else
+    if form == "none" and not template:
+        print("The checkpoint has no chat template: it continues a text.")
+    print("Write the beginning of a text; an empty line ends." if form == "none" else
           "Write a message; an empty line ends the conversation.")
     while prompt := ask():
         try:
             for i in range(num_samples):
                 answer = write(prompt, seed + i, opening)
-            if template != "none":  # the conversation goes on
+            if form != "none":  # the conversation goes on
                 opening += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         except UserError as error:  # the tokenizer may lack a character: ask again
             print(error, file=sys.stderr)

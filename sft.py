@@ -7,7 +7,9 @@
 The examples may have any layout that records.py lists: Alpaca's, messages, ShareGPT's, Dolly's, ... One of them is
 printed as the model sees it. Only the responses are learned, unless --learn_prompts=True. Several examples are packed
 into one row of block_size tokens; each example attends to itself only, and its positions begin at 0. An example that is
-longer than a row is cut; if no response would be left, it is skipped. The numbers of both are printed.
+longer than a row is cut; if no response would be left, it is skipped. The numbers of both are printed. With the chat
+template that came with a model of another project, a response is learned where the template writes it as the model is
+asked for it: some templates change earlier turns when a conversation goes on.
 
     OUT_DIR/sft.safetensors      the step with the lowest validation loss: with --kind=full or --merge=True as a whole
                                  checkpoint, else as an adapter for the checkpoint that it was trained on
@@ -28,6 +30,7 @@ Kinds: full, all weights; the adapters lora (Hu et al. 2021), rslora (Kalajdziev
 embeddings (Jain et al. 2023). --optimizer=muon (Jordan et al. 2024) updates matrices, also those of adapters, by Muon.
 """
 import hashlib
+import itertools
 import math
 import os
 import shlex
@@ -46,7 +49,17 @@ from tqdm import tqdm
 import draw
 import run_folder
 from config import UserError, check_output, overrides
-from conversations import check_template, encode, encode_prompt, end_of_answer, pack, shorten
+from conversations import (
+    encode,
+    encode_prompt,
+    ends_of_text,
+    entries_to_keep,
+    pack,
+    row_length,
+    shorten,
+    template_for_training,
+    written,
+)
 from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
 from lora import merge as merge_adapters
 from model import ON_CPU, PADDING, VERSION, compute_dtype, generate, load_arrays, no_tap, save_arrays
@@ -59,8 +72,9 @@ checkpoint = "out/ckpt.safetensors"  # from train.py, or a checkpoint or adapter
 data = ""               # .jsonl, .json, .csv or .parquet
 val_data = ""           # a file of examples held out; "": val_share of data
 val_share = 0.1         # of the examples
-template = ""           # plain | alpaca | chatml | llama3; "": the checkpoint's own, else chatml
+template = ""           # own | plain | alpaca | chatml | llama3; "": the checkpoint's, else chatml or llama3
 learn_prompts = False   # learn the user's turns too: magpie.py needs a model that can write them
+block_size = 0          # tokens in a row; 0: the model's context or, if over 1024, what the data needs up to 1024
 packing = True          # put several examples into a row
 strict = False          # refuse a file with a bad row; False: skip the row
 out_dir = "out-sft"     # the folder of this run
@@ -102,8 +116,9 @@ settings = overrides(globals(), "checkpoint", "data")
 
 SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 result, state_path = os.path.join(out_dir, "sft.safetensors"), os.path.join(out_dir, "resume.safetensors")
-LASTING = ("checkpoint", "adapter", "data", "val_data", "val_share", "template", "learn_prompts", "packing", "seed",
-           "kind", "rank", "alpha", "targets", "base_bits", "merge", "batch_size", "grad_accum", "optimizer")
+LASTING = ("checkpoint", "adapter", "data", "val_data", "val_share", "template", "learn_prompts", "block_size",
+           "packing", "seed", "kind", "rank", "alpha", "targets", "base_bits", "merge", "batch_size", "grad_accum",
+           "optimizer")
 
 # ---- resume: the settings of the run apply, except those on the command line -----------------------------------------
 
@@ -140,26 +155,29 @@ for path in (result, state_path):
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read conversations")
 enc = Tokenizer.from_dict(meta["tokenizer"])
-template = check_template(template or meta.get("template") or "chatml")
-block_size = model.config.block_size
+form = template_for_training(meta, enc, template, before.get("started"))
+template = getattr(form, "name", form)
+conversations, training = written(conversations, lambda one: encode(enc, one, form, learn_prompts), form, strict)
+held_out, testing = written(held_out, lambda one: encode(enc, one, form, learn_prompts), form, strict)
+length = row_length(max(len(ids) - 1 for ids, _ in training + testing), model.config.block_size, block_size)
 
 
-def rows_of(conversations: list, what: str) -> dict[str, np.ndarray]:
-    examples = [encode(enc, messages, template, learn_prompts) for messages in conversations]
-    examples, cut, skipped = shorten(examples, block_size)
+def rows_of(examples: list, what: str) -> dict[str, np.ndarray]:
+    examples, cut, skipped = shorten(examples, length)
     if not examples:
-        raise UserError(f"no {what} example has a response within {block_size} tokens: train a longer context")
-    rows = pack(examples, block_size, packing)
+        raise UserError(f"no {what} example has a response within {length} tokens: " + (
+            "train a longer context" if length == model.config.block_size else "give a larger --block_size"))
+    rows = pack(examples, length, packing)
     print(f"{what}: {len(examples)} examples, {sum(len(ids) for ids, _ in examples):,} tokens, "
-          f"{int(rows['mask'].sum()):,} to learn; rows of {block_size} tokens: {len(rows['idx'])}")
+          f"{int(rows['mask'].sum()):,} to learn; rows of {length} tokens: {len(rows['idx'])}")
     if cut or skipped:
-        print(f"    {cut} cut at {block_size} tokens; {skipped} SKIPPED, as no response was left")
+        print(f"    {cut} cut at {length} tokens; {skipped} SKIPPED, as no response was left")
     if what == "training":
         show(enc, *examples[0])
     return rows
 
 
-train_rows, val_rows = rows_of(conversations, "training"), rows_of(held_out, "held out")
+train_rows, val_rows = rows_of(training, "training"), rows_of(testing, "held out")
 rows_hash = hashlib.sha256(b"".join(array.tobytes() for rows in (train_rows, val_rows) for array in rows.values()))
 rows_hash = rows_hash.hexdigest()
 if resume and before["rows"] != rows_hash:
@@ -209,14 +227,17 @@ def learning_rate_at(step: int, peak: float) -> float:
     return peak * (min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
+asked = [messages for messages in held_out if template != "own" or len(messages) > 1][:samples]
+
+
 def answers() -> list[str]:
     """The model's greedy answers to the first prompts held out."""
     model.eval()
-    found = []
-    for messages in held_out[:samples]:
-        prompt, end = encode_prompt(enc, messages[:-1], template), end_of_answer(enc, template)
-        ids = list(generate(model, prompt, sample_tokens, temperature=0, n_vocab=enc.n_vocab))
-        found.append(enc.decode(ids[:ids.index(end)] if end in ids else ids))
+    found, ends = [], ends_of_text(enc, meta, form)
+    for messages in asked:
+        prompt = encode_prompt(enc, messages[:-1], form)
+        ids = generate(model, prompt, sample_tokens, temperature=0, n_vocab=enc.n_vocab)
+        found.append(enc.decode(itertools.takewhile(lambda token: token not in ends, ids)))
     model.train()
     return found
 
@@ -299,7 +320,7 @@ def facts(step: int) -> dict:
 def save_best(step: int, val: float):
     header = {**facts(step), "losses": {"val": val}}
     if kind == "full" or merge:
-        save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
+        save_merged(result, model, {**entries_to_keep(meta, form), **header, "tokenizer": meta["tokenizer"]})
     else:
         save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint,
                      [checkpoint, *adapter])
@@ -412,7 +433,7 @@ if stopping:
 
 # ---- look at it ------------------------------------------------------------------------------------------------------
 
-for messages, old, new in zip(held_out, untrained, answers(), strict=False):
+for messages, old, new in zip(asked, untrained, answers(), strict=True):
     print(f"\n> {messages[-2]['content'] if len(messages) > 1 else ''}\nbefore: {old}\nafter:  {new}")
 print(f"\n{result}: step {losses['best_step']}, loss held out {losses['best']:.4f}, "
       f"{losses['untrained']:.4f} before training\ncurves: {out_dir}/loss.png")
