@@ -43,11 +43,11 @@ from readers import (
     read_model,
     skeleton,
     their_name,
+    tokenizer_files,
     tokenizer_of,
     write_checkpoint,
     yarn_boost,
 )
-from tokenizer import EOT, Tokenizer, to_tokenizer_json
 
 source = ""  # a folder with config.json; with --export: a checkpoint
 out = "model.safetensors"  # the checkpoint to be written
@@ -307,19 +307,11 @@ def write_folder(folder: str, model: GPT, meta: dict):
             file.flush()
             os.fsync(file.fileno())
         files = {"config.json": {**config, "torch_dtype": dtype, "dtype": dtype}}
-        if meta.get("tokenizer"):
-            enc = Tokenizer.from_dict(meta["tokenizer"])
-            names = {i: name for name, i in enc.special.items()}
-            files["config.json"] |= {"bos_token_id": enc.bos, "eos_token_id": enc.eot}
-            files["tokenizer.json"] = to_tokenizer_json(enc)
-            files["tokenizer_config.json"] = {
-                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(enc.bos, EOT),
-                "eos_token": names.get(enc.eot, EOT), "clean_up_tokenization_spaces": False,
-                **({"chat_template": meta["chat_template"]} if meta.get("chat_template") else {})}
-        for name, content in files.items():
-            if content is None:
-                print(f"{name} is not written: a tokenizer of kind {enc.kind} has no counterpart there")
-                continue
+        more = tokenizer_files(meta)
+        if meta.get("tokenizer") and not more:
+            print("tokenizer.json is not written: a tokenizer of characters has no counterpart there")
+        files["config.json"] |= more.pop("config.json", {})
+        for name, content in (files | more).items():
             with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
                 json.dump(content, file, indent=2, ensure_ascii=False)
                 file.flush()

@@ -28,7 +28,7 @@ from config import UserError, check_output, check_replaced
 from draw import check_folder
 from model import GPT, VERSION, GPTConfig, save_arrays
 from quantized import Factored, dense_weight, natural, replace_module
-from tokenizer import Tokenizer, from_tokenizer_json
+from tokenizer import EOT, Tokenizer, from_tokenizer_json, to_tokenizer_json
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
@@ -722,26 +722,29 @@ def skeleton(config: GPTConfig) -> dict[str, nn.Module]:
 
 
 def tokenizer_of(source: Folder) -> tuple[Tokenizer | None, dict]:
-    """The folder's tokenizer, if it has one, and further entries for a checkpoint's header: chat_template, unchanged,
-    and `template`, the name that conversations.py has for it."""
+    """The folder's tokenizer, if it has one, and further entries for a checkpoint's header: "chat_template", unchanged,
+    and `template`; "ends", the ids of all tokens that the files name as the end of an answer; and "hf", what
+    tokenizer_files() gives back."""
     path = os.path.join(source.folder, "tokenizer.json")
     if not os.path.exists(path):
         print(f"{path} is missing: the checkpoint will have no tokenizer")
         return None, {}
-    settings = {}
-    if os.path.exists(os.path.join(source.folder, "tokenizer_config.json")):
-        settings = read_json(source.folder, "tokenizer_config.json")
-        check_spelling(settings, os.path.join(source.folder, "tokenizer_config.json"),
-                       ("bos_token", "chat_template", "eos_token"))
-
-    def text_of(name: str) -> str | None:
-        given = settings.get(name)
-        return given.get("content") if isinstance(given, dict) else given
-
-    read_json(source.folder, "tokenizer.json")
+    kept = {}
+    for name in ("special_tokens_map", "tokenizer_config", "generation_config"):
+        if os.path.exists(os.path.join(source.folder, f"{name}.json")):
+            kept[name] = read_json(source.folder, f"{name}.json")
+    settings = {**kept.pop("special_tokens_map", {}), **kept.get("tokenizer_config", {})}
+    check_spelling(settings, os.path.join(source.folder, "tokenizer_config.json"),
+                   ("add_bos_token", "bos_token", "chat_template", "eos_token"))
+    found = read_json(source.folder, "tokenizer.json")
+    ids = [i for place in (kept.get("generation_config", {}), source.raw) for i in whole_numbers(place, "eos_token_id")]
+    names = {i: name for name, i in known_ids(found).items()}
     try:
         with open(path, encoding="utf-8") as file:
-            tokenizer = from_tokenizer_json(file.read(), text_of("bos_token") or "", text_of("eos_token") or "")
+            tokenizer = from_tokenizer_json(
+                file.read(), token_name(settings, "bos_token"),
+                token_name(settings, "eos_token") or next((names[i] for i in ids if i in names), ""),
+                settings.get("add_bos_token") is True)
     except UserError as error:
         raise UserError(f"{source.folder}: {error}") from error
     template = settings.get("chat_template")
@@ -749,20 +752,96 @@ def tokenizer_of(source: Folder) -> tuple[Tokenizer | None, dict]:
     if isinstance(template, list):  # several, by name
         template = next((one.get("template") for one in template if isinstance(one, dict)
                          and one.get("name") == "default"), None)
-    if template is None and os.path.exists(jinja):
+    if os.path.exists(jinja):
         with open(jinja, encoding="utf-8", errors="replace") as file:
             template = file.read()
-    return tokenizer, template_settings(template)
+    if found.get("post_processor"):
+        kept["post_processor"] = found["post_processor"]
+    if any(entry.get(flag) for entry in found.get("added_tokens") or () for flag in FLAGS) and tokenizer.kind != "hf":
+        kept["added_tokens"] = found["added_tokens"]
+    if "tokenizer_config" in kept:  # without what is elsewhere: added_tokens_decoder is in tokenizer.json
+        kept["tokenizer_config"] = {name: value for name, value in kept["tokenizer_config"].items()
+                                    if name not in ("chat_template", "added_tokens_decoder")}
+    return tokenizer, {**template_settings(template), "ends": list(dict.fromkeys([tokenizer.eot, *ids])), "hf": kept}
+
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
+
+
+def known_ids(found: dict) -> dict[str, int]:
+    """The ids of the added tokens of a tokenizer.json, by name; {} where they cannot be read."""
+    try:
+        return {token["content"]: token["id"] for token in found.get("added_tokens") or ()}
+    except (KeyError, TypeError):
+        return {}
+
+
+def whole_numbers(settings: dict, name: str) -> list[int]:
+    """The ids in a setting that holds one id, a list of ids, or nothing."""
+    given = settings.get(name)
+    return [i for i in (given if isinstance(given, list) else [given]) if type(i) is int and i >= 0]
+
+
+def token_name(settings: dict, name: str) -> str:
+    """The text of a token in tokenizer_config.json, where it stands alone or with its flags; "" if there is none."""
+    given = settings.get(name)
+    given = given.get("content") if isinstance(given, dict) else given
+    return given if isinstance(given, str) else ""
 
 
 def template_settings(template) -> dict:
-    """The header's entries for a Jinja template. It is stored, and never run."""
-    if not isinstance(template, str):
+    """The header's entries for a Jinja template, which is the model's own. It is stored, and not run here."""
+    return {"chat_template": template, "template": "own"} if isinstance(template, str) else {}
+
+
+def fitting(tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer without those added tokens for which the embedding has no row; a line names them. UserError if
+    other tokens have none."""
+    if tokenizer is None or tokenizer.n_vocab <= vocab_size:
+        return tokenizer
+    beyond = {name: i for name, i in (tokenizer.special | tokenizer.added).items() if i >= vocab_size}
+    others = [i for i, token in enumerate(tokenizer.tokens) if i >= vocab_size and token and i not in beyond.values()]
+    if others or {tokenizer.eot, tokenizer.bos} & {*beyond.values()}:
+        raise UserError(f"the tokenizer has {tokenizer.n_vocab:,} tokens, but the embedding {vocab_size:,} rows: they "
+                        "do not fit each other; copy both again")
+    shown = ", ".join([*beyond][:5]) + (f" and {len(beyond) - 5} more" if len(beyond) > 5 else "")
+    print(f"the embedding has no row for {len(beyond)} of the tokenizer's tokens, which are left out: {shown}")
+    parts = tokenizer.to_dict()
+    parts["tokens"] = parts["tokens"][:vocab_size]
+    for kind in ("special", "added"):
+        parts[kind] = {name: i for name, i in getattr(tokenizer, kind).items() if i < vocab_size}
+    if tokenizer.source:
+        found = json.loads(tokenizer.source)
+        found["added_tokens"] = [entry for entry in found["added_tokens"] if entry["id"] < vocab_size]
+        found["model"]["vocab"] = {piece: i for piece, i in found["model"]["vocab"].items() if i < vocab_size}
+        parts["source"] = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+    return Tokenizer.from_dict(parts)
+
+
+def tokenizer_files(meta: dict) -> dict[str, dict]:
+    """The files of a Hugging Face folder that a checkpoint's tokenizer makes, by name, as they were where it came from
+    such a folder; and for config.json the ids of the tokens that begin and end a text. {} if the header holds no
+    tokenizer, or one of characters, which has no counterpart there."""
+    enc = Tokenizer.from_dict(meta["tokenizer"]) if meta.get("tokenizer") else None
+    found = to_tokenizer_json(enc) if enc else None
+    if found is None:
         return {}
-    for name, mark in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
-        if mark in template:
-            return {"chat_template": template, "template": name}
-    return {"chat_template": template}
+    kept = meta.get("hf") or {}
+    if enc.kind != "hf":
+        found |= {name: kept[name] for name in ("post_processor", "added_tokens") if name in kept}
+    names, ids = {i: name for name, i in (enc.special | enc.added).items()}, enc.special | enc.added
+    begin = {"bos_token": names[enc.bos]} if enc.bos in names else {}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **begin, "eos_token": names.get(enc.eot, EOT),
+              "clean_up_tokenization_spaces": False, **kept.get("tokenizer_config", {})}
+    if meta.get("chat_template"):
+        config["chat_template"] = meta["chat_template"]
+    bos = enc.bos if enc.start else ids.get(token_name(config, "bos_token"))
+    files = {"config.json": {"bos_token_id": bos, "eos_token_id": enc.eot}, "tokenizer.json": found,
+             "tokenizer_config.json": config}
+    ends = meta.get("ends") or []
+    if kept.get("generation_config") or len(ends) > 1:
+        files["generation_config.json"] = kept.get("generation_config") or {"bos_token_id": bos, "eos_token_id": ends}
+    return files
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -781,6 +860,7 @@ def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator, tokenizer: T
     a time, with a progress bar. UserError, before anything is written, if an array is missing, has a shape that does
     not fit the config, or holds infinite numbers or NaN."""
     modules, found, places = skeleton(config), {}, {}
+    tokenizer = fitting(tokenizer, config.vocab_size)
     wanted = {f"{path}.{part}": p.shape for path, module in modules.items() for part, p in module.parameters().items()}
     bar = tqdm(total=len(wanted), unit=" tensors", disable=None, dynamic_ncols=True)
     for name, array, place in arrays:

@@ -325,7 +325,7 @@ def test_the_tokenizer_travels(tmp_path):
     _, found = load_checkpoint(str(out))
     assert found["script"] == "hf_reader.py"
     assert Tokenizer.from_dict(found["tokenizer"]).encode("ab").tolist() == [97, 98]
-    assert found["template"] == "chatml" and found["chat_template"] == "{{ '<|im_start|>' }}"
+    assert found["template"] == "own" and found["chat_template"] == "{{ '<|im_start|>' }}"
     done = subprocess.run([sys.executable, ROOT / "sample.py", out, "--prompt=ab",
                            "--max_new_tokens=5", "--template=none"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("ab") and raw["model_type"] == "llama"
@@ -343,9 +343,15 @@ def test_other_places_of_the_template(where, tmp_path):
     else:
         (tmp_path / "folder" / "chat_template.jinja").write_text(template)
     (tmp_path / "folder" / "tokenizer_config.json").write_text(json.dumps(settings))
-    run_here("hf_reader.py", tmp_path / "folder", tmp_path / "a.safetensors")
-    _, found = load_checkpoint(str(tmp_path / "a.safetensors"))
-    assert (found["chat_template"], found["template"]) == (template, "llama3")
+    _, found = readers.tokenizer_of(readers.open_folder(str(tmp_path / "folder")))
+    assert (found["chat_template"], found["template"]) == (template, "own")
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding(tmp_path):
+    """The embedding has 40 rows: the 257 tokens of bytes do not fit, which is told before any weight is read."""
+    shutil.copytree(FOLDERS / "llama", tmp_path / "folder")
+    (tmp_path / "folder" / "tokenizer.json").write_text(json.dumps(to_tokenizer_json(byte_tokenizer())))
+    refused(tmp_path / "folder", "the tokenizer has 257 tokens, but the embedding 40 rows")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
