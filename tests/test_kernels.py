@@ -414,8 +414,8 @@ def test_attention(case):
     assert near(lse, case.exact()[1])
 
 
-@pytest.mark.parametrize("settings", [dict(attn_scale=0.7), dict(attn_softcap=2.0), dict(attn_softcap=9.0, attn_scale=0.1)],
-                         ids=str)
+@pytest.mark.parametrize("settings", [
+    dict(attn_scale=0.7), dict(attn_softcap=2.0), dict(attn_softcap=9.0, attn_scale=0.1)], ids=str)
 def test_scaled_and_bounded_scores(settings):
     """Another factor of the scores, and Gemma 2's bound, beside a window, ALiBi and a cache."""
     for sizes in (PREFILLS[6], PREFILLS[3], CACHED[2]):

@@ -305,7 +305,7 @@ def test_char_names_what_it_lacks(page):
     assert all(name in told for name in (r"'\t'", "'з'", "'🙂'")) and "'a'" not in told and told.count("з") == 1
 
 
-# ---- tokenizer.js: the text of a tokenizer.json -----------------------------------------------------------------------
+# ---- tokenizer.js: the text of a tokenizer.json ----------------------------------------------------------------------
 
 LLAMA3 = {"type": "Split", "pattern": {"Regex": PATTERNS["llama3"]}, "behavior": "Isolated", "invert": False}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

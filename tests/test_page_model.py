@@ -375,7 +375,8 @@ def test_gradients_of(name, opened, server):
     found, loss = in_page(opened, path, """
         const { Trainer } = await import("/train.js");
         const trainer = await Trainer.create(gpu, { model, ids, batch_size: 2, learning_rate: 1e-9 });
-        const { loss } = await trainer.step(starts), all = new Float32Array(await gpu.read(trainer.gradients)), found = {};
+        const { loss } = await trainer.step(starts), found = {};
+        const all = new Float32Array(await gpu.read(trainer.gradients));
         for (const [name, { at, size }] of trainer.places) found[name] = Array.from(all.subarray(at, at + size));
         trainer.destroy();
         return [found, loss];""", ids, starts, parameters="ids, starts")

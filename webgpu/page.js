@@ -66,7 +66,7 @@ async function load(blob) {
   const bar = $("loading");
   bar.hidden = false;
   try {
-    const model = await queue(() => GPT.load(page.gpu, blob, (share) => { bar.value = share; }));
+    const model = await queue(() => GPT.load(page.gpu, blob, (share) => { bar.value = share; }, contextAsked()));
     await stopWriting();
     await queue(() => setModel(model));
   } finally {
@@ -74,6 +74,12 @@ async function load(blob) {
     bar.value = 0;
   }
   beginText({ byItself: true }).then(lookByItself);
+}
+
+/** The longest context that the page's address asks for, as in ?context=8192; undefined: the default. */
+function contextAsked() {
+  const asked = Number(new URLSearchParams(location.search).get("context"));
+  return Number.isInteger(asked) && asked > 0 ? asked : undefined;
 }
 
 // ---- the server's checkpoints ---------------------------------------------------------------------------------------

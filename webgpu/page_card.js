@@ -4,7 +4,8 @@ import { megabytes } from "./gpu.js";
 import { $, count, make, many } from "./page_common.js";
 
 const NORMS = { rms: "RMSNorm", layer: "LayerNorm" };
-const MLPS = { relu2: "ReLU²", gelu: "GELU", gelu_tanh: "GELU (tanh)", swiglu: "SwiGLU" };
+const PLACES = { before: "", after: " after each part", both: " before and after each part" };
+const MLPS = { relu2: "ReLU²", gelu: "GELU", gelu_tanh: "GELU (tanh)", swiglu: "SwiGLU", geglu: "GEGLU" };
 const POSITIONS = { rope: "rotary", learned: "learned positions", none: "no positions" };
 const TOKENS = { byte: "bytes", char: "characters", bpe: "BPE", hf: "Hugging Face" };
 
@@ -15,6 +16,7 @@ export function showCard(model) {
     ["Layers", layers(model.config)],
     ["Design", design(model.config)],
     ["Reads", reads(model)],
+    ["Chat", chat(model.meta)],
     ["Loss", loss(model.meta)],
     ["Made by", [model.meta.script, model.meta.step && `update ${count(model.meta.step)}`].filter(Boolean).join(", ")],
   ].filter(([, value]) => value);
@@ -28,16 +30,23 @@ function layers({ n_layer, n_head, n_kv_head, n_embd }) {
   return `${n_layer}, each with ${n_head} head${n_head > 1 ? "s" : ""}${groups}, width ${n_embd}`;
 }
 
-function design({ alibi, pos, norm, mlp, qk_norm, softcap, tie }) {
-  const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm], MLPS[mlp], qk_norm && "QK-norm",
-    softcap > 0 && `softcap ${softcap}`, tie && "tied"];
+function design({ alibi, pos, norm, norm_place, parallel, mlp, qk_norm, softcap, tie }) {
+  const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm] + PLACES[norm_place], MLPS[mlp], parallel && "parallel",
+    qk_norm && "QK-norm", softcap > 0 && `softcap ${softcap}`, tie && "tied"];
   return all.filter(Boolean).join(", ");
 }
 
-function reads({ config, enc }) {
+function reads({ config, enc, whole_context }) {
+  const part = config.block_size < whole_context ? ` of its ${count(whole_context)}` : "";
   const window = config.sliding_window ? `, window ${config.sliding_window} ${config.window_pattern}` : "";
   const kind = enc ? ` (${TOKENS[enc.kind]})` : "";
-  return `${count(config.block_size)} tokens, from a vocabulary of ${count(config.vocab_size)}${kind}${window}`;
+  return `${count(config.block_size)}${part} tokens, from a vocabulary of ${count(config.vocab_size)}${kind}${window}`;
+}
+
+/** A model that was tuned on conversations has a template for them. */
+function chat({ template, chat_template }) {
+  return template || chat_template ? "It was trained on conversations. The page continues the prompt as a plain text, " +
+    "without their template: python sample.py applies it." : "";
 }
 
 function loss({ losses }) {

@@ -3,9 +3,9 @@
 import { $, queueWith, attempt, count, during, heard, idsOf, make, needModel, numberOf } from "./page_common.js";
 import { bars } from "./page_draw.js";
 
-// The sheet holds the ids of the prompt, and for each token after it {id, top, forced, node}. enc: the tokenizer of the model
+// The sheet holds the prompt, its ids and its text, and for each token after it {id, top, forced, node}. enc: the tokenizer of the model
 // that wrote it; at: the index of the token that is looked at, null: the newest one.
-const sheet = { prompt: [], written: [], enc: null, model: null, at: null, stream: null };
+const sheet = { prompt: [], text: "", written: [], enc: null, model: null, at: null, stream: null };
 let current = null;  // the generation that is going on: {abort, done}
 let frame = 0;
 let tellBegun;
@@ -35,10 +35,10 @@ export async function beginText({ byItself = false } = {}) {
       ids = idsOf(model, text);
     } catch (error) {
       if (!byItself || !model.enc) throw error;
-      [text, ids] = ["", [model.enc.bos]];
+      [text, ids] = ["", [model.enc.bos ?? model.enc.eot]];
     }
     await stopWriting();
-    Object.assign(sheet, { prompt: ids, written: [], enc: model.enc, model, at: null });
+    Object.assign(sheet, { prompt: ids, text, written: [], enc: model.enc, model, at: null });
     $("sheet").replaceChildren(make("span", { class: "yours" }, text));
     restream();
     await goOn(options);
@@ -96,7 +96,7 @@ async function drawTokens(options, signal) {
   for (;;) {
     const { value, done } = await queueWith(model, () => tokens.next());
     if (done || signal.aborted) break;
-    if (value.token === sheet.enc?.eot) {
+    if (model.ends.has(value.token)) {
       $("sheet").append(make("span", { class: "end" }, " – the model ends its text here –"));
       break;
     }
@@ -194,7 +194,7 @@ function listen() {
 export function textSoFar() {
   if (!sheet.enc) return "";
   const before = sheet.written.slice(0, sheet.at ?? sheet.written.length);
-  const ids = [...sheet.prompt.slice(1), ...before.map(({ id }) => id)];
+  const ids = [...sheet.enc.encode(sheet.text), ...before.map(({ id }) => id)];
   return sheet.enc.decode(ids.slice(-40));
 }
 
