@@ -164,6 +164,8 @@ def check_rotary(config: GPTConfig):
     for name in ("rope_theta", "rope_factor", "rope_original"):
         if getattr(config, name) <= 0:
             raise UserError(f"{name}={getattr(config, name)}: it must be over 0")
+    if config.rope_scaling == "yarn" and config.rope_theta <= 1:
+        raise UserError(f"rope_scaling=yarn and rope_theta={config.rope_theta}: rope_theta must be over 1")
     if not 0 < config.rope_low_freq < config.rope_high_freq:
         raise UserError(f"rope_low_freq={config.rope_low_freq}, rope_high_freq={config.rope_high_freq}: both must be "
                         "over 0, and the first one the smaller")
@@ -235,21 +237,20 @@ class LayerNorm(nn.LayerNorm):
 def rope_inv_freq(config: GPTConfig) -> np.ndarray:
     """The angle in radians by which each pair of dimensions turns from one position to the next: (R/2,), theta^(-2i/R)
     (Su et al. 2021), for the R dimensions that turn. For a longer context a scaling divides angles by rope_factor:
-    "linear" all of them (Chen et al. 2023); "llama3" and "yarn" (Peng et al. 2023) the small ones, of long wavelengths,
-    with a ramp between, over the number of full turns in the original context or over the number of the pair."""
+    "linear" (Chen et al. 2023) all angles; "llama3" and "yarn" (Peng et al. 2023) the small ones, of long wavelengths.
+    Between small and large angles a share is divided, which falls with the number of turns, or of the pair in yarn."""
     R, low, high = config.rotary_dim or config.head_dim, config.rope_low_freq, config.rope_high_freq
     inv_freq = config.rope_theta ** (-np.arange(0, R, 2, dtype=np.float64) / R)
     if config.rope_factor == 1:
         return inv_freq
-    keep = np.zeros(len(inv_freq))  # 1: kept; 0: divided
+    turns = config.rope_original * inv_freq / (2 * math.pi)  # full turns within the original context
+    keep = np.zeros(len(turns))                              # 1: the angle is kept; 0: it is divided
     if config.rope_scaling == "llama3":
-        turns = config.rope_original * inv_freq / (2 * math.pi)
         keep = np.clip((turns - low) / (high - low), 0, 1)
-    if config.rope_scaling == "yarn":
-        def pair(turns):  # the number of the pair, not rounded, that makes so many full turns
-            return R * math.log(config.rope_original / (2 * math.pi * turns)) / (2 * math.log(config.rope_theta))
-        first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), R - 1)
-        keep = 1 - np.clip((np.arange(len(inv_freq)) - first) / max(last - first, 0.001), 0, 1)
+    if config.rope_scaling == "yarn":  # first and last: the pairs, not rounded yet, that make `high` and `low` turns
+        first, last = (R / 2 * math.log(turns[0] / n, config.rope_theta) for n in (high, low))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), R - 1)
+        keep = 1 - np.clip((np.arange(len(turns)) - first) / max(last - first, 0.001), 0, 1)
     return keep * inv_freq + (1 - keep) * inv_freq / config.rope_factor
 
 

@@ -123,6 +123,10 @@ FLAVOURS = [
     dict(diff_attn=True, yoco=True, mlp="swiglu"), dict(mod="topk", alibi=True),
     dict(sliding_window=9, diff_attn=True, diff_attn_version=2, n_kv_head=1), dict(value_residual=True),
     dict(value_embeds=True, softcap=5.0),
+    dict(mlp="geglu", norm_place="both", sliding_window=9, window_theta=100.0, rope_theta=1e6, n_kv_head=1,
+         embed_scale=8.0, attn_scale=0.2, attn_softcap=5.0),
+    dict(norm="layer", norm_bias=True, norm_place="after", parallel=True, qk_norm_width=True, rotary_dim=8, tie=False,
+         rope_pattern="RN", out_bias=True, head_bias=True, residual_scale=0.5, logit_scale=0.5),
 ]
 
 

@@ -1,4 +1,5 @@
 """model.py against a GPT written a second time, from the papers' formulas, in float64 numpy."""
+import itertools
 import json
 import math
 import os
@@ -1237,3 +1238,21 @@ def test_transformers(flavour):
     with torch.no_grad():
         logits = theirs(torch.tensor(idx)).logits.numpy()
     assert close(model(mx.array(idx)), logits, 2e-4)
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("linear", {}), ("llama3", dict(low_freq_factor=1.0, high_freq_factor=4.0)),
+    ("llama3", dict(low_freq_factor=2.0, high_freq_factor=3.0)), ("yarn", dict(beta_slow=1.0, beta_fast=32.0)),
+    ("yarn", dict(beta_slow=2.0, beta_fast=8.0))], ids=str)
+def test_rope_scaling_of_transformers(kind, settings):
+    of = peer("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS[kind]
+    low, high = settings.values() or (1.0, 4.0)
+    for D, theta, original, factor in itertools.product((8, 64, 128), (1e4, 1e6), (64, 2048, 40960), (2.0, 40.0)):
+        theirs, _ = of(peer("transformers").LlamaConfig(
+            hidden_size=2 * D, num_attention_heads=2, max_position_embeddings=int(original * factor), rope_parameters={
+                "rope_type": kind, "rope_theta": theta, "factor": factor,
+                "original_max_position_embeddings": original, **settings}), "cpu")
+        ours = core.rope_inv_freq(GPTConfig(
+            n_head=2, n_embd=2 * D, rope_scaling=kind, rope_theta=theta, rope_factor=factor, rope_original=original,
+            rope_low_freq=low, rope_high_freq=high))
+        assert np.abs(theirs.numpy() / ours - 1).max() < 1e-6

@@ -257,6 +257,8 @@ def test_window_in_blocks(T, W, alibi):
     dict(sliding_window=9, sinks=1, diff_attn=True), dict(sliding_window=20, sinks=30, pos="learned"),
     dict(sliding_window=20, mod="topk", alibi=True), dict(sliding_window=20, mod="topk", mod_every=1),
     dict(sliding_window=30, yoco=True, mod="topk", mod_every=1),
+    dict(sliding_window=20, attn_softcap=1.0, attn_scale=0.5, window_theta=30.0, window_pattern="SL", n_kv_head=2),
+    dict(sliding_window=20, attn_softcap=1.0, sinks=4, rotary_dim=4, rope_pattern="RN", norm_place="after"),
 ], ids=str)
 def test_window_far_beyond(settings):
     """Cached, in chunks and by token, as the blocks of a whole pass, over ten windows."""
@@ -719,9 +721,22 @@ IDEAS = {
     "mod": dict(mod="topk", mod_capacity=0.4), "mod soft": dict(mod="soft", mod_every=1),
     "yoco": dict(yoco=True, sliding_window=11),
     "value residual": dict(value_residual=True), "value embeddings": dict(value_embeds=True),
-    "softcap": dict(softcap=4.0),
+    "softcap": dict(softcap=4.0), "attention softcap": dict(attn_softcap=0.5),
+    "window theta": dict(sliding_window=11, window_theta=30.0),
+    "rotary": dict(rotary_dim=4, rope_pattern="RN", rope_scaling="linear", rope_factor=2.0),
+    "parallel": dict(parallel=True, norm_place="both", residual_scale=0.5),
+    "norms after": dict(norm_place="after", qk_norm_width=True),
+    "scales": dict(embed_scale=30.0, attn_scale=1.0, logit_scale=0.5),
+    "biases": dict(norm="layer", norm_bias=True, out_bias=True, tie=False, head_bias=True, mlp="geglu"),
 }
-REFUSED = {("sinks", "mod"): "sinks.*mod=topk", ("alibi", "learned"): "alibi=True.*pos=learned"}
+NO_ROTARY = {"alibi": "none", "learned": "learned", "no positions": "none"}  # ideas, and the `pos` that they have
+REFUSED = {("sinks", "mod"): "sinks.*mod=topk", ("alibi", "learned"): "alibi=True.*pos=learned",
+           ("yoco", "rotary"): "yoco=True.*rope_pattern='RN'",
+           ("no qk_norm", "norms after"): "qk_norm_width=True.*qk_norm=True",
+           ("diff", "norms after"): "diff_attn=True.*qk_norm_width=True",
+           ("diff 2", "norms after"): "diff_attn=True.*qk_norm_width=True",
+           **{(idea, "rotary"): f"rotary_dim=4.*pos={pos}" for idea, pos in NO_ROTARY.items()},
+           **{(idea, "window theta"): f"window_theta=30.0.*pos={pos}" for idea, pos in NO_ROTARY.items()}}
 
 
 def combine(*names) -> dict:
@@ -733,6 +748,9 @@ PAIRS = [(a, b) for i, a in enumerate(IDEAS) for b in [*IDEAS][i + 1:]
 ALL = [*PAIRS, ("alibi", "diff", "moe", "mod", "yoco"), ("sinks", "diff 2", "moe, bias", "mod soft", "grouped"),
        ("alibi", "pattern", "diff", "mod", "moe, bias", "no qk_norm"),
        ("value residual", "value embeddings", "softcap", "mod", "yoco"),
+       ("grouped", "mod", "attention softcap", "window theta", "rotary", "parallel", "scales"),
+       ("sinks", "diff", "attention softcap", "rotary", "parallel", "scales", "biases"),
+       ("moe", "yoco", "attention softcap", "window theta", "norms after", "biases"),
        ("value residual", "value embeddings", "softcap", "moe", "diff", "pattern", "grouped")]
 
 
