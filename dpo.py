@@ -7,7 +7,8 @@
 The pairs may have any layout that records.py lists: prompt, chosen and rejected as texts or as messages, HH's strings,
 UltraFeedback's, Orca's, ... --loss=kto also takes single answers with a label. One of them is printed as the model sees
 it. The reference is the model before the first update. Its log-probabilities are computed once, so no second copy of
-the weights is needed. A checkpoint that is an adapter is merged into its base first.
+the weights is needed. A checkpoint that is an adapter is merged into its base first. A pair that is longer than
+block_size tokens is left out.
 
     OUT_DIR/dpo.safetensors      the step with the lowest validation loss: with --kind=full or --merge=True as a whole
                                  checkpoint, else as an adapter for the checkpoint that it was trained on
@@ -49,7 +50,7 @@ from tqdm import tqdm
 import draw
 import run_folder
 from config import UserError, check_output, overrides
-from conversations import check_template, encode, encode_prompt
+from conversations import encode, entries_to_keep, row_length, template_for_training, written
 from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
 from lora import merge as merge_adapters
 from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, save_arrays
@@ -61,7 +62,8 @@ checkpoint = "out-sft/sft.safetensors"  # a checkpoint or an adapter; one of sft
 data = ""               # .jsonl, .json, .csv or .parquet
 val_data = ""           # a file of pairs held out; "": val_share of data
 val_share = 0.1         # of the pairs
-template = ""           # plain | alpaca | chatml | llama3; "": the checkpoint's own, else chatml
+template = ""           # own | plain | alpaca | chatml | llama3; "": the checkpoint's, else chatml or llama3
+block_size = 0          # tokens of an answer with its prompt; 0: the model's context, at most 1024
 strict = False          # refuse a file with a bad row; False: skip the row
 out_dir = "out-dpo"     # the folder of this run
 resume = False          # continue from OUT_DIR/resume.safetensors
@@ -159,9 +161,9 @@ def answer_log_probs(model: GPT, ids: mx.array, learned: mx.array) -> mx.array:
 
 SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 result, state_path = os.path.join(out_dir, "dpo.safetensors"), os.path.join(out_dir, "resume.safetensors")
-LASTING = ("checkpoint", "adapter", "data", "val_data", "val_share", "template", "seed", "loss", "beta", "gamma",
-           "label_smoothing", "desirable_weight", "undesirable_weight", "kind", "rank", "alpha", "targets", "base_bits",
-           "merge", "batch_size", "grad_accum")
+LASTING = ("checkpoint", "adapter", "data", "val_data", "val_share", "template", "block_size", "seed", "loss", "beta",
+           "gamma", "label_smoothing", "desirable_weight", "undesirable_weight", "kind", "rank", "alpha", "targets",
+           "base_bits", "merge", "batch_size", "grad_accum")
 start_step, trained, before = 0, {}, {}  # trained, before: the arrays and the header of the last step
 if resume:
     run_folder.check_maker(state_path, SCRIPT, out_dir)
@@ -200,8 +202,16 @@ for path in (result, state_path):
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read pairs")
 enc = Tokenizer.from_dict(meta["tokenizer"])
-template = check_template(template or meta.get("template") or "chatml")
-block_size = model.config.block_size
+form = template_for_training(meta, enc, template, before.get("started"))
+template = getattr(form, "name", form)
+
+
+def encode_answer(prompt: list[dict], answer: str) -> tuple[list[int], list[bool]]:
+    """The tokens of a conversation up to the end of its last answer, and for each whether it is of that answer."""
+    earlier = [message | {"weight": 0} for message in prompt]
+    ids, learned = encode(enc, [*earlier, {"role": "assistant", "content": answer}], form)
+    end = len(ids) - learned[::-1].index(True) if any(learned) else 0
+    return ids[:end], learned[:end]
 
 
 def answer_to_another(pairs: list, i: int) -> str:
@@ -210,38 +220,47 @@ def answer_to_another(pairs: list, i: int) -> str:
     return next((answer for prompt, answer, _ in following if prompt != pairs[i][0]), pairs[i][1])
 
 
-def rows_of(pairs: list, what: str) -> dict[str, np.ndarray]:
-    """"ids" and "learned" (pairs, 2, T + 1), padded to the longest row: the chosen and the rejected answer; for kto an
-    answer and one to another prompt, and its "label" (pairs,). A pair that is longer than the context is left out, as
-    an answer that is cut would be judged by its beginning."""
-    found, labels = [], []
-    for i, (prompt, answer, other) in enumerate(pairs):
-        answers = [answer, answer_to_another(pairs, i) if loss == "kto" else other]
-        given = len(encode_prompt(enc, prompt, template))
-        rows = [encode(enc, [*prompt, {"role": "assistant", "content": answer}], template)[0] for answer in answers]
-        if loss == "kto":
-            rows[1] = rows[1][:block_size + 1]  # for an estimate, the beginning of an answer is enough
-        if max(map(len, rows)) <= block_size + 1:
-            found.append((given, rows))
-            labels.append(other)
+def both_rows(pairs: list, i: int) -> list[tuple[list[int], list[bool]]]:
+    """Of the chosen and the rejected answer; for kto, of an answer and one to another prompt."""
+    prompt, answer, other = pairs[i]
+    return [encode_answer(prompt, text) for text in (answer, answer_to_another(pairs, i) if loss == "kto" else other)]
+
+
+def rows_of(pairs: list, what: str) -> tuple[list, dict[str, np.ndarray]]:
+    """The pairs that are learned, and "ids" and "learned" (pairs, 2, T + 1), padded to the longest row; for kto also
+    the "label" (pairs,). A pair that is longer than `longest` is left out, as an answer that is cut would be judged by
+    its beginning."""
+    numbers, rows = written(range(len(pairs)), lambda i: both_rows(pairs, i), form, strict)
+    found, left = [], []
+    for i, both in zip(numbers, rows, strict=True):
+        if loss == "kto":  # for an estimate, the beginning of an answer is enough
+            both[1] = tuple(part[:longest + 1] for part in both[1])
+        if all(0 < len(ids) <= longest + 1 for ids, _ in both):
+            found.append(both)
+            left.append(pairs[i])
     if not found:
-        raise UserError(f"no {what} pair fits into {block_size} tokens: train a longer context")
-    T, skipped = max(len(ids) for _, rows in found for ids in rows), len(pairs) - len(found)
+        raise UserError(f"no {what} pair fits into {longest} tokens: " + (
+            "train a longer context" if longest == model.config.block_size else "give a larger --block_size"))
+    T = max(len(row) for both in found for row, _ in both)
+    skipped = sum(max(len(ids) for ids, _ in both) > longest + 1 for both in rows)
     ids, learned = np.zeros((len(found), 2, T), np.int32), np.zeros((len(found), 2, T), np.float32)
-    for i, (given, rows) in enumerate(found):
-        for part, row in enumerate(rows):
-            ids[i, part, :len(row)], learned[i, part, given:len(row)] = row, 1
+    for i, both in enumerate(found):
+        for part, (row, yes) in enumerate(both):
+            ids[i, part, :len(row)], learned[i, part, :len(row)] = row, yes
+    labels = [other for _, _, other in left]
     counted = f"answers, {sum(labels)} desirable" if loss == "kto" else "pairs"
     print(f"{what}: {len(found)} {counted}, at most {T - 1} tokens"
-          f"{f'; {skipped} SKIPPED, over {block_size} tokens' if skipped else ''}")
+          f"{f'; {skipped} SKIPPED, over {longest} tokens' if skipped else ''}")
     if what == "training":
-        given, rows = found[0]
-        for row in rows[:1 if loss == "kto" else 2]:
-            show(enc, row, [i >= given for i in range(len(row))])
-    return {"ids": ids, "learned": learned, **({"label": np.array(labels, np.float32)} if loss == "kto" else {})}
+        for row, yes in found[0][:1 if loss == "kto" else 2]:
+            show(enc, row, yes)
+    return left, {"ids": ids, "learned": learned,
+                  **({"label": np.array(labels, np.float32)} if loss == "kto" else {})}
 
 
-train_rows, val_rows = rows_of(pairs, "training"), rows_of(held_out, "held out")
+longest = row_length(1024, model.config.block_size, block_size)
+pairs, train_rows = rows_of(pairs, "training")
+held_out, val_rows = rows_of(held_out, "held out")
 rows_hash = hashlib.sha256(b"".join(array.tobytes() for rows in (train_rows, val_rows) for array in rows.values()))
 rows_hash = rows_hash.hexdigest()
 if resume and before["rows"] != rows_hash:
@@ -415,7 +434,7 @@ def finite(figures: dict[str, float]) -> dict[str, float]:
 def save_best(step: int, held_out: dict[str, float]):
     header = {**facts(step), "losses": {"val": held_out["loss"], **held_out}}
     if kind == "full" or merge:
-        save_merged(result, model, {**header, "tokenizer": meta["tokenizer"]})
+        save_merged(result, model, {**entries_to_keep(meta, form), **header, "tokenizer": meta["tokenizer"]})
     else:
         save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint,
                      [checkpoint, *adapter])
