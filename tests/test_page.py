@@ -34,6 +34,9 @@ def files(tmp_path_factory):
     save_checkpoint(str(folder / "tiny.safetensors"), model, meta)
     whole = (folder / "tiny.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[:-500])
+    chat = {"tokenizer": meta["tokenizer"] | {"bos": None}, "template": "own", "chat_template": "{{ messages }}",
+            "ends": [*range(20), 95], "script": "gguf_reader.py"}
+    save_checkpoint(str(folder / "chat.safetensors"), GPT(GPTConfig(**TINY | {"block_size": 5000}), seed=1), chat)
     (folder / "picture.png").write_bytes((ROOT / "docs" / "loss.png").read_bytes()[:5000])
     (folder / "model.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
     (folder / "short.txt").write_text("ten letter")
@@ -180,6 +183,25 @@ def test_kept(page, files):
     assert [page.input_value(f"#{name}") for name in ("prompt", "top_k", "recipient")] == ["import ", "7", "mine"]
     page.wait_for_function("document.querySelector('#text').value === 'my own text'")
     assert page.get_attribute("html", "data-theme") == "dark" and page.inner_text("#sheet").startswith("import")
+
+
+def test_a_model_of_conversations(page, files):
+    """The card says that the page continues its prompt without a template, and reads a part of a long context, which
+    ?context=N changes; a text is over at each of the model's ends; without a first token, an empty prompt is told."""
+    begin(page, files)
+    page.set_input_files("#open", files / "chat.safetensors")
+    says(page, "card-name", "chat.safetensors")
+    card = page.inner_text("#card")
+    assert "2,048 of its 5,000 tokens" in card and "without their template: python sample.py" in card
+    page.wait_for_selector("#sheet .end", timeout=LONG)
+    says(page, "write", "Write")
+    page.fill("#prompt", "")
+    page.click("#write")
+    says(page, "write-wrong", "nothing to continue")
+    page.goto(page.server.url + "?context=4000")
+    page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+    page.set_input_files("#open", files / "chat.safetensors")
+    says(page, "card", "4,000 of its 5,000 tokens")
 
 
 def test_served(opened, files, server):

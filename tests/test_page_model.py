@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import blas  # noqa: F401  (before mlx)
 import browser
+import gguf
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -22,7 +23,7 @@ import patching
 import tuned_lens
 from lora import base_fingerprint
 from model import GPT, GPTConfig, generate, load_checkpoint, save_arrays, save_checkpoint
-from tokenizer import Tokenizer, byte_tokenizer
+from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 257, 37).tolist()
@@ -162,6 +163,83 @@ def test_packed_by_our_scripts(script, opened, server, tmp_path):
     model.set_dtype(mx.float32)
     expected = np.array(model(mx.array([ids]))[0])
     assert np.abs(found.reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def small_smollm2(path):
+    """A GGUF file of SmolLM2's layout with random weights: matrices of type Q4_1, an embedding of Q8_0, both in groups
+    of 32; a tokenizer that lacks bytes, cuts digits apart and begins with no token; a chat template; a context of
+    8,192."""
+    made = [letters_of_bytes()[byte] for byte in range(128)]
+    made += ["Ġt", "he", "Ġthe", "in", "Ġa", "re", "on", "Ġthere"]
+    named = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    sizes = {"context_length": 8192, "embedding_length": 96, "block_count": 2, "feed_forward_length": 256,
+             "attention.head_count": 3, "attention.head_count_kv": 1, "rope.dimension_count": 32,
+             "vocab_size": len(named + made)}
+    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    for key, value in sizes.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.rope.freq_base", 100000.0)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(named + made)
+    writer.add_token_types([3] * len(named) + [1] * len(made))
+    writer.add_token_merges([f"{piece[:-1]} {piece[-1]}" if piece[:-1] in made else f"{piece[:4]} {piece[4:]}"
+                             for piece in made[128:]])
+    writer.add_eos_token_id(2)
+    writer.add_bos_token_id(1)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    C, F, kind = 96, 256, gguf.GGMLQuantizationType
+    shapes = {"token_embd": (len(named + made), C)}
+    for layer in range(2):
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in {
+            "attn_q": (C, C), "attn_k": (32, C), "attn_v": (32, C), "attn_output": (C, C), "ffn_gate": (F, C),
+            "ffn_up": (F, C), "ffn_down": (C, F), "attn_norm": (C,), "ffn_norm": (C,)}.items()}
+    for name, shape in (shapes | {"output_norm": (C,)}).items():
+        array = rng.standard_normal(shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", array)
+            continue
+        own = kind.Q8_0 if name == "token_embd" else kind.Q4_1
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(array / C**0.5, own), raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_file_like_smollm2(opened, server, tmp_path):
+    """From a GGUF file to the page: ids, logits and greedy text as in Python; every panel gives numbers; the page takes
+    a part of the context."""
+    path = server.folder / "smollm2.safetensors"
+    small_smollm2(tmp_path / "small.gguf")
+    run("gguf_reader.py", tmp_path / "small.gguf", path)
+    model, meta = load_checkpoint(str(path))
+    enc, prompt = Tokenizer.from_dict(meta["tokenizer"]), "the  12 there é<|im_end|>"
+    ids = enc.encode(prompt).tolist()
+    bits = {module.bits for _, module in model.named_modules() if hasattr(module, "bits")}
+    assert enc.start == [] and bits == {4, 8} and meta["chat_template"]
+    found = in_page(opened, path.name, """
+        const { ablate, attention, lens, swap } = await import("/inside.js"), text = [];
+        const ids = [...model.enc.start, ...model.enc.encode(prompt)];
+        for await (const { token } of model.generate(ids, { max_new_tokens: 10, temperature: 0 })) text.push(token);
+        const panels = [(await lens(model, ids)).map((row) => row.map(({ entropy }) => entropy)),
+            (await attention(model, ids)).map((map) => Array.from(map)), (await ablate(model, ids, 5)).values,
+            (await swap(model, ids, [...ids.slice(0, -1), 9], 5)).values];
+        const long = await model.logits(new Array(3000).fill(5)).catch((error) => error.message);
+        const { config: { block_size }, whole_context, ends } = model;
+        return { ids, text, logits: Array.from(await model.logits(ids)), panels, long, block_size, whole_context,
+                 ends: [...ends] };""", prompt, parameters="prompt")
+    assert found["ids"] == ids and found["ends"] == [2]
+    model.set_dtype(mx.float32)
+    expected = np.array(model(mx.array([ids]))[0])
+    assert np.abs(np.array(found["logits"]).reshape(expected.shape) - expected).max() < 2e-5 * np.abs(expected).max()
+    assert found["text"] == list(generate(model, ids, 10, temperature=0, n_vocab=enc.n_vocab))
+    for panel in found["panels"]:
+        assert np.isfinite(np.concatenate([np.array(row, np.float64).reshape(-1) for row in panel])).all()
+    assert (found["block_size"], found["whole_context"]) == (2048, 8192)
+    assert "3000 tokens, and this page takes 2048 of this model's 8192" in found["long"]
 
 
 def test_gate(page):

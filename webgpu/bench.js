@@ -3,7 +3,7 @@
 //   const { text } = await benchmark(gpu, model, (line) => console.log(line));
 
 import { Plan } from "./gpu.js";
-import { Trainer } from "./train.js";
+import { Trainer, windowOf } from "./train.js";
 
 /** Milliseconds that work() takes: the median of some rounds, after a first one that is not counted. */
 async function median(work, rounds = 5) {
@@ -35,7 +35,7 @@ export async function generation(model, new_tokens = 32) {
   const write = async (ids, n) => {
     for await (const _ of model.generate(ids, { max_new_tokens: n, temperature: 0 }));
   };
-  const long = new Array(model.config.block_size - 1).fill(1), short = [1];
+  const long = new Array(Math.min(512, model.config.block_size) - 1).fill(1), short = [1];
   const decode = await median(() => write(short, new_tokens), 3);
   const prefill = await median(() => write(long, 1), 3);
   return { decode: 1000 * new_tokens / decode, prefill: 1000 * long.length / prefill };
@@ -43,7 +43,7 @@ export async function generation(model, new_tokens = 32) {
 
 /** Tokens a second in training, with batches of four windows. */
 export async function training(gpu, model) {
-  const T = model.config.block_size, ids = Array.from({ length: 20 * T }, (_, i) => i % Math.min(97, model.n_vocab));
+  const T = windowOf(model.config), ids = Array.from({ length: 20 * T }, (_, i) => i % Math.min(97, model.n_vocab));
   const trainer = await Trainer.create(gpu, { model, ids, batch_size: 4 });
   try {
     return 1000 * 4 * T / await median(() => trainer.step(), gpu.info.fallback ? 1 : 3);

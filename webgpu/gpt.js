@@ -183,7 +183,9 @@ export class GPT {
     this.bytes = made.reduce((sum, buffer) => sum + buffer.size, 0);
     this.n_parameters = [...parametersOf(config).values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
     const { bits = 32, group } = weights.get("blocks.0.mlp.up");
-    this.format = bits < 16 ? `${bits} bits, groups of ${group}` : `float${bits}`;
+    const ofEmbedding = weights.get("embed").bits ?? 32;
+    this.format = (bits < 16 ? `${bits} bits, groups of ${group}` : `float${bits}`) +
+      (ofEmbedding === bits ? "" : `; embedding of ${ofEmbedding} bits`);
     this.slopes = this.own(slopesOf(config));
     this.turns = config.pos === "rope" ? this.own(turnsOf(config)) : gpu.none;
     this.window_turns = config.pos === "rope" && config.window_theta ?

@@ -53,15 +53,20 @@ export class GPU {
   // A storage buffer: content is its size in bytes, or an array, which is copied. UserError beyond the device's limits.
   buffer(content) {
     const size = Math.max(16, Math.ceil((content.byteLength ?? content) / 16) * 16);
+    this.checkSize(size);
+    const { STORAGE, COPY_SRC, COPY_DST } = GPUBufferUsage;
+    const buffer = this.device.createBuffer({ size, usage: STORAGE | COPY_SRC | COPY_DST });
+    if (content.byteLength) this.write(buffer, content);
+    return buffer;
+  }
+
+  // UserError if a buffer cannot have so many bytes.
+  checkSize(size) {
     const most = Math.min(this.info.limits.buffer, this.info.limits.binding);
     if (size > most) {
       throw new UserError(`This needs a buffer of ${megabytes(size)}, and this graphics card allows ${megabytes(most)}: ` +
         "take a smaller model, a smaller batch or a shorter context.");
     }
-    const { STORAGE, COPY_SRC, COPY_DST } = GPUBufferUsage;
-    const buffer = this.device.createBuffer({ size, usage: STORAGE | COPY_SRC | COPY_DST });
-    if (content.byteLength) this.write(buffer, content);
-    return buffer;
   }
 
   write(buffer, content, offset = 0) {

@@ -8,7 +8,7 @@ import { lossChart, smooth } from "./page_draw.js";
 import { discardRun, keepText, keptRun, keptText, recall, remember, saveRun } from "./page_store.js";
 import { isWriting, notWriting } from "./page_write.js";
 import { byteTokenizer, charTokenizer } from "./tokenizer.js";
-import { Trainer } from "./train.js";
+import { Trainer, windowOf } from "./train.js";
 
 const SHOWN = 200_000;       // the largest number of characters of a text that can be edited
 const LARGEST = 50_000_000;  // bytes of a text
@@ -110,7 +110,9 @@ function describe() {
     const config = scratch ? fromScratch(text).config : page.model?.config;
     if (config) {
       const n = [...parametersOf(config).values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
-      words = `${many(n)} parameters, ${count(numberOf("batch_size") * config.block_size)} tokens per update.`;
+      const window = scratch ? config.block_size : windowOf(config);
+      words = `${many(n)} parameters, ${count(numberOf("batch_size") * window)} tokens per update` +
+        `${window < config.block_size ? `, in windows of ${window}, which will be the new model's context` : ""}.`;
     }
   } catch (error) {
     if (!(error instanceof UserError)) throw error;

@@ -15,7 +15,9 @@ import { Tokenizer } from "./tokenizer.js";
 const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
   beta1: 0.9, beta2: 0.95, seed: 1337 };
 const LOGITS = 2 ** 24;  // that are in memory at a time
-const WINDOW = 512;      // tokens of a window, at most, where a model with a longer context is trained further
+
+/** The tokens of a window where the open model is trained further, whose context may be longer than a text fills. */
+export const windowOf = ({ block_size }) => Math.min(block_size, 512);
 
 export class Trainer {
   /** model: a GPT to start from (quantized weights are unpacked); or config and tokenizer, to start from random weights.
@@ -28,7 +30,7 @@ export class Trainer {
     if (resume && meta.script !== "train.py") throw new UserError("This checkpoint is not from a training run: its training cannot go on.");
     const architecture = configOf(meta.config);
     if (architecture.attn_softcap) throw new UserError("This model has attn_softcap, with which this page cannot train: python train.py --init can.");
-    if (model && !resume) architecture.block_size = Math.min(architecture.block_size, WINDOW);  // as train.py --init does
+    if (model && !resume) architecture.block_size = windowOf(architecture);  // the new model's context, as with train.py --init
     if (!meta.tokenizer) throw new UserError("This checkpoint holds no tokenizer: it cannot read a text.");
     Object.assign(trainer, { gpu, meta, config: architecture, settings: { ...DEFAULTS, ...(resume && meta.settings), ...settings } });
     trainer.updates = resume ? meta.step : 0;
@@ -73,6 +75,7 @@ export class Trainer {
       at += Math.ceil(size / 64) * 64;  // a buffer can be bound only at multiples of 256 bytes
     }
     this.n = at;
+    this.gpu.checkSize(8 * at);  // that of the moments, before a large model is read
     const values = new Float32Array(at), moments = new Float32Array(2 * at);
     if (blob) await readDense(blob, this.places, values);
     else initialize(this.config, this.places, values, this.settings.seed);
