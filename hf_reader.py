@@ -147,6 +147,7 @@ def their_config(config: GPTConfig, family: str) -> dict:
     if family in GEMMAS and not config.sliding_window:
         values["sliding_window"] = config.block_size
     found = {"model_type": family, "architectures": [CLASSES.get(family, f"{family.capitalize()}ForCausalLM")],
+             "pad_token_id": None,  # some families have a number that may be beyond the vocabulary
              **{name: values[name] for name in (*SETTINGS[family], "n_ctx") if name in values}}
     if config.n_expert and config.expert_top_k < 2:
         raise UserError(f"expert_top_k=1 has no counterpart in {title_of(family)}, whose gates sum to 1")

@@ -87,12 +87,13 @@ GPT2_SETTINGS = dict(
     is_causal=True)
 COMMON_SETTINGS = dict(
     vocab_size=..., hidden_size=..., intermediate_size=..., num_hidden_layers=..., num_attention_heads=...,
-    num_key_value_heads=None, max_position_embeddings=..., rope_theta=1e4, rope_scaling=None, rope_parameters=None,
-    partial_rotary_factor=None, tie_word_embeddings=False, is_causal=True)
-LAYER_NORM_SETTINGS = COMMON_SETTINGS | dict(layer_norm_eps=1e-5, qk_layernorm=False)
+    max_position_embeddings=..., rope_theta=1e4, rope_scaling=None, rope_parameters=None, partial_rotary_factor=None,
+    tie_word_embeddings=False, is_causal=True)
+LAYER_NORM_SETTINGS = COMMON_SETTINGS | dict(num_key_value_heads=None, layer_norm_eps=1e-5, qk_layernorm=False)
 LLAMA_SETTINGS = COMMON_SETTINGS | dict(
-    head_dim=None, hidden_act="silu", activation="swiglu", rms_norm_eps=..., attention_bias=False, mlp_bias=False,
-    sliding_window=None, use_sliding_window=False, max_window_layers=28, layer_types=None)
+    num_key_value_heads=None, head_dim=None, hidden_act="silu", activation="swiglu", rms_norm_eps=...,
+    attention_bias=False, mlp_bias=False, sliding_window=None, use_sliding_window=False, max_window_layers=28,
+    layer_types=None)
 QWEN_SETTINGS = LLAMA_SETTINGS | dict(num_key_value_heads=32, sliding_window=4096)
 GEMMA_SETTINGS = LLAMA_SETTINGS | dict(
     num_key_value_heads=4, head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
@@ -109,8 +110,9 @@ SETTINGS = {
     "qwen2": QWEN_SETTINGS,
     "qwen3": QWEN_SETTINGS | dict(head_dim=128),
     "qwen3_moe": QWEN_SETTINGS | dict(
-        num_key_value_heads=4, intermediate_size=None, moe_intermediate_size=768, num_experts=128,
-        num_experts_per_tok=8, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=None),
+        num_key_value_heads=4, intermediate_size=None, moe_intermediate_size=768, num_experts=None,
+        num_local_experts=None, num_experts_per_tok=8, norm_topk_prob=False, decoder_sparse_step=1,
+        mlp_only_layers=None),
     "gemma": GEMMA_SETTINGS | dict(num_key_value_heads=16),
     "gemma2": GEMMA_SETTINGS | dict(
         sliding_window=4096, query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
@@ -189,7 +191,7 @@ def common_settings(raw: dict, where: str) -> dict:
     """The settings that all families but GPT-2 have."""
     return dict(
         block_size=raw["max_position_embeddings"], vocab_size=raw["vocab_size"], n_layer=raw["num_hidden_layers"],
-        n_head=raw["num_attention_heads"], n_kv_head=raw["num_key_value_heads"] or 0, n_embd=raw["hidden_size"],
+        n_head=raw["num_attention_heads"], n_kv_head=raw.get("num_key_value_heads") or 0, n_embd=raw["hidden_size"],
         head_dim=raw.get("head_dim") or 0, ffn_dim=raw["intermediate_size"], qk_norm=False,
         tie=raw["tie_word_embeddings"])
 
@@ -232,7 +234,8 @@ def mixtral_settings(raw: dict, where: str) -> dict:
 
 def qwen3_moe_settings(raw: dict, where: str) -> dict:
     require(raw, where, norm_topk_prob=(True,), decoder_sparse_step=(1,), mlp_only_layers=(None, []))
-    return dict(llama_settings(raw, where), **expert_settings(raw["num_experts"], raw, where),
+    n_expert = raw["num_experts"] or raw["num_local_experts"]  # transformers 5 has the second
+    return dict(llama_settings(raw, where), **expert_settings(n_expert, raw, where),
                 ffn_dim=raw["moe_intermediate_size"])
 
 
@@ -735,7 +738,7 @@ def tokenizer_of(source: Folder) -> tuple[Tokenizer | None, dict]:
             kept[name] = read_json(source.folder, f"{name}.json")
     settings = {**kept.pop("special_tokens_map", {}), **kept.get("tokenizer_config", {})}
     check_spelling(settings, os.path.join(source.folder, "tokenizer_config.json"),
-                   ("add_bos_token", "bos_token", "chat_template", "eos_token"))
+                   ("add_bos_token", "add_eos_token", "bos_token", "chat_template", "eos_token"))
     found = read_json(source.folder, "tokenizer.json")
     ids = [i for place in (kept.get("generation_config", {}), source.raw) for i in whole_numbers(place, "eos_token_id")]
     names = {i: name for name, i in known_ids(found).items()}
@@ -859,8 +862,8 @@ def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator, tokenizer: T
     """Write a checkpoint of the arrays (name, array, the file and the name it was read from), which are computed one at
     a time, with a progress bar. UserError, before anything is written, if an array is missing, has a shape that does
     not fit the config, or holds infinite numbers or NaN."""
-    modules, found, places = skeleton(config), {}, {}
     tokenizer = fitting(tokenizer, config.vocab_size)
+    modules, found, places = skeleton(config), {}, {}
     wanted = {f"{path}.{part}": p.shape for path, module in modules.items() for part, p in module.parameters().items()}
     bar = tqdm(total=len(wanted), unit=" tensors", disable=None, dynamic_ncols=True)
     for name, array, place in arrays:
