@@ -64,9 +64,13 @@ def library() -> ctypes.PyDLL | None:
         return None
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinygpt")
     try:
-        found = ctypes.PyDLL(_compiled(cache))  # Py: it keeps Python's lock, so that calls follow one another
+        try:
+            found = ctypes.PyDLL(_compiled(cache))  # Py: it keeps Python's lock, so that calls follow one another
+        except OSError:  # the home folder is read-only, full, or mounted without permission to execute
+            with tempfile.TemporaryDirectory() as folder:  # removed at once: a library that is loaded needs no file
+                found = ctypes.PyDLL(_compiled(folder))
         return found if _is_right(found) else None
-    except (OSError, subprocess.SubprocessError):
+    except (AttributeError, OSError, subprocess.SubprocessError):
         return None
 
 
@@ -74,12 +78,13 @@ def _is_right(found: ctypes.PyDLL) -> bool:
     """Whether the product is that of the unpacked weight, for a small one of 5 bits."""
     q, x = np.arange(4 * 64).reshape(4, 64) % 32, np.linspace(-1, 1, 64, dtype=np.float32)
     words = np.packbits((q[..., None] >> np.arange(5) & 1).reshape(4, -1), axis=1, bitorder="little")
-    scales, biases = np.full((4, 2), 0.5, np.float16), np.full((4, 2), -3, np.float16)
+    scales, biases = np.linspace(0, 1, 16, dtype=np.float16).reshape(2, 4, 2)
     y = np.empty(4, np.float32)
     layer = Layer(address(words), address(scales), address(biases), 4, 64, 32, 5, 1)
     failed = found.product(ctypes.byref(layer), ctypes.c_void_p(address(x)), ctypes.c_int64(1),
                            ctypes.c_void_p(address(y)), 1)
-    return not failed and np.allclose(y, (q * 0.5 - 3) @ x, atol=1e-3)
+    weight = np.repeat(scales, 32, axis=1).astype(np.float32) * q + np.repeat(biases, 32, axis=1)
+    return not failed and np.allclose(y, weight @ x, atol=1e-3)
 
 
 @functools.cache
@@ -94,10 +99,11 @@ def product(x: mx.array, weight: mx.array, scales: mx.array | None = None, biase
     """x (..., in) times the transpose of a weight (out, in), float32: packed, or of 16 bits (bits = 16, without scales
     and biases). It is computed at once, not lazily. None where it cannot be: x is not float32 or is being traced, the
     machine has no compiler, or the dtype of the weight is another."""
-    kind = KINDS.get(weight.dtype if scales is None else scales.dtype)
-    if x.dtype != mx.float32 or kind is None or not library():
+    (outputs, width), inputs = weight.shape, x.shape[-1]
+    kind = KINDS.get((weight if scales is None else scales).dtype)
+    fits = inputs % 8 == 0 and width * weight.dtype.size * 8 == inputs * bits
+    if x.dtype != mx.float32 or kind is None or not fits or not library():
         return None
-    outputs, inputs = weight.shape[0], x.shape[-1]
     try:
         arrays = [0 if array is None else address(array) for array in (weight, scales, biases)]
         layer = Layer(*arrays, outputs, inputs, group_size or inputs, bits, kind)
