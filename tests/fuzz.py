@@ -390,8 +390,8 @@ def child(place: Path, script: str, command: list[str], encoding: str, disk: int
 
 
 def run_case(place: Path, script: str, command: list[str], encoding="utf-8", disk=2**28, limit=60.0) -> tuple:
-    """Run a command in a folder: (exit status, standard output, standard error, seconds of the processor, how it was
-    stopped). encoding: of the terminal; disk: bytes that fit into a file."""
+    """Run a command in a folder: (exit status, standard output, standard error, seconds on a processor or waiting for
+    one, how it was stopped). encoding: of the terminal; disk: bytes that fit into a file."""
     pid = os.fork()
     if not pid:
         try:
@@ -403,8 +403,11 @@ def run_case(place: Path, script: str, command: list[str], encoding="utf-8", dis
     signals, sent = [signal.SIGINT, signal.SIGINT, signal.SIGKILL], 0  # where the first Ctrl-C saves, the second ends
     if script in SHORT:
         signals[1] = 0  # none: a browser must be ended in order
-    began, stopped, resident = time.perf_counter(), "", Path(f"/proc/{pid}/statm")
+    began, stopped, resident, queued = time.perf_counter(), "", Path(f"/proc/{pid}/statm"), 0.0
     while not poll.poll(50):
+        with contextlib.suppress(OSError, IndexError):
+            threads = Path(f"/proc/{pid}/task").glob("*/schedstat")  # nanoseconds: on a processor, waiting for one
+            queued = max(queued, sum(int(path.read_text().split()[1]) for path in threads) / 1e9)
         with contextlib.suppress(OSError, IndexError):
             if int(resident.read_text().split()[1]) * resource.getpagesize() > MEMORY:
                 stopped = "memory"
@@ -419,7 +422,7 @@ def run_case(place: Path, script: str, command: list[str], encoding="utf-8", dis
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # the processes that it has started
     out, err = (Path(f"{place}.{name}").read_bytes().decode(errors="replace") for name in ("out", "err"))
-    return os.waitstatus_to_exitcode(status), out, err, usage.ru_utime + usage.ru_stime, stopped
+    return os.waitstatus_to_exitcode(status), out, err, usage.ru_utime + usage.ru_stime + queued, stopped
 
 
 KNOWN = re.compile("skipped |.* is skipped: |no run of ")  # lines on standard error that are no error
