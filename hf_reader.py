@@ -92,7 +92,7 @@ def family_of(config: GPTConfig) -> str:
         return "qwen3"
     if config.qkv_bias and not config.out_bias:
         return "qwen2"
-    return "mistral" if config.sliding_window and config.window_pattern == "S" else "llama"
+    return "mistral" if config.sliding_window else "llama"
 
 
 def letters_of(pattern: str, config: GPTConfig) -> str:
@@ -166,7 +166,8 @@ def check_counterparts(config: GPTConfig, again: GPTConfig, title: str):
     last = names.index("tie") + 1
     for name in (*reversed(names[last:]), *names[:last]):  # variants first, which may have set others
         same = given[name] == found[name] or isinstance(given[name], float) and math.isclose(given[name], found[name])
-        if not same:
+        switch = PART_OF.get(name, name)  # another setting, which is told if it differs
+        if not same and (switch == name or given[switch] == found[switch]):
             raise UserError(f"{name}={getattr(config, name)!r} has no counterpart in {title}, which has "
                             f"{found[name]!r}: the model cannot be exported")
 
@@ -326,6 +327,22 @@ def write_folder(folder: str, model: GPT, meta: dict):
           f"{sum(array.nbytes for array in arrays.values()) / 1e6:,.1f} MB, {dtype}")
 
 
+READERS = {"awq": "awq_reader.py", "gptq": "gptq_reader.py", "compressed-tensors": "compressed_reader.py"}
+
+
+def check_packed_by_mlx(packed: dict, where: str):
+    """UserError unless the settings `packed` of a config.json are mlx-lm's, with formats that are read here."""
+    method = packed.get("quant_method", "mlx-lm") if isinstance(packed, dict) else packed
+    if method in READERS:
+        raise UserError(f"{where}: the model is packed by {method}: read it with {READERS[method]}")
+    if method != "mlx-lm":
+        raise UserError(f"{where}: the model is packed by {method!r}, which has no reader here: take the original model")
+    for name, settings in {"quantization": packed, **packed}.items():
+        mode = settings.get("mode", "affine") if isinstance(settings, dict) else "affine"
+        if mode not in ("affine", "mxfp4"):
+            raise UserError(f"{where}: {name} has mode={mode!r}, which cannot be read, only affine and mxfp4")
+
+
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 if not source:
@@ -338,9 +355,7 @@ else:
     check_out(out, source)
     folder = open_folder(source)
     if packed := folder.raw.get("quantization_config") or folder.raw.get("quantization"):  # mlx-lm has the second
-        method = packed.get("quant_method", "mlx-lm") if isinstance(packed, dict) else packed
-        raise UserError(f"{source} is packed by {method}: read it with {method}_reader.py" if method in ("awq", "gptq")
-                        else f"{source} is packed by {method!r}, which has no reader here: take the original model")
+        check_packed_by_mlx(packed, os.path.join(source, "config.json"))
     if packed := next((name for name in sorted(folder.names) if name.endswith(".qweight")), ""):
         raise UserError(f"{folder.file_of(packed)}: {packed} is packed: read it with awq_reader.py or gptq_reader.py")
     config = model_config(folder.raw, os.path.join(source, "config.json"))

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from config import UserError, check_output, check_replaced
 from draw import check_folder
 from model import GPT, VERSION, GPTConfig, save_arrays
+from packing import pack
 from quantized import Factored, dense_weight, natural, replace_module
 from tokenizer import EOT, Tokenizer, from_tokenizer_json, to_tokenizer_json
 
@@ -583,14 +584,34 @@ def read_json(folder: str, name: str) -> dict:
 
 
 def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
-    """The weight (out, in), and the bias (out,) if there is one, of a module, by its name in the folder. GPT-2's
-    matrices are stored transposed."""
-    found = {"weight": source[f"{name}.weight"]}
+    """The weight (out, in), and the bias (out,) if there is one, of a module, by its name in the folder; of one that
+    MLX quantized also scales and biases. GPT-2's matrices are stored transposed."""
+    found = {part: source[f"{name}.{part}"] for part in ("weight", "scales", "biases")
+             if part == "weight" or f"{name}.{part}" in source.names}
+    if "scales" in found and "biases" not in found:
+        return from_mxfp4(found, source.place(name, "weight"))
     if name.startswith(GPT2["blocks."]):
         found["weight"] = found["weight"].T
     if f"{name}.bias" in source.names or f"{name.removeprefix(source.prefix)}.bias" in source.names:
         found["bias"] = source[f"{name}.bias"]
     return found
+
+
+MXFP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12])  # twice the numbers of 4 bits without the sign, which is the last bit
+
+
+def from_mxfp4(found: dict[str, mx.array], place: str) -> dict[str, mx.array]:
+    """A weight in MXFP4 (Rouhani et al. 2023), 4 bits for each of the numbers 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their
+    negatives, times a power of two for each group of 32, in MLX's affine format. They are multiples of 0.5 from -6 to
+    6: integers of 5 bits hold them exactly."""
+    words, exponents = (np.array(found[part]) for part in ("weight", "scales"))
+    if words.dtype != np.uint32 or exponents.dtype != np.uint8 or words.shape[-1] != 4 * exponents.shape[-1]:
+        raise UserError(f"{place} is packed without biases, but not as MXFP4: it cannot be read")
+    q = (words[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(*words.shape[:-1], -1)
+    q = 12 + np.where(q & 8, -1, 1) * MXFP4[q & 7]
+    scales = mx.array(np.ldexp(np.float32(0.5), exponents.astype(np.int32) - 127))
+    return {"weight": pack(mx.array(q), 5), "scales": scales.astype(mx.bfloat16),
+            "biases": (-12 * scales).astype(mx.bfloat16)}
 
 
 def packed_parts(source: Folder, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -660,6 +681,9 @@ def read_model(config: GPTConfig, source: Folder,
                 for name, piece in zip(FUSED[fused], pieces, strict=True):
                     if part != "bias" or "bias" in module or array.any().item():
                         yield f"blocks.{layer}.{name}.{part}", mx.contiguous(piece), source.place(theirs, part)
+        elif theirs and f"{stacked(theirs)}.weight" in source.names:
+            for part, array in linear(source, stacked(theirs)).items():
+                yield f"{path}.{part}", array, source.place(stacked(theirs), part)
         elif theirs and "{}" in theirs:
             each = [theirs.format(expert) for expert in range(config.n_expert)]
             experts = [linear(source, name) for name in each]
@@ -670,7 +694,7 @@ def read_model(config: GPTConfig, source: Folder,
                                     "do not fit")
             for part in shapes[0]:
                 yield f"{path}.{part}", mx.stack([found.pop(part) for found in experts]), source.place(each[0], part)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) or f"{theirs}.scales" in source.names:
             for part, array in linear(source, theirs).items():
                 if part != "bias" or "bias" in module or array.any().item():  # some quantizers write biases of zeros
                     yield f"{path}.{part}", array, source.place(theirs, part)
@@ -686,6 +710,13 @@ def read_model(config: GPTConfig, source: Folder,
     if more:
         raise UserError(f"{source.file_of(more[0])} holds {more[0]}, and {len(more) - 1} more, which have no "
                         "place in the architecture of config.json: copy the files again")
+
+
+def stacked(theirs: str) -> str:
+    """The name in mlx-lm's files of one array for all experts, by their_name(); "" for other modules."""
+    before, _, name = theirs.partition(".experts.{}.")
+    name = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(name, name)
+    return f"{before}.switch_mlp.{name}" if name else ""
 
 
 def split(config: GPTConfig, family: str, fused: str, array: mx.array, place: str) -> list[mx.array]:
@@ -738,7 +769,8 @@ def tokenizer_of(source: Folder) -> tuple[Tokenizer | None, dict]:
             kept[name] = read_json(source.folder, f"{name}.json")
     settings = {**kept.pop("special_tokens_map", {}), **kept.get("tokenizer_config", {})}
     check_spelling(settings, os.path.join(source.folder, "tokenizer_config.json"),
-                   ("add_bos_token", "add_eos_token", "bos_token", "chat_template", "eos_token"))
+                   ("add_bos_token", "add_eos_token", "boi_token", "bos_token", "chat_template", "eoi_token",
+                    "eos_token"))  # boi, eoi: of an image
     found = read_json(source.folder, "tokenizer.json")
     ids = [i for place in (kept.get("generation_config", {}), source.raw) for i in whole_numbers(place, "eos_token_id")]
     names = {i: name for name, i in known_ids(found).items()}

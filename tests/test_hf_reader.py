@@ -184,7 +184,7 @@ GPT2 = dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False)
     (dict(mlp="relu2"), "mlp='relu2'"), (dict(alibi=True), "alibi=True"), (dict(yoco=True), "yoco=True"),
     (dict(norm="layer"), "norm='layer'"), (dict(qkv_bias=True), "qkv_bias=True"),
     (dict(pos="learned"), "norm='rms' has no counterpart in GPT-2"), (dict(n_shared_expert=1, n_expert=4), "n_shared"),
-    (dict(qk_norm=False, sliding_window=8, window_pattern="SL"), "window_pattern='SL' has no counterpart in Llama"),
+    (dict(qk_norm=False, sliding_window=8, window_pattern="SL"), "window_pattern='SL' has no counterpart in Mistral"),
     (dict(qk_norm=False, n_expert=4, expert_top_k=1), "expert_top_k=1"),
     (dict(qk_norm=False, n_expert=4, expert_balance="bias"), "expert_balance='bias' has no counterpart"),
     (dict(softcap=15.0), "softcap=15.0"), (dict(value_residual=True), "value_residual=True"),
