@@ -2,6 +2,7 @@
 // compute them.
 
 import { UserError } from "./errors.js";
+import { Plan } from "./gpu.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
 
 const ROWS = 64;  // rows whose logits are computed at a time
@@ -98,15 +99,25 @@ export async function attention(model, ids) {
 
 // ---- interventions --------------------------------------------------------------------------------------------------
 
-/** Buffers with the activations (T, C) of a prompt: {resid, attn, mlp}, each by layer. They are destroyed with the plan. */
-function record(model, plan, ids) {
-  const size = 4 * ids.length * model.config.n_embd, states = { resid: [], attn: [], mlp: [] };
-  model.read(plan, ids, (site, layer, x) => {
-    if (!(site in states)) return;
-    states[site][layer] = plan.scratch(size);
-    plan.copy(x, 0, states[site][layer], 0, size);
-  });
-  return states;
+/** The result of work(states), where states are buffers with the activations (T, C) of each prompt: {resid, attn, mlp}, each
+ *  by layer. */
+async function recorded(model, prompts, work) {
+  const plan = new Plan(model.gpu);
+  try {
+    const all = prompts.map((ids) => {
+      const size = 4 * ids.length * model.config.n_embd, states = { resid: [], attn: [], mlp: [] };
+      model.read(plan, ids, (site, layer, x) => {
+        if (!(site in states)) return;
+        states[site][layer] = plan.scratch(size);
+        plan.copy(x, 0, states[site][layer], 0, size);
+      });
+      return states;
+    });
+    await model.gpu.guard(async () => (await plan.ready()).run());
+    return await work(...all);
+  } finally {
+    plan.destroy();
+  }
 }
 
 /** Add top.wgsl for the last position of B sequences, whose streams after the last block are x (B T, C), with one target:
@@ -137,28 +148,30 @@ export async function ablate(model, ids, target, how = "zero", onProgress = () =
   const columns = ["attn", "mlp", "block", ...Array.from({ length: H }, (_, head) => `head ${head}`)];
   const MEAN = how === "mean" ? { MEAN: true } : {}, values = [];
   let whole = 0;
-  for (let layer = 0; layer < L; layer++) {
-    const found = await model.once((plan) => {
-      const states = record(model, plan, ids), at = plan.scratch(Uint32Array.of(0, T)), room = model.room(plan, T);
-      const stream = plan.scratch(4 * T * C);
-      return [null, ...columns].map((column) => {
-        const head = Number(column?.match(/^head (\d+)/)?.[1]), site = column?.startsWith("head") ? "heads" : column;
-        const tap = (name, where, x, width) => {
-          const [first, last] = site === "heads" ? [head * D, head * D + D] : [0, width];
-          const base = site === "block" ? states.resid[layer] : model.gpu.none;
-          const here = site === "block" ? name === "resid" && where === layer + 1 : name === site && where === layer;
-          if (!here) return;
-          plan.add("ablate", { ...MEAN, ...(site === "block" && { BASE: true }) }, [T, width, first, last], [base, x],
-            model.gpu.threads(last - first));
-        };
-        plan.copy(states.resid[layer], 0, stream, 0, 4 * T * C);
-        return answer(model, plan, model.forward(plan, { B: 1, T, at, tap, rooms: () => room, start: layer, stream }), 1, T, target);
-      });
+  const without = (layer, states) => model.once((plan) => {
+    const at = plan.scratch(Uint32Array.of(0, T)), room = model.room(plan, T), stream = plan.scratch(4 * T * C);
+    return [null, ...columns].map((column) => {
+      const head = Number(column?.match(/^head (\d+)/)?.[1]), site = column?.startsWith("head") ? "heads" : column;
+      const tap = (name, where, x, width) => {
+        const [first, last] = site === "heads" ? [head * D, head * D + D] : [0, width];
+        const base = site === "block" ? states.resid[layer] : model.gpu.none;
+        const here = site === "block" ? name === "resid" && where === layer + 1 : name === site && where === layer;
+        if (!here) return;
+        plan.add("ablate", { ...MEAN, ...(site === "block" && { BASE: true }) }, [T, width, first, last], [base, x],
+          model.gpu.threads(last - first));
+      };
+      plan.copy(states.resid[layer], 0, stream, 0, 4 * T * C);
+      return answer(model, plan, model.forward(plan, { B: 1, T, at, tap, rooms: () => room, start: layer, stream }), 1, T, target);
     });
-    whole = logP(found[0]);
-    values.push(found.slice(1).map((bytes) => logP(bytes) - whole));
-    onProgress((layer + 1) / L);
-  }
+  });
+  await recorded(model, [ids], async (states) => {
+    for (let layer = 0; layer < L; layer++) {
+      const found = await without(layer, states);
+      whole = logP(found[0]);
+      values.push(found.slice(1).map((bytes) => logP(bytes) - whole));
+      onProgress((layer + 1) / L);
+    }
+  });
   return { whole, columns, values };
 }
 
@@ -184,25 +197,28 @@ export async function swap(model, donor, recipient, target, site = "resid", onPr
     throw new UserError("Both prompts give the target the same probability, so that patching can have no effect: change one of them.");
   }
   const step = Math.max(1, Math.floor(1024 / T));
-  for (let layer = 0; layer < L; layer++) {
-    const found = await model.once((plan) => {
-      const theirs = record(model, plan, donor), own = record(model, plan, recipient), wanted = [];
-      for (let first = 0; first < places.length; first += step) {
-        const part = places.slice(first, first + step), B = part.length, stream = plan.scratch(B * size);
-        for (let b = 0; b < B; b++) plan.copy(own.resid[layer], 0, stream, b * size, size);
-        const where = plan.scratch(Uint32Array.from([...part.map(([i]) => i), ...part.map(([, j]) => j)]));
-        const tap = (name, at, x) => {
-          if (name === site && at === layer) plan.add("patch", {}, [B, T, C], [where, theirs[site][layer], x], gpu.threads(B * C));
-        };
-        const room = model.room(plan, B * T), at = plan.scratch(Uint32Array.of(0, T));
-        wanted.push(answer(model, plan, model.forward(plan, { B, T, at, tap, rooms: () => room, start: layer, stream }), B, T, target));
-      }
-      return wanted;
-    });
-    const cells = found.flatMap((bytes) => Array.from({ length: bytes.byteLength / 64 }, (_, b) => [logP(bytes, b), best(bytes, b)]));
-    values.push(cells.map(([value]) => (value - corrupt) / (clean - corrupt)));
-    tops.push(cells.map(([, top]) => top));
-    onProgress((layer + 1) / L);
-  }
+  const patched = (layer, theirs, own) => model.once((plan) => {
+    const wanted = [];
+    for (let first = 0; first < places.length; first += step) {
+      const part = places.slice(first, first + step), B = part.length, stream = plan.scratch(B * size);
+      for (let b = 0; b < B; b++) plan.copy(own.resid[layer], 0, stream, b * size, size);
+      const where = plan.scratch(Uint32Array.from([...part.map(([i]) => i), ...part.map(([, j]) => j)]));
+      const tap = (name, at, x) => {
+        if (name === site && at === layer) plan.add("patch", {}, [B, T, C], [where, theirs[site][layer], x], gpu.threads(B * C));
+      };
+      const room = model.room(plan, B * T), at = plan.scratch(Uint32Array.of(0, T));
+      wanted.push(answer(model, plan, model.forward(plan, { B, T, at, tap, rooms: () => room, start: layer, stream }), B, T, target));
+    }
+    return wanted;
+  });
+  await recorded(model, [donor, recipient], async (theirs, own) => {
+    for (let layer = 0; layer < L; layer++) {
+      const found = await patched(layer, theirs, own);
+      const cells = found.flatMap((bytes) => Array.from({ length: bytes.byteLength / 64 }, (_, b) => [logP(bytes, b), best(bytes, b)]));
+      values.push(cells.map(([value]) => (value - corrupt) / (clean - corrupt)));
+      tops.push(cells.map(([, top]) => top));
+      onProgress((layer + 1) / L);
+    }
+  });
   return { clean, corrupt, values, tops };
 }
