@@ -336,7 +336,8 @@ def check_packed_by_mlx(packed: dict, where: str):
     if method in READERS:
         raise UserError(f"{where}: the model is packed by {method}: read it with {READERS[method]}")
     if method != "mlx-lm":
-        raise UserError(f"{where}: the model is packed by {method!r}, which has no reader here: take the original model")
+        raise UserError(f"{where}: the model is packed by {method!r}, which has no reader here: take the "
+                        "original model")
     for name, settings in {"quantization": packed, **packed}.items():
         mode = settings.get("mode", "affine") if isinstance(settings, dict) else "affine"
         if mode not in ("affine", "mxfp4"):
