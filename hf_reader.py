@@ -5,11 +5,13 @@
 
 It reads GPT-2, Llama (with rope scaling), Mistral (with a window), Qwen2, Qwen3 and Mixtral, from config.json and one
 or several .safetensors files. Weights stay in their dtype. The tokenizer (tokenizer.json) and the chat template go into
-the checkpoint too. Models packed by AWQ or GPTQ are read by awq_reader.py and gptq_reader.py. A setting of config.json
-that is not known here is refused, unless its value turns it off.
+the checkpoint too. Layers that mlx-lm quantized stay quantized. Models packed by AWQ, GPTQ or compressed-tensors are
+read by awq_reader.py, gptq_reader.py and compressed_reader.py. A setting of config.json that is not known here is
+refused, unless its value turns it off.
 
 It writes such a folder, which transformers and mlx-lm load, of every checkpoint whose architecture is one of these six.
-Quantized layers are unpacked, and low-rank layers multiplied out.
+Quantized layers are unpacked, and low-rank layers multiplied out. With --packed=True quantized layers stay so, in
+mlx-lm's format.
 """
 import contextlib
 import json
@@ -42,6 +44,7 @@ from readers import (
     open_folder,
     read_model,
     skeleton,
+    stacked,
     their_name,
     tokenizer_files,
     tokenizer_of,
@@ -52,6 +55,7 @@ from readers import (
 source = ""  # a folder with config.json; with --export: a checkpoint
 out = "model.safetensors"  # the checkpoint to be written
 export = ""  # a folder to be written, instead of `out`
+packed = False  # with --export: quantized layers stay quantized; mlx-lm loads the folder, transformers does not
 
 settings = overrides(globals(), "source", "out")
 
@@ -228,7 +232,7 @@ def their_rope(config: GPTConfig, family: str) -> dict:
 
 
 def their_arrays(model: GPT, family: str) -> Iterator[tuple[str, mx.array]]:
-    """The folder's tensors, by name, unpacked."""
+    """The folder's tensors, by name, unpacked unless `packed`."""
     config, modules, seen = model.config, dict(model.named_modules()), {}
     names, dtype = names_of(family, config), unpacked(modules["embed"])["weight"].dtype
     for path in skeleton(config):
@@ -238,10 +242,10 @@ def their_arrays(model: GPT, family: str) -> Iterator[tuple[str, mx.array]]:
             continue  # it goes with the first one
         if fused:
             theirs = their_name(f"blocks.{layer}.{fused}", names)
-            each = [unpacked(modules[f"blocks.{layer}.{name}"]) for name in FUSED[fused]]
+            each = alike([modules[f"blocks.{layer}.{name}"] for name in FUSED[fused]])
             parts = {part: join(config, family, [found[part] for found in each]) for part in each[0]}
         else:
-            parts = unpacked(modules[path])
+            (parts,) = alike([modules[path]])
         if theirs in seen:
             other = unpacked(modules[seen[theirs]])
             if not all(mx.array_equal(other[part], array) for part, array in parts.items()):
@@ -259,6 +263,34 @@ def their_arrays(model: GPT, family: str) -> Iterator[tuple[str, mx.array]]:
                     yield f"{theirs.format(expert)}.{part}", piece
             else:
                 yield f"{theirs}.{part}", array
+
+
+def alike(modules: list[nn.Module]) -> list[dict[str, mx.array]]:
+    """The arrays of modules, to be joined part by part. With `packed`, modules that are quantized to as many bits in
+    groups of one size stay quantized."""
+    parts = [dict(module.parameters()) for module in modules]
+    shapes = [{part: array.shape[1:] for part, array in found.items()} for found in parts]
+    if packed and all("scales" in found and "order" not in found and shape == shapes[0]
+                      for found, shape in zip(parts, shapes, strict=True)):
+        return parts
+    return [unpacked(module) for module in modules]
+
+
+def their_quantization(model: GPT, family: str, arrays: dict[str, mx.array]) -> dict:
+    """The settings for config.json, as mlx-lm writes them, of layers whose scales are among the arrays: bits and group
+    size of most of them, and those of each other one by name."""
+    names, found = names_of(family, model.config), {}
+    for path, module in model.named_modules():
+        layer, _, inner = path.removeprefix("blocks.").partition(".")
+        fused = next((name for name in FUSED if name in names and inner in FUSED[name]), None)
+        theirs = their_name(f"blocks.{layer}.{fused}" if fused else path, names)
+        if theirs and "scales" in module and f"{theirs.format(0)}.scales" in arrays:
+            found[stacked(theirs) or theirs] = {"group_size": module.group_size, "bits": module.bits}
+    if not found:
+        return {}
+    most = max(found.values(), key=list(found.values()).count)
+    others = {name: settings for name, settings in found.items() if settings != most}
+    return {"quantization": {**most, "mode": "affine", **others}}
 
 
 def unpacked(module: nn.Module) -> dict[str, mx.array]:
@@ -292,6 +324,9 @@ def write_folder(folder: str, model: GPT, meta: dict):
     if os.path.exists(folder):
         raise UserError(f"{folder} exists: give another --export, or remove it")
     config = their_settings(model.config, (meta.get("hf") or {}).get("model_type"))
+    if packed and config["model_type"] == "gpt2":
+        raise UserError("mlx-lm keeps the matrices of GPT-2 transposed, which quantized ones cannot be: leave out "
+                        "--packed")
     multiply_factors(model)
     temporary = f"{folder.rstrip('/')}.tmp{os.getpid()}"
     os.makedirs(temporary)
@@ -309,6 +344,8 @@ def write_folder(folder: str, model: GPT, meta: dict):
             file.flush()
             os.fsync(file.fileno())
         files = {"config.json": {**config, "torch_dtype": dtype, "dtype": dtype}}
+        if packed:
+            files["config.json"] |= their_quantization(model, config["model_type"], arrays)
         more = tokenizer_files(meta)
         if meta.get("tokenizer") and not more:
             print("tokenizer.json is not written: a tokenizer of characters has no counterpart there")
@@ -330,15 +367,15 @@ def write_folder(folder: str, model: GPT, meta: dict):
 READERS = {"awq": "awq_reader.py", "gptq": "gptq_reader.py", "compressed-tensors": "compressed_reader.py"}
 
 
-def check_packed_by_mlx(packed: dict, where: str):
-    """UserError unless the settings `packed` of a config.json are mlx-lm's, with formats that are read here."""
-    method = packed.get("quant_method", "mlx-lm") if isinstance(packed, dict) else packed
+def check_quantization(found: dict, where: str):
+    """UserError unless the settings of a config.json are mlx-lm's, with formats that are read here."""
+    method = found.get("quant_method", "mlx-lm") if isinstance(found, dict) else found
     if method in READERS:
         raise UserError(f"{where}: the model is packed by {method}: read it with {READERS[method]}")
     if method != "mlx-lm":
-        raise UserError(f"{where}: the model is packed by {method!r}, which has no reader here: take the "
-                        "original model")
-    for name, settings in {"quantization": packed, **packed}.items():
+        raise UserError(f"{where}: the model is packed by {method!r}, which has no reader here: take the original "
+                        "model")
+    for name, settings in {"quantization": found, **found}.items():
         mode = settings.get("mode", "affine") if isinstance(settings, dict) else "affine"
         if mode not in ("affine", "mxfp4"):
             raise UserError(f"{where}: {name} has mode={mode!r}, which cannot be read, only affine and mxfp4")
@@ -355,10 +392,10 @@ if export:
 else:
     check_out(out, source)
     folder = open_folder(source)
-    if packed := folder.raw.get("quantization_config") or folder.raw.get("quantization"):  # mlx-lm has the second
-        check_packed_by_mlx(packed, os.path.join(source, "config.json"))
-    if packed := next((name for name in sorted(folder.names) if name.endswith(".qweight")), ""):
-        raise UserError(f"{folder.file_of(packed)}: {packed} is packed: read it with awq_reader.py or gptq_reader.py")
+    if quantization := folder.raw.get("quantization_config") or folder.raw.get("quantization"):  # mlx-lm's
+        check_quantization(quantization, os.path.join(source, "config.json"))
+    if name := next((name for name in sorted(folder.names) if name.endswith(".qweight")), ""):
+        raise UserError(f"{folder.file_of(name)}: {name} is packed: read it with awq_reader.py or gptq_reader.py")
     config = model_config(folder.raw, os.path.join(source, "config.json"))
     tokenizer, more = tokenizer_of(folder)
     more["hf"] = {**more.get("hf", {}), "model_type": folder.raw["model_type"]}
