@@ -112,7 +112,7 @@ FLAVOURS = {
     "sinks, of all": dict(sliding_window=6, sinks=3, rotary_dim=4, rope_pattern="RN", attn_softcap=2.0, attn_scale=0.5,
                           n_kv_head=2),
     "diff, softcap": dict(diff_attn=True, attn_softcap=1.5, attn_scale=0.5, rotary_dim=2, norm_place="after",
-                          n_kv_head=2),
+                          n_kv_head=2, logit_scale=0.5, softcap=3.0),
     "window": dict(sliding_window=5),
     "window of one": dict(sliding_window=1, n_layer=1, qk_norm=False),
     "window over all": dict(sliding_window=500, n_layer=1),
