@@ -106,4 +106,5 @@ where = os.path.join(source, "config.json")
 linear = reader(readers.quantization(folder, "awq", ("bits", "group_size", "version")), where)
 config = readers.model_config(folder.raw, where)
 tokenizer, more = readers.tokenizer_of(folder)
+more["hf"] = {**more.get("hf", {}), "model_type": folder.raw["model_type"]}
 readers.write_checkpoint(out, config, readers.read_model(config, folder, linear), tokenizer, more)

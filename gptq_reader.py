@@ -7,9 +7,10 @@ GPTQ (Frantar et al. 2023), as AutoGPTQ and GPTQModel write it, stores integers 
 a zero point for each group of inputs: w = (q - zero) scale. The integers are repacked into MLX's layout, w = scale q +
 bias with bias = -scale zero, without rounding. The first version of the format stores zero - 1, the second one zero.
 Where a group's inputs are not neighbours (desc_act), the layer keeps its columns in the order of the groups, and the
-model brings the inputs into this order.
+model brings the inputs into this order. GPTQModel's rules for single modules (dynamic) are followed.
 """
 import os
+import re
 from collections.abc import Callable
 
 import blas  # noqa: F401  (before mlx)
@@ -70,15 +71,31 @@ def zeros_of(qzeros: np.ndarray, bits: int, version: int) -> np.ndarray:
 # ---- a layer of a folder ---------------------------------------------------------------------------------------------
 
 
-def reader(settings: dict, where: str) -> Callable[[readers.Folder, str], dict[str, mx.array]]:
-    """The function that readers.read_model calls for each linear layer. settings: quantization_config."""
+def bits_of(settings: dict, name: str, where: str) -> int:
+    """The bits of a module. `dynamic` holds settings of single modules by regular expressions, of which the first that
+    matches the beginning of the name counts; "+:" may stand before one, and "-:" before one of modules that are not
+    quantized."""
     bits, form = settings.get("bits"), settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    try:
+        rules = [(rule.removeprefix("+:"), own) for rule, own in (settings.get("dynamic") or {}).items()
+                 if not rule.startswith("-:")]
+        bits = next((own.get("bits", bits) for rule, own in rules if re.match(rule, name)), bits)
+    except (re.error, AttributeError) as error:
+        raise UserError(f"{where}: dynamic holds a rule that cannot be read ({error}): copy it again") from error
     if type(bits) is not int or bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
         raise UserError(f"{where}: {bits} bits in the format {form!r} cannot be read, only 2, 3, 4, 8 in gptq, gptq_v2")
+    return bits
+
+
+def reader(settings: dict, where: str) -> Callable[[readers.Folder, str], dict[str, mx.array]]:
+    """The function that readers.read_model calls for each linear layer. settings: quantization_config."""
+    form = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    bits_of(settings, "", where)
 
     def linear(source: readers.Folder, name: str) -> dict[str, mx.array]:
         if f"{name}.qweight" not in source.names:
             return readers.dense_linear(source, name)
+        bits = bits_of(settings, name, where)
         (qweight, qzeros, scales), file = readers.packed_parts(source, name), source.file_of(f"{name}.qweight")
         (rows, outputs), groups = qweight.shape, len(scales)
         inputs = rows * 32 // bits
@@ -115,7 +132,8 @@ if scale_dtype not in ("float32", "float16"):
 readers.check_out(out, source)
 folder = readers.open_folder(source)
 where = os.path.join(source, "config.json")
-linear = reader(readers.quantization(folder, "gptq", ("bits", "checkpoint_format", "format")), where)
+linear = reader(readers.quantization(folder, "gptq", ("bits", "checkpoint_format", "dynamic", "format")), where)
 config = readers.model_config(folder.raw, where)
 tokenizer, more = readers.tokenizer_of(folder)
+more["hf"] = {**more.get("hf", {}), "model_type": folder.raw["model_type"]}
 readers.write_checkpoint(out, config, readers.read_model(config, folder, linear), tokenizer, more)

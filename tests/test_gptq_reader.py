@@ -17,8 +17,8 @@ from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 SOURCE = (ROOT / "gptq_reader.py").read_text()
 START, END = SOURCE.index("# ---- layouts"), SOURCE.index("# ---- run")
-made = {"np": np, "mx": mx, "readers": readers, "UserError": UserError, "Callable": Callable, "scale_dtype": "float32",
-        "dense": False}
+made = {"np": np, "mx": mx, "re": re, "readers": readers, "UserError": UserError, "Callable": Callable,
+        "scale_dtype": "float32", "dense": False}
 exec(SOURCE[START:END], made)  # without the part that runs
 FIXTURE = {name: np.array(array) for name, array in mx.load(str(ROOT / "tests/fixtures/gptq.safetensors")).items()}
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -163,6 +163,34 @@ def test_folder(bits, settings, tmp_path):
         layer = found.blocks[0].attn.q
         assert dense or layer.bits == bits and ("order" in layer) == settings.get("act_order", False)
         assert dense or found.blocks[0].mlp.up.bits == bits
+
+
+def test_bits_of_single_modules(tmp_path):
+    """GPTQModel's `dynamic`: the first rule that matches counts. mlp.up_proj is packed anew, to 8 bits."""
+    folder, model = folder_of(tmp_path)
+    arrays, name = mx.load(str(folder / "model.safetensors")), "model.layers.0.mlp.up_proj"
+    rng = np.random.default_rng(2)
+    q, zero, scale = rng.integers(0, 256, (128, 64)), rng.integers(0, 256, (128, 1)), np.full((128, 1), 2**-10)
+    for part, array in (("qweight", packed_down(q.T, 8)), ("qzeros", minus_one(zero.T, 8)),
+                        ("scales", scale.T.astype(np.float16)), ("g_idx", np.zeros(64, np.int32))):
+        arrays[f"{name}.{part}"] = mx.array(np.ascontiguousarray(array))
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
+    model.blocks[0].mlp.up.weight = mx.array(((q - zero) * scale).astype(np.float32))
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"]["dynamic"] = {
+        "-:lm_head": {}, r"+:.*\.up_proj": {"bits": 8, "group_size": 64}, r".*\.mlp\.": {"desc_act": False},
+        r"+:model\.layers\.0\.mlp\.up": {"bits": 2}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    run_here("gptq_reader.py", folder, tmp_path / "out.safetensors")
+    found, idx = load_checkpoint(str(tmp_path / "out.safetensors"))[0], mx.arange(20)[None]
+    found.set_dtype(mx.float32)
+    assert [found.blocks[0].mlp[part].bits for part in ("gate", "up", "down")] == [4, 8, 4]
+    assert mx.abs(found(idx) - model(idx)).max() < 1e-5 * mx.abs(model(idx)).max()
+    for rules in ({"+:(": {"bits": 8}}, {"+:.*up": 8}, ["+:.*up"]):
+        raw["quantization_config"]["dynamic"] = rules
+        (folder / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(UserError, match="dynamic holds a rule that cannot be read"):
+            run_here("gptq_reader.py", folder, tmp_path / "out.safetensors")
 
 
 def test_older_folders(tmp_path):
