@@ -112,7 +112,7 @@ SETTINGS = {
     "qwen3": QWEN_SETTINGS | dict(head_dim=128),
     "qwen3_moe": QWEN_SETTINGS | dict(
         num_key_value_heads=4, intermediate_size=None, moe_intermediate_size=768, num_experts=None,
-        num_local_experts=None, num_experts_per_tok=8, norm_topk_prob=False, decoder_sparse_step=1,
+        num_local_experts=128, num_experts_per_tok=8, norm_topk_prob=False, decoder_sparse_step=1,
         mlp_only_layers=None),
     "gemma": GEMMA_SETTINGS | dict(num_key_value_heads=16),
     "gemma2": GEMMA_SETTINGS | dict(

@@ -496,8 +496,8 @@ def test_more_than_the_config_says(tmp_path):
     of a tied model, which must equal the embedding."""
     shutil.copytree(FOLDERS / "qwen3", tmp_path / "bad")
     arrays = mx.load(str(FOLDERS / "qwen3" / "model.safetensors"))
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(4), "lm_head.weight": arrays["model.embed_tokens.weight"],
-            "model.layers.1.self_attn.q_proj.bias": mx.zeros(32)}
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(4),
+            "lm_head.weight": arrays["model.embed_tokens.weight"], "model.layers.1.self_attn.q_proj.bias": mx.zeros(32)}
     mx.save_safetensors(str(tmp_path / "bad" / "model.safetensors"), arrays | more)
     read(tmp_path / "bad", tmp_path / "model.safetensors")
     assert near(load_checkpoint(str(tmp_path / "model.safetensors"))[0], np.load(FOLDERS / "qwen3" / "logits.npy"))
