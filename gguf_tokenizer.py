@@ -292,7 +292,8 @@ def byte_pair_fields(found: dict, enc: Tokenizer) -> dict:
     if regexes is None or normalizer not in (None, {"type": "NFC"}):
         what = f"the normalizer {normalizer['type']}" if regexes else "a pre_tokenizer that is no list of regexes"
         raise UserError(f"the tokenizer has {what}, which llama.cpp has not: the model cannot be exported to GGUF")
-    equal = [name for name, listed in PRE.items() if listed == regexes]
+    equal = [name for name, listed in PRE.items() if [*map(without_possessive, listed)] == [
+        *map(without_possessive, regexes)]]
     fits = [name for name in equal if (name in NFC) == bool(normalizer)] or equal
     more = {}
     if not regexes and not model["merges"]:
@@ -328,6 +329,8 @@ def sentence_piece_fields(found: dict, tokens: list[str]) -> dict:
     if not spaced or not known or not model.get("byte_fallback"):
         raise UserError("the tokenizer is neither byte-level nor SentencePiece's, with bytes for unknown characters: "
                         "the model cannot be exported to GGUF")
+    added = {entry["content"] for entry in found["added_tokens"]}  # these are found in the text before any merge
+    pairs = [pair for pair in pairs if not added & {*pair, "".join(pair)}]
     order, made = {}, {*pairs}
     for pair in pairs:
         order.setdefault("".join(pair), len(order))

@@ -379,7 +379,8 @@ def from_tokenizer_json(text: str, bos: str = "", eos: str = "", add_bos: bool =
         return Tokenizer("byte", tokens[:256], special, "", first, eot)
     theirs = Tokenizer("hf", tokens, special, "", first, eot, compact(found), added)
     if exact:
-        tokens = [b"" if i in added.values() else token for i, token in enumerate(tokens)]
+        ids = {*added.values()}
+        tokens = [b"" if i in ids else token for i, token in enumerate(tokens)]
         ours = Tokenizer("bpe", tokens, special, pattern, first, eot, "", added, normalizer)
         if same_ids(ours, theirs):
             return ours
