@@ -417,8 +417,8 @@ MORE_SETTINGS = {
     "granite": ("attention.scale", "embedding_scale", "logit_scale", "residual_scale"),
     "gptneox": ("use_parallel_residual",), "stablelm": ("use_parallel_residual",)}
 WITHOUT_EFFECT = re.compile(r".*\.(rope\.scaling\.finetuned|tensor_data_layout|vocab_size)")
-TOKENIZER_SETTINGS = ("add_space_prefix", "bos_token_id", "eos_token_id", "model", "pre", "scores", "token_type",
-                      "tokens")
+TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_space_prefix", "bos_token_id", "eom_token_id", "eos_token_id",
+                      "eot_token_id", "merges", "model", "pre", "scores", "token_type", "tokens")
 
 
 def scales_of(name: str, config: GPTConfig) -> dict:
