@@ -9,9 +9,9 @@ gives the least error of the outputs, tr(D H D^T); D is the rounding error of W,
 by s is folded into the weights that produce x, where that is exact:
 
     matrices that read x      weights that produce x
-    attn.q, k, v              the norm before them
-    mlp.gate, up              the norm before them
-    mlp.down                  rows of mlp.up: times 1 / s for swiglu, times 1 / sqrt(s) for relu2; not for gelu
+    attn.q, k, v              the norm before them, if there is one
+    mlp.gate, up              the norm before them, if there is one
+    mlp.down                  rows of mlp.up: times 1 / s with a gate, times 1 / sqrt(s) for relu2; not for gelu
     attn.out                  rows of attn.v, where every query head has its own value head
 
 All other matrices have s = 1: attn.out with grouped heads, differential attention, value residuals or value embeddings,
@@ -30,7 +30,7 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from config import UserError, overrides
-from model import GPT, check_known
+from model import GATED, GPT, check_known
 from packing import (
     HEAD,
     matrices,
@@ -45,7 +45,7 @@ from packing import (
     text_of,
 )
 from quantized import Factored, dense_weight
-from score import windows
+from score import window_length, windows
 
 checkpoint = "out/ckpt.safetensors"  # a checkpoint that is not quantized
 out = ""                  # the quantized checkpoint; "": the name of the checkpoint with -awq-BITS
@@ -53,6 +53,7 @@ data = ""                 # the calibration text: a text file, or a folder that 
 bits = "4"                # 2 | 3 | 4 | 5 | 6 | 8 for all matrices, or by name: "4, mlp=3, blocks.0=8, head=0"
 group_size = 64           # weights that share a scale and a zero: 32 | 64 | 128
 samples = 64              # windows of block_size tokens to calibrate on
+block_size = 0            # tokens of a window; 0: the model's context, but 1,024 at most
 batch_size = 8            # windows at a time
 seed = 1337               # for the choice of windows
 scale_dtype = "float16"   # of scales and biases in the file: float16 | float32
@@ -65,7 +66,9 @@ settings = overrides(globals(), "checkpoint")
 
 # Settings of the variants that shared_inputs() was written for
 KNOWN = ("alibi sliding_window window_pattern sinks diff_attn diff_attn_version n_expert expert_top_k n_shared_expert "
-         "expert_balance mod mod_capacity mod_every yoco value_residual value_embeds softcap")
+         "expert_balance mod mod_capacity mod_every yoco value_residual value_embeds softcap attn_softcap attn_scale "
+         "rotary_dim rope_scaling rope_pattern window_theta parallel norm_place norm_bias out_bias head_bias "
+         "qk_norm_width embed_scale residual_scale logit_scale")
 
 
 def rounded(W: mx.array, bits: int, group_size: int) -> mx.array:
@@ -104,14 +107,17 @@ def shared_inputs(model: GPT, part: str) -> list[tuple[list[str], list[tuple[nn.
 
     if part == "shared":
         return [(reading("shared", "k", "v"), [(modules["shared.norm"], 1)])]
-    found = [(reading(f"{part}.attn", "q", "k", "v", "lam", "value_gate"), [(modules[f"{part}.attn_norm"], 1)])]
+    found = []
+    if f"{part}.attn_norm" in modules:
+        found.append((reading(f"{part}.attn", "q", "k", "v", "lam", "value_gate"), [(modules[f"{part}.attn_norm"], 1)]))
     other_values = config.diff_attn or config.value_residual or f"{part}.attn.value_embed" in modules
     if f"{part}.attn.v" in modules and config.n_kv_head == config.n_head and not other_values:
         found.append((reading(f"{part}.attn", "out"), [(producing(f"{part}.attn.v"), 1)]))
     if not config.n_expert:
-        found.append((reading(f"{part}.mlp", "gate", "up"), [(modules[f"{part}.mlp_norm"], 1)]))
-        if config.mlp in ("swiglu", "relu2"):
-            power = 1 if config.mlp == "swiglu" else 0.5
+        if f"{part}.mlp_norm" in modules:
+            found.append((reading(f"{part}.mlp", "gate", "up"), [(modules[f"{part}.mlp_norm"], 1)]))
+        if config.mlp in (*GATED, "relu2"):
+            power = 0.5 if config.mlp == "relu2" else 1
             found.append((reading(f"{part}.mlp", "down"), [(producing(f"{part}.mlp.up"), power)]))
     return found
 
@@ -165,11 +171,12 @@ if __name__ == "__main__":
         raise UserError("samples and batch_size must be 1 or more")
     model, meta, enc, out = open_dense(checkpoint, out, f"awq-{bits}", scale_dtype, data, test)
     widths = plan(model, bits, group_size)
-    rows = windows(text_of(data, enc, checkpoint, "train"), samples, model.config.block_size, seed)
+    T = window_length(model.config, block_size)
+    rows = windows(text_of(data, enc, checkpoint, "train"), samples, T, seed)
     if test:
         tokens = text_of(test, enc, checkpoint, "val", max_tokens)
-        before = perplexity(model, tokens, enc.bos)
-    print(HEAD)
+        before = perplexity(model, tokens, enc.start, T)
+    print(f"calibrated on {len(rows)} windows of {T:,} tokens\n{HEAD}")
     bar = tqdm(total=len(widths), unit=" matrices", disable=None, dynamic_ncols=True)
     for part in dict.fromkeys(part_of(path) for path in widths):
         layers = {path: matrices(model)[path] for path in widths if part_of(path) == part}
@@ -192,5 +199,5 @@ if __name__ == "__main__":
             bar.update()
     bar.close()
     if test:
-        print(f"before: {before}\nafter:  {perplexity(model, tokens, enc.bos)}")
+        print(f"before: {before}\nafter:  {perplexity(model, tokens, enc.start, T)}")
     save_packed(out, model, meta, settings, os.path.basename(__file__), method="awq", bits=bits, group_size=group_size)

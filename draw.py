@@ -28,14 +28,14 @@ PAGE = '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport con
 
 
 def prompt_ids(enc: Tokenizer, text: str, model: GPT, name: str = "prompt") -> list[int]:
-    """The tokens of the setting `name`, after the one that begins a text. UserError if they are more than the context.
-    """
+    """The tokens of the setting `name`, after those that begin a text. UserError if the context is shorter."""
     if not text:
         raise UserError(f"no prompt: give --{name}=TEXT")
-    ids = [enc.bos, *enc.encode(text).tolist()]
+    ids = [*enc.start, *enc.encode(text).tolist()]
     if len(ids) > model.config.block_size:
-        raise UserError(f"--{name}: the prompt has {len(ids)} tokens with the one that begins a text, the model's "
-                        f"context is {model.config.block_size}: give a shorter one")
+        begins = " with the one that begins a text" * len(enc.start)
+        raise UserError(f"--{name}: the prompt has {len(ids)} tokens{begins}, the model's context is "
+                        f"{model.config.block_size}: give a shorter one")
     return ids
 
 

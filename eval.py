@@ -10,7 +10,8 @@ Every token of the text is predicted exactly once, from at least block_size - st
 where there are fewer: a window of block_size tokens moves by `stride` tokens. For each checkpoint it prints the mean
 loss in nats per token; the perplexity, which is exp(loss); bits per byte of the text, which can be compared between
 tokenizers; the accuracy, the share of tokens that the model held the most probable one; and the speed and the peak
-memory. An adapter is a checkpoint too: its base is found.
+memory. An adapter is a checkpoint too: its base is found. Figures of other windows than the model's whole context are
+told to be so; those of two models can be compared if their windows are equally long.
 """
 import math
 import os
@@ -24,13 +25,13 @@ import mlx.core as mx
 from config import UserError, overrides
 from lora import load_adapted
 from model import compute_dtype
-from score import read_tokens, score
+from score import in_windows, read_tokens, score, window_length
 from tokenizer import Tokenizer
 
 checkpoint = ()    # checkpoints or adapters; none: out/ckpt.safetensors
 adapter = ()       # an adapter for each checkpoint, PATH or PATH:WEIGHT; can be given several times
 data = ""          # a text file, or a folder that data.py made
-block_size = 0     # tokens of context; 0: as in training; a larger one tests longer contexts than in training
+block_size = 0     # tokens of context; 0: the model's, but 1,024 at most; a larger one than in training tests that, too
 stride = 0         # tokens by which the window moves; 0: half of block_size
 batch_size = 16    # windows at a time
 max_tokens = 0     # only this many of the first tokens; 0: the whole text
@@ -58,18 +59,19 @@ for path in checkpoint:
     enc = Tokenizer.from_dict(meta["tokenizer"])
     model.set_dtype(compute_dtype(dtype))
 
-    tokens = read_tokens(data, enc, max_tokens=max_tokens)
-    if not 0 <= stride <= (block_size or model.config.block_size):
-        raise UserError(f"stride={stride}: it must be from 1 to {block_size or model.config.block_size}")
+    tokens, T = read_tokens(data, enc, max_tokens=max_tokens), window_length(model.config, block_size)
+    if not 0 <= stride <= T:
+        raise UserError(f"stride={stride}: it must be from 1 to {T}")
     mx.reset_peak_memory()
     began = time.perf_counter()
-    nats, accuracy = score(model, tokens, enc.bos, block_size, stride, batch_size, kv_bits)
+    nats, accuracy = score(model, tokens, enc.start, T, stride, batch_size, kv_bits)
     seconds = time.perf_counter() - began
     if not math.isfinite(nats):
         raise UserError(f"{path} has the loss {nats}: its logits are too large; try --dtype=float32")
 
+    tokens = tokens[1 - len(enc.start):]  # those that something precedes
     n_bytes = int(enc.token_bytes[tokens].sum())
-    text = f"{data}: {len(tokens):,} tokens, {n_bytes:,} bytes"
+    text = f"{data}: {len(tokens):,} tokens, {n_bytes:,} bytes{in_windows(model.config, T)}"
     if text != told:  # checkpoints may have different tokenizers
         print(text)
         if not told and re.search(r"\.(jsonl|json|csv|tsv)$", data.lower()):

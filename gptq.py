@@ -39,7 +39,7 @@ from packing import (
     text_of,
 )
 from quantized import dense_weight
-from score import windows
+from score import window_length, windows
 
 checkpoint = "out/ckpt.safetensors"  # a checkpoint that is not quantized
 out = ""                  # the quantized checkpoint; "": the name of the checkpoint with -gptq-BITS
@@ -48,6 +48,7 @@ bits = "4"                # 2 | 3 | 4 | 5 | 6 | 8 for all matrices, or by name: 
 group_size = 64           # weights that share a scale and a zero: 32 | 64 | 128
 damping = 0.01            # this share of the mean of H's diagonal is added to the diagonal
 samples = 64              # windows of block_size tokens to calibrate on
+block_size = 0            # tokens of a window; 0: the model's context, but 1,024 at most
 batch_size = 8            # windows at a time
 seed = 1337               # for the choice of windows
 scale_dtype = "float16"   # of scales and biases in the file: float16 | float32
@@ -99,11 +100,12 @@ if __name__ == "__main__":
         raise UserError("samples and batch_size must be 1 or more, and damping a finite number over 0")
     model, meta, enc, out = open_dense(checkpoint, out, f"gptq-{bits}", scale_dtype, data, test)
     widths = plan(model, bits, group_size)
-    rows = windows(text_of(data, enc, checkpoint, "train"), samples, model.config.block_size, seed)
+    T = window_length(model.config, block_size)
+    rows = windows(text_of(data, enc, checkpoint, "train"), samples, T, seed)
     if test:
         tokens = text_of(test, enc, checkpoint, "val", max_tokens)
-        before = perplexity(model, tokens, enc.bos)
-    print(HEAD)
+        before = perplexity(model, tokens, enc.start, T)
+    print(f"calibrated on {len(rows)} windows of {T:,} tokens\n{HEAD}")
     bar = tqdm(total=len(widths), unit=" matrices", disable=None, dynamic_ncols=True)
     for part in dict.fromkeys(part_of(path) for path in widths):
         layers = {path: matrices(model)[path] for path in widths if part_of(path) == part}
@@ -117,5 +119,5 @@ if __name__ == "__main__":
             bar.update()
     bar.close()
     if test:
-        print(f"before: {before}\nafter:  {perplexity(model, tokens, enc.bos)}")
+        print(f"before: {before}\nafter:  {perplexity(model, tokens, enc.start, T)}")
     save_packed(out, model, meta, settings, os.path.basename(__file__), method="gptq", bits=bits, group_size=group_size)

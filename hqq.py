@@ -37,6 +37,7 @@ from packing import (
     text_of,
 )
 from quantized import dense_weight
+from score import window_length
 
 checkpoint = "out/ckpt.safetensors"  # a checkpoint that is not quantized
 out = ""                  # the quantized checkpoint; "": the name of the checkpoint with -METHOD-BITS
@@ -48,6 +49,7 @@ scale_moves = True        # fit the scale, too; False: only the zero, as in the 
 scale_dtype = "float16"   # of scales and biases in the file: float16 | float32
 data = ""                 # for the perplexity: a text file, or a folder that data.py made (its val split)
 max_tokens = 0            # tokens of that text; 0: all
+block_size = 0            # tokens of a window of it; 0: the model's context, but 1,024 at most
 
 settings = overrides(globals(), "checkpoint")
 __version__ = "0"         # transformers takes a module called hqq for the hqq package, and asks for its version
@@ -110,10 +112,10 @@ if __name__ == "__main__":
     if iterations < 1:
         raise UserError(f"iterations={iterations}: it must be 1 or more")
     model, meta, enc, out = open_dense(checkpoint, out, f"{method}-{bits}", scale_dtype, data)
-    widths = plan(model, bits, group_size)
+    widths, T = plan(model, bits, group_size), window_length(model.config, block_size)
     if data:
         tokens = text_of(data, enc, checkpoint, "val", max_tokens)
-        before = perplexity(model, tokens, enc.bos)
+        before = perplexity(model, tokens, enc.start, T)
     print(HEAD)
     bar = tqdm(widths.items(), unit=" matrices", disable=None, dynamic_ncols=True)
     for path, width in bar:
@@ -122,5 +124,5 @@ if __name__ == "__main__":
             round_to_nearest(W, width, group_size))
         bar.write(pack_matrix(model, path, found, width, scale_dtype))
     if data:
-        print(f"before: {before}\nafter:  {perplexity(model, tokens, enc.bos)}")
+        print(f"before: {before}\nafter:  {perplexity(model, tokens, enc.start, T)}")
     save_packed(out, model, meta, settings, os.path.basename(__file__), method=method, bits=bits, group_size=group_size)

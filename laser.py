@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from config import UserError, check_output, given, nearest, overrides
 from draw import pictures, write_figure
-from model import GPT, cross_entropy, load_checkpoint, save_checkpoint
+from model import GPT, load_checkpoint, save_checkpoint
 from packing import check_finite, matrices, output_path, text_of
 from quantized import Factored, replace_module
-from score import windows
+from score import in_windows, rated, window_length, windows
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # a checkpoint that is not quantized
@@ -44,6 +44,7 @@ search = False           # try all matrices, layers and rhos instead
 rhos = "0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01"  # the values of rho that the search tries
 data = ""                # a text file, or a folder that data.py made (its val split); needed for the search alone
 samples = 32             # windows of block_size tokens for the search, and the number of held-out windows
+block_size = 0           # tokens of a window; 0: the model's context, but 1,024 at most
 batch_size = 8           # windows at a time
 seed = 1337              # for the choice of windows
 factored = False         # store an edited matrix as two factors where these are smaller
@@ -83,10 +84,11 @@ def measure(model: GPT, rows: mx.array, streams: list | None = None, layer: int 
     nats, hits = [], []
     for i, start in enumerate(range(0, len(rows), batch_size)):
         x, y = rows[start:start + batch_size, :-1], rows[start:start + batch_size, 1:]
-        logits = model(x, tap=lambda site, at, x, i=i: streams[i] if streams and (site, at) == ("resid", layer) else x)
-        nats.append(cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1)).sum())
-        hits.append((mx.argmax(logits, axis=-1) == y).sum())
-        mx.eval(nats[-1], hits[-1])  # lazy: blocks before a given stream are not computed
+        x = model.residual(  # lazy: blocks before a given stream are not computed
+            x, tap=lambda site, at, x, i=i: streams[i] if streams and (site, at) == ("resid", layer) else x)
+        losses, right = rated(model, x, y)
+        nats.append(losses.sum())
+        hits.append(right.sum())
     tokens = rows[:, 1:].size
     return sum(n.item() for n in nats) / tokens, sum(n.item() for n in hits) / tokens
 
@@ -186,8 +188,8 @@ def draw(path: str, found: dict[tuple, tuple], dense: float):
     print(f"drawn: {path}")
 
 
-def print_change(name: str, before: tuple, after: tuple):
-    print(f"{name}: loss {before[0]:.4f} -> {after[0]:.4f}, accuracy {before[1]:.2%} -> {after[1]:.2%}")
+def print_change(name: str, before: tuple, after: tuple, end: str = ""):
+    print(f"{name}: loss {before[0]:.4f} -> {after[0]:.4f}, accuracy {before[1]:.2%} -> {after[1]:.2%}{end}")
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -243,9 +245,11 @@ if __name__ == "__main__":
     path = None if search else one_matrix(layers)
     if data:
         enc = Tokenizer.from_dict(meta["tokenizer"]) if meta.get("tokenizer") else None
-        rows = windows(text_of(data, enc, checkpoint, "val"), 2 * samples, model.config.block_size + 1, seed)
+        T = window_length(model.config, block_size)
+        rows = windows(text_of(data, enc, checkpoint, "val"), 2 * samples, T + 1, seed)
         if len(rows) < 2:
-            raise UserError(f"{data} has less than two windows of {model.config.block_size} tokens: give a longer text")
+            raise UserError(f"{data} has less than two windows of {T} tokens: give a longer text, or a smaller "
+                            "--block_size")
         batch_size = min(batch_size, len(rows))
         search_rows, held_out = rows[:len(rows) // 2], rows[len(rows) // 2:]
         before = measure(model, search_rows), measure(model, held_out)
@@ -282,7 +286,7 @@ if __name__ == "__main__":
         print("no edit lowers the loss: the model is unchanged")
     if data:
         print_change("windows of the search" if search else "windows", before[0], measure(model, search_rows))
-        print_change("held-out windows", before[1], measure(model, held_out))
+        print_change("held-out windows", before[1], measure(model, held_out), in_windows(model.config, T))
     edits = meta.get("laser", []) + edits
     save_checkpoint(out, model, {**meta, "script": os.path.basename(__file__), "settings": settings, "laser": edits})
     after = sum(p.nbytes for _, p in tree_flatten(model.parameters()))

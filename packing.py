@@ -16,7 +16,7 @@ from config import UserError, check_output, check_replaced, nearest
 from draw import check_folder
 from model import GPT, load_checkpoint, save_checkpoint
 from quantized import BITS, GROUP_SIZES, dense_weight, natural, replace_module
-from score import read_tokens, score
+from score import in_windows, read_tokens, score
 from tokenizer import Tokenizer
 
 # ---- integers --------------------------------------------------------------------------------------------------------
@@ -198,9 +198,10 @@ def save_packed(out: str, model: GPT, meta: dict, settings: dict, script: str, *
 # ---- table -----------------------------------------------------------------------------------------------------------
 
 
-def perplexity(model: GPT, tokens: np.ndarray, bos: int) -> str:
-    nats, accuracy = score(model, tokens, bos)
-    return f"perplexity {math.exp(min(nats, 700)):.3f}, accuracy {accuracy:.2%}"
+def perplexity(model: GPT, tokens: np.ndarray, start: list[int], T: int) -> str:
+    """The figures of tokens (N,), which follow `start`, in windows of T tokens."""
+    nats, accuracy = score(model, tokens, start, T)
+    return f"perplexity {math.exp(min(nats, 700)):.3f}, accuracy {accuracy:.2%}{in_windows(model.config, T)}"
 
 
 def megabytes(module: nn.Module) -> float:

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from config import UserError, check_output, overrides
 from draw import check_finite, grid, heat_map, labels, page, pictures, prompt_ids, short
 from model import GPT, compute_dtype, load_checkpoint, no_tap
-from score import read_tokens, windows
+from score import read_tokens, window_length, windows
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
@@ -64,6 +64,7 @@ window = 1            # layers that are restored together
 how = "zero"          # zero | mean | skip
 data = ""             # a text file, or a folder that data.py made (its val split)
 samples = 16          # windows of block_size tokens of that text
+block_size = 0        # tokens of a window; 0: the model's context, but 1,024 at most
 # run
 batch_size = 64       # rows at a time
 seed = 1337           # for the noise, and for the choice of windows
@@ -326,7 +327,7 @@ def positions_of(enc: Tokenizer, ids: list[int], part: str) -> list[int]:
     """The positions of the tokens that hold the last occurrence of a part of the prompt."""
     if not part:
         raise UserError("there is no subject: give --subject=TEXT, a part of the clean prompt")
-    pieces = [enc.decode_bytes([i]) if n else b"" for n, i in enumerate(ids)]  # the first is not part of the text
+    pieces = [enc.decode_bytes([i]) if n >= len(enc.start) else b"" for n, i in enumerate(ids)]  # `start` is not text
     ends = np.cumsum([len(piece) for piece in pieces])
     low = b"".join(pieces).rfind(part.encode())
     if low < 0:
@@ -414,7 +415,10 @@ def run_ablate(model: GPT, enc: Tokenizer):
         path = prompt_picture(picture) if data else picture
         measures.append((name, path, lambda tap: float(log_p(last_logits(model, ids, tap)[0])[wanted])))
     if data:
-        text = windows(read_tokens(data, enc), samples, config.block_size + 1, seed)
+        T = window_length(config, block_size)
+        text = windows(read_tokens(data, enc), samples, T + 1, seed)
+        if T != config.block_size:
+            print(f"the loss is of windows of {T:,} tokens; the model's context is {config.block_size:,}")
         step = min(max(1, batch_size // 8), len(text))
         batches = [text[i:i + step] for i in range(0, len(text), step)]
 

@@ -55,6 +55,7 @@ from draw import (
 from lora import base_fingerprint
 from model import (
     GPT,
+    LOSS_CHUNK,
     VERSION,
     compute_dtype,
     cross_entropy,
@@ -64,7 +65,7 @@ from model import (
     softmax,
 )
 from quantized import dense_weight
-from score import read_tokens
+from score import in_windows, read_tokens, window_length
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
@@ -73,6 +74,7 @@ out = ""                # the lens file, which ends in .lenses; "": the name of 
 head = "affine"         # affine, a translator | full, a linear layer to the vocabulary
 max_iters = 160         # updates
 batch_size = 4          # windows of block_size tokens in an update
+block_size = 0          # tokens of a window; 0: the model's context, but 1,024 at most
 learning_rate = 2e-3    # of Adam; it falls linearly to 0
 eval_windows = 16       # held-out windows to measure on
 seed = 1337             # for the order of windows
@@ -122,7 +124,7 @@ def start(model: GPT, head: str = "affine") -> dict[str, mx.array]:
     L, C, V = model.config.n_layer, model.config.n_embd, model.config.vocab_size
     if head == "affine":
         return {"A": mx.zeros((L, C, C)), "b": mx.zeros((L, C))}
-    W = dense_weight(model.embed if model.config.tie else model.head) * model.norm.weight
+    W = dense_weight(model.embed if model.config.tie else model.head) * model.norm.weight * model.config.logit_scale
     return {"W": mx.repeat(W[None], L, axis=0), "b": mx.zeros((L, V))}
 
 
@@ -146,7 +148,20 @@ def probabilities(logits: mx.array) -> mx.array:
 
 def gradients(model: GPT, lens: dict[str, mx.array], h: mx.array, targets: mx.array) -> tuple[mx.array, dict]:
     """The loss of a lens, mean over layers, for streams h (n_layer + 1, N, C) and next tokens (N,), and its gradients.
-    One layer is computed after another, to save memory."""
+    One layer is computed after another, and at most LOSS_CHUNK logits of it at a time, to save memory."""
+    N, step, total, sums = len(targets), max(1, LOSS_CHUNK // model.config.vocab_size), 0, {}
+    for start in range(0, N, step):
+        loss, found = part_of_gradients(model, lens, h[:, start:start + step], targets[start:start + step])
+        share = len(targets[start:start + step]) / N
+        total = total + share * loss
+        sums = {name: share * array + sums.get(name, 0) for name, array in found.items()}
+        if N > step:
+            mx.eval(total, sums)
+    return total, sums
+
+
+def part_of_gradients(model: GPT, lens: dict[str, mx.array], h: mx.array, targets: mx.array) -> tuple[mx.array, dict]:
+    """gradients() of few enough tokens."""
     final, losses, found = model.unembed(h[-1]).astype(mx.float32), [], []
     p = probabilities(final)
     entropy = soft_cross_entropy(final, p)[0].mean()
@@ -239,12 +254,13 @@ def open_or_tell(path: str):
 # ---- train -----------------------------------------------------------------------------------------------------------
 
 
-def windows_of(tokens: np.ndarray, bos: int, T: int) -> np.ndarray:
-    """All whole windows of a text: (n, T + 1), T tokens and the token before them."""
-    stream = np.concatenate([[bos], tokens]).astype(np.int32)
+def windows_of(tokens: np.ndarray, start: list[int], T: int) -> np.ndarray:
+    """All whole windows of a text that follows `start`: (n, T + 1), T tokens and the token before them."""
+    stream = np.concatenate([start, tokens]).astype(np.int32)
     n = (len(stream) - 1) // T
     if n < 1:
-        raise UserError(f"{data} has less than {T} tokens to train on, or to hold out: give a longer text")
+        raise UserError(f"{data} has less than {T} tokens to train on, or to hold out: give a longer text, or a "
+                        "smaller --block_size")
     return np.stack([stream[i * T:(i + 1) * T + 1] for i in range(n)])
 
 
@@ -255,7 +271,7 @@ def texts(enc: Tokenizer, T: int) -> tuple[np.ndarray, np.ndarray]:
     else:
         tokens = read_tokens(data, enc)
         parts = tokens[:len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10:]
-    return windows_of(parts[0], enc.bos, T), windows_of(parts[1], enc.bos, T)
+    return windows_of(parts[0], enc.start, T), windows_of(parts[1], enc.start, T)
 
 
 def train(model: GPT, rows: np.ndarray) -> dict[str, mx.array]:
@@ -382,11 +398,12 @@ if __name__ == "__main__":
     if apply:
         show(model, lens, enc, ids, "tuned lens" if lens else "logit lens")
     else:
-        train_rows, held_out = texts(enc, model.config.block_size)
+        T = window_length(model.config, block_size)
+        train_rows, held_out = texts(enc, T)
         began = time.perf_counter()
         lens = train(model, train_rows)
         size = sum(p.size for _, p in tree_flatten(lens)) / 1e6
-        print(f"{size:.2f}M parameters in lenses, {max_iters * batch_size * model.config.block_size:,} tokens, "
+        print(f"{size:.2f}M parameters in lenses, {max_iters * batch_size * T:,} tokens{in_windows(model.config, T)}, "
               f"{time.perf_counter() - began:.0f} s, {mx.get_peak_memory() / 2**30:.2f} GiB")
         save_lens(out, lens, model, {"base": fingerprint, "script": os.path.basename(__file__), "settings": settings})
         report(model, lens, held_out[:eval_windows], enc)

@@ -65,9 +65,9 @@ weights = sum(p.size for _, p in tree_flatten(models["dense"].parameters()))
 rows = [(name, 0) for name in models] + [("dense", 8), ("dense", 4)]
 for name, kv_bits in tqdm(rows, desc="perplexity", disable=None):
     result = found[name] if not kv_bits else found.setdefault(f"dense, --kv_bits={kv_bits}", dict(found["dense"]))
-    nats, result["accuracy"] = score(models[name], tokens, enc.bos, kv_bits=kv_bits)
+    nats, result["accuracy"] = score(models[name], tokens, enc.start, kv_bits=kv_bits)
     result["perplexity"] = math.exp(nats)
-prompt, speeds = [enc.bos, *tokens[:32].tolist()], {label: [] for label in found}
+prompt, speeds = [*enc.start, *tokens[:32].tolist()], {label: [] for label in found}
 for i in tqdm(range(rounds + 1), desc="decoding", disable=None):
     for label in found:
         name, _, kv_bits = label.partition(", --kv_bits=")
