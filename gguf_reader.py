@@ -399,6 +399,8 @@ ARCHITECTURES = {
     "gptneox": dict(norm="layer", mlp="gelu", qk_norm=False, bias=True),
     "gpt2": dict(norm="layer", mlp="gelu_tanh", qk_norm=False, bias=True, pos="learned")}
 PAIRED = ("llama", "granite", "smollm3")  # they have the rows of q and k in pairs, see rows_in_halves()
+TIED = ("gemma", "gemma2")  # they have no unembedding of their own
+UNTIED = ("phi2", "olmo2", "stablelm", "gptneox")  # llama.cpp does not read them without one
 # Of every so many layers, the last one has no window.
 PERIOD = {"gemma2": 2, "gemma3": 6, "olmo2": 4}
 # The settings that are read or checked, after the architecture's name and a dot; further ones of some architectures;
@@ -417,8 +419,8 @@ MORE_SETTINGS = {
     "granite": ("attention.scale", "embedding_scale", "logit_scale", "residual_scale"),
     "gptneox": ("use_parallel_residual",), "stablelm": ("use_parallel_residual",)}
 WITHOUT_EFFECT = re.compile(r".*\.(rope\.scaling\.finetuned|tensor_data_layout|vocab_size)")
-TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_space_prefix", "bos_token_id", "eom_token_id", "eos_token_id",
-                      "eot_token_id", "merges", "model", "pre", "scores", "token_type", "tokens")
+TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_space_prefix", "bos_token_id", "eom_token_id",
+                      "eos_token_id", "eot_token_id", "merges", "model", "pre", "scores", "token_type", "tokens")
 
 
 def scales_of(name: str, config: GPTConfig) -> dict:
@@ -527,7 +529,7 @@ def our_config(file: File) -> GPTConfig:
             letters = "".join("LS"[bool(short)] for short in period[:MOST_LAYERS]) if isinstance(period, list) else \
                 "S" * (min(period, MOST_LAYERS) - 1) + "L" if period else "S"
             theta = get("rope.freq_base_swa", 10000.0 if name == "gemma3" else config.rope_theta)
-            scaled = name == "olmo2" and found["rope_factor"] != 1
+            scaled = name in ("gemma3", "olmo2") and found["rope_factor"] != 1  # the scaling is not for windows
             found |= {"sliding_window": window, "window_pattern": letters,
                       "window_theta": theta if theta != config.rope_theta or scaled else 0.0}
         return checked(file.path, **found)
@@ -647,8 +649,8 @@ def architecture_of(config: GPTConfig) -> tuple[str, GPTConfig]:
     else:
         name = "qwen2" if config.qkv_bias and not config.out_bias else "llama"
     has = {key: (value,) for key, value in ARCHITECTURES[name].items()}
+    has = dict(norm=("rms",), bias=(False,), pos=("rope",)) | has
     free = [*SIZES, *ROPE_SETTINGS, "rope_scaling", "n_kv_head", "head_dim"]
-    has |= dict(norm=("rms",), bias=(False,), pos=("rope",)) | has
     if name == "gpt2":
         has |= dict(n_kv_head=(config.n_head,), head_dim=(config.n_embd // config.n_head,))
         free = [key for key in free if key not in has] + ["qkv_bias"]  # this and those of rope have no effect
@@ -668,6 +670,8 @@ def architecture_of(config: GPTConfig) -> tuple[str, GPTConfig]:
         free += ["parallel"]
     if name == "phi2":
         has |= dict(head_bias=(True,))
+    if name in TIED:
+        has |= dict(tie=(True,))
     if name in ("llama", "qwen3moe") and config.n_expert:  # gates sum to 1, and no bias takes part in the choice
         free += ["n_expert"]
         has |= {"expert_top_k": range(2, config.n_expert + 1), "expert_balance": ("loss", "none")}
@@ -679,6 +683,12 @@ def architecture_of(config: GPTConfig) -> tuple[str, GPTConfig]:
         free += ["softcap", "attn_softcap"]
     if name == "gemma3":
         free += ["window_theta"]
+    if name == "olmo2":
+        has |= dict(window_theta=(0.0, config.rope_theta))
+    if name in ("gemma3", "olmo2") and config.sliding_window and config.rope_factor != 1:  # for layers without a window
+        has |= dict(window_theta=(config.window_theta or config.rope_theta,))
+    if config.rope_factor != 1 and name not in ("llama", "granite", "gpt2"):  # llama.cpp reads no tensor of divisors
+        has |= dict(rope_scaling=("linear", "yarn"))
     if name in PERIOD:
         pattern = "S" * (PERIOD[name] - 1) + "L"
         has |= dict(window_pattern=(pattern,))
@@ -771,8 +781,8 @@ def add_settings(writer, config: GPTConfig, name: str):
         writer.add_parallel_residual(config.parallel)
     if name in PERIOD and (config.sliding_window or name != "olmo2"):
         writer.add_sliding_window(config.sliding_window)
-    if config.window_theta:
-        writer.add_float32(f"{name}.rope.freq_base_swa", config.window_theta)
+    if name == "gemma3":
+        writer.add_float32("gemma3.rope.freq_base_swa", config.window_theta or config.rope_theta)
     if name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_softcap)
         writer.add_final_logit_softcapping(config.softcap)
@@ -834,6 +844,8 @@ def their_tensors(modules: dict, config: GPTConfig, name: str) -> Iterator[tuple
         yield f"{theirs}.weight", gguf.GGMLQuantizationType[kind], paths, "weight"
         if "bias" in module:
             yield f"{theirs}.bias", gguf.GGMLQuantizationType.F32, paths, "bias"
+        if theirs == names["embed"] and config.tie and name in UNTIED:
+            yield f"{names['head']}.weight", gguf.GGMLQuantizationType[kind], paths, "weight"
 
 
 def data_of(tensor: str, kind: gguf.GGMLQuantizationType, modules: dict[str, nn.Module], part: str, config: GPTConfig,

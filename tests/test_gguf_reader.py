@@ -46,6 +46,12 @@ FLAVOURS = {
     "gemma2": GEMMA | dict(qk_norm=False, norm_place="both", sliding_window=8, window_pattern="SL", softcap=2.0,
                            attn_softcap=3.0),
     "gemma3": GEMMA | dict(norm_place="both", sliding_window=8, window_pattern="SSSSSL", window_theta=500.0, n_layer=6),
+    "gemma3 default": GEMMA | dict(norm_place="both", sliding_window=8, window_pattern="SSSSSL", window_theta=10000.0,
+                                   rope_theta=1e6, n_layer=6),
+    "gemma3 linear": GEMMA | dict(norm_place="both", sliding_window=8, window_pattern="SSSSSL", window_theta=1e6,
+                                  rope_theta=1e6, n_layer=6, rope_scaling="linear", rope_factor=8.0),
+    "gemma3 one theta": GEMMA | dict(norm_place="both", sliding_window=8, window_pattern="SSSSSL", rope_theta=777.0,
+                                     n_layer=6),
     "phi2": LAYER | dict(mlp="gelu_tanh", bias=True, parallel=True, head_bias=True, rotary_dim=8),
     "phi3": SWIGLU | dict(n_kv_head=2, rotary_dim=8, tie=False),
     "olmo2": dict(mlp="swiglu", norm_place="after", qk_norm_width=True, n_kv_head=2, tie=False),
@@ -61,7 +67,6 @@ FLAVOURS = {
 }
 ARCHITECTURE = {name: name.split()[0] for name in FLAVOURS} | dict.fromkeys(
     ("mixtral", "llama3", "linear", "yarn"), "llama") | {"olmo3": "olmo2"}
-WINDOWED = ("gemma2", "gemma3", "olmo3")
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
@@ -183,6 +188,10 @@ def settings_of(name: str, c: GPTConfig) -> dict:
               "qwen3moe": {"expert_feed_forward_length": 128, "feed_forward_length": 999, "expert_weights_norm": True},
               "gemma2": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0, "attention.sliding_window": 8},
               "gemma3": {"attention.sliding_window": 8, "rope.freq_base_swa": 500.0},
+              "gemma3 default": {"attention.sliding_window": 8},
+              "gemma3 linear": {"attention.sliding_window": 8, "rope.freq_base_swa": 1e6,
+                                "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+              "gemma3 one theta": {"attention.sliding_window": 8, "rope.freq_base_swa": 777.0},
               "phi3": {"attention.sliding_window": 0, "rope.scaling.original_context_length": 64},
               "olmo3": {"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, True, True, False]},
               "granite": {"embedding_scale": 12.0, "attention.scale": 0.1, "residual_scale": 0.22, "logit_scale": 8.0},
@@ -503,10 +512,17 @@ def test_peak_memory(tmp_path):
 
 @pytest.mark.parametrize("settings, says", [
     (dict(), "mlp='relu2' has no counterpart"), (dict(mlp="swiglu", sliding_window=8), "sliding_window=8"),
-    (FLAVOURS["mixtral"] | {"expert_top_k": 1}, "expert_top_k=1"), (dict(mlp="swiglu", n_expert=2, n_shared_expert=1), "n_shared_expert=1"),
+    (FLAVOURS["mixtral"] | {"expert_top_k": 1}, "expert_top_k=1"),
+    (dict(mlp="swiglu", n_expert=2, n_shared_expert=1), "n_shared_expert=1"),
     (FLAVOURS["mixtral"] | {"expert_balance": "bias"}, "expert_balance='bias'"), (dict(alibi=True), "alibi=True"),
     (FLAVOURS["gpt2"] | {"mlp": "gelu"}, "mlp='gelu' has no counterpart in GGUF's gpt2, which has 'gelu_tanh'"),
     (FLAVOURS["gpt2"] | {"head_dim": 8}, "head_dim=8"), (dict(mlp="swiglu", qkv_bias=True), "qkv_bias=True"),
+    (FLAVOURS["qwen3"] | {"rope_factor": 8.0}, "rope_scaling='llama3' has no counterpart in GGUF's qwen3"),
+    (FLAVOURS["gemma2"] | {"tie": False}, "tie=False"), (FLAVOURS["gemma"] | {"embed_scale": 1.5}, "embed_scale=1.5"),
+    (FLAVOURS["gemma3"] | {"attn_scale": 0.5}, "attn_scale=0.5"),
+    (FLAVOURS["gemma3"] | {"window_pattern": "SL"}, "window_pattern='SL'"),
+    (FLAVOURS["smollm3"] | {"rope_pattern": "RN"}, "rope_pattern='RN'"),
+    (FLAVOURS["gemma3 one theta"] | {"rope_scaling": "linear", "rope_factor": 8.0}, "window_theta=0.0"),
     (FLAVOURS["llama"] | {"softcap": 15.0}, "softcap=15.0"), (FLAVOURS["qwen3"] | {"yoco": True}, "yoco=True"),
 ], ids=str)
 def test_what_has_no_counterpart(settings, says, tmp_path):
@@ -548,7 +564,8 @@ def test_what_is_not_written_over(tmp_path):
 @pytest.mark.parametrize("change, says", [
     ("skip", "holds no tensor blk.1.ffn_up.weight"), ("architecture", "architecture 'mamba'"),
     ("cut", "is not a whole GGUF file"), ("text", "is not a whole GGUF file"), ("none", "no file at"),
-    ("bias", "holds no tensor blk.0.attn_k.bias"), ("more", "holds blk.0.attn_sinks, and 0 more, for which"), ("split", "is one of 3 parts"),
+    ("bias", "holds no tensor blk.0.attn_k.bias"), ("more", "holds blk.0.attn_sinks, and 0 more, for which"),
+    ("split", "is one of 3 parts"),
     ("half a head", "rope.dimension_count=8, which is not the width of a head, 16"), ("no number", "norm_eps=nan"),
     ("negative", "wrong type"), ("a letter", "'llama.rope.freq_basf', which should be 'llama.rope.freq_base'"),
     ("unknown", "a.gguf: llama.logit_scale=0.5 is not a setting that is known here"),
