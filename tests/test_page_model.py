@@ -169,8 +169,8 @@ def small_smollm2(path):
     """A GGUF file of SmolLM2's layout with random weights: matrices of type Q4_1, an embedding of Q8_0, both in groups
     of 32; a tokenizer that lacks bytes, cuts digits apart and begins with no token; a chat template; a context of
     8,192."""
-    made = [letters_of_bytes()[byte] for byte in range(128)]
-    made += ["Ġt", "he", "Ġthe", "in", "Ġa", "re", "on", "Ġthere"]
+    merges = ["Ġ t", "h e", "Ġt he", "i n", "Ġ a", "r e", "o n", "Ġthe re"]
+    made = [letters_of_bytes()[byte] for byte in range(128)] + [merge.replace(" ", "") for merge in merges]
     named = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     sizes = {"context_length": 8192, "embedding_length": 96, "block_count": 2, "feed_forward_length": 256,
              "attention.head_count": 3, "attention.head_count_kv": 1, "rope.dimension_count": 32,
@@ -184,8 +184,7 @@ def small_smollm2(path):
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(named + made)
     writer.add_token_types([3] * len(named) + [1] * len(made))
-    writer.add_token_merges([f"{piece[:-1]} {piece[-1]}" if piece[:-1] in made else f"{piece[:4]} {piece[4:]}"
-                             for piece in made[128:]])
+    writer.add_token_merges(merges)
     writer.add_eos_token_id(2)
     writer.add_bos_token_id(1)
     writer.add_add_bos_token(False)
@@ -228,10 +227,13 @@ def test_a_file_like_smollm2(opened, server, tmp_path):
             (await attention(model, ids)).map((map) => Array.from(map)), (await ablate(model, ids, 5)).values,
             (await swap(model, ids, [...ids.slice(0, -1), 9], 5)).values];
         const long = await model.logits(new Array(3000).fill(5)).catch((error) => error.message);
+        model.config.n_layer = 30, model.config.n_head = 9;  // for the message alone
+        const maps = await attention(model, new Array(1500).fill(5)).catch((error) => error.message);
+        model.config.n_layer = 2, model.config.n_head = 3;
         const { config: { block_size }, whole_context, ends } = model;
-        return { ids, text, logits: Array.from(await model.logits(ids)), panels, long, block_size, whole_context,
+        return { ids, text, logits: Array.from(await model.logits(ids)), panels, long, maps, block_size, whole_context,
                  ends: [...ends] };""", prompt, parameters="prompt")
-    assert found["ids"] == ids and found["ends"] == [2]
+    assert found["ids"] == ids and sorted(found["ends"]) == sorted(meta["ends"]) == [0, 2]
     model.set_dtype(mx.float32)
     expected = np.array(model(mx.array([ids]))[0])
     assert np.abs(np.array(found["logits"]).reshape(expected.shape) - expected).max() < 2e-5 * np.abs(expected).max()
@@ -240,6 +242,7 @@ def test_a_file_like_smollm2(opened, server, tmp_path):
         assert np.isfinite(np.concatenate([np.array(row, np.float64).reshape(-1) for row in panel])).all()
     assert (found["block_size"], found["whole_context"]) == (2048, 8192)
     assert "3000 tokens, and this page takes 2048 of this model's 8192" in found["long"]
+    assert "The 270 attention maps of 1500 tokens need 2430 MB: take a prompt of at most 997 tokens" in found["maps"]
 
 
 def test_gate(page):
@@ -360,6 +363,10 @@ def test_patching(name, opened, server):
         np.testing.assert_allclose(found["values"], effects(donor, recipient, site), atol=2e-3)
         if site == "resid":
             np.testing.assert_allclose(found["values"][0], np.eye(9)[4], atol=1e-4)
+    if name == "default":  # so long that not all positions are computed at once
+        other = [*IDS[:20], 77, *IDS[21:]]
+        found = in_page(opened, path, call, IDS, other, "mlp", None, parameters="donor, recipient, site, pairs")
+        np.testing.assert_allclose(found["values"], effects(IDS, other, "mlp"), atol=2e-3)
     pairs = [[6, 8], [2, 5]]
     found = in_page(opened, path, call, donor[:7], recipient, "attn", pairs, parameters="donor, recipient, site, pairs")
     np.testing.assert_allclose(found["values"], effects(donor[:7], recipient, "attn", pairs), atol=2e-3)

@@ -2,10 +2,11 @@
 // compute them.
 
 import { UserError } from "./errors.js";
-import { Plan } from "./gpu.js";
+import { megabytes, Plan } from "./gpu.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
 
-const ROWS = 64;  // rows whose logits are computed at a time
+const ROWS = 64;      // rows whose logits are computed at a time
+const MAPS = 2 ** 28;  // numbers in all attention maps of a prompt, at most
 
 // ---- lenses ---------------------------------------------------------------------------------------------------------
 
@@ -82,7 +83,11 @@ export async function lens(model, ids, lenses = null) {
 /** The attention maps of a prompt: for each layer H T T weights, with queries in rows and keys in columns. */
 export async function attention(model, ids) {
   model.checkPrompt(ids);
-  const { n_head: H, n_kv_head: KV, head_dim: D } = model.config, T = ids.length;
+  const { n_layer: L, n_head: H, n_kv_head: KV, head_dim: D } = model.config, T = ids.length;
+  if (L * H * T * T > MAPS) {
+    throw new UserError(`The ${L * H} attention maps of ${T} tokens need ${megabytes(4 * L * H * T * T)}: take a prompt of at most ` +
+      `${Math.floor(Math.sqrt(MAPS / L / H))} tokens.`);
+  }
   const found = await model.once((plan) => {
     const room = model.room(plan, T), wanted = [];
     model.read(plan, ids, (site, layer) => {
@@ -198,15 +203,15 @@ export async function swap(model, donor, recipient, target, site = "resid", onPr
   }
   const step = Math.max(1, Math.floor(1024 / T));
   const patched = (layer, theirs, own) => model.once((plan) => {
-    const wanted = [];
+    const wanted = [], most = Math.min(step, places.length), room = model.room(plan, most * T), stream = plan.scratch(most * size);
     for (let first = 0; first < places.length; first += step) {
-      const part = places.slice(first, first + step), B = part.length, stream = plan.scratch(B * size);
+      const part = places.slice(first, first + step), B = part.length;
       for (let b = 0; b < B; b++) plan.copy(own.resid[layer], 0, stream, b * size, size);
       const where = plan.scratch(Uint32Array.from([...part.map(([i]) => i), ...part.map(([, j]) => j)]));
       const tap = (name, at, x) => {
         if (name === site && at === layer) plan.add("patch", {}, [B, T, C], [where, theirs[site][layer], x], gpu.threads(B * C));
       };
-      const room = model.room(plan, B * T), at = plan.scratch(Uint32Array.of(0, T));
+      const at = plan.scratch(Uint32Array.of(0, T));
       wanted.push(answer(model, plan, model.forward(plan, { B, T, at, tap, rooms: () => room, start: layer, stream }), B, T, target));
     }
     return wanted;
