@@ -177,11 +177,11 @@ if __name__ == "__main__":
         tokens = text_of(test, enc, checkpoint, "val", max_tokens)
         before = perplexity(model, tokens, enc.start, T)
     print(f"calibrated on {len(rows)} windows of {T:,} tokens\n{HEAD}")
-    bar = tqdm(total=len(widths), unit=" matrices", disable=None, dynamic_ncols=True)
+    bar, streams = tqdm(total=len(widths), unit=" matrices", disable=None, dynamic_ncols=True), {}
     for part in dict.fromkeys(part_of(path) for path in widths):
         layers = {path: matrices(model)[path] for path in widths if part_of(path) == part}
         linear = {path: module for path, module in layers.items() if isinstance(module, nn.Linear)}
-        inputs = matrix_inputs(model, linear, rows, batch_size)
+        inputs = matrix_inputs(model, linear, rows, batch_size, part, streams)
         for paths, producers in shared_inputs(model, part) if part.startswith(("blocks.", "shared")) else []:
             known = [path for path in paths if path in inputs]
             if known:

@@ -106,11 +106,11 @@ if __name__ == "__main__":
         tokens = text_of(test, enc, checkpoint, "val", max_tokens)
         before = perplexity(model, tokens, enc.start, T)
     print(f"calibrated on {len(rows)} windows of {T:,} tokens\n{HEAD}")
-    bar = tqdm(total=len(widths), unit=" matrices", disable=None, dynamic_ncols=True)
+    bar, streams = tqdm(total=len(widths), unit=" matrices", disable=None, dynamic_ncols=True), {}
     for part in dict.fromkeys(part_of(path) for path in widths):
         layers = {path: matrices(model)[path] for path in widths if part_of(path) == part}
         linear = {path: module for path, module in layers.items() if isinstance(module, nn.Linear)}
-        inputs = matrix_inputs(model, linear, rows, batch_size)
+        inputs = matrix_inputs(model, linear, rows, batch_size, part, streams)
         for path, module in layers.items():
             W = dense_weight(module)
             found = quantize(W, inputs[path][0], widths[path], group_size, damping) if path in inputs else (

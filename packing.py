@@ -128,19 +128,35 @@ class InputRecorder(nn.Module):
         return self.layer(x)
 
 
-def matrix_inputs(model: GPT, layers: dict[str, nn.Module], rows: mx.array, batch_size: int) -> dict[str, tuple]:
+def matrix_inputs(model: GPT, layers: dict[str, nn.Module], rows: mx.array, batch_size: int, part: str = "",
+                  streams: dict[int, list[mx.array]] | None = None) -> dict[str, tuple]:
     """For each of the linear layers, by path: the means of x^T x (in, in) and of |x| (in,) of its inputs x over all
-    tokens of rows (n, T). Later layers are not computed, and the activations of one batch are in memory at a time."""
+    tokens of rows (n, T). Later layers are not computed, and the activations of one batch are in memory at a time.
+    streams: the residual streams (batch, T, C) before one block, for each batch, from the call for an earlier block, so
+    that no block is computed again before it. If `part` is a block, they are replaced by those before this block."""
+    streams, new = {} if streams is None else streams, []
+    known, block = max(streams, default=-1), int(part[7:]) if part.startswith("blocks.") else -1
+
+    def tap(site, at, x):
+        if site == "resid" and block >= 0:
+            x = streams[known][len(new)] if at == known else x
+            if at == block:
+                new.append(x)
+        return x
+
     recorders, step = {path: InputRecorder(layer) for path, layer in layers.items()}, min(batch_size, len(rows))
     for path, recorder in recorders.items():
         replace_module(model, path, recorder)
     try:
         for i in range(0, len(rows), step):
-            model(rows[i:i + step])  # lazy: only what the recorders need is computed
-            mx.eval([(recorder.gram, recorder.absolute) for recorder in recorders.values()])
+            model(rows[i:i + step], tap=tap)  # lazy: only what the recorders need is computed
+            mx.eval([(recorder.gram, recorder.absolute) for recorder in recorders.values()], new[-1:])
     finally:
         for path, recorder in recorders.items():
             replace_module(model, path, recorder.layer)
+    if new:
+        streams.clear()
+        streams[block] = new
     for path, recorder in recorders.items():
         if not mx.isfinite(recorder.gram).all().item():
             raise UserError(f"{path} has infinite or NaN inputs on this text: give another checkpoint or text")

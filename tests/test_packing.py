@@ -127,3 +127,25 @@ def test_results_are_not_replaced(tmp_path, capsys, monkeypatch):
     save_checkpoint(path, model, {"script": "hqq.py"})
     assert packing.output_path("ckpt.safetensors", path, "hqq-4") == path
     assert capsys.readouterr().out == f"{path} is an earlier result of hqq.py, which is replaced\n"
+
+
+@pytest.mark.parametrize("settings", [
+    {}, dict(value_residual=True), dict(value_embeds=True), dict(yoco=True, n_layer=4, sliding_window=8),
+    dict(mod="topk", n_layer=4), dict(n_expert=2), dict(parallel=True), dict(norm_place="both"),
+], ids=str)
+def test_kept_streams(settings):
+    """A block's inputs are those that are computed from the tokens on, where the blocks before it have changed since
+    the streams before them were recorded."""
+    sizes = dict(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=64)
+    model = GPT(GPTConfig(**sizes | settings), seed=1).eval()
+    rows, streams = mx.array(np.random.default_rng(0).integers(0, 64, (5, 16))), {}
+    for layer in range(model.config.n_layer):
+        part, layers = f"blocks.{layer}", {path: module for path, module in packing.matrices(model).items()
+                                           if path.startswith(f"blocks.{layer}.") and isinstance(module, nn.Linear)}
+        found = packing.matrix_inputs(model, layers, rows, 2, part, streams)
+        expected = packing.matrix_inputs(model, layers, rows, 2)
+        assert layers and [*streams] == [layer] and len(streams[layer]) == 3
+        for path in layers:
+            assert all(mx.array_equal(x, y) for x, y in zip(found[path], expected[path], strict=True)), path
+            packing.replace_module(model, path, packing.packed_module(
+                layers[path], *packing.round_to_nearest(layers[path].weight, 2, 32), 2))
