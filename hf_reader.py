@@ -3,13 +3,15 @@
     python hf_reader.py Llama-3.2-1B llama.safetensors
     python hf_reader.py out/ckpt.safetensors --export=my-gpt2
 
-It reads GPT-2, Llama (with rope scaling), Mistral (with a window), Qwen2, Qwen3 and Mixtral, from config.json and one
-or several .safetensors files. Weights stay in their dtype. The tokenizer (tokenizer.json) and the chat template go into
+It reads GPT-2, GPT-NeoX and Pythia, Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma 1 to 3 (text), Phi-2,
+Phi-3, OLMo-2, SmolLM3, StableLM and Granite, from config.json and one or several .safetensors files; rope scaling is
+linear, llama3 or yarn (dynamic has no effect within the context of config.json). Weights stay in their dtype, but for
+Gemma's norms, to which 1 is added in float32. The tokenizer (tokenizer.json) and the chat template go into
 the checkpoint too. Layers that mlx-lm quantized stay quantized. Models packed by AWQ, GPTQ or compressed-tensors are
 read by awq_reader.py, gptq_reader.py and compressed_reader.py. A setting of config.json that is not known here is
 refused, unless its value turns it off.
 
-It writes such a folder, which transformers and mlx-lm load, of every checkpoint whose architecture is one of these six.
+It writes such a folder, which transformers and mlx-lm load, of every checkpoint whose architecture is one of these.
 Quantized layers are unpacked, and low-rank layers multiplied out. With --packed=True quantized layers stay so, in
 mlx-lm's format.
 """

@@ -150,6 +150,7 @@ WITHOUT_EFFECT = re.compile(r"""
 ROPE = {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor",
         "original_max_position_embeddings", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow",
         "mscale", "mscale_all_dim", "truncate"}
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 LETTERS = {"full_attention": "L", "sliding_attention": "S"}
@@ -160,6 +161,9 @@ def model_config(raw: dict, where: str) -> GPTConfig:
     """The GPTConfig for the settings `raw` of a config.json, spelled as transformers 4 or 5 spells them. where: the
     file, for messages. UserError names a setting that GPT cannot follow."""
     family = raw.get("model_type")
+    if isinstance(text := raw.get("text_config"), dict):
+        raise UserError(f"{where}: architecture {family!r} is one for pictures and text, of which "
+                        f"{text.get('model_type')!r} is a part: take a model of that architecture alone")
     if not isinstance(family, str) or family not in SETTINGS:
         raise UserError(f"{where}: architecture {family!r} is not one of {', '.join(SETTINGS)}")
     known = SETTINGS[family]
@@ -358,15 +362,16 @@ def rope_settings(raw: dict, where: str) -> dict:
         if "S" in window_letters(raw, where):
             found["window_theta"] = windowed.get("rope_theta", raw["rope_local_base_freq"])
     rope = {**(raw["rope_scaling"] or {}), **rope}
+    plain = not rope.keys() - {"rope_theta", "partial_rotary_factor"}
+    kind = "default" if plain else rope.get("rope_type", rope.get("type"))
+    kinds = ("default",) if family == "phi3" else ROPE_KINDS
+    if kind not in kinds:
+        raise UserError(f"{where}: rope scaling {kind!r} is not supported, only {' or '.join(map(repr, kinds))}")
     if unknown := rope.keys() - ROPE:
         raise UserError(f"{where}: rope setting {min(unknown)!r} is not supported")
     found["rope_theta"] = rope.get("rope_theta", raw.get("rotary_emb_base", raw["rope_theta"]))
-    plain = not rope.keys() - {"rope_theta", "partial_rotary_factor"}
-    kind = "default" if plain else rope.get("rope_type", rope.get("type"))
     original = rope.get("original_max_position_embeddings", raw["max_position_embeddings"])
     boost = 1.0  # factor of turned queries and keys
-    if family == "phi3" and kind != "default":
-        raise UserError(f"{where}: rope scaling {kind!r} of Phi-3 is not supported, only 'default'")
     if kind == "llama3":
         found |= dict(rope_factor=rope["factor"], rope_low_freq=rope["low_freq_factor"],
                       rope_high_freq=rope["high_freq_factor"], rope_original=original)
@@ -381,10 +386,9 @@ def rope_settings(raw: dict, where: str) -> dict:
         boost = yarn_boost(factor, rope)
     elif kind == "dynamic":
         print("rope scaling dynamic begins beyond max_position_embeddings, at which the context ends here: no effect")
-    elif kind != "default":
-        raise UserError(f"{where}: rope scaling {kind!r} is not one of default, linear, dynamic, llama3, yarn")
     found |= rotary_dim(raw, rope, where)
-    if boost != 1 and ("rotary_dim" in found or "window_theta" in found or raw.get("no_rope_layers")):
+    some = family == "smollm3" and "N" in rope_letters(raw, where)
+    if boost != 1 and ("rotary_dim" in found or "window_theta" in found or some):
         raise UserError(f"{where}: attention_factor={boost:g} of rope scaling yarn is not supported where not all "
                         "numbers of all layers are turned")
     return found | attention_scale(raw, boost)

@@ -148,11 +148,13 @@ YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_
 
 
 @pytest.mark.parametrize("name, change, says", [
-    ("phi3", dict(rope_parameters=LONGROPE), "rope setting 'long_factor'"),
-    ("phi3", dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4)), "rope scaling 'longrope' of Phi-3"),
-    ("phi3", dict(rope_parameters=YARN), "rope scaling 'yarn' of Phi-3"),
+    ("phi3", dict(rope_parameters=LONGROPE), "rope scaling 'longrope'"),
+    ("phi3", dict(rope_scaling=LONGROPE | {"type": "su"}, rope_parameters=None), "rope scaling 'longrope'"),
+    ("llama-yarn", dict(rope_parameters=LONGROPE), "rope scaling 'longrope'"),
+    ("phi3", dict(rope_parameters=YARN), "rope scaling 'yarn' is not supported, only 'default'"),
     ("phi3", dict(model_type="phimoe"), "architecture 'phimoe'"),
-    ("gemma3_text", dict(model_type="gemma3"), "architecture 'gemma3'"),
+    ("gemma3_text", dict(model_type="gemma3", text_config={"model_type": "gemma3_text"}),
+     "architecture 'gemma3' is one for pictures and text, of which 'gemma3_text' is a part"),
     ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
     ("gemma3_text", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping=50.0"),
     ("gemma3_text", dict(hidden_activation="silu"), "hidden_activation='silu'"),
@@ -172,6 +174,7 @@ YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_
     ("smollm3", dict(no_rope_layers=[1]), "no_rope_layers is not a list"),
     ("smollm3", dict(no_rope_layers=[1, 2]), "no_rope_layers is not a list"),
     ("smollm3", dict(rope_parameters=YARN), "attention_factor=1.13863"),
+    ("smollm3", dict(rope_parameters=YARN, no_rope_layers=None, no_rope_layer_interval=2), "attention_factor=1.13863"),
     ("stablelm", dict(qk_layernorm=True), "qk_layernorm=True"),
     ("granite", dict(logits_scaling=0), "has a setting of the wrong type"),
     ("olmo2", dict(clip_qkv=8.0), "clip_qkv=8.0"),
