@@ -5,7 +5,8 @@
 //
 //   tokenize   texts, special (whether names of special tokens stand for these tokens) -> ids of each text
 //   greedy     ids, n -> {ids: the n most probable tokens, one after the other, seconds: of all but the first}
-//   logprobs   ids -> for each position the largest probabilities of the next token, {id: probability}
+//   logprobs   ids, from -> for each position, from that one on, the largest probabilities of the next token,
+//              {id: probability}
 import { createRequire } from "node:module";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
@@ -37,8 +38,9 @@ const actions = {
 
   async logprobs() {
     const sequence = await begin(request.ids.length + 1);
-    const found = await sequence.controlledEvaluate(request.ids.map((id) => [id, { generateNext: { probabilities: true } }]));
-    return found.map(({ next }) => Object.fromEntries([...next.probabilities].slice(0, request.top ?? 20)));
+    const wanted = { generateNext: { probabilities: true } };
+    const found = await sequence.controlledEvaluate(request.ids.map((id, i) => (i < (request.from ?? 0) ? id : [id, wanted])));
+    return found.slice(request.from ?? 0).map(({ next }) => Object.fromEntries([...next.probabilities].slice(0, request.top ?? 20)));
   },
 };
 
