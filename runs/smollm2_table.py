@@ -1,0 +1,52 @@
+"""The tables of what runs/smollm2.sh has run, in docs/models.md: python runs/smollm2_table.py out-smollm2"""
+import os
+import re
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from table import column, put_table  # noqa: E402
+
+from config import UserError, overrides  # noqa: E402
+
+out = "out-smollm2"  # what runs/smollm2.sh wrote
+page = ""            # where the tables go; "": docs/models.md
+
+settings = overrides(globals(), "out")
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NAMES = {"dense": "float16, unpacked from Q4_1", "hqq-8": "HQQ, 8 bits", "hqq-4": "HQQ, 4 bits", "hqq-3": "HQQ, 3 bits",
+         "gptq-4": "GPTQ, 4 bits", "awq-4": "AWQ, 4 bits"}
+
+
+def read(name: str) -> str:
+    path = os.path.join(out, name)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): bash runs/smollm2.sh makes it") from error
+
+
+def cost(name: str) -> str:
+    """The minutes and the GiB of a step, as the end of a row."""
+    seconds, gib = read(f"{name}.cost").split()
+    return f"{float(seconds) / 60:.1f} | {gib} |"
+
+
+lines = ["| | MB | perplexity | accuracy | minutes | GiB |", "|---|---|---|---|---|---|"]
+figures = {name: values for *values, name in re.findall(
+    r"perplexity ([\d.]+) .*accuracy ([\d.]+%) \| .*?([\w-]+)\.safetensors, ", read("perplexity.txt"))}
+for name, label in NAMES.items():
+    if name not in figures:
+        raise UserError(f"{os.path.join(out, 'perplexity.txt')} has no figures of {name}: run runs/smollm2.sh again")
+    size = os.path.getsize(os.path.join(out, f"{name}.safetensors")) / 1e6
+    lines.append(f"| {label} | {size:.0f} | {' | '.join(figures[name])} | {cost(name)}")
+losses = column(os.path.join(out, "sft", "loss.csv"), "val_loss")
+kl = re.findall(r"before block (\d+) +([\d.]+) +([\d.]+) ", read("lens.txt"))
+lens = f"mean KL to the model, bits a byte: logit lens {sum(float(a) for _, a, _ in kl) / len(kl):.2f}"
+lines += ["", "| | result | minutes | GiB |", "|---|---|---|---|",
+          f"| LoRA | held-out loss {losses[0]:.3f} to {min(losses):.3f} | {cost('sft')}",
+          f"| tuned lens | {lens}, tuned lens {sum(float(b) for *_, b in kl) / len(kl):.2f} | {cost('lens')}",
+          f"| patching | the picture below | {cost('patching')}"]
+print("\n".join(lines))
+put_table(page or os.path.join(HERE, "docs", "models.md"), "runs/smollm2.sh", lines)
