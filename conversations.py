@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 
 import numpy as np
@@ -51,6 +52,8 @@ class OwnTemplate:
 
     text: the program. names: the texts of special tokens, by the names that a template has for them: {"bos_token":
     "<s>"}. now: the date that a template may write into the system message; None: of today."""
+
+    name = "own"  # in a checkpoint's header
 
     def __init__(self, text: str, names: dict[str, str], now: datetime.datetime | None = None):
         self.text, self.names = text, names
@@ -254,31 +257,23 @@ def check_template(name: str) -> str:
     return name
 
 
-def first_tokens(enc: Tokenizer) -> list[int]:
-    """The tokens that precede a text: bos, or none."""
-    return enc.start if hasattr(enc, "start") else [enc.bos]
-
-
-def encode_marked(enc: Tokenizer, text: str) -> list[int]:
-    """Tokens of a template's text, in which names of special tokens stand for these tokens."""
-    return encode_placed(enc, text)[0]
-
-
 def encode_placed(enc: Tokenizer, text: str) -> tuple[list[int], np.ndarray]:
-    """encode_marked(), and for each token the first character that it stands for and the one after its last: (n, 2)."""
-    text = well_formed(text)
+    """The tokens of a rendered text, and for each the first character that it stands for and the one after its last:
+    (n, 2). The characters are counted in the normal form that the tokenizer gives the text."""
+    text = in_normal_form(enc, well_formed(text))
     if enc.kind == "hf":
-        enc._hf.encode_special_tokens = False
+        enc.encode("", special=True)  # names of special tokens stand for these tokens
         found = enc._hf.encode(text, add_special_tokens=False)
-        enc._hf.encode_special_tokens = True
         return found.ids, np.array(found.offsets, np.int64).reshape(-1, 2)
-    ids, special = [], names_of_special(enc)
-    for part in re.split(f"({special})", text) if special else [text]:
-        ids += [enc.special[part]] if part in enc.special else enc.encode(part).tolist()
+    ids = enc.encode(text, special=True).tolist()
     ends = np.cumsum([0, *(len(enc.decode_bytes([i])) for i in ids)])  # in bytes, as the tokens are
     characters = np.cumsum([0, *(len(character.encode()) for character in text)])
     starts = np.searchsorted(characters, ends[:-1], "right") - 1
     return ids, np.stack([starts, np.searchsorted(characters, ends[1:])], 1)
+
+
+def in_normal_form(enc: Tokenizer, text: str) -> str:
+    return unicodedata.normalize(enc.normalizer, text) if enc.normalizer else text
 
 
 def end_of_answer(enc: Tokenizer, template: "str | OwnTemplate") -> int:
@@ -307,10 +302,10 @@ def encode(enc: Tokenizer, messages: list[dict], template: "str | OwnTemplate", 
     if isinstance(template, OwnTemplate):
         return encode_own(enc, messages, template, learn_prompts)
     form = TEMPLATES[template]
-    ids = encode_marked(enc, form["start"]) if form["start"] in enc.special else first_tokens(enc)
+    ids = [enc.special[form["start"]]] if form["start"] in enc.special else enc.start
     learned = [learn_prompts] * len(ids)
     for i, message in enumerate(messages):
-        before, after = (encode_marked(enc, mark) for mark in form[message["role"]])
+        before, after = (enc.encode(mark, special=True).tolist() for mark in form[message["role"]])
         content, answer = enc.encode(message["content"]).tolist(), message["role"] == "assistant"
         if answer:
             content.append(end_of_answer(enc, template))
@@ -341,7 +336,8 @@ def encode_own(enc: Tokenizer, messages: list[dict], template: OwnTemplate, lear
             template.not_located += 1
             learned[:] &= learn  # where an answer that must not be learned may be anywhere, nothing is learned
         else:
-            learned[(places[:, 0] < span[1]) & (places[:, 1] > span[0])] = learn
+            start, end = (len(in_normal_form(enc, text[:at])) for at in span)
+            learned[(places[:, 0] < end) & (places[:, 1] > start)] = learn
     return ids, learned.tolist()
 
 
@@ -356,9 +352,9 @@ def encode_prompt(enc: Tokenizer, messages: list[dict], template: "str | OwnTemp
     """The tokens of a conversation, and those that begin the next message, which is of this role."""
     if isinstance(template, OwnTemplate):
         text = template.render(messages, answer=True)[0] if role == "assistant" else around(template, messages)[0]
-        return encode_marked(enc, text)
+        return enc.encode(text, special=True).tolist()
     ids, _ = encode(enc, [*messages, {"role": role, "content": ""}], template)
-    end = 1 if role == "assistant" else len(encode_marked(enc, TEMPLATES[template][role][1]))
+    end = 1 if role == "assistant" else len(enc.encode(TEMPLATES[template][role][1], special=True))
     return ids[:len(ids) - end]
 
 

@@ -53,7 +53,7 @@ from config import UserError, check_output, overrides
 from conversations import encode, entries_to_keep, row_length, template_for_training, written
 from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
 from lora import merge as merge_adapters
-from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, save_arrays
+from model import GPT, LOSS_CHUNK, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, save_arrays
 from records import read_labelled, read_preferences, show, split, without
 from tokenizer import Tokenizer
 
@@ -151,10 +151,42 @@ def kto(pi, ref, label, z, beta: float, desirable_weight: float, undesirable_wei
 
 def answer_log_probs(model: GPT, ids: mx.array, learned: mx.array) -> mx.array:
     """Log-probability of each row's answer, summed over its tokens: ids (N, T + 1), learned (N, T + 1) -> (N,). learned
-    is 1 for the tokens of the answer and 0 for all others."""
-    logits = model(ids[:, :-1])
-    nats = cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)).reshape(len(ids), -1)
-    return -(nats * learned[:, 1:]).sum(1)
+    is 1 for the tokens of the answer and 0 for all others. At most LOSS_CHUNK logits are in memory at a time; they are
+    computed again for the gradient."""
+    hidden, targets = model.norm(model.residual(ids[:, :-1])).flatten(0, 1), ids[:, 1:].flatten()
+    head, rows = model.embed if model.config.tie else model.head, max(1, LOSS_CHUNK // model.config.vocab_size)
+    starts = range(0, len(targets), rows)
+
+    def nats_of(parameters, x, start):
+        head.update(parameters)  # MLX differentiates by the arguments of a function, not by variables that it captures
+        return cross_entropy(model.project(x), targets[start:start + rows])
+
+    def after(before: list, x):
+        """x, which is computed once the last array of a list is there: else all logits would be in memory together."""
+        return mx.depends([x], [before[-1]])[0] if before else x
+
+    @mx.custom_function
+    def all_nats(parameters, x):
+        found = []
+        for start in starts:
+            found.append(nats_of(parameters, after(found, x[start:start + rows]), start))
+        return mx.concatenate(found)
+
+    @all_nats.vjp
+    def backward(primals, cotangent, _):
+        (parameters, x), found = primals, []
+        gradient = tree_map(lambda p: mx.zeros(p.shape), parameters)
+        for start in starts:
+            dp, dx = mx.grad(lambda p, x, start=start: (nats_of(p, x, start) * cotangent[start:start + rows]).sum(),
+                             (0, 1))(parameters, after(found, x[start:start + rows]))
+            gradient = tree_map(lambda total, g: total + g.astype(mx.float32), gradient, dp)
+            found.append(dx)
+        return tree_map(lambda g, p: g.astype(p.dtype), gradient, parameters), mx.concatenate(found)
+
+    parameters = head.trainable_parameters()
+    nats = all_nats(parameters, hidden)
+    head.update(parameters)  # instead of the traced arrays that nats_of() left there
+    return -(nats.reshape(len(ids), -1) * learned[:, 1:]).sum(1)
 
 
 # ---- resume: the settings of the run apply, except those on the command line -----------------------------------------

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import run_folder
 from config import UserError, check_output, overrides
-from conversations import TEMPLATES, check_template, encode_prompt, end_of_answer, turns
+from conversations import encode_prompt, end_of_prompt, ends_of_text, row_length, template_of, turns
 from draw import check_folder
 from lora import chain_of, load_adapted, path_and_weight
 from lora import merge as merge_adapters
@@ -45,8 +45,9 @@ from tokenizer import Tokenizer
 # model
 checkpoint = "out-sft/sft.safetensors"  # a checkpoint or an adapter that was tuned on conversations
 adapter = ()              # an adapter for it, PATH or PATH:WEIGHT; can be given several times
-template = ""             # plain | alpaca | chatml | llama3; "": the one that the model was tuned with
+template = ""             # own | plain | alpaca | chatml | llama3; "": the one that the model was tuned with
 system = ""               # the system message of every conversation
+block_size = 0            # tokens of a conversation, of which half are for the answer; 0: the context, at most 1024
 # output
 out = "magpie.jsonl"      # the file to write, for sft.py --data
 n = 100                   # conversations in the file at the end
@@ -200,23 +201,23 @@ model, meta = load_adapted(checkpoint, adapter)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot write conversations")
 enc = Tokenizer.from_dict(meta["tokenizer"])
-template = template or meta.get("template") or "none"
-if template == "none":
+form = template_of(meta, enc, template)
+if form == "none":
     raise UserError(f"{checkpoint} was not tuned on conversations: give one that sft.py has tuned, or a --template")
-form = TEMPLATES[check_template(template)]
 merge_adapters(model)
 model.set_dtype(compute_dtype(dtype))
 opening = [{"role": "system", "content": system}] if system else []
-beginning = encode_prompt(enc, opening, template, "user")
-# A user's turn ends with the mark after it. Where that is blank, the beginning of the answer belongs to the mark.
-after, before = form["user"][1], form["assistant"][0]
-mark = (after.strip() or after + before).encode()
-ends = {enc.eot, end_of_answer(enc, template)}
-prompt_room = model.config.block_size // 2  # tokens of the context for everything before the answer
-answer_room = model.config.block_size - prompt_room
+beginning = encode_prompt(enc, opening, form, "user")
+mark = end_of_prompt(enc, form, opening).encode()
+ends = ends_of_text(enc, meta, form)
+room = row_length(1024, model.config.block_size, block_size)
+prompt_room = room // 2  # for everything before the answer
+answer_room = room - prompt_room
 if len(beginning) >= prompt_room:
-    raise UserError(f"the template and the system message take {len(beginning)} tokens, and half of the context has "
-                    f"{prompt_room}: train a longer context")
+    whole, todo = (("the context", "train a longer context") if room == model.config.block_size else
+                   (f"block_size={room}", "give a larger one"))
+    raise UserError(f"the template and the system message take {len(beginning)} tokens, and half of {whole} has "
+                    f"{prompt_room}: {todo}")
 
 avoided = [next((message["content"] for message in messages if message["role"] == "user"), "")
            for messages in (read_conversations(avoid) if avoid else [])]
@@ -274,7 +275,7 @@ def conversations(batch: int) -> list[list[dict]]:
             dropped[reason] += 1
         else:
             prompts.append(text)
-    ids = [encode_prompt(enc, [*opening, {"role": "user", "content": text}], template) for text in prompts]
+    ids = [encode_prompt(enc, [*opening, {"role": "user", "content": text}], form) for text in prompts]
     fitting = [i for i, row in enumerate(ids) if len(row) <= prompt_room]
     dropped["prompt unended"] += len(ids) - len(fitting)
     answers = continued([ids[i] for i in fitting], answer_room, seed_of(batch, 1), temperature=answer_temperature,

@@ -14,8 +14,8 @@ in the line that is printed. Texts are kept as they are; several texts of a prom
 Messages are a list of {"role", "content"} or {"from", "value"}, of {"input", "output"}, of texts by turns, or of pairs
 of a question and an answer. Wherever a text may stand, messages may stand. A content may be a list of parts of text. An
 answer with "weight": 0 or "train": false is not learned. Turns after the last answer are left out. A row is skipped,
-and counted, if it has an answer without text, a role that the templates lack (such as tool), a call of a tool, or an
-image.
+and counted, if it has an answer without text, a role that the templates lack (such as tool), tools or a call of one, or
+an image.
 """
 import itertools
 import os
@@ -60,6 +60,7 @@ PREFERENCES = {
     "torchtune pairs": "chosen_conversations rejected_conversations",
 }
 OPENING = ("system", "system_prompt", "history")  # they precede the prompt
+TOOLS = ("tools", "functions")
 LABELS = ("label", "kto_tag")
 GOOD, BAD = ("true", "1", "desirable"), ("false", "0", "undesirable")  # values of a label
 MESSAGE = {"role", "content", "from", "value", "input", "output", "weight", "train", "training", "messages"}  # are read
@@ -104,6 +105,8 @@ def messages_of(value, field: str) -> list[dict]:
     if isinstance(value, str):
         value = loaded(value)
     if isinstance(value, dict):  # OpenAI's input is {"messages": [...]}
+        if value.get("tools"):
+            raise ValueError(f"{field} has tools, which no prompt here can offer")
         value = value["messages"] if isinstance(value.get("messages"), list) else [value]
     if not isinstance(value, list) or not value:
         raise ValueError(f"{field} has no list of messages")
@@ -147,7 +150,10 @@ def with_opening(row: dict, messages: list[dict]) -> list[dict]:
 
 
 def recognise(row: dict, layouts: dict[str, str]) -> tuple[str, list[str]]:
-    """The first of the layouts that a row has, and its fields. ValueError if the row has none of them."""
+    """The first of the layouts that a row has, and its fields. ValueError if the row has none of them, or tools."""
+    for name in TOOLS:
+        if row.get(name) not in (None, "", "[]", [], {}):
+            raise ValueError(f"it has {name}, which no prompt here can offer")
     for name, fields in layouts.items():
         if all(field in row or field.endswith("?") for field in fields.split()):
             return name, [field for field in fields.replace("?", "").split() if field in row]

@@ -30,7 +30,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from config import UserError, overrides
-from conversations import encode_prompt, ends_of_text, first_tokens, template_of
+from conversations import encode_prompt, ends_of_text, template_of
 from lora import load_adapted
 from lora import merge as merge_adapters
 from model import compute_dtype, generate
@@ -116,7 +116,7 @@ def write(prompt: str, seed: int, before: list[dict]) -> str:
     """Continue a prompt on standard output; or, with a template, answer it as the message that follows those in
     `before`. The text ends at a stop string, a token that ends a text or max_new_tokens. Returns the new text."""
     if form == "none":
-        ids = [*first_tokens(enc), *enc.encode(prompt).tolist()] or [enc.eot]
+        ids = [*enc.start, *enc.encode(prompt).tolist()] or [enc.eot]
     else:
         ids = encode_prompt(enc, [*before, {"role": "user", "content": prompt}], form)
     if len(ids) > config.block_size:

@@ -225,6 +225,15 @@ def test_own_template_around_a_question(style):
     assert mark in {**enc.special}
 
 
+def test_answers_in_another_normal_form():
+    """Letters with accents of their own, which the tokenizer puts together, as Qwen's: the answer begins where it did."""
+    enc = Tokenizer("bpe", BYTES.tokens, {**BYTES.special, "<|im_start|>": 257, "<|im_end|>": 258}, r"\p{L}+|.", 256, 258,
+                    normalizer="NFC")
+    template = OwnTemplate(STYLES["smollm2"][3], {})
+    text = brackets(enc, *encode(enc, talk("e\u0301" * 9, "a\u0301b", "u\u0301", "ok"), template))
+    assert text.count("[") == 2 and "assistant\n[\u00e1b<|im_end|>]\n" in text and text.endswith("[ok<|im_end|>]\n")
+
+
 def test_ends():
     pytest.importorskip("tokenizers")
     for style, end in (("smollm2", "<|im_end|>"), ("gemma2", "<end_of_turn>"), ("phi3", "<|end|>"), ("llama2", "</s>")):
