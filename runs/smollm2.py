@@ -19,6 +19,7 @@ sys.path.insert(0, ROOT)
 from config import UserError, overrides  # noqa: E402
 
 prompt = ""                                      # a message; "": ask for it on a terminal
+max_new_tokens = 200                             # tokens of an answer at most
 folder = os.path.join(ROOT, "data", "smollm2")   # where the files go
 
 settings = overrides(globals(), "prompt")
@@ -57,5 +58,6 @@ if __name__ == "__main__":
     if not os.path.exists(checkpoint):
         if subprocess.run([sys.executable, os.path.join(ROOT, "gguf_reader.py"), gguf, checkpoint]).returncode:
             raise UserError(f"gguf_reader.py could not read {gguf}: look at its message above")
-    command = [sys.executable, os.path.join(ROOT, "sample.py"), checkpoint, *([f"--prompt={prompt}"] if prompt else [])]
+    command = [sys.executable, os.path.join(ROOT, "sample.py"), checkpoint, f"--max_new_tokens={max_new_tokens}"]
+    command += [f"--prompt={prompt}"] if prompt else []
     os.execv(sys.executable, command)

