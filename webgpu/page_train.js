@@ -263,7 +263,7 @@ async function judge(mine) {
 
 async function sample(mine) {
   const { trainer } = mine, { enc } = trainer, step = trainer.updates;
-  let first = [enc.bos];
+  let first = [enc.bos ?? enc.eot];
   try {
     first = [...enc.encode("\n")];
   } catch {}  // the text has one line, and its tokenizer no line break
@@ -271,7 +271,7 @@ async function sample(mine) {
   const tokens = trainer.model.generate(first, { max_new_tokens, temperature: 0.8, seed: step });
   for (;;) {
     const { value, done } = await queue(() => tokens.next());
-    if (done || value.token === enc.eot) break;
+    if (done || trainer.model.ends.has(value.token)) break;
     ids.push(value.token);
   }
   await tokens.return();
