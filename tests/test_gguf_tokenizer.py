@@ -223,7 +223,7 @@ def test_damaged_fields(spoil, says):
 def pieces():
     """A small SentencePiece vocabulary: pieces with scores, bytes, and tokens in the text."""
     words = ["▁", "t", "h", "e", "a", "n", "▁t", "he", "▁the", "an", "▁a", "▁an", "nd", "▁and", "d", "\n", "the",
-             "hean"]
+             "hean", "ha", "ea", "te", "en", "ed", "da", "nt", "ath", "▁d", "nda"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words, "  ", "<b>"]
     types = [2, 3, 3, *[6] * 256, *[1] * len(words), 4, 4]
     return tokens, types, [0.0] * 259 + [-float(i) for i in range(len(words))] + [0.0, 0.0]
@@ -257,8 +257,9 @@ def test_sentence_piece(prefix, tmp_path):
     assert (ours.kind, ours.bos, ours.eot, more["ends"]) == ("hf", 1, 2, [2])  # llama.cpp's ids where none is named
     written = write_vocab(tmp_path / "a.gguf", {"tokenizer": ours.to_dict(), **more}, len(tokens))
     again, _ = tokenizer_of(written, "a.gguf")
-    for text in ["the an and", "and then", "hean the  an", "a<b>the <b> an", "é 世\x00", " ", "", "</s>the<unk>",
-                 "\n\nthe"]:
+    mixed = np.random.default_rng(0).choice([*"theand "], (20, 40))
+    for text in [*map("".join, mixed), "the an and", "and then", "hean the  an", "a<b>the <b> an", "é 世\x00", " ", "",
+                 "</s>the<unk>", "\n\nthe"]:
         ids = naive_spm(text, tokens, types, scores, prefix)
         assert ours.encode(text).tolist() == again.encode(text).tolist() == ids, text
     assert (again.start, again.eot, again.added, again.special) == (ours.start, ours.eot, ours.added, ours.special)
