@@ -22,7 +22,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -36,6 +36,7 @@ from config import UserError
 from model import (
     GPT,
     VERSION,
+    Embedding,
     Linear,
     give_one_of,
     load_arrays,
@@ -46,7 +47,7 @@ from model import (
 )
 from packing import check_finite, matrices
 from quantized import BITS, replace_module
-from readers import GPT2, LLAMA
+from readers import GPT2, LLAMA, their_name
 from run_folder import describe, newest_result, read_header
 from tokenizer import Tokenizer
 
@@ -168,6 +169,41 @@ def merge(model: GPT):
     for path, module in linear_layers(model).items():
         if isinstance(module, Adapter):
             replace_module(model, path, module.merged())
+    for module in whole_modules(model).values():
+        del module.whole
+
+
+def whole_modules(model: GPT) -> dict[str, nn.Module]:
+    """The modules, by path, that an adapter replaced as a whole (PEFT's modules_to_save)."""
+    return {path: module for path, module in model.named_modules() if hasattr(module, "whole")}
+
+
+def replace_whole(model: GPT, path: str, target: str, found: dict[str, mx.array]):
+    """Give a module of the model, at the path `target`, the weight, and the bias, that are `found` in an adapter; path:
+    its file, for errors. Where the embedding is tied and one of the two is replaced, the unembedding becomes a layer
+    of its own."""
+    if target in ("embed", "head") and model.config.tie:
+        weight = model.embed.weight if "scales" not in model.embed else dense_weight(model.embed)
+        model.head = Linear(*weight.shape[::-1], bias=False)
+        model.head.weight = weight
+        model.config = replace(model.config, tie=False)
+    module = dict(model.named_modules()).get(target)
+    if module is None or not isinstance(module, (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding,
+                                                 nn.RMSNorm, nn.LayerNorm)):
+        raise UserError(f"{path} holds {target} as a whole, which this model lacks, or adapts too: give the adapter's "
+                        "own base")
+    parts = {"weight": mx.zeros(quantized.dense_weight(module).shape)} if "scales" in module else module.parameters()
+    for part, array in found.items():
+        if part not in parts and part not in module or array.shape != parts.get(part, module.get(part)).shape:
+            raise UserError(f"{path}: {target}.{part} has shape {array.shape}, which does not fit this model")
+    if "scales" in module:
+        dense = Linear(1, 1, bias=False) if isinstance(module, nn.QuantizedLinear) else Embedding(1, 1)
+        if "bias" in module:
+            dense.bias = module.bias
+        replace_module(model, target, dense)
+        module = dense
+    module.update(found)
+    module.whole = True
 
 
 # ---- files, and quantizing the base ----------------------------------------------------------------------------------
@@ -186,9 +222,11 @@ def base_fingerprint(model: GPT) -> str:
 
 
 def adapter_arrays(model: GPT) -> dict[str, mx.array]:
-    """The parameters of the adapters by path: blocks.0.attn.q.a, ..."""
-    return {f"{path}.{name}": module[name] for path, module in linear_layers(model).items()
-            if isinstance(module, Adapter) for name in ("a", "b", "m") if name in module}
+    """The parameters of the adapters by path: blocks.0.attn.q.a, ...; and of modules that they replace as a whole."""
+    whole = {f"{path}.{name}": module[name] for path, module in whole_modules(model).items()
+             for name in ("weight", "bias") if name in module}
+    return whole | {f"{path}.{name}": module[name] for path, module in linear_layers(model).items()
+                    if isinstance(module, Adapter) for name in ("a", "b", "m") if name in module}
 
 
 def save_adapter(path: str, model: GPT, meta: dict | None = None, fingerprint: str | None = None,
@@ -326,7 +364,7 @@ def adapted_fingerprint(fingerprint: str, modules: dict[str, dict], meta: dict, 
     facts = [fingerprint, meta.get("base"), meta["kind"], meta.get("base_bits", 0), float(weight)]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for target, found in sorted(modules.items()):
-        digest.update(f"{target} {float(found['alpha'])} ".encode())
+        digest.update(f"{target} {float(found.get('alpha', 1))} ".encode())
         for name, array in sorted(found.items()):
             if name != "alpha":
                 digest.update(f"{name} {array.dtype} {array.shape} ".encode())
@@ -356,7 +394,7 @@ def read_adapter(path: str) -> tuple[dict[str, dict], dict]:
     modules = {}
     for name, array in arrays.items():
         target, _, part = name.rpartition(".")
-        modules.setdefault(target, {"alpha": alpha})[part] = array
+        modules.setdefault(target, {"alpha": alpha} if part in ("a", "b", "m") else {})[part] = array
     return modules, meta
 
 
@@ -365,8 +403,15 @@ def add_adapter(model: GPT, path: str, modules: dict[str, dict], meta: dict, wei
     if meta["kind"] == "dora" and weight != 1:
         raise UserError(f"{path} is of kind dora, which can have no weight but 1: leave out the weight")
     quantize_base(model, meta.get("base_bits", 0))
+    whole = [target for target, found in modules.items() if "weight" in found]
+    if whole and weight != 1:
+        raise UserError(f"{path} holds {whole[0]} as a whole, and can have no weight but 1: leave out the weight")
+    for target in whole:
+        replace_whole(model, path, target, modules[target])
     layers = linear_layers(model)
     for target, found in modules.items():
+        if target in whole:
+            continue
         if target not in layers:
             raise UserError(f"{path} adapts {target}, which this model lacks: give the adapter's own base")
         if meta["kind"] == "dora" and isinstance(layers[target], Adapter):
@@ -421,6 +466,18 @@ def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
         raise UserError(f"{folder} is not a whole adapter ({error!r}): copy the folder again") from error
 
 
+def whole_target(name: str) -> str | None:
+    """Our path of a module that PEFT saved as a whole, by the name of its weight or bias there; None for another name.
+    A linear layer in a block of GPT-2, which PEFT has transposed, has none."""
+    match = re.fullmatch(r"base_model\.model\.(.+)\.(?:weight|bias)", name)
+    for names in (LLAMA, GPT2) if match and ".lora_" not in name else ():
+        theirs, found = match[1], re.fullmatch(rf"{re.escape(names['blocks.'])}(\d+)\.(.+)", match[1])
+        for ours, other in names.items():
+            if other == (found[2] if found else theirs) and not (found and names is GPT2 and "norm" not in ours):
+                return f"blocks.{found[1]}.{ours}" if found else ours
+    return None
+
+
 def peft_modules(config_path: str, config: dict, path: str, arrays: dict[str, mx.array]) -> tuple[dict, dict]:
     """What read_peft() returns, from the contents of the two files."""
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
@@ -432,6 +489,9 @@ def peft_modules(config_path: str, config: dict, path: str, arrays: dict[str, mx
     modules = {}
     parts = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "m"}
     for name, array in arrays.items():
+        if target := whole_target(name):
+            modules.setdefault(target, {})[name.rpartition(".")[2]] = array
+            continue
         match = re.fullmatch(r"base_model\.model\.(?:(model\.layers\.|transformer\.h\.)(\d+)\.(.+)|(lm_head))"
                              rf"\.({'|'.join(map(re.escape, parts))})", name)
         theirs = match and (match[3] or match[4])
@@ -489,10 +549,19 @@ def save_peft(folder: str, model: GPT):
                 add(f"{prefix}{layer}.attn.c_attn", mx.concatenate([module.a for module in adapted]),
                     mx.concatenate([mx.concatenate(row, axis=1) for row in columns]),
                     mx.concatenate(m) if "dora" in kinds else None, adapted[0].scale)
+    column, whole = GPT2 if prefix == "transformer.h." else LLAMA, []
+    for path, module in whole_modules(model).items():
+        theirs = their_name(path, column)
+        if whole_target(f"base_model.model.{theirs}.weight") != path:
+            raise UserError(f"{path} was replaced as a whole, and has no name in PEFT's folders: save the adapter as a "
+                            "file")
+        whole.append(theirs)
+        arrays |= {f"base_model.model.{theirs}.{part}": module[part] for part in ("weight", "bias") if part in module}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": max(ranks.values()), "rank_pattern": ranks,
               "lora_alpha": max(alphas.values()), "alpha_pattern": alphas, "target_modules": sorted(ranks),
               "lora_dropout": 0.0, "bias": "none", "use_dora": "dora" in kinds, "use_rslora": "rslora" in kinds,
-              "fan_in_fan_out": prefix == "transformer.h.", "inference_mode": True, "base_model_name_or_path": None}
+              "fan_in_fan_out": prefix == "transformer.h.", "inference_mode": True, "base_model_name_or_path": None,
+              "modules_to_save": whole or None}
     wanted = {name: os.path.join(folder, name) for name in ("adapter_model.safetensors", "adapter_config.json")}
     temporary = {name: f"{path}.tmp{os.getpid()}" for name, path in wanted.items()}
     try:

@@ -49,6 +49,8 @@ if dtype:
 before, after = linear_layers(load_checkpoint(files[0])[0]), linear_layers(model)
 print(f"{'matrix':24} {'shape':>13} {'change':>8}")
 for path, layer in after.items():
+    if path not in before:  # the unembedding, which was tied to the embedding
+        continue
     old, new = dense_weight(before[path]), dense_weight(layer)
     change = (mx.linalg.norm(new - old) / mx.maximum(mx.linalg.norm(old), 1e-30)).item()
     if change or type(layer) is not type(before[path]):
