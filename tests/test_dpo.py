@@ -3,26 +3,29 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT, load_adapter
-from test_sft import ON_PATH, STOPPED, assert_equal, folder, sft  # noqa: F401  (folder: a checkpoint)
+from mlx.utils import tree_flatten, tree_map
+from test_sft import ON_PATH, STOPPED, assert_equal, folder, foreign, sft  # noqa: F401  (folder, foreign: checkpoints)
 
 import lora
 from conversations import encode
-from model import GPT, GPTConfig, cross_entropy, load_checkpoint
+from model import GPT, LOSS_CHUNK, GPTConfig, cross_entropy, load_checkpoint
 from records import read_labelled, read_preferences, split
 from tokenizer import byte_tokenizer
 
 ENC = byte_tokenizer()
 SOURCE = (ROOT / "dpo.py").read_text()
 START, END = SOURCE.index("# ---- losses"), SOURCE.index("# ---- resume")
-made = {"mx": mx, "GPT": GPT, "cross_entropy": cross_entropy}
+made = {"mx": mx, "GPT": GPT, "cross_entropy": cross_entropy, "tree_map": tree_map, "LOSS_CHUNK": LOSS_CHUNK}
 exec(SOURCE[START:END], made)  # the section of the losses stands by itself
 
 RNG = np.random.default_rng(0)
@@ -87,6 +90,24 @@ def test_log_probs_are_a_plain_sum():
         wanted.append(total)
     found = made["answer_log_probs"](model, mx.array(ids), mx.array(learned))
     np.testing.assert_allclose(np.array(found), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_logits_in_parts(monkeypatch, tie):
+    """Log-probabilities and gradients do not depend on how many logits are in memory at a time."""
+    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=1, n_head=2, n_embd=32, tie=tie), seed=1).train()
+    ids, learned = mx.random.randint(0, 320, (3, 21), key=mx.random.key(1)), mx.ones((3, 21))
+    found = []
+    for chunk in (320 * 7, 320 * 1000):  # parts of 7 of the 60 rows of logits, or all
+        monkeypatch.setitem(made, "LOSS_CHUNK", chunk)
+        values, gradients = nn.value_and_grad(model, lambda: (
+            made["answer_log_probs"](model, ids, learned) * mx.array([1.0, -2.0, 0.5])).sum())()
+        found.append({"value": values, **dict(tree_flatten(gradients))})
+    plain = nn.value_and_grad(model, lambda: -(cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+                                               .reshape(3, 20).sum(1) * mx.array([1.0, -2.0, 0.5])).sum())()
+    for name, array in {"value": plain[0], **dict(tree_flatten(plain[1]))}.items():
+        for one in found:
+            np.testing.assert_allclose(np.array(one[name]), np.array(array), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 # ---- the script ------------------------------------------------------------------------------------------------------
@@ -250,3 +271,14 @@ def test_bad_lines(folder, tmp_path, line, says):  # noqa: F811
 ], ids=str)
 def test_mistakes(folder, pairs, tmp_path, arguments, says):  # noqa: F811
     assert says in dpo(folder, pairs, tmp_path / "out", *arguments, status=2).stderr
+
+
+def test_own_template(foreign, folder, pairs, tmp_path):  # noqa: F811
+    """With the template that came with a model, the default length of a large context, and one that is given."""
+    done = dpo(folder, pairs, tmp_path / "a", f"--checkpoint={foreign}", "--template=", "--epochs=1")
+    assert re.search(r">>>[A-Z]{3}<\|im_end\|><<<", done.stdout)
+    assert "<|im_start|>system\nYou are a test." in done.stdout
+    assert json.loads(mx.load(str(tmp_path / "a" / "dpo.safetensors"), return_metadata=True)[1]["tinygpt"])[
+        "template"] == "own"
+    short = dpo(folder, pairs, tmp_path / "b", f"--checkpoint={foreign}", "--template=", "--block_size=10", status=2)
+    assert "fits into 10 tokens: give a larger --block_size" in short.stderr

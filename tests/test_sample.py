@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from conversations import encode_prompt
 from lora import attach, linear_layers, save_adapter
-from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, generate, load_arrays, load_checkpoint, save_arrays, save_checkpoint
 from tokenizer import EOT, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer
 
 BYTES = byte_tokenizer()
@@ -383,3 +383,34 @@ def test_answer_by_the_template(tuned):
                     "--temperature=0", "--max_new_tokens=9")
     assert out == BYTES.decode(ids[:ids.index(256)] if 256 in ids else ids) + "\n"
     assert "template='vicuna'" in sample(tuned / "base.safetensors", "x", "--template=vicuna", status=2)[1]
+
+
+# ---- models of other projects ----------------------------------------------------------------------------------------
+
+
+def test_all_ends_of_a_model(tmp_path):
+    """A text ends at eot, at the template's end, and at each token that the header names; a model without bos begins
+    with the text itself, and an empty text with eot."""
+    special = {**BYTES.special, "<|a|>": 257, "<|b|>": 258, "<|c|>": 259}
+    for end in (256, 258, 259, 257):
+        enc = Tokenizer("byte", BYTES.tokens, special, "", None, 256)
+        path = chain(tmp_path, [ord("x"), ord("y"), end, ord("z"), ord("z")], enc)
+        arrays, meta = load_arrays(str(path))
+        meta |= {"template": "own", "ends": [259], "chat_template":
+                 "{{ messages[-1].content }}{% if messages[-1].role == 'assistant' %}<|b|>{% endif %}"}
+        save_arrays(str(path), arrays, meta)
+        out, _ = sample(path, "--prompt=x", "--temperature=0", "--max_new_tokens=3")
+        assert out == ("y\n" if end != 257 else "y<|a|>z\n")
+        out, _ = sample(path, "--prompt=", "--temperature=0", "--template=none", "--max_new_tokens=4")
+        assert out == ("xy\n" if end in (256, 259) else f"xy<|{'ab'[end - 257]}|>z\n")
+
+
+def test_a_template_that_refuses(tmp_path):
+    path = chain(tmp_path, [ord("x")])
+    arrays, meta = load_arrays(str(path))
+    text = "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+    for template, arguments, says in ((text, ["--system=s"], "refuses messages of the roles system, user: No system!"),
+                                      ("{% if %}", [], "no Jinja program"), (7, [], "no chat template of its own")):
+        save_arrays(str(path), arrays, {**meta, "template": "own", "chat_template": template})
+        _, err = sample(path, "--prompt=x", *arguments, status=2)
+        assert says in err and err.count("\n") == 1

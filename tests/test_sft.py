@@ -20,7 +20,7 @@ import lora
 from conversations import encode
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from records import read_conversations, split
-from tokenizer import byte_tokenizer
+from tokenizer import Tokenizer, byte_tokenizer
 
 ENC = byte_tokenizer()
 FAST = ["--epochs=25", "--batch_size=2", "--eval_interval=5", "--log_interval=1", "--samples=1", "--sample_tokens=5",
@@ -45,6 +45,26 @@ def folder(tmp_path_factory):
             word = "abcdefgh"[i % 8] * 3
             print(json.dumps({"prompt": f"{i} {word}", "response": word}), file=file)
     return folder
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A checkpoint as a reader makes it: a context of 4,096 tokens, a chat template of its own, no bos."""
+    special = {**ENC.special, "<|im_start|>": 257, "<|im_end|>": 258, "<|end|>": 259}
+    enc = Tokenizer("byte", ENC.tokens, special, "", None, 258)
+    meta = {"tokenizer": enc.to_dict(), "chat_template": OWN, "template": "own", "ends": [256, 259],
+            "hf": {"tokenizer_config": {"eos_token": "<|im_end|>"}}, "script": "hf_reader.py"}
+    path = tmp_path_factory.mktemp("foreign") / "foreign.safetensors"
+    save_checkpoint(str(path), GPT(GPTConfig(block_size=4096, vocab_size=320, n_layer=1, n_head=2, n_embd=32), seed=1),
+                    meta)
+    return path
+
+
+OWN = """{% for message in messages %}
+{% if loop.first and message.role != 'system' %}{{ '<|im_start|>system\nYou are a test.<|im_end|>\n' }}{% endif %}
+{% if message.content == 'no' %}{{ raise_exception('Not this!') }}{% endif %}
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
 def sft(folder, out, *arguments, status=0):
@@ -226,6 +246,57 @@ def test_bad_rows(folder, tmp_path):
     done = sft(folder, tmp_path / "out", f"--data={path}", "--epochs=1")
     assert "40 conversations" in done.stdout and "2 of 42 rows SKIPPED" in done.stdout
     assert f"{path}, line 42 is skipped: no JSON" in done.stderr
+
+
+# ---- models of other projects ----------------------------------------------------------------------------------------
+
+
+def test_own_template(foreign, folder, tmp_path):
+    """The template of the model is learned and kept, with all that its header says of tokens; a conversation that it
+    refuses is skipped and told; rows are as long as the data needs; the model keeps its context."""
+    data = tmp_path / "tasks.jsonl"
+    data.write_text((folder / "tasks.jsonl").read_text() + '{"prompt": "no", "response": "x"}\n' * 3)
+    for out, arguments in (("full", ["--kind=full"]), ("--adapter", [])):
+        done = sft(folder, tmp_path / out, f"--checkpoint={foreign}", f"--data={data}", "--epochs=1", *arguments)
+        assert re.search(r"<\|im_start\|>system\nYou are a test\.<\|im_end\|>\n<\|im_start\|>user\n\d+ [a-h]{3}"
+                         r"<\|im_end\|>\n<\|im_start\|>assistant\n>>>[a-h]{3}<\|im_end\|><<<\n", done.stdout)
+        skipped = re.findall(r"(\d+) of \d+ examples are SKIPPED: .*: Not this!", done.stdout)
+        assert sum(map(int, skipped)) == 3 and "rows of 64 tokens" in done.stdout
+        model, meta = lora.load_adapted(str(tmp_path / out / "sft.safetensors"))
+        theirs = load_checkpoint(str(foreign))[1]
+        assert all(meta[name] == theirs[name] for name in ("chat_template", "template", "ends", "hf", "tokenizer"))
+        assert model.config.block_size == 4096
+    given = sft(folder, tmp_path / "b", f"--checkpoint={foreign}", "--epochs=1", "--block_size=96", "--template=alpaca",
+                "--kind=full")
+    assert "rows of 96 tokens" in given.stdout
+    meta = load_checkpoint(str(tmp_path / "b" / "sft.safetensors"))[1]
+    assert meta["template"] == "alpaca" and meta["ends"] == [256, 259] and "chat_template" not in meta
+    resumed = [sys.executable, ROOT / "sft.py", f"--out_dir={tmp_path / 'b'}", "--resume=True", "--epochs=2"]
+    done = subprocess.run([*resumed, "--block_size=128"], capture_output=True, text=True)
+    assert done.returncode == 2 and "block_size is 96" in done.stderr
+    assert "rows of 96 tokens" in subprocess.run(resumed, capture_output=True, text=True, check=True).stdout
+
+
+def test_mistakes_with_an_own_template(foreign, folder, tmp_path):
+    data = tmp_path / "tasks.jsonl"
+    data.write_text((folder / "tasks.jsonl").read_text() + '{"prompt": "no", "response": "x"}\n')
+    for arguments, says in ((["--block_size=5000"], "block_size=5000: it must be from 1 to 4096"),
+                            (["--block_size=8"], "within 8 tokens: give a larger --block_size"),
+                            (["--strict=True"], "user, assistant: Not this! (1 of")):
+        done = sft(folder, tmp_path / "a", f"--checkpoint={foreign}", f"--data={data}", *arguments, status=2)
+        assert says in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def test_a_base_model_is_told_its_template(folder, tmp_path):
+    done = sft(folder, tmp_path / "a", "--epochs=1")
+    assert "the checkpoint has no chat template: chatml is taken, whose marks become text" in done.stdout
+    names = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    enc = Tokenizer("byte", ENC.tokens, {**ENC.special, **{name: 257 + i for i, name in enumerate(names)}})
+    model, _ = load_checkpoint(str(folder / "base.safetensors"))
+    save_checkpoint(str(tmp_path / "llama.safetensors"), model, {"tokenizer": enc.to_dict()})
+    done = sft(folder, tmp_path / "b", f"--checkpoint={tmp_path / 'llama.safetensors'}", "--epochs=1")
+    assert "llama3 is taken, as the tokenizer has <|eot_id|>" in done.stdout
+    assert "<|begin_of_text|><|start_header_id|>user" in done.stdout
 
 
 # ---- resume, stop ----------------------------------------------------------------------------------------------------
