@@ -21,14 +21,24 @@ def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless docs/tests.md says why")
 
 
+def unless_explained(report, config, reason: str):
+    """With --no-skips, a skipped test or file fails, unless docs/tests.md has the reason."""
+    if report.skipped and config.getoption("--no-skips") and reason not in (ROOT / "docs" / "tests.md").read_text():
+        report.outcome, report.longrepr = "failed", f"skipped, and docs/tests.md does not say why: {reason}"
+    return report
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.skipped and item.config.getoption("--no-skips") and not hasattr(report, "wasxfail"):
-        reason = call.excinfo.value.msg
-        if reason not in (ROOT / "docs" / "tests.md").read_text():
-            report.outcome, report.longrepr = "failed", f"skipped, and docs/tests.md does not say why: {reason}"
-    return report
+    return unless_explained(report, item.config, str(getattr(call.excinfo and call.excinfo.value, "msg", "")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else ""
+    return unless_explained(report, collector.config, reason)
 
 
 def run(script: str, *arguments, status: int = 0) -> subprocess.CompletedProcess:

@@ -182,7 +182,7 @@ def test_smollm2_of_other_bytes(tmp_path):
 
 def test_smollm2_sh(tmp_path):
     """Every step once, in an order in which each finds its files; what is done is not done again."""
-    script, environment = fake_python(tmp_path, "smollm2.sh")
+    script, environment = fake_python(tmp_path, "smollm2_series.sh")
     texts = [tmp_path / name for name in ("test.txt", "calibration.txt", "tasks.jsonl")]
     for text in texts:
         text.touch()
@@ -190,7 +190,7 @@ def test_smollm2_sh(tmp_path):
     (tmp_path / "out-smollm2" / "hqq-4.cost").touch()
     subprocess.run(["bash", script, *texts], check=True, capture_output=True, env=environment)
     asked = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert asked[0][0] == "runs/smollm2.py" and asked[-1] == ["runs/smollm2_table.py", "out-smollm2"]
+    assert asked[0][0] == "runs/smollm2.py" and asked[-1] == ["runs/smollm2_series.py", "out-smollm2"]
     timed = [line[1:] for line in asked if line[0] == "runs/timed.py"]
     assert [line[0].removeprefix("out-smollm2/") for line in timed] == [
         "dense", "hqq-8", "hqq-3", "gptq-4", "awq-4", "perplexity", "sft", "lens", "lens-picture", "patching"]
@@ -208,26 +208,26 @@ def test_timed(tmp_path):
     assert not (tmp_path / "a.cost").exists()
 
 
-def test_smollm2_table(tmp_path):
+def test_smollm2_series(tmp_path):
     names, page = ["dense", "hqq-8", "hqq-4", "hqq-3", "gptq-4", "awq-4"], tmp_path / "page.md"
     rows = []
     for i, name in enumerate(names):
         (tmp_path / f"{name}.safetensors").write_bytes(bytes((9 - i) * 10**6))
-        rows.append(f"loss 3.0 | perplexity {20 + i}.50 | bits/byte 1.1 | accuracy {40 - i}.25% | {name}.safetensors, 9")
+        rows.append(f"loss 3.0 | perplexity {20 + i}.50 | bits/byte 1.1 | accuracy {40 - i}.25% | {name}.safetensors,")
     for name in (*names, "sft", "lens", "patching"):
         (tmp_path / f"{name}.cost").write_text("90.0 1.25\n")
     (tmp_path / "perplexity.txt").write_text("a: 9 tokens\n" + "\n".join(rows))
     (tmp_path / "lens.txt").write_text("before block 0    4.0 2.0   9 9\nbefore block 1    2.0 1.0   9 9\n")
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "loss.csv").write_text("step,val_loss\n0,2.5\n1,\n2,2.25\n3,2.375\n")
-    marks = "<!-- runs/smollm2.sh writes this table -->", "<!-- end of the table -->"
+    marks = "<!-- runs/smollm2_series.sh writes this table -->", "<!-- end of the table -->"
     page.write_text(f"{marks[0]}\nold\n{marks[1]}\n")
-    text = run("runs/smollm2_table.py", tmp_path, f"--page={page}").stdout
+    text = run("runs/smollm2_series.py", tmp_path, f"--page={page}").stdout
     assert page.read_text() == f"{marks[0]}\n{text}{marks[1]}\n"
     assert "| HQQ, 3 bits | 6 | 23.50 | 37.25% | 1.5 | 1.25 |" in text and "loss 2.500 to 2.250 | 1.5 |" in text
     assert "logit lens 3.00, tuned lens 1.50" in text
     (tmp_path / "perplexity.txt").write_text("\n".join(rows[:2]))
-    assert "no figures of hqq-4" in run("runs/smollm2_table.py", tmp_path, f"--page={page}", status=2).stderr
+    assert "no figures of hqq-4" in run("runs/smollm2_series.py", tmp_path, f"--page={page}", status=2).stderr
 
 
 # ---- compression -----------------------------------------------------------------------------------------------------

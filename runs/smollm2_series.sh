@@ -2,7 +2,7 @@
 # What can be done with a real model on two CPU cores: SmolLM2-135M-Instruct quantized in five ways, tuned on written
 # tasks, and taken apart. Writes a table into docs/models.md.
 #
-#     bash runs/smollm2.sh test.txt calibration.txt seed_tasks.jsonl
+#     bash runs/smollm2_series.sh test.txt calibration.txt seed_tasks.jsonl
 #
 # runs/smollm2.py gets the model. Perplexity is that of the first 4,096 tokens of test.txt, in windows of 512; gptq.py
 # and awq.py read 16 windows of 512 tokens of calibration.txt. The embedding, which is the head too, keeps 8 bits. The
@@ -40,7 +40,7 @@ timed sft sft.py "$dense" --data="$out/tasks.jsonl" --val_data="$out/tasks-val.j
     --block_size=512 --batch_size=2 --out_dir="$out/sft" --overwrite=True
 
 prompt="Mr. Dursley met Mrs. Potter. Later that day, Mr. Dursley met Mrs."
-timed lens tuned_lens.py "$dense" --data="$calibration" --block_size=64 --batch_size=4 --max_iters=40 --eval_windows=8
+timed lens tuned_lens.py "$dense" --data="$calibration" --block_size=64 --batch_size=2 --max_iters=30 --eval_windows=8
 timed lens-picture tuned_lens.py "$dense" --apply="$out/dense.lenses" --prompt="$prompt"
 timed patching patching.py "$dense" --clean="$prompt" --corrupt="${prompt/Potter/Dudley}" --target=" Potter"
-"$python" runs/smollm2_table.py "$out"
+"$python" runs/smollm2_series.py "$out"

@@ -1,4 +1,4 @@
-"""The tables of what runs/smollm2.sh has run, in docs/models.md: python runs/smollm2_table.py out-smollm2"""
+"""The tables of what runs/smollm2_series.sh has run, in docs/models.md: python runs/smollm2_series.py out-smollm2"""
 import os
 import re
 import sys
@@ -8,7 +8,7 @@ from table import column, put_table  # noqa: E402
 
 from config import UserError, overrides  # noqa: E402
 
-out = "out-smollm2"  # what runs/smollm2.sh wrote
+out = "out-smollm2"  # what runs/smollm2_series.sh wrote
 page = ""            # where the tables go; "": docs/models.md
 
 settings = overrides(globals(), "out")
@@ -24,7 +24,7 @@ def read(name: str) -> str:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): bash runs/smollm2.sh makes it") from error
+        raise UserError(f"cannot read {path} ({error.strerror}): bash runs/smollm2_series.sh makes it") from error
 
 
 def cost(name: str) -> str:
@@ -35,10 +35,10 @@ def cost(name: str) -> str:
 
 lines = ["| | MB | perplexity | accuracy | minutes | GiB |", "|---|---|---|---|---|---|"]
 figures = {name: values for *values, name in re.findall(
-    r"perplexity ([\d.]+) .*accuracy ([\d.]+%) \| .*?([\w-]+)\.safetensors, ", read("perplexity.txt"))}
+    r"perplexity ([\d.]+) .*accuracy ([\d.]+%) \| .*?([\w-]+)\.safetensors,", read("perplexity.txt"))}
 for name, label in NAMES.items():
     if name not in figures:
-        raise UserError(f"{os.path.join(out, 'perplexity.txt')} has no figures of {name}: run runs/smollm2.sh again")
+        raise UserError(f"{os.path.join(out, 'perplexity.txt')} has no figures of {name}: remove it, and run again")
     size = os.path.getsize(os.path.join(out, f"{name}.safetensors")) / 1e6
     lines.append(f"| {label} | {size:.0f} | {' | '.join(figures[name])} | {cost(name)}")
 losses = column(os.path.join(out, "sft", "loss.csv"), "val_loss")
@@ -49,4 +49,4 @@ lines += ["", "| | result | minutes | GiB |", "|---|---|---|---|",
           f"| tuned lens | {lens}, tuned lens {sum(float(b) for *_, b in kl) / len(kl):.2f} | {cost('lens')}",
           f"| patching | the picture below | {cost('patching')}"]
 print("\n".join(lines))
-put_table(page or os.path.join(HERE, "docs", "models.md"), "runs/smollm2.sh", lines)
+put_table(page or os.path.join(HERE, "docs", "models.md"), "runs/smollm2_series.sh", lines)
