@@ -192,6 +192,9 @@ def replace_whole(model: GPT, path: str, target: str, found: dict[str, mx.array]
                                                  nn.RMSNorm, nn.LayerNorm)):
         raise UserError(f"{path} holds {target} as a whole, which this model lacks, or adapts too: give the adapter's "
                         "own base")
+    if isinstance(module, nn.RMSNorm) and model.config.mlp == "geglu":
+        raise UserError(f"{path} holds {target} as a whole, which in Gemma's files is less by 1: it cannot be "
+                        "read")
     parts = {"weight": mx.zeros(quantized.dense_weight(module).shape)} if "scales" in module else module.parameters()
     for part, array in found.items():
         if part not in parts and part not in module or array.shape != parts.get(part, module.get(part)).shape:

@@ -22,6 +22,7 @@ from test_model import build, in_transformers
 
 import lora
 import packing
+import quantized
 from config import UserError
 from lora import Adapter, attach, base_fingerprint, load_adapted, merge, quantize_base, save_adapter
 from model import GPT, GPTConfig, load_checkpoint, save_arrays, save_checkpoint
@@ -589,6 +590,93 @@ def test_we_read_what_peft_writes(flavour, kind, tmp_path):
     adapted.save_pretrained(str(tmp_path))
     load_adapter(model, str(tmp_path))
     assert np.abs(np.array(model(IDX)) - logits).max() < 2e-4 * np.abs(logits).max()
+
+
+WHOLE = {"GPT-2": ["wte", "ln_f"], "Llama": ["lm_head", "input_layernorm", "up_proj"], "Qwen2": ["embed_tokens"]}
+
+
+def whole_in_peft(flavour: str, names: list[str], model: GPT, folder: str) -> np.ndarray:
+    """A folder of PEFT's with LoRA and modules that were trained as a whole; its logits in PEFT."""
+    torch, peft = peer("torch"), peer("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=THEIR_TARGETS[flavour][:1], modules_to_save=names,
+                             task_type="CAUSAL_LM", fan_in_fan_out=flavour == "GPT-2")
+    adapted = peft.get_peft_model(in_transformers(flavour, model), config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+        logits = adapted(torch.tensor(np.array(IDX))).logits.numpy()
+    adapted.save_pretrained(folder)
+    return logits
+
+
+@pytest.mark.parametrize("flavour", WHOLE)
+def test_modules_to_save_in_peft(flavour, tmp_path):
+    """Norms, a linear layer, the embedding, the unembedding, also of tied models: from PEFT, and back."""
+    torch, peft = peer("torch"), peer("peft")
+    model = build(flavour)
+    logits = whole_in_peft(flavour, WHOLE[flavour], model, str(tmp_path / "theirs"))
+    adapted = build(flavour)
+    load_adapter(adapted, str(tmp_path / "theirs"))
+    assert np.abs(np.array(adapted(IDX)) - logits).max() < 2e-4 * np.abs(logits).max()
+    lora.save_peft(str(tmp_path / "ours"), adapted)
+    again = peft.PeftModel.from_pretrained(in_transformers(flavour, model), str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        assert np.abs(again(torch.tensor(np.array(IDX))).logits.numpy() - logits).max() < 1e-5 * np.abs(logits).max()
+
+
+LAYER = "model.layers.1."
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("names", [
+    ("lm_head",), ("model.embed_tokens",), ("lm_head", "model.embed_tokens"),
+    (f"{LAYER}input_layernorm", f"{LAYER}self_attn.k_proj", "model.norm")], ids=str)
+def test_modules_to_save(names, bits, tmp_path):
+    """Whole modules, named as PEFT names them, on a base that is tied and may be quantized: the logits are those of the
+    base with these weights; a file of ours, a folder of PEFT's and a merged checkpoint keep them."""
+    settings = dict(bias=False, qk_norm=False, mlp="swiglu", vocab_size=64)
+    plain, path = base(**settings), str(tmp_path / "base.safetensors")
+    if bits:
+        nn.quantize(plain, 32, bits, class_predicate=lambda path, _: path in ("embed", "blocks.1.attn.k"))
+    save_checkpoint(path, plain, {})
+    fingerprint, wanted = base_fingerprint(plain), base(**settings, tie=False)
+    for name, module in dict(plain.named_modules()).items():  # the wanted model: dense, and not tied
+        if name != "" and "weight" in module:
+            dict(wanted.named_modules())[name].weight = quantized.dense_weight(module)
+    wanted.head.weight = wanted.embed.weight
+    attach(plain, "attn.q", rank=2)
+    shake(plain)
+    lora.save_peft(str(tmp_path / "peft"), plain)
+    attach(wanted, "attn.q", rank=2)
+    shake(wanted)
+    ours = {"lm_head": "head", "model.embed_tokens": "embed", "model.norm": "norm",
+            f"{LAYER}input_layernorm": "blocks.1.attn_norm", f"{LAYER}self_attn.k_proj": "blocks.1.attn.k"}
+    arrays, rng = mx.load(str(tmp_path / "peft" / "adapter_model.safetensors")), np.random.default_rng(0)
+    mx.eval(arrays)
+    for name in names:
+        module = dict(wanted.named_modules())[ours[name]]
+        module.weight = arrays[f"base_model.model.{name}.weight"] = mx.array(
+            0.1 * rng.standard_normal(module.weight.shape).astype(np.float32))
+    mx.save_safetensors(str(tmp_path / "peft" / "adapter_model.safetensors"), arrays)
+    logits = wanted(IDX)
+    found, meta = load_adapted(path, [str(tmp_path / "peft")])
+    save_adapter(str(tmp_path / "a.safetensors"), found, fingerprint=fingerprint, bases=[path])
+    lora.save_peft(str(tmp_path / "again"), found)
+    lora.save_merged(str(tmp_path / "merged.safetensors"), found, {})
+    for model in (found, load_adapted(str(tmp_path / "a.safetensors"))[0],
+                  load_adapted(path, [str(tmp_path / "again")])[0],
+                  load_adapted(str(tmp_path / "merged.safetensors"))[0]):
+        assert mx.abs(model(IDX) - logits).max() < 1e-5 * mx.abs(logits).max()
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert sorted(config["modules_to_save"]) == sorted(names)
+    with pytest.raises(UserError, match="as a whole, and can have no weight but 1"):
+        load_adapted(path, [f"{tmp_path / 'peft'}:0.5"])
+    arrays[f"base_model.model.{names[0]}.weight"] = mx.zeros((3,))
+    mx.save_safetensors(str(tmp_path / "peft" / "adapter_model.safetensors"), arrays)
+    with pytest.raises(UserError, match=r"weight has shape \(3,\), which does not fit"):
+        load_adapted(path, [str(tmp_path / "peft")])
 
 
 def test_bad_folders_of_peft(tmp_path):
