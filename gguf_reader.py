@@ -403,6 +403,12 @@ TIED = ("gemma", "gemma2")  # they have no unembedding of their own
 UNTIED = ("phi2", "olmo2", "stablelm", "gptneox")  # llama.cpp does not read them without one
 # Of every so many layers, the last one has no window.
 PERIOD = {"gemma2": 2, "gemma3": 6, "olmo2": 4}
+# Settings of GPTConfig of which a file may say any value, beside those of all architectures.
+FREE = {"llama": ("qkv_bias", "out_bias"), "qwen2": ("qkv_bias",), "phi2": ("rotary_dim",), "phi3": ("rotary_dim",),
+        "gemma2": ("sliding_window", "softcap", "attn_softcap"), "gemma3": ("sliding_window", "window_theta"),
+        "olmo2": ("sliding_window",), "stablelm": ("qkv_bias", "parallel", "rotary_dim"),
+        "granite": ("qkv_bias", "out_bias", "embed_scale", "attn_scale", "residual_scale", "logit_scale"),
+        "gptneox": ("parallel", "rotary_dim")}
 # The settings that are read or checked, after the architecture's name and a dot; further ones of some architectures;
 # and those that no logit depends on.
 SETTINGS = ("attention.causal", "attention.head_count", "attention.head_count_kv", "attention.key_length",
@@ -648,26 +654,16 @@ def architecture_of(config: GPTConfig) -> tuple[str, GPTConfig]:
         name = "qwen3moe" if config.n_expert else "qwen3"
     else:
         name = "qwen2" if config.qkv_bias and not config.out_bias else "llama"
-    has = {key: (value,) for key, value in ARCHITECTURES[name].items()}
-    has = dict(norm=("rms",), bias=(False,), pos=("rope",)) | has
-    free = [*SIZES, *ROPE_SETTINGS, "rope_scaling", "n_kv_head", "head_dim"]
+    has = dict(norm=("rms",), bias=(False,), pos=("rope",)) | {
+        key: (value,) for key, value in ARCHITECTURES[name].items()}
+    free = [*SIZES, *ROPE_SETTINGS, "rope_scaling", "n_kv_head", "head_dim", *FREE.get(name, ())]
     if name == "gpt2":
         has |= dict(n_kv_head=(config.n_head,), head_dim=(config.n_embd // config.n_head,))
         free = [key for key in free if key not in has] + ["qkv_bias"]  # this and those of rope have no effect
-    if name in ("llama", "qwen2"):
-        free += ["qkv_bias"]
     if name in ("llama", "granite"):
         has |= dict(bias=(False, True))
-        free += ["qkv_bias", "out_bias"]
-    if name == "stablelm":
-        free += ["qkv_bias", "parallel"]
-    if name in ("gptneox", "phi2", "phi3", "stablelm"):
-        free += ["rotary_dim"]
-    if name == "granite":
-        free += ["embed_scale", "attn_scale", "residual_scale", "logit_scale"]
     if name == "gptneox":
         has |= dict(mlp=("gelu", "gelu_tanh"))
-        free += ["parallel"]
     if name == "phi2":
         has |= dict(head_bias=(True,))
     if name in TIED:
@@ -679,24 +675,18 @@ def architecture_of(config: GPTConfig) -> tuple[str, GPTConfig]:
         usual = (value or config.head_dim**-0.5, value)  # attn_scale 0 is the usual one
         found = getattr(config, key)
         has |= {key: (found,) if math.isclose(found or usual[0], usual[0], rel_tol=1e-6) else (value,)}
-    if name == "gemma2":
-        free += ["softcap", "attn_softcap"]
-    if name == "gemma3":
-        free += ["window_theta"]
     if name == "olmo2":
         has |= dict(window_theta=(0.0, config.rope_theta))
     if name in ("gemma3", "olmo2") and config.sliding_window and config.rope_factor != 1:  # for layers without a window
         has |= dict(window_theta=(config.window_theta or config.rope_theta,))
     if config.rope_factor != 1 and name not in ("llama", "granite", "gpt2"):  # llama.cpp reads no tensor of divisors
         has |= dict(rope_scaling=("linear", "yarn"))
-    if name in PERIOD:
-        pattern = "S" * (PERIOD[name] - 1) + "L"
-        has |= dict(window_pattern=(pattern,))
-        free += ["sliding_window"]
-        if expanded(config.window_pattern, config.n_layer) == expanded(pattern, config.n_layer):
-            config = replace(config, window_pattern=pattern)
-    if name == "smollm3" and expanded(config.rope_pattern, config.n_layer) == expanded("RRRN", config.n_layer):
-        config = replace(config, rope_pattern="RRRN")
+    patterns = {"window_pattern": "S" * (PERIOD[name] - 1) + "L"} if name in PERIOD else {}
+    patterns |= {"rope_pattern": "RRRN"} if name == "smollm3" else {}
+    for key, pattern in patterns.items():
+        has |= {key: (pattern,)}
+        if expanded(getattr(config, key), config.n_layer) == expanded(pattern, config.n_layer):
+            config = replace(config, **{key: pattern})
     if boosted and name not in ("gpt2", "smollm3") and not config.rotary_dim and not config.window_theta:
         free += ["attn_scale"]
     check_export(config, f"GGUF's {name}", has, free)
@@ -779,7 +769,9 @@ def add_settings(writer, config: GPTConfig, name: str):
     writer.add_vocab_size(config.vocab_size)
     if name in ("gptneox", "stablelm"):
         writer.add_parallel_residual(config.parallel)
-    if name in PERIOD and (config.sliding_window or name != "olmo2"):
+    if name == "gemma2":  # it has a window
+        writer.add_sliding_window(config.sliding_window or config.block_size)
+    if name in ("gemma3", "olmo2") and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
     if name == "gemma3":
         writer.add_float32("gemma3.rope.freq_base_swa", config.window_theta or config.rope_theta)

@@ -397,6 +397,22 @@ def test_there_and_back(name, kind, tmp_path):
     assert load_checkpoint(str(tmp_path / "c.safetensors"))[1]["chat_template"] == "<|im_start|>"
 
 
+def test_a_gemma2_without_windows(tmp_path):
+    """llama.cpp's gemma2 always has a window: it is as long as the context."""
+    save_checkpoint(str(tmp_path / "a.safetensors"), build("gemma2", sliding_window=0), {})
+    run_here("gguf_reader.py", tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}")
+    window = gguf.GGUFReader(tmp_path / "b.gguf").fields["gemma2.attention.sliding_window"].contents()
+    assert window == USUAL["block_size"]
+
+
+def test_phi2_has_one_norm(tmp_path):
+    model = build("phi2")
+    model.blocks[1].mlp_norm.weight = model.blocks[1].mlp_norm.weight + 0.5
+    save_checkpoint(str(tmp_path / "a.safetensors"), model, {})
+    with pytest.raises(UserError, match="blocks.1.attn_norm and blocks.1.mlp_norm differ"):
+        run_here("gguf_reader.py", tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}")
+
+
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
 def test_types_that_are_written(kind, tmp_path):
     """The package unpacks what its own quantizer would give. Embedding and unembedding have 8 bits beside 4 or 5."""
