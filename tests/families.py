@@ -1,6 +1,8 @@
 """Tiny models of every family, made by transformers from random weights, and a table of how near ours are to them.
 
-    python tests/families.py                  the table; needs torch and transformers, and has more columns with mlx-lm
+    python tests/families.py                  the table; needs torch and transformers, and mlx-lm for the last column
+    python tests/families.py model.gguf ...   rows for files, which transformers unpacks; export: the file's export as
+                                              a folder
     python tests/families.py --fixtures       writes tests/fixtures/families again
 
 It stands beside the tests, since test_families.py checks the same models by the same functions.
@@ -11,6 +13,7 @@ logits of one token at a time with a key/value cache and of all at once; export,
 folder that hf_reader.py writes; mlx-lm, the error of mlx-lm with that folder (-: it does not have the family, or not
 all of its settings).
 """
+import contextlib
 import json
 import shutil
 import sys
@@ -186,15 +189,40 @@ def error_in_mlx_lm(name: str, folder: Path, logits: np.ndarray) -> float | None
     return error(np.array(model(mx.array(tokens()))), logits)
 
 
-def table():
+def row_of_file(path: Path, folder: Path) -> dict:
+    """700 tokens, of whose logits the last 20 are compared; in float32, with packed layers as they are in the file."""
+    import torch
+    run_here("gguf_reader.py", path, folder / "ours.safetensors")
+    ours, _ = load_checkpoint(str(folder / "ours.safetensors"))
+    ours.set_dtype(mx.float32)
+    run_here("hf_reader.py", folder / "ours.safetensors", f"--export={folder / 'back'}")
+    ids = np.random.default_rng(0).integers(0, ours.config.vocab_size, (1, 700))
+    here = np.array(ours(mx.array(ids))[:, -20:])
+    cache = ours.make_cache()
+    ours(mx.array(ids[:, :-20]), cache=cache)
+    steps = [np.array(ours(mx.array(ids[:, i:i + 1]), cache=cache)) for i in range(680, 700)]
+    next_here = greedy(lambda ids: np.array(ours(mx.array(ids), last=True)))
+    there, next_there = [], []
+    for place, more in ((path.parent, {"gguf_file": path.name}), (folder / "back", {})):
+        theirs = peer("transformers").AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **more).eval()
+        with torch.no_grad():
+            there.append(theirs(torch.tensor(ids), logits_to_keep=20).logits.numpy())
+            next_there.append(greedy(lambda ids, theirs=theirs: theirs(torch.tensor(ids)).logits.numpy()))
+        del theirs
+    return {"error": error(here, there[0]), "tokens": sum(map(int.__eq__, next_here, next_there[0])),
+            "cached": error(np.concatenate(steps, axis=1), here), "export": error(there[1], there[0]), "mlx-lm": None}
+
+
+def table(files: list[str]):
     print(f"{'model':22} {'error':>8} {'tokens':>7} {'cached':>8} {'export':>8} {'mlx-lm':>8}")
-    for name in MODELS:
-        with tempfile.TemporaryDirectory() as folder:
-            found = row(name, Path(folder))
+    for name in files or MODELS:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            found = row_of_file(Path(name), Path(folder)) if files else row(name, Path(folder))
+        name = Path(name).stem[:22]
         shown = [f"{found[key]:8.0e}" if found[key] is not None else f"{'-':>8}"
                  for key in ("error", "cached", "export", "mlx-lm")]
         print(f"{name:22} {shown[0]} {found['tokens']:4}/16 {' '.join(shown[1:])}", flush=True)
 
 
 if __name__ == "__main__":
-    write_fixtures() if "--fixtures" in sys.argv else table()
+    write_fixtures() if "--fixtures" in sys.argv else table(sys.argv[1:])
