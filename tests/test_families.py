@@ -143,6 +143,13 @@ def test_the_family_is_kept(tmp_path):
         assert error(logits_here(read(tmp_path / name, tmp_path / "b.safetensors")), logits_here(model)) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["gemma2", "smollm3-windows", "phi3"])
+def test_windows_without_layer_types(name):
+    """Older files have no layer_types: Gemma 2 has a window in every second layer, SmolLM3 where no positions are."""
+    raw = settings(name)
+    assert raw.pop("layer_types", "phi3") and readers.model_config(raw, "") == readers.model_config(settings(name), "")
+
+
 LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, rope_theta=1e4)
 YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_embeddings=16)
 
