@@ -44,7 +44,7 @@ def quantized_linear(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, x: mx.ar
     """
     if "order" in layer:
         x = x[..., layer.order]
-    if few_rows(x) and mx.default_device() != mx.cpu:
+    if few_rows(x) and mx.default_device() != mx.cpu or layer.mode != "affine":  # other modes: of mlx-lm's models
         return mlx_quantized_linear(layer, x).astype(x.dtype)
 
     @mx.custom_function

@@ -593,7 +593,7 @@ def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
     found = {part: source[f"{name}.{part}"] for part in ("weight", "scales", "biases")
              if part == "weight" or f"{name}.{part}" in source.names}
     if "scales" in found and "biases" not in found:
-        return from_mxfp4(found, source.place(name, "weight"))
+        found = from_mxfp4(found, source.place(name, "weight"))
     if name.startswith(GPT2["blocks."]):
         found["weight"] = found["weight"].T
     if f"{name}.bias" in source.names or f"{name.removeprefix(source.prefix)}.bias" in source.names:
