@@ -110,6 +110,7 @@ SYSTEM, TWO = [{"role": "system", "content": "Be kind."}], talk("Hi", "Hello!", 
 def own(style: str) -> tuple[Tokenizer, OwnTemplate]:
     kind, bos, eos, text = STYLES[style]
     enc = from_tokenizer_json(FOUND["tokenizers"][kind], bos or "", eos)
+    enc.bos = enc.special.get(bos)  # which begins a text without a template, and no other
     names = {"bos_token": bos, "eos_token": {"content": eos}, "clean_up_tokenization_spaces": False}
     return enc, template_of({"chat_template": text, "template": "own", "hf": {"tokenizer_config": names}}, enc)
 
