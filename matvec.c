@@ -1,5 +1,5 @@
 // y = x W^T on a CPU, for one row x or a few. W is packed, w = scale q + bias, with an integer q of 2 to 8 bits for each
-// weight and a scale and a bias for each group of inputs (MLX's format, see quantized.py), or has numbers of 16 bits.
+// weight and a scale and a bias for each group of inputs (MLX's format, see quantized.py), or it is dense.
 //
 // Eight inputs at a time: their integers fill `bits` bytes. Shifts of 0, bits, 2 bits, ... take all eight out of one
 // number of 64 bits; they become float32 and are multiplied by x. Then a scale multiplies the sum over its group, and a
@@ -58,7 +58,7 @@ INLINE float number(const void *x, int64_t i, int kind) {
 typedef struct {
     const void *weight, *scales, *biases;  // packed: (out, in bits / 8) bytes, (out, in / group), (out, in / group)
     int64_t outputs, inputs, group;
-    int bits, kind;  // kind: of scales and biases, or of the weight where bits = 16
+    int bits, kind;  // bits 0: dense; kind: of scales and biases, or of a dense weight
 } Layer;
 
 // The products of one row of a packed W with n rows of x, into y (n, out). sums (n, groups): of x over each group.
@@ -85,12 +85,12 @@ INLINE void packed_row(const Layer *layer, int64_t row, const float *x, const fl
 }
 
 INLINE void dense_row(const Layer *layer, int64_t row, const float *x, float *y, const int kind, const int n) {
-    const uint16_t *weight = (const uint16_t *)layer->weight + row * layer->inputs;
+    const int64_t first = row * layer->inputs;
     floats total[4] = {0};
     for (int64_t j = 0; j < layer->inputs; j += 8) {
-        halves eight;
-        memcpy(&eight, weight + j, sizeof eight);
-        floats w = widen(eight, kind);
+        halves eight = {0};
+        if (kind != FLOAT32) memcpy(&eight, (const uint16_t *)layer->weight + first + j, sizeof eight);
+        floats w = kind == FLOAT32 ? load((const float *)layer->weight + first + j) : widen(eight, kind);
         for (int k = 0; k < n; k++) total[k] += w * load(x + k * layer->inputs + j);
     }
     for (int k = 0; k < n; k++) y[k * layer->outputs + row] = sum(total[k]);
@@ -106,7 +106,8 @@ INLINE void one_row(const Layer *layer, int64_t row, const float *x, const float
         case 6: packed_row(layer, row, x, sums, y, 6, n); break;
         case 8: packed_row(layer, row, x, sums, y, 8, n); break;
         default:
-            if (layer->kind == FLOAT16) dense_row(layer, row, x, y, FLOAT16, n);
+            if (layer->kind == FLOAT32) dense_row(layer, row, x, y, FLOAT32, n);
+            else if (layer->kind == FLOAT16) dense_row(layer, row, x, y, FLOAT16, n);
             else dense_row(layer, row, x, y, BFLOAT16, n);
     }
 }

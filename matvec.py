@@ -95,13 +95,13 @@ def threads() -> int:
 
 
 def product(x: mx.array, weight: mx.array, scales: mx.array | None = None, biases: mx.array | None = None,
-            group_size: int = 0, bits: int = 16) -> mx.array | None:
-    """x (..., in) times the transpose of a weight (out, in), float32: packed, or of 16 bits (bits = 16, without scales
-    and biases). It is computed at once, not lazily. None where it cannot be: x is not float32 or is being traced, the
-    machine has no compiler, or the dtype of the weight is another."""
+            group_size: int = 0, bits: int = 0) -> mx.array | None:
+    """x (..., in) times the transpose of a weight (out, in), float32: packed, or dense (bits = 0). It is computed at
+    once, not lazily. None where it cannot be: x is not float32 or is being traced, the machine has no compiler, or the
+    dtype of the weight is another."""
     (outputs, width), inputs = weight.shape, x.shape[-1]
     kind = KINDS.get((weight if scales is None else scales).dtype)
-    fits = inputs % 8 == 0 and width * weight.dtype.size * 8 == inputs * bits
+    fits = inputs % 8 == 0 and width * 32 == inputs * (bits or 32)
     if x.dtype != mx.float32 or kind is None or not fits or not library():
         return None
     try:

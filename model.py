@@ -211,13 +211,16 @@ def compute_dtype(name: str) -> mx.Dtype:
 
 class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
+        if (y := quantized.dense_product(self, x)) is not None:
+            return y + self.bias.astype(x.dtype) if "bias" in self else y
         weight = self.weight.astype(x.dtype).T
         return mx.addmm(self.bias.astype(x.dtype), x, weight) if "bias" in self else x @ weight
 
 
 class Embedding(nn.Embedding):
     def as_linear(self, x: mx.array) -> mx.array:
-        return x @ self.weight.astype(x.dtype).T
+        y = quantized.dense_product(self, x)
+        return x @ self.weight.astype(x.dtype).T if y is None else y
 
 
 class RMSNorm(nn.RMSNorm):

@@ -26,6 +26,7 @@ except ImportError:
     matvec = None
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+LARGE = 2**18  # weights of a matrix; for a smaller one, to wait for its input costs more than it gains
 mlx_quantized_linear = nn.QuantizedLinear.__call__
 
 # ---- quantized layers ------------------------------------------------------------------------------------------------
@@ -68,6 +69,26 @@ def cpu_product(layer: nn.Module, x: mx.array) -> mx.array | None:
     if y is None and few_rows(x):
         y = mx.quantized_matmul(x, *format[:3], True, *format[3:]).astype(x.dtype)
     return y
+
+
+def dense_product(layer: nn.Module, x: mx.array) -> mx.array | None:
+    """A single row x (..., in) times the transpose of a large dense weight on a CPU, as in decoding, for which BLAS is
+    several times slower: -> (..., out), without a bias. None for all else, and in training: the weight would get no
+    gradient."""
+    if not matvec or x.size != x.shape[-1] or layer.training or layer.weight.size < LARGE or (
+            mx.default_device() != mx.cpu):
+        return None
+
+    @mx.custom_function
+    def product(x):
+        y = matvec.product(x, layer.weight)
+        return x @ layer.weight.astype(x.dtype).T if y is None else y
+
+    @product.vjp
+    def product_backward(x, cotangent, _):
+        return cotangent @ layer.weight.astype(cotangent.dtype)
+
+    return product(x)
 
 
 def unpacked(layer: nn.Module, x: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ from test_cpu import near, numbers
 
 import matvec
 import quantized
+from model import GPT, GPTConfig, no_tap
 
 pytestmark = pytest.mark.skipif(matvec.library() is None, reason="no C compiler, or not Linux")
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -47,8 +48,8 @@ def test_packed_product(bits, group_size, dtype):
         assert near(matvec.product(mx.array(x), *parts, group_size, bits), x @ weight.T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_product_of_16_bits(dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_product(dtype):
     """Also with numbers below the normal ones of float16."""
     weight, x = mx.array(numbers(301, 96) * np.geomspace(1e-7, 1e3, 96, dtype=np.float32)).astype(dtype), numbers(5, 96)
     exact = np.array(weight.astype(mx.float32), np.float64)
@@ -84,7 +85,8 @@ def test_what_is_refused():
     x = mx.array(numbers(64, 3))
     assert matvec.product(x.T.astype(mx.bfloat16), *parts, 32, 4) is None
     assert matvec.product(x.T, *parts, 32, 4) is None
-    assert matvec.product(mx.ones((1, 64)), mx.ones((40, 64))) is None
+    assert matvec.product(mx.ones((1, 60)), mx.ones((40, 60))) is None
+    assert matvec.product(mx.ones((1, 64)), mx.ones((40, 64), mx.int32)) is None
 
 
 def test_the_product_is_used(monkeypatch):
@@ -93,6 +95,28 @@ def test_the_product_is_used(monkeypatch):
     monkeypatch.setattr(matvec, "product", lambda x, *parts: calls.append(x.shape) or mx.zeros((*x.shape[:-1], 40)))
     layer(mx.ones((1, matvec.ROWS, 64))), layer(mx.ones((1, matvec.ROWS + 1, 64)))
     assert calls == [(1, matvec.ROWS, 64)]
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_dense_model(tie, monkeypatch):
+    """A single position of a large model goes through it, and gives what many positions give; its gradient is the same.
+    In training it is not used: weights would get no gradient."""
+    model = GPT(GPTConfig(n_layer=1, n_embd=128, n_head=2, vocab_size=2304, ffn_dim=2304, block_size=8, tie=tie))
+    idx, calls, product = mx.array([[5, 9, 700]]), [], matvec.product
+    monkeypatch.setattr(matvec, "product", lambda *parts: calls.append(1) or product(*parts))
+
+    def loss(x):
+        return mx.square(model.unembed(model.blocks[0](x, 0, None, no_tap, {}))).sum()
+
+    x = mx.array(numbers(1, 1, 128))
+    wanted, gradient = mx.value_and_grad(loss)(x)
+    assert model.training and not calls
+    model.eval()
+    found, again = mx.value_and_grad(loss)(x)
+    assert len(calls) == 3 and near(found, wanted) and near(again, gradient, 2e-5)  # mlp.up, mlp.down, unembedding
+    cache = model.make_cache()
+    each = mx.concatenate([model(idx[:, i:i + 1], cache=cache) for i in range(3)], axis=1)
+    assert near(each, model(idx), 1e-5)
 
 
 SMALL = """
