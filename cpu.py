@@ -1,14 +1,17 @@
-"""Sigmoid, erf, softmax, cross-entropy and attention for the CPU, where MLX's exp takes most of a small model's step.
+"""Sigmoid, erf, softmax, cross-entropy, attention and rotary positions for the CPU, where MLX's exp takes most of a
+small model's step.
 
 MLX's CPU kernels call exp one number at a time (12 ns each). Here exp is a polynomial made of adds and multiplies,
 which run as vectors: three to five times faster, and within 3e-7 of the exact value. GPUs have fused kernels for all of
 this; model.py calls this file on the CPU only. Deleting it costs speed and nothing else.
 """
+import functools
 import math
 import sys
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import numpy as np
 
 LN2_POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # Taylor coefficients of 2**f
 ROUND = 1.5 * 2**23  # adding it to a small float32 leaves that number, rounded, in the low bits of the mantissa
@@ -98,6 +101,20 @@ def loss_and_p_backward(primals, cotangents, outputs):
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """-log softmax(logits)[target]: (N, V), (N,) -> (N,), float32."""
     return loss_and_p(logits, targets)[0]
+
+
+@functools.lru_cache(maxsize=8)
+def cos_sin(inverse: bytes, position: int) -> tuple[mx.array, mx.array]:
+    angle = np.float32(position) * (1 / np.frombuffer(inverse, np.float32))  # rounded as MLX's are
+    return mx.array(np.cos(angle)), mx.array(np.sin(angle))
+
+
+def rope(x: mx.array, inverse: mx.array, position: int) -> mx.array:
+    """model.rope() for one position, in decoding: x (B, H, 1, D), float32. MLX's needs 24 operations, and computes
+    cosines and sines anew in every layer."""
+    cos, sin = cos_sin(np.asarray(inverse).tobytes(), position)
+    a, b, *rest = mx.split(x, [inverse.size, 2 * inverse.size][:1 + (2 * inverse.size < x.shape[-1])], axis=-1)
+    return mx.concatenate([a * cos - b * sin, a * sin + b * cos, *rest], axis=-1)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask) -> mx.array:

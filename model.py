@@ -278,6 +278,8 @@ def rope(x: mx.array, inverse: mx.array, offset: int | mx.array) -> mx.array:
     """Turn each pair (i, i + R/2) of a head's first R numbers by its position: x (B, H, T, D); inverse (R/2,):
     1 / rope_inv_freq, which MLX calls freqs."""
     half = inverse.size
+    if FAST_CPU and isinstance(offset, int) and x.shape[2] == 1 and x.dtype == mx.float32:
+        return cpu.rope(x, inverse, offset)
     if isinstance(offset, int):
         return mx.fast.rope(x, 2 * half, traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
     angle = (offset % DOCUMENT)[:, None, :, None] / inverse

@@ -241,3 +241,17 @@ def test_deleting_it_costs_speed_and_nothing_else(tmp_path):
             assert near(ours[name], mlx[name], 1e-5)
     users = [path.name for path in ROOT.glob("*.py") if re.search(r"^\s*(import|from) cpu\b", path.read_text(), re.M)]
     assert users == ["model.py"]
+
+
+@pytest.mark.parametrize("turned", [64, 16])
+@pytest.mark.parametrize("position", [0, 7, 100_000])
+def test_rope_of_one_position(turned, position):
+    """All or some of a head's numbers turn, by angles in float32 as MLX's own."""
+    x, inverse = numbers(2, 3, 1, 64), (10000.0 ** (np.arange(0, turned, 2) / turned)).astype(np.float32)
+    angle = (np.float32(position) * (1 / inverse)).astype(np.float64)
+    a, b, rest = np.split(x.astype(np.float64), [turned // 2, turned], axis=-1)
+    exact = np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle), rest], -1)
+    found = cpu.rope(mx.array(x), mx.array(inverse), position)
+    assert near(found, exact)
+    assert near(found, mx.fast.rope(mx.array(x), turned, traditional=False, base=None, scale=1.0, offset=position,
+                                    freqs=mx.array(inverse)))
