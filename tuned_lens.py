@@ -321,7 +321,7 @@ def draw_curves(plain: np.ndarray, tuned: np.ndarray):
     axes.plot(tuned[:-1], marker="o", label="tuned lens")
     axes.set(xlabel="before block", ylabel="KL to the model's distribution, bits per byte",
              yscale="log" if max(plain[:-1].max(), tuned[:-1].max()) > 0 else "linear")
-    axes.set_xticks(range(len(plain) - 1))
+    axes.set_xticks(range(0, len(plain) - 1, 1 + len(plain) // 16))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)

@@ -28,12 +28,12 @@ def read(name: str) -> str:
 
 
 def cost(name: str) -> str:
-    """The minutes and the GiB of a step, as the end of a row."""
+    """The minutes of processors' time and the GiB of a step, as the end of a row."""
     seconds, gib = read(f"{name}.cost").split()
     return f"{float(seconds) / 60:.1f} | {gib} |"
 
 
-lines = ["| | MB | perplexity | accuracy | minutes | GiB |", "|---|---|---|---|---|---|"]
+lines = ["| | MB | perplexity | accuracy | CPU minutes | GiB |", "|---|---|---|---|---|---|"]
 figures = {name: values for *values, name in re.findall(
     r"perplexity ([\d.]+) .*accuracy ([\d.]+%) \| .*?([\w-]+)\.safetensors,", read("perplexity.txt"))}
 for name, label in NAMES.items():
@@ -44,7 +44,7 @@ for name, label in NAMES.items():
 losses = column(os.path.join(out, "sft", "loss.csv"), "val_loss")
 kl = re.findall(r"before block (\d+) +([\d.]+) +([\d.]+) ", read("lens.txt"))
 lens = f"mean KL to the model, bits a byte: logit lens {sum(float(a) for _, a, _ in kl) / len(kl):.2f}"
-lines += ["", "| | result | minutes | GiB |", "|---|---|---|---|",
+lines += ["", "| | result | CPU minutes | GiB |", "|---|---|---|---|",
           f"| LoRA | held-out loss {losses[0]:.3f} to {min(losses):.3f} | {cost('sft')}",
           f"| tuned lens | {lens}, tuned lens {sum(float(b) for *_, b in kl) / len(kl):.2f} | {cost('lens')}",
           f"| patching | the picture below | {cost('patching')}"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What can be done with a real model on two CPU cores: SmolLM2-135M-Instruct quantized in five ways, tuned on written
+# What can be done with a real model on CPU cores: SmolLM2-135M-Instruct quantized in five ways, tuned on written
 # tasks, and taken apart. Writes a table into docs/models.md.
 #
 #     bash runs/smollm2_series.sh test.txt calibration.txt seed_tasks.jsonl
@@ -17,7 +17,7 @@ out=out-smollm2
 dense=$out/dense.safetensors
 mkdir -p "$out"
 
-timed() {  # NAME COMMAND: writes the seconds that it took, and the GiB, to OUT/NAME.cost, and what it printed to .txt
+timed() {  # NAME COMMAND: writes the seconds and the GiB that it took to OUT/NAME.cost, and what it printed to .txt
     [ -e "$out/$1.cost" ] && return
     echo "== ${*:2}"
     "$python" runs/timed.py "$out/$1" "$python" "${@:2}"

@@ -53,6 +53,12 @@ def test_pictures_replace_only_pictures(tmp_path):
         (tmp_path / name).write_bytes(whole)
 
 
+def test_letters_without_a_picture(tmp_path, recwarn):
+    """Tokens of any script can be drawn: where the font has no picture of a letter, nothing is printed about it."""
+    draw.heat_map(f"{tmp_path}/a.png", np.ones((1, 2)), ["a"], ["\u5165", "b"], "title", [["\u0b95", "c"]], "unit")
+    assert (tmp_path / "a.png").exists() and not recwarn.list
+
+
 def test_page(tmp_path):
     """What is text is escaped; a cell's colour tells its sign and, by 3/4 of the largest, its size."""
     table = draw.grid([[1, -2], [0, 0.5]], ["<r>", "s"], ["a&b", "c"], [["<i>", "j"], ["k", "l"]],
