@@ -43,7 +43,7 @@ for name, label in NAMES.items():
     lines.append(f"| {label} | {size:.0f} | {' | '.join(figures[name])} | {cost(name)}")
 losses = column(os.path.join(out, "sft", "loss.csv"), "val_loss")
 kl = re.findall(r"before block (\d+) +([\d.]+) +([\d.]+) ", read("lens.txt"))
-lens = f"mean KL to the model, bits a byte: logit lens {sum(float(a) for _, a, _ in kl) / len(kl):.2f}"
+lens = f"KL to the model, bits a byte: logit lens {sum(float(a) for _, a, _ in kl) / len(kl):.2f}"
 lines += ["", "| | result | CPU minutes | GiB |", "|---|---|---|---|",
           f"| LoRA | held-out loss {losses[0]:.3f} to {min(losses):.3f} | {cost('sft')}",
           f"| tuned lens | {lens}, tuned lens {sum(float(b) for *_, b in kl) / len(kl):.2f} | {cost('lens')}",

