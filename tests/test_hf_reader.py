@@ -374,7 +374,6 @@ def refused(folder, says):
     ("num_hidden_layers", 3, "holds no tensor model.layers.2"), ("hidden_size", "16", "n_embd='16'"),
     ("num_attention_heads", 3, "not divisible"), ("quantization_config", {"quant_method": "awq"}, "awq_reader.py"),
     ("quantization_config", {"quant_method": "bitsandbytes"}, "'bitsandbytes', which has no reader"),
-    ("quantization", {"group_size": 64, "bits": 4}, "'mlx-lm', which has no reader"),
 ], ids=str)
 def test_bad_config(name, value, says, tmp_path):
     shutil.copytree(FOLDERS / "qwen3", tmp_path / "bad")
