@@ -66,16 +66,18 @@ SMALL = dict(max_iters=2, eval_interval=1, eval_windows=2, log_interval=1, sampl
              max_tokens=300, draws=2, rhos="0.5, 0.1", tokenizer="byte", group_size=32, length=16, only="tokenize",
              page="page.md", checkpoint="model.safetensors", data="text.txt", compile="False")
 ARCHITECTURE = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))  # None: not given
-GO_ON = dict(resume="True", checkpoint=None, data=None, batch_size=None)
+ROWS = dict(block_size=100)  # tokens: a conversation of bytes is longer than SMALL's windows
+GO_ON = dict(resume="True", checkpoint=None, data=None, batch_size=None, block_size=None)
 BASES = {
     "train.py": [dict(data="tokens"), dict(),
                  dict(ARCHITECTURE, data="tokens", init="model.safetensors", tokenizer=None, vocab_size=None),
                  dict(ARCHITECTURE, data="tokens", out_dir="run", resume="True", max_iters=3)],
-    "sft.py": [dict(data="messages.jsonl"), dict(data="alpaca.json", kind="full"), dict(data="rows.csv"),
-               dict(data="rows.parquet"), dict(GO_ON, out_dir="sft", epochs=2)],
-    "dpo.py": [dict(data="pairs.jsonl"), dict(data="labelled.jsonl", loss="kto"),
-               dict(data="pairs.jsonl", checkpoint="sft/sft.safetensors"), dict(GO_ON, out_dir="dpo", epochs=2)],
-    "magpie.py": [dict(checkpoint="dpo/dpo.safetensors")],
+    "sft.py": [dict(ROWS, data="messages.jsonl"), dict(ROWS, data="alpaca.json", kind="full"),
+               dict(ROWS, data="rows.csv"), dict(ROWS, data="rows.parquet"), dict(GO_ON, out_dir="sft", epochs=2)],
+    "dpo.py": [dict(ROWS, data="pairs.jsonl"), dict(ROWS, data="labelled.jsonl", loss="kto"),
+               dict(ROWS, data="pairs.jsonl", checkpoint="sft/sft.safetensors"),
+               dict(GO_ON, out_dir="dpo", epochs=2)],
+    "magpie.py": [dict(ROWS, checkpoint="dpo/dpo.safetensors")],
     "sample.py": [dict(prompt="def f"), dict(checkpoint="dpo/dpo.safetensors", prompt="Hello")],
     "eval.py": [dict(), dict(data="tokens"), dict(adapter="sft/sft.safetensors")],
     "merge.py": [dict(checkpoint="dpo/dpo.safetensors")],
@@ -86,6 +88,7 @@ BASES = {
     "hf_reader.py": [dict(source="hf", out="new.safetensors"), dict(source="model.safetensors", export="new")],
     "awq_reader.py": [dict(source="awq", out="new.safetensors")],
     "gptq_reader.py": [dict(source="gptq", out="new.safetensors")],
+    "compressed_reader.py": [dict(source="compressed", out="new.safetensors")],
     "gguf_reader.py": [dict(source="model.gguf", out="new.safetensors"),
                        dict(source="model.safetensors", export="new.gguf")],
     "laser.py": [dict(matrix="mlp.up", rhos=None), dict(search="True", rhos="0.5", samples=1)],
@@ -98,6 +101,8 @@ BASES = {
     "runs/architectures.py": [dict(out="architectures")],
     "runs/compress.py": [dict(out="compress", picture="compress/new.png")],
     "runs/finetune.py": [dict(out_dir="finetune")],
+    "runs/smollm2.py": [dict(folder="smollm2", prompt="Hello")],
+    "runs/smollm2_series.py": [dict(out="smollm2")],
     "runs/tasks.py": [dict(source="tasks.jsonl")],
 }
 SHORT = {"bench.py": 2.0, "bench_page.py": 1.5, "playground.py": 1.5}  # limits for what takes longer, or never ends
@@ -178,7 +183,7 @@ def make_world(world: Path):
     (world / "photo.png").write_bytes(b"not drawn here")
     (world / "photo.html").write_text("not drawn here")
     (world / "page.md").write_text("".join(f"<!-- runs/{name}.sh writes this table -->\n<!-- end of the table -->\n"
-                                           for name in ("architectures", "compress")))
+                                           for name in ("architectures", "compress", "smollm2_series")))
     train = [f"--{name}={value}" for name, value in SMALL.items() if name in SCRIPTS["train.py"][0]]
     run("data.py", "text.txt", "--tokenizer=byte", "--out=tokens")
     for name, *more in (["model", "--mlp=swiglu", "--qk_norm=False"],
@@ -196,14 +201,23 @@ def make_world(world: Path):
     run("tuned_lens.py", "model.safetensors", "--data=text.txt", "--max_iters=1", "--eval_windows=1")
     run("hf_reader.py", "model.safetensors", "--export=hf")
     run("gguf_reader.py", "model.safetensors", "--export=model.gguf")
-    for name in ("awq", "gptq"):
+    for name in ("awq", "gptq", "compressed"):
         forked(lambda name=name: __import__(f"test_{name}_reader").folder_of(world)[0].rename(world / name))
     (world / "dense.safetensors").unlink()
-    for name in ("architectures/baseline-1", "compress/base", "finetune/base", "finetune/lora"):
+    for name in ("architectures/baseline-1", "compress/base", "finetune/base", "finetune/lora", "smollm2/sft"):
         shutil.copytree(world / "run", world / name)
         (world / name / "done").touch()
         (world / name / "seconds").write_text("3\n")
     shutil.copy(world / "packed.safetensors", world / "compress" / "hqq-4.safetensors")
+    rows = []
+    for name in ("dense", "hqq-8", "hqq-4", "hqq-3", "gptq-4", "awq-4", "sft", "lens", "patching"):
+        (world / "smollm2" / f"{name}.cost").write_text("60 0.1\n")
+        shutil.copy(world / "packed.safetensors", world / "smollm2" / f"{name}.safetensors")
+        rows.append(f"perplexity 20.5 and accuracy 40.5% | {name}.safetensors, 1\n")
+    (world / "smollm2" / "perplexity.txt").write_text("".join(rows))
+    (world / "smollm2" / "lens.txt").write_text("before block 0  2.5 1.5 \n")
+    shutil.copy(world / "model.safetensors", world / "smollm2" / "smollm2.safetensors")
+    (world / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()  # where both are, nothing is fetched
     for path in world.rglob("*"):
         if path.suffix in (".png", ".html") and path.stem != "photo" or path.name == "run.lock":
             path.unlink()
@@ -504,7 +518,7 @@ def one(kind: str, number: int, place: Path, before: dict, listed: list) -> tupl
                       SHORT.get(script, limit))
     after = contents(place)
     if kind == "more" and not name and result[0] and script not in (*SHORT, "magpie.py"):  # no tiny model passes there
-        return script, f"status {result[0]}", f"a valid command fails: {command} {result[2]}"
+        return f"python {script} {shlex.join(command)}", f"status {result[0]}", f"a valid command fails: {result[2]}"
     wrong = fault(script, command, at_start, after, result, replaceable(script, command) if mine is None else mine)
     for name in sorted(after.keys() | before.keys(), reverse=True):
         if name not in before or before[name] != after.get(name, b""):
@@ -526,7 +540,7 @@ def one(kind: str, number: int, place: Path, before: dict, listed: list) -> tupl
 
 
 def main(place: Path):
-    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BROWSER": "true", "MPLBACKEND": "agg"}
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "BROWSER": "true", "MPLBACKEND": "agg"}
     modules = [path.stem for path in sorted(ROOT.glob("*.py")) if path.name not in SCRIPTS and path.stem != "config"]
     for name in [*modules, "matplotlib.figure", "matplotlib.backends.backend_agg", "gguf", "tokenizers", "datasets"]:
         with contextlib.suppress(ImportError):
