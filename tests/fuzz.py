@@ -540,7 +540,8 @@ def one(kind: str, number: int, place: Path, before: dict, listed: list) -> tupl
 
 
 def main(place: Path):
-    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "BROWSER": "true", "MPLBACKEND": "agg"}
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "BROWSER": "true",
+                   "MPLBACKEND": "agg"}
     modules = [path.stem for path in sorted(ROOT.glob("*.py")) if path.name not in SCRIPTS and path.stem != "config"]
     for name in [*modules, "matplotlib.figure", "matplotlib.backends.backend_agg", "gguf", "tokenizers", "datasets"]:
         with contextlib.suppress(ImportError):
