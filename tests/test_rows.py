@@ -96,7 +96,7 @@ def test_another_encoding_names_the_command_that_converts(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("a.jsonl.gz", gzip.compress(b"x" * 9999, mtime=0)[:-20], "damaged or cut short"),  # else the test's name has the time
+    ("a.jsonl.gz", gzip.compress(b"x" * 9999, mtime=0)[:-20], "damaged or cut short"),  # else its name has the time
     ("a.jsonl", b"\xff" * 300, "not UTF-8"),
     ("a.jsonl.gz", b"\x1f\x8b" + bytes(99), "damaged or cut short"), ("a.json", b'[{"a": 1},', "correct it"),
     ("a.json", b"[" * 5000, "correct it"), ("a.csv", b'a,b\n1,2\n"3,4\n5,6\n', "line 3: the quotes are wrong"),
