@@ -471,7 +471,7 @@ def save_best(step: int, held_out: dict[str, float]):
         save_adapter(result, model, {**header, "targets": targets, "base_bits": base_bits}, fingerprint,
                      [checkpoint, *adapter])
         if peft:
-            save_peft(os.path.join(out_dir, "peft"), model)
+            save_peft(os.path.join(out_dir, "peft"), model, meta)
 
 
 def save_state(step: int):
@@ -500,7 +500,7 @@ run_folder.start(out_dir, SCRIPT, settings, source, start_step, before.get("star
 rows, record = run_folder.open_rows(out_dir, COLUMNS, settings, start_step)
 commit, started = run_folder.git_commit(), run_folder.started(out_dir)
 if peft and kind != "full" and not resume:
-    save_peft(os.path.join(out_dir, "peft"), model)  # raises here, before training, if PEFT has no such adapter
+    save_peft(os.path.join(out_dir, "peft"), model, meta)  # raises here, before training, if PEFT has no such adapter
 interrupts = run_folder.catch_stops()
 model.train()
 pending = None

@@ -40,6 +40,8 @@ from readers import (
     SETTINGS,
     check_finite,
     check_out,
+    family_of,
+    join,
     model_config,
     multiply_factors,
     names_of,
@@ -48,6 +50,7 @@ from readers import (
     skeleton,
     stacked,
     their_name,
+    title_of,
     tokenizer_files,
     tokenizer_of,
     write_checkpoint,
@@ -64,41 +67,8 @@ settings = overrides(globals(), "source", "out")
 # ---- write a folder --------------------------------------------------------------------------------------------------
 
 
-TITLES = {"gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "qwen3_moe": "Qwen3-MoE", "gemma2": "Gemma 2", "phi": "Phi-2",
-          "gemma3_text": "Gemma 3", "phi3": "Phi-3", "olmo2": "OLMo-2", "smollm3": "SmolLM3", "stablelm": "StableLM"}
 CLASSES = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
            "gemma3_text": "Gemma3ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "stablelm": "StableLmForCausalLM"}
-
-
-def title_of(family: str) -> str:
-    return TITLES.get(family, family.capitalize())
-
-
-def family_of(config: GPTConfig) -> str:
-    """The family, by its name in config.json, that has what is special in a model. If it lacks something else, no other
-    family has both."""
-    if config.pos == "learned":
-        return "gpt2"
-    if config.mlp == "geglu":
-        return "gemma" if config.norm_place == "before" else "gemma3_text" if config.qk_norm else "gemma2"
-    if config.norm == "layer" and (config.bias or config.norm_bias):
-        return "stablelm" if config.norm_bias else "phi" if config.head_bias else "gpt_neox"
-    if config.n_expert:
-        return "qwen3_moe" if config.qk_norm else "mixtral"
-    if config.norm_place == "after":
-        return "olmo2"
-    if "N" in config.rope_pattern:
-        return "smollm3"
-    if config.rotary_dim:
-        return "phi3"
-    if (config.embed_scale, config.residual_scale, config.logit_scale) != (1, 1, 1) or (
-            config.attn_scale and config.rope_scaling != "yarn"):
-        return "granite"
-    if config.qk_norm:
-        return "qwen3"
-    if config.qkv_bias and not config.out_bias:
-        return "qwen2"
-    return "mistral" if config.sliding_window else "llama"
 
 
 def letters_of(pattern: str, config: GPTConfig) -> str:
@@ -302,14 +272,6 @@ def unpacked(module: nn.Module) -> dict[str, mx.array]:
         parts = {part: array for part, array in parts.items() if part in ("weight", "bias")}
         parts["weight"] = dense_weight(module).astype(module.scales.dtype)
     return parts
-
-
-def join(config: GPTConfig, family: str, parts: list[mx.array]) -> mx.array:
-    """One matrix of the rows of several, as readers.split() takes it apart; or one bias."""
-    if family == "gpt_neox":
-        heads = [array.reshape(config.n_head, config.head_dim, *array.shape[1:]) for array in parts]
-        return mx.stack(heads, axis=1).reshape(-1, *parts[0].shape[1:])
-    return mx.concatenate(parts)
 
 
 def their_settings(config: GPTConfig, family: str | None) -> dict:

@@ -47,7 +47,7 @@ from model import (
 )
 from packing import check_finite, matrices
 from quantized import BITS, replace_module
-from readers import GPT2, LLAMA, their_name
+from readers import FUSED, GEMMAS, NAMES, family_of, fused_rows, join, names_of, split, their_name, title_of
 from run_folder import describe, newest_result, read_header
 from tokenizer import Tokenizer
 
@@ -192,9 +192,6 @@ def replace_whole(model: GPT, path: str, target: str, found: dict[str, mx.array]
                                                  nn.RMSNorm, nn.LayerNorm)):
         raise UserError(f"{path} holds {target} as a whole, which this model lacks, or adapts too: give the adapter's "
                         "own base")
-    if isinstance(module, nn.RMSNorm) and model.config.mlp == "geglu":
-        raise UserError(f"{path} holds {target} as a whole, which in Gemma's files is less by 1: it cannot be "
-                        "read")
     parts = {"weight": mx.zeros(quantized.dense_weight(module).shape)} if "scales" in module else module.parameters()
     for part, array in found.items():
         if part not in parts and part not in module or array.shape != parts.get(part, module.get(part)).shape:
@@ -280,7 +277,7 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
     meta["files"] = [checkpoint, *(path for path, _ in chain)]
     base = fingerprint = base_fingerprint(model) if chain else ""  # of the model without, and with, what is attached
     for i, (path, weight) in enumerate(chain):
-        modules, own = read_adapter(path)
+        modules, own = read_adapter(path, model, meta)
         if own.get("base", base) != base:  # a folder of PEFT's does not identify its base
             if own["base"] != fingerprint:
                 raise UserError(another_base(path, own, i < n_found))
@@ -375,13 +372,13 @@ def adapted_fingerprint(fingerprint: str, modules: dict[str, dict], meta: dict, 
     return digest.hexdigest()
 
 
-def read_adapter(path: str) -> tuple[dict[str, dict], dict]:
+def read_adapter(path: str, model: GPT, base: dict) -> tuple[dict[str, dict], dict]:
     """The arrays a, b, m and the alpha for each linear layer by path, and the meta, of an adapter file or a folder of
-    PEFT's."""
+    PEFT's for a model, whose checkpoint has the header `base`."""
     if os.path.isdir(path):
         if "adapter_config.json" not in os.listdir(path) and newest_result(path):
             raise UserError(f"{path} is a folder, not an adapter: {give_one_of(path)}")
-        return read_peft(path)
+        return read_peft(path, model, base)
     if not os.path.exists(path):
         script = "dpo.py" if maker_of(path) == "dpo.py" else "sft.py"
         raise UserError(f"no adapter at {path}: train one with `python {script}`, or check the name")
@@ -420,7 +417,7 @@ def add_adapter(model: GPT, path: str, modules: dict[str, dict], meta: dict, wei
         if meta["kind"] == "dora" and isinstance(layers[target], Adapter):
             raise UserError(f"{path} is of kind dora, and {target} already has an adapter: load dora first")
         rank = len(found["a"]) if "a" in found and found["a"].ndim else 1
-        adapter = Adapter(layers[target], rank, found["alpha"] * weight, meta["kind"], [0])
+        adapter = Adapter(layers[target], rank, found.get("alpha", 1) * weight, meta["kind"], [0])
         for name in ("a", "b", "m"):
             if name in adapter:
                 array = found.get(name)
@@ -445,12 +442,40 @@ def quantize_base(model: GPT, bits: int):
 
 # ---- PEFT's folders: adapter_config.json, adapter_model.safetensors --------------------------------------------------
 
-PREFIXES = {names["blocks."]: {ours: theirs for ours, theirs in names.items() if re.match(r"(attn|mlp)\.", ours)}
-            for names in (LLAMA, GPT2)}  # GPT-2's attn.qkv is q, k and v in one
+PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "m", "weight": "weight", "bias": "bias"}
 
 
-def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
-    """The arrays a, b, m and the alpha for each linear layer of GPT, by path; and a meta as save_adapter() writes."""
+def family_here(model: GPT, header: dict) -> str:
+    """The family by which PEFT names a model's layers: the one that its checkpoint was read from, by the header, else
+    the one that fits the settings best."""
+    found = header.get("hf")
+    found = found.get("model_type") if isinstance(found, dict) else None
+    return found if isinstance(found, str) and found in NAMES else family_of(model.config)
+
+
+def peft_names(model: GPT, family: str) -> dict[str, list[str]]:
+    """Our paths of a model's modules by their names in PEFT. A matrix there may be several modules here (FUSED), and so
+    may the one norm for attention and MLP of Phi-2. Routers and experts have no name."""
+    names, found = names_of(family, model.config), {}
+    for path, _ in model.named_modules():
+        layer, _, inner = path.removeprefix("blocks.").partition(".")
+        fused = next((name for name in FUSED if name in names and inner in FUSED[name]), None)
+        theirs = their_name(f"blocks.{layer}.{fused}" if fused else path, names)
+        if fused:
+            found[theirs] = [f"blocks.{layer}.{name}" for name in FUSED[fused]]
+        elif theirs and "{}" not in theirs and inner != "mlp.router":
+            found.setdefault(theirs, []).append(path)
+    return found | {names["head"]: ["head"]}  # the unembedding may be tied
+
+
+def fused_of(paths: list[str]) -> str | None:
+    """attn.qkv or mlp.gate_up for the paths of the modules that one matrix holds; None for others."""
+    return next((name for name, (first, *_) in FUSED.items() if len(paths) > 1 and paths[0].endswith(first)), None)
+
+
+def read_peft(folder: str, model: GPT, header: dict) -> tuple[dict[str, dict], dict]:
+    """The arrays a, b, m and the alpha for each linear layer of the model, by path; and a meta as save_adapter()
+    writes. header: of the model's checkpoint."""
     config_path, path = (os.path.join(folder, name) for name in ("adapter_config.json", "adapter_model.safetensors"))
     for wanted in (config_path, path):
         if not os.path.exists(wanted):
@@ -462,26 +487,15 @@ def read_peft(folder: str) -> tuple[dict[str, dict], dict]:
         with safe_open(path, "numpy"), open(path, "rb") as file:  # safe_open checks the header by the file's length
             arrays = mx.load(path if path.isascii() else f"/dev/fd/{file.fileno()}", format="safetensors")
             mx.eval(arrays)
-        return peft_modules(config_path, config, path, arrays)
+        return peft_modules(config_path, config, path, arrays, model, family_here(model, header))
     except UserError:
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, re.error) as error:
         raise UserError(f"{folder} is not a whole adapter ({error!r}): copy the folder again") from error
 
 
-def whole_target(name: str) -> str | None:
-    """Our path of a module that PEFT saved as a whole, by the name of its weight or bias there; None for another name.
-    A linear layer in a block of GPT-2, which PEFT has transposed, has none."""
-    match = re.fullmatch(r"base_model\.model\.(.+)\.(?:weight|bias)", name)
-    for names in (LLAMA, GPT2) if match and ".lora_" not in name else ():
-        theirs, found = match[1], re.fullmatch(rf"{re.escape(names['blocks.'])}(\d+)\.(.+)", match[1])
-        for ours, other in names.items():
-            if other == (found[2] if found else theirs) and not (found and names is GPT2 and "norm" not in ours):
-                return f"blocks.{found[1]}.{ours}" if found else ours
-    return None
-
-
-def peft_modules(config_path: str, config: dict, path: str, arrays: dict[str, mx.array]) -> tuple[dict, dict]:
+def peft_modules(config_path: str, config: dict, path: str, arrays: dict[str, mx.array], model: GPT,
+                 family: str) -> tuple[dict, dict]:
     """What read_peft() returns, from the contents of the two files."""
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise UserError(f"{config_path} has peft_type {config.get('peft_type')} and bias {config.get('bias')}: only "
@@ -489,82 +503,63 @@ def peft_modules(config_path: str, config: dict, path: str, arrays: dict[str, mx
     kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     if kind == "dora" and config.get("use_rslora"):
         raise UserError(f"{config_path} has both use_dora and use_rslora: only one of them can be read")
-    modules = {}
-    parts = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "m"}
+    modules, names = {}, peft_names(model, family)
     for name, array in arrays.items():
-        if target := whole_target(name):
-            modules.setdefault(target, {})[name.rpartition(".")[2]] = array
-            continue
-        match = re.fullmatch(r"base_model\.model\.(?:(model\.layers\.|transformer\.h\.)(\d+)\.(.+)|(lm_head))"
-                             rf"\.({'|'.join(map(re.escape, parts))})", name)
-        theirs = match and (match[3] or match[4])
-        ours = {new: old for old, new in PREFIXES[match[1]].items()} if match and match[1] else {"lm_head": "head"}
-        if not match or theirs not in ours and theirs != "attn.c_attn":
-            raise UserError(f"{path} holds {name}, which is not a layer of GPT-2 or the Llama family here")
-        key = f"{match[1]}{match[2]}.{theirs}" if match[1] else theirs
+        match = re.fullmatch(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape, PARTS))})", name)
+        theirs, part = match.groups() if match else ("", "")
+        if theirs not in names:
+            raise UserError(f"{path} holds {name}, which is not a layer of this {title_of(family)} model: give the "
+                            "adapter's own base")
+        part, targets, fused = PARTS[part], names[theirs], fused_of(names[theirs])
         alpha = next((value for pattern, value in (config.get("alpha_pattern") or {}).items()
-                      if re.fullmatch(rf"(.*\.)?({pattern})", key)), config["lora_alpha"])
-        part, block = parts[match[5]], f"blocks.{match[2]}." if match[1] else ""
-        if theirs == "attn.c_attn":  # one matrix for q, k, v: they share A, and have a third of B's rows each
-            pieces = zip("qkv", [array] * 3 if part == "a" else mx.split(array, 3), strict=True)
-            targets = {f"{block}attn.{letter}": piece for letter, piece in pieces}
-        else:
-            targets = {block + ours[theirs]: array}
-        for target, piece in targets.items():
-            modules.setdefault(target, {"alpha": float(alpha)})[part] = piece
+                      if re.fullmatch(rf"(.*\.)?({pattern})", theirs)), config["lora_alpha"])
+        if part == "weight" and is_transposed(family, theirs, array):
+            array = array.T
+        if part == "weight" and family in GEMMAS and "norm" in theirs:
+            array = array.astype(mx.float32) + 1  # the files hold what is added to 1
+        pieces = split(model.config, family, fused, array, f"{path}: {name}") if fused and part != "a" else [
+            array] * len(targets)  # the rows of a fused matrix share A
+        for target, piece in zip(targets, pieces, strict=True):
+            found = modules.setdefault(target, {} if part in ("weight", "bias") else {"alpha": float(alpha)})
+            found[part] = piece
     check_finite(path, arrays)
     return modules, {"kind": kind, "rank": config["r"], "alpha": config["lora_alpha"]}
 
 
-def save_peft(folder: str, model: GPT):
-    """Write the model's adapters, which must be of one kind, as a folder of PEFT's. The architecture must be that of
-    GPT-2 or of the Llama family."""
+def is_transposed(family: str, theirs: str, array: mx.array) -> bool:
+    """Whether a weight is one of GPT-2's matrices (in, out)."""
+    return family == "gpt2" and array.ndim == 2 and theirs.startswith(NAMES[family]["blocks."])
+
+
+def save_peft(folder: str, model: GPT, header: dict):
+    """Write the model's adapters, which must be of one kind, as a folder of PEFT's, by the names that layers have in
+    the model's family. header: of the model's checkpoint. UserError for a layer that has no name there."""
     adapters = {path: module for path, module in linear_layers(model).items() if isinstance(module, Adapter)}
-    prefix = "transformer.h." if model.config.norm == "layer" else "model.layers."
-    names, kinds = PREFIXES[prefix], {module.kind for module in adapters.values()}
+    kinds = {module.kind for module in adapters.values()}
     if len(kinds) != 1 or any(isinstance(module.base, Adapter) for module in adapters.values()):
         raise UserError("a folder of PEFT's holds adapters of one kind, one for each layer: save others as a file")
-    arrays, ranks, alphas = {}, {}, {}
-
-    def add(key: str, a: mx.array, b: mx.array, m: mx.array | None, scale: float):
-        start, rank = f"base_model.model.{key}", len(a)
-        arrays.update({f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b})
-        if m is not None:
-            arrays[f"{start}.lora_magnitude_vector"] = m
-        ranks[key], alphas[key] = rank, scale * (math.sqrt(rank) if "rslora" in kinds else rank)
-
-    for path, module in adapters.items():
-        layer, _, name = path.removeprefix("blocks.").partition(".")
-        if path == "head":
-            add("lm_head", module.a, module.b, module.get("m"), module.scale)
-        elif name in names:
-            add(f"{prefix}{layer}.{names[name]}", module.a, module.b, module.get("m"), module.scale)
-        elif prefix == "model.layers." or name not in ("attn.q", "attn.k", "attn.v"):
-            raise UserError(f"{path} has no name in PEFT's folders: save the adapter as a file")
-    if prefix == "transformer.h.":
-        for layer in range(model.config.n_layer):  # q, k, v are one matrix in PEFT: A is stacked, B block-diagonal
-            three = [linear_layers(model)[f"blocks.{layer}.attn.{letter}"] for letter in "qkv"]
-            adapted = [module for module in three if isinstance(module, Adapter)]
-            if adapted:
-                columns = [[module.b if module is other else mx.zeros((dense_shape(module)[0], len(other.a)))
-                            for other in adapted] for module in three]
-                m = [module.get("m", row_norms(module)) if "dora" in kinds else None for module in three]
-                add(f"{prefix}{layer}.attn.c_attn", mx.concatenate([module.a for module in adapted]),
-                    mx.concatenate([mx.concatenate(row, axis=1) for row in columns]),
-                    mx.concatenate(m) if "dora" in kinds else None, adapted[0].scale)
-    column, whole = GPT2 if prefix == "transformer.h." else LLAMA, []
-    for path, module in whole_modules(model).items():
-        theirs = their_name(path, column)
-        if whole_target(f"base_model.model.{theirs}.weight") != path:
-            raise UserError(f"{path} was replaced as a whole, and has no name in PEFT's folders: save the adapter as a "
-                            "file")
-        whole.append(theirs)
-        arrays |= {f"base_model.model.{theirs}.{part}": module[part] for part in ("weight", "bias") if part in module}
+    family, whole = family_here(model, header), whole_modules(model)
+    names, arrays, ranks, alphas, saved = peft_names(model, family), {}, {}, {}, []
+    named = {path for paths in names.values() for path in paths}
+    for path in (*adapters, *whole):
+        if path not in named:
+            raise UserError(f"{path} has no name in PEFT's folders for {title_of(family)}: save the adapter as a file")
+    for theirs, paths in names.items():
+        if any(path in adapters for path in paths):
+            a, b, m, scale = peft_arrays(model, family, theirs, paths)
+            ranks[theirs], alphas[theirs] = len(a), scale * (math.sqrt(len(a)) if "rslora" in kinds else len(a))
+            found = {"lora_A.weight": a, "lora_B.weight": b} | ({} if m is None else {"lora_magnitude_vector": m})
+        elif any(path in whole for path in paths):
+            found = peft_whole(model, family, theirs, paths)
+            saved.append(theirs)
+        else:
+            continue
+        arrays |= {f"base_model.model.{theirs}.{part}": mx.contiguous(array) for part, array in found.items()}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": max(ranks.values()), "rank_pattern": ranks,
               "lora_alpha": max(alphas.values()), "alpha_pattern": alphas, "target_modules": sorted(ranks),
               "lora_dropout": 0.0, "bias": "none", "use_dora": "dora" in kinds, "use_rslora": "rslora" in kinds,
-              "fan_in_fan_out": prefix == "transformer.h.", "inference_mode": True, "base_model_name_or_path": None,
-              "modules_to_save": whole or None}
+              "fan_in_fan_out": family == "gpt2", "inference_mode": True, "base_model_name_or_path": None,
+              "modules_to_save": saved or None}
     wanted = {name: os.path.join(folder, name) for name in ("adapter_model.safetensors", "adapter_config.json")}
     temporary = {name: f"{path}.tmp{os.getpid()}" for name, path in wanted.items()}
     try:
@@ -584,6 +579,45 @@ def save_peft(folder: str, model: GPT):
         for path in temporary.values():
             with contextlib.suppress(OSError):
                 os.remove(path)
+
+
+def peft_arrays(model: GPT, family: str, theirs: str, paths: list[str]) -> tuple:
+    """A, B, m (None but for dora) and the scale of the adapter for the matrix that PEFT knows as `theirs`. For one that
+    holds q, k and v, or gate and up, the As are stacked, and B is block-diagonal."""
+    layers = linear_layers(model)
+    modules = [layers.get(path) for path in paths]
+    adapted = [module for module in modules if isinstance(module, Adapter)]
+    kind, scale = adapted[0].kind, adapted[0].scale
+    if not (fused := fused_of(paths)):
+        return adapted[0].a, adapted[0].b, adapted[0].get("m"), scale
+    rows = [module and dense_shape(module)[0] for module in modules]
+    if rows != fused_rows(model.config, family, fused) or {*paths} & {*whole_modules(model)}:
+        raise UserError(f"{paths[0]} has no name in PEFT's folders, since {theirs} of {title_of(family)} holds "
+                        f"{' and '.join(paths[1:])} too, which differ: save the adapter as a file")
+    columns = [[module.b * (module.scale / scale) if module is other else mx.zeros((n, len(other.a)))
+                for other in adapted] for module, n in zip(modules, rows, strict=True)]
+    b = join(model.config, family, [mx.concatenate(row, axis=1) for row in columns])
+    m = [module.get("m") if isinstance(module, Adapter) else row_norms(module) for module in modules]
+    return (mx.concatenate([module.a for module in adapted]), b,
+            join(model.config, family, m) if kind == "dora" else None, scale)
+
+
+def peft_whole(model: GPT, family: str, theirs: str, paths: list[str]) -> dict[str, mx.array]:
+    """The weight, and the bias, of what PEFT knows as `theirs`, and the model's adapter replaced as a whole."""
+    whole, found, fused = whole_modules(model), {}, fused_of(paths)
+    modules = [whole.get(path) for path in paths]
+    for part in ("weight", "bias"):
+        each = [module[part] for module in modules if module and part in module]
+        if not each and None not in modules:
+            continue
+        if len(each) < len(paths) or not fused and not all(mx.array_equal(each[0], array) for array in each):
+            raise UserError(f"{paths[0]} has no name in PEFT's folders, since {theirs} of {title_of(family)} is "
+                            f"{' and '.join(paths[1:])} too, which differ: save the adapter as a file")
+        array = join(model.config, family, each) if fused else each[0]
+        if family in GEMMAS and "norm" in theirs:
+            array = array.astype(mx.float32) - 1
+        found[part] = array.T if is_transposed(family, theirs, array) else array
+    return found
 
 
 if __name__ == "__main__":

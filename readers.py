@@ -471,6 +471,41 @@ PART_OF = {"rope_scaling": "rope_factor", "window_pattern": "sliding_window", "w
            "mod_capacity": "mod", "mod_every": "mod"}
 
 
+TITLES = {"gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "qwen3_moe": "Qwen3-MoE", "gemma2": "Gemma 2", "phi": "Phi-2",
+          "gemma3_text": "Gemma 3", "phi3": "Phi-3", "olmo2": "OLMo-2", "smollm3": "SmolLM3", "stablelm": "StableLM"}
+
+
+def title_of(family: str) -> str:
+    return TITLES.get(family, family.capitalize())
+
+
+def family_of(config: GPTConfig) -> str:
+    """The family, by its name in config.json, that has what is special in a model. If it lacks something else, no other
+    family has both."""
+    if config.pos == "learned":
+        return "gpt2"
+    if config.mlp == "geglu":
+        return "gemma" if config.norm_place == "before" else "gemma3_text" if config.qk_norm else "gemma2"
+    if config.norm == "layer" and (config.bias or config.norm_bias):
+        return "stablelm" if config.norm_bias else "phi" if config.head_bias else "gpt_neox"
+    if config.n_expert:
+        return "qwen3_moe" if config.qk_norm else "mixtral"
+    if config.norm_place == "after":
+        return "olmo2"
+    if "N" in config.rope_pattern:
+        return "smollm3"
+    if config.rotary_dim:
+        return "phi3"
+    if (config.embed_scale, config.residual_scale, config.logit_scale) != (1, 1, 1) or (
+            config.attn_scale and config.rope_scaling != "yarn"):
+        return "granite"
+    if config.qk_norm:
+        return "qwen3"
+    if config.qkv_bias and not config.out_bias:
+        return "qwen2"
+    return "mistral" if config.sliding_window else "llama"
+
+
 def check_export(config: GPTConfig, family: str, limited: dict[str, tuple], free: Sequence[str]):
     """UserError names a setting that a family of models does not have. limited: settings of which the family has some
     values, and these values; free: settings of which it has every value. All other settings must have the value that
@@ -723,18 +758,33 @@ def stacked(theirs: str) -> str:
     return f"{before}.switch_mlp.{name}" if name else ""
 
 
+def fused_rows(config: GPTConfig, family: str, fused: str) -> list[int]:
+    """How many rows q, k and v have in a matrix that holds all of them, or gate and up."""
+    if fused == "mlp.gate_up":
+        return [config.ffn_dim] * 2
+    n_kv_head = config.n_head if family in ("gpt2", "gpt_neox") else config.n_kv_head
+    return [config.head_dim * heads for heads in (config.n_head, n_kv_head, n_kv_head)]
+
+
 def split(config: GPTConfig, family: str, fused: str, array: mx.array, place: str) -> list[mx.array]:
     """The rows of q, k and v, or of gate and up, in a matrix that holds all of them, or in its bias or scales. GPT-NeoX
     has q, k and v of the first head, then those of the second one, and so on."""
-    D = config.head_dim
-    sizes = [config.ffn_dim] * 2 if fused == "mlp.gate_up" else [D * config.n_head, *[D * config.n_kv_head] * 2]
+    D, sizes = config.head_dim, fused_rows(config, family, fused)
     if array.shape[0] != sum(sizes):
-        raise UserError(f"{place} has shape {array.shape}, but by config.json it has {' + '.join(map(str, sizes))} "
+        raise UserError(f"{place} has shape {array.shape}, but by the settings it has {' + '.join(map(str, sizes))} "
                         "rows: they do not fit")
     if family == "gpt_neox":
         heads = array.reshape(config.n_head, 3, D, *array.shape[1:])
         return [heads[:, i].reshape(-1, *array.shape[1:]) for i in range(3)]
     return mx.split(array, np.cumsum(sizes)[:-1].tolist())
+
+
+def join(config: GPTConfig, family: str, parts: list[mx.array]) -> mx.array:
+    """One matrix of the rows of several, as split() takes it apart; or one bias."""
+    if family == "gpt_neox":
+        heads = [array.reshape(config.n_head, config.head_dim, *array.shape[1:]) for array in parts]
+        return mx.stack(heads, axis=1).reshape(-1, *parts[0].shape[1:])
+    return mx.concatenate(parts)
 
 
 def check_tied(source: Folder, names: dict[str, str]):

@@ -70,10 +70,11 @@ def page(chromium, server):
         yield opened
 
 
-def load_adapter(model, path: str, weight: float = 1.0) -> dict:
-    """Put a saved adapter onto a model, whatever its base was. Returns the adapter's header."""
+def load_adapter(model, path: str, weight: float = 1.0, header: dict | None = None) -> dict:
+    """Put a saved adapter onto a model, whatever its base was; header: of its checkpoint. Returns the adapter's
+    header."""
     from lora import add_adapter, read_adapter
-    modules, meta = read_adapter(path)
+    modules, meta = read_adapter(path, model, header or {})
     add_adapter(model, path, modules, meta, weight)
     return meta
 

@@ -15,7 +15,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ROOT, load_adapter
+from conftest import ROOT, load_adapter, run_here
+from families import FIXTURES, error, logits_here, logits_there, make
 from mlx.utils import tree_flatten, tree_map
 from peers import peer
 from test_model import build, in_transformers
@@ -26,6 +27,7 @@ import quantized
 from config import UserError
 from lora import Adapter, attach, base_fingerprint, load_adapted, merge, quantize_base, save_adapter
 from model import GPT, GPTConfig, load_checkpoint, save_arrays, save_checkpoint
+from readers import NAMES
 
 every_kind = pytest.mark.parametrize("kind", lora.KINDS)
 
@@ -415,7 +417,7 @@ def test_bases_that_are_not_found(chain, tmp_path, monkeypatch):
     assert mx.array_equal(load_adapted("old")[0](IDX), model(IDX))
     monkeypatch.chdir("a")
     refused("old was trained on out/ckpt, which is missing", "../old")
-    lora.save_peft("my peft", base_with_adapter())
+    lora.save_peft("my peft", base_with_adapter(), {})
     refused(f"my peft is an adapter of PEFT's, .*: {to_do}'my peft'", "my peft")
     refused("no adapter at none: train one with `python sft.py`", "../out/ckpt", "none:0.5")
     refused("no adapter at none/dpo.safetensors: train one with `python dpo.py`", "../out/ckpt", "none/dpo.safetensors")
@@ -436,9 +438,9 @@ def test_peft_in_a_locale_of_ascii(tmp_path):
     model, folder = base_with_adapter(), os.fsdecode("größe".encode())  # the tests may run in such a locale, too
     save_checkpoint(str(tmp_path / "ckpt"), base(norm="layer"), {})
     (tmp_path / folder).mkdir()
-    lora.save_peft(str(tmp_path / folder / "peft"), model)
+    lora.save_peft(str(tmp_path / folder / "peft"), model, {})
     code = "import os, sys, lora; folder = f'{os.fsdecode(sys.argv[1])}/peft'; assert not folder.isprintable(); " \
-           "model, _ = lora.load_adapted('ckpt', [folder]); lora.save_peft(f'{folder}-2', model)"
+           "model, _ = lora.load_adapted('ckpt', [folder]); lora.save_peft(f'{folder}-2', model, {})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", code, folder], cwd=tmp_path, env=environment, capture_output=True,
                           text=True)
@@ -548,7 +550,7 @@ def test_folder_of_peft_and_back(flavour, targets, kind, tmp_path):
     model = build(flavour)
     attach(model, targets, rank=3, alpha=7, kind=kind)
     shake(model)
-    lora.save_peft(str(tmp_path / "peft"), model)
+    lora.save_peft(str(tmp_path / "peft"), model, {})
     assert {path.name for path in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     fresh = build(flavour)
     load_adapter(fresh, str(tmp_path / "peft"))
@@ -564,7 +566,7 @@ def test_peft_reads_what_we_write(flavour, kind, tmp_path):
     theirs = in_transformers(flavour, model)
     attach(model, "attn, mlp", rank=3, alpha=7, kind=kind)
     shake(model)
-    lora.save_peft(str(tmp_path), model)
+    lora.save_peft(str(tmp_path), model, {})
     adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path)).eval()
     with torch.no_grad():
         logits = adapted(torch.tensor(np.array(IDX))).logits.numpy()
@@ -620,10 +622,105 @@ def test_modules_to_save_in_peft(flavour, tmp_path):
     adapted = build(flavour)
     load_adapter(adapted, str(tmp_path / "theirs"))
     assert np.abs(np.array(adapted(IDX)) - logits).max() < 2e-4 * np.abs(logits).max()
-    lora.save_peft(str(tmp_path / "ours"), adapted)
+    lora.save_peft(str(tmp_path / "ours"), adapted, {})
     again = peft.PeftModel.from_pretrained(in_transformers(flavour, model), str(tmp_path / "ours")).eval()
     with torch.no_grad():
         assert np.abs(again(torch.tensor(np.array(IDX))).logits.numpy() - logits).max() < 1e-5 * np.abs(logits).max()
+
+
+def read(folder, out) -> tuple[GPT, dict]:
+    run_here("hf_reader.py", folder, out)
+    return load_checkpoint(str(out))
+
+
+@pytest.mark.parametrize("name", sorted({path.name for path in FIXTURES.iterdir()} & {*NAMES, "stablelm-parallel"}))
+def test_folder_of_every_family(name, tmp_path):
+    """Names, shapes and rows of a folder of PEFT's are those of the family's own tensors: the family's folder, with
+    m (W + B A) / ||W + B A|| put into it, has the logits of the model with the adapter, which the folder of PEFT's
+    gives again."""
+    model, header = read(FIXTURES / name, tmp_path / "base")
+    head = "" if model.config.tie else ", head"
+    for targets in (f"attn, mlp{head}", "attn.[qv], mlp.up")[:1 if model.config.n_expert else 2]:
+        model, _ = load_checkpoint(str(tmp_path / "base"))
+        attach(model, targets.replace(", mlp", "") if model.config.n_expert else targets, 2, 3, "dora")
+        shake(model)
+        lora.save_peft(str(tmp_path / "peft"), model, header)
+        added = mx.load(str(tmp_path / "peft" / "adapter_model.safetensors"))
+        shutil.copytree(FIXTURES / name, tmp_path / "sum", dirs_exist_ok=True)
+        arrays = mx.load(str(FIXTURES / name / "model.safetensors"))
+        mx.eval(arrays, added)
+        for theirs in {key.rpartition(".lora_")[0] for key in added}:
+            a, b = (added.pop(f"{theirs}.lora_{letter}.weight") for letter in "AB")
+            weight = arrays[f"{theirs.removeprefix('base_model.model.')}.weight"]
+            summed = weight + 1.5 * b @ a
+            m = added.pop(f"{theirs}.lora_magnitude_vector") / mx.linalg.norm(summed, axis=1)
+            arrays[f"{theirs.removeprefix('base_model.model.')}.weight"] = m[:, None] * summed
+        assert not added
+        mx.save_safetensors(str(tmp_path / "sum" / "model.safetensors"), arrays)
+        wanted = logits_here(read(tmp_path / "sum", tmp_path / "sum.safetensors")[0])
+        assert error(logits_here(model), wanted) < 1e-5
+        assert error(logits_here(load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])[0]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gpt_neox-in-turn", "gemma", "gemma2", "gemma3_text", "qwen3_moe",
+                                  "phi", "phi3", "olmo2", "smollm3", "stablelm", "stablelm-parallel", "granite"])
+def test_every_family_in_peft(name, kind, tmp_path):
+    """From PEFT, with norms as a whole; to PEFT, what came from there; to PEFT, layers of which some are a part of a
+    matrix there."""
+    torch, peft = peer("torch"), peer("peft")
+    theirs, logits = make(name, tmp_path / "theirs")
+    model, header = read(tmp_path / "theirs", tmp_path / "base")
+    linear = [path for path, module in theirs.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
+    norms = [path for path, _ in theirs.named_modules() if "norm" in path.lower() or ".ln_" in path]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=[path for path in linear if path != "lm_head"],
+                             modules_to_save=norms, use_dora=kind == "dora", task_type="CAUSAL_LM",
+                             fan_in_fan_out=name == "gpt2")
+    adapted = peft.get_peft_model(theirs, config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    wanted = logits_there(adapted)
+    adapted.save_pretrained(str(tmp_path / "peft"))
+    found, _ = load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])
+    assert error(logits_here(found), wanted) < 1e-5 < 1e-2 < error(logits, wanted)
+    attach(model, "attn.v" if model.config.n_expert else "attn.v, mlp.up", kind=kind)
+    shake(model)
+    for ours in (found, model):
+        lora.save_peft(str(tmp_path / "ours"), ours, header)
+        again = peft.PeftModel.from_pretrained(make(name, tmp_path / "theirs")[0], str(tmp_path / "ours")).eval()
+        assert error(logits_there(again), logits_here(ours)) < 1e-5 < 1e-2 < error(logits_here(ours), logits)
+
+
+def test_layers_without_a_name_in_peft(tmp_path):
+    """They are refused in one line, as are names of experts; no name of another family is taken."""
+    model = base(norm="layer", n_kv_head=1)
+    attach(model, "attn.q")
+    with pytest.raises(UserError, match=r"blocks.\d.attn.q has no name .*query_key_value of GPT-NeoX holds"):
+        lora.save_peft(str(tmp_path / "peft"), model, {})
+    (model, header), whole = read(FIXTURES / "phi", tmp_path / "base"), {}
+    attach(model, "attn.q")
+    whole["weight"] = model.blocks[1].attn_norm.weight + 1
+    lora.replace_whole(model, "", "blocks.1.attn_norm", whole)
+    with pytest.raises(UserError, match=r"blocks.1.\w+_norm has no name .*layers.1.input_layernorm of Phi-2"):
+        lora.save_peft(str(tmp_path / "peft"), model, header)
+    assert not (tmp_path / "peft").exists()
+    model, header = read(FIXTURES / "qwen3_moe", tmp_path / "base")
+    attach(model, "attn.q")
+    lora.save_peft(str(tmp_path / "peft"), model, header)
+    for name in ("mlp.experts.0.up_proj", "mlp.experts", "mlp.gate"):
+        name = f"base_model.model.model.layers.0.{name}.lora_A.weight"
+        mx.save_safetensors(str(tmp_path / "peft" / "adapter_model.safetensors"), {name: mx.ones((1, 16))})
+        with pytest.raises(UserError, match=f"holds {name}, which is not a layer of this Qwen3-MoE model"):
+            load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])
+
+
+@pytest.mark.parametrize("value", [*JUNK, {"model_type": []}, {"model_type": "x"}, {"model_type": None}], ids=repr)
+def test_family_of_an_odd_header(value):
+    """A header that names no known family is as good as none."""
+    assert lora.family_here(build("Llama"), {"hf": value}) == "llama"
 
 
 LAYER = "model.layers.1."
@@ -648,7 +745,7 @@ def test_modules_to_save(names, bits, tmp_path):
     wanted.head.weight = wanted.embed.weight
     attach(plain, "attn.q", rank=2)
     shake(plain)
-    lora.save_peft(str(tmp_path / "peft"), plain)
+    lora.save_peft(str(tmp_path / "peft"), plain, {})
     attach(wanted, "attn.q", rank=2)
     shake(wanted)
     ours = {"lm_head": "head", "model.embed_tokens": "embed", "model.norm": "norm",
@@ -663,7 +760,7 @@ def test_modules_to_save(names, bits, tmp_path):
     logits = wanted(IDX)
     found, meta = load_adapted(path, [str(tmp_path / "peft")])
     save_adapter(str(tmp_path / "a.safetensors"), found, fingerprint=fingerprint, bases=[path])
-    lora.save_peft(str(tmp_path / "again"), found)
+    lora.save_peft(str(tmp_path / "again"), found, {})
     lora.save_merged(str(tmp_path / "merged.safetensors"), found, {})
     for model in (found, load_adapted(str(tmp_path / "a.safetensors"))[0],
                   load_adapted(path, [str(tmp_path / "again")])[0],
@@ -684,10 +781,12 @@ def test_bad_folders_of_peft(tmp_path):
         load_adapter(base(), str(tmp_path))
     model = base(norm="layer")
     attach(model, "attn")
-    lora.save_peft(str(tmp_path), model)
+    lora.save_peft(str(tmp_path), model, {})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    with pytest.raises(UserError, match=r"attn.\w+.a has shape \((8|24), 64\), but \((8|24), 128\)"):
-        load_adapter(base(n_embd=128), str(tmp_path))
+    with pytest.raises(UserError, match=r"has shape \(192, 24\), but by the settings it has 128 \+ 128 \+ 128 rows"):
+        load_adapter(base(norm="layer", n_embd=128), str(tmp_path))
+    with pytest.raises(UserError, match=r"attention.\w+.lora_..weight, which is not a layer of this Qwen3 model"):
+        load_adapter(base(), str(tmp_path))
     for change, says in ((dict(bias="all"), "bias all"), (dict(peft_type="LOHA"), "LOHA")):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=says):
@@ -708,14 +807,14 @@ def test_bad_folders_of_peft(tmp_path):
     moe = base(diff_attn=True, diff_attn_version=2)
     attach(moe, "attn.lam")
     with pytest.raises(UserError, match="attn.lam has no name"):
-        lora.save_peft(str(tmp_path), moe)
+        lora.save_peft(str(tmp_path), moe, {})
 
 
 @pytest.mark.parametrize("old", [False, True])
 def test_full_disk(tmp_path, old):
     """One line, and the folder is as before, or empty."""
     if old:
-        lora.save_peft(str(tmp_path), base_with_adapter())
+        lora.save_peft(str(tmp_path), base_with_adapter(), {})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     model, limit = base_with_adapter(), resource.getrlimit(resource.RLIMIT_FSIZE)
     model.blocks[0].attn.q.b += 1
@@ -723,7 +822,7 @@ def test_full_disk(tmp_path, old):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))  # no file may grow larger
         try:
             with pytest.raises(UserError, match=f"cannot write {tmp_path}: .*; what was there is unharmed"):
-                lora.save_peft(str(tmp_path), model)
+                lora.save_peft(str(tmp_path), model, {})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -39,7 +39,7 @@ def files(tmp_path_factory):
         header = {} if kind == "lora" else {"template": "chatml"}
         save_adapter(str(out / kind), model, header, meta.get("fingerprint"), bases)
         if kind == "rslora":
-            lora.save_peft(str(out / "peft"), model)
+            lora.save_peft(str(out / "peft"), model, {})
     return out
 
 

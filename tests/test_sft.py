@@ -177,7 +177,7 @@ def test_folder_for_peft(folder, tmp_path):
         load_adapter(model, str(tmp_path / "a" / path))
     ids = mx.arange(40)[None]
     assert mx.abs(models[0](ids) - models[1](ids)).max() < 1e-5
-    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=64, norm="layer", n_kv_head=1,
+    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=64, norm="layer", bias=True,
                           mlp="swiglu"))
     save_checkpoint(str(tmp_path / "odd.safetensors"), model, {"tokenizer": ENC.to_dict()})
     done = sft(folder, tmp_path / "b", f"--checkpoint={tmp_path / 'odd.safetensors'}", "--peft=True", status=2)
