@@ -883,5 +883,7 @@ else:
     file = File(source)
     config = our_config(file)
     tokenizer, more = tokenizer_of(file.fields, file.path)
+    if file.fields["general.architecture"] == "phi3":  # by its settings alone it could be another family's
+        more["hf"] = {**more.get("hf", {}), "model_type": "phi3"}
     told_types(file)
     write_checkpoint(out, config, read_model(file, config), tokenizer, more)

@@ -465,7 +465,7 @@ def peft_names(model: GPT, family: str) -> dict[str, list[str]]:
             found[theirs] = [f"blocks.{layer}.{name}" for name in FUSED[fused]]
         elif theirs and "{}" not in theirs and inner != "mlp.router":
             found.setdefault(theirs, []).append(path)
-    return found | {names["head"]: ["head"]}  # the unembedding may be tied
+    return found | {"lm_head": ["head"], names["head"]: ["head"]}  # may be tied; transformers 5 has lm_head everywhere
 
 
 def fused_of(paths: list[str]) -> str | None:
@@ -507,6 +507,8 @@ def peft_modules(config_path: str, config: dict, path: str, arrays: dict[str, mx
     for name, array in arrays.items():
         match = re.fullmatch(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape, PARTS))})", name)
         theirs, part = match.groups() if match else ("", "")
+        if is_of_base(model, names.get(theirs.removesuffix(".base_layer")), theirs, part, array):
+            continue  # PEFT saves the unembedding beside an adapter for it
         if theirs not in names:
             raise UserError(f"{path} holds {name}, which is not a layer of this {title_of(family)} model: give the "
                             "adapter's own base")
@@ -526,6 +528,18 @@ def peft_modules(config_path: str, config: dict, path: str, arrays: dict[str, mx
     return modules, {"kind": kind, "rank": config["r"], "alpha": config["lora_alpha"]}
 
 
+def is_of_base(model: GPT, paths: list[str] | None, theirs: str, part: str, array: mx.array) -> bool:
+    """Whether an array in PEFT's folder is the weight or the bias, before the adapter, of the layer that it adapts."""
+    if not paths or not theirs.endswith(".base_layer"):
+        return False
+    module = dict(model.named_modules()).get(paths[0], {})
+    while isinstance(module, Adapter):
+        module = module.base
+    if part == "weight" and "scales" in module:  # it differs, as all quantized layers do
+        return array.shape == dense_shape(module)
+    return part in module and mx.array_equal(module[part], array.astype(module[part].dtype)).item()
+
+
 def is_transposed(family: str, theirs: str, array: mx.array) -> bool:
     """Whether a weight is one of GPT-2's matrices (in, out)."""
     return family == "gpt2" and array.ndim == 2 and theirs.startswith(NAMES[family]["blocks."])
@@ -542,7 +556,7 @@ def save_peft(folder: str, model: GPT, header: dict):
     names, arrays, ranks, alphas, saved = peft_names(model, family), {}, {}, {}, []
     named = {path for paths in names.values() for path in paths}
     for path in (*adapters, *whole):
-        if path not in named:
+        if path not in named or family == "gpt_neox" and path == "head":  # two names, by the version of transformers
             raise UserError(f"{path} has no name in PEFT's folders for {title_of(family)}: save the adapter as a file")
     for theirs, paths in names.items():
         if any(path in adapters for path in paths):

@@ -639,7 +639,7 @@ def test_folder_of_every_family(name, tmp_path):
     m (W + B A) / ||W + B A|| put into it, has the logits of the model with the adapter, which the folder of PEFT's
     gives again."""
     model, header = read(FIXTURES / name, tmp_path / "base")
-    head = "" if model.config.tie else ", head"
+    head = "" if model.config.tie or name == "gpt_neox" else ", head"
     for targets in (f"attn, mlp{head}", "attn.[qv], mlp.up")[:1 if model.config.n_expert else 2]:
         model, _ = load_checkpoint(str(tmp_path / "base"))
         attach(model, targets.replace(", mlp", "") if model.config.n_expert else targets, 2, 3, "dora")
@@ -662,20 +662,20 @@ def test_folder_of_every_family(name, tmp_path):
         assert error(logits_here(load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])[0]), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gpt_neox-in-turn", "gemma", "gemma2", "gemma3_text", "qwen3_moe",
                                   "phi", "phi3", "olmo2", "smollm3", "stablelm", "stablelm-parallel", "granite"])
-def test_every_family_in_peft(name, kind, tmp_path):
-    """From PEFT, with norms as a whole; to PEFT, what came from there; to PEFT, layers of which some are a part of a
-    matrix there."""
+def test_every_family_in_peft(name, tmp_path):
+    """From PEFT, with norms and block 0 as a whole; to PEFT, what came from there; to PEFT, layers of which some are a
+    part of a matrix there. DoRA: it adds B A too."""
     torch, peft = peer("torch"), peer("peft")
     theirs, logits = make(name, tmp_path / "theirs")
     model, header = read(tmp_path / "theirs", tmp_path / "base")
     linear = [path for path, module in theirs.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
-    norms = [path for path, _ in theirs.named_modules() if "norm" in path.lower() or ".ln_" in path]
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=[path for path in linear if path != "lm_head"],
-                             modules_to_save=norms, use_dora=kind == "dora", task_type="CAUSAL_LM",
-                             fan_in_fan_out=name == "gpt2")
+    whole = [path for path in linear if ".0." in path]
+    whole += [path for path, _ in theirs.named_modules() if "norm" in path.lower() or ".ln_" in path]
+    targets = [path for path in linear if path not in whole and (path != "lm_head" or not model.config.tie)]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=whole, use_dora=True,
+                             task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2")
     adapted = peft.get_peft_model(theirs, config).eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -686,8 +686,12 @@ def test_every_family_in_peft(name, kind, tmp_path):
     adapted.save_pretrained(str(tmp_path / "peft"))
     found, _ = load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])
     assert error(logits_here(found), wanted) < 1e-5 < 1e-2 < error(logits, wanted)
-    attach(model, "attn.v" if model.config.n_expert else "attn.v, mlp.up", kind=kind)
+    attach(model, "attn.v" if model.config.n_expert else "attn.v, mlp.up", kind="dora")
     shake(model)
+    if "gpt_neox" in name:  # its unembedding is embed_out in transformers 4, lm_head in 5
+        with pytest.raises(UserError, match="head has no name in PEFT's folders for GPT-NeoX"):
+            lora.save_peft(str(tmp_path / "ours"), found, header)
+        found.head = found.head.base
     for ours in (found, model):
         lora.save_peft(str(tmp_path / "ours"), ours, header)
         again = peft.PeftModel.from_pretrained(make(name, tmp_path / "theirs")[0], str(tmp_path / "ours")).eval()
@@ -715,6 +719,25 @@ def test_layers_without_a_name_in_peft(tmp_path):
         mx.save_safetensors(str(tmp_path / "peft" / "adapter_model.safetensors"), {name: mx.ones((1, 16))})
         with pytest.raises(UserError, match=f"holds {name}, which is not a layer of this Qwen3-MoE model"):
             load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])
+
+
+def test_unembedding_beside_its_adapter(tmp_path):
+    """PEFT saves the weight that lm_head has without the adapter too; another weight than the base's is refused."""
+    model, header = read(FIXTURES / "phi", tmp_path / "base")
+    attach(model, "head")
+    shake(model)
+    lora.save_peft(str(tmp_path / "peft"), model, header)
+    path = str(tmp_path / "peft" / "adapter_model.safetensors")
+    arrays = mx.load(path)
+    mx.eval(arrays)
+    for part in ("weight", "bias"):
+        arrays[f"base_model.model.lm_head.base_layer.{part}"] = model.head.base[part]
+    mx.save_safetensors(path, arrays)
+    found, _ = load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])
+    assert mx.array_equal(found(IDX[:, :24] % 40), model(IDX[:, :24] % 40))
+    mx.save_safetensors(path, arrays | {"base_model.model.lm_head.base_layer.bias": model.head.base.bias + 1})
+    with pytest.raises(UserError, match="lm_head.base_layer.bias, which is not a layer of this Phi-2"):
+        load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])
 
 
 @pytest.mark.parametrize("value", [*JUNK, {"model_type": []}, {"model_type": "x"}, {"model_type": None}], ids=repr)
