@@ -427,6 +427,7 @@ def bench_inside():
 def bench_convert():
     """Convert a Hugging Face folder, a Llama of 134M parameters in bfloat16: ours and mlx-lm each to its own format."""
     try:
+        sys.modules["hqq"] = None  # transformers would take our hqq.py for the package of that name
         from mlx_lm import convert
     except ImportError:
         convert = None

