@@ -738,6 +738,26 @@ def test_unembedding_beside_its_adapter(tmp_path):
     mx.save_safetensors(path, arrays | {"base_model.model.lm_head.base_layer.bias": model.head.base.bias + 1})
     with pytest.raises(UserError, match="lm_head.base_layer.bias, which is not a layer of this Phi-2"):
         load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])
+    model, arrays = base(tie=False, bias=False), {"base_model.model.lm_head.base_layer.weight": mx.ones((61, 64))}
+    nn.quantize(model, 32, 8, class_predicate=lambda path, _: path == "head")  # no dense weight is equal to it
+    attach(model, "head")
+    lora.save_peft(str(tmp_path / "peft"), model, {})
+    added = mx.load(path)
+    mx.eval(added)
+    mx.save_safetensors(path, added | arrays)
+    load_adapter(model, str(tmp_path / "peft"))
+
+
+def test_scales_of_one_matrix(tmp_path):
+    """Adapters of q, k and v whose alphas differ are one adapter of Pythia's matrix, which has one alpha."""
+    model, header = read(FIXTURES / "gpt_neox", tmp_path / "base")
+    attach(model, "attn.[kv]", kind="rslora")
+    shake(model)
+    for block in model.blocks:
+        block.attn.v.scale *= 3
+    lora.save_peft(str(tmp_path / "peft"), model, header)
+    found, _ = load_adapted(str(tmp_path / "base"), [str(tmp_path / "peft")])
+    assert error(logits_here(found), logits_here(model)) < 1e-5
 
 
 @pytest.mark.parametrize("value", [*JUNK, {"model_type": []}, {"model_type": "x"}, {"model_type": None}], ids=repr)
