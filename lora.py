@@ -500,6 +500,9 @@ def peft_modules(config_path: str, config: dict, path: str, arrays: dict[str, mx
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise UserError(f"{config_path} has peft_type {config.get('peft_type')} and bias {config.get('bias')}: only "
                         "LORA with bias none can be read")
+    if re.match("pissa|olora|corda|loftq", str(start := config.get("init_lora_weights"))):
+        raise UserError(f"{config_path} has init_lora_weights {start}, which changed the base's weights, too: convert "
+                        "it to plain LoRA with peft (path_initial_model_for_weight_conversion)")
     kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     if kind == "dora" and config.get("use_rslora"):
         raise UserError(f"{config_path} has both use_dora and use_rslora: only one of them can be read")

@@ -830,7 +830,8 @@ def test_bad_folders_of_peft(tmp_path):
         load_adapter(base(norm="layer", n_embd=128), str(tmp_path))
     with pytest.raises(UserError, match=r"attention.\w+.lora_..weight, which is not a layer of this Qwen3 model"):
         load_adapter(base(), str(tmp_path))
-    for change, says in ((dict(bias="all"), "bias all"), (dict(peft_type="LOHA"), "LOHA")):
+    for change, says in ((dict(bias="all"), "bias all"), (dict(peft_type="LOHA"), "LOHA"),
+                         (dict(init_lora_weights="pissa_niter_4"), "changed the base's weights")):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=says):
             load_adapter(base(), str(tmp_path))
