@@ -426,7 +426,7 @@ def run_case(place: Path, script: str, command: list[str], encoding="utf-8", dis
             if int(resident.read_text().split()[1]) * resource.getpagesize() > MEMORY:
                 stopped = "memory"
                 os.killpg(pid, signal.SIGKILL)
-        if sent < len(signals) and time.perf_counter() - began > limit + (0, 2, 10)[sent]:
+        if stopped != "memory" and sent < len(signals) and time.perf_counter() - began > limit + (0, 2, 10)[sent]:
             stopped = getattr(signals[sent], "name", stopped)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signals[sent])
