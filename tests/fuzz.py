@@ -439,7 +439,8 @@ def run_case(place: Path, script: str, command: list[str], encoding="utf-8", dis
     return os.waitstatus_to_exitcode(status), out, err, usage.ru_utime + usage.ru_stime + queued, stopped
 
 
-KNOWN = re.compile("skipped |.* is skipped: |no run of ")  # lines on standard error that are no error
+# lines on standard error that are no error
+KNOWN = re.compile("skipped |.* is skipped: |no run of |no more pairs to merge: ")
 
 
 def fault(script: str, command: list[str], before: dict, after: dict, result: tuple, mine: list = ()) -> str:
