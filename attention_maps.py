@@ -50,7 +50,7 @@ settings = overrides(globals(), "checkpoint")
 KNOWN = ("alibi sliding_window window_pattern sinks diff_attn diff_attn_version n_expert expert_top_k n_shared_expert "
          "expert_balance mod mod_capacity mod_every yoco value_residual value_embeds softcap attn_softcap attn_scale "
          "rotary_dim rope_scaling rope_pattern window_theta parallel norm_place norm_bias out_bias head_bias "
-         "qk_norm_width embed_scale residual_scale logit_scale")
+         "qk_norm_width embed_scale residual_scale logit_scale sink_logits router_bias")
 
 
 def record(model: GPT, idx: mx.array) -> dict[tuple[str, int], mx.array]:
@@ -89,7 +89,8 @@ def attention_maps(model: GPT, idx: mx.array, states: dict | None = None) -> lis
         if windowed(config, layer) and config.sinks and rotary(config, layer):
             q, k = rope_to_sinks(config, q, k, block.attn._inverse, offset, keys)
         mask = score_mask(config, layer, T, offset, keys)
-        maps = {"map": attention_weights(config, q, k, mask)[0]}
+        sink = block.attn.sink.weight if config.sink_logits else None
+        maps = {"map": attention_weights(config, q, k, mask, sink)[0]}
         if config.diff_attn:
             maps = differential(config, block.attn, block.normed("attn_norm", x)[:, order], maps["map"])
         rows = np.array(order)[:n]

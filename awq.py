@@ -11,7 +11,7 @@ by s is folded into the weights that produce x, where that is exact:
     matrices that read x      weights that produce x
     attn.q, k, v              the norm before them, if there is one
     mlp.gate, up              the norm before them, if there is one
-    mlp.down                  rows of mlp.up: times 1 / s with a gate, times 1 / sqrt(s) for relu2; not for gelu
+    mlp.down                  rows of mlp.up: times 1 / s for swiglu and geglu, times 1 / sqrt(s) for relu2
     attn.out                  rows of attn.v, where every query head has its own value head
 
 All other matrices have s = 1: attn.out with grouped heads, differential attention, value residuals or value embeddings,
@@ -30,7 +30,7 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from config import UserError, overrides
-from model import GATED, GPT, check_known
+from model import GPT, check_known
 from packing import (
     HEAD,
     matrices,
@@ -68,7 +68,7 @@ settings = overrides(globals(), "checkpoint")
 KNOWN = ("alibi sliding_window window_pattern sinks diff_attn diff_attn_version n_expert expert_top_k n_shared_expert "
          "expert_balance mod mod_capacity mod_every yoco value_residual value_embeds softcap attn_softcap attn_scale "
          "rotary_dim rope_scaling rope_pattern window_theta parallel norm_place norm_bias out_bias head_bias "
-         "qk_norm_width embed_scale residual_scale logit_scale")
+         "qk_norm_width embed_scale residual_scale logit_scale sink_logits router_bias")
 
 
 def rounded(W: mx.array, bits: int, group_size: int) -> mx.array:
@@ -116,7 +116,7 @@ def shared_inputs(model: GPT, part: str) -> list[tuple[list[str], list[tuple[nn.
     if not config.n_expert:
         if f"{part}.mlp_norm" in modules:
             found.append((reading(f"{part}.mlp", "gate", "up"), [(modules[f"{part}.mlp_norm"], 1)]))
-        if config.mlp in (*GATED, "relu2"):
+        if config.mlp in ("swiglu", "geglu", "relu2"):  # not gelu and swiglu_clip, which do not scale with their input
             power = 0.5 if config.mlp == "relu2" else 1
             found.append((reading(f"{part}.mlp", "down"), [(producing(f"{part}.mlp.up"), power)]))
     return found

@@ -117,23 +117,31 @@ def rope(x: mx.array, inverse: mx.array, position: int) -> mx.array:
     return mx.concatenate([a * cos - b * sin, a * sin + b * cos, *rest], axis=-1)
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask, sink: mx.array | None = None) -> mx.array:
     """What mx.fast.scaled_dot_product_attention computes: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D of v).
 
-    mask: "causal", None, or an array that broadcasts to (B, H, T, S): float is added, bool says what may be seen. A
-    causal pass over more than 64 positions goes in blocks of queries that skip the keys of the blocks to their right.
+    mask: "causal", None, or an array that broadcasts to (B, H, T, S): float is added, bool says what may be seen. sink:
+    (H,), a logit of each head that joins the softmax and has no value; None: there is none. A causal pass over more
+    than 64 positions goes in blocks of queries that skip the keys of the blocks to their right.
     """
     B, H, T, D = q.shape
     KV, S = k.shape[1:3]
     q = (q * scale).reshape(B, KV, -1, T, D)  # the query heads that share a key head stand together
     k, v = k[:, :, None].swapaxes(-1, -2), v[:, :, None]
+
+    def weights(scores):
+        if sink is None:
+            return softmax(scores)
+        column = mx.broadcast_to(sink.reshape(1, KV, -1, 1, 1), (*scores.shape[:-1], 1))
+        return softmax(mx.concatenate([scores, column], axis=-1))[..., :-1]
+
     if mask is None:
-        return (softmax(q @ k) @ v).reshape(B, H, T, -1)
+        return (weights(q @ k) @ v).reshape(B, H, T, -1)
     if not isinstance(mask, str):
         mask = mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask
         mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
         mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], KV, -1, *mask.shape[2:])
-        return (softmax(q @ k + mask) @ v).reshape(B, H, T, -1)
+        return (weights(q @ k + mask) @ v).reshape(B, H, T, -1)
     size = max(64, T // 4)
     rows = []
     for start in range(0, T, size):
@@ -141,7 +149,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask) -> mx.a
         seen = S - T + end  # keys up to the last query of the block
         hidden = mx.arange(seen) > mx.arange(S - T + start, seen)[:, None]
         scores = q[..., start:end, :] @ k[..., :seen] + mx.where(hidden, -mx.inf, 0.0)
-        rows.append(softmax(scores) @ v[..., :seen, :])
+        rows.append(weights(scores) @ v[..., :seen, :])
     return mx.concatenate(rows, axis=-2).reshape(B, H, T, -1)
 
 

@@ -67,13 +67,13 @@ class GPTConfig:
     rope_original: int = 8192    # context length before the scaling
     norm: str = "rms"            # rms | layer
     norm_eps: float = 1e-5       # added to the variance
-    mlp: str = "relu2"           # relu2 | gelu | gelu_tanh | swiglu | geglu
+    mlp: str = "relu2"           # relu2 | gelu | gelu_tanh | swiglu | geglu | swiglu_clip (GPT-OSS)
     bias: bool = False           # biases in all linear layers and in LayerNorm
     qkv_bias: bool = False       # biases in q, k and v alone (Qwen2)
     qk_norm: bool = True         # RMSNorm of every head's query and key
     tie: bool = True             # the unembedding is the embedding's transpose
     rotary_dim: int = 0          # numbers of a head that rotary positions turn, the first ones; 0: all
-    rope_scaling: str = "llama3"  # formula of rope_factor: llama3 | linear | yarn
+    rope_scaling: str = "llama3"  # formula of rope_factor: llama3 | linear | yarn | yarn_untruncated
     rope_pattern: str = "R"      # one letter a layer, repeated: R rotary positions, N no positions (SmolLM3)
     parallel: bool = False       # attention and MLP both read the block's input (GPT-NeoX)
     norm_place: str = "before"   # before | after | both: where norms stand about attention and MLP (OLMo-2, Gemma)
@@ -85,6 +85,7 @@ class GPTConfig:
     attn_scale: float = 0.0      # factor of attention's scores; 0: 1 / sqrt(head_dim)
     residual_scale: float = 1.0  # factor of what attention and MLP add to the residual stream (Granite)
     logit_scale: float = 1.0     # factor of the logits (Granite)
+    sink_logits: bool = False    # a learned logit of each head joins the softmax of its scores (GPT-OSS)
     alibi: bool = False          # scores fall linearly with the distance; no other position signal  # alibi
     sliding_window: int = 0      # keys that a query sees, itself included; 0: all  # window
     window_pattern: str = "S"    # one letter a layer, repeated: S short (the window), L long (all keys)  # window
@@ -96,6 +97,7 @@ class GPTConfig:
     expert_top_k: int = 2        # experts that a token uses  # moe
     n_shared_expert: int = 0     # further experts, which every token uses  # moe
     expert_balance: str = "loss"  # loss (Switch) | bias (loss-free) | none: spreads tokens evenly  # moe
+    router_bias: bool = False    # a bias in the router of experts (GPT-OSS)  # moe
     mod: str = "none"            # none | topk | soft: which tokens a routed block works on  # mod
     mod_capacity: float = 0.125  # topk: share of the tokens that a routed block works on  # mod
     mod_every: int = 2           # the last of every mod_every blocks is routed  # mod
@@ -133,7 +135,8 @@ class GPTConfig:
         if max(self.n_head * self.head_dim, self.ffn_dim) >= 2**30:
             raise UserError(f"n_head * head_dim or ffn_dim={self.ffn_dim} is 2^30 or more: make them smaller")
         choices = {"pos": ("rope", "learned", "none"), "norm": ("rms", "layer"), "mlp": tuple(ACTIVATIONS),
-                   "rope_scaling": ("llama3", "linear", "yarn"), "norm_place": ("before", "after", "both")}
+                   "rope_scaling": ("llama3", "linear", "yarn", "yarn_untruncated"),
+                   "norm_place": ("before", "after", "both")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -164,8 +167,9 @@ def check_rotary(config: GPTConfig):
     for name in ("rope_theta", "rope_factor", "rope_original"):
         if getattr(config, name) <= 0:
             raise UserError(f"{name}={getattr(config, name)}: it must be over 0")
-    if config.rope_scaling == "yarn" and config.rope_theta <= 1:
-        raise UserError(f"rope_scaling=yarn and rope_theta={config.rope_theta}: rope_theta must be over 1")
+    if config.rope_scaling.startswith("yarn") and config.rope_theta <= 1:
+        raise UserError(f"rope_scaling={config.rope_scaling} and rope_theta={config.rope_theta}: rope_theta must be "
+                        "over 1")
     if not 0 < config.rope_low_freq < config.rope_high_freq:
         raise UserError(f"rope_low_freq={config.rope_low_freq}, rope_high_freq={config.rope_high_freq}: both must be "
                         "over 0, and the first one the smaller")
@@ -241,7 +245,8 @@ def rope_inv_freq(config: GPTConfig) -> np.ndarray:
     """The angle in radians by which each pair of dimensions turns from one position to the next: (R/2,), theta^(-2i/R)
     (Su et al. 2021), for the R dimensions that turn. For a longer context a scaling divides angles by rope_factor:
     "linear" (Chen et al. 2023) all angles; "llama3" and "yarn" (Peng et al. 2023) the small ones, of long wavelengths.
-    Between small and large angles a share is divided, which falls with the number of turns, or of the pair in yarn."""
+    Between small and large angles a share is divided, which falls with the number of turns, or of the pair in yarn.
+    "yarn" rounds the pairs at both ends of this range to whole numbers, "yarn_untruncated" (GPT-OSS) does not."""
     R, low, high = config.rotary_dim or config.head_dim, config.rope_low_freq, config.rope_high_freq
     inv_freq = config.rope_theta ** (-np.arange(0, R, 2, dtype=np.float64) / R)
     if config.rope_factor == 1:
@@ -250,9 +255,11 @@ def rope_inv_freq(config: GPTConfig) -> np.ndarray:
     keep = np.zeros(len(turns))                              # 1: the angle is kept; 0: it is divided
     if config.rope_scaling == "llama3":
         keep = np.clip((turns - low) / (high - low), 0, 1)
-    if config.rope_scaling == "yarn":  # first and last: the pairs, not rounded yet, that make `high` and `low` turns
+    if config.rope_scaling.startswith("yarn"):  # first and last: the pairs that make `high` and `low` turns
         first, last = (R / 2 * math.log(turns[0] / n, config.rope_theta) for n in (high, low))
-        first, last = max(math.floor(first), 0), min(math.ceil(last), R - 1)
+        if config.rope_scaling == "yarn":
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, R - 1)
         keep = 1 - np.clip((np.arange(len(turns)) - first) / max(last - first, 0.001), 0, 1)
     return keep * inv_freq + (1 - keep) * inv_freq / config.rope_factor
 
@@ -377,6 +384,11 @@ def check_window(config: GPTConfig):
                         f"sliding_window={config.sliding_window} and pos={config.pos} other values, or window_theta=0")
 
 
+def refuse_sinks(config: GPTConfig, beside: str):
+    if config.sinks:
+        raise UserError(f"sinks and {beside}; leave one of them out")
+
+
 def windowed(config: GPTConfig, layer: int) -> bool:
     """Whether the queries of a layer attend to the window alone."""
     if crosses(config, layer):  # yoco
@@ -408,7 +420,8 @@ def rope_to_sinks(config: GPTConfig, q: mx.array, k: mx.array, inverse: mx.array
     return q, mx.concatenate([mx.where(sink, 0, k), mx.where(sink, k, 0)], axis=-1)
 
 
-def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v: mx.array, offset: int) -> mx.array:
+def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v: mx.array, offset: int,
+                     sink: mx.array | None = None) -> mx.array:
     """attend() under the window's mask, for T queries and the keys of these T tokens: q (B, H, T, D), k and v (B, KV,
     T, D) -> (B, H, T, D). Scores are computed for pairs of blocks that the window reaches, and for no others."""
     B, H, T, _ = q.shape
@@ -434,7 +447,7 @@ def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v:
         mask = alibi_mask(config, layer, mask, queries, keys)  # alibi
     mask = mx.broadcast_to(mask, (B, *mask.shape[1:])).flatten(0, 1)
     y = attend(config, blocks(q).flatten(0, 1), with_previous(blocks(k), k).flatten(0, 1),
-               with_previous(blocks(v), v).flatten(0, 1), mask)
+               with_previous(blocks(v), v).flatten(0, 1), mask, sink)
     return y.reshape(B, n, H, size, -1).swapaxes(1, 2).reshape(B, H, n * size, -1)[:, :, :T]
 
 
@@ -553,6 +566,8 @@ class Attention(nn.Module):
             wide = config.qk_norm_width
             self.q_norm = RMSNorm(D * config.n_head if wide else D, eps=config.norm_eps)
             self.k_norm = RMSNorm(D * config.n_kv_head if wide else D, eps=config.norm_eps)
+        if config.sink_logits:
+            self.sink = Sink(config.n_head)
         if rotary(config, layer):
             inv_freq = rope_inv_freq(config)
             if config.window_theta and windowed(config, layer):  # window
@@ -575,6 +590,7 @@ class Attention(nn.Module):
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         """The output of each head, before the output projection: (B, T, C) -> (B, H, T, D)."""
         T, config, layer = x.shape[1], self.config, self.layer
+        sink = self.sink.weight if config.sink_logits else None
         q = tap("q", layer, self.turned("q", x, offset))
         k, v, keys = self.keys_values(x, offset, cache, tap, carry)
         if config.diff_attn:  # diff
@@ -582,10 +598,10 @@ class Attention(nn.Module):
         if windowed(config, layer) and config.sinks and rotary(config, layer):  # window
             q, k = rope_to_sinks(config, q, k, self._inverse, offset, keys)  # window
         if "dropout" in carry:  # dropout
-            return dropout_attention(self, q, k, v, score_mask(config, layer, T, offset, keys), carry)  # dropout
+            return dropout_attention(self, q, k, v, score_mask(config, layer, T, offset, keys), sink, carry)  # dropout
         if windowed(config, layer) and k.shape[2] == T > 2 * window_block(config):  # window
-            return window_attention(config, layer, q, k, v, offset)  # window
-        return attend(config, q, k, v, score_mask(config, layer, T, offset, keys))
+            return window_attention(config, layer, q, k, v, offset, sink)  # window
+        return attend(config, q, k, v, score_mask(config, layer, T, offset, keys), sink)
 
     def turned(self, name: str, x: mx.array, offset: int) -> mx.array:
         """The queries (name "q") or the keys ("k") of x (B, T, C), with their norm and positions: (B, H, T, D)."""
@@ -610,19 +626,29 @@ class Attention(nn.Module):
         return (k, v, None) if cache is None else cache.update(k, v)
 
 
-def attend(config: GPTConfig, q: mx.array, k: mx.array, v: mx.array, mask) -> mx.array:
-    """softmax(scale q k^T + mask) v: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D)."""
+class Sink(nn.Module):
+    """A logit of each head (OpenAI 2025). It joins the softmax of a query's scores, but has no value: a head can attend
+    to nothing."""
+
+    def __init__(self, n_head: int):
+        super().__init__()
+        self.weight = mx.zeros((n_head,))
+
+
+def attend(config: GPTConfig, q: mx.array, k: mx.array, v: mx.array, mask, sink: mx.array | None = None) -> mx.array:
+    """softmax(scale q k^T + mask) v: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D). sink: see Sink, (H,)."""
     if config.attn_softcap:  # softcap
-        return weighed(attention_weights(config, q, k, mask).astype(q.dtype), v)  # softcap
+        return weighed(attention_weights(config, q, k, mask, sink).astype(q.dtype), v)  # softcap
     scale = config.attn_scale or config.head_dim ** -0.5
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(q.dtype)  # the fused kernels refuse a wider one
+    sink = None if sink is None else sink.astype(q.dtype)
     if FAST_CPU and q.shape[2] > 1 and q.dtype == mx.float32:
-        return cpu.attention(q, k, v, scale, mask)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        return cpu.attention(q, k, v, scale, mask, sink)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sink)
 
 
-def attention_weights(config: GPTConfig, q: mx.array, k: mx.array, mask) -> mx.array:
+def attention_weights(config: GPTConfig, q: mx.array, k: mx.array, mask, sink: mx.array | None = None) -> mx.array:
     """The weights of attend(), which the fused kernels do not keep: (B, H, T, S), float32."""
     (B, H, T, D), (_, KV, S, _) = q.shape, k.shape
     scores = (q.reshape(B, KV, -1, D) @ k.swapaxes(2, 3)).reshape(B, H, T, S).astype(mx.float32)
@@ -633,6 +659,9 @@ def attention_weights(config: GPTConfig, q: mx.array, k: mx.array, mask) -> mx.a
         mask = mx.tri(T, S, S - T, dtype=mx.bool_)
     if mask is not None:
         scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
+    if sink is not None:
+        column = mx.broadcast_to(sink.astype(mx.float32)[:, None, None], (B, H, T, 1))
+        return softmax(mx.concatenate([scores, column], axis=-1))[..., :-1]
     return softmax(scores)
 
 
@@ -687,6 +716,8 @@ class DiffAttention(Attention):
         else:
             self.q = Linear(C, 2 * config.n_head * D, bias=config.bias or config.qkv_bias)
             self.lam = Linear(C, config.n_head, bias=False)
+            if config.sink_logits:
+                self.sink = Sink(2 * config.n_head)
 
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         y = super().heads(x, offset, cache, tap, carry)
@@ -787,14 +818,21 @@ def gelu_tanh(x: mx.array) -> mx.array:
     return x * sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
 
 
+def swiglu_clip(gate: mx.array, x: mx.array) -> mx.array:
+    """GPT-OSS's SwiGLU (OpenAI 2025): inputs are clipped, and 1 is added to x."""
+    gate = mx.minimum(gate, 7)
+    return gate * sigmoid(1.702 * gate) * (mx.clip(x, -7, 7) + 1)
+
+
 ACTIVATIONS = {
     "relu2": recompute(lambda x: mx.square(mx.maximum(x, 0))),
     "gelu": recompute(lambda x: x * (0.5 + 0.5 * erf(x * 0.5**0.5))),
     "gelu_tanh": recompute(gelu_tanh),
     "swiglu": recompute(lambda gate, x: gate * sigmoid(gate) * x),  # SiLU of the gate (Shazeer 2020)
     "geglu": recompute(lambda gate, x: gelu_tanh(gate) * x),
+    "swiglu_clip": recompute(swiglu_clip),
 }
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "swiglu_clip")
 
 
 class MLP(nn.Module):
@@ -836,6 +874,8 @@ def check_moe(config: GPTConfig):
         raise UserError(f"expert_top_k={config.expert_top_k}: it must be 1 to n_expert={config.n_expert}")
     if config.n_shared_expert and not config.n_expert:
         raise UserError(f"n_shared_expert={config.n_shared_expert} needs others beside: give n_expert too")
+    if config.router_bias and not config.n_expert:
+        raise UserError("router_bias=True is of a router of experts: give n_expert too")
     if config.expert_balance not in ("loss", "bias", "none"):
         raise UserError(f"expert_balance={config.expert_balance!r} is not one of loss, bias, none")
 
@@ -979,7 +1019,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         E, C, F = config.n_expert, config.n_embd, config.ffn_dim
-        self.router = Linear(C, E, bias=False)
+        self.router = Linear(C, E, bias=config.router_bias)
         if config.mlp in GATED:
             self.gate = Experts(E, C, F, config.bias)
         self.up = Experts(E, C, F, config.bias)
@@ -1109,8 +1149,8 @@ def check_mod(config: GPTConfig):
         raise UserError(f"mod_capacity={config.mod_capacity}: it must be over 0 and up to 1")
     if config.mod != "none" and not 1 <= config.mod_every <= config.n_layer:
         raise UserError(f"mod_every={config.mod_every}: it must be 1 to n_layer={config.n_layer}, or none is routed")
-    if config.mod == "topk" and config.sinks:  # window
-        raise UserError("sinks and mod=topk: routed blocks skip some of the first tokens; leave one out")  # window
+    if config.mod == "topk":  # window
+        refuse_sinks(config, "mod=topk: routed blocks skip some of the first tokens")  # window
 
 
 class RoutedBlock(Block):
@@ -1248,7 +1288,7 @@ class SharedKeysValues(Attention):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config, config.n_layer // 2)
-        for name in {"q", "out", "q_norm"} & self.keys():
+        for name in {"q", "out", "q_norm", "sink"} & self.keys():
             del self[name]
         self.norm = make_norm(config)
 
@@ -1329,9 +1369,10 @@ def dropout(x: mx.array, carry: dict, place: int) -> mx.array:
     return x * (mx.random.bernoulli(1 - p, x.shape, key=keys[place]) / (1 - p)).astype(x.dtype)
 
 
-def dropout_attention(attention: Attention, q: mx.array, k: mx.array, v: mx.array, mask, carry: dict) -> mx.array:
+def dropout_attention(attention: Attention, q: mx.array, k: mx.array, v: mx.array, mask, sink: mx.array | None,
+                      carry: dict) -> mx.array:
     """attend(), with dropout of the attention weights."""
-    weights = attention_weights(attention.config, q, k, mask).astype(q.dtype)
+    weights = attention_weights(attention.config, q, k, mask, sink).astype(q.dtype)
     return weighed(dropout(weights, carry, 3 * attention.layer), v)
 
 
@@ -1395,8 +1436,8 @@ class GPT(nn.Module):
         T, offset = idx.shape[1], 0 if cache is None else cache.offset
         if cache is not None:
             cache.offset += T
-        if places is not None and self.config.sinks:  # window
-            raise UserError("sinks and packing: a row has one set of first tokens; leave one of them out")  # window
+        if places is not None:  # window
+            refuse_sinks(self.config, "packing: a row has one set of first tokens")  # window
         x = self.embed(idx)
         if self.config.embed_scale != 1:
             x = x * self.config.embed_scale

@@ -21,7 +21,8 @@ def dequantized(q, scale, zero):
     return (q - np.repeat(zero, width, 1)) * np.repeat(scale, width, 1)
 
 
-@pytest.mark.parametrize("settings", [*FLAVOURS, dict(mlp="swiglu", bias=True), dict(mlp="relu2", bias=True)], ids=str)
+@pytest.mark.parametrize("settings", [*FLAVOURS, dict(mlp="swiglu", bias=True), dict(mlp="relu2", bias=True),
+                                      dict(mlp="swiglu_clip", bias=True, sink_logits=True)], ids=str)
 def test_scaling_is_exact(settings):
     """The logits do not change, whatever s is and wherever it is applied."""
     sizes = dict(block_size=32, vocab_size=64, n_layer=4, n_head=2, n_embd=64)
@@ -41,7 +42,8 @@ def test_scaling_is_exact(settings):
             scaled |= {path.split(".", 2 if start != "shared" else 1)[-1] for path in paths}
     assert mx.abs(model(idx) - logits).max() < 2e-4 * mx.abs(logits).max()
     assert ("attn.value_gate" in scaled) == bool(settings.get("value_embeds"))
-    assert ("mlp.down" in scaled) == (settings.get("mlp", "relu2") != "gelu" and not settings.get("n_expert"))
+    assert ("mlp.down" in scaled) == (settings.get("mlp", "relu2") not in ("gelu", "swiglu_clip")
+                                        and not settings.get("n_expert"))
     assert ("attn.out" in scaled) == (not {"diff_attn", "n_kv_head", "value_residual"} & settings.keys())
 
 

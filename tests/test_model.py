@@ -113,6 +113,13 @@ FLAVOURS = {
                           n_kv_head=2),
     "diff, softcap": dict(diff_attn=True, attn_softcap=1.5, attn_scale=0.5, rotary_dim=2, norm_place="after",
                           n_kv_head=2, logit_scale=0.5, softcap=3.0),
+    "GPT-OSS": dict(mlp="swiglu_clip", ffn_dim=24, n_kv_head=2, head_dim=16, qk_norm=False, tie=False, bias=True,
+                    n_expert=4, expert_balance="none", router_bias=True, sink_logits=True, sliding_window=7,
+                    window_pattern="SL", **YARN | dict(rope_scaling="yarn_untruncated"), attn_scale=0.3),
+    "sink logits, diff 2": dict(sink_logits=True, diff_attn=True, diff_attn_version=2, attn_softcap=1.5, n_kv_head=2),
+    "sink logits, sinks": dict(sink_logits=True, sliding_window=6, sinks=3, n_kv_head=1, alibi=True),
+    "sink logits, YOCO, MoD": dict(sink_logits=True, yoco=True, sliding_window=9, mod="topk", n_layer=4,
+                                   diff_attn=True, mlp="swiglu_clip"),
     "window": dict(sliding_window=5),
     "window of one": dict(sliding_window=1, n_layer=1, qk_norm=False),
     "window over all": dict(sliding_window=500, n_layer=1),
@@ -157,13 +164,15 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
             return 1 / c.window_theta ** (2 * np.arange(R // 2) / R)
         first, last = (R / 2 * math.log(c.rope_original / turns / 2 / math.pi) / math.log(c.rope_theta)
                        for turns in (c.rope_high_freq, c.rope_low_freq))  # yarn: pairs that turn so often
-        first, last = max(0, math.floor(first)), min(R - 1, math.ceil(last))
+        if c.rope_scaling != "yarn_untruncated":
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(0, first), min(R - 1, last)
         for i in range(R // 2):
             frequency = 1 / c.rope_theta ** (2 * i / R)
             wavelength = 2 * math.pi / frequency
             if c.rope_scaling == "linear":
                 found.append(frequency / c.rope_factor)
-            elif c.rope_scaling == "yarn":
+            elif c.rope_scaling.startswith("yarn"):
                 part = (i - first) / (last - first) if first < i < last else float(i > first)
                 found.append(part * frequency / c.rope_factor + (1 - part) * frequency)
             elif c.rope_factor == 1 or wavelength < c.rope_original / c.rope_high_freq:
@@ -220,7 +229,8 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
                 distance = (within if sink else at)[t] - at_k[j]
                 score = score - (SLOPES[pairs][h // 2] if pairs else SLOPES[H][h]) * distance
             maps[h, t, j] = np.exp(score)
-        maps = drop(maps / maps.sum(-1, keepdims=True))
+        rest = np.exp(weight(f"{name}.sink.weight"))[:, None, None] if c.sink_logits else 0
+        maps = drop(maps / (maps.sum(-1, keepdims=True) + rest))
         if not pairs:
             y = np.stack([maps[h] @ v[:, h * KV // H] for h in range(H)], axis=1)
         elif c.diff_attn_version == 1:
@@ -240,6 +250,9 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
         return linear(f"{name}.out", y.reshape(T, H * D), c.bias or c.out_bias)
 
     def activation(up, gate):
+        if c.mlp == "swiglu_clip":  # at most 7 of the gate, and -7 to 7 of up
+            gate, up = np.where(gate > 7, 7, gate), np.where(np.abs(up) > 7, 7 * np.sign(up), up)
+            return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
         if c.mlp == "swiglu":
             return gate / (1 + np.exp(-gate)) * up
         if c.mlp == "relu2":
@@ -251,11 +264,11 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
         return y * up if c.mlp == "geglu" else y
 
     def mlp(name, x):
-        gate = linear(f"{name}.gate", x) if c.mlp in ("swiglu", "geglu") else None
+        gate = linear(f"{name}.gate", x) if c.mlp in ("swiglu", "geglu", "swiglu_clip") else None
         return linear(f"{name}.down", activation(linear(f"{name}.up", x), gate))
 
     def experts(name, x):  # every token through every expert, weighed
-        logits = x @ weight(f"{name}.router.weight").T
+        logits = linear(f"{name}.router", x, c.router_bias)
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         score = p + (weight(f"{name}.balance") if c.expert_balance == "bias" else 0)
         gates = np.where(score >= np.sort(score)[:, -c.expert_top_k, None], p, 0)
@@ -267,7 +280,7 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
 
         y = mlp(f"{name}.shared", x) if c.n_shared_expert else 0
         for e in range(c.n_expert):
-            gate = expert_linear("gate", x, e) if c.mlp in ("swiglu", "geglu") else None
+            gate = expert_linear("gate", x, e) if c.mlp in ("swiglu", "geglu", "swiglu_clip") else None
             hidden = activation(expert_linear("up", x, e), gate)
             y = y + gates[:, e, None] * expert_linear("down", hidden, e)
         return y
@@ -540,7 +553,7 @@ def test_gradients_are_slopes(flavour):
 
 
 DROPS = ["default", "GPT-2", "Llama", "diff", "diff 2", "ALiBi", "sinks", "window", "MoE", "MoD, soft", "YOCO",
-         "value residual", "softcap", "Gemma 2", "OLMo-2", "Granite", "Phi-2", "diff, softcap"]
+         "value residual", "softcap", "Gemma 2", "OLMo-2", "Granite", "Phi-2", "diff, softcap", "GPT-OSS"]
 
 
 @pytest.mark.parametrize("flavour", DROPS)
@@ -588,6 +601,14 @@ def test_dropout_of_recomputed_blocks(flavour, every):
 def test_sizes_that_make_no_model(settings, says):
     with pytest.raises(UserError, match=says):
         GPT(GPTConfig(**settings))
+
+
+def test_swiglu_clip():
+    """GPT-OSS's activation where its inputs are clipped, which those of small models are not."""
+    gate, x = np.meshgrid(np.linspace(-12, 12, 49), np.linspace(-12, 12, 49))
+    low, high = np.minimum(gate, 7), np.maximum(np.minimum(x, 7), -7)
+    expected = low / (1 + np.exp(-1.702 * low)) * (high + 1)
+    assert close(core.ACTIVATIONS["swiglu_clip"](mx.array(gate), mx.array(x)), expected, 1e-6)
 
 
 @pytest.mark.parametrize("every, recomputed", [(0, []), (1, [0, 1, 2]), (2, [0, 2])])

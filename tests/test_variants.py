@@ -717,7 +717,8 @@ IDEAS = {
     "learned": dict(pos="learned"), "no positions": dict(pos="none"), "grouped": dict(n_kv_head=2),
     "no qk_norm": dict(qk_norm=False), "diff": dict(diff_attn=True),
     "diff 2": dict(diff_attn=True, diff_attn_version=2), "moe": dict(n_expert=4, ffn_dim=24),
-    "moe, bias": dict(n_expert=4, ffn_dim=24, expert_balance="bias", n_shared_expert=1, expert_top_k=1),
+    "moe, bias": dict(n_expert=4, ffn_dim=24, expert_balance="bias", n_shared_expert=1, expert_top_k=1,
+                      router_bias=True),
     "mod": dict(mod="topk", mod_capacity=0.4), "mod soft": dict(mod="soft", mod_every=1),
     "yoco": dict(yoco=True, sliding_window=11),
     "value residual": dict(value_residual=True), "value embeddings": dict(value_embeds=True),
@@ -728,6 +729,7 @@ IDEAS = {
     "norms after": dict(norm_place="after", qk_norm_width=True),
     "scales": dict(embed_scale=30.0, attn_scale=1.0, logit_scale=0.5),
     "biases": dict(norm="layer", norm_bias=True, out_bias=True, tie=False, head_bias=True, mlp="geglu"),
+    "sink logits": dict(sink_logits=True, mlp="swiglu_clip"),
 }
 NO_ROTARY = {"alibi": "none", "learned": "learned", "no positions": "none"}  # ideas, and the `pos` that they have
 REFUSED = {("sinks", "mod"): "sinks.*mod=topk", ("alibi", "learned"): "alibi=True.*pos=learned",
