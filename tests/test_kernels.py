@@ -115,8 +115,10 @@ def test_matmul(kernel, turned_x, turned_w, bits, accumulate, with_bias):
 
 @pytest.mark.parametrize("turned_x, turned_w", [(0, 0), (0, 1), (1, 1)])
 def test_matmul_whole(turned_x, turned_w):
-    """Without checks of bounds, where all tiles are full, the numbers are equal."""
-    for side, sizes in (("matmul", (12, 36, 20)), (64, (64, 128, 48)), (128, (128, 128, 32))):
+    """Without checks of bounds, where all tiles are full, the numbers are equal; so are they where x, not transposed, ends
+    amid a block of rows."""
+    more = [] if turned_x else [("matmul", (13, 36, 20)), ("matmul", (1, 8, 4))]
+    for side, sizes in [("matmul", (12, 36, 20)), (64, (64, 128, 48)), (128, (128, 128, 32)), *more]:
         M, N, K = sizes
         x, weight = numbers(M, K), weights_of(32, (N, K))
         constants = {"TRANSPOSE_X": turned_x, "TRANSPOSE_W": turned_w, "BITS": 32}
@@ -596,14 +598,15 @@ def test_patch():
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("base", [False, True])
 def test_ablate(mean, base):
-    """The output of a part becomes 0, or its mean over the rows; other columns do not change."""
-    for R, C, first, last in ((1, 3, 0, 3), (7, 150, 20, 133), (5, 8, 3, 4)):
-        x, before = numbers(R, C), numbers(R, C, seed=1)
-        found, = run("ablate", {"MEAN": mean, "BASE": base}, (R, C, first, last), [before, x],
+    """The output of a part becomes 0, or its mean over the rows; other columns and rows do not change."""
+    for start, R, C, first, last in ((0, 1, 3, 0, 3), (0, 7, 150, 20, 133), (10, 5, 8, 3, 4)):
+        x, before = numbers(2 * start + R, C), numbers(R, C, seed=1)
+        found, = run("ablate", {"MEAN": mean, "BASE": base}, (start, R, C, first, last), [before, x],
                      (elements(last - first), 1), [2])
-        part, kept = (a[:, first:last].astype(np.float64) for a in (x, before * base))
+        rows = slice(start, start + R)
+        part, kept = (a[:, first:last].astype(np.float64) for a in (x[rows], before * base))
         expected = x.copy()
-        expected[:, first:last] = kept + mean * (part - kept).mean(0)
+        expected[rows, first:last] = kept + mean * (part - kept).mean(0)
         assert near(found, expected, 1e-6)
 
 

@@ -270,6 +270,40 @@ def test_wrong_fields(opened):
     write(opened, 5)
 
 
+def test_stop(page, files):
+    """A figure that takes long shows the time that is left and the layers that are done, and a button stops it; then the
+    model that is opened next has its own figure."""
+    begin(page, files)
+    js(page, """async () => {
+        const { GPT } = await import("/gpt.js"), { once } = GPT.prototype;
+        GPT.prototype.once = async function (build) {
+            await new Promise((resolve) => setTimeout(resolve, window.wait ?? 0));
+            return once.call(this, build);
+        };
+        window.wait = 700;
+    }""")
+    page.fill("#look-prompt", "abcd")
+    js(page, "() => { document.getElementById('recipient').value = 'abxd'; }")
+    for name, parts, cells in ("ablation", "10 parts are switched off in turn", 2 * 5), ("patching", "10 states", 2 * 5):
+        page.click(f"#tab-{name}")
+        says(page, name, f"{parts}.*: about \\d+ (s|min) left")
+        page.wait_for_selector(f"#{name} td:not(:empty)", timeout=LONG)  # the last layer is done
+        page.click(f"#{name} button:has-text('Stop')")
+        says(page, name, "Stopped: layers 0 to 0 are not computed")
+        texts = page.locator(f"#{name} td").all_inner_texts()
+        assert len(texts) == cells and all(texts[:5]) and not any(texts[5:])  # the last layer is the first row
+        assert page.locator(f"#{name} progress").count() == 0 and page.inner_text("#look-wrong") == ""
+    page.click("#look")  # and another model is opened while it runs
+    says(page, "patching", "left")
+    js(page, "() => { window.wait = 0; }")
+    page.set_input_files("#open", files / "chat.safetensors")
+    says(page, "card-name", "chat.safetensors")
+    assert page.inner_text("#look-wrong") == ""
+    page.click("#tab-ablation")
+    page.wait_for_function("document.querySelectorAll('#ablation td:not(:empty)').length === 10", timeout=LONG)
+    assert "Stopped" not in page.inner_text("#ablation .result")
+
+
 def test_lenses(opened, files):
     """A dropped sidecar file opens the lens panel; the tuned lens differs from the logit lens."""
     opened.fill("#look-prompt", "abcd")

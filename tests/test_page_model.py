@@ -63,6 +63,7 @@ const { GPU } = await import("/gpu.js"), { GPT } = await import("/gpt.js");
 globalThis.file ??= async (name) => new File([await (await fetch(`/checkpoints/${name}`)).blob()], name);
 globalThis.gpu ??= await GPU.open();
 const model = await GPT.load(gpu, await file(NAME));
+const last = async (steps) => { let found; for await (found of steps); return found; };
 """
 
 
@@ -224,8 +225,8 @@ def test_a_file_like_smollm2(opened, server, tmp_path):
         const ids = [...model.enc.start, ...model.enc.encode(prompt)];
         for await (const { token } of model.generate(ids, { max_new_tokens: 10, temperature: 0 })) text.push(token);
         const panels = [(await lens(model, ids)).map((row) => row.map(({ entropy }) => entropy)),
-            (await attention(model, ids)).map((map) => Array.from(map)), (await ablate(model, ids, 5)).values,
-            (await swap(model, ids, [...ids.slice(0, -1), 9], 5)).values];
+            (await attention(model, ids)).map((map) => Array.from(map)), (await last(ablate(model, ids, 5))).values,
+            (await last(swap(model, ids, [...ids.slice(0, -1), 9], 5))).values];
         const long = await model.logits(new Array(3000).fill(5)).catch((error) => error.message);
         model.config.n_layer = 30, model.config.n_head = 9;  // for the message alone
         const maps = await attention(model, new Array(1500).fill(5)).catch((error) => error.message);
@@ -334,7 +335,7 @@ def test_ablation(name, opened, server):
     for how in ("zero", "mean", "skip"):
         found = in_page(opened, path, """
             const { ablate } = await import("/inside.js");
-            return ablate(model, ids, 65, how);""", IDS, how, parameters="ids, how")
+            return last(ablate(model, ids, 65, how));""", IDS, how, parameters="ids, how")
         whole = log_p(model(mx.array([IDS]))[0, -1], 65)
         sites = [("attn", None), ("mlp", None), ("block", None), ("head", 0), ("head", 1)]
         expected = [[log_p(patching.ablate(model, mx.array([IDS]), site, layer, how, head)[0, -1], 65) - whole
@@ -357,7 +358,7 @@ def test_patching(name, opened, server):
         return (np.array(patching.log_p(logits)[..., 65]) - corrupt) / (clean - corrupt)
 
     call = """const { swap } = await import("/inside.js");
-              return swap(model, donor, recipient, 65, site, () => {}, pairs);"""
+              return last(swap(model, donor, recipient, 65, site, pairs));"""
     for site in patching.SITES:
         found = in_page(opened, path, call, donor, recipient, site, None, parameters="donor, recipient, site, pairs")
         np.testing.assert_allclose(found["values"], effects(donor, recipient, site), atol=2e-3)
@@ -370,7 +371,7 @@ def test_patching(name, opened, server):
     pairs = [[6, 8], [2, 5]]
     found = in_page(opened, path, call, donor[:7], recipient, "attn", pairs, parameters="donor, recipient, site, pairs")
     np.testing.assert_allclose(found["values"], effects(donor[:7], recipient, "attn", pairs), atol=2e-3)
-    says = call.replace("return", "return await").replace("pairs);", "pairs).catch((error) => error.message);")
+    says = call.replace("return", "return await").replace("pairs));", "pairs)).catch((error) => error.message);")
     names = "donor, recipient, site, pairs"
     assert "no effect" in in_page(opened, path, says, donor, donor, "mlp", None, parameters=names)
     assert "say which position" in in_page(opened, path, says, donor[:7], recipient, "mlp", None, parameters=names)

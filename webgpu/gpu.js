@@ -167,7 +167,7 @@ export class GPU {
       const whole = M % SIDE === 0 && N % SIDE === 0 && K % 16 === 0 && { WHOLE: true };
       plan.add("matmul_tiled", { SIDE, ...whole, ...settings }, [M, N, K], buffers, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]);
     } else {
-      const whole = M % 4 === 0 && N % 4 === 0 && K % 4 === 0 && { WHOLE: true };
+      const whole = (M % 4 === 0 || !more.TRANSPOSE_X) && N % 4 === 0 && K % 4 === 0 && { WHOLE: true };
       plan.add("matmul", { ...whole, ...settings }, [M, N, K], buffers, [Math.ceil(N / 32), Math.ceil(M / 32)]);
     }
   }

@@ -104,24 +104,34 @@ export async function attention(model, ids) {
 
 // ---- interventions --------------------------------------------------------------------------------------------------
 
-/** The result of work(states), where states are buffers with the activations (T, C) of each prompt: {resid, attn, mlp}, each
- *  by layer. */
-async function recorded(model, prompts, work) {
-  const plan = new Plan(model.gpu);
+// Each cell of these figures is a pass through all layers from the one that is changed on. So a figure of a large model takes
+// minutes on a slow device, and these functions are generators: after each batch of passes they yield what is known by then.
+
+const MOST_ROWS = 1024;  // in a batch
+const BATCH = 1000;      // milliseconds that a batch should take, so that other work and the Stop button need not wait longer
+
+/** Run the prompts, with a plan that keeps their activations: {plan, states, tops}. states: for each prompt {resid, attn, mlp},
+ *  each by layer a buffer (T, C); tops: for each the results of top.wgsl with this target. The caller destroys the plan. */
+async function record(model, prompts, target) {
+  const { gpu } = model, plan = new Plan(gpu);
   try {
-    const all = prompts.map((ids) => {
-      const size = 4 * ids.length * model.config.n_embd, states = { resid: [], attn: [], mlp: [] };
-      model.read(plan, ids, (site, layer, x) => {
-        if (!(site in states)) return;
-        states[site][layer] = plan.scratch(size);
-        plan.copy(x, 0, states[site][layer], 0, size);
+    return await gpu.guard(async () => {
+      const wanted = [], states = prompts.map((ids) => {
+        const size = 4 * ids.length * model.config.n_embd, kept = { resid: [], attn: [], mlp: [] };
+        const x = model.read(plan, ids, (site, layer, x) => {
+          if (!(site in kept)) return;
+          kept[site][layer] = plan.scratch(size);
+          plan.copy(x, 0, kept[site][layer], 0, size);
+        });
+        wanted.push(answer(model, plan, x, 1, ids.length, target));
+        return kept;
       });
-      return states;
+      (await plan.ready()).run();
+      return { plan, states, tops: await Promise.all(wanted.map(([buffer, size]) => gpu.read(buffer, size))) };
     });
-    await model.gpu.guard(async () => (await plan.ready()).run());
-    return await work(...all);
-  } finally {
+  } catch (error) {
     plan.destroy();
+    throw error;
   }
 }
 
@@ -136,55 +146,80 @@ function answer(model, plan, x, B, T, target) {
   return [found, 64 * B];
 }
 
-const logP = (bytes, b = 0) => new Float32Array(bytes)[16 * b + 11];
-const best = (bytes, b = 0) => new Float32Array(bytes)[16 * b];
+/** For each layer, the last one first, the results of all cells: of each the numbers of top.wgsl. A cell is a pass of T tokens
+ *  through the layers from this one on, whose input is `stream(layer)`; tapOf(layer, part, plan) is the tap that changes in the
+ *  b-th sequence what the cell part[b] stands for. Yields {layer, found, share} after each batch; found is null until the
+ *  layer is done, and share is that of the work done. */
+async function* cellsOf(model, cells, T, target, stream, tapOf) {
+  const { n_layer: L, n_embd: C, vocab_size: V, tie } = model.config, size = 4 * T * C;
+  const ofHead = V * C, ofLayer = T * (model.n_parameters - (tie ? 1 : 2) * ofHead) / L;
+  const cost = (layer) => (L - layer) * ofLayer + ofHead;
+  const all = cells.length * Array.from({ length: L }, (_, layer) => cost(layer)).reduce((a, b) => a + b);
+  let done = 0, pace = 0;  // pace: cost that is worked off in a millisecond
+  for (let layer = L - 1; layer >= 0; layer--) {
+    const found = [];
+    while (found.length < cells.length) {
+      const most = Math.max(1, Math.min(Math.floor(MOST_ROWS / T), Math.floor(pace * BATCH / cost(layer))));
+      const part = cells.slice(found.length, found.length + most), B = part.length, began = performance.now();
+      const [bytes] = await model.once((plan) => {
+        const at = plan.scratch(Uint32Array.of(0, T)), room = model.room(plan, B * T), x = plan.scratch(B * size);
+        for (let b = 0; b < B; b++) plan.copy(stream(layer), 0, x, b * size, size);
+        const tap = tapOf(layer, part, plan);
+        return [answer(model, plan, model.forward(plan, { B, T, at, tap, rooms: () => room, start: layer, stream: x }), B, T, target)];
+      });
+      const numbers = new Float32Array(bytes);
+      for (let b = 0; b < B; b++) found.push(numbers.subarray(16 * b, 16 * b + 16));
+      done += B * cost(layer);
+      pace = B * cost(layer) / (performance.now() - began);
+      yield { layer, found: found.length === cells.length ? found : null, share: done / all };
+    }
+  }
+}
+
+const logP = (numbers) => numbers[11];
+const best = (numbers) => numbers[0];
 
 function checkTarget(model, target) {
   if (!(target < model.n_vocab)) throw new UserError("There is no target: type the token that should come next.");
 }
 
-/** The effect of each part of each layer on the target's log-probability after ids: {whole, columns,
- *  values[n_layer][columns]}. whole: that of the unchanged model; values: the change without the part, in nats. how: replace
- *  the part's output by zero, by its mean over positions, or skip it. */
-export async function ablate(model, ids, target, how = "zero", onProgress = () => {}) {
+/** The effect of each part of each layer on the target's log-probability after ids. Yields {whole, columns,
+ *  values[n_layer][columns], share}. whole: that of the unchanged model; values: the change without the part, in nats; the row
+ *  of a layer that is not done is null. how: replace the part's output by zero, by its mean over positions, or skip it. */
+export async function* ablate(model, ids, target, how = "zero") {
   model.checkPrompt(ids);
   checkTarget(model, target);
-  const { n_layer: L, n_head: H, n_embd: C, head_dim: D } = model.config, T = ids.length;
+  const { n_layer: L, n_head: H, n_embd: C, head_dim: D } = model.config, T = ids.length, { gpu } = model;
   const columns = ["attn", "mlp", "block", ...Array.from({ length: H }, (_, head) => `head ${head}`)];
-  const MEAN = how === "mean" ? { MEAN: true } : {}, values = [];
-  let whole = 0;
-  const without = (layer, states) => model.once((plan) => {
-    const at = plan.scratch(Uint32Array.of(0, T)), room = model.room(plan, T), stream = plan.scratch(4 * T * C);
-    return [null, ...columns].map((column) => {
-      const head = Number(column?.match(/^head (\d+)/)?.[1]), site = column?.startsWith("head") ? "heads" : column;
-      const tap = (name, where, x, width) => {
-        const [first, last] = site === "heads" ? [head * D, head * D + D] : [0, width];
-        const base = site === "block" ? states.resid[layer] : model.gpu.none;
-        const here = site === "block" ? name === "resid" && where === layer + 1 : name === site && where === layer;
-        if (!here) return;
-        plan.add("ablate", { ...MEAN, ...(site === "block" && { BASE: true }) }, [T, width, first, last], [base, x],
-          model.gpu.threads(last - first));
-      };
-      plan.copy(states.resid[layer], 0, stream, 0, 4 * T * C);
-      return answer(model, plan, model.forward(plan, { B: 1, T, at, tap, rooms: () => room, start: layer, stream }), 1, T, target);
-    });
+  const MEAN = how === "mean" ? { MEAN: true } : {}, values = new Array(L).fill(null);
+  const { plan: kept, states: [states], tops: [top] } = await record(model, [ids], target);
+  const whole = logP(new Float32Array(top));
+  const tapOf = (layer, part, plan) => (name, where, x, width) => part.forEach((column, b) => {
+    const head = Number(column.match(/^head (\d+)/)?.[1]), site = column.startsWith("head") ? "heads" : column;
+    const [first, last] = site === "heads" ? [head * D, head * D + D] : [0, width];
+    const base = site === "block" ? states.resid[layer] : gpu.none;
+    const here = site === "block" ? name === "resid" && where === layer + 1 : name === site && where === layer;
+    if (!here) return;
+    plan.add("ablate", { ...MEAN, ...(site === "block" && { BASE: true }) }, [b * T, T, width, first, last], [base, x],
+      gpu.threads(last - first));
   });
-  await recorded(model, [ids], async (states) => {
-    for (let layer = 0; layer < L; layer++) {
-      const found = await without(layer, states);
-      whole = logP(found[0]);
-      values.push(found.slice(1).map((bytes) => logP(bytes) - whole));
-      onProgress((layer + 1) / L);
+  try {
+    yield { whole, columns, values, share: 0 };
+    for await (const { layer, found, share } of cellsOf(model, columns, T, target, (layer) => states.resid[layer], tapOf)) {
+      if (found) values[layer] = found.map((numbers) => logP(numbers) - whole);
+      yield { whole, columns, values, share };
     }
-  });
-  return { whole, columns, values };
+  } finally {
+    kept.destroy();
+  }
 }
 
-/** The effect of the donor's activation in the recipient's forward pass, at each layer and position: {clean, corrupt,
- *  values[n_layer][P], tops[n_layer][P]}. values: (patched - corrupt) / (clean - corrupt) of the target's log-probability;
- *  tops: the most probable token. site: resid, attn, mlp. pairs: a position in the donor and one in the recipient, [[i, j],
- *  ...]; without pairs both prompts must have the same length. */
-export async function swap(model, donor, recipient, target, site = "resid", onProgress = () => {}, pairs = null) {
+/** The effect of the donor's activation in the recipient's forward pass, at each layer and position. Yields {clean, corrupt,
+ *  values[n_layer][P], tops[n_layer][P], share}. values: (patched - corrupt) / (clean - corrupt) of the target's
+ *  log-probability; tops: the most probable token; the rows of a layer that is not done are null. site: resid, attn, mlp.
+ *  pairs: a position in the donor and one in the recipient, [[i, j], ...]; without pairs both prompts must have the same
+ *  length. */
+export async function* swap(model, donor, recipient, target, site = "resid", pairs = null) {
   [donor, recipient].forEach((ids) => model.checkPrompt(ids));
   checkTarget(model, target);
   if (!pairs && donor.length !== recipient.length) {
@@ -194,36 +229,26 @@ export async function swap(model, donor, recipient, target, site = "resid", onPr
   const places = pairs ?? Array.from(recipient, (_, i) => [i, i]);
   const off = places.find(([i, j]) => !(i >= 0 && i < donor.length && j >= 0 && j < recipient.length));
   if (off) throw new UserError(`${off.join(":")} are not positions, which count from 0, in prompts of ${donor.length} and ${recipient.length} tokens.`);
-  const { n_layer: L, n_embd: C } = model.config, T = recipient.length, size = 4 * T * C, { gpu } = model;
-  const [cleanTop, corruptTop] = await model.once((plan) => [donor, recipient].map((ids) =>
-    answer(model, plan, model.read(plan, ids), 1, ids.length, target)));
-  const clean = logP(cleanTop), corrupt = logP(corruptTop), values = [], tops = [];
-  if (Math.abs(clean - corrupt) < 1e-4) {
-    throw new UserError("Both prompts give the target the same probability, so that patching can have no effect: change one of them.");
+  const { n_layer: L, n_embd: C } = model.config, T = recipient.length, { gpu } = model;
+  const { plan: kept, states: [theirs, own], tops: answers } = await record(model, [donor, recipient], target);
+  const [clean, corrupt] = answers.map((top) => logP(new Float32Array(top))), values = new Array(L).fill(null), tops = new Array(L).fill(null);
+  const tapOf = (layer, part, plan) => {
+    const where = plan.scratch(Uint32Array.from([...part.map(([i]) => i), ...part.map(([, j]) => j)])), B = part.length;
+    return (name, at, x) => {
+      if (name === site && at === layer) plan.add("patch", {}, [B, T, C], [where, theirs[site][layer], x], gpu.threads(B * C));
+    };
+  };
+  try {
+    if (Math.abs(clean - corrupt) < 1e-4) {
+      throw new UserError("Both prompts give the target the same probability, so that patching can have no effect: change one of them.");
+    }
+    yield { clean, corrupt, values, tops, share: 0 };
+    for await (const { layer, found, share } of cellsOf(model, places, T, target, (layer) => own.resid[layer], tapOf)) {
+      if (found) values[layer] = found.map((numbers) => (logP(numbers) - corrupt) / (clean - corrupt));
+      if (found) tops[layer] = found.map(best);
+      yield { clean, corrupt, values, tops, share };
+    }
+  } finally {
+    kept.destroy();
   }
-  const step = Math.max(1, Math.floor(1024 / T));
-  const patched = (layer, theirs, own) => model.once((plan) => {
-    const wanted = [], most = Math.min(step, places.length), room = model.room(plan, most * T), stream = plan.scratch(most * size);
-    for (let first = 0; first < places.length; first += step) {
-      const part = places.slice(first, first + step), B = part.length;
-      for (let b = 0; b < B; b++) plan.copy(own.resid[layer], 0, stream, b * size, size);
-      const where = plan.scratch(Uint32Array.from([...part.map(([i]) => i), ...part.map(([, j]) => j)]));
-      const tap = (name, at, x) => {
-        if (name === site && at === layer) plan.add("patch", {}, [B, T, C], [where, theirs[site][layer], x], gpu.threads(B * C));
-      };
-      const at = plan.scratch(Uint32Array.of(0, T));
-      wanted.push(answer(model, plan, model.forward(plan, { B, T, at, tap, rooms: () => room, start: layer, stream }), B, T, target));
-    }
-    return wanted;
-  });
-  await recorded(model, [donor, recipient], async (theirs, own) => {
-    for (let layer = 0; layer < L; layer++) {
-      const found = await patched(layer, theirs, own);
-      const cells = found.flatMap((bytes) => Array.from({ length: bytes.byteLength / 64 }, (_, b) => [logP(bytes, b), best(bytes, b)]));
-      values.push(cells.map(([value]) => (value - corrupt) / (clean - corrupt)));
-      tops.push(cells.map(([, top]) => top));
-      onProgress((layer + 1) / L);
-    }
-  });
-  return { clean, corrupt, values, tops };
 }

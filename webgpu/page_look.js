@@ -3,7 +3,7 @@
 import { UserError } from "./errors.js";
 import { ablate, lens, loadLens, swap } from "./inside.js";
 import { drawAgain, forgetMaps, runAttention } from "./page_attention.js";
-import { $, queueWith, attempt, during, finish, heard, idsOf, make, needModel, onModel, page, percent, resultOf, say,
+import { $, queueWith, attempt, count, during, finish, heard, idsOf, make, needModel, onModel, page, percent, resultOf, say,
   seen, token } from "./page_common.js";
 import { bars, heatMap, key } from "./page_draw.js";
 import { notWriting, textSoFar } from "./page_write.js";
@@ -19,6 +19,7 @@ const FIELDS = [...new Set(Object.values(PANELS).flatMap(({ fields }) => fields)
 
 let chosen = "lens";
 const shown = {};  // by panel: the model and the settings of its figure, see keyOf()
+const running = {};  // by panel: the AbortController of its computation
 let serial = 0;    // of the model
 
 function choosePanel(name) {
@@ -40,18 +41,48 @@ const keyOf = (name) => JSON.stringify([serial, valueOf("look-prompt"), ...PANEL
 function look() {
   const name = chosen, { doing, run } = PANELS[name];
   return attempt("look-wrong", async () => {
-    const model = needModel(), ids = idsOf(model, $("look-prompt").value);
-    const bar = make("progress", { max: 1, "aria-label": doing });
+    const model = needModel(), ids = idsOf(model, $("look-prompt").value), own = new AbortController();
+    running[name]?.abort();
+    running[name] = own;
     shown[name] = keyOf(name);
-    resultOf(name).replaceChildren(bar);
+    resultOf(name).replaceChildren(make("progress", { max: 1, "aria-label": doing }));
     try {
-      await during("look", doing, () => run(model, ids, (share) => { bar.value = share; }));
+      await during(`look ${name}`, doing, () => run(model, ids, own.signal));
     } catch (error) {
+      if (running[name] !== own) return;  // another one was begun
       resultOf(name).replaceChildren();
       delete shown[name];
       throw error;
     }
   });
+}
+
+/** Take the steps of a computation of inside.js one by one, until the last one or until the Stop button is pressed, and
+ *  meanwhile show a progress bar, the time that is left, and `words`: what is computed. draw(step, over) shows the figure; over:
+ *  the step is the last. Layers that are done are drawn from time to time. */
+async function inSteps(name, model, steps, signal, words, draw) {
+  const stop = new AbortController(), bar = make("progress", { max: 1, "aria-label": PANELS[name].doing });
+  const left = make("span", {}, `${words}.`), button = make("button", { type: "button", onclick: () => stop.abort() }, "Stop");
+  const began = performance.now(), figure = document.querySelector(`#${name} .figure`);
+  let last = null, drawn = began;
+  resultOf(name).replaceChildren(bar, make("div", { class: "row steps", "aria-live": "off" }, left, button));
+  try {
+    for (;;) {
+      const { value, done } = await queueWith(model, () => steps.next());
+      if (signal.aborted) return;
+      if (done || stop.signal.aborted) break;
+      last = value;
+      bar.value = value.share;
+      const now = performance.now(), rest = (now - began) * (1 - value.share) / value.share;
+      left.textContent = value.share ? `${words}: about ${duration(rest)} left.` : `${words}.`;
+      if (now - drawn < 1500 || figure.matches(":hover, :focus-within") || !value.values.some(Boolean)) continue;
+      drawn = now;
+      draw(value, false);
+    }
+  } finally {
+    steps.return();
+  }
+  draw(last, true);
 }
 
 /** Compute a panel without being asked, once the first text is written. */
@@ -71,6 +102,15 @@ export async function lookByItself() {
 const signed = (x, plus = "+") => Math.abs(x) < 0.005 ? "0" : `${x < 0 ? "−" : plus}${Math.abs(x).toFixed(2)}`;
 const scrolled = (table) => make("div", { class: "scroll" }, table);
 const layersOf = (values) => values.map((_, layer) => `layer ${layer}`);
+
+// A figure of which only the last layers are computed.
+const NOTHING = { text: "", share: 0, says: "This layer is not computed." };
+const STOPPED = "Stopped before the first layer was done.";
+const untilNow = (values) => values[0] ? "" : ` Stopped: layers 0 to ${values.findIndex(Boolean) - 1} are not computed.`;
+const drawPart = (name, figure) => document.querySelector(`#${name} .figure`).replaceChildren(...figure);
+
+/** Milliseconds in words. */
+const duration = (ms) => ms < 90_000 ? `${Math.max(1, Math.round(ms / 1000))} s` : `${Math.round(ms / 60_000)} min`;
 
 // ---- lens -----------------------------------------------------------------------------------------------------------
 
@@ -140,29 +180,38 @@ const PARTS = { attn: "attention", mlp: "MLP" };
 const partOf = (column, layer) => column === "block" ? `all of layer ${layer}` :
   `layer ${layer}'s ${PARTS[column] ?? column}`;
 
-async function runAblation(model, ids, onProgress) {
-  const { enc } = model, { target, note } = targetOf(model), how = $("how").value;
-  const { whole, columns, values } = await queueWith(model, () => ablate(model, ids, target, how, onProgress));
-  const said = make("p", { class: "said" }), most = Math.max(0.5, ...values.flat().map(Math.abs));
+async function runAblation(model, ids, signal) {
+  const { target, note } = targetOf(model), { n_layer, n_head } = model.config;
+  await inSteps("ablation", model, ablate(model, ids, target, $("how").value), signal,
+    `${count(n_layer * (n_head + 3))} parts are switched off in turn`, (step, over) => showAblation(model, target, note, step, over));
+}
+
+function showAblation({ enc }, target, note, { whole, columns, values }, over) {
+  const done = values.filter(Boolean);
+  if (!done.length) return finish("ablation", [STOPPED]);
+  const said = make("p", { class: "said" }), most = Math.max(0.5, ...done.flat().map(Math.abs));
   const p = (change) => percent(Math.exp(whole + change));
   const table = heatMap({
     caption: "Change of the target's log-probability, by layer and part",
     rows: layersOf(values),
     columns: columns.map((text) => ({ text })),
     cell(r, c) {
+      if (!values[r]) return NOTHING;
       const value = values[r][c];
       return { text: signed(value), share: value / most,
         says: `without ${partOf(columns[c], r)}: ${signed(value)} nats, ${p(value)}` };
     },
     onlook(r, c) {
+      if (!values[r]) return said.replaceChildren(NOTHING.says);
       said.replaceChildren(`Without ${partOf(columns[c], r)}: `, token(enc, target),
         ` goes from ${p(0)} to ${p(values[r][c])}, ${signed(values[r][c])} nats`);
     },
   });
-  const [c, r] = lowest(values.map((row) => row.map((value, i) => columns[i] === "block" ? 0 : value)));
+  const figure = [said, scrolled(table), key(`−${most.toFixed(1)} nats: less probable without the part`, `+${most.toFixed(1)}: more probable`, true)];
+  if (!over) return drawPart("ablation", figure);
+  const [c, r] = lowest(values.map((row) => columns.map((name, i) => name === "block" || !row ? 0 : row[i])));
   finish("ablation", [token(enc, target), ` has a probability of ${p(0)} after this prompt. It depends most on ` +
-    `${partOf(columns[c], r)}: without that part it is ${p(values[r][c])}.${note}`], said, scrolled(table),
-    key(`−${most.toFixed(1)} nats: less probable without the part`, `+${most.toFixed(1)}: more probable`, true));
+    `${partOf(columns[c], r)}: without that part it is ${p(values[r][c])}.${note}${untilNow(values)}`], ...figure);
 }
 
 /** [column, row] of the lowest number. */
@@ -186,29 +235,39 @@ function pairsOf(text) {
   });
 }
 
-async function runPatching(model, donor, onProgress) {
+async function runPatching(model, donor, signal) {
   const { enc } = model, { target, note } = targetOf(model), site = $("site").value;
   const recipient = idsOf(model, $("recipient").value), pairs = pairsOf($("pairs").value);
-  const found = await queueWith(model, () => swap(model, donor, recipient, target, site, onProgress, pairs));
-  const { clean, corrupt, values, tops } = found, said = make("p", { class: "said" });
   const columns = (pairs ?? recipient.map((_, i) => [i, i])).map(([i, j]) => placeOf(enc, donor[i], recipient[j], j));
+  await inSteps("patching", model, swap(model, donor, recipient, target, site, pairs), signal,
+    `${count(model.config.n_layer * columns.length)} states are replaced in turn`,
+    (step, over) => showPatching(enc, target, note, columns, step, over));
+}
+
+function showPatching(enc, target, note, columns, { clean, corrupt, values, tops }, over) {
+  if (!values.some(Boolean)) return finish("patching", [STOPPED]);
+  const said = make("p", { class: "said" });
   const p = (value) => percent(Math.exp(corrupt + value * (clean - corrupt)));
   const table = heatMap({
     caption: "Share of the donor's answer that one state restores, by layer and position",
     rows: layersOf(values),
     columns,
     cell(r, c) {
+      if (!values[r]) return NOTHING;
       const value = values[r][c];
       return { text: signed(value, ""), share: value, says: `layer ${r}, ${columns[c].says}: effect ` +
         `${value.toFixed(2)}, ${heard(enc, target)} ${p(value)}, most probable ${heard(enc, tops[r][c])}` };
     },
     onlook(r, c) {
+      if (!values[r]) return said.replaceChildren(NOTHING.says);
       said.replaceChildren(`Layer ${r}, position ${columns[c].at}: `, token(enc, target), ` goes from ${p(0)} to ` +
         `${p(values[r][c])} (after the donor: ${p(1)}); the most probable token is then `, token(enc, tops[r][c]));
     },
   });
+  const figure = [said, scrolled(table), key("−1: away from the donor's answer", "1: the donor's answer", true)];
+  if (!over) return drawPart("patching", figure);
   finish("patching", [token(enc, target), ` has a probability of ${p(1)} after the donor and ${p(0)} after the recipient. `,
-    ...mostOf(values, columns), `.${note}`], said, scrolled(table), key("−1: away from the donor's answer", "1: the donor's answer", true));
+    ...mostOf(values, columns), `.${note}${untilNow(values)}`], ...figure);
 }
 
 /** A column of the table: a position, with the donor's token and the recipient's. */
@@ -221,7 +280,7 @@ function placeOf(enc, given, had, at) {
 /** A sentence about the state that restores most of the answer; and, if that is where the prompts differ, about the one of
  *  all other positions. */
 function mostOf(values, columns) {
-  const cells = values.flatMap((row, r) => row.map((value, c) => ({ r, c, value }))).sort((a, b) => b.value - a.value);
+  const cells = values.flatMap((row, r) => (row ?? []).map((value, c) => ({ r, c, value }))).sort((a, b) => b.value - a.value);
   const words = ({ r, c, value }) => [`layer ${r} at `, make("code", {}, columns[c].text), ` (${signed(value, "")})`];
   const moved = cells.find(({ c }) => columns[c].same), [best] = cells, most = ["The state that restores most is that of ", ...words(best)];
   if (!moved || columns[best.c].same) return most;
@@ -253,6 +312,10 @@ export function setUpLooking() {
   });
   onModel(() => {  // the figures are those of the previous model
     serial += 1;
+    for (const name of Object.keys(running)) {
+      running[name].abort();
+      delete running[name];
+    }
     forgetMaps();
     $("tuned-field").hidden = true;
     Object.keys(PANELS).forEach((name) => finish(name, []));

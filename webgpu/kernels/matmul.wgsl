@@ -3,7 +3,9 @@
 //
 // TRANSPOSE_X: x is stored (K, M). TRANSPOSE_W: W is stored (K, N). ACCUMULATE: the product is added to y. With these
 // settings the kernel also computes both gradients: dx = dy W, and dW = dy^T x, where x is bound as the weights.
-// WHOLE: M, N and K are multiples of 4, so that no bounds are checked, which is several times as fast on a processor.
+// WHOLE: N and K are multiples of 4, and with TRANSPOSE_X M is one too, so that no bounds are checked as numbers are read,
+// which is several times as fast on a processor. Rows of x from M on, which then are read, only give numbers that are not
+// written.
 // A thread computes 4 x 4 numbers of y, from 4 rows of x and 4 of W, four columns at a time.
 
 override TRANSPOSE_X: bool = false;
