@@ -4,12 +4,12 @@
     python hf_reader.py out/ckpt.safetensors --export=my-gpt2
 
 It reads GPT-2, GPT-NeoX and Pythia, Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma 1 to 3 (text), Phi-2,
-Phi-3, OLMo-2, SmolLM3, StableLM and Granite, from config.json and one or several .safetensors files; rope scaling is
-linear, llama3 or yarn (dynamic has no effect within the context of config.json). Weights stay in their dtype, but for
-Gemma's norms, to which 1 is added in float32. The tokenizer (tokenizer.json) and the chat template go into
-the checkpoint too. Layers that mlx-lm quantized stay quantized. Models packed by AWQ, GPTQ or compressed-tensors are
-read by awq_reader.py, gptq_reader.py and compressed_reader.py. A setting of config.json that is not known here is
-refused, unless its value turns it off.
+Phi-3, OLMo-2, SmolLM3, StableLM, Granite and GPT-OSS, from config.json and one or several .safetensors files; rope
+scaling is linear, llama3 or yarn (dynamic has no effect within the context of config.json). Weights stay in their
+dtype, but for Gemma's norms, to which 1 is added in float32. The tokenizer (tokenizer.json) and the chat template go
+into the checkpoint too. Layers that mlx-lm quantized, and GPT-OSS's experts in MXFP4, stay quantized. Models packed
+by AWQ, GPTQ or compressed-tensors are read by awq_reader.py, gptq_reader.py and compressed_reader.py. A setting of
+config.json that is not known here is refused, unless its value turns it off.
 
 It writes such a folder, which transformers and mlx-lm load, of every checkpoint whose architecture is one of these.
 Quantized layers are unpacked, and low-rank layers multiplied out. With --packed=True quantized layers stay so, in
@@ -35,6 +35,7 @@ from readers import (
     FUSED,
     GEMMAS,
     LETTERS,
+    MLX_GPT_OSS,
     PART_OF,
     ROPE_SETTINGS,
     SETTINGS,
@@ -67,8 +68,9 @@ settings = overrides(globals(), "source", "out")
 # ---- write a folder --------------------------------------------------------------------------------------------------
 
 
-CLASSES = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-           "gemma3_text": "Gemma3ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "stablelm": "StableLmForCausalLM"}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "gpt_oss": "GptOssForCausalLM",
+           "qwen3_moe": "Qwen3MoeForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+           "stablelm": "StableLmForCausalLM"}
 
 
 def letters_of(pattern: str, config: GPTConfig) -> str:
@@ -95,7 +97,7 @@ def their_config(config: GPTConfig, family: str) -> dict:
         "sliding_window": config.sliding_window or None, "use_sliding_window": config.sliding_window > 0,
         "num_local_experts": config.n_expert, "num_experts": config.n_expert,
         "num_experts_per_tok": config.expert_top_k, "moe_intermediate_size": config.ffn_dim, "norm_topk_prob": True,
-        "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
         "embedding_multiplier": config.embed_scale, "residual_multiplier": config.residual_scale,
         "attention_multiplier": scale, "query_pre_attn_scalar": round(scale**-2),
         "logits_scaling": 1 / config.logit_scale, "final_logit_softcapping": config.softcap or None,
@@ -114,13 +116,13 @@ def their_config(config: GPTConfig, family: str) -> dict:
         values["hidden_act"] = values["hidden_activation"] = "gelu_pytorch_tanh"
     elif family not in ("gpt2", "gpt_neox", "phi"):
         values["hidden_act"] = "silu"
-    if family in ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3"):
+    if family in ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "gpt_oss"):
         kinds = {letter: kind for kind, letter in LETTERS.items()}
         values["layer_types"] = [kinds[letter] for letter in letters]
         values["sliding_window_pattern"] = (letters + "L").index("L") + 1  # mlx-lm does not look at layer_types
         if config.sliding_window:
             values["max_window_layers"] = len(letters.rstrip("S"))
-    if family in GEMMAS and not config.sliding_window:
+    if family in (*GEMMAS, "gpt_oss") and not config.sliding_window:
         values["sliding_window"] = config.block_size
     found = {"model_type": family, "architectures": [CLASSES.get(family, f"{family.capitalize()}ForCausalLM")],
              "pad_token_id": None,  # some families have a number that may be beyond the vocabulary
@@ -189,6 +191,8 @@ def their_rope(config: GPTConfig, family: str) -> dict:
         scaling = {"rope_type": "yarn", "type": "yarn", "factor": config.rope_factor,
                    "beta_slow": config.rope_low_freq, "beta_fast": config.rope_high_freq,
                    "original_max_position_embeddings": config.rope_original}
+        if config.rope_scaling == "yarn_untruncated":
+            scaling["truncate"] = False
         boost = (config.attn_scale or config.head_dim**-0.5) ** 0.5 * config.head_dim**0.25
         boost = 1.0 if family in ("granite", *GEMMAS) else boost  # they have settings of their own for attn_scale
         if not math.isclose(boost, yarn_boost(config.rope_factor, {})):
@@ -203,10 +207,15 @@ def their_rope(config: GPTConfig, family: str) -> dict:
     return short | {"rope_parameters": scaling | {"rope_theta": config.rope_theta}}
 
 
+def their_names(config: GPTConfig, family: str) -> dict[str, str]:
+    """The names of modules in the folder, by ours. mlx-lm has mlp.gate and mlp.up of GPT-OSS apart."""
+    return MLX_GPT_OSS if packed and family == "gpt_oss" else names_of(family, config)
+
+
 def their_arrays(model: GPT, family: str) -> Iterator[tuple[str, mx.array]]:
     """The folder's tensors, by name, unpacked unless `packed`."""
     config, modules, seen = model.config, dict(model.named_modules()), {}
-    names, dtype = names_of(family, config), unpacked(modules["embed"])["weight"].dtype
+    names, dtype = their_names(config, family), unpacked(modules["embed"])["weight"].dtype
     for path in skeleton(config):
         theirs, (layer, _, inner) = their_name(path, names), path.removeprefix("blocks.").partition(".")
         fused = next((name for name in FUSED if name in names and inner in FUSED[name]), None)
@@ -230,7 +239,11 @@ def their_arrays(model: GPT, family: str) -> Iterator[tuple[str, mx.array]]:
                 array = (array.astype(mx.float32) - 1).astype(dtype)
             if family == "gpt2" and part == "weight" and array.ndim == 2 and path.startswith("blocks."):
                 array = array.T
-            if "{}" in theirs:
+            if theirs.endswith(".sinks"):
+                yield theirs, array
+            elif family == "gpt_oss" and ".experts." in theirs and not packed:
+                yield (theirs, array.swapaxes(1, 2)) if part == "weight" else (f"{theirs}_bias", array)
+            elif "{}" in theirs:
                 for expert, piece in enumerate(array):
                     yield f"{theirs.format(expert)}.{part}", piece
             else:
@@ -251,7 +264,7 @@ def alike(modules: list[nn.Module]) -> list[dict[str, mx.array]]:
 def their_quantization(model: GPT, family: str, arrays: dict[str, mx.array]) -> dict:
     """The settings for config.json, as mlx-lm writes them, of layers whose scales are among the arrays: bits and group
     size of most of them, and those of each other one by name."""
-    names, found = names_of(family, model.config), {}
+    names, found = their_names(model.config, family), {}
     for path, module in model.named_modules():
         layer, _, inner = path.removeprefix("blocks.").partition(".")
         fused = next((name for name in FUSED if name in names and inner in FUSED[name]), None)
@@ -332,11 +345,11 @@ READERS = {"awq": "awq_reader.py", "gptq": "gptq_reader.py", "compressed-tensors
 
 
 def check_quantization(found: dict, where: str):
-    """UserError unless the settings of a config.json are mlx-lm's, with formats that are read here."""
+    """UserError unless the settings of a config.json are mlx-lm's, with formats that are read here, or GPT-OSS's."""
     method = found.get("quant_method", "mlx-lm") if isinstance(found, dict) else found
     if method in READERS:
         raise UserError(f"{where}: the model is packed by {method}: read it with {READERS[method]}")
-    if method != "mlx-lm":
+    if method not in ("mlx-lm", "mxfp4"):
         raise UserError(f"{where}: the model is packed by {method!r}, which has no reader here: take the original "
                         "model")
     for name, settings in {"quantization": found, **found}.items():

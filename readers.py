@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from config import UserError, check_output, check_replaced
+from conversations import chat_entry, template_of
 from draw import check_folder
-from model import GPT, VERSION, GPTConfig, save_arrays
+from model import GPT, VERSION, Experts, GPTConfig, save_arrays
 from packing import pack
 from quantized import Factored, dense_weight, natural, replace_module
 from tokenizer import EOT, Tokenizer, from_tokenizer_json, to_tokenizer_json
@@ -45,6 +46,10 @@ MIXTRAL = LLAMA | {
     "mlp.up": "block_sparse_moe.experts.{}.w3", "mlp.down": "block_sparse_moe.experts.{}.w2"}
 QWEN3_MOE = LLAMA | {"mlp.router": "mlp.gate", "mlp.gate": "mlp.experts.{}.gate_proj",
                      "mlp.up": "mlp.experts.{}.up_proj", "mlp.down": "mlp.experts.{}.down_proj"}
+MLX_GPT_OSS = LLAMA | {"attn.sink": "self_attn.sinks", "mlp.router": "mlp.router",  # as mlx-lm names them
+                       "mlp.gate": "mlp.experts.gate_proj", "mlp.up": "mlp.experts.up_proj",
+                       "mlp.down": "mlp.experts.down_proj"}
+GPT_OSS = MLX_GPT_OSS | {"mlp.gate_up": "mlp.experts.gate_up_proj"}
 OLMO2 = LLAMA | {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 GEMMA2 = OLMO2 | {"mlp_norm": "pre_feedforward_layernorm"}
 PHI3 = LLAMA | {"attn.qkv": "self_attn.qkv_proj", "mlp.gate_up": "mlp.gate_up_proj"}
@@ -61,10 +66,12 @@ GGUF = {"blocks.": "blk.", "embed": "token_embd", "pos_embed": "position_embd", 
         "head": "output", "attn_norm": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
         "attn.out": "attn_output", "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm",
         "attn_post_norm": "post_attention_norm", "mlp_norm": "ffn_norm", "mlp_post_norm": "post_ffw_norm",
-        "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down", "mlp.router": "ffn_gate_inp"}
+        "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down", "mlp.router": "ffn_gate_inp",
+        "attn.sink": "attn_sinks"}
 NAMES = {"gpt2": GPT2, "gpt_neox": GPT_NEOX, "llama": LLAMA, "mistral": LLAMA, "mixtral": MIXTRAL, "qwen2": LLAMA,
          "qwen3": LLAMA, "qwen3_moe": QWEN3_MOE, "gemma": LLAMA, "gemma2": GEMMA2, "gemma3_text": GEMMA2, "phi": PHI,
-         "phi3": PHI3, "olmo2": OLMO2, "smollm3": LLAMA, "stablelm": LLAMA, "granite": LLAMA}
+         "phi3": PHI3, "olmo2": OLMO2, "smollm3": LLAMA, "stablelm": LLAMA, "granite": LLAMA,
+         "gpt_oss": GPT_OSS}
 FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up")}
 
 
@@ -130,6 +137,10 @@ SETTINGS = {
         partial_rotary_factor=0.25),
     "granite": LLAMA_SETTINGS | dict(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0,
                                      logits_scaling=1.0),
+    "gpt_oss": COMMON_SETTINGS | dict(
+        num_key_value_heads=8, head_dim=64, hidden_act="silu", rms_norm_eps=1e-5, attention_bias=True,
+        sliding_window=128, layer_types=None, num_local_experts=128, num_experts_per_tok=4, experts_per_token=None,
+        swiglu_alpha=1.702, swiglu_limit=7.0, rope_theta=1.5e5, initial_context_length=None),
 }
 # Settings that no logit depends on, of: the file, tokens, training, outputs, other tasks, quantization, sampling.
 WITHOUT_EFFECT = re.compile(r"""
@@ -153,6 +164,8 @@ ROPE = {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_fr
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
+GPT_OSS_ROPE = dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                    original_max_position_embeddings=4096)  # where a file says nothing
 LETTERS = {"full_attention": "L", "sliding_attention": "S"}
 MOST_LAYERS = 1000
 
@@ -296,11 +309,19 @@ def granite_settings(raw: dict, where: str) -> dict:
                 residual_scale=raw["residual_multiplier"], logit_scale=1 / raw["logits_scaling"])
 
 
+def gpt_oss_settings(raw: dict, where: str) -> dict:
+    require(raw, where, hidden_act=("silu",), attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,),
+            experts_per_token=(None, raw["num_experts_per_tok"]))
+    return dict(expert_settings(raw["num_local_experts"], raw, where), mlp="swiglu_clip", norm_eps=raw["rms_norm_eps"],
+                bias=True, router_bias=True, sink_logits=True)
+
+
 OWN_SETTINGS = {"gpt_neox": gpt_neox_settings, "llama": llama_settings, "mistral": llama_settings,
                 "mixtral": mixtral_settings, "qwen2": llama_settings, "qwen3": llama_settings,
                 "qwen3_moe": qwen3_moe_settings, "gemma": gemma_settings, "gemma2": gemma_settings,
                 "gemma3_text": gemma_settings, "phi": phi_settings, "phi3": llama_settings, "olmo2": olmo2_settings,
-                "smollm3": smollm3_settings, "stablelm": stablelm_settings, "granite": granite_settings}
+                "smollm3": smollm3_settings, "stablelm": stablelm_settings, "granite": granite_settings,
+                "gpt_oss": gpt_oss_settings}
 
 
 def check_spelling(raw: Iterable[str], where: str, names: Sequence[str]):
@@ -361,7 +382,7 @@ def rope_settings(raw: dict, where: str) -> dict:
             raise UserError(f"{where}: rope scaling {windowed['rope_type']!r} of layers with a window is not supported")
         if "S" in window_letters(raw, where):
             found["window_theta"] = windowed.get("rope_theta", raw["rope_local_base_freq"])
-    rope = {**(raw["rope_scaling"] or {}), **rope}
+    rope = {**(raw["rope_scaling"] or {}), **rope} or (GPT_OSS_ROPE if family == "gpt_oss" else {})
     plain = not rope.keys() - {"rope_theta", "partial_rotary_factor"}
     kind = "default" if plain else rope.get("rope_type", rope.get("type"))
     kinds = ("default",) if family == "phi3" else ROPE_KINDS
@@ -378,11 +399,12 @@ def rope_settings(raw: dict, where: str) -> dict:
     elif kind == "linear":
         found |= dict(rope_scaling="linear", rope_factor=rope["factor"])
     elif kind == "yarn":
-        if rope.get("truncate", True) is not True:
-            raise UserError(f"{where}: truncate={rope['truncate']!r} of rope scaling yarn is not supported, only True")
+        if type(truncate := rope.get("truncate", True)) is not bool:
+            raise UserError(f"{where}: truncate={truncate!r} of rope scaling yarn is not supported, only True or False")
         factor = rope["factor"] or raw["max_position_embeddings"] / original
-        found |= dict(rope_scaling="yarn", rope_factor=factor, rope_low_freq=rope.get("beta_slow") or 1.0,
-                      rope_high_freq=rope.get("beta_fast") or 32.0, rope_original=original)
+        found |= dict(rope_scaling="yarn" if truncate else "yarn_untruncated", rope_factor=factor,
+                      rope_low_freq=rope.get("beta_slow") or 1.0, rope_high_freq=rope.get("beta_fast") or 32.0,
+                      rope_original=original)
         boost = yarn_boost(factor, rope)
     elif kind == "dynamic":
         print("rope scaling dynamic begins beyond max_position_embeddings, at which the context ends here: no effect")
@@ -440,7 +462,7 @@ def window_letters(raw: dict, where: str) -> str:
     if not kinds:
         first = raw["max_window_layers"] if family in ("qwen2", "qwen3") else 0
         letters = ["L" if i < first else "S" for i in range(n_layer)]
-        if family == "gemma2":
+        if family in ("gemma2", "gpt_oss"):
             letters = ["LS"[(i + 1) % 2] for i in range(n_layer)]
         if family == "gemma3_text":
             letters = ["S" if (i + 1) % raw["sliding_window_pattern"] else "L" for i in range(n_layer)]
@@ -468,11 +490,12 @@ ROPE_SETTINGS = ("rope_theta", "rope_factor", "rope_low_freq", "rope_high_freq",
 # A setting on the left has no effect while the one on the right has its default value.
 PART_OF = {"rope_scaling": "rope_factor", "window_pattern": "sliding_window", "window_theta": "sliding_window",
            "diff_attn_version": "diff_attn", "expert_top_k": "n_expert", "expert_balance": "n_expert",
-           "mod_capacity": "mod", "mod_every": "mod"}
+           "router_bias": "n_expert", "mod_capacity": "mod", "mod_every": "mod"}
 
 
 TITLES = {"gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "qwen3_moe": "Qwen3-MoE", "gemma2": "Gemma 2", "phi": "Phi-2",
-          "gemma3_text": "Gemma 3", "phi3": "Phi-3", "olmo2": "OLMo-2", "smollm3": "SmolLM3", "stablelm": "StableLM"}
+          "gemma3_text": "Gemma 3", "phi3": "Phi-3", "olmo2": "OLMo-2", "smollm3": "SmolLM3", "stablelm": "StableLM",
+          "gpt_oss": "GPT-OSS"}
 
 
 def title_of(family: str) -> str:
@@ -484,6 +507,8 @@ def family_of(config: GPTConfig) -> str:
     family has both."""
     if config.pos == "learned":
         return "gpt2"
+    if config.mlp == "swiglu_clip":
+        return "gpt_oss"
     if config.mlp == "geglu":
         return "gemma" if config.norm_place == "before" else "gemma3_text" if config.qk_norm else "gemma2"
     if config.norm == "layer" and (config.bias or config.norm_bias):
@@ -497,7 +522,7 @@ def family_of(config: GPTConfig) -> str:
     if config.rotary_dim:
         return "phi3"
     if (config.embed_scale, config.residual_scale, config.logit_scale) != (1, 1, 1) or (
-            config.attn_scale and config.rope_scaling != "yarn"):
+            config.attn_scale and not config.rope_scaling.startswith("yarn")):
         return "granite"
     if config.qk_norm:
         return "qwen3"
@@ -624,7 +649,9 @@ def read_json(folder: str, name: str) -> dict:
 
 def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
     """The weight (out, in), and the bias (out,) if there is one, of a module, by its name in the folder; of one that
-    MLX quantized also scales and biases. GPT-2's matrices are stored transposed."""
+    MLX quantized also scales and biases. GPT-2's matrices are stored transposed, and so are GPT-OSS's experts."""
+    if f"{name}_bias" in source.names:
+        return gpt_oss_experts(source, name)
     found = {part: source[f"{name}.{part}"] for part in ("weight", "scales", "biases")
              if part == "weight" or f"{name}.{part}" in source.names}
     if "scales" in found and "biases" not in found:
@@ -634,6 +661,26 @@ def dense_linear(source: Folder, name: str) -> dict[str, mx.array]:
     if f"{name}.bias" in source.names or f"{name.removeprefix(source.prefix)}.bias" in source.names:
         found["bias"] = source[f"{name}.bias"]
     return found
+
+
+def gpt_oss_experts(source: Folder, name: str) -> dict[str, mx.array]:
+    """dense_linear() of all experts (E, out, in), as transformers stores them: (E, in, out); or in MXFP4, as (E, out,
+    groups, 16) bytes of two numbers each, the first one in the low bits, and (E, out, groups) exponents."""
+    found = {"bias": source[f"{name}_bias"]}
+    if name in source.names:
+        weight = source[name]
+        if weight.ndim != 3:
+            raise UserError(f"{source.file_of(name)}: {name} has shape {weight.shape}, but it is one matrix for each "
+                            "expert: copy the folder again")
+        return found | {"weight": weight.swapaxes(1, 2)}
+    place = f"{source.file_of(f'{name}_blocks')}: {name}_blocks"
+    blocks, exponents = source[f"{name}_blocks"], source[f"{name}_scales"]
+    if blocks.dtype != mx.uint8 or blocks.ndim != 4 or blocks.shape != (*exponents.shape, 16):
+        raise UserError(f"{place} has shape {blocks.shape}, which does not fit {exponents.shape} of {name}_scales in "
+                        "MXFP4: copy the folder again")
+    words = blocks.flatten(-2).view(mx.uint32)
+    each = [from_mxfp4({"weight": words[i], "scales": exponents[i]}, place) for i in range(len(words))]
+    return found | {part: mx.stack([expert.pop(part) for expert in each]) for part in ("weight", "scales", "biases")}
 
 
 MXFP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12])  # twice the numbers of 4 bits without the sign, which is the last bit
@@ -707,6 +754,8 @@ def read_model(config: GPTConfig, source: Folder,
     quantized layer also scales, biases and `order` (see quantized.py)."""
     family = source.raw.get("model_type")
     names = names_of(family, config)
+    if f"{their_name('blocks.0.mlp.gate', MLX_GPT_OSS)}.weight" in source.names:  # a folder of mlx-lm
+        names = MLX_GPT_OSS
     for path, module in skeleton(config).items():
         theirs, (layer, _, inner) = their_name(path, names), path.removeprefix("blocks.").partition(".")
         fused = next((name for name in FUSED if name in names and inner in FUSED[name]), None)
@@ -733,13 +782,13 @@ def read_model(config: GPTConfig, source: Folder,
                                     "do not fit")
             for part in shapes[0]:
                 yield f"{path}.{part}", mx.stack([found.pop(part) for found in experts]), source.place(each[0], part)
-        elif isinstance(module, nn.Linear) or f"{theirs}.scales" in source.names:
+        elif isinstance(module, nn.Linear | Experts) or f"{theirs}.scales" in source.names:
             for part, array in linear(source, theirs).items():
                 if part != "bias" or "bias" in module or array.any().item():  # some quantizers write biases of zeros
                     yield f"{path}.{part}", array, source.place(theirs, part)
         else:
             for part in module.parameters():
-                array = source[f"{theirs}.{part}"]
+                array = source[theirs if theirs in source.names else f"{theirs}.{part}"]  # sinks are no module there
                 if family in GEMMAS and "norm" in path:
                     array = array.astype(mx.float32) + 1  # the files hold what is added to 1
                 yield f"{path}.{part}", array, source.place(theirs, part)
@@ -768,14 +817,17 @@ def fused_rows(config: GPTConfig, family: str, fused: str) -> list[int]:
 
 def split(config: GPTConfig, family: str, fused: str, array: mx.array, place: str) -> list[mx.array]:
     """The rows of q, k and v, or of gate and up, in a matrix that holds all of them, or in its bias or scales. GPT-NeoX
-    has q, k and v of the first head, then those of the second one, and so on."""
-    D, sizes = config.head_dim, fused_rows(config, family, fused)
-    if array.shape[0] != sum(sizes):
+    has q, k and v of the first head, then those of the second one, and so on. In GPT-OSS, rows of gate and up of all
+    experts, (E, rows, ...), take turns."""
+    D, sizes, axis = config.head_dim, fused_rows(config, family, fused), int(family == "gpt_oss")
+    if array.shape[axis] != sum(sizes):
         raise UserError(f"{place} has shape {array.shape}, but by the settings it has {' + '.join(map(str, sizes))} "
                         "rows: they do not fit")
     if family == "gpt_neox":
         heads = array.reshape(config.n_head, 3, D, *array.shape[1:])
         return [heads[:, i].reshape(-1, *array.shape[1:]) for i in range(3)]
+    if family == "gpt_oss":
+        return [array[:, 0::2], array[:, 1::2]]
     return mx.split(array, np.cumsum(sizes)[:-1].tolist())
 
 
@@ -784,6 +836,8 @@ def join(config: GPTConfig, family: str, parts: list[mx.array]) -> mx.array:
     if family == "gpt_neox":
         heads = [array.reshape(config.n_head, config.head_dim, *array.shape[1:]) for array in parts]
         return mx.stack(heads, axis=1).reshape(-1, *parts[0].shape[1:])
+    if family == "gpt_oss":
+        return mx.stack(parts, axis=2).flatten(1, 2)
     return mx.concatenate(parts)
 
 
@@ -883,6 +937,14 @@ def template_settings(template) -> dict:
     return {"chat_template": template, "template": "own"} if isinstance(template, str) else {}
 
 
+def chat_settings(meta: dict, tokenizer: Tokenizer) -> dict:
+    """The header's entry "chat"; {} where there is no template, or one of which chat_entry() makes none."""
+    try:
+        return chat_entry(tokenizer, template_of(meta, tokenizer))
+    except UserError:
+        return {}
+
+
 def fitting(tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer | None:
     """The tokenizer without those added tokens for which the embedding has no row; a line names them. UserError if
     other tokens have none."""
@@ -965,7 +1027,9 @@ def write_checkpoint(out: str, config: GPTConfig, arrays: Iterator, tokenizer: T
         if name.endswith(".scales") or array.dtype == mx.uint32:
             check_packed(name.rpartition(".")[0], found, places[name], wanted)
     header = {"script": os.path.basename(sys.argv[0]), **meta, "version": VERSION, "config": asdict(config)}
-    save_arrays(out, found, header if tokenizer is None else {**header, "tokenizer": tokenizer.to_dict()})
+    if tokenizer:
+        header |= {"tokenizer": tokenizer.to_dict(), **chat_settings(meta, tokenizer)}
+    save_arrays(out, found, header)
     print(f"{out}: {len(found)} tensors, {sum(array.nbytes for array in found.values()) / 1e6:,.1f} MB"
           + (f"\nnext: python sample.py {shlex.quote(out)}" if tokenizer else ""))
 

@@ -63,6 +63,8 @@ MODELS = {  # transformers' config class, settings; with windows of 5 tokens, of
     "stablelm-parallel": ("StableLm", dict(SIZES, use_parallel_residual=True, partial_rotary_factor=0.5)),
     "granite": ("Granite", dict(SIZES, embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5,
                                 logits_scaling=4.0)),
+    "gpt_oss": ("GptOss", dict(SIZES, hidden_size=32, intermediate_size=32, head_dim=16, num_local_experts=3,
+                               num_experts_per_tok=2, sliding_window=5, rope_parameters=YARN | dict(truncate=False))),
     "llama-attention_bias": ("Llama", dict(SIZES, attention_bias=True)),
     "llama-biases": ("Llama", dict(SIZES, attention_bias=True, mlp_bias=True)),
     "qwen3-attention_bias": ("Qwen3", dict(SIZES, head_dim=16, attention_bias=True)),
@@ -78,7 +80,7 @@ MODELS = {  # transformers' config class, settings; with windows of 5 tokens, of
 NOT_IN_MLX_LM = {  # what mlx-lm 0.32.2 does not have, so that its logits are others
     "gpt_neox": "gelu without an approximation", "gpt_neox-linear": "scaling", "gemma": "the approximation of gelu",
     "gemma2": "windows", "phi3": "windows", "smollm3-windows": "windows", "qwen3-attention_bias": "biases",
-    "phi3-partial": "a tied head"}
+    "phi3-partial": "a tied head", "gpt_oss": "experts that are not packed"}
 
 
 def tokens(length: int = LENGTH) -> np.ndarray:
@@ -95,6 +97,9 @@ def make(name: str, folder: Path, **change):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.3)
+        for key, p in model.named_parameters():
+            if key.endswith("gate_up_proj_bias"):  # so that inputs of GPT-OSS's activation are clipped
+                p *= 30
     model.save_pretrained(folder)
     return model, logits_there(model)
 

@@ -16,6 +16,7 @@ from peers import peer
 import readers
 from config import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from quantized import dense_weight
 
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
 
@@ -78,6 +79,62 @@ def test_layout_of_the_hub(name, tmp_path):
                  logits_here(model), np.load(folder / "logits.npy")) < 3e-6
 
 
+def in_mxfp4(folder, dense_folder) -> dict:
+    """Write GPT-OSS with experts of random bytes in MXFP4, as OpenAI's files have them; and the folder with the numbers
+    that they stand for, by the format's definition (Rouhani et al. 2023). Returns the bytes, by name."""
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers, rng, packed = np.concatenate([numbers, -numbers]), np.random.default_rng(0), {}
+    for place in (folder, dense_folder):
+        shutil.copytree(FIXTURES / "gpt_oss", place)
+    dense = mx.load(str(folder / "model.safetensors"))
+    rest = dict(dense)
+    for name in [name for name in dense if name.endswith(("gate_up_proj", "down_proj"))]:
+        E, inputs, outputs = dense[name].shape
+        blocks = rng.integers(0, 256, (E, outputs, inputs // 32, 16), dtype=np.uint8)
+        exponents = rng.integers(122, 127, (E, outputs, inputs // 32), dtype=np.uint8)
+        values = numbers[np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(E, outputs, -1, 32)]
+        values = values * 2.0 ** (exponents.astype(int) - 127)[..., None]
+        dense[name] = mx.array(values.reshape(E, outputs, inputs).swapaxes(1, 2).astype(np.float32))
+        del rest[name]
+        packed |= {f"{name}_blocks": mx.array(blocks), f"{name}_scales": mx.array(exponents)}
+    mx.save_safetensors(str(folder / "model.safetensors"), rest | packed, {"format": "pt"})
+    mx.save_safetensors(str(dense_folder / "model.safetensors"), dense, {"format": "pt"})
+    raw = settings("gpt_oss") | {"quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return packed
+
+
+def test_mxfp4(tmp_path):
+    """GPT-OSS's experts stay packed, in 5 bits, and every number is exact. Logits are those of the unpacked model, with
+    a key/value cache too. Damaged files are refused."""
+    in_mxfp4(tmp_path / "packed", tmp_path / "dense")
+    packed, dense = (read(tmp_path / name, tmp_path / f"{name}.safetensors") for name in ("packed", "dense"))
+    for block, other in zip(packed.blocks, dense.blocks, strict=True):
+        for name in ("gate", "up", "down"):
+            assert block.mlp[name].bits == 5 and mx.array_equal(dense_weight(block.mlp[name]), other.mlp[name].weight)
+            assert mx.array_equal(block.mlp[name].bias, other.mlp[name].bias)
+    assert error(logits_here(packed), logits_here(dense)) < 3e-6
+    assert error(logits_cached(packed), logits_here(dense)) < 3e-6
+    whole = mx.load(str(tmp_path / "packed" / "model.safetensors"))
+    name = "model.layers.1.mlp.experts.down_proj_blocks"
+    for damaged in (whole[name][..., :8], whole[name].astype(mx.int32), whole[name][:, :-1]):
+        mx.save_safetensors(str(tmp_path / "packed" / "model.safetensors"), whole | {name: damaged})
+        with pytest.raises(UserError, match="down_proj"):
+            run_here("hf_reader.py", tmp_path / "packed", tmp_path / "damaged.safetensors")
+
+
+def test_mxfp4_in_transformers(tmp_path):
+    """The numbers of MXFP4 are those that transformers unpacks."""
+    convert = peer("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    import torch
+    packed = in_mxfp4(tmp_path / "packed", tmp_path / "dense")
+    dense = mx.load(str(tmp_path / "dense" / "model.safetensors"))
+    for name in [name for name in packed if name.endswith("_blocks")]:
+        parts = (torch.tensor(np.array(packed[name.replace("_blocks", part)])) for part in ("_blocks", "_scales"))
+        found = convert(*parts, dtype=torch.float32).numpy()
+        assert np.array_equal(found, np.array(dense[name.removesuffix("_blocks")]))
+
+
 def in_bfloat16(name, folder):
     shutil.copytree(FIXTURES / name, folder)
     arrays = {key: p.astype(mx.bfloat16) for key, p in mx.load(str(folder / "model.safetensors")).items()}
@@ -85,7 +142,7 @@ def in_bfloat16(name, folder):
     return arrays
 
 
-@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "phi3", "gpt_oss"])
 def test_bfloat16_is_kept(name, tmp_path):
     """Weights stay bfloat16, bit for bit; Gemma's norms, to which 1 is added, become float32, and bfloat16 again."""
     arrays = in_bfloat16(name, tmp_path / "half")
@@ -187,7 +244,12 @@ YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_
     ("olmo2", dict(clip_qkv=8.0), "clip_qkv=8.0"),
     ("olmo2", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     ("llama-attention_bias", dict(attention_bias=False, mlp_bias=True), "mlp_bias=True"),
-    ("llama-yarn", dict(rope_parameters=YARN | dict(truncate=False)), "truncate=False"),
+    ("llama-yarn", dict(rope_parameters=YARN | dict(truncate=1)), "truncate=1"),
+    ("gpt_oss", dict(attention_bias=False), "attention_bias=False"),
+    ("gpt_oss", dict(swiglu_limit=0.5), "swiglu_limit=0.5"),
+    ("gpt_oss", dict(swiglu_alpha=1.0), "swiglu_alpha=1.0"), ("gpt_oss", dict(mlp_bias=True), "mlp_bias=True"),
+    ("gpt_oss", dict(experts_per_token=3), "experts_per_token=3"),
+    ("gpt_oss", dict(num_experts_per_tok=1), "num_experts_per_tok=1"),
     ("llama-yarn", dict(rope_parameters=YARN | dict(mrope_section=[1])), "rope setting 'mrope_section'"),
 ], ids=str)
 def test_what_is_refused(name, change, says):
@@ -288,6 +350,19 @@ PUBLISHED = {
                             num_hidden_layers=40, num_key_value_heads=8, residual_multiplier=0.22, rms_norm_eps=1e-5,
                             rope_scaling=None, rope_theta=5000000.0, tie_word_embeddings=True, vocab_size=49155),
                        dict(attn_scale=0.015625, embed_scale=12.0, residual_scale=0.22, logit_scale=0.125)),
+    "gpt-oss-20b": (dict(model_type="gpt_oss", attention_bias=True, experts_per_token=4, head_dim=64,
+                         hidden_act="silu", hidden_size=2880, initial_context_length=4096, intermediate_size=2880,
+                         layer_types=["sliding_attention", "full_attention"] * 12, max_position_embeddings=131072,
+                         num_attention_heads=64, num_experts_per_tok=4, num_hidden_layers=24, num_key_value_heads=8,
+                         num_local_experts=32, output_router_logits=False, pad_token_id=199999,
+                         quantization_config=dict(quant_method="mxfp4", modules_to_not_convert=["lm_head"]),
+                         rms_norm_eps=1e-5, rope_theta=150000, router_aux_loss_coef=0.9, sliding_window=128,
+                         rope_scaling=dict(rope_type="yarn", beta_fast=32.0, beta_slow=1.0, factor=32.0, truncate=False,
+                                           original_max_position_embeddings=4096), swiglu_limit=7.0,
+                         tie_word_embeddings=False, vocab_size=201088),
+                    dict(n_expert=32, expert_top_k=4, sliding_window=128, window_pattern="SL" * 12, mlp="swiglu_clip",
+                         rope_scaling="yarn_untruncated", rope_factor=32.0, bias=True, sink_logits=True,
+                         attn_scale=(0.1 * np.log(32) + 1) ** 2 / 8)),
     "Qwen2.5-128k": (dict(model_type="qwen2", hidden_act="silu", hidden_size=1536, intermediate_size=8960,
                           max_position_embeddings=32768, max_window_layers=28, num_attention_heads=12,
                           num_hidden_layers=28, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0,
@@ -321,7 +396,8 @@ def test_beside_transformers_and_mlx_lm(name, tmp_path):
     assert found["export"] < 3e-6 and (found["mlx-lm"] is None or found["mlx-lm"] < 1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "gemma2", "phi3", "smollm3-windows", "llama-yarn", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma2", "phi3", "smollm3-windows", "llama-yarn", "gpt_neox",
+                                  "gpt_oss"])
 def test_far_beyond_the_window(name, tmp_path):
     """200 tokens, windows of 40: windows are computed in blocks, and the cache turns over."""
     peer("transformers")
@@ -375,6 +451,7 @@ TRAINED = {  # settings of models that are trained here, and the families into w
                   rope_high_freq=32.0),
     "llama": dict(mlp="swiglu", rope_scaling="linear", rope_factor=3.0, qkv_bias=True, out_bias=True),
     "mistral": dict(mlp="swiglu", sliding_window=8),
+    "gpt_oss": dict(mlp="swiglu_clip", bias=True, n_expert=4, router_bias=True, sink_logits=True, n_kv_head=2),
 }
 
 
