@@ -1,9 +1,12 @@
 // y = x W^T on a CPU, for one row x or a few. W is packed, w = scale q + bias, with an integer q of 2 to 8 bits for each
 // weight and a scale and a bias for each group of inputs (MLX's format, see quantized.py), or it is dense.
 //
-// Eight inputs at a time: their integers fill `bits` bytes. Shifts of 0, bits, 2 bits, ... take all eight out of one
-// number of 64 bits; they become float32 and are multiplied by x. Then a scale multiplies the sum over its group, and a
-// bias the sum of x over the group, which is the same for every output. Nothing but these sums is rounded.
+// A scale multiplies the sum of q x over its group, and a bias the sum of x over the group, which is the same for every
+// output. Nothing but these sums is rounded. There are two ways to take the integers out:
+//   4 bits      sixteen words hold 128 integers. Shifts of 0, 4, ..., 28 bits take one out of each word at a time, and
+//               x is put into that order before.
+//   other bits  eight integers fill `bits` bytes. Shifts of 0, bits, 2 bits, ... take all eight out of one number of 64
+//               bits.
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -15,6 +18,9 @@ typedef float floats __attribute__((vector_size(32)));  // eight numbers each
 typedef int32_t ints __attribute__((vector_size(32)));
 typedef uint64_t longs __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(16)));
+typedef float lanes __attribute__((vector_size(64)));  // sixteen numbers each
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef int32_t integers __attribute__((vector_size(64)));
 
 #define INLINE static inline __attribute__((always_inline))
 enum { FLOAT32, FLOAT16, BFLOAT16 };
@@ -29,8 +35,8 @@ INLINE float sum(floats x) {
     return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
-// Eight integers of so many bits, lowest bit first. Of 3, 5, 6 and 7 bytes the last ones are read apart: reading beyond
-// the end of the weight could fail.
+// Eight integers of so many bits, lowest bit first. Of 3, 5 and 6 bytes the last ones are read apart: reading beyond the
+// end of the weight could fail.
 INLINE floats unpack(const uint8_t *bytes, const int bits) {
     const int first = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
     uint64_t word = 0;
@@ -55,43 +61,117 @@ INLINE float number(const void *x, int64_t i, int kind) {
     return widen(one, kind)[0];
 }
 
+INLINE floats numbers(const void *x, int64_t i, int kind) {
+    if (kind == FLOAT32) return load((const float *)x + i);
+    halves eight;
+    memcpy(&eight, (const uint16_t *)x + i, sizeof eight);
+    return widen(eight, kind);
+}
+
 typedef struct {
     const void *weight, *scales, *biases;  // packed: (out, in bits / 8) bytes, (out, in / group), (out, in / group)
     int64_t outputs, inputs, group;
     int bits, kind;  // bits 0: dense; kind: of scales and biases, or of a dense weight
 } Layer;
 
-// The products of one row of a packed W with n rows of x, into y (n, out). sums (n, groups): of x over each group.
+enum { GROUPS = 4096 };  // of a row, at most
+
+// The scales of a row as float32, and the part of its products that the biases make: sums (n, groups) of x over each
+// group -> products (n).
+INLINE void scales_and_biases(const Layer *layer, int64_t row, const float *sums, float *scales, float *products,
+                              const int n) {
+    const int64_t groups = layer->inputs / layer->group, first = row * groups, whole = groups / 8 * 8;
+    floats total[4] = {0};
+    float rest[4] = {0};
+    for (int64_t i = 0; i < whole; i += 8) {
+        floats scale = numbers(layer->scales, first + i, layer->kind);
+        floats bias = numbers(layer->biases, first + i, layer->kind);
+        memcpy(scales + i, &scale, sizeof scale);
+        for (int k = 0; k < n; k++) total[k] += bias * load(sums + k * groups + i);
+    }
+    for (int64_t i = whole; i < groups; i++) {
+        scales[i] = number(layer->scales, first + i, layer->kind);
+        for (int k = 0; k < n; k++) rest[k] += number(layer->biases, first + i, layer->kind) * sums[k * groups + i];
+    }
+    for (int k = 0; k < n; k++) products[k] = sum(total[k]) + rest[k];
+}
+
+// The products of one row of a packed W with n rows of x, into y (n, out).
 INLINE void packed_row(const Layer *layer, int64_t row, const float *x, const float *sums, float *y, const int bits,
                        const int n) {
     const int64_t groups = layer->inputs / layer->group;
     const uint8_t *bytes = (const uint8_t *)layer->weight + row * (layer->inputs * bits / 8);
+    float scales[GROUPS], bias[4];
     floats total[4] = {0};
-    float bias[4] = {0};
+    scales_and_biases(layer, row, sums, scales, bias, n);
     for (int64_t i = 0; i < groups; i++) {
         floats dot[4] = {0};
         for (int64_t j = 0; j < layer->group; j += 8, x += 8, bytes += bits) {
             floats q = unpack(bytes, bits);
             for (int k = 0; k < n; k++) dot[k] += q * load(x + k * layer->inputs);
         }
-        const float scale = number(layer->scales, row * groups + i, layer->kind);
-        const float offset = number(layer->biases, row * groups + i, layer->kind);
-        for (int k = 0; k < n; k++) {
-            total[k] += scale * dot[k];
-            bias[k] += offset * sums[k * groups + i];
-        }
+        for (int k = 0; k < n; k++) total[k] += scales[i] * dot[k];
     }
     for (int k = 0; k < n; k++) y[k * layer->outputs + row] = sum(total[k]) + bias[k];
 }
 
+// Rows of x in the order in which four_bits_row() reads them, with zeros up to a whole number of 128 inputs: number
+// 8 w + k of each 128 goes to 16 k + w.
+static int64_t whole_128(int64_t inputs) { return (inputs + 127) / 128 * 128; }
+
+static void reorder(const float *x, int64_t rows, int64_t inputs, float *ordered) {
+    memset(ordered, 0, rows * whole_128(inputs) * sizeof(float));
+    for (int64_t row = 0; row < rows; row++, x += inputs, ordered += whole_128(inputs))
+        for (int64_t i = 0; i < inputs; i++) ordered[i / 128 * 128 + i % 8 * 16 + i % 128 / 8] = x[i];
+}
+
+// packed_row() for 4 bits; x as reorder() leaves it. A group fills 4, 8 or 16 of the sixteen words.
+INLINE void four_bits_row(const Layer *layer, int64_t row, const float *x, const float *sums, float *y,
+                          const int group, const int n) {
+    const int64_t width = layer->inputs / 8, room = whole_128(layer->inputs);
+    const uint32_t *weight = (const uint32_t *)layer->weight + row * width;
+    float scales[GROUPS + 3], bias[4];
+    lanes total[4] = {0};
+    scales_and_biases(layer, row, sums, scales, bias, n);
+    memset(scales + layer->inputs / group, 0, 3 * sizeof *scales);  // for the last of the sixteen words
+    for (int64_t i = 0; i < width; i += 16, x += 128) {
+        words word = {0};
+        if (width - i >= 16) memcpy(&word, weight + i, sizeof word);
+        else memcpy(&word, weight + i, (width - i) * sizeof *weight);
+        lanes dot[4] = {0};
+        for (int shift = 0; shift < 8; shift++) {
+            lanes q = __builtin_convertvector((integers)(word >> 4 * shift & 15), lanes), input;
+            for (int k = 0; k < n; k++) {
+                memcpy(&input, x + k * room + 16 * shift, sizeof input);
+                dot[k] += q * input;
+            }
+        }
+        const float *s = scales + 8 * i / group;
+        const int b = group == 128 ? 0 : group == 64 ? 0 : 1, c = 64 / group, d = group == 32 ? 3 : c;
+        lanes scale = {s[0], s[0], s[0], s[0], s[b], s[b], s[b], s[b], s[c], s[c], s[c], s[c], s[d], s[d], s[d], s[d]};
+        for (int k = 0; k < n; k++) total[k] += scale * dot[k];
+    }
+    for (int k = 0; k < n; k++) {
+        floats half[2];
+        memcpy(half, total + k, sizeof half);
+        y[k * layer->outputs + row] = sum(half[0] + half[1]) + bias[k];
+    }
+}
+
 INLINE void dense_row(const Layer *layer, int64_t row, const float *x, float *y, const int kind, const int n) {
     const int64_t first = row * layer->inputs;
-    floats total[4] = {0};
-    for (int64_t j = 0; j < layer->inputs; j += 8) {
-        halves eight = {0};
-        if (kind != FLOAT32) memcpy(&eight, (const uint16_t *)layer->weight + first + j, sizeof eight);
-        floats w = kind == FLOAT32 ? load((const float *)layer->weight + first + j) : widen(eight, kind);
-        for (int k = 0; k < n; k++) total[k] += w * load(x + k * layer->inputs + j);
+    floats total[4] = {0}, other[4] = {0};  // two sums, since an addition waits for the one before it
+    int64_t j = 0;
+    for (; j + 16 <= layer->inputs; j += 16) {
+        floats w = numbers(layer->weight, first + j, kind), v = numbers(layer->weight, first + j + 8, kind);
+        for (int k = 0; k < n; k++) {
+            total[k] += w * load(x + k * layer->inputs + j);
+            other[k] += v * load(x + k * layer->inputs + j + 8);
+        }
+    }
+    for (int k = 0; k < n; k++) {
+        if (j < layer->inputs) total[k] += numbers(layer->weight, first + j, kind) * load(x + k * layer->inputs + j);
+        total[k] += other[k];
     }
     for (int k = 0; k < n; k++) y[k * layer->outputs + row] = sum(total[k]);
 }
@@ -101,7 +181,11 @@ INLINE void one_row(const Layer *layer, int64_t row, const float *x, const float
     switch (layer->bits) {
         case 2: packed_row(layer, row, x, sums, y, 2, n); break;
         case 3: packed_row(layer, row, x, sums, y, 3, n); break;
-        case 4: packed_row(layer, row, x, sums, y, 4, n); break;
+        case 4:
+            if (layer->group == 32) four_bits_row(layer, row, x, sums, y, 32, n);
+            else if (layer->group == 64) four_bits_row(layer, row, x, sums, y, 64, n);
+            else four_bits_row(layer, row, x, sums, y, 128, n);
+            break;
         case 5: packed_row(layer, row, x, sums, y, 5, n); break;
         case 6: packed_row(layer, row, x, sums, y, 6, n); break;
         case 8: packed_row(layer, row, x, sums, y, 8, n); break;
@@ -120,36 +204,24 @@ INLINE void one_row(const Layer *layer, int64_t row, const float *x, const float
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
 //
-// The outputs are cut into pieces, which threads take one after another. The caller takes pieces too, and waits at the
-// end only for those that were begun: a thread that the system lets wait delays little. Between two products a thread
-// looks for pieces again and again, for some milliseconds, because to wake it takes longer than many a product.
+// Work is cut into pieces, which threads take one after another. The caller takes pieces too, and waits at the end only
+// for those that were begun: a thread that the system lets wait delays little. Between two calls a thread looks for
+// pieces again and again, for some milliseconds, because to wake it takes longer than many a call.
 
-enum { PIECE = 1 << 15, LOOKS = 1 << 17 };  // weights of a piece, at least; looks before a thread sleeps
+enum { LOOKS = 1 << 17 };  // before a thread sleeps
 
-static struct {
-    const Layer *layer;
-    const float *x, *sums;
-    float *y;
-    int64_t rows, outputs;  // of x; of a piece
-} work;
+static void (*work)(int piece);
 static atomic_int waiting, unfinished, sleeping;  // pieces that nobody took, and that are not finished; threads
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t more = PTHREAD_COND_INITIALIZER;
 
-// Compute a piece of the work; 0: there is none.
+// Do a piece of the work; 0: there is none.
 static int work_on_piece(void) {
     int piece = atomic_load(&waiting);
     do {
         if (piece == 0) return 0;
     } while (!atomic_compare_exchange_weak(&waiting, &piece, piece - 1));
-    const int64_t first = (piece - 1) * work.outputs, outputs = work.layer->outputs;
-    const int64_t groups = work.layer->inputs / work.layer->group;
-    for (int64_t row = first; row < first + work.outputs && row < outputs; row++)
-        for (int64_t i = 0; i < work.rows; i += i + 4 <= work.rows ? 4 : 1) {
-            const float *x = work.x + i * work.layer->inputs, *sums = work.sums + i * groups;
-            if (i + 4 <= work.rows) one_row(work.layer, row, x, sums, work.y + i * outputs, 4);
-            else one_row(work.layer, row, x, sums, work.y + i * outputs, 1);
-        }
+    work(piece - 1);
     atomic_fetch_sub(&unfinished, 1);
     return 1;
 }
@@ -171,21 +243,11 @@ static void *thread(void *unused) {
     return unused;
 }
 
-// x (rows, in) float32 -> y (rows, out) by so many threads. One call at a time. Returns 1 where there is no memory.
-int product(const Layer *layer, const float *x, int64_t rows, float *y, int threads) {
+// Call each(0) ... each(pieces - 1), in any order, by so many threads. One call at a time.
+static void parallel(void (*each)(int), int pieces, int threads) {
     static int started = 1;
-    const int64_t groups = layer->inputs / layer->group;
-    float *sums = malloc((rows * groups + 1) * sizeof(float));
-    if (!sums) return 1;
-    for (int64_t i = 0; i < rows * groups; i++) {
-        floats total = {0};
-        for (int64_t j = 0; j < layer->group; j += 8) total += load(x + i * layer->group + j);
-        sums[i] = sum(total);
-    }
     for (pthread_t id; started < threads && !pthread_create(&id, NULL, thread, NULL); started++) pthread_detach(id);
-    work.layer = layer, work.x = x, work.sums = sums, work.y = y, work.rows = rows;
-    work.outputs = threads > 1 ? 1 + PIECE / (layer->inputs * rows) : layer->outputs;
-    const int pieces = (layer->outputs + work.outputs - 1) / work.outputs;
+    work = each;
     atomic_store(&unfinished, pieces);
     atomic_store(&waiting, pieces);
     if (threads > 1 && atomic_load(&sleeping)) {
@@ -195,6 +257,47 @@ int product(const Layer *layer, const float *x, int64_t rows, float *y, int thre
     }
     while (work_on_piece()) continue;
     while (atomic_load(&unfinished)) PAUSE();
+}
+
+// ---- the product of a layer ------------------------------------------------------------------------------------------
+
+enum { PIECE = 1 << 15 };  // weights of a piece, at least
+
+static struct {
+    const Layer *layer;
+    const float *x, *sums;
+    float *y;
+    int64_t rows, width, outputs;  // rows of x and their width; outputs of a piece
+} task;
+
+static void product_piece(int piece) {
+    const int64_t first = piece * task.outputs, outputs = task.layer->outputs;
+    const int64_t groups = task.layer->inputs / task.layer->group;
+    for (int64_t row = first; row < first + task.outputs && row < outputs; row++)
+        for (int64_t i = 0; i < task.rows; i += i + 4 <= task.rows ? 4 : 1) {
+            const float *x = task.x + i * task.width, *sums = task.sums + i * groups;
+            if (i + 4 <= task.rows) one_row(task.layer, row, x, sums, task.y + i * outputs, 4);
+            else one_row(task.layer, row, x, sums, task.y + i * outputs, 1);
+        }
+}
+
+// x (rows, in) float32 -> y (rows, out) by so many threads. One call at a time. Returns 1 where there is no memory, or
+// a row has too many groups.
+int product(const Layer *layer, const float *x, int64_t rows, float *y, int threads) {
+    const int64_t groups = layer->inputs / layer->group, four_bits = layer->bits == 4;
+    const int64_t width = four_bits ? whole_128(layer->inputs) : layer->inputs;
+    float *sums = groups <= GROUPS ? malloc((rows * (groups + four_bits * width) + 1) * sizeof(float)) : NULL;
+    if (!sums) return 1;
+    for (int64_t i = 0; i < rows * groups; i++) {
+        floats total = {0};
+        for (int64_t j = 0; j < layer->group; j += 8) total += load(x + i * layer->group + j);
+        sums[i] = sum(total);
+    }
+    if (four_bits) reorder(x, rows, layer->inputs, sums + rows * groups);
+    task.layer = layer, task.x = four_bits ? sums + rows * groups : x, task.sums = sums, task.y = y;
+    task.rows = rows, task.width = width;
+    task.outputs = threads > 1 ? 1 + PIECE / (layer->inputs * rows) : layer->outputs;
+    parallel(product_piece, (layer->outputs + task.outputs - 1) / task.outputs, threads);
     free(sums);
     return 0;
 }
