@@ -224,7 +224,8 @@ def template_for_training(meta: dict, enc: Tokenizer, name: str = "", started: s
 def entries_to_keep(meta: dict, template: "str | OwnTemplate") -> dict:
     """The entries of a checkpoint's header that also hold once the model is tuned with this template."""
     names = ("ends", "hf", "chat_template") if isinstance(template, OwnTemplate) else ("ends", "hf")
-    return {name: meta[name] for name in names if name in meta}
+    chat = chat_entry(Tokenizer.from_dict(meta["tokenizer"]), template)
+    return {name: meta[name] for name in names if name in meta} | chat
 
 
 def written(examples: list, encoded: Callable, template: "str | OwnTemplate", strict: bool = False,
@@ -366,6 +367,42 @@ def around(template: OwnTemplate, messages: list[dict]) -> tuple[str, str]:
     if not found:
         raise UserError("the model's chat template does not show the user's message: give --template=NAME")
     return before.rstrip(" "), after  # a word's token begins with the blank before it
+
+
+def chat_entry(enc: Tokenizer, template: "str | OwnTemplate") -> dict:
+    """The header's entry "chat", by which the page in the browser, where no Jinja runs, makes a prompt of one message
+    of a user: {"chat": {"template", "before", "after", "strips", "end"}}. before, after: with a model's own template
+    texts, which are encoded together with the message, and where names of special tokens stand for these tokens; with
+    another template ids, between which the message is encoded by itself. strips: blanks around the message are left
+    out. end: the token that ends an answer. A date that a template writes is that of today. {} where there is no
+    template, or one that refuses the message or changes it in another way."""
+    if template == "none":
+        return {}
+
+    def prompt(message: str) -> list[dict]:
+        return [{"role": "user", "content": message}]
+
+    try:
+        if isinstance(template, OwnTemplate):
+            mark = "x7message7x"
+            before, _, after = template.render(prompt(mark), answer=True)[0].partition(mark)
+            forms = [(before + message + after, before + message.strip() + after,
+                      template.render(prompt(message), answer=True)[0]) for message in MESSAGES]
+            strips = next((strips for strips in (False, True) if all(form[strips] == form[2] for form in forms)), None)
+            if strips is None:
+                return {}
+        else:
+            form, strips = TEMPLATES[template], False
+            after = [i for mark in (form["user"][1], form["assistant"][0]) for i in enc.encode(mark, True).tolist()]
+            before = encode_prompt(enc, prompt(""), template)
+            before = before[:len(before) - len(after)]
+        return {"chat": {"template": getattr(template, "name", template), "before": before, "after": after,
+                         "strips": strips, "end": end_of_answer(enc, template)}}
+    except UserError:
+        return {}
+
+
+MESSAGES = ("Hi", " \n Two  lines,\n\n'quoted' \"text\", <b>&amp;</b> {{ x }} {% y %} é\\n \t\n")  # probes
 
 
 def end_of_prompt(enc: Tokenizer, template: "str | OwnTemplate", messages: list[dict]) -> str:

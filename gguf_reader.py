@@ -636,6 +636,8 @@ def architecture_of(config: GPTConfig) -> tuple[str, GPTConfig]:
     UserError names a setting that the architecture does not have."""
     scaled = (config.embed_scale, config.residual_scale, config.logit_scale) != (1, 1, 1)
     boosted = config.rope_scaling == "yarn" and config.rope_factor != 1
+    if config.mlp == "swiglu_clip":
+        raise UserError("GGUF's gpt-oss is not known here: write a Hugging Face folder, by hf_reader.py")
     if config.pos == "learned":
         name = "gpt2"
     elif config.mlp == "geglu":

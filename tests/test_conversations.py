@@ -14,6 +14,7 @@ from config import UserError
 from conversations import (
     TEMPLATES,
     OwnTemplate,
+    chat_entry,
     encode,
     encode_prompt,
     end_of_answer,
@@ -224,6 +225,40 @@ def test_own_template_around_a_question(style):
     before, _, after = whole.partition("Xyz")
     assert enc.decode(start).rstrip() == before.rstrip() and after.strip().startswith(mark) and mark.strip() == mark
     assert mark in {**enc.special}
+
+
+def of_page(enc: Tokenizer, chat: dict, message: str) -> list[int]:
+    """The ids that the page makes of a message by the header's entry, as promptOf() of webgpu/gpt.js."""
+    before, after = chat["before"], chat["after"]
+    if isinstance(before, list):
+        return [*before, *enc.encode(message).tolist(), *after]
+    return enc.encode(before + (message.strip() if chat["strips"] else message) + after, special=True).tolist()
+
+
+QUESTIONS = ["Hi", "What is 12 * 3?", " two blanks ", "\nlines\n\nof text\n", "é 中文 🙂", "{{ x }} {% y %}",
+             "<b>&amp;</b>", "\"quotes\" and 'more'", "<|im_end|> of <s> a </s> kind", "\u3000wide\x1c"]
+
+
+@pytest.mark.parametrize("style, named", [*((style, False) for style in STYLES),
+                                          *((name, True) for name in TEMPLATES)])
+def test_chat_entry(style, named):
+    """The page's prompt has the ids of encode_prompt(), for ten messages; and a template that moves, repeats, changes
+    or refuses the message has no entry."""
+    enc, template = (with_specials(*SPECIALS[style]), style) if named else own(style)
+    chat = chat_entry(enc, template).get("chat")
+    assert chat and chat["template"] == (style if named else "own")
+    assert chat["end"] == end_of_answer(enc, template)
+    for question in QUESTIONS:
+        message = {"role": "user", "content": question}
+        assert of_page(enc, chat, question) == encode_prompt(enc, [message], template), question
+
+
+def test_no_chat_entry():
+    for text in ("{{ messages[0].content }}{{ messages[0].content }}", "{{ messages[0].content | upper }}", "Hello",
+                 "{{ messages[0].content | tojson }}", "{{ raise_exception('no') }}", "{{ messages[0].content[:3] }}"):
+        assert chat_entry(BYTES, OwnTemplate(text, {})) == {}, text
+    assert chat_entry(BYTES, "none") == {}
+    assert chat_entry(BYTES, OwnTemplate("<{{ messages[0].content | trim }}>", {}))["chat"]["strips"] is True
 
 
 def test_answers_in_another_normal_form():

@@ -115,8 +115,8 @@ def test_matmul(kernel, turned_x, turned_w, bits, accumulate, with_bias):
 
 @pytest.mark.parametrize("turned_x, turned_w", [(0, 0), (0, 1), (1, 1)])
 def test_matmul_whole(turned_x, turned_w):
-    """Without checks of bounds, where all tiles are full, the numbers are equal; so are they where x, not transposed, ends
-    amid a block of rows."""
+    """Without checks of bounds, where all tiles are full, the numbers are equal; so are they where x, not transposed,
+    ends amid a block of rows."""
     more = [] if turned_x else [("matmul", (13, 36, 20)), ("matmul", (1, 8, 4))]
     for side, sizes in [("matmul", (12, 36, 20)), (64, (64, 128, 48)), (128, (128, 128, 32)), *more]:
         M, N, K = sizes

@@ -192,7 +192,7 @@ def test_a_model_of_conversations(page, files):
     page.set_input_files("#open", files / "chat.safetensors")
     says(page, "card-name", "chat.safetensors")
     card = page.inner_text("#card")
-    assert "2,048 of its 5,000 tokens" in card and "without their template: python sample.py" in card
+    assert "2,048 of its 5,000 tokens" in card and "a form without Jinja: python sample.py applies it" in card
     page.wait_for_selector("#sheet .end", timeout=LONG)
     says(page, "write", "Write")
     page.fill("#prompt", "")
@@ -271,8 +271,8 @@ def test_wrong_fields(opened):
 
 
 def test_stop(page, files):
-    """A figure that takes long shows the time that is left and the layers that are done, and a button stops it; then the
-    model that is opened next has its own figure."""
+    """A figure that takes long shows the time that is left and the layers that are done, and a button stops it; then
+    the model that is opened next has its own figure."""
     begin(page, files)
     js(page, """async () => {
         const { GPT } = await import("/gpt.js"), { once } = GPT.prototype;
@@ -284,7 +284,8 @@ def test_stop(page, files):
     }""")
     page.fill("#look-prompt", "abcd")
     js(page, "() => { document.getElementById('recipient').value = 'abxd'; }")
-    for name, parts, cells in ("ablation", "10 parts are switched off in turn", 2 * 5), ("patching", "10 states", 2 * 5):
+    for name, parts, cells in (("ablation", "10 parts are switched off in turn", 2 * 5),
+                               ("patching", "10 states", 2 * 5)):
         page.click(f"#tab-{name}")
         says(page, name, f"{parts}.*: about \\d+ (s|min) left")
         page.wait_for_selector(f"#{name} td:not(:empty)", timeout=LONG)  # the last layer is done

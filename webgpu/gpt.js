@@ -178,7 +178,8 @@ export class GPT {
   constructor(gpu, config, weights, { meta, made = [], blob = null, whole_context = config.block_size }) {
     Object.assign(this, { gpu, config, weights, meta, made, blob, whole_context });
     this.enc = meta.tokenizer ? new Tokenizer(meta.tokenizer) : null;
-    this.ends = new Set([this.enc?.eot, ...(Array.isArray(meta.ends) ? meta.ends : [])]);  // tokens after which a text is over
+    this.chat = this.enc && meta.chat?.template && meta.chat.template === meta.template ? meta.chat : null;  // see promptOf()
+    this.ends = new Set([this.enc?.eot, ...(Array.isArray(meta.ends) ? meta.ends : []), this.chat?.end]);  // after these a text is over
     this.n_vocab = Math.min(this.enc?.n_vocab ?? config.vocab_size, config.vocab_size);  // ids from here on are padding
     this.bytes = made.reduce((sum, buffer) => sum + buffer.size, 0);
     this.n_parameters = [...parametersOf(config).values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
@@ -366,6 +367,16 @@ export class GPT {
     this.scaled(plan, logits, this.config.logit_scale, R * V);
     if (softcap) plan.add("softcap", {}, [R * V, softcap], [logits], this.gpu.threads(R * V));
     return logits;
+  }
+
+  /** The ids by which a model that was trained on conversations is asked to answer a message: see chat_entry in
+   *  conversations.py. */
+  promptOf(message) {
+    const { before, after, strips } = this.chat;
+    if (!message.trim()) throw new UserError("There is nothing to answer: type a message.");
+    if (Array.isArray(before)) return [...before, ...this.enc.encode(message), ...after];
+    const text = strips ? message.replace(/^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu, "") : message;
+    return [...this.enc.encode(before + text + after, true)];
   }
 
   checkPrompt(ids) {

@@ -16,7 +16,7 @@ export function showCard(model) {
     ["Layers", layers(model.config)],
     ["Design", design(model.config)],
     ["Reads", reads(model)],
-    ["Chat", chat(model.meta)],
+    ["Chat", chat(model)],
     ["Loss", loss(model.meta)],
     ["Made by", [model.meta.script, model.meta.step && `update ${count(model.meta.step)}`].filter(Boolean).join(", ")],
   ].filter(([, value]) => value);
@@ -44,9 +44,10 @@ function reads({ config, enc, whole_context }) {
 }
 
 /** A model that was tuned on conversations has a template for them. */
-function chat({ template, chat_template }) {
-  return template || chat_template ? "It was trained on conversations. The page continues the prompt as a plain text, " +
-    "without their template: python sample.py applies it." : "";
+function chat({ chat, meta: { template, chat_template } }) {
+  if (chat) return `It was trained on conversations, and answers your prompt through its chat template (${template}).`;
+  return template || chat_template ? "It was trained on conversations. The page continues the prompt as a plain text, since " +
+    "this file does not hold its template in a form without Jinja: python sample.py applies it." : "";
 }
 
 function loss({ losses }) {

@@ -71,10 +71,11 @@ export function needModel() {
   return page.model;
 }
 
-/** The token ids of a text, after the token that begins a text, if the model has one, as in sample.py and patching.py. */
-export function idsOf(model, text) {
+/** The token ids of a text, after the token that begins a text, if the model has one, as in sample.py and patching.py; or,
+ *  asChat, of a message in the model's chat template. */
+export function idsOf(model, text, asChat = false) {
   if (!model.enc) throw new UserError("This checkpoint holds no tokenizer: it cannot read or write text.");
-  const ids = [...model.enc.start, ...model.enc.encode(text)];
+  const ids = asChat ? model.promptOf(text) : [...model.enc.start, ...model.enc.encode(text)];
   model.checkPrompt(ids);
   return ids;
 }

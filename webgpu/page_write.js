@@ -1,6 +1,6 @@
 // Writing: shows the text as it is generated, and for each token the candidates that the model gave a high probability.
 
-import { $, queueWith, attempt, count, during, heard, idsOf, make, needModel, numberOf } from "./page_common.js";
+import { $, queueWith, attempt, count, during, heard, idsOf, make, needModel, numberOf, onModel, page } from "./page_common.js";
 import { bars } from "./page_draw.js";
 
 // The sheet holds the prompt, its ids and its text, and for each token after it {id, top, forced, node}. enc: the tokenizer of the model
@@ -30,20 +30,30 @@ export async function stopWriting() {
 export async function beginText({ byItself = false } = {}) {
   await attempt("write-wrong", async () => {
     const model = needModel(), options = settings();
-    let text = $("prompt").value, ids;
+    let text = $("prompt").value, asChat = isChat(model), ids;
     try {
-      ids = idsOf(model, text);
+      ids = idsOf(model, text, asChat);
     } catch (error) {
       if (!byItself || !model.enc) throw error;
-      [text, ids] = ["", [model.enc.bos ?? model.enc.eot]];
+      [text, asChat, ids] = ["", false, [model.enc.bos ?? model.enc.eot]];
     }
     await stopWriting();
     Object.assign(sheet, { prompt: ids, text, written: [], enc: model.enc, model, at: null });
-    $("sheet").replaceChildren(make("span", { class: "yours" }, text));
+    $("sheet").replaceChildren(make("span", { class: asChat ? "yours message" : "yours" }, text));
     restream();
     await goOn(options);
   });
   tellBegun();
+}
+
+/** Whether the prompt is a message for the model's chat template. */
+const isChat = (model) => Boolean(model.chat) && $("form").value === "chat";
+
+/** Show the choice of the prompt's form for a model that has a chat template. */
+function showForm() {
+  const { model } = page;
+  $("form").hidden = !model?.chat;
+  $("prompt-label").textContent = model && isChat(model) ? "Message" : "Prompt";
 }
 
 /** Cut the text before its i-th token, put another token there, and go on. */
@@ -210,6 +220,8 @@ export function setUpWriting() {
     event.preventDefault();
     beginText();
   });
+  $("form").addEventListener("change", showForm);
+  onModel(showForm);
   const mark = () => $("sheet").classList.toggle("marked", $("mark").checked);
   $("mark").addEventListener("change", mark);
   mark();

@@ -24,10 +24,13 @@ export class Tokenizer {
       if (!this.pieces[id].length || Object.hasOwn(dict.special, text)) this.pieces[id] = new TextEncoder().encode(text);
     }
     const encoder = { byte: byteEncoder, char: charEncoder, bpe: bpeEncoder, hf: hfEncoder }[dict.kind](tokens, dict);
-    /** Token ids of a text, a Uint32Array. The text of a special token is encoded like any other text; that of an added
-     *  token, which is not special, is that token. */
-    this.encode = dict.kind === "hf" || !Object.keys(dict.added ?? {}).length ? encoder :
-      (text) => Uint32Array.from(splitAt(dict.added, dict.special, text).flatMap(({ id, part }) => id ?? [...encoder(part)]));
+    /** Token ids of a text, a Uint32Array. The text of a special token is encoded like any other text, unless `special`, as for
+     *  a chat template; that of an added token, which is not special, is that token. */
+    this.encode = dict.kind === "hf" ? encoder : (text, special = false) => {
+      const found = special ? { ...dict.special, ...dict.added } : dict.added ?? {};
+      if (!Object.keys(found).length) return encoder(text);
+      return Uint32Array.from(splitAt(found, dict.special, text).flatMap(({ id, part }) => id ?? [...encoder(part)]));
+    };
   }
 
   /** The text of token ids. Bytes that are not UTF-8 become U+FFFD. An id beyond the vocabulary is padding, without text. */
@@ -111,17 +114,21 @@ function escaped(text) {
 }
 
 /** The parts of a text, each {id} of an added token or {part}: the text between. At each place the longest name counts;
- *  names of special tokens are text, but an added token's name inside one is not found. */
-function splitAt(added, special, text) {
+ *  names of special tokens that are not in `added` are text, but an added token's name inside one is not found. blanks:
+ *  {name: {lstrip, rstrip}} of tokens that take the blanks before or after them with them. */
+function splitAt(added, special, text, blanks = {}) {
   const names = Object.keys({ ...special, ...added }).filter(Boolean).sort((a, b) => b.length - a.length);
   if (!names.length) return [{ part: text }];
   const parts = [];
   let start = 0;
   for (const { 0: name, index } of text.matchAll(new RegExp(names.map(quoted).join("|"), "gu"))) {
-    if (!Object.hasOwn(added, name)) continue;
-    if (index > start) parts.push({ part: text.slice(start, index) });
+    if (!Object.hasOwn(added, name) || index < start) continue;
+    let before = text.slice(start, index);
+    if (blanks[name]?.lstrip) before = before.replace(/\p{White_Space}+$/u, "");
+    if (before) parts.push({ part: before });
     parts.push({ id: added[name] });
     start = index + name.length;
+    if (blanks[name]?.rstrip) start += text.slice(start).match(/^\p{White_Space}*/u)[0].length;
   }
   if (start < text.length) parts.push({ part: text.slice(start) });
   return parts;
@@ -281,10 +288,10 @@ const refuse = (what) => new UserError(`This checkpoint's tokenizer has ${what},
 
 function hfEncoder(_, { source }) {
   let encode; // made only for the first text: without it, the page can still decode
-  return (text) => {
+  return (text, special = false) => {
     return unlessTooLong(() => {
       encode ??= sourceEncoder(source ?? "");
-      return encode(text.toWellFormed());
+      return encode(text.toWellFormed(), special);
     });
   };
 }
@@ -303,15 +310,16 @@ function sourceEncoder(source) {
   if (odd) throw refuse(`the token ${odd.content} that takes blanks with it`);
   // As the tokenizers package does: names are found in the text, and others in what the normalizer has made of the rest.
   const found = (list, normalized) => list.filter((token) => Boolean(token.normalized) === normalized);
+  const blanks = Object.fromEntries(all.map((token) => [token.content, token]));
   const [first, second] = [false, true].map((normalized) => [false, true].map((special) =>
     named(found(all, normalized).filter((token) => Boolean(token.special) === special), normalized ? normalize : undefined)));
-  return (text) => {
-    const ids = [];
+  return (text, special) => {
+    const ids = [], names = ([added, other]) => special ? [{ ...added, ...other }, {}] : [added, other];
     let place = 0;
-    for (const { id, part } of splitAt(...first, text)) {
+    for (const { id, part } of splitAt(...names(first), text, blanks)) {
       if (id !== undefined) ids.push(id);
       else {
-        for (const { id, part: inside } of splitAt(...second, normalize(part))) {
+        for (const { id, part: inside } of splitAt(...names(second), normalize(part), blanks)) {
           if (id !== undefined) ids.push(id);
           else for (const word of split([inside], place === 0)) for (const token of encodePart(word)) ids.push(token);
           place = 1;

@@ -246,7 +246,7 @@ export class Trainer {
       entering(`${path}.attn`, entered, d_h);
     }
     const embed = this.gradient("embed.weight");
-    if (!config.tie) plan.add("ablate", {}, [config.vocab_size, C, 0, C], [gpu.none, embed], gpu.threads(C));  // set to 0, as a batch has gradients only for its own ids
+    if (!config.tie) plan.add("ablate", {}, [0, config.vocab_size, C, 0, C], [gpu.none, embed], gpu.threads(C));  // set to 0, as a batch has gradients only for its own ids
     if (config.pos === "learned") {
       const rows = Array.from({ length: R }, (_, i) => (i % B) * T + Math.floor(i / B));  // the rows of position 0, then of position 1, ...
       const lists = plan.scratch(Uint32Array.from([T, ...Array.from({ length: T }, (_, t) => t), ...Array.from({ length: T + 1 }, (_, t) => t * B), ...rows]));
