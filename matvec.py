@@ -40,6 +40,8 @@ def address(array: mx.array | np.ndarray) -> int:
 def _compiled(folder: str) -> str:
     """Compile the last of the sources, which includes the others, into a folder, unless it is there. The name tells the
     sources, the options and the processor."""
+    if not SOURCES:
+        raise OSError("no sources")
     facts = " ".join(OPTIONS).encode()
     for source in SOURCES:
         with open(source, "rb") as file:

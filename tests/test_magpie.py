@@ -94,6 +94,14 @@ SMALL = "--batch_size=4", "--max_similarity=1"
 
 
 @pytest.fixture(scope="module")
+def longer(tuned, tmp_path_factory):
+    """The file of a run with more batches: one that is to be stopped several times."""
+    out = tmp_path_factory.mktemp("longer") / "made.jsonl"
+    magpie(tuned, out, "--n=40", *SMALL)
+    return out
+
+
+@pytest.fixture(scope="module")
 def whole(tuned, tmp_path_factory):
     """The file of a run without a stop, which has several batches."""
     out = tmp_path_factory.mktemp("whole") / "made.jsonl"
@@ -131,11 +139,11 @@ def test_resume_never_shortens(tuned, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_killed_and_resumed(tuned, whole, tmp_path, number):
+def test_killed_and_resumed(tuned, longer, tmp_path, number):
     """Again and again, wherever it is: lines stay whole, and in the end the file is that of one run."""
     part, kills, rng = tmp_path / "made.jsonl", 0, random.Random(0)
-    command = [sys.executable, ROOT / "magpie.py", tuned, f"--out={part}", *USUAL, *SMALL, "--n=20", "--resume=True"]
-    while not part.exists() or part.read_bytes() != whole.read_bytes():
+    command = [sys.executable, ROOT / "magpie.py", tuned, f"--out={part}", *USUAL, *SMALL, "--n=40", "--resume=True"]
+    while not part.exists() or part.read_bytes() != longer.read_bytes():
         size = part.stat().st_size if part.exists() else 0
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while process.poll() is None and (part.stat().st_size if part.exists() else 0) == size:
@@ -152,7 +160,7 @@ def test_killed_and_resumed(tuned, whole, tmp_path, number):
         if process.returncode == 130:
             found = part.read_bytes()
             assert found.endswith(b"\n") and f"{part} holds {found.count(b'messages')} conversations; --resume" in told
-        assert whole.read_bytes().startswith(part.read_bytes() if part.exists() else b"")
+        assert longer.read_bytes().startswith(part.read_bytes() if part.exists() else b"")
     assert kills > 2
 
 
