@@ -13,6 +13,7 @@ from conftest import ROOT, run
 from mlx.utils import tree_map
 
 import tuned_lens
+from conversations import OwnTemplate, chat_entry
 from lora import base_fingerprint
 from model import GPT, GPTConfig, load_checkpoint, save_arrays, save_checkpoint
 from tokenizer import char_tokenizer
@@ -37,6 +38,9 @@ def files(tmp_path_factory):
     chat = {"tokenizer": meta["tokenizer"] | {"bos": None}, "template": "own", "chat_template": "{{ messages }}",
             "ends": [*range(20), 95], "script": "gguf_reader.py"}
     save_checkpoint(str(folder / "chat.safetensors"), GPT(GPTConfig(**TINY | {"block_size": 5000}), seed=1), chat)
+    template = "{{ '<s>' }}{% for message in messages %}{{ message.content | trim }}{% endfor %}?"
+    asked = {**chat, "chat_template": template, **chat_entry(char_tokenizer(printable), OwnTemplate(template, {}))}
+    save_checkpoint(str(folder / "asked.safetensors"), model, asked | {"ends": [*range(3)]})
     (folder / "picture.png").write_bytes((ROOT / "docs" / "loss.png").read_bytes()[:5000])
     (folder / "model.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
     (folder / "short.txt").write_text("ten letter")
@@ -268,6 +272,45 @@ def test_wrong_fields(opened):
     assert opened.locator("#patching td").count() == 4 and opened.inner_text("#look-wrong") == ""
     opened.click("#tab-lens")
     write(opened, 5)
+
+
+def test_chat(opened, files):
+    """A model with a chat template gets the prompt as a message, or as a plain text where that is chosen; others have
+    no choice."""
+    prompt = """async () => (await import("/page_common.js")).page.model.enc.decode((await import("/page_common.js")).idsOf(
+        (await import("/page_common.js")).page.model, " Hi ", true))"""
+    assert not opened.is_visible("#form") and opened.inner_text("#prompt-label") == "Prompt"
+    opened.set_input_files("#open", files / "asked.safetensors")
+    says(opened, "card-name", "asked.safetensors")
+    assert "answers your prompt through its own chat template" in opened.inner_text("#card")
+    assert opened.is_visible("#form") and opened.inner_text("#prompt-label") == "Message"
+    assert js(opened, prompt) == "<s>Hi?"
+    read = """async () => {
+        const { GPT } = await import("/gpt.js"), { generate } = GPT.prototype;
+        GPT.prototype.generate = function (ids, ...more) {
+            window.read = this.enc.decode(ids);
+            return generate.call(this, ids, ...more);
+        };
+    }"""
+    js(opened, read)
+    for form, text in (("chat", "<s>Hi?"), ("text", " Hi ")):
+        opened.select_option("#form", form)
+        assert opened.inner_text("#prompt-label") == {"chat": "Message", "text": "Prompt"}[form]
+        opened.fill("#prompt", " Hi ")
+        says(opened, "write", "Write")
+        opened.click("#write")
+        opened.wait_for_function("(text) => window.read === text", arg=text, timeout=LONG)
+        assert opened.locator("#sheet .message").count() == (form == "chat")
+    says(opened, "write", "Write")
+    opened.select_option("#form", "chat")
+    opened.fill("#prompt", " ")
+    opened.click("#write")
+    says(opened, "write-wrong", "type a message")
+    opened.fill("#prompt", "class")
+    fits(opened)
+    opened.set_input_files("#open", files / "tiny.safetensors")
+    says(opened, "card-name", "tiny.safetensors")
+    assert not opened.is_visible("#form")
 
 
 def test_stop(page, files):

@@ -76,10 +76,10 @@ PATTERNS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
              r"|\s+(?!\S)|\s+",
 }
-ENCODE = """async (dict, texts) => {
+ENCODE = """async (dict, texts, special = false) => {
   const { Tokenizer } = await import("/tokenizer.js");
   const enc = new Tokenizer(dict);
-  return texts.map((text) => [...enc.encode(text)]);
+  return texts.map((text) => [...enc.encode(text, special)]);
 }"""
 REFUSED = """async (dicts, text) => {
   const { UserError } = await import("/errors.js");
@@ -111,9 +111,9 @@ def bytes_alone(pattern: str) -> Tokenizer:
     return Tokenizer("bpe", [bytes([i]) for i in range(256)], {EOT: 256}, pattern)
 
 
-def assert_encodes_alike(page, enc: Tokenizer, texts: list[str]):
-    for text, ids in zip(texts, js(page, ENCODE, enc.to_dict(), texts), strict=True):
-        assert ids == enc.encode(text).tolist(), ascii(text)
+def assert_encodes_alike(page, enc: Tokenizer, texts: list[str], special: bool = False):
+    for text, ids in zip(texts, js(page, ENCODE, enc.to_dict(), texts, special), strict=True):
+        assert ids == enc.encode(text, special).tolist(), ascii(text)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -389,6 +389,20 @@ def test_hf_encodes_as_the_tokenizers_package(page, name, model):
     assert len(set(ids)) > 100 and set(enc.added.values()) & set(ids) and not set(enc.special.values()) & set(ids)
 
 
+@pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+@pytest.mark.parametrize("name", SOURCES)
+def test_special_tokens_of_hf(page, name, flags):
+    """In a chat template, names of special tokens are these tokens, which may take the blanks around them."""
+    source = json.loads(source_of(name))
+    for token in source["added_tokens"]:
+        token.update(flags if token["special"] else {})
+    enc = of_source(json.dumps(source))
+    names = [*enc.special, *enc.added]
+    texts = [f"{a}user\n Hi{b} \n\t {c}a {a}" for a in names for b in names for c in names] + NAMED + TEXTS
+    assert_encodes_alike(page, enc, texts, special=True)
+    assert {*enc.special.values()} <= {i for text in texts for i in enc.encode(text, True).tolist()}
+
+
 @pytest.mark.parametrize("change, says", [
     (dict(normalizer={"type": "NFKC"}), "the normalizer NFKC"),
     (dict(normalizer=TO_BLANKS | {"pattern": {"Regex": "a+"}}), "a regex in its normalizer"),
@@ -417,6 +431,7 @@ def test_added_tokens_of_bpe(page):
         for normalizer in ("", "NFC"):
             enc = Tokenizer("bpe", tokens, {EOT: 1000, "<|im_end|>": 1001}, pattern, None, 1001, "", added, normalizer)
             assert_encodes_alike(page, enc, texts)
+            assert_encodes_alike(page, enc, [*texts, f"a{EOT}<think>b<|im_end|> c<|im_end|>"], special=True)
             assert js(page, DECODE, enc.to_dict(), [[1002, 65]])["bos"] is None
 
 

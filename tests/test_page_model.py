@@ -17,10 +17,12 @@ from browser import js
 from conftest import ROOT, run
 from mlx.utils import tree_flatten, tree_map
 from test_awq_reader import folder_of
+from test_conversations import QUESTIONS
 
 import attention_maps
 import patching
 import tuned_lens
+from conversations import encode_prompt, template_of
 from lora import base_fingerprint
 from model import GPT, GPTConfig, generate, load_checkpoint, save_arrays, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes
@@ -189,7 +191,8 @@ def small_smollm2(path):
     writer.add_eos_token_id(2)
     writer.add_bos_token_id(1)
     writer.add_add_bos_token(False)
-    writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    writer.add_chat_template("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+                             " + '<|im_end|>' + '\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}")
     C, F, kind = 96, 256, gguf.GGMLQuantizationType
     shapes = {"token_embd": (len(named + made), C)}
     for layer in range(2):
@@ -210,8 +213,8 @@ def small_smollm2(path):
 
 
 def test_a_file_like_smollm2(opened, server, tmp_path):
-    """From a GGUF file to the page: ids, logits and greedy text as in Python; every panel gives numbers; the page takes
-    a part of the context."""
+    """From a GGUF file to the page: ids, logits and greedy text as in Python; a message in the chat template as in
+    sample.py; every panel gives numbers; the page takes a part of the context."""
     path = server.folder / "smollm2.safetensors"
     small_smollm2(tmp_path / "small.gguf")
     run("gguf_reader.py", tmp_path / "small.gguf", path)
@@ -232,8 +235,12 @@ def test_a_file_like_smollm2(opened, server, tmp_path):
         const maps = await attention(model, new Array(1500).fill(5)).catch((error) => error.message);
         model.config.n_layer = 2, model.config.n_head = 3;
         const { config: { block_size }, whole_context, ends } = model;
-        return { ids, text, logits: Array.from(await model.logits(ids)), panels, long, maps, block_size, whole_context,
-                 ends: [...ends] };""", prompt, parameters="prompt")
+        const asked = questions.map((question) => model.promptOf(question));
+        return { ids, asked, text, logits: Array.from(await model.logits(ids)), panels, long, maps, block_size, whole_context,
+                 ends: [...ends] };""", prompt, QUESTIONS, parameters="prompt, questions")
+    template = template_of(meta, enc)
+    assert found["asked"] == [encode_prompt(enc, [{"role": "user", "content": question}], template)
+                              for question in QUESTIONS]
     assert found["ids"] == ids and sorted(found["ends"]) == sorted(meta["ends"]) == [0, 2]
     model.set_dtype(mx.float32)
     expected = np.array(model(mx.array([ids]))[0])

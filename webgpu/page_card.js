@@ -45,7 +45,7 @@ function reads({ config, enc, whole_context }) {
 
 /** A model that was tuned on conversations has a template for them. */
 function chat({ chat, meta: { template, chat_template } }) {
-  if (chat) return `It was trained on conversations, and answers your prompt through its chat template (${template}).`;
+  if (chat) return `It was trained on conversations, and answers your prompt through ${template === "own" ? "its own chat template" : `the chat template ${template}`}.`;
   return template || chat_template ? "It was trained on conversations. The page continues the prompt as a plain text, since " +
     "this file does not hold its template in a form without Jinja: python sample.py applies it." : "";
 }
