@@ -277,8 +277,10 @@ def test_wrong_fields(opened):
 def test_chat(opened, files):
     """A model with a chat template gets the prompt as a message, or as a plain text where that is chosen; others have
     no choice."""
-    prompt = """async () => (await import("/page_common.js")).page.model.enc.decode((await import("/page_common.js")).idsOf(
-        (await import("/page_common.js")).page.model, " Hi ", true))"""
+    prompt = """async () => {
+        const { model } = (await import("/page_common.js")).page;
+        return model.enc.decode(model.promptOf(" Hi "));
+    }"""
     assert not opened.is_visible("#form") and opened.inner_text("#prompt-label") == "Prompt"
     opened.set_input_files("#open", files / "asked.safetensors")
     says(opened, "card-name", "asked.safetensors")

@@ -191,8 +191,8 @@ def small_smollm2(path):
     writer.add_eos_token_id(2)
     writer.add_bos_token_id(1)
     writer.add_add_bos_token(False)
-    writer.add_chat_template("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
-                             " + '<|im_end|>' + '\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}")
+    writer.add_chat_template("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
+                             "+ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}")
     C, F, kind = 96, 256, gguf.GGMLQuantizationType
     shapes = {"token_embd": (len(named + made), C)}
     for layer in range(2):
@@ -236,8 +236,8 @@ def test_a_file_like_smollm2(opened, server, tmp_path):
         model.config.n_layer = 2, model.config.n_head = 3;
         const { config: { block_size }, whole_context, ends } = model;
         const asked = questions.map((question) => model.promptOf(question));
-        return { ids, asked, text, logits: Array.from(await model.logits(ids)), panels, long, maps, block_size, whole_context,
-                 ends: [...ends] };""", prompt, QUESTIONS, parameters="prompt, questions")
+        return { ids, asked, text, logits: Array.from(await model.logits(ids)), panels, long, maps, block_size,
+                 whole_context, ends: [...ends] };""", prompt, QUESTIONS, parameters="prompt, questions")
     template = template_of(meta, enc)
     assert found["asked"] == [encode_prompt(enc, [{"role": "user", "content": question}], template)
                               for question in QUESTIONS]

@@ -115,14 +115,15 @@ function escaped(text) {
 
 /** The parts of a text, each {id} of an added token or {part}: the text between. At each place the longest name counts;
  *  names of special tokens that are not in `added` are text, but an added token's name inside one is not found. blanks:
- *  {name: {lstrip, rstrip}} of tokens that take the blanks before or after them with them. */
+ *  {name: {lstrip, rstrip}} of tokens that take the blanks before or after them with them; a name that begins in blanks that
+ *  were taken counts too, as in the tokenizers package. */
 function splitAt(added, special, text, blanks = {}) {
   const names = Object.keys({ ...special, ...added }).filter(Boolean).sort((a, b) => b.length - a.length);
   if (!names.length) return [{ part: text }];
   const parts = [];
   let start = 0;
   for (const { 0: name, index } of text.matchAll(new RegExp(names.map(quoted).join("|"), "gu"))) {
-    if (!Object.hasOwn(added, name) || index < start) continue;
+    if (!Object.hasOwn(added, name)) continue;
     let before = text.slice(start, index);
     if (blanks[name]?.lstrip) before = before.replace(/\p{White_Space}+$/u, "");
     if (before) parts.push({ part: before });
