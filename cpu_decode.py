@@ -56,9 +56,10 @@ class Plan:
     def __init__(self, model: nn.Module):
         """UserError where the model is one that cpu_decode.c does not know."""
         import model as plain  # not above: it imports this file
-        config, self.arrays = model.config, []
+        config, self.arrays, rotary = model.config, [], 0
         plain.check_known(config, KNOWN, "cpu_decode.py")
-        self.rotary = 0
+        if config.mlp not in ACTIVATIONS:
+            raise UserError(f"mlp={config.mlp}")
         self.blocks = (Block * config.n_layer)()
         for given, block in zip(self.blocks, model.blocks, strict=True):
             attn, mlp = block.attn, block.mlp
@@ -73,14 +74,14 @@ class Plan:
                 if name in owner:
                     setattr(given, name, self.linear(owner[name], (plain.Linear, nn.QuantizedLinear)))
             if "_inverse" in attn:
-                self.rotary, given.inverse = 2 * attn._inverse.size, self.address(attn._inverse)
+                rotary, given.inverse = 2 * attn._inverse.size, self.address(attn._inverse)
             given.window = config.sliding_window if plain.windowed(config, block.layer) else 0
         sizes = config.n_embd, config.head_dim, config.ffn_dim
         if any(size % 8 for size in sizes):
             raise UserError(f"widths {sizes} that are no multiples of 8")
         self.model = Model(
             width=config.n_embd, heads=config.n_head, kv_heads=config.n_kv_head, head_dim=config.head_dim,
-            hidden=config.ffn_dim, rotary=self.rotary, blocks=config.n_layer, layer_norm=config.norm == "layer",
+            hidden=config.ffn_dim, rotary=rotary, blocks=config.n_layer, layer_norm=config.norm == "layer",
             parallel=config.parallel, qk_norm_width=config.qk_norm_width, activation=ACTIVATIONS.index(config.mlp),
             norm_eps=config.norm_eps, attn_scale=config.attn_scale or config.head_dim ** -0.5,
             attn_softcap=config.attn_softcap, residual_scale=config.residual_scale)
@@ -124,7 +125,7 @@ PLANS = weakref.WeakKeyDictionary()  # of caches: a plan, or None where cpu_deco
 
 
 def plan_of(model: nn.Module, cache) -> Plan | None:
-    """The plan for a cache and its model, made once."""
+    """The plan for a cache and its model, made once: a cache goes with the weights that it was first used with."""
     if cache not in PLANS:
         try:
             known = hasattr(matvec.library(), "decode") and cache.room is mx.zeros  # no decode: cpu_decode.c is missing

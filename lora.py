@@ -264,8 +264,9 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
     through its header. adapters: more of them, each PATH or PATH:WEIGHT. Adapters with an equal base add up. Before an
     adapter that was trained on a model with adapters, these are merged.
 
-    meta is the checkpoint's, with "template" of the last adapter that names one, "files", all paths that were read, and
-    if there are adapters "fingerprint", which identifies this model as the base of another adapter."""
+    meta is the checkpoint's, with "template" and "chat" of the last adapter that names a template, "files", all paths
+    that were read, and if there are adapters "fingerprint", which identifies this model as the base of another
+    adapter."""
     checkpoint, chain = chain_of(path)
     n_found = len(chain)
     chain += [path_and_weight(adapter) for adapter in adapters]
@@ -285,7 +286,8 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
             base = fingerprint
         add_adapter(model, path, modules, own, weight)
         fingerprint = adapted_fingerprint(fingerprint, modules, own, weight)
-        meta["template"] = own.get("template") or meta.get("template")
+        if own.get("template") not in (None, meta.get("template")):
+            meta |= {"template": own["template"], "chat": own.get("chat")}  # the base's "chat" is of another template
     if chain:
         meta["fingerprint"] = fingerprint
     return model, meta

@@ -11,13 +11,14 @@ import pytest
 from conftest import ROOT
 from mlx.utils import tree_map
 from test_cpu import near
+from test_matvec import needs_a_compiler
 
 import cpu_decode
 import matvec
 import model as core
 from model import GPT, GPTConfig, KVCache, generate
 
-pytestmark = pytest.mark.skipif(matvec.library() is None, reason="no C compiler, or not Linux")
+pytestmark = needs_a_compiler
 
 SETTINGS = {
     "default": {},
@@ -43,6 +44,7 @@ NOT_KNOWN = {
     "alibi": dict(alibi=True), "sinks": dict(sliding_window=8, sinks=2), "diff": dict(diff_attn=True),
     "experts": dict(n_expert=4, ffn_dim=32), "mod": dict(mod="topk", mod_every=2), "yoco": dict(yoco=True, n_layer=4),
     "value residual": dict(value_residual=True), "value embeddings": dict(value_embeds=True),
+    "sink logits": dict(sink_logits=True), "clipped SwiGLU": dict(mlp="swiglu_clip"),
     "widths": dict(n_embd=60, head_dim=12),
 }
 

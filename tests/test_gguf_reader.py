@@ -413,6 +413,13 @@ def test_phi2_has_one_norm(tmp_path):
         run_here("gguf_reader.py", tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}")
 
 
+def test_gpt_oss_is_refused(tmp_path):
+    model = GPT(GPTConfig(**USUAL, mlp="swiglu_clip", sink_logits=True, bias=True))
+    save_checkpoint(str(tmp_path / "a.safetensors"), model, {})
+    with pytest.raises(UserError, match="^GGUF's gpt-oss is not known here: write a Hugging Face folder"):
+        run_here("gguf_reader.py", tmp_path / "a.safetensors", f"--export={tmp_path / 'b.gguf'}")
+
+
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
 def test_types_that_are_written(kind, tmp_path):
     """The package unpacks what its own quantizer would give. Embedding and unembedding have 8 bits beside 4 or 5."""

@@ -28,7 +28,8 @@ def files(tmp_path_factory):
     model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=64, norm="layer", pos="learned"),
                 seed=1)
     save_checkpoint(str(out / "base"), model, {"tokenizer": byte_tokenizer().to_dict(), "script": "train.py", "step": 9,
-                                               "losses": {"val": 3.0}, "template": "alpaca"})
+                                               "losses": {"val": 3.0}, "template": "alpaca",
+                                               "chat": {"template": "alpaca"}})
     for seed, kind in enumerate((*lora.KINDS, "chained")):
         bases = [str(out / "base"), *([f"{out / 'lora'}:0.5"] if kind == "chained" else [])]
         model, meta = load_adapted(bases[0], bases[1:])
@@ -36,7 +37,7 @@ def files(tmp_path_factory):
         attach(model, "attn", rank=3, alpha=5, kind="dora" if kind == "chained" else kind, seed=seed)
         for i, module in enumerate(module for module in model.modules() if isinstance(module, lora.Adapter)):
             module.b = 0.2 * mx.random.normal(module.b.shape, key=mx.random.key(10 * seed + i))
-        header = {} if kind == "lora" else {"template": "chatml"}
+        header = {} if kind == "lora" else {"template": "chatml", "chat": {"template": "chatml"}}
         save_adapter(str(out / kind), model, header, meta.get("fingerprint"), bases)
         if kind == "rslora":
             lora.save_peft(str(out / "peft"), model, {})
@@ -83,6 +84,7 @@ def test_equals_the_formulas(files, tmp_path, monkeypatch, given, formula):
     assert abs(losses[0] - load_checkpoint("base")[0].loss(IDX[:, :-1], IDX[:, 1:]).item()) > 1e-3
     assert meta["tokenizer"] == byte_tokenizer().to_dict() and meta["script"] == "merge.py"
     assert meta["template"] == ("alpaca" if formula == [("lora", 1)] or "peft" in str(given) else "chatml")
+    assert meta["chat"] == {"template": meta["template"]}
     assert not {"losses", "step", "fingerprint", "files"} & meta.keys() and meta["merged"][0] == "base"
     for line in done.stdout.splitlines()[1:-1]:
         path, rows, _, columns, change = line.split()
