@@ -682,7 +682,7 @@ def test_a_full_disk(tmp_path, name):
 
 def test_ctrl_c(tmp_path):
     """One line, and nothing new is left."""
-    (tmp_path / "long.txt").write_text("some words of text\n" * 300_000)
+    (tmp_path / "long.txt").write_text("some words of text\n" * 3_000_000)
     command = [sys.executable, ROOT / "data.py", "long.txt", "--vocab_size=257", "--out=out/deep"]
     for number in range(4):
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
