@@ -398,12 +398,12 @@ class Case:
     def params(self, *more) -> tuple:
         return (self.T, *more, self.H, self.KV, self.D, self.window, self.scale)
 
-    def attention(self) -> tuple[np.ndarray, np.ndarray]:
+    def attention(self, name="attention", size=4) -> tuple[np.ndarray, np.ndarray]:
         arrays = [np.array([self.first], np.uint32), self.slopes, self.q, self.k, self.v, zeros(*self.q.shape),
                   zeros(*self.q.shape[:2])]
-        groups = elements(self.T, 4), self.H, self.B
+        groups = elements(self.T, size), self.H, self.B
         params = (*self.params(self.room), self.config.attn_softcap)
-        return run("attention", {"WIDTH": self.D}, params, arrays, groups, [6, 7])
+        return run(name, {"WIDTH": self.D}, params, arrays, groups, [6, 7])
 
 
 @pytest.mark.parametrize("case", PREFILLS + CACHED, ids=str)
@@ -414,6 +414,39 @@ def test_attention(case):
     o, lse = case.attention()
     assert near(o, case.outputs(), 1e-5)
     assert near(lse, case.exact()[1])
+
+
+TILED = [case for case in PREFILLS + CACHED if case[4] % 4 == 0 and case[4] <= 128] + [
+    (2, 130, 4, 2, 64, 0, 0, 0), (1, 150, 2, 1, 128, 0, 70, 0), (1, 65, 2, 2, 68, 64, 0, 1), (1, 200, 2, 1, 40, 190, 33, 0)]
+
+
+@pytest.mark.parametrize("case", TILED, ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(attn_softcap=2.0, attn_scale=0.7)], ids=str)
+def test_attention_in_tiles(case, settings):
+    case = Case(*case, **settings)
+    o, lse = case.attention("attention_tiled", 64)
+    assert near(o, case.outputs(), 1e-5)
+    assert near(lse, case.exact()[1])
+
+
+def test_attention_in_tiles_of_large_scores():
+    case = Case(1, 70, 2, 1, 8, 0, 0, 0, scale=20)
+    o, lse = case.attention("attention_tiled", 64)
+    assert near(o, case.outputs(), 3e-5) and near(lse, case.exact()[1])
+
+
+ONE = [(1, 1, 4, 2, 16, 70, 0, 0), (1, 1, 2, 2, 4, 0, 0, 0), (1, 1, 2, 1, 12, 255, 0, 1), (1, 1, 6, 3, 64, 700, 0, 0),
+       (1, 1, 2, 1, 256, 513, 40, 0), (1, 1, 1, 1, 128, 256, 1, 0), (1, 1, 2, 2, 20, 300, 290, 1)]
+
+
+@pytest.mark.parametrize("case", ONE, ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(attn_softcap=2.0, attn_scale=0.7)], ids=str)
+def test_attention_of_one_query(case, settings):
+    """As attention.wgsl's, for one query: few keys and several times as many as there are threads."""
+    case = Case(*case, **settings)
+    arrays = [np.array([case.first], np.uint32), case.slopes, case.q, case.k, case.v, zeros(*case.q.shape)]
+    o, = run("attention_one", {}, (*case.params()[1:], case.config.attn_softcap), arrays, (case.H, 1), [6])
+    assert near(o, case.outputs(), 1e-5)
 
 
 @pytest.mark.parametrize("settings", [
@@ -551,7 +584,7 @@ def test_adamw(clip, scale):
 
 def test_top():
     """The five most probable tokens, of equal ones the first, without padding; log p, which includes padding."""
-    for R, V, n in ((1, 5, 5), (3, 70, 67), (6, 300, 300), (2, 64, 63), (1, 64, 3)):
+    for R, V, n in ((1, 5, 5), (3, 70, 67), (6, 300, 300), (2, 64, 63), (1, 64, 3), (2, 5003, 4990)):
         logits, targets, five = numbers(R, V, seed=V, scale=2), np.arange(R).astype(np.uint32) * 2, min(n, 5)
         logits[0, :n] = np.round(logits[0, :n])  # many equal logits
         logits[-1] += 200
@@ -676,6 +709,19 @@ def test_top_k_of_equals(monkeypatch):
     logits = np.array([1, 2, 0.5, 1, -1, 1, 0], np.float32)
     p = kept(monkeypatch, logits, 1.0, 2, 1.0, 0.0)
     assert (p > 0).sum() == 4 and as_often(draw(logits, 7, 100, top_k=2)[2], p)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(50, 1.0), (256, 0.3), (7, 0.9), (300, 0.5)])
+@pytest.mark.parametrize("equal", [False, True])
+def test_top_k_of_many(monkeypatch, top_k, top_p, equal):
+    """Of a large vocabulary: the few candidates that the threads' own best tokens leave; or, where too many tokens are
+    equal, all of them."""
+    logits = np.random.default_rng(3).normal(size=3010).astype(np.float32)
+    logits[:1500] = 4 if equal else np.sort(logits[:1500])  # the best tokens are neighbours
+    top_p = 1.0 if equal else top_p  # top_p keeps equal tokens together, sample_token() does not
+    p = kept(monkeypatch, logits[:3001], 1.0, top_k, top_p, 0.0)
+    drawn = draw(logits, 3001, 400, top_k=top_k, top_p=top_p)[2]
+    assert not np.bincount(drawn, minlength=3001)[p == 0].any() and np.unique(drawn).size > min(30, (p > 0).sum() // 4)
 
 
 def test_noise():

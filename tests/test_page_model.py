@@ -141,7 +141,7 @@ def test_golden(page, server):
             const found = [];
             for await (const { token } of model.generate(ids, { max_new_tokens: 24, temperature: 0 })) {
                 if (found.push(token) !== FASTER) continue;
-                Object.assign(gpu.paths, { tile: 64, subgroups: true, packed: [4, 8] });
+                Object.assign(gpu.paths, { tiles: [{ least: 0, SIDE: 64 }], subgroups: true, packed: [4, 8] });
             }
             texts.push(model.enc.decode(found));
         }

@@ -143,9 +143,11 @@ export function parametersOf(config) {
 /** The longest context that the page takes, unless it is opened with ?context=N: keys and values of more tokens might not fit
  *  into a graphics card's memory. Positions that are learned are not cut. */
 export const CONTEXT = 2048;
-const CHUNK = 64;  // tokens of a prompt that are read at a time
+const CHUNKS = [64, 512];  // tokens of a prompt that are read at a time: on a processor the first; on a card the least that holds them
 const FEW = 8;     // up to so many are read one by one, by the kernels that writing needs too
-const AHEAD = 2;   // tokens that are being computed before the caller has taken the next one
+// Tokens that are being computed before the caller has taken the next one: more where they come fast, since it takes
+// milliseconds to hear that one is done.
+const AHEAD = [2, 6], FAST = 20;  // FAST: milliseconds a token
 
 export class GPT {
   /** Load a checkpoint of train.py, hqq.py, a reader ...; onProgress(share) is called while it is read. context: the most
@@ -255,7 +257,7 @@ export class GPT {
 
   norm(plan, path, x, y, R, C, more = null) {
     const { buffer, bias } = this.weights.get(path), LAYER = this.config.norm === "layer" && !/\.[qk]_norm$/.test(path);
-    const settings = { ...(LAYER && { LAYER }), ...(more && { ADD: true }), ...(bias && { BIAS: true }) };
+    const settings = { ...(LAYER && { LAYER }), ...(more && { ADD: true }), ...(bias && { BIAS: true }), ...(C > 256 && { SIZE: 256 }) };
     plan.add("norm", settings, [R, C, this.config.norm_eps], [buffer, bias ?? this.gpu.none, more ?? this.gpu.none, x, y], this.gpu.groups(R));
   }
 
@@ -341,8 +343,14 @@ export class GPT {
       turn(v, cache.v[layer], KV, 0, { CACHE: true });
       [k, v] = [cache.k[layer], cache.v[layer]];
     } else if (rotary) turn(k, room.kr, KV, rotary), k = room.kr;
-    plan.add("attention", { WIDTH: D }, [T, cache ? block_size : T, H, KV, D, this.windowOf(layer), this.scale, attn_softcap],
-      [at, this.slopes, q, k, v, room.o, room.lse], [Math.ceil(T / 4), H, B]);
+    const of_heads = [H, KV, D, this.windowOf(layer), this.scale, attn_softcap];
+    if (R === 1 && cache && D % 4 === 0 && !gpu.info.fallback) {
+      plan.add("attention_one", {}, of_heads, [at, this.slopes, q, k, v, room.o], [H]);
+    } else {
+      const tiled = gpu.tilesAttention(T, D);
+      plan.add(tiled ? "attention_tiled" : "attention", { WIDTH: D }, [T, cache ? block_size : T, ...of_heads],
+        [at, this.slopes, q, k, v, room.o, room.lse], [Math.ceil(T / (tiled ? 64 : 4)), H, B]);
+    }
     tap?.("heads", layer, room.o, H * D);
     this.linear(plan, `${path}.out`, room.o, room.attn_y ?? room.attn, R);
     this.leaving(plan, layer, "attn", room, R);
@@ -427,17 +435,17 @@ export class GPT {
     if (!this.written) {
       const { n_layer, block_size, n_kv_head, head_dim } = this.config, layers = Array.from({ length: n_layer });
       const rows = () => layers.map(() => this.own(4 * block_size * n_kv_head * head_dim));
-      this.written = { cache: { k: rows(), v: rows() }, at: this.own(16), token: this.own(4 * CHUNK), last: this.own(4),
+      this.written = { cache: { k: rows(), v: rows() }, at: this.own(16), token: this.own(4 * CHUNKS.at(-1)), last: this.own(4),
         drawn: this.own(4 * 8), found: this.own(64) };
     }
     return this.written;
   }
 
   /** The plan of a pass over T tokens, which continue the cache. draws: whether the next token is drawn after them, as it
-   *  is after the last chunk of a prompt, and after each token that was drawn. */
-  pass(T, draws) {
+   *  is after the last chunk of a prompt, and after each token that was drawn. probabilities: see generate(). */
+  pass(T, draws, probabilities = false) {
     const { cache, at, token, last, drawn, found } = this.writer(), { n_embd: C, vocab_size: V } = this.config;
-    return this.planned(`pass ${T} ${draws}`, (plan) => {
+    return this.planned(`pass ${T} ${draws} ${probabilities}`, (plan) => {
       const room = this.room(plan, T);
       let x = this.forward(plan, { B: 1, T, tokens: token, at, cache, rooms: () => room });
       if (!draws) return {};
@@ -447,9 +455,9 @@ export class GPT {
         x = row;
       }
       const logits = this.unembed(plan, x, 1);
-      const top = plan.add("top", {}, [1, V, this.n_vocab], [this.gpu.none, logits, found], [1]);
+      if (probabilities) plan.add("top", {}, [1, V, this.n_vocab], [this.gpu.none, logits, found], [1]);
       const sample = plan.add("sample", {}, [this.n_vocab, 0, 1, 1, 0], [logits, at, token, drawn], [1]);
-      return { sample, top };
+      return { sample };
     });
   }
 
@@ -460,14 +468,15 @@ export class GPT {
     this.checkPrompt(ids);
     const { gpu } = this, { block_size } = this.config, { at, token, last, drawn, found } = this.writer();
     const ready = async (T, draws) => {
-      const { plan, sample } = await this.pass(T, draws);
+      const { plan, sample } = await this.pass(T, draws, Boolean(probabilities));
       if (draws) plan.set(sample, [this.n_vocab, top_k, temperature, top_p, min_p]);
       return plan;
     };
     const history = Array.from(ids);
     let offset = 0, steps = 0;
     const read = async (tokens) => {  // reads them into an empty cache, and draws the next one
-      const size = tokens.length <= FEW ? 1 : CHUNK;
+      const chunk = (gpu.info.fallback ? 0 : CHUNKS.find((size) => size >= tokens.length) ?? CHUNKS.at(-1)) || CHUNKS[0];
+      const size = tokens.length <= FEW ? 1 : chunk;
       for (let start = 0; start < tokens.length; start += size) {
         const part = Uint32Array.from(tokens.slice(start, start + size));
         const plan = await ready(size, start + size >= tokens.length);
@@ -481,8 +490,9 @@ export class GPT {
     const arrive = (step) => Promise.all([  // read at once: later steps overwrite it
       gpu.read(drawn, 4, 4 * (step % 8)), probabilities ? gpu.read(found, 64) : null]);
     const coming = [];
+    let ahead = AHEAD[0];
     for (let yielded = 0; yielded < max_new_tokens && !signal?.aborted; yielded++) {
-      while (coming.length < AHEAD && steps < max_new_tokens) {
+      while (coming.length < ahead && steps < max_new_tokens) {
         if (steps === 0) await read(history);
         else if (offset === block_size) {
           if (coming.length) break;  // first all tokens must be known
@@ -495,7 +505,9 @@ export class GPT {
         coming.at(-1).catch(() => {});  // if the device is lost, awaiting the next one will throw
         steps += 1;
       }
+      const waited = performance.now();
       const [bytes, top] = await coming.shift(), drawnToken = new Uint32Array(bytes)[0];
+      ahead = AHEAD[performance.now() - waited < FAST ? 1 : 0];
       history.push(drawnToken);
       const values = top && new Float32Array(top);
       yield { token: drawnToken, top: values ? Array.from({ length: 5 }, (_, i) => [values[i], values[5 + i]]) : null };

@@ -11,10 +11,26 @@ import { UserError } from "./errors.js";
 const NO_WEBGPU = "This browser has no WebGPU. Chrome and Edge 113 and later have it, Safari 26, and Firefox 141 on " +
   "Windows and macOS; on Linux, Chrome may need chrome://flags/#enable-unsafe-webgpu.";
 
+const ASKS = 3, BETWEEN = 100;  // Chromium on some machines has no card, or only the processor, when it is first asked
+
+/** The graphics card; a software adapter only where none comes within ASKS; null where there is neither. */
+async function adapterOf(powerPreference) {
+  let found = null;
+  for (let ask = 1; ask <= ASKS; ask++) {
+    const adapter = await navigator.gpu.requestAdapter({ powerPreference });
+    if (adapter && !isSoftware(adapter)) return adapter;
+    found = adapter ?? found;
+    if (ask < ASKS) await new Promise((resolve) => setTimeout(resolve, BETWEEN));
+  }
+  return found;
+}
+
+const isSoftware = (adapter) => Boolean(adapter.info.isFallbackAdapter ?? adapter.isFallbackAdapter);
+
 export class GPU {
   static async open({ prefer = "high-performance" } = {}) {
     if (!globalThis.navigator?.gpu) throw new UserError(NO_WEBGPU);
-    const adapter = await navigator.gpu.requestAdapter({ powerPreference: prefer });
+    const adapter = await adapterOf(prefer);
     if (!adapter) {
       throw new UserError("This browser has WebGPU, but it found no graphics card. An update of the driver or of the browser " +
         "may help, or turning on hardware acceleration in the browser's settings.");
@@ -29,10 +45,10 @@ export class GPU {
 
   constructor(adapter, device) {
     this.device = device;
-    const { vendor, architecture, description, isFallbackAdapter, subgroupMaxSize } = adapter.info;
+    const { vendor, architecture, description, subgroupMaxSize } = adapter.info;
     this.info = {
       name: description || [vendor, architecture].filter(Boolean).join(" ") || "an unnamed adapter",
-      fallback: Boolean(isFallbackAdapter ?? adapter.isFallbackAdapter),
+      fallback: isSoftware(adapter),
       limits: { buffer: device.limits.maxBufferSize, binding: device.limits.maxStorageBufferBindingSize },
     };
     this.lanes = subgroupMaxSize || 0;  // the largest number of threads in a subgroup
@@ -46,7 +62,7 @@ export class GPU {
     this.pipelines = new Map();
     this.none = this.buffer(16);        // for a binding that a kernel, with its settings, does not read
     this.trash = this.buffer(16);       // for one that it does not write
-    this.paths = { tile: 0, subgroups: false, packed: [] };  // packed: the bits for which it is used; see chooseKernels()
+    this.paths = { tiles: [], subgroups: false, packed: [] };  // packed: the bits for which it is used; see chooseKernels()
     this.choices = choicesAtStart(this);
   }
 
@@ -142,6 +158,9 @@ export class GPU {
     return this.device.createComputePipelineAsync({ label: name, layout: "auto", compute: { module, constants } });
   }
 
+  // Whether attention of T queries with heads of width D takes the kernels in tiles.
+  tilesAttention(T, D) { return this.paths.tiles.some(({ SIDE }) => SIDE) && T >= 32 && D % 4 === 0 && D <= 128; }
+
   // y (M, N) = x (M, K) W^T + bias, with W (N, K) of a checkpoint. more: settings of matmul.wgsl, and N and K, for other
   // products.
   linear(plan, weight, x, y, M, more = {}) {
@@ -162,7 +181,7 @@ export class GPU {
       return;
     }
     for (const name of ["TRANSPOSE_X", "TRANSPOSE_W", "ACCUMULATE"]) if (more[name]) settings[name] = true;
-    const SIDE = more.tile ?? this.paths.tile;
+    const SIDE = this.paths.tiles.findLast(({ least, SIDE }) => M * N >= least && 2 * M >= SIDE)?.SIDE;
     if (SIDE) {
       const whole = M % SIDE === 0 && N % SIDE === 0 && K % 16 === 0 && { WHOLE: true };
       plan.add("matmul_tiled", { SIDE, ...whole, ...settings }, [M, N, K], buffers, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]);
@@ -245,9 +264,9 @@ export class Plan {
     pass?.end();
   }
 
-  run() {
+  run(times = 1) {
     const encoder = this.gpu.device.createCommandEncoder();
-    this.encode(encoder);
+    for (let i = 0; i < times; i++) this.encode(encoder);
     this.gpu.device.queue.submit([encoder.finish()]);
   }
 
@@ -289,6 +308,10 @@ function choicesAtStart(gpu) {
   ];
 }
 
+// The shapes (M, N) of y = x W^T in which tiles are raced, by the numbers of y: small products need small tiles, to employ
+// all of a large card. A shape's winner is taken for all products from its number on.
+const SHAPES = [[64, 1024], [256, 1024], [1024, 1024], [2048, 2048]], DEPTH = 1024;
+
 // Measures the faster kernels against the plain ones, and sets gpu.paths by the result. onStep(gpu.choices) is called after
 // each measurement.
 export async function chooseKernels(gpu, onStep = () => {}) {
@@ -299,12 +322,16 @@ export async function chooseKernels(gpu, onStep = () => {}) {
   if (gpu.info.fallback) {
     told("tiles in shared memory", false, "left out: it is slow on a processor");
   } else {
-    const [M, N, K] = [512, 512, 512];
-    const sizes = await compare(gpu, "matmul", { M, N, K }, [64, 128].map((SIDE) => ["matmul_tiled", { SIDE, WHOLE: true }, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]]));
-    const good = sizes.filter(({ error, speedup }) => error < LARGEST_ERROR && speedup > 1);
-    const best = good.sort((a, b) => b.speedup - a.speedup)[0];
-    gpu.paths.tile = best?.settings.SIDE ?? 0;
-    told("tiles in shared memory", Boolean(best), best ? `${gpu.paths.tile} x ${gpu.paths.tile}: ${verdict(best)}` : sizes.map(verdict).join("; "));
+    const verdicts = [];
+    for (const [M, N] of SHAPES) {
+      const others = [64, 128].filter((SIDE) => M >= SIDE).map((SIDE) =>
+        ["matmul_tiled", { SIDE, WHOLE: true }, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]]);
+      const found = await compare(gpu, "matmul", { M, N, K: DEPTH }, others);
+      const best = found.filter(isBetter).sort((a, b) => b.speedup - a.speedup)[0];
+      gpu.paths.tiles.push({ least: M * N, SIDE: best?.settings.SIDE ?? 0 });
+      verdicts.push(`${M} x ${N}: ` + (best ? `${best.settings.SIDE} x ${best.settings.SIDE}, ${verdict(best)}` : found.map(verdict).join("; ")));
+    }
+    told("tiles in shared memory", gpu.paths.tiles.some(({ SIDE }) => SIDE), verdicts.join("; "));
   }
   if (!gpu.device.features.has("subgroups")) {
     told("subgroups", false, "this device, or this browser, has no subgroups");
@@ -313,20 +340,28 @@ export async function chooseKernels(gpu, onStep = () => {}) {
   }
   const side = gpu.info.fallback ? 512 : 2048, [M, N, K] = [1, side, side];
   const [row] = await compare(gpu, "matvec", { M, N, K }, [["matvec_subgroup", {}, gpu.groups(Math.ceil(N * gpu.lanes / 128))]]);
-  gpu.paths.subgroups = row.error < LARGEST_ERROR && row.speedup > 1;
+  gpu.paths.subgroups = isBetter(row);
   told("subgroups", gpu.paths.subgroups, verdict(row));
   const both = [];  // of 4 bits, and of 8
   for (const BITS of [4, 8]) {
     both.push(...await compare(gpu, "matvec", { M, N, K, BITS }, [["matvec_packed", {}, gpu.groups(Math.ceil(N * gpu.lanes / 512))]]));
   }
-  gpu.paths.packed = [4, 8].filter((_, i) => both[i].error < LARGEST_ERROR && both[i].speedup > 1);
+  gpu.paths.packed = [4, 8].filter((_, i) => isBetter(both[i]));
   told("packed vectors", gpu.paths.packed.length > 0, both.map((found, i) => `${[4, 8][i]} bits: ${verdict(found)}`).join("; "));
 }
 
-const verdict = ({ error, speedup }) => error < LARGEST_ERROR
-  ? `error ${error.toExponential(0)}, ${speedup.toFixed(1)} times as fast` : `dropped: error ${error.toExponential(0)}`;
+const isBetter = ({ error, speedup, clear }) => error < LARGEST_ERROR && speedup > 1 && clear;
 
-// Runs a plain kernel and the kernels that could replace it on random numbers: {settings, error, speedup} of each of the others.
+const verdict = ({ error, speedup, clear }) => error < LARGEST_ERROR
+  ? `error ${error.toExponential(0)}, ${speedup.toFixed(1)} times as fast${clear ? "" : ", which is within the spread"}`
+  : `dropped: error ${error.toExponential(0)}`;
+
+// A clock of a browser may tick ten times in a millisecond, and a submission takes a part of one: a run has work for LEAST
+// milliseconds. All kernels run in turn, until the middle halves of their times are apart.
+const LEAST = 10, ROUNDS = [4, 12];
+
+// Runs a plain kernel and the kernels that could replace it on random numbers: {settings, error, speedup, clear} of each of
+// the others. clear: whether its time differs from the plain kernel's by more than both vary.
 async function compare(gpu, name, { M, N, K, BITS = 32 }, others) {
   const random = (n) => new Float32Array(n).map(() => Math.random() - 0.5);  // from() takes ten times as long
   const words = (n) => new Uint32Array(n).map(() => Math.random() * 2 ** 32);
@@ -338,26 +373,39 @@ async function compare(gpu, name, { M, N, K, BITS = 32 }, others) {
   const uniforms = name === "matvec" ? [N, K] : [M, N, K];
   const groups = name === "matvec" ? gpu.groups(Math.ceil(N / 4)) : [Math.ceil(N / 32), Math.ceil(M / 32)];
   const base = BITS === 32 ? {} : { BITS, SCALE_BITS: 32 };
-  const found = [];
+  const runners = [];
   for (const [kernel, settings, own_groups] of [[name, {}, groups], ...others]) {
-    const y = make(4 * M * N), plan = new Plan(gpu);
-    for (let i = 0; i < 8; i++) plan.add(kernel, { ...base, ...settings }, uniforms, [W, affine, affine, gpu.none, x, y], own_groups);
+    const result = make(4 * M * N), plan = new Plan(gpu);
+    for (let i = 0; i < 8; i++) plan.add(kernel, { ...base, ...settings }, uniforms, [W, affine, affine, gpu.none, x, result], own_groups);
     await plan.ready();
-    const times = [];
-    for (let round = 0; round < 4; round++) {
-      const began = performance.now();
-      plan.run();
-      await gpu.device.queue.onSubmittedWorkDone();
-      times.push(performance.now() - began);
-    }
-    found.push({ settings, time: Math.min(...times.slice(1)), y: new Float32Array(await gpu.read(y)) });
-    plan.destroy();
+    runners.push({ settings, plan, times: [], result });
   }
+  const time = async (plan, times) => {
+    const began = performance.now();
+    plan.run(times);
+    await gpu.device.queue.onSubmittedWorkDone();
+    return performance.now() - began;
+  };
+  for (const { plan } of runners) await time(plan, 1);  // the first run of a kernel takes longer
+  let times = 1;
+  while (await time(runners[0].plan, times) < (gpu.info.fallback ? 1 : LEAST) && times < 1024) times *= 2;
+  const middle = (all) => [0.25, 0.5, 0.75].map((share) => [...all].sort((a, b) => a - b)[Math.floor(share * all.length)]);
+  const [plain, ...rest] = runners;
+  const apart = ({ times }) => {
+    const [low, , high] = middle(times), [plain_low, , plain_high] = middle(plain.times);
+    return high < plain_low || low > plain_high;
+  };
+  for (let round = 1; round <= ROUNDS[1] && !(round > ROUNDS[0] && rest.every(apart)); round++) {
+    for (const runner of runners) runner.times.push(await time(runner.plan, times));
+  }
+  const numbers = async ({ result }) => new Float32Array(await gpu.read(result));
+  const right = await numbers(plain), size = right.reduce((most, value) => Math.max(most, Math.abs(value)), 0), found = [];
+  for (const runner of rest) {
+    const y = await numbers(runner);
+    found.push({ settings: runner.settings, speedup: middle(plain.times)[1] / middle(runner.times)[1], clear: apart(runner),
+      error: y.reduce((most, value, i) => Math.max(most, Math.abs(value - right[i])), 0) / size });
+  }
+  runners.forEach(({ plan }) => plan.destroy());
   own.forEach((buffer) => buffer.destroy());
-  const [plain, ...rest] = found;
-  const size = plain.y.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
-  return rest.map(({ settings, time, y }) => ({
-    settings, speedup: plain.time / time,
-    error: y.reduce((most, value, i) => Math.max(most, Math.abs(value - plain.y[i])), 0) / size,
-  }));
+  return found;
 }

@@ -14,7 +14,7 @@ import { Tokenizer } from "./tokenizer.js";
 
 const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
   beta1: 0.9, beta2: 0.95, seed: 1337 };
-const LOGITS = 2 ** 24;  // that are in memory at a time
+const LOGITS = 2 ** 25;  // that are in memory at a time: as many as a buffer may have on every device
 
 /** The tokens of a window where the open model is trained further, whose context may be longer than a text fills. */
 export const windowOf = ({ block_size }) => Math.min(block_size, 512);

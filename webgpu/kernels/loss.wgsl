@@ -4,7 +4,7 @@
 //
 // A workgroup computes a row.
 
-override SIZE: u32 = 128;  // threads
+override SIZE: u32 = 256;  // threads, a power of two
 override EVALUATE: bool = false;
 
 struct Params { R: u32, V: u32, scale: f32, softcap: f32 }
@@ -30,15 +30,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   var top = -1e30;
   for (var i = thread; i < p.V; i += SIZE) { top = max(top, logit_at(start + i)); }
   parts[thread] = top;
+  for (var half = SIZE / 2; half > 0; half /= 2) {
+    workgroupBarrier();
+    if (thread < half) { parts[thread] = max(parts[thread], parts[thread + half]); }
+  }
   workgroupBarrier();
-  for (var i = 0u; i < SIZE; i++) { top = max(top, parts[i]); }
+  top = parts[0];
   workgroupBarrier();
   var sum = 0.0;
   for (var i = thread; i < p.V; i += SIZE) { sum += exp(logit_at(start + i) - top); }
   parts[thread] = sum;
+  for (var half = SIZE / 2; half > 0; half /= 2) {
+    workgroupBarrier();
+    if (thread < half) { parts[thread] += parts[thread + half]; }
+  }
   workgroupBarrier();
-  sum = 0.0;
-  for (var i = 0u; i < SIZE; i++) { sum += parts[i]; }
+  sum = parts[0];
   let target_at = targets[row];
   if (thread == 0) { losses[row] = log(sum) + top - logit_at(start + target_at); }
   workgroupBarrier();

@@ -4,7 +4,7 @@
 //
 // A workgroup computes a row.
 
-override SIZE: u32 = 64;  // threads
+override SIZE: u32 = 64;  // threads, a power of two
 override LAYER: bool = false;
 override ADD: bool = false;
 override BIAS: bool = false;
@@ -19,13 +19,16 @@ struct Params { R: u32, C: u32, eps: f32 }
 
 var<workgroup> sums: array<f32, SIZE>;
 
+// The sum of the values of all threads.
 fn total(value: f32, thread: u32) -> f32 {
   workgroupBarrier();
   sums[thread] = value;
+  for (var half = SIZE / 2; half > 0; half /= 2) {
+    workgroupBarrier();
+    if (thread < half) { sums[thread] += sums[thread + half]; }
+  }
   workgroupBarrier();
-  var sum = 0.0;
-  for (var i = 0u; i < SIZE; i++) { sum += sums[i]; }
-  return sum;
+  return sums[0];
 }
 
 @compute @workgroup_size(SIZE)

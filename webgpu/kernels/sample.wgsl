@@ -4,7 +4,9 @@
 // / temperature and Gumbel noise is drawn.
 //
 // The tokens that are kept are those with logits above a threshold: the largest one that keeps enough tokens. It is found
-// bit by bit, after the bits of floats are mapped to integers of the same order.
+// bit by bit, after the bits of floats are mapped to integers of the same order. That takes 32 passes over the candidates.
+// Where top_k is small, these are not all tokens: each thread's own largest logit is known after the first pass, and no
+// token below the top_k-th of these can be among the top_k.
 //
 // at: position, count, steps, seed; it is updated for the next pass. The token is written to tokens[0], where the next pass
 // reads it, and to the ring buffer `drawn`. There is one workgroup.
@@ -16,8 +18,20 @@ struct Params { n: u32, top_k: u32, temperature: f32, top_p: f32, min_p: f32 }
 @group(0) @binding(3) var<storage, read_write> tokens: array<u32>;
 @group(0) @binding(4) var<storage, read_write> drawn: array<u32>;
 
-override SIZE: u32 = 128;  // threads
+override SIZE: u32 = 256;  // threads, a power of two
+const ROOM = 1024u;        // for candidates, if they are not all tokens
+const LOWEST = -1e30;
 var<workgroup> parts: array<vec2<f32>, SIZE>;
+var<workgroup> bound: f32;
+var<workgroup> ids: array<u32, ROOM>;
+var<workgroup> values: array<f32, ROOM>;
+
+// The logits of the tokens i, i + SIZE, i + 2 SIZE and i + 3 SIZE: four loads at a time hide their latency.
+fn four(i: u32) -> vec4<f32> {
+  let at = vec4(i) + SIZE * vec4(0u, 1, 2, 3);
+  let inside = min(at, vec4(p.n - 1));
+  return select(vec4(LOWEST), vec4(logits[inside.x], logits[inside.y], logits[inside.z], logits[inside.w]), at < vec4(p.n));
+}
 
 fn sorted_bits(x: f32) -> u32 {
   let bits = bitcast<u32>(x);
@@ -37,42 +51,100 @@ fn noise(token: u32, step: u32, seed: u32) -> f32 {
   return -log(select(-log(1 - u), u * (1 + u * (0.5 + u / 3)), u < 0.01));
 }
 
+// The logit of a candidate, see candidates().
+fn value_at(i: u32, listed: u32) -> f32 {
+  if (listed > 0) { return values[i]; }
+  return logits[i];
+}
+
 fn total(value: f32, thread: u32) -> f32 {
   workgroupBarrier();
   parts[thread].x = value;
+  for (var half = SIZE / 2; half > 0; half /= 2) {
+    workgroupBarrier();
+    if (thread < half) { parts[thread].x += parts[thread + half].x; }
+  }
   workgroupBarrier();
-  var sum = 0.0;
-  for (var i = 0u; i < SIZE; i++) { sum += parts[i].x; }
-  return sum;
+  return parts[0].x;
 }
 
 // The pair with the largest first number; among equal ones that with the lowest second number, the token.
 fn largest(value: vec2<f32>, thread: u32) -> vec2<f32> {
   workgroupBarrier();
   parts[thread] = value;
-  workgroupBarrier();
-  var best = parts[0];
-  for (var i = 1u; i < SIZE; i++) {
-    if (parts[i].x > best.x || (parts[i].x == best.x && parts[i].y < best.y)) { best = parts[i]; }
+  for (var half = SIZE / 2; half > 0; half /= 2) {
+    workgroupBarrier();
+    if (thread < half) {
+      let other = parts[thread + half];
+      if (other.x > parts[thread].x || (other.x == parts[thread].x && other.y < parts[thread].y)) { parts[thread] = other; }
+    }
   }
-  return best;
+  workgroupBarrier();
+  return parts[0];
+}
+
+// The number of candidates, of which `values` and `ids` are a list; 0: all tokens are candidates. own: the largest logit of
+// this thread's tokens.
+fn candidates(own: f32, thread: u32) -> u32 {
+  if (p.top_k == 0 || p.top_k >= p.n || p.top_k > SIZE) { return 0; }
+  workgroupBarrier();
+  parts[thread].x = own;
+  workgroupBarrier();
+  var above = 0u;
+  for (var i = 0u; i < SIZE; i++) {
+    if (parts[i].x > own || (parts[i].x == own && i < thread)) { above++; }
+  }
+  if (above == p.top_k - 1) { bound = own; }
+  workgroupBarrier();
+  var count = 0u;
+  for (var i = thread; i < p.n; i += 4 * SIZE) {
+    let at_least = four(i) >= vec4(bound);
+    count += dot(select(vec4(0u), vec4(1u), at_least), vec4(1u));
+  }
+  parts[thread].x = f32(count);
+  workgroupBarrier();
+  var place = 0u;
+  var all = 0u;
+  for (var i = 0u; i < SIZE; i++) {
+    if (i == thread) { place = all; }
+    all += u32(parts[i].x);
+  }
+  let fits = all <= ROOM;
+  for (var i = thread; i < p.n; i += 4 * SIZE) {
+    let next = four(i);
+    for (var c = 0u; c < 4; c++) {
+      if (fits && i + c * SIZE < p.n && next[c] >= bound) {
+        values[place] = next[c];
+        ids[place] = i + c * SIZE;
+        place++;
+      }
+    }
+  }
+  workgroupBarrier();
+  return select(0u, all, fits);
 }
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(local_invocation_index) thread: u32) {
-  var best = vec2(-1e30, 0.0);
-  for (var i = thread; i < p.n; i += SIZE) {
-    if (logits[i] > best.x) { best = vec2(logits[i], f32(i)); }
+  var best = vec2(LOWEST, 0.0);
+  for (var i = thread; i < p.n; i += 4 * SIZE) {
+    let next = four(i);
+    for (var c = 0u; c < 4; c++) {
+      if (next[c] > best.x) { best = vec2(next[c], f32(i + c * SIZE)); }
+    }
   }
+  let own = best.x;
   best = largest(best, thread);
   let top = best.x;
   if (p.temperature > 0) {
+    let listed = candidates(own, thread);
+    let n = select(p.n, listed, listed > 0);
     var threshold = 0u;
     if (p.top_k > 0 && p.top_k < p.n) {
       for (var bit = 0x80000000u; bit > 0; bit >>= 1) {
         var count = 0.0;
-        for (var i = thread; i < p.n; i += SIZE) {
-          if (sorted_bits(logits[i]) >= (threshold | bit)) { count += 1; }
+        for (var i = thread; i < n; i += SIZE) {
+          if (sorted_bits(value_at(i, listed)) >= (threshold | bit)) { count += 1; }
         }
         if (total(count, thread) >= f32(p.top_k)) { threshold |= bit; }
       }
@@ -80,27 +152,32 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     if (p.top_p < 1) {
       let kept = threshold;
       var all = 0.0;
-      for (var i = thread; i < p.n; i += SIZE) {
-        if (sorted_bits(logits[i]) >= kept) { all += exp((logits[i] - top) / p.temperature); }
+      for (var i = thread; i < n; i += SIZE) {
+        let value = value_at(i, listed);
+        if (sorted_bits(value) >= kept) { all += exp((value - top) / p.temperature); }
       }
       all = total(all, thread);
       threshold = 0;
       for (var bit = 0x80000000u; bit > 0; bit >>= 1) {
         var mass = 0.0;
-        for (var i = thread; i < p.n; i += SIZE) {
-          if (sorted_bits(logits[i]) >= max(kept, threshold | bit)) { mass += exp((logits[i] - top) / p.temperature); }
+        for (var i = thread; i < n; i += SIZE) {
+          let value = value_at(i, listed);
+          if (sorted_bits(value) >= max(kept, threshold | bit)) { mass += exp((value - top) / p.temperature); }
         }
         if (total(mass, thread) >= p.top_p * all) { threshold |= bit; }
       }
       threshold = min(max(threshold, kept), sorted_bits(top));
     }
-    var floor = -1e30;
+    var floor = LOWEST;
     if (p.min_p > 0) { floor = top + log(p.min_p) * p.temperature; }
-    best = vec2(-1e30, 0.0);
-    for (var i = thread; i < p.n; i += SIZE) {
-      if (sorted_bits(logits[i]) >= threshold && logits[i] >= floor) {
-        let value = (logits[i] - top) / p.temperature + noise(i, at[2], at[3]);
-        if (value > best.x) { best = vec2(value, f32(i)); }
+    best = vec2(LOWEST, 0.0);
+    for (var i = thread; i < n; i += SIZE) {
+      let value = value_at(i, listed);
+      if (sorted_bits(value) >= threshold && value >= floor) {
+        var token = i;
+        if (listed > 0) { token = ids[i]; }
+        let noisy = (value - top) / p.temperature + noise(token, at[2], at[3]);
+        if (noisy > best.x) { best = vec2(noisy, f32(token)); }
       }
     }
     best = largest(best, thread);

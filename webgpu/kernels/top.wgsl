@@ -5,7 +5,7 @@
 //
 // A workgroup computes a row.
 
-override SIZE: u32 = 64;  // threads
+override SIZE: u32 = 256;  // threads, a power of two
 
 struct Params { R: u32, V: u32, n: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -13,9 +13,18 @@ struct Params { R: u32, V: u32, n: u32 }
 @group(0) @binding(2) var<storage, read> logits: array<f32>;
 @group(0) @binding(3) var<storage, read_write> found: array<f32>;
 
+const LOWEST = -1e30;
 var<workgroup> parts: array<vec4<f32>, SIZE>;
-var<workgroup> tops: array<vec2<f32>, SIZE>;    // logit, id
-var<workgroup> chosen: vec2<f32>;
+
+// The logits of a row at i, i + SIZE, i + 2 SIZE and i + 3 SIZE: four loads at a time hide their latency.
+fn four(start: u32, i: u32) -> vec4<f32> {
+  let ids = vec4(i) + SIZE * vec4(0u, 1, 2, 3);
+  let at = start + min(ids, vec4(p.V - 1));
+  return select(vec4(LOWEST), vec4(logits[at.x], logits[at.y], logits[at.z], logits[at.w]), ids < vec4(p.V));
+}
+
+// Whether a token (logit, id) comes before another one in the order of logits and then of ids.
+fn before(a: vec2<f32>, b: vec2<f32>) -> bool { return a.x > b.x || (a.x == b.x && a.y < b.y); }
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -23,51 +32,66 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   let row = group.x + group.y * groups.x;
   if (row >= p.R) { return; }
   let start = row * p.V;
-  var top = vec4(-1e30);                      // of tokens, of all
-  for (var i = thread; i < p.V; i += SIZE) {
-    top.y = max(top.y, logits[start + i]);
-    if (i < p.n) { top.x = top.y; }           // ids from n on are padding
-  }
-  parts[thread] = top;
-  workgroupBarrier();
-  for (var i = 0u; i < SIZE; i++) { top = max(top, parts[i]); }
-  workgroupBarrier();
-  var sums = vec4(0.0);                       // of exp over tokens, of exp times logit, of exp over all
-  for (var i = thread; i < p.V; i += SIZE) {
-    sums.z += exp(logits[start + i] - top.y);
-    if (i < p.n) {
-      let logit = logits[start + i] - top.x;
-      sums += vec4(exp(logit), exp(logit) * logit, 0, 0);
+  var mine: array<vec2<f32>, 5>;              // this thread's most probable tokens (logit, id)
+  for (var place = 0u; place < 5; place++) { mine[place] = vec2(LOWEST, 0.0); }
+  var highest = LOWEST;                       // of all logits, also those of padding: ids from n on
+  for (var i = thread; i < p.V; i += 4 * SIZE) {
+    let next = four(start, i);
+    highest = max(highest, max(max(next.x, next.y), max(next.z, next.w)));
+    for (var c = 0u; c < 4; c++) {
+      let id = i + c * SIZE;
+      if (id < p.n && next[c] > mine[4].x) {
+        var token = vec2(next[c], f32(id));
+        for (var place = 0u; place < 5; place++) {
+          if (before(token, mine[place])) {
+            let other = mine[place];
+            mine[place] = token;
+            token = other;
+          }
+        }
+      }
     }
+  }
+  var five: array<vec2<f32>, 5>;
+  var next = 0u;                              // the place of this thread's first token that is not taken
+  for (var place = 0u; place < 5; place++) {
+    parts[thread] = vec4(LOWEST, 0.0, highest, 0.0);
+    if (next < 5) { parts[thread] = vec4(mine[next], highest, 0.0); }
+    for (var half = SIZE / 2; half > 0; half /= 2) {
+      workgroupBarrier();
+      if (thread < half) {
+        let other = parts[thread + half];
+        let best = select(parts[thread].xy, other.xy, before(other.xy, parts[thread].xy));
+        parts[thread] = vec4(best, max(parts[thread].z, other.z), 0.0);
+      }
+    }
+    workgroupBarrier();
+    five[place] = parts[0].xy;
+    highest = parts[0].z;
+    workgroupBarrier();
+    if (next < 5 && mine[next].x > LOWEST && mine[next].y == five[place].y) { next++; }
+  }
+  let top = five[0].x;
+  var sums = vec4(0.0);                       // of exp over tokens, of exp times logit, of exp over all
+  for (var i = thread; i < p.V; i += 4 * SIZE) {
+    let all = four(start, i);
+    sums.z += dot(exp(all - highest), vec4(1.0));
+    let tokens = select(vec4(LOWEST), all - top, vec4(i) + SIZE * vec4(0u, 1, 2, 3) < vec4(p.n));
+    sums += vec4(dot(exp(tokens), vec4(1.0)), dot(exp(tokens), max(tokens, vec4(-1e4))), 0.0, 0.0);
   }
   parts[thread] = sums;
-  workgroupBarrier();
-  sums = vec4(0.0);
-  for (var i = 0u; i < SIZE; i++) { sums += parts[i]; }
-  if (thread == 0) {
-    found[row * 16 + 10] = (log(sums.x) - sums.y / sums.x) / log(2.0);
-    found[row * 16 + 11] = logits[start + targets[row]] - top.y - log(sums.z);
+  for (var half = SIZE / 2; half > 0; half /= 2) {
+    workgroupBarrier();
+    if (thread < half) { parts[thread] += parts[thread + half]; }
   }
-  var last = vec2(1e30, -1.0);                // the previous token, in the order of logits and then of ids
-  for (var place = 0u; place < 5; place++) {
-    var best = vec2(-1e30, 0.0);
-    for (var i = thread; i < p.n; i += SIZE) {
-      let logit = logits[start + i];
-      let after = logit < last.x || (logit == last.x && f32(i) > last.y);
-      if (after && logit > best.x) { best = vec2(logit, f32(i)); }
+  workgroupBarrier();
+  if (thread == 0) {
+    sums = parts[0];
+    for (var place = 0u; place < 5; place++) {
+      found[row * 16 + place] = five[place].y;
+      found[row * 16 + 5 + place] = exp(five[place].x - top) / sums.x;
     }
-    tops[thread] = best;
-    workgroupBarrier();
-    if (thread == 0) {
-      for (var i = 1u; i < SIZE; i++) {
-        if (tops[i].x > best.x || (tops[i].x == best.x && tops[i].y < best.y)) { best = tops[i]; }
-      }
-      chosen = best;
-      found[row * 16 + place] = best.y;
-      found[row * 16 + 5 + place] = exp(best.x - top.x) / sums.x;
-    }
-    workgroupBarrier();
-    last = chosen;
-    workgroupBarrier();
+    found[row * 16 + 10] = (log(sums.x) - sums.y / sums.x) / log(2.0);
+    found[row * 16 + 11] = logits[start + targets[row]] - highest - log(sums.z);
   }
 }
