@@ -417,7 +417,8 @@ def test_attention(case):
 
 
 TILED = [case for case in PREFILLS + CACHED if case[4] % 4 == 0 and case[4] <= 128] + [
-    (2, 130, 4, 2, 64, 0, 0, 0), (1, 150, 2, 1, 128, 0, 70, 0), (1, 65, 2, 2, 68, 64, 0, 1), (1, 200, 2, 1, 40, 190, 33, 0)]
+    (2, 130, 4, 2, 64, 0, 0, 0), (1, 150, 2, 1, 128, 0, 70, 0), (1, 65, 2, 2, 68, 64, 0, 1), (1, 200, 2, 1, 40, 190, 33, 0),
+    (2, 140, 2, 1, 72, 0, 65, 1)]
 
 
 @pytest.mark.parametrize("case", TILED, ids=str)
@@ -473,21 +474,22 @@ def test_attention_of_large_scores():
     assert near(o, case.outputs(), 3e-5) and near(lse, case.exact()[1])
 
 
-@pytest.mark.parametrize("case", PREFILLS, ids=str)
-def test_attention_backward(case):
+@pytest.mark.parametrize("name, size, case", [("", 4, case) for case in PREFILLS] + [
+    ("_tiled", 64, case) for case in TILED if not case[5]], ids=str)
+def test_attention_backward(name, size, case):
     """Gradients of queries, keys and values; the first half of lse_delta does not change."""
     case, d_o = Case(*case), numbers(*Case(*case).q.shape, seed=5)
     o, lse = case.attention()
     before = np.concatenate([lse, np.full_like(lse, 7)])
-    lse_delta, dq = run("attention_backward_q", {"WIDTH": case.D}, case.params(),
+    lse_delta, dq = run("attention_backward_q" + name, {"WIDTH": case.D}, case.params(),
                         [case.slopes, case.q, case.k, case.v, o, d_o, before, zeros(*case.q.shape)],
-                        (elements(case.T, 4), case.H, case.B), [7, 8])
+                        (elements(case.T, size), case.H, case.B), [7, 8])
     assert np.array_equal(lse_delta[:len(lse)], lse)
-    dk, dv = run("attention_backward_kv", {"WIDTH": case.D}, case.params(),
+    dk, dv = run("attention_backward_kv" + name, {"WIDTH": case.D}, case.params(),
                  [case.slopes, case.q, case.k, case.v, d_o, lse_delta, zeros(*case.k.shape), zeros(*case.k.shape)],
-                 (elements(case.T, 4), case.KV, case.B), [7, 8])
+                 (elements(case.T, size), case.KV, case.B), [7, 8])
     for found, expected in zip((dq, dk, dv), grad(case.outputs, case.q, case.k, case.v, cotangent=d_o), strict=True):
-        assert near(found, expected, 1e-5) or np.abs(found - expected).max() < 1e-6  # of a single key: 0
+        assert near(found, expected, 1e-5) or np.abs(found - expected).max() < 4e-6  # of a single key: 0, of sums of 10
 
 
 @pytest.mark.parametrize("case", [case for case in PREFILLS if case[0] == 1], ids=str)

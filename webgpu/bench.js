@@ -138,6 +138,12 @@ export async function measureShape(gpu, { config, only, profile: whole }, say) {
   for (const { name, used, reason } of gpu.choices) await say(`${used ? "yes" : "no "} ${name}: ${reason}`);
   if (wanted("matmul")) {
     for (const n of gpu.info.fallback ? [256] : [512, 1024, 2048, 4096]) await say(`matmul ${n}: ${(await matmul(gpu, n)).toFixed(0)} GFLOP/s`);
+    const { tiles } = gpu.paths;
+    for (const SIDE of whole && !gpu.info.fallback ? [0, 64, 128] : []) {
+      gpu.paths.tiles = [{ least: 0, SIDE }];
+      await say(`matmul 4096, ${SIDE ? `tiles of ${SIDE}` : "no tiles"}: ${(await matmul(gpu, 4096)).toFixed(0)} GFLOP/s`);
+    }
+    gpu.paths.tiles = tiles;
   }
   if (wanted("learn")) {
     const T = config.block_size, ids = Array.from({ length: 20 * T }, (_, i) => i % 97), tokenizer = byteTokenizer();

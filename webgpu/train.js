@@ -223,8 +223,9 @@ export class Trainer {
       if (parallel) entering(`${path}.mlp`, entered, d_in);  // only now, as attention reads d too
       const [q, k] = model.scored(layer, room);
       const uniforms = [T, H, KV, D, model.windowOf(layer), model.scale];
-      plan.add("attention_backward_q", { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, room.o, d_o, room.lse, d_q], [Math.ceil(T / 4), H, B]);
-      plan.add("attention_backward_kv", { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, d_o, room.lse, d_k, d_v], [Math.ceil(T / 4), KV, B]);
+      const [how, size] = gpu.tilesAttention(T, D) ? ["_tiled", 64] : ["", 4], groups = Math.ceil(T / size);
+      plan.add(`attention_backward_q${how}`, { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, room.o, d_o, room.lse, d_q], [groups, H, B]);
+      plan.add(`attention_backward_kv${how}`, { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, d_o, room.lse, d_k, d_v], [groups, KV, B]);
       let of_q = d_q, of_k = d_k, [free_q, free_k] = [d_q2, d_k2];
       const rotary = model.rotaryOf(layer);
       if (rotary) {

@@ -1,12 +1,12 @@
+// (+ tiles.wgsl)
 // attention.wgsl, with its settings and arguments, for many queries on devices whose workgroups have fast shared memory; D
 // must be a multiple of 4, and at most 128.
 //
 // 16 x 16 threads compute 64 queries of a head, and take 64 keys at a time (Dao et al. 2022). As in matmul_tiled.wgsl, a thread
 // computes 4 x 4 scores from tiles of 16 columns of q and k, and the same 4 queries' sums of 4 columns of v, or 8 if D is
-// over 64, from tiles of 16 keys. What belongs to a query is spread over 16 threads, which add it up through `parts`.
+// over 64, from tiles of 16 keys. What belongs to a query is spread over 16 threads, which add it up through left2.
 
 override WIDTH: u32 = 128;  // at least D
-const DEEP = 16u;
 
 struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32, softcap: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -19,15 +19,6 @@ struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32
 @group(0) @binding(7) var<storage, read_write> lse: array<f32>;
 
 const LOWEST = -1e30;
-var<workgroup> left: array<vec4<f32>, 256>;   // columns of four queries: of q, then of the weights
-var<workgroup> right: array<vec4<f32>, 256>;  // columns of four keys of k, then keys of four columns of v
-var<workgroup> wide: array<vec4<f32>, 256>;   // the columns of v from 64 on
-var<workgroup> parts: array<vec4<f32>, 256>;
-
-// The place of column (or key) c of the i4-th four rows. The places are permuted to avoid bank conflicts.
-fn place(c: u32, i4: u32) -> u32 { return c * 16 + (i4 ^ (c / 4)); }
-
-fn outer(a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> { return mat4x4(a.x * b, a.y * b, a.z * b, a.w * b); }
 
 fn q4(row: u32, head: u32, column: u32, inside: bool) -> vec4<f32> {
   if (!inside || column >= p.D) { return vec4(0.0); }
@@ -98,9 +89,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) l
       scores[r] = row;
       top[r] = max(max(row.x, row.y), max(row.z, row.w));
     }
-    parts[local.y * 16 + local.x] = top;
+    left2[local.y * 16 + local.x] = top;
     workgroupBarrier();
-    for (var i = 0u; i < 16; i++) { top = max(top, parts[local.y * 16 + i]); }
+    for (var i = 0u; i < 16; i++) { top = max(top, left2[local.y * 16 + i]); }
     top = max(top, highest);
     let shrink = exp(highest - top);
     highest = top;
@@ -118,20 +109,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) l
       }
       let id = base + part * DEEP + local.y;
       right[place(local.y, local.x)] = v4(keys + id, key_head, local.x * 4, id < end);
-      if (WIDTH > 64) { wide[place(local.y, local.x)] = v4(keys + id, key_head, local.x * 4 + 64, id < end); }
+      if (WIDTH > 64) { right2[place(local.y, local.x)] = v4(keys + id, key_head, local.x * 4 + 64, id < end); }
       workgroupBarrier();
       for (var c = 0u; c < DEEP; c++) {
         let weight = left[place(c, local.y)];
         sums += outer(weight, right[place(c, local.x)]);
-        if (WIDTH > 64) { more += outer(weight, wide[place(c, local.x)]); }
+        if (WIDTH > 64) { more += outer(weight, right2[place(c, local.x)]); }
       }
     }
   }
   workgroupBarrier();
-  parts[local.y * 16 + local.x] = sum;
+  left2[local.y * 16 + local.x] = sum;
   workgroupBarrier();
   var total = vec4(0.0);
-  for (var i = 0u; i < 16; i++) { total += parts[local.y * 16 + i]; }
+  for (var i = 0u; i < 16; i++) { total += left2[local.y * 16 + i]; }
   for (var r = 0u; r < 4; r++) {
     let row = (rows + mine + r) * p.H + head;
     if (mine + r < p.T) {
