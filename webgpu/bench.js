@@ -40,7 +40,7 @@ export async function generation(model, new_tokens = 32) {
   const write = async (ids, n) => {
     for await (const _ of model.generate(ids, { max_new_tokens: n, temperature: 0 }));
   };
-  const long = new Array(Math.min(512, model.config.block_size) - 1).fill(1), short = [1];
+  const long = new Array(Math.min(1024, model.config.block_size) - 1).fill(1), short = [1];
   const decode = await median(() => write(short, new_tokens), 3);
   const prefill = await median(() => write(long, 1), 3);
   return { decode: 1000 * new_tokens / decode, prefill: 1000 * long.length / prefill };
@@ -157,7 +157,19 @@ export async function measureShape(gpu, { config, only, profile: whole }, say) {
     const model = randomModel(gpu, config, bits), kind = bits === 16 ? "float16" : `${bits} bits`;
     const { decode, prefill } = await generation(model, gpu.info.fallback ? 4 : 256);
     await say(`${kind}: writing ${decode.toFixed(0)} tokens/s, reading ${prefill.toFixed(0)}`);
-    if (whole) for (const { plan } of model.plans.values()) await table(plan);
+    if (whole) {
+      for (const { plan } of model.plans.values()) await table(plan);
+      const { plan } = await model.pass(1, true), { drawn } = model.writer(), done = () => gpu.device.queue.onSubmittedWorkDone();
+      const ways = { "in one submission": () => (plan.run(64), done()), "one submission each": () => {
+        for (let i = 0; i < 64; i++) plan.run();
+        return done();
+      }, "read one by one": async () => {
+        const coming = [];
+        for (let i = 0; i < 64; i++) plan.run(), coming.push(gpu.read(drawn, 4));
+        await Promise.all(coming);
+      } };
+      for (const [name, way] of Object.entries(ways)) await say(`64 tokens ${name}: ${(1000 * await median(way, 3) / 64).toFixed(0)} us each`);
+    }
     model.destroy();
   }
 }

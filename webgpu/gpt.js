@@ -143,7 +143,7 @@ export function parametersOf(config) {
 /** The longest context that the page takes, unless it is opened with ?context=N: keys and values of more tokens might not fit
  *  into a graphics card's memory. Positions that are learned are not cut. */
 export const CONTEXT = 2048;
-const CHUNKS = [64, 512];  // tokens of a prompt that are read at a time: on a processor the first; on a card the least that holds them
+const CHUNKS = [64, 256, 1024];  // tokens of a prompt that are read at a time: on a processor the first; on a card the least that holds them
 const FEW = 8;     // up to so many are read one by one, by the kernels that writing needs too
 // Tokens that are being computed before the caller has taken the next one: more where they come fast, since it takes
 // milliseconds to hear that one is done.
@@ -179,6 +179,11 @@ export class GPT {
    *  be a part. */
   constructor(gpu, config, weights, { meta, made = [], blob = null, whole_context = config.block_size }) {
     Object.assign(this, { gpu, config, weights, meta, made, blob, whole_context });
+    for (let layer = 0; layer < config.n_layer; layer++) {
+      for (const [path, parts] of [["attn.qkv", ["attn.q", "attn.k", "attn.v"]], ["mlp.gate_up", ["mlp.gate", "mlp.up"]]]) {
+        join(gpu, weights, made, `blocks.${layer}.${path}`, parts.map((part) => `blocks.${layer}.${part}`));
+      }
+    }
     this.enc = meta.tokenizer ? new Tokenizer(meta.tokenizer) : null;
     this.chat = this.enc && meta.chat?.template && meta.chat.template === meta.template ? meta.chat : null;  // see promptOf()
     this.ends = new Set([this.enc?.eot, ...(Array.isArray(meta.ends) ? meta.ends : []), this.chat?.end]);  // after these a text is over
@@ -252,7 +257,15 @@ export class GPT {
     if (this.config.pos !== "rope") delete sizes.qr, delete sizes.kr;
     if (!isGated(this.config)) delete sizes.gate;
     if (this.config.norm_place === "before") delete sizes.attn_y, delete sizes.mlp_y;  // their values before the norm
-    return Object.fromEntries(Object.entries(sizes).map(([name, width]) => [name, plan.scratch(4 * R * width)]));
+    const room = Object.fromEntries(Object.entries(sizes).map(([name, width]) => [name, plan.scratch(4 * R * width)]));
+    for (const [path, names] of R === 1 ? [["attn.qkv", ["q", "k", "v"]], ["mlp.gate_up", ["gate", "up"]]] : []) {
+      const widths = names.map((name) => 4 * sizes[name]);
+      if (!this.weights.has(`blocks.0.${path}`) || widths.some((width) => width % 256)) continue;
+      const together = plan.scratch(widths.reduce((a, b) => a + b));
+      room[path] = together;
+      names.forEach((name, i) => { room[name] = part(together, widths, i); });
+    }
+    return room;
   }
 
   norm(plan, path, x, y, R, C, more = null) {
@@ -327,7 +340,8 @@ export class GPT {
   attention(plan, layer, room, { h, B, T, at, cache, tap }) {
     const { n_head: H, n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, block_size, attn_softcap } = this.config, R = B * T, { gpu } = this;
     const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
-    for (const name of "qkv") this.linear(plan, `${path}.${name}`, h, room[name], R);
+    if (room["attn.qkv"]) this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
+    else for (const name of "qkv") this.linear(plan, `${path}.${name}`, h, room[name], R);
     const turn = (x, y, heads, rotary, settings = {}) => plan.add("rope", settings, [R, T, heads, D, rotary], [at, this.turnsOf(layer), x, y],
       gpu.threads(R * heads * Math.ceil(D / 2)));
     let { q, k, v } = room;
@@ -358,8 +372,11 @@ export class GPT {
 
   mlp(plan, layer, room, h, R) {
     const n = R * this.config.ffn_dim, path = `blocks.${layer}`;
-    if (room.gate) this.linear(plan, `${path}.mlp.gate`, h, room.gate, R);
-    this.linear(plan, `${path}.mlp.up`, h, room.up, R);
+    if (room["mlp.gate_up"]) this.linear(plan, `${path}.mlp.gate_up`, h, room["mlp.gate_up"], R);
+    else {
+      if (room.gate) this.linear(plan, `${path}.mlp.gate`, h, room.gate, R);
+      this.linear(plan, `${path}.mlp.up`, h, room.up, R);
+    }
     plan.add("activation", { KIND: KINDS[this.config.mlp] }, [n], [room.gate ?? room.up, room.up, room.act], this.gpu.threads(n));
     this.linear(plan, `${path}.mlp.down`, room.act, room.mlp_y ?? room.mlp, R);
     this.leaving(plan, layer, "mlp", room, R);
@@ -574,6 +591,42 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
   }
   const more = [...tensors.keys()].find((name) => !used.has(name));
   if (more) throw wrong(more, "has no place in the architecture of its settings");
+}
+
+/** The i-th part of a buffer of parts with these sizes in bytes. */
+function part(buffer, sizes, i) {
+  return { buffer, offset: sizes.slice(0, i).reduce((a, b) => a + b, 0), size: sizes[i] };
+}
+
+/** Put matrices that multiply the same numbers into one matrix, `path`, of which they become parts: for one token, one
+ *  kernel then computes all their products. They stay apart if they differ in format, or are not whole buffers, or if a
+ *  part would not begin at a multiple of 256 bytes. */
+function join(gpu, weights, made, path, paths) {
+  const all = paths.map((each) => weights.get(each)), [first] = all;
+  if (all.some((each) => !each)) return;
+  const kinds = ["buffer", "scales", "biases", "bias"].filter((kind) => first[kind]);
+  const alike = all.every((each) => ["width", "bits", "group", "scaleBits"].every((name) => each[name] === first[name]) &&
+    Boolean(each.bias) === Boolean(first.bias) && kinds.every((kind) => made.includes(each[kind]) && each[kind].size % 256 === 0));
+  const bytes = (kind) => all.reduce((sum, each) => sum + each[kind].size, 0);
+  if (!alike || bytes("buffer") > gpu.info.limits.binding) return;
+  const joined = { ...first, rows: all.reduce((sum, { rows }) => sum + rows, 0) }, encoder = gpu.device.createCommandEncoder(), old = [];
+  for (const kind of kinds) {
+    const sizes = all.map((each) => each[kind].size), whole = gpu.buffer(bytes(kind));
+    joined[kind] = whole;
+    all.forEach((each, i) => {
+      const place = part(whole, sizes, i);
+      encoder.copyBufferToBuffer(each[kind], 0, whole, place.offset, place.size);
+      old.push(each[kind]);
+      each[kind] = place;
+    });
+    made.push(whole);
+  }
+  gpu.device.queue.submit([encoder.finish()]);
+  old.forEach((buffer) => {
+    made.splice(made.indexOf(buffer), 1);
+    buffer.destroy();
+  });
+  weights.set(path, joined);
 }
 
 function allFinite(numbers) {
