@@ -347,6 +347,23 @@ def test_rope_into_the_cache(turn):
         assert near(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("H, KV, D, R", [(4, 2, 16, 16), (2, 2, 6, 4), (3, 1, 200, 64), (1, 1, 256, 256), (0, 2, 5, 0), (6, 3, 7, 0)])
+def test_enter_cache(H, KV, D, R, normed):
+    """The norms and rotary positions of a token's heads, and its rows of the caches; other rows do not change."""
+    first, eps, qkv = 9, 0.003, numbers(H + 2 * KV, D)
+    weights, caches = numbers(2, D, seed=1), numbers(2, 12, KV, D, seed=2)
+    arrays = [np.array([first, 1], np.uint32), turns(R or 2, 12), *weights, qkv, zeros(max(H, 1), D), *caches]
+    q, k, v = run("enter_cache", {"NORM": normed}, (H, KV, D, R, eps), arrays, (H + 2 * KV, 1), [6, 7, 8])
+    x = qkv[:H + KV].astype(np.float64)
+    if normed:
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * np.repeat(weights, [H, KV], axis=0)
+    x = np.array(rope(x[None].astype(np.float32), 1, first, R))[0] if R else x
+    expected = caches.copy()
+    expected[0, first], expected[1, first] = x[H:], qkv[H + KV:]
+    assert near(k, expected[0], 1e-5) and np.array_equal(v, expected[1]) and (not H or near(q, x[:H], 1e-5))
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 # B, T, H, KV, D, position of the first query, window, whether ALiBi

@@ -338,25 +338,35 @@ export class GPT {
   }
 
   attention(plan, layer, room, { h, B, T, at, cache, tap }) {
-    const { n_head: H, n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, block_size, attn_softcap } = this.config, R = B * T, { gpu } = this;
+    const { n_head: H, n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, norm_eps, block_size, attn_softcap } = this.config, R = B * T, { gpu } = this;
     const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
-    if (room["attn.qkv"]) this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
-    else for (const name of "qkv") this.linear(plan, `${path}.${name}`, h, room[name], R);
     const turn = (x, y, heads, rotary, settings = {}) => plan.add("rope", settings, [R, T, heads, D, rotary], [at, this.turnsOf(layer), x, y],
       gpu.threads(R * heads * Math.ceil(D / 2)));
     let { q, k, v } = room;
-    if (qk_norm) {
-      const sizes = (heads) => qk_norm_width ? [R, heads * D] : [R * heads, D];  // a norm of all heads together, or of each
-      this.norm(plan, `${path}.q_norm`, q, room.qn, ...sizes(H));
-      this.norm(plan, `${path}.k_norm`, k, room.kn, ...sizes(KV));
-      [q, k] = [room.qn, room.kn];
-    }
-    if (rotary) turn(q, room.qr, H, rotary), q = room.qr;
-    if (cache) {
-      turn(k, cache.k[layer], KV, rotary, { CACHE: true });
-      turn(v, cache.v[layer], KV, 0, { CACHE: true });
+    if (cache && room["attn.qkv"] && !qk_norm_width) {  // one token
+      this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
+      const weight = (name) => qk_norm ? this.weights.get(`${path}.${name}_norm`).buffer : gpu.none;
+      const same = !qk_norm && !rotary;  // queries stay where they are
+      const qkv = same ? { buffer: room["attn.qkv"], offset: 4 * H * D, size: 8 * KV * D } : room["attn.qkv"];
+      if (!same) q = room.qr ?? room.qn;
       [k, v] = [cache.k[layer], cache.v[layer]];
-    } else if (rotary) turn(k, room.kr, KV, rotary), k = room.kr;
+      plan.add("enter_cache", qk_norm ? { NORM: true } : {}, [same ? 0 : H, KV, D, rotary, norm_eps],
+        [at, rotary ? this.turnsOf(layer) : gpu.none, weight("q"), weight("k"), qkv, same ? gpu.trash : q, k, v], [(same ? 0 : H) + 2 * KV]);
+    } else {
+      for (const name of "qkv") this.linear(plan, `${path}.${name}`, h, room[name], R);
+      if (qk_norm) {
+        const sizes = (heads) => qk_norm_width ? [R, heads * D] : [R * heads, D];  // a norm of all heads together, or of each
+        this.norm(plan, `${path}.q_norm`, q, room.qn, ...sizes(H));
+        this.norm(plan, `${path}.k_norm`, k, room.kn, ...sizes(KV));
+        [q, k] = [room.qn, room.kn];
+      }
+      if (rotary) turn(q, room.qr, H, rotary), q = room.qr;
+      if (cache) {
+        turn(k, cache.k[layer], KV, rotary, { CACHE: true });
+        turn(v, cache.v[layer], KV, 0, { CACHE: true });
+        [k, v] = [cache.k[layer], cache.v[layer]];
+      } else if (rotary) turn(k, room.kr, KV, rotary), k = room.kr;
+    }
     const of_heads = [H, KV, D, this.windowOf(layer), this.scale, attn_softcap];
     if (R === 1 && cache && D % 4 === 0 && !gpu.info.fallback) {
       plan.add("attention_one", {}, of_heads, [at, this.slopes, q, k, v, room.o], [H]);

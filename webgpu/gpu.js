@@ -310,7 +310,8 @@ function choicesAtStart(gpu) {
 
 // The shapes (M, N) of y = x W^T in which tiles are raced, by the numbers of y: small products need small tiles, to employ
 // all of a large card. A shape's winner is taken for all products from its number on.
-const SHAPES = [[64, 1024], [256, 1024], [1024, 1024], [2048, 2048]], DEPTH = 1024;
+const SHAPES = [[64, 1024], [256, 1024], [1024, 1024], [2048, 2048], [4096, 2048]], DEPTH = 1024;
+const ENOUGH = 25;  // milliseconds of eight products: larger shapes are not raced on a card that is so slow
 
 // Measures the faster kernels against the plain ones, and sets gpu.paths by the result. onStep(gpu.choices) is called after
 // each measurement.
@@ -329,7 +330,9 @@ export async function chooseKernels(gpu, onStep = () => {}) {
       const found = await compare(gpu, "matmul", { M, N, K: DEPTH }, others);
       const best = found.filter(isBetter).sort((a, b) => b.speedup - a.speedup)[0];
       gpu.paths.tiles.push({ least: M * N, SIDE: best?.settings.SIDE ?? 0 });
+      const took = Math.max(...found.map(({ took }) => took));
       verdicts.push(`${M} x ${N}: ` + (best ? `${best.settings.SIDE} x ${best.settings.SIDE}, ${verdict(best)}` : found.map(verdict).join("; ")));
+      if (took > ENOUGH) break;
     }
     told("tiles in shared memory", gpu.paths.tiles.some(({ SIDE }) => SIDE), verdicts.join("; "));
   }
@@ -360,8 +363,9 @@ const verdict = ({ error, speedup, clear }) => error < LARGEST_ERROR
 // milliseconds. All kernels run in turn, until the middle halves of their times are apart.
 const LEAST = 10, ROUNDS = [4, 12];
 
-// Runs a plain kernel and the kernels that could replace it on random numbers: {settings, error, speedup, clear} of each of
-// the others. clear: whether its time differs from the plain kernel's by more than both vary.
+// Runs a plain kernel and the kernels that could replace it on random numbers: {settings, error, speedup, clear, took} of each
+// of the others. clear: whether its time differs from the plain kernel's by more than both vary. took: milliseconds of eight
+// of the plain kernel's products.
 async function compare(gpu, name, { M, N, K, BITS = 32 }, others) {
   const random = (n) => new Float32Array(n).map(() => Math.random() - 0.5);  // from() takes ten times as long
   const words = (n) => new Uint32Array(n).map(() => Math.random() * 2 ** 32);
@@ -402,7 +406,7 @@ async function compare(gpu, name, { M, N, K, BITS = 32 }, others) {
   const right = await numbers(plain), size = right.reduce((most, value) => Math.max(most, Math.abs(value)), 0), found = [];
   for (const runner of rest) {
     const y = await numbers(runner);
-    found.push({ settings: runner.settings, speedup: middle(plain.times)[1] / middle(runner.times)[1], clear: apart(runner),
+    found.push({ settings: runner.settings, speedup: middle(plain.times)[1] / middle(runner.times)[1], clear: apart(runner), took: middle(plain.times)[1] / times,
       error: y.reduce((most, value, i) => Math.max(most, Math.abs(value - right[i])), 0) / size });
   }
   runners.forEach(({ plan }) => plan.destroy());
