@@ -348,7 +348,8 @@ def test_rope_into_the_cache(turn):
 
 
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("H, KV, D, R", [(4, 2, 16, 16), (2, 2, 6, 4), (3, 1, 200, 64), (1, 1, 256, 256), (0, 2, 5, 0), (6, 3, 7, 0)])
+@pytest.mark.parametrize("H, KV, D, R", [
+    (4, 2, 16, 16), (2, 2, 6, 4), (3, 1, 200, 64), (1, 1, 256, 256), (0, 2, 5, 0), (6, 3, 7, 0)])
 def test_enter_cache(H, KV, D, R, normed):
     """The norms and rotary positions of a token's heads, and its rows of the caches; other rows do not change."""
     first, eps, qkv = 9, 0.003, numbers(H + 2 * KV, D)
@@ -434,8 +435,8 @@ def test_attention(case):
 
 
 TILED = [case for case in PREFILLS + CACHED if case[4] % 4 == 0 and case[4] <= 128] + [
-    (2, 130, 4, 2, 64, 0, 0, 0), (1, 150, 2, 1, 128, 0, 70, 0), (1, 65, 2, 2, 68, 64, 0, 1), (1, 200, 2, 1, 40, 190, 33, 0),
-    (2, 140, 2, 1, 72, 0, 65, 1)]
+    (2, 130, 4, 2, 64, 0, 0, 0), (1, 150, 2, 1, 128, 0, 70, 0), (1, 65, 2, 2, 68, 64, 0, 1),
+    (1, 200, 2, 1, 40, 190, 33, 0), (2, 140, 2, 1, 72, 0, 65, 1)]
 
 
 @pytest.mark.parametrize("case", TILED, ids=str)
