@@ -4,8 +4,8 @@
     python runs/page_speed.py --browser=/path/to/chromium --shape=3M --profile=True
 
 It serves webgpu/, starts a Chromium without a window, and prints what bench.js measures on random weights: a matmul,
-learning, reading and writing in float16 and in 4 bits. With --profile=True also the time of each kernel, run alone again
-and again: the sum is more than a step takes where kernels overlap.
+learning, reading and writing in float16 and in 4 bits. With --profile=True also the time of each kernel, run alone
+again and again: the sum is more than a step takes where kernels overlap.
 """
 import json
 import os

@@ -145,9 +145,9 @@ export function parametersOf(config) {
 export const CONTEXT = 2048;
 const CHUNKS = [64, 256, 1024];  // tokens of a prompt that are read at a time: on a processor the first; on a card the least that holds them
 const FEW = 8;     // up to so many are read one by one, by the kernels that writing needs too
-// Tokens that are being computed before the caller has taken the next one: more where they come fast, since it takes
-// milliseconds to hear that one is done.
-const AHEAD = [2, 6], FAST = 20;  // FAST: milliseconds a token
+// Where tokens come in less than FAST milliseconds, BURST of them are computed before their ids are read: to read takes a part
+// of a millisecond. Two such reads are under way before the caller has taken the tokens of the first one.
+const BURST = 4, FAST = 20, AHEAD = 2;
 
 export class GPT {
   /** Load a checkpoint of train.py, hqq.py, a reader ...; onProgress(share) is called while it is read. context: the most
@@ -514,30 +514,48 @@ export class GPT {
       }
       offset = tokens.length;
     };
-    const arrive = (step) => Promise.all([  // read at once: later steps overwrite it
-      gpu.read(drawn, 4, 4 * (step % 8)), probabilities ? gpu.read(found, 64) : null]);
-    const coming = [];
-    let ahead = AHEAD[0];
-    for (let yielded = 0; yielded < max_new_tokens && !signal?.aborted; yielded++) {
-      while (coming.length < ahead && steps < max_new_tokens) {
-        if (steps === 0) await read(history);
-        else if (offset === block_size) {
-          if (coming.length) break;  // first all tokens must be known
-          await read(history.slice(-Math.max(1, Math.floor(block_size / 2))));
-        } else {
-          (await ready(1, true)).run();  // a new plan if chooseKernels() has changed gpu.paths meanwhile
-          offset += 1;
-        }
-        coming.push(arrive(steps));
-        coming.at(-1).catch(() => {});  // if the device is lost, awaiting the next one will throw
-        steps += 1;
+    // Runs the plan of a token n times, or 0 times after read(), and reads what was drawn: [{token, top}, ...].
+    const draw = async (plan, n) => {
+      const encoder = gpu.device.createCommandEncoder(), size = probabilities ? 68 : 4, count = Math.max(1, n);
+      const staging = gpu.device.createBuffer({ size: size * count, usage: GPUBufferUsage.COPY_DST | GPUBufferUsage.MAP_READ });
+      for (let i = 0; i < count; i++) {
+        if (n) plan.encode(encoder);
+        encoder.copyBufferToBuffer(drawn, 4 * ((steps + i) % 8), staging, size * i, 4);
+        if (probabilities) encoder.copyBufferToBuffer(found, 0, staging, size * i + 4, 64);
       }
-      const waited = performance.now();
-      const [bytes, top] = await coming.shift(), drawnToken = new Uint32Array(bytes)[0];
-      ahead = AHEAD[performance.now() - waited < FAST ? 1 : 0];
-      history.push(drawnToken);
-      const values = top && new Float32Array(top);
-      yield { token: drawnToken, top: values ? Array.from({ length: 5 }, (_, i) => [values[i], values[5 + i]]) : null };
+      gpu.device.queue.submit([encoder.finish()]);
+      await staging.mapAsync(GPUMapMode.READ);
+      const bytes = staging.getMappedRange().slice(0);
+      staging.destroy();
+      return Array.from({ length: count }, (_, i) => {
+        const [token] = new Uint32Array(bytes, size * i, 1);
+        if (!probabilities) return { token, top: null };
+        const values = new Float32Array(bytes, size * i + 4, 16);
+        return { token, top: Array.from({ length: 5 }, (_, place) => [values[place], values[5 + place]]) };
+      });
+    };
+    const coming = [];
+    let burst = 1;
+    while ((coming.length || steps < max_new_tokens) && !signal?.aborted) {
+      while (coming.length < AHEAD && steps < max_new_tokens) {
+        const again = offset === block_size;
+        if (again && coming.length) break;  // first all tokens must be known
+        let n = 0;
+        if (steps === 0) await read(history);
+        else if (again) await read(history.slice(-Math.max(1, Math.floor(block_size / 2))));
+        else n = Math.min(burst, max_new_tokens - steps, block_size - offset);
+        coming.push(draw(n ? await ready(1, true) : null, n));  // a new plan if chooseKernels() has changed gpu.paths meanwhile
+        coming.at(-1).catch(() => {});  // if the device is lost, awaiting the next one will throw
+        offset += n;
+        steps += Math.max(1, n);
+      }
+      const waits = performance.now(), tokens = await coming.shift();
+      burst = performance.now() - waits < FAST * tokens.length ? BURST : 1;
+      history.push(...tokens.map(({ token }) => token));
+      for (const each of tokens) {
+        if (signal?.aborted) break;
+        yield each;
+      }
     }
     await Promise.all(coming);
   }
