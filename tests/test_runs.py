@@ -345,3 +345,13 @@ def test_finetune_table(tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(path) in done.stderr, done.stderr
     command[-1] = tmp_path / "lora"
     assert "no run in" in subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def test_page_speed():
+    """runs/page_speed.py, in a browser without a graphics card: writing and reading, in float16 and in 4 bits."""
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        pytest.skip("no browser: install chromium")
+    found = run("runs/page_speed.py", "--software=True", "--shape=tiny", "--only=write", "--timeout=200").stdout
+    assert re.search(r"float16: writing \d+ tokens/s, reading \d+\n4 bits: writing \d+ tokens/s, reading \d+\n$", found)
+    wrong = run("runs/page_speed.py", "--browser=no-such-browser", status=2).stderr
+    assert wrong.count("\n") == 1 and "there is no browser no-such-browser" in wrong
