@@ -270,6 +270,18 @@ def test_wrong_fields(opened):
     opened.click("#look")
     opened.wait_for_selector("#patching .heat", timeout=LONG)
     assert opened.locator("#patching td").count() == 4 and opened.inner_text("#look-wrong") == ""
+    opened.fill("#pairs", "")
+    answers = []
+    for donor, recipient in ("abcd", "dbca"), ("dbca", "abcd"):  # after one of them the target is less probable
+        opened.fill("#look-prompt", donor)
+        opened.fill("#recipient", recipient)
+        opened.evaluate("document.querySelector('#patching .result').textContent = ''")
+        opened.click("#look")
+        opened.wait_for_function("document.querySelector('#patching .result')?.textContent.includes('after the donor')")
+        opened.wait_for_selector("#patching progress", state="detached", timeout=LONG)
+        answers.append("no answer that could come back" in opened.inner_text("#patching .result"))
+    assert sorted(answers) == [False, True]
+    opened.fill("#look-prompt", "abcd")
     opened.click("#tab-lens")
     write(opened, 5)
 

@@ -277,6 +277,30 @@ def test_a_card_that_comes_late(answers, fallback, page):
     assert found["fallback"] == fallback and found["name"] == answers[-1] and asked == len(answers)
 
 
+def test_a_fetch_that_failed(page):
+    """It is told as a lost connection, and forgotten: the next try fetches again. All files of kernels are fetched
+    ahead, and then no server is needed."""
+    said, names = js(page, """async () => {
+        const { GPU } = await import("/gpu.js"), gpu = await GPU.open(), { fetch } = globalThis, said = [];
+        const tries = async (name) => {
+            said.push(await gpu.kernel(name, {}).then(() => "made", (error) => error.message));
+        };
+        globalThis.fetch = async () => { throw new TypeError("Failed to fetch"); };
+        await tries("add");
+        globalThis.fetch = async () => new Response("", { status: 503 });
+        await tries("add");
+        globalThis.fetch = fetch;
+        await tries("add");
+        await gpu.fetchAll();
+        globalThis.fetch = async () => { throw new TypeError("Failed to fetch"); };
+        await tries("scale");
+        globalThis.fetch = fetch;
+        return [said, [...gpu.texts.keys()]];
+    }""")
+    assert "lost the connection to its server" in said[0] and "(503)" in said[1] and said[2:] == ["made", "made"]
+    assert sorted(names) == sorted(path.name for path in (ROOT / "webgpu" / "kernels").iterdir())
+
+
 def test_a_race_without_a_winner(page):
     """A kernel that is as fast as the plain one does not replace it, since the race cannot tell them apart."""
     choices = js(page, """async () => {

@@ -11,6 +11,14 @@ import { UserError } from "./errors.js";
 const NO_WEBGPU = "This browser has no WebGPU. Chrome and Edge 113 and later have it, Safari 26, and Firefox 141 on " +
   "Windows and macOS; on Linux, Chrome may need chrome://flags/#enable-unsafe-webgpu.";
 
+// All files of kernels/.
+const FILES = (
+  "ablate activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled " +
+  "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum embed " +
+  "embed_backward enter_cache loss matmul matmul_tiled matvec matvec_packed matvec_subgroup norm norm_backward " +
+  "patch rope rows sample scale softcap sum_squares tiles top weights"
+).split(" ");
+
 const ASKS = 3, BETWEEN = 100;  // Chromium on some machines has no card, or only the processor, when it is first asked
 
 /** The graphics card; a software adapter only where none comes within ASKS; null where there is neither. */
@@ -130,22 +138,16 @@ export class GPU {
 
   groups(n) { return n <= 65535 ? [n] : [65535, Math.ceil(n / 65535)]; }
 
-  async text(name) {
-    if (!this.texts.has(name)) {
-      this.texts.set(name, fetch(new URL(`kernels/${name}`, import.meta.url)).then((answer) => {
-        if (!answer.ok) throw new UserError(`kernels/${name} could not be loaded (${answer.status}): is the server still there?`);
-        return answer.text();
-      }));
-    }
-    return this.texts.get(name);
-  }
+  // The text of a file of kernels, fetched once.
+  async text(name) { return kept(this.texts, name, () => fetched(`kernels/${name}`)); }
+
+  // Fetches the files of all kernels, so that the page needs no server from then on.
+  fetchAll() { return Promise.all(FILES.map((name) => this.text(`${name}.wgsl`))); }
 
   // A kernel with its settings (override constants), compiled once. If its first comment says "(+ FILE)", that file is put
   // before it.
   kernel(name, settings) {
-    const key = name + JSON.stringify(settings);
-    if (!this.pipelines.has(key)) this.pipelines.set(key, this.compile(name, settings));
-    return this.pipelines.get(key);
+    return kept(this.pipelines, name + JSON.stringify(settings), () => this.compile(name, settings));
   }
 
   async compile(name, settings) {
@@ -190,6 +192,27 @@ export class GPU {
       plan.add("matmul", { ...whole, ...settings }, [M, N, K], buffers, [Math.ceil(N / 32), Math.ceil(M / 32)]);
     }
   }
+}
+
+// The promise of a key, which make() makes if there is none. A failure is forgotten, so that the next call tries again.
+function kept(promises, key, make) {
+  if (!promises.has(key)) {
+    const promise = make();
+    promises.set(key, promise);
+    promise.catch(() => promises.get(key) === promise && promises.delete(key));
+  }
+  return promises.get(key);
+}
+
+/** The text of a file of the page. UserError if there is no connection to its server. */
+export async function fetched(path) {
+  const answer = await fetch(new URL(path, import.meta.url)).catch(() => null);
+  if (!answer) {
+    throw new UserError(`The page has lost the connection to its server (${path} could not be fetched): start python ` +
+      "playground.py again, and try again. What you typed is still here.");
+  }
+  if (!answer.ok) throw new UserError(`${path} could not be loaded (${answer.status}): is the server that of this page?`);
+  return answer.text();
 }
 
 export const megabytes = (n) => n < 1e6 ? `${(n / 1e3).toFixed(0)} KB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`;

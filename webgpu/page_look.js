@@ -244,6 +244,8 @@ async function runPatching(model, donor, signal) {
     (step, over) => showPatching(enc, target, note, columns, step, over));
 }
 
+const NO_ANSWER = "So the donor has no answer that could come back: exchange the prompts, or choose another target";
+
 function showPatching(enc, target, note, columns, { clean, corrupt, values, tops }, over) {
   if (!values.some(Boolean)) return finish("patching", [STOPPED]);
   const said = make("p", { class: "said" });
@@ -267,7 +269,7 @@ function showPatching(enc, target, note, columns, { clean, corrupt, values, tops
   const figure = [said, scrolled(table), key("−1: away from the donor's answer", "1: the donor's answer", true)];
   if (!over) return drawPart("patching", figure);
   finish("patching", [token(enc, target), ` has a probability of ${p(1)} after the donor and ${p(0)} after the recipient. `,
-    ...mostOf(values, columns), `.${note}${untilNow(values)}`], ...figure);
+    ...(clean > corrupt ? mostOf(values, columns) : [NO_ANSWER]), `.${note}${untilNow(values)}`], ...figure);
 }
 
 /** A column of the table: a position, with the donor's token and the recipient's. */

@@ -2,6 +2,7 @@
 
 import { UserError } from "./errors.js";
 import { configOf, parametersOf } from "./gpt.js";
+import { fetched } from "./gpu.js";
 import { $, queue, attempt, count, doing, during, idsOf, lossIsKnown, make, many, needModel, notice, numberOf, onModel,
   page } from "./page_common.js";
 import { lossChart, smooth } from "./page_draw.js";
@@ -50,7 +51,7 @@ async function recallText() {
 
 /** A text to begin with, which is always available: the page's own code. */
 async function ownCode() {
-  const parts = await Promise.all(OWN_CODE.map((name) => fetch(name).then((answer) => answer.ok ? answer.text() : "")));
+  const parts = await Promise.all(OWN_CODE.map((name) => fetched(name).catch(() => "")));
   return [parts.join("\n"), "this page's own code"];
 }
 
