@@ -368,6 +368,9 @@ def run_grid(model: GPT, enc: Tokenizer):
         columns = [f"{i}:{j} {labels(enc, ids[i:i + 1])[0]}" for i, j in at] if at else numbered(enc, ids)
         title, unit = f"swap, {site}", f"(patched - corrupt) / (clean - corrupt) of {of}"
         print(f"{of}: clean {best:.4f}, corrupt {before:.4f}")
+        if best < before:
+            print("the clean prompt has no answer that could come back, as the target is less\n"
+                  "likely after it: exchange --clean and --corrupt, or give another --target")
     else:
         logits = replaced(model, donor, mode, site, [*range(len(ids))], [*range(len(ids))], batch_size)
         values, columns = measure(logits) - before, numbered(enc, ids)
