@@ -1,4 +1,4 @@
-"""For page_speed.py and page_equal.py: a page of the playground in a browser without a window."""
+"""For page_speed.py, page_equal.py and the tests: the installed browser, and a script in it without a window."""
 import os
 import shutil
 import subprocess
@@ -9,26 +9,33 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from config import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FLAGS = ["--headless=new", "--no-sandbox", "--no-first-run", "--enable-unsafe-webgpu", "--disable-sync",
+FLAGS = ["--no-sandbox", "--no-first-run", "--enable-unsafe-webgpu", "--disable-sync",
          "--disable-background-networking", "--disable-component-update"]
+SOFTWARE = "--use-webgpu-adapter=swiftshader"  # the processor instead of a graphics card
 PAGE = """<!doctype html><html lang=en><title>measured</title><link rel=icon href="data:,"><script type=module>
 const say = (line) => fetch("/say", {method: "POST", body: line});
+let failure = "";
 try {
   MODULE
-} catch (error) { await say(`failed: ${error.stack ?? error}`); }
-await fetch("/end", {method: "POST"});
+} catch (error) { failure = String(error); }
+await fetch("/end", {method: "POST", body: failure});
 </script>"""
+
+
+def installed() -> str | None:
+    """The program of a browser that has WebGPU."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def run_in_browser(module: str, browser: str = "", folder: str = "", software: bool = False, timeout: float = 500.0,
                    say=lambda line: print(line, flush=True)):
-    """Run JavaScript on a page that webgpu/ is served to, and a folder's files as /files/NAME. say(line) is called with
+    """Run JavaScript on a page whose server has webgpu/, and a folder's files as /files/NAME. say(line) is called with
     what the script gives to its own say(). browser: a Chromium; "": the one that is installed. software: without a
-    graphics card. timeout: seconds."""
-    program = browser or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    graphics card. timeout: seconds. UserError if the script throws an error."""
+    program = browser or installed()
     if not program or not shutil.which(program):
         raise UserError(f"there is no browser {browser}: install chromium, or give --browser=PATH".replace("  ", " "))
-    over = threading.Event()
+    over, failures = threading.Event(), []
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
@@ -52,13 +59,17 @@ def run_in_browser(module: str, browser: str = "", folder: str = "", software: b
 
         def do_POST(self):
             text = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-            say(text) if self.path == "/say" else over.set()
+            if self.path == "/say":
+                say(text)
+            else:
+                failures.extend([text] if text else [])
+                over.set()
             self.send_response(204)
             self.end_headers()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    flags = FLAGS + (["--use-webgpu-adapter=swiftshader"] if software else [])
+    flags = ["--headless=new", *FLAGS, *([SOFTWARE] if software else [])]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [program, *flags, f"--user-data-dir={profile}", f"http://127.0.0.1:{server.server_port}/"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -69,3 +80,5 @@ def run_in_browser(module: str, browser: str = "", folder: str = "", software: b
             process.terminate()
             process.wait(20)
             server.shutdown()
+    if failures:
+        raise UserError(f"the page failed: {failures[0]}")

@@ -6,7 +6,7 @@
 For six architectures, a prompt of 200 tokens is continued by 150 tokens of temperature 0, by model.py's generate() and
 by the page with the kernels that it chooses on this card: all tokens must be equal, and so must be the most probable
 tokens after each token of the prompt. Then come 30 updates of train.py and of the page, from one checkpoint and with
-equal windows: their losses are compared.
+equal windows: their losses must agree within 0.2%.
 """
 import csv
 import json
@@ -47,8 +47,8 @@ MODULE = """
   await chooseKernels(gpu);
   await say(`${gpu.info.name}: ${gpu.choices.filter(({used}) => used).map(({name}) => name).join(", ")}`);
   const file = async (name) => new File([await (await fetch(`/files/${name}`)).blob()], name);
-  const {prompt, cases, ids, starts, losses} =
-    await (await fetch("/files/cases.json")).json();
+  const {prompt, cases, ids, starts, losses} = await (await fetch("/files/cases.json")).json();
+  const different = [];
   for (const {name, path, text, best} of cases) {
     const model = await GPT.load(gpu, await file(path)), found = [];
     const settings = {max_new_tokens: text.length, temperature: 0};
@@ -59,6 +59,7 @@ MODULE = """
       .every((x) => x <= logits[t * V + id])).length;
     await say(`${name}: ${equal < 0 ? text.length : equal} of ${text.length} tokens equal, ` +
       `${same} of ${best.length} most probable tokens after the prompt's`);
+    if (equal >= 0 || same < best.length) different.push(name);
     model.destroy();
   }
   const resume = {checkpoint: await file("ckpt.safetensors"), optimizer: await file("ckpt.optimizer-3.safetensors")};
@@ -73,12 +74,15 @@ MODULE = """
   }
   await say(`${starts.length} updates: loss ${first.toFixed(4)} to ${last.toFixed(4)}, ` +
     `at most ${(100 * worst).toFixed(4)}% from train.py's`);
-  if (gpu.errors.length) await say(`failed: ${gpu.errors[0]}`);
+  if (gpu.errors.length) throw new Error(gpu.errors[0]);
+  if (!(worst < 0.002)) different.push("losses");
+  if (different.length) throw new Error(`it differs in ${different.join(", ")}`);
 """
 
 
 def make():
     """Write the checkpoints, and cases.json with the tokens and losses of MLX."""
+    import blas  # noqa: F401  (before mlx)
     import mlx.core as mx
     import mlx.nn as nn
     import numpy as np
@@ -133,10 +137,4 @@ if __name__ == "__main__":
         make()
     if not os.path.exists(os.path.join(folder, "cases.json")):
         raise UserError(f"{folder} has no cases.json: it was not made by this script, or not to the end; remove it")
-    lines = []
-    run_in_browser(MODULE, browser, folder, software, timeout,
-                   lambda line: (lines.append(line), print(line, flush=True)))
-    wrong = [line for line in lines if line.startswith("failed") or "tokens equal" in line and not
-             ("150 of 150" in line and "200 of 200" in line)]
-    if wrong or not any("updates: loss" in line for line in lines):
-        raise UserError(f"the page differs: {wrong[0] if wrong else 'it did not come to the end'}")
+    run_in_browser(MODULE, browser, folder, software, timeout)

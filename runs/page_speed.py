@@ -36,7 +36,7 @@ MODULE = """
   const gpu = await GPU.open();
   await chooseKernels(gpu);
   await measureShape(gpu, SETTINGS, say);
-  if (gpu.errors.length) await say(`errors: ${gpu.errors[0]}`);
+  if (gpu.errors.length) throw new Error(gpu.errors[0]);
 """
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 """
 import contextlib
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from runs.headless import FLAGS, SOFTWARE, installed
+
 ROOT = Path(__file__).resolve().parent.parent
-ARGUMENTS = ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+ARGUMENTS = [*FLAGS, SOFTWARE]
 
 
 @dataclass
@@ -45,7 +45,7 @@ def serve(folder: Path):
 def chromium():
     """A browser. Where there is none, the test is skipped."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no browser: pip install playwright")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = installed()
     if not path:
         pytest.skip("no browser: install chromium")
     with playwright.sync_playwright() as tools:

@@ -508,6 +508,7 @@ def test_gradients(settings, opened, data, tmp_path):
     follow(opened, data, tmp_path / "run", settings, 8)
 
 
+TILES = {"least": 0, "SIDE": 64}
 LEARNED = {  # flavours whose parts a backward pass has
     "gemma": dict(norm_place="both", mlp="geglu", embed_scale=6.0, attn_scale=0.3, n_kv_head=1, sliding_window=9,
                   window_pattern="SL", window_theta=100.0),
@@ -519,23 +520,25 @@ LEARNED = {  # flavours whose parts a backward pass has
 }
 
 
-@pytest.mark.parametrize("name", LEARNED)
-def test_gradients_of(name, opened, server):
-    """The gradient of each parameter is that of MLX."""
-    model = small(n_layer=2, block_size=16, **LEARNED[name])
+@pytest.mark.parametrize("name, T, tiles", [*((name, 16, []) for name in LEARNED), ("gemma", 40, [TILES]),
+                                            ("olmo", 40, [TILES])])
+def test_gradients_of(name, T, tiles, page, server):
+    """The gradient of each parameter is that of MLX, also with the kernels in tiles."""
+    model = small(n_layer=2, block_size=T, **LEARNED[name])
     model.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape, key=mx.random.key(p.size)), model.parameters()))
     path = save(server, f"learned-{name}.safetensors", model)
-    ids = [i % 257 for i in RNG.integers(0, 257, 100).tolist()]
+    ids = [i % 257 for i in RNG.integers(0, 257, 140).tolist()]
     starts = [3, 20]
-    found, loss = in_page(opened, path, """
+    found, loss = in_page(page, path, """
+        gpu.paths.tiles = tiles;
         const { Trainer } = await import("/train.js");
         const trainer = await Trainer.create(gpu, { model, ids, batch_size: 2, learning_rate: 1e-9 });
         const { loss } = await trainer.step(starts), found = {};
         const all = new Float32Array(await gpu.read(trainer.gradients));
         for (const [name, { at, size }] of trainer.places) found[name] = Array.from(all.subarray(at, at + size));
         trainer.destroy();
-        return [found, loss];""", ids, starts, parameters="ids, starts")
-    windows = mx.array([ids[start:start + 17] for start in starts])
+        return [found, loss];""", ids, starts, tiles, parameters="ids, starts, tiles")
+    windows = mx.array([ids[start:start + T + 1] for start in starts])
 
     def of(parameters):
         model.update(parameters)

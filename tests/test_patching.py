@@ -394,7 +394,7 @@ def test_figures(tmp_path):
     expected = [(log_p(each) - corrupt) / (clean - corrupt) for each in found]
     np.testing.assert_allclose(line, expected, atol=2e-3)
     assert f"clean {clean:.4f}, corrupt {corrupt:.4f}" in done.stdout
-    exchanged = run(path, "--clean=the dog sat", "--corrupt=the cat sat", TARGET, f"--picture={tmp_path / 'exchanged.png'}")
+    exchanged = run(path, "--clean=the dog sat", "--corrupt=the cat sat", TARGET, f"--picture={tmp_path}/exchanged.png")
     said = ["no answer that could come back" in each.stdout for each in (done, exchanged)]
     assert said == [clean < corrupt, corrupt < clean]
     idx = ids("the cat sat")[None]

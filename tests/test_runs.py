@@ -347,11 +347,36 @@ def test_finetune_table(tmp_path):
     assert "no run in" in subprocess.run(command, capture_output=True, text=True).stderr
 
 
-def test_page_speed():
+def test_page_speed(chromium):
     """runs/page_speed.py, in a browser without a graphics card: writing and reading, in float16 and in 4 bits."""
-    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
-        pytest.skip("no browser: install chromium")
     found = run("runs/page_speed.py", "--software=True", "--shape=tiny", "--only=write", "--timeout=200").stdout
     assert re.search(r"float16: writing \d+ tokens/s, reading \d+\n4 bits: writing \d+ tokens/s, reading \d+\n$", found)
     wrong = run("runs/page_speed.py", "--browser=no-such-browser", status=2).stderr
     assert wrong.count("\n") == 1 and "there is no browser no-such-browser" in wrong
+
+
+def test_page_equal(chromium, tmp_path):
+    """runs/page_equal.py, of one small model: it ends well only if all tokens and losses are those of MLX."""
+    source, folder = (ROOT / "runs" / "page_equal.py").read_text(), tmp_path / "out"
+    for size, smaller in {"n_layer=2, n_head=4, n_embd=256": "n_layer=1, n_head=1, n_embd=64", "8, 128": "2, 32",
+                          '"--n_layer=2", "--n_embd=256", "--n_head=4"': '"--n_layer=1", "--n_embd=32", "--n_head=1"',
+                          "UPDATES = 30": "UPDATES = 2"}.items():
+        assert size in source
+        source = source.replace(size, smaller)
+    source = re.sub(r'    "gpt2 in.*?\n}', "}", source, flags=re.S)  # only the first case
+    script = tmp_path / "page_equal.py"
+    script.write_text(source.replace("os.path.dirname(os.path.dirname(os.path.abspath(__file__)))", repr(str(ROOT))))
+    arguments = script, "--software=True", f"--folder={folder}", "--timeout=200"
+    said = run(*arguments).stdout
+    assert "default: 150 of 150 tokens equal, 200 of 200" in said and "2 updates: loss" in said
+    cases = json.loads((folder / "cases.json").read_text())
+    for path, words in (["cases", 0, "text", 100], "in default"), (["cases", 0, "best", 50], "in default"), (
+            ["losses", 1], "in losses"):
+        wrong = json.loads(json.dumps(cases))
+        *where, last = path
+        part = wrong
+        for each in where:
+            part = part[each]
+        part[last] *= 1.01 if path[0] == "losses" else 0
+        (folder / "cases.json").write_text(json.dumps(wrong))
+        assert words in run(*arguments, status=2).stderr

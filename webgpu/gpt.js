@@ -143,7 +143,7 @@ export function parametersOf(config) {
 /** The longest context that the page takes, unless it is opened with ?context=N: keys and values of more tokens might not fit
  *  into a graphics card's memory. Positions that are learned are not cut. */
 export const CONTEXT = 2048;
-const CHUNKS = [64, 256, 1024];  // tokens of a prompt that are read at a time: on a processor the first; on a card the least that holds them
+const CHUNKS = [64, 256, 512, 1024];  // tokens of a prompt that are read at a time: the least that holds them; on a processor 64
 const FEW = 8;     // up to so many are read one by one, by the kernels that writing needs too
 // Where tokens come in less than FAST milliseconds, BURST of them are computed before their ids are read: to read takes a part
 // of a millisecond. Two such reads are under way before the caller has taken the tokens of the first one.
@@ -502,9 +502,9 @@ export class GPT {
     const history = Array.from(ids);
     let offset = 0, steps = 0;
     const read = async (tokens) => {  // reads them into an empty cache, and draws the next one
-      const chunk = (gpu.info.fallback ? 0 : CHUNKS.find((size) => size >= tokens.length) ?? CHUNKS.at(-1)) || CHUNKS[0];
-      const size = tokens.length <= FEW ? 1 : chunk;
-      for (let start = 0; start < tokens.length; start += size) {
+      const sizes = tokens.length <= FEW ? [1] : gpu.info.fallback ? CHUNKS.slice(0, 1) : CHUNKS;
+      for (let start = 0, size; start < tokens.length; start += size) {
+        size = sizes.find((each) => each >= tokens.length - start) ?? sizes.at(-1);
         const part = Uint32Array.from(tokens.slice(start, start + size));
         const plan = await ready(size, start + size >= tokens.length);
         gpu.write(token, part);

@@ -211,7 +211,7 @@ export async function fetched(path) {
     throw new UserError(`The page has lost the connection to its server (${path} could not be fetched): start python ` +
       "playground.py again, and try again. What you typed is still here.");
   }
-  if (!answer.ok) throw new UserError(`${path} could not be loaded (${answer.status}): is the server that of this page?`);
+  if (!answer.ok) throw new UserError(`${path} could not be loaded (${answer.status}): is the server still there?`);
   return answer.text();
 }
 
@@ -429,7 +429,8 @@ async function compare(gpu, name, { M, N, K, BITS = 32 }, others) {
   const right = await numbers(plain), size = right.reduce((most, value) => Math.max(most, Math.abs(value)), 0), found = [];
   for (const runner of rest) {
     const y = await numbers(runner);
-    found.push({ settings: runner.settings, speedup: middle(plain.times)[1] / middle(runner.times)[1], clear: apart(runner), took: middle(plain.times)[1] / times,
+    found.push({ settings: runner.settings, clear: apart(runner), took: middle(plain.times)[1] / times,
+      speedup: middle(plain.times)[1] / middle(runner.times)[1],
       error: y.reduce((most, value, i) => Math.max(most, Math.abs(value - right[i])), 0) / size });
   }
   runners.forEach(({ plan }) => plan.destroy());

@@ -241,7 +241,7 @@ async function open() {
   if (page.model) await begun;  // the first words come first
   await attempt("speed-wrong", () => during("kernels", "Trying faster kernels", () =>
     queue(() => chooseKernels(page.gpu, showChoices))));
-  page.gpu?.fetchAll().catch(() => {});  // they are fetched when they are needed
+  page.gpu?.fetchAll().catch(() => {});  // what is still missing is fetched when it is needed
 }
 
 open();

@@ -16,24 +16,9 @@ struct Params { T: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32 }
 @group(0) @binding(7) var<storage, read_write> dk: array<vec4<f32>>;
 @group(0) @binding(8) var<storage, read_write> dv: array<vec4<f32>>;
 
-fn q4(row: u32, head: u32, column: u32, inside: bool) -> vec4<f32> {
-  if (!inside || column >= p.D) { return vec4(0.0); }
-  return q[((row * p.H + head) * p.D + column) / 4];
-}
-
 fn d_o4(row: u32, head: u32, column: u32, inside: bool) -> vec4<f32> {
   if (!inside || column >= p.D) { return vec4(0.0); }
   return d_o[((row * p.H + head) * p.D + column) / 4];
-}
-
-fn k4(row: u32, head: u32, column: u32, inside: bool) -> vec4<f32> {
-  if (!inside || column >= p.D) { return vec4(0.0); }
-  return k[((row * p.KV + head) * p.D + column) / 4];
-}
-
-fn v4(row: u32, head: u32, column: u32, inside: bool) -> vec4<f32> {
-  if (!inside || column >= p.D) { return vec4(0.0); }
-  return v[((row * p.KV + head) * p.D + column) / 4];
 }
 
 @compute @workgroup_size(16, 16)
@@ -68,16 +53,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
             default: { four[r] = d_o4(start_row + query, head, column + deep, query < p.T); }
           }
         }
-        four = transpose(four);
         workgroupBarrier();
-        for (var c = 0u; c < 4; c++) {
-          switch (thread / 64) {
-            case 0: { left[place(deep + c, block)] = four[c]; }
-            case 1: { right[place(deep + c, block)] = four[c]; }
-            case 2: { left2[place(deep + c, block)] = four[c]; }
-            default: { right2[place(deep + c, block)] = four[c]; }
-          }
-        }
+        fill(thread, four);
         workgroupBarrier();
         for (var c = 0u; c < DEEP; c++) {
           scores += outer(left[place(c, local.y)], right[place(c, local.x)]);

@@ -20,21 +20,6 @@ struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32
 
 const LOWEST = -1e30;
 
-fn q4(row: u32, head: u32, column: u32, inside: bool) -> vec4<f32> {
-  if (!inside || column >= p.D) { return vec4(0.0); }
-  return q[((row * p.H + head) * p.D + column) / 4];
-}
-
-fn k4(row: u32, head: u32, column: u32, inside: bool) -> vec4<f32> {
-  if (!inside || column >= p.D) { return vec4(0.0); }
-  return k[((row * p.KV + head) * p.D + column) / 4];
-}
-
-fn v4(row: u32, head: u32, column: u32, inside: bool) -> vec4<f32> {
-  if (!inside || column >= p.D) { return vec4(0.0); }
-  return v[((row * p.KV + head) * p.D + column) / 4];
-}
-
 fn bounded(score: vec4<f32>) -> vec4<f32> {
   if (p.softcap == 0) { return score; }
   let e = exp(-2 * abs(score) / p.softcap);  // WGSL's own tanh may be wrong by 1e-5
@@ -62,20 +47,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) l
   for (var base = start; base < end; base += 64) {
     var scores = mat4x4<f32>();            // a vector is that of a query
     for (var column = 0u; column < p.D; column += DEEP) {
-      workgroupBarrier();
-      if (thread < 64) {
-        let row = first + block * 4;
-        var rows_of = mat4x4<f32>();
-        for (var r = 0u; r < 4; r++) { rows_of[r] = q4(rows + row + r, head, column + deep, row + r < p.T); }
-        let columns = transpose(rows_of);
-        for (var c = 0u; c < 4; c++) { left[place(deep + c, block)] = columns[c]; }
-      } else if (thread < 128) {
-        let row = base + block * 4;
-        var rows_of = mat4x4<f32>();
-        for (var r = 0u; r < 4; r++) { rows_of[r] = k4(keys + row + r, key_head, column + deep, row + r < end); }
-        let columns = transpose(rows_of);
-        for (var c = 0u; c < 4; c++) { right[place(deep + c, block)] = columns[c]; }
+      var four = mat4x4<f32>();
+      for (var r = 0u; r < 4; r++) {
+        let query = first + block * 4 + r;
+        let key = base + block * 4 + r;
+        if (thread < 64) {
+          four[r] = q4(rows + query, head, column + deep, query < p.T);
+        } else if (thread < 128) {
+          four[r] = k4(keys + key, key_head, column + deep, key < end);
+        }
       }
+      workgroupBarrier();
+      if (thread < 128) { fill(thread, four); }
       workgroupBarrier();
       for (var c = 0u; c < DEEP; c++) { scores += outer(left[place(c, local.y)], right[place(c, local.x)]); }
     }
