@@ -436,7 +436,8 @@ def test_attention(case):
 
 TILED = [case for case in PREFILLS + CACHED if case[4] % 4 == 0 and case[4] <= 128] + [
     (2, 130, 4, 2, 64, 0, 0, 0), (1, 150, 2, 1, 128, 0, 70, 0), (1, 65, 2, 2, 68, 64, 0, 1),
-    (1, 200, 2, 1, 40, 190, 33, 0), (2, 140, 2, 1, 72, 0, 65, 1)]
+    (1, 200, 2, 1, 40, 190, 33, 0), (2, 140, 2, 1, 72, 0, 65, 1),
+    (1, 140, 1, 1, 8, 0, 66, 0)]  # the last: a query of the next tile sees the last of 64 keys
 
 
 @pytest.mark.parametrize("case", TILED, ids=str)
@@ -740,8 +741,9 @@ def test_top_k_of_many(monkeypatch, top_k, top_p, equal):
     logits[:1500] = 4 if equal else np.sort(logits[:1500])  # the best tokens are neighbours
     top_p = 1.0 if equal else top_p  # top_p keeps equal tokens together, sample_token() does not
     p = kept(monkeypatch, logits[:3001], 1.0, top_k, top_p, 0.0)
-    drawn = draw(logits, 3001, 400, top_k=top_k, top_p=top_p)[2]
-    assert not np.bincount(drawn, minlength=3001)[p == 0].any() and np.unique(drawn).size > min(30, (p > 0).sum() // 4)
+    drawn = draw(logits, 3001, 1200, top_k=top_k, top_p=top_p)[2]
+    assert not np.bincount(drawn, minlength=3001)[p == 0].any()
+    assert np.unique(drawn).size > (770 if equal else min(30, (p > 0).sum() // 4))  # 826 are expected of 1500
 
 
 def test_noise():
