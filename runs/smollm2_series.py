@@ -29,8 +29,14 @@ def read(name: str) -> str:
 
 def cost(name: str) -> str:
     """The minutes of processors' time and the GiB of a step, as the end of a row."""
-    seconds, gib = read(f"{name}.cost").split()
-    return f"{float(seconds) / 60:.1f} | {gib} |"
+    found = re.fullmatch(r"(\d+\.\d+) (\d+\.\d+)\n", read(f"{name}.cost"))
+    if not found:
+        raise damaged(f"{name}.cost", "seconds and GiB")
+    return f"{float(found[1]) / 60:.1f} | {found[2]} |"
+
+
+def damaged(name: str, lacks: str) -> UserError:
+    return UserError(f"{os.path.join(out, name)} has no {lacks}: remove it, and run bash runs/smollm2_series.sh again")
 
 
 lines = ["| | MB | perplexity | accuracy | CPU minutes | GiB |", "|---|---|---|---|---|---|"]
@@ -38,11 +44,13 @@ figures = {name: values for *values, name in re.findall(
     r"perplexity ([\d.]+) .*accuracy ([\d.]+%) \| .*?([\w-]+)\.safetensors,", read("perplexity.txt"))}
 for name, label in NAMES.items():
     if name not in figures:
-        raise UserError(f"{os.path.join(out, 'perplexity.txt')} has no figures of {name}: remove it, and run again")
+        raise damaged("perplexity.txt", f"figures of {name}")
     size = os.path.getsize(os.path.join(out, f"{name}.safetensors")) / 1e6
     lines.append(f"| {label} | {size:.0f} | {' | '.join(figures[name])} | {cost(name)}")
 losses = column(os.path.join(out, "sft", "loss.csv"), "val_loss")
-kl = re.findall(r"before block (\d+) +([\d.]+) +([\d.]+) ", read("lens.txt"))
+kl = re.findall(r"before block (\d+) +(\d+\.\d+) +(\d+\.\d+) ", read("lens.txt"))
+if not kl:
+    raise damaged("lens.txt", "divergences before blocks")
 lens = f"KL to the model, bits a byte: logit lens {sum(float(a) for _, a, _ in kl) / len(kl):.2f}"
 lines += ["", "| | result | CPU minutes | GiB |", "|---|---|---|---|",
           f"| LoRA | held-out loss {losses[0]:.3f} to {min(losses):.3f} | {cost('sft')}",

@@ -228,6 +228,16 @@ def test_smollm2_series(tmp_path):
     assert "logit lens 3.00, tuned lens 1.50" in text
     (tmp_path / "perplexity.txt").write_text("\n".join(rows[:2]))
     assert "no figures of hqq-4" in run("runs/smollm2_series.py", tmp_path, f"--page={page}", status=2).stderr
+    (tmp_path / "perplexity.txt").write_text("\n".join(rows))
+    for name, content in ("sft.cost", "4 \n"), ("sft.cost", "6p.5 1.20\n"), ("lens.txt", "nothing"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content)
+        said = run("runs/smollm2_series.py", tmp_path, f"--page={page}", status=2).stderr
+        assert f"{name} has no" in said and "again" in said
+        (tmp_path / name).write_text(before)
+    for name in "sft/loss.csv", "dense.safetensors":
+        (tmp_path / name).unlink()
+        assert name in run("runs/smollm2_series.py", tmp_path, f"--page={page}", status=2).stderr
 
 
 # ---- compression -----------------------------------------------------------------------------------------------------
