@@ -341,13 +341,14 @@ def test_stop(page, files):
     }""")
     page.fill("#look-prompt", "abcd")
     js(page, "() => { document.getElementById('recipient').value = 'abxd'; }")
-    for name, parts, cells in (("ablation", "10 parts are switched off in turn", 2 * 5),
-                               ("patching", "10 states", 2 * 5)):
+    for name, parts, cells, last in (("ablation", "10 parts are switched off in turn", 2 * 5, "layer 1"),
+                                     ("patching", "10 states", 2 * 5, "after layer 0")):
         page.click(f"#tab-{name}")
         says(page, name, f"{parts}.*: about \\d+ (s|min) left")
         page.wait_for_selector(f"#{name} td:not(:empty)", timeout=LONG)  # the last layer is done
         page.click(f"#{name} button:has-text('Stop')")
-        says(page, name, "Stopped: layers 0 to 0 are not computed")
+        says(page, name, f"Stopped: the rows below “{last}” are not computed")
+        assert page.locator(f"#{name} tbody th").all_inner_texts()[0] == last
         texts = page.locator(f"#{name} td").all_inner_texts()
         assert len(texts) == cells and all(texts[:5]) and not any(texts[5:])  # the last layer is the first row
         assert page.locator(f"#{name} progress").count() == 0 and page.inner_text("#look-wrong") == ""
@@ -360,6 +361,30 @@ def test_stop(page, files):
     page.click("#tab-ablation")
     page.wait_for_function("document.querySelectorAll('#ablation td:not(:empty)').length === 10", timeout=LONG)
     assert "Stopped" not in page.inner_text("#ablation .result")
+
+
+def test_names(opened):
+    """States of the residual stream and parts of layers have one name each, and layer 0 stands at the bottom."""
+    opened.fill("#look-prompt", "abcd")
+    js(opened, "() => Object.assign(document.getElementById('recipient'), { value: 'abxd' })")
+    js(opened, "() => Object.assign(document.getElementById('target'), { value: 'e' })")
+    rows = {}
+    for name in ("lens", "ablation", "patching"):
+        opened.click(f"#tab-{name}")
+        opened.click("#look")
+        says(opened, name, "predicts|depends most|probability of")
+        rows[name] = opened.locator(f"#{name} .heat tr th:first-child").all_inner_texts()
+    opened.select_option("#site", "mlp")
+    opened.wait_for_function("document.querySelector('#patching .heat tbody th')?.textContent.includes('MLP')")
+    rows["mlp"] = opened.locator("#patching .heat tr th:first-child").all_inner_texts()
+    opened.select_option("#site", "resid")
+    assert rows == {
+        "lens": ["residual stream", "after layer 1", "after layer 0", "embedding"],
+        "ablation": ["without", "layer 1", "layer 0"],
+        "patching": ["residual stream", "after layer 0", "embedding"],
+        "mlp": ["output of", "layer 1's MLP", "layer 0's MLP"]}
+    parts = opened.locator("#ablation .heat thead th").all_text_contents()
+    assert parts == ["without", "attention", "MLP", "whole layer", "head 0", "head 1"]
 
 
 def test_lenses(opened, files):
@@ -555,7 +580,8 @@ def test_accessible(opened):
     opened.locator("#lens td").last.focus()
     opened.keyboard.press("ArrowUp")
     opened.keyboard.press("Home")
-    assert re.match("layer 0, after begin of text: .*%", js(opened, "() => document.activeElement.ariaLabel"))
+    assert re.match("after layer 0, position 0, begin of text: .*%",
+                    js(opened, "() => document.activeElement.ariaLabel"))
     opened.focus("#tab-lens")
     opened.keyboard.press("ArrowRight")
     assert opened.is_visible("#attention") and not opened.is_visible("#lens")

@@ -171,6 +171,18 @@ export function many(n) {
   return n < 1e9 ? `${(n / 1e6).toFixed(n < 1e7 ? 2 : 0)} million` : `${(n / 1e9).toFixed(2)} billion`;
 }
 
+// ---- names of a model's states and parts ------------------------------------------------------------------------------
+
+/** The name of the residual stream's state that layer `index` reads; that of n_layer is what the head reads. Layers count
+ *  from 0. */
+export const stateName = (index) => index ? `after layer ${index - 1}` : "embedding";
+
+/** The name of a layer's part: attn, mlp, block (the whole layer), or "head 2". */
+export function partName(layer, part) {
+  if (part === "block") return `all of layer ${layer}`;
+  return part.startsWith("head") ? `layer ${layer}, ${part}` : `layer ${layer}'s ${part === "attn" ? "attention" : "MLP"}`;
+}
+
 // ---- the figures of panels ------------------------------------------------------------------------------------------
 
 export const resultOf = (name) => document.querySelector(`#${name} .result`);

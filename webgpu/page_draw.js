@@ -24,11 +24,11 @@ export function bars(list, enc, rows, act = null) {
 // ---- heat maps ------------------------------------------------------------------------------------------------------
 
 /** A table of the cells {text, share, says} that cell(row, column) returns; share, from -1 to 1, is the colour. Arrow keys
- *  move from cell to cell; onlook(row, column) is called for the cell that is looked at. rows: labels, row 0 at the bottom;
- *  columns: {text, says}. */
-export function heatMap({ caption, rows, columns, cell, onlook }) {
+ *  move from cell to cell; onlook(row, column) is called for the cell that is looked at. axis: what the rows are; rows:
+ *  labels, row 0 at the bottom; columns: {text, says}. */
+export function heatMap({ caption, axis, rows, columns, cell, onlook }) {
   const table = make("table", { class: "heat", role: "grid", "aria-label": caption });
-  const head = make("tr", {}, make("th", { scope: "col" }, make("span", { class: "unseen" }, "layer")));
+  const head = make("tr", {}, make("th", { scope: "col" }, axis));
   head.append(...columns.map(({ text, says }) => make("th", { scope: "col", title: says, "aria-label": says }, text)));
   const body = make("tbody"), cells = [];
   rows.forEach((label, r) => {

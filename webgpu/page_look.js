@@ -3,8 +3,8 @@
 import { UserError } from "./errors.js";
 import { ablate, lens, loadLens, swap } from "./inside.js";
 import { drawAgain, forgetMaps, runAttention } from "./page_attention.js";
-import { $, queueWith, attempt, count, during, finish, heard, idsOf, make, needModel, onModel, page, percent, resultOf, say,
-  seen, token } from "./page_common.js";
+import { $, queueWith, attempt, count, during, finish, heard, idsOf, make, needModel, onModel, page, partName, percent, resultOf,
+  say, seen, stateName, token } from "./page_common.js";
 import { bars, heatMap, key } from "./page_draw.js";
 import { notWriting, textSoFar } from "./page_write.js";
 
@@ -101,16 +101,18 @@ export async function lookByItself() {
 /** A number with its sign; 0 has none. */
 const signed = (x, plus = "+") => Math.abs(x) < 0.005 ? "0" : `${x < 0 ? "−" : plus}${Math.abs(x).toFixed(2)}`;
 const scrolled = (table) => make("div", { class: "scroll" }, table);
-const layersOf = (values) => values.map((_, layer) => `layer ${layer}`);
 
 // A figure of which only the last layers are computed.
-const NOTHING = { text: "", share: 0, says: "This layer is not computed." };
+const NOTHING = { text: "", share: 0, says: "This row is not computed." };
 const STOPPED = "Stopped before the first layer was done.";
-const untilNow = (values) => values[0] ? "" : ` Stopped: layers 0 to ${values.findIndex(Boolean) - 1} are not computed.`;
+const untilNow = (values, rows) => values[0] ? "" : ` Stopped: the rows below “${rows[values.findIndex(Boolean)]}” are not computed.`;
 const drawPart = (name, figure) => document.querySelector(`#${name} .figure`).replaceChildren(...figure);
 
 /** Milliseconds in words. */
 const duration = (ms) => ms < 90_000 ? `${Math.max(1, Math.round(ms / 1000))} s` : `${Math.round(ms / 60_000)} min`;
+
+/** stateName() in a sentence. */
+const stateOf = (row) => row ? `the state ${stateName(row)}` : "the embedding";
 
 // ---- lens -----------------------------------------------------------------------------------------------------------
 
@@ -118,21 +120,22 @@ async function runLens(model, ids) {
   const { enc, n_vocab } = model, byP = $("colour").value === "p", lenses = $("tuned").checked ? page.lenses : null;
   const rows = await queueWith(model, () => lens(model, ids, lenses)), last = rows.length - 1;
   const said = make("p", { class: "said" }), list = make("ol", { class: "bars five" });
-  const nameOf = (row) => row ? `layer ${row - 1}` : "embedding";
+  const columns = ids.map((id, i) => ({ text: seen(enc, id), says: `position ${i}, ${heard(enc, id)}` }));
   const table = heatMap({
-    caption: "The most probable next token after each layer and position",
-    rows: rows.map((_, row) => nameOf(row)),
-    columns: ids.map((id, i) => ({ text: seen(enc, id), says: `position ${i}, ${heard(enc, id)}` })),
+    caption: "The most probable next token, read from each state of the residual stream, by position",
+    axis: "residual stream",
+    rows: rows.map((_, row) => stateName(row)),
+    columns,
     cell(r, c) {
       const { ids: [best], p: [p], entropy } = rows[r][c];
       return { text: seen(enc, best), share: byP ? p : 1 - entropy / Math.log2(n_vocab),
-        says: `${nameOf(r)}, after ${heard(enc, ids[c])}: ${heard(enc, best)}, ${percent(p)}` };
+        says: `${stateName(r)}, ${columns[c].says}: ${heard(enc, best)}, ${percent(p)}` };
     },
     onlook(r, c) {
       const { ids: best, p, entropy } = rows[r][c];
-      const itself = r === last ? ", the model's own prediction" : "";
-      said.replaceChildren(`After ${r ? nameOf(r) : "the embedding"}${itself}, position ${c}, `, token(enc, ids[c]),
-        ` – entropy ${entropy.toFixed(1)} bits`);
+      const itself = r === last ? " (the model's own prediction)" : "";
+      said.replaceChildren(`Read from ${stateOf(r)}${itself} at position ${c}, `, token(enc, ids[c]),
+        `: entropy ${entropy.toFixed(1)} bits`);
       bars(list, enc, best.map((id, i) => ({ id, p: p[i] })));
     },
   });
@@ -140,13 +143,13 @@ async function runLens(model, ids) {
     key(...byP ? ["unsure", "sure: 100%"] : ["high entropy: unsure", "low entropy: sure"]));
 }
 
-/** A sentence about the next token, and from which layer on it is the most probable one. found: each layer's prediction at
- *  the last position. */
+/** A sentence about the next token, and from which state on it is the most probable one. found: the prediction from each state
+ *  at the last position. */
 function lensInWords(enc, found, lenses) {
   const last = found.length - 1, { ids: [answer], p: [p] } = found[last];
   let first = last;
   while (first > 0 && found[first - 1].ids[0] === answer) first -= 1;
-  const where = first === last ? "only after the last layer" : `from ${first ? `layer ${first - 1}` : "the embedding"} on`;
+  const where = first === last ? "only after the last layer" : `from ${stateOf(first)} on`;
   const through = lenses ? "Seen through tuned lenses." : page.lenses ? "Seen through the logit lens." :
     "This is the logit lens; for the tuned lens, drop a .lenses file of tuned_lens.py here.";
   return ["The model predicts ", token(enc, answer), ` (${percent(p)}). This token is the most probable one ${where}. ${through}`];
@@ -176,9 +179,7 @@ function targetOf(model) {
   return { target: ids[0], note };
 }
 
-const PARTS = { attn: "attention", mlp: "MLP" };
-const partOf = (column, layer) => column === "block" ? `all of layer ${layer}` :
-  `layer ${layer}'s ${PARTS[column] ?? column}`;
+const PARTS = { attn: "attention", mlp: "MLP", block: "whole layer" };
 
 async function runAblation(model, ids, signal) {
   const { target, note } = targetOf(model), { n_layer, n_head } = model.config;
@@ -190,20 +191,21 @@ function showAblation({ enc }, target, note, { whole, columns, values }, over) {
   const done = values.filter(Boolean);
   if (!done.length) return finish("ablation", [STOPPED]);
   const said = make("p", { class: "said" }), most = Math.max(0.5, ...done.flat().map(Math.abs));
-  const p = (change) => percent(Math.exp(whole + change));
+  const p = (change) => percent(Math.exp(whole + change)), rows = values.map((_, layer) => `layer ${layer}`);
   const table = heatMap({
     caption: "Change of the target's log-probability, by layer and part",
-    rows: layersOf(values),
-    columns: columns.map((text) => ({ text })),
+    axis: "without",
+    rows,
+    columns: columns.map((name) => ({ text: PARTS[name] ?? name })),
     cell(r, c) {
       if (!values[r]) return NOTHING;
       const value = values[r][c];
       return { text: signed(value), share: value / most,
-        says: `without ${partOf(columns[c], r)}: ${signed(value)} nats, ${p(value)}` };
+        says: `without ${partName(r, columns[c])}: ${signed(value)} nats, ${p(value)}` };
     },
     onlook(r, c) {
       if (!values[r]) return said.replaceChildren(NOTHING.says);
-      said.replaceChildren(`Without ${partOf(columns[c], r)}: `, token(enc, target),
+      said.replaceChildren(`Without ${partName(r, columns[c])}: `, token(enc, target),
         ` goes from ${p(0)} to ${p(values[r][c])}, ${signed(values[r][c])} nats`);
     },
   });
@@ -211,7 +213,7 @@ function showAblation({ enc }, target, note, { whole, columns, values }, over) {
   if (!over) return drawPart("ablation", figure);
   const [c, r] = lowest(values.map((row) => columns.map((name, i) => name === "block" || !row ? 0 : row[i])));
   finish("ablation", [token(enc, target), ` has a probability of ${p(0)} after this prompt. It depends most on ` +
-    `${partOf(columns[c], r)}: without that part it is ${p(values[r][c])}.${note}${untilNow(values)}`], ...figure);
+    `${partName(r, columns[c])}: without that part it is ${p(values[r][c])}.${note}${untilNow(values, rows)}`], ...figure);
 }
 
 /** [column, row] of the lowest number. */
@@ -241,35 +243,38 @@ async function runPatching(model, donor, signal) {
   const columns = (pairs ?? recipient.map((_, i) => [i, i])).map(([i, j]) => placeOf(enc, donor[i], recipient[j], j));
   await inSteps("patching", model, swap(model, donor, recipient, target, site, pairs), signal,
     `${count(model.config.n_layer * columns.length)} states are replaced in turn`,
-    (step, over) => showPatching(enc, target, note, columns, step, over));
+    (step, over) => showPatching(enc, target, note, site, columns, step, over));
 }
 
 const NO_ANSWER = "So the donor has no answer that could come back: exchange the prompts, or choose another target";
 
-function showPatching(enc, target, note, columns, { clean, corrupt, values, tops }, over) {
+function showPatching(enc, target, note, site, columns, { clean, corrupt, values, tops }, over) {
   if (!values.some(Boolean)) return finish("patching", [STOPPED]);
   const said = make("p", { class: "said" });
   const p = (value) => percent(Math.exp(corrupt + value * (clean - corrupt)));
+  const rows = values.map((_, layer) => site === "resid" ? stateName(layer) : partName(layer, site));
   const table = heatMap({
     caption: "Share of the donor's answer that one state restores, by layer and position",
-    rows: layersOf(values),
+    axis: site === "resid" ? "residual stream" : "output of",
+    rows,
     columns,
     cell(r, c) {
       if (!values[r]) return NOTHING;
       const value = values[r][c];
-      return { text: signed(value, ""), share: value, says: `layer ${r}, ${columns[c].says}: effect ` +
+      return { text: signed(value, ""), share: value, says: `${rows[r]}, ${columns[c].says}: effect ` +
         `${value.toFixed(2)}, ${heard(enc, target)} ${p(value)}, most probable ${heard(enc, tops[r][c])}` };
     },
     onlook(r, c) {
       if (!values[r]) return said.replaceChildren(NOTHING.says);
-      said.replaceChildren(`Layer ${r}, position ${columns[c].at}: `, token(enc, target), ` goes from ${p(0)} to ` +
+      const name = rows[r][0].toUpperCase() + rows[r].slice(1);
+      said.replaceChildren(`${name}, position ${columns[c].at}: `, token(enc, target), ` goes from ${p(0)} to ` +
         `${p(values[r][c])} (after the donor: ${p(1)}); the most probable token is then `, token(enc, tops[r][c]));
     },
   });
   const figure = [said, scrolled(table), key("−1: away from the donor's answer", "1: the donor's answer", true)];
   if (!over) return drawPart("patching", figure);
   finish("patching", [token(enc, target), ` has a probability of ${p(1)} after the donor and ${p(0)} after the recipient. `,
-    ...(clean > corrupt ? mostOf(values, columns) : [NO_ANSWER]), `.${note}${untilNow(values)}`], ...figure);
+    ...(clean > corrupt ? mostOf(values, columns, site) : [NO_ANSWER]), `.${note}${untilNow(values, rows)}`], ...figure);
 }
 
 /** A column of the table: a position, with the donor's token and the recipient's. */
@@ -279,12 +284,13 @@ function placeOf(enc, given, had, at) {
     says: `position ${at}, ${heard(enc, given)} in place of ${heard(enc, had)}` };
 }
 
-/** A sentence about the state that restores most of the answer; and, if that is where the prompts differ, about the one of
+/** A sentence about the state with the largest effect; and, if that is where the prompts differ, about the one of
  *  all other positions. */
-function mostOf(values, columns) {
+function mostOf(values, columns, site) {
   const cells = values.flatMap((row, r) => (row ?? []).map((value, c) => ({ r, c, value }))).sort((a, b) => b.value - a.value);
-  const words = ({ r, c, value }) => [`layer ${r} at `, make("code", {}, columns[c].text), ` (${signed(value, "")})`];
-  const moved = cells.find(({ c }) => columns[c].same), [best] = cells, most = ["The state that restores most is that of ", ...words(best)];
+  const nameOf = (r) => site === "resid" ? stateOf(r) : `the output of ${partName(r, site)}`;
+  const words = ({ r, c, value }) => [`${nameOf(r)} at `, make("code", {}, columns[c].text), ` (${signed(value, "")})`];
+  const moved = cells.find(({ c }) => columns[c].same), [best] = cells, most = ["The largest effect is that of ", ...words(best)];
   if (!moved || columns[best.c].same) return most;
   return [...most, "; among tokens that both prompts share, that of ", ...words(moved)];
 }
