@@ -47,6 +47,12 @@ def labels(enc: Tokenizer, ids: list[int]) -> list[str]:
             for text in texts]
 
 
+def state_name(index: int) -> str:
+    """The name of the residual stream's state that layer `index` reads, or, for n_layer, the head. Layers count from
+    0."""
+    return f"after layer {index - 1}" if index else "embedding"
+
+
 def pictures(path: str) -> tuple[str, str]:
     """The paths of a picture and of its page (PNG, HTML). UserError if one of them cannot be written, or is a file that
     was not drawn here: a user who names a picture may not think of the page."""
@@ -128,8 +134,8 @@ def curves(path: str, rows: list[dict], panels: dict[str, dict[str, str]], title
 
 
 def expert_load(path: str, steps: list[int], load: np.ndarray, title: str):
-    """A PNG of how many tokens each expert took, over the mean of its layer: load (steps, layers, experts). The column
-    of a step stands for all steps since the one before it."""
+    """A PNG of how many tokens each expert took, over the mean of its layer: load (steps, layers, experts). Layer 0 is
+    at the bottom. The column of a step stands for all steps since the one before it."""
     from matplotlib.figure import Figure
 
     _, L, E = load.shape
@@ -139,7 +145,6 @@ def expert_load(path: str, steps: list[int], load: np.ndarray, title: str):
     axes.set(xlabel="step", ylabel="layer", yticks=[E * (layer + 0.5) for layer in range(L)], yticklabels=range(L))
     axes.set_title(printable(title), parse_math=False)
     axes.hlines([E * layer for layer in range(1, L)], 0, steps[-1], color="black", lw=1)
-    axes.invert_yaxis()
     figure.colorbar(image, ax=axes, extend="max")
     write_figure(path, figure)
 
@@ -154,9 +159,9 @@ def short(text: str, width: int = 10) -> str:
 
 
 def heat_map(path: str, values, rows: list[str], columns: list[str], title: str, texts, unit: str,
-             signed: bool = False):
+             signed: bool = False, axis: str = ""):
     """A PNG of values (rows, columns), with texts (rows, columns) in the cells. signed: values below and above 0 have
-    different colours. unit: what the colours measure."""
+    different colours. unit: what the colours measure. axis: what the rows are."""
     from matplotlib.figure import Figure
 
     values, columns = np.asarray(values, np.float64), [short(name, 14) for name in columns]
@@ -178,17 +183,19 @@ def heat_map(path: str, values, rows: list[str], columns: list[str], title: str,
     axes.set_xticks(range(len(columns)), columns, fontsize=8, family="monospace", parse_math=False,
                     rotation=90 if max(map(len, columns)) * len(columns) > 12 * width else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_ylabel(axis, fontsize=8)
     axes.set_title(printable(f"{title}\n{unit}"), fontsize=10, parse_math=False)
     figure.colorbar(image, ax=axes, fraction=0.5 / size[0], pad=0.1 / size[0])
     write_figure(path, figure)
 
 
-def grid(values, rows: list[str], columns: list[str], texts, hovers, signed: bool = False) -> str:
+def grid(values, rows: list[str], columns: list[str], texts, hovers, signed: bool = False, axis: str = "") -> str:
     """The HTML of a table of values (rows, columns), with texts in its cells. A cell's hover text appears while the
-    mouse is over it. signed: values below and above 0 have different colours."""
+    mouse is over it. signed: values below and above 0 have different colours. axis: what the rows are."""
     values = np.nan_to_num(np.asarray(values, np.float64))
     top = np.abs(values).max() or 1
-    lines = ["<div class=scroll><table><tr><th>" + "".join(f"<th scope=col>{html.escape(name)}" for name in columns)]
+    lines = [f"<div class=scroll><table><tr><th scope=col>{html.escape(axis)}"
+             + "".join(f"<th scope=col>{html.escape(name)}" for name in columns)]
     for name, line, text, hover in zip(rows, values, texts, hovers, strict=True):
         cells = []
         for value, inside, above in zip(line, text, hover, strict=True):

@@ -23,9 +23,12 @@ zeros, or to its mean over the tokens, or it is skipped. For the outputs of atte
 are equal; for a block both mean that the stream goes around it. The effect is the change of the loss on a text, and of
 the target's log-probability on a prompt, in nats.
 
-It prints a table, and draws a picture and a page with more about each cell. The cells of a layer run in batches, and
-earlier layers are not computed again. A patch does not change what a layer takes from before it: the shared keys and
-values in YOCO's second half, the values of layer 0 for value residuals, and value embeddings. In Python:
+It prints a table, and draws a picture and a page with more about each cell. Rows go up from layer 0. At site resid, the
+row of layer l is the state that enters the layer: "embedding" for layer 0, else "after layer l-1". The state after the
+last layer has no row: at the last position it is the answer itself, and elsewhere nothing reads it. The cells of a
+layer run in batches, and earlier layers are not computed again. A patch does not change what a layer takes from before
+it: the shared keys and values in YOCO's second half, the values of layer 0 for value residuals, and value embeddings.
+In Python:
 
     >>> from model import load_checkpoint; from patching import swap, ablate; import mlx.core as mx
     >>> model, meta = load_checkpoint("out/ckpt.safetensors")
@@ -42,7 +45,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, check_output, overrides
-from draw import check_finite, grid, heat_map, labels, page, pictures, prompt_ids, short
+from draw import check_finite, grid, heat_map, labels, page, pictures, prompt_ids, short, state_name
 from model import GPT, compute_dtype, load_checkpoint, no_tap
 from score import read_tokens, window_length, windows
 from tokenizer import Tokenizer
@@ -74,7 +77,7 @@ settings = overrides(globals(), "checkpoint")
 
 # ---- patching --------------------------------------------------------------------------------------------------------
 
-SITES = "resid", "attn", "mlp"
+SITES = {"resid": "residual stream", "attn": "attention", "mlp": "MLP"}
 
 
 def routed(model: GPT, layer: int, stream: mx.array) -> tuple[mx.array, mx.array]:
@@ -272,8 +275,16 @@ def heads_of(model: GPT) -> int:
 # ---- show ------------------------------------------------------------------------------------------------------------
 
 
-def show(values, columns: list[str], title: str, hovers, unit: str, picture: str):
-    """Print values (n_layer, columns) as a table, and draw them as a picture and a page."""
+def states_of(site: str, n_layer: int) -> tuple[list[str], str]:
+    """The names of the states that are replaced at a site in each layer, and what they are."""
+    if site == "resid":
+        return [state_name(layer) for layer in range(n_layer)], SITES[site]
+    return [f"layer {layer}'s {SITES[site]}" for layer in range(n_layer)], "output of"
+
+
+def show(values, rows: list[str], axis: str, columns: list[str], title: str, hovers, unit: str, picture: str):
+    """Print values (n_layer, columns) as a table, and draw them as a picture and a page, with layer 0 at the bottom.
+    axis: what the rows are."""
     check_finite(values)
     largest = np.abs(values).max()
     digits = min(5, max(2, 1 - math.floor(math.log10(largest)))) if largest else 2
@@ -282,22 +293,22 @@ def show(values, columns: list[str], title: str, hovers, unit: str, picture: str
         text = f"{value:+.{digits}f}"
         return text if float(text) else "0"
 
-    rows = [f"layer {layer}" for layer in range(len(values))]
     hovers = [[f"{row}, {column}\n{more}" for column, more in zip(columns, line, strict=True)]
               for row, line in zip(rows, hovers, strict=True)]
-    width = max(digits + 5, min(10, max(map(len, columns))))
+    values, rows, hovers = values[::-1], rows[::-1], hovers[::-1]
+    margin, width = max(map(len, [axis, *rows])), max(digits + 5, min(11, max(map(len, columns))))
     print(f"{title}: {unit}" if len(title) + len(unit) < 79 else f"{title}:\n{unit}")
-    step = 71 // (width + 1)  # columns that fit into 80 characters
+    step = (80 - margin) // (width + 1)  # columns that fit into 80 characters
     for first in range(0, len(columns), step):
-        print(f"{'':9}" + "".join(f" {short(name, width):>{width}}" for name in columns[first:first + step]))
+        print(f"{axis:{margin}}" + "".join(f" {short(name, width):>{width}}" for name in columns[first:first + step]))
         for name, line in zip(rows, values, strict=True):
             texts = [signed(value, digits + 1) for value in line[first:first + step]]
-            print(f"{name:9}" + "".join(f" {text:>{width}}" for text in texts))
+            print(f"{name:{margin}}" + "".join(f" {text:>{width}}" for text in texts))
     texts = [[signed(value, digits) for value in line] for line in values]
-    heat_map(picture, values, rows, columns, title, texts, unit, signed=True)
+    heat_map(picture, values, rows, columns, title, texts, unit, signed=True, axis=axis)
     picture, html = pictures(picture)
     page(html, title, f"Colour: {unit}. Hover over a cell, or reach it with the Tab key, to see more.",
-         grid(values, rows, columns, texts, hovers, signed=True))
+         grid(values, rows, columns, texts, hovers, signed=True, axis=axis))
     print(f"drawn: {picture}, {html}")
 
 
@@ -366,7 +377,7 @@ def run_grid(model: GPT, enc: Tokenizer):
         logits = swap(model, donor, mx.array(other), site, at, batch_size)
         values = (measure(logits) - before) / (best - before)
         columns = [f"{i}:{j} {labels(enc, ids[i:i + 1])[0]}" for i, j in at] if at else numbered(enc, ids)
-        title, unit = f"swap, {site}", f"(patched - corrupt) / (clean - corrupt) of {of}"
+        title, unit = f"swap, {SITES[site]}", f"(patched - corrupt) / (clean - corrupt) of {of}"
         print(f"{of}: clean {best:.4f}, corrupt {before:.4f}")
         if best < before:
             print("the clean prompt has no answer that could come back, as the target is less\n"
@@ -374,12 +385,12 @@ def run_grid(model: GPT, enc: Tokenizer):
     else:
         logits = replaced(model, donor, mode, site, [*range(len(ids))], [*range(len(ids))], batch_size)
         values, columns = measure(logits) - before, numbered(enc, ids)
-        title, unit = f"{site} replaced by {mode}", f"change of {of}" + (", nats" if against is None else "")
+        title, unit = f"{SITES[site]} replaced by {mode}", f"change of {of}" + (", nats" if against is None else "")
         print(f"{of}: clean {before:.4f}")
     tops = np.array(mx.argmax(logits[..., :enc.n_vocab], axis=-1))
     hovers = [[f"{value:+.4f}\nmost probable token: {labels(enc, [int(top)])[0]}"
                for value, top in zip(*line, strict=True)] for line in zip(values, tops, strict=True)]
-    show(values, columns, title, hovers, unit, picture)
+    show(values, *states_of(site, len(values)), columns, title, hovers, unit, picture)
 
 
 def run_trace(model: GPT, enc: Tokenizer):
@@ -396,8 +407,9 @@ def run_trace(model: GPT, enc: Tokenizer):
     values, columns = p.mean(-1) - low.mean(), numbered(enc, ids)
     columns = [f"{name}*" if n in at else name for n, name in enumerate(columns)]
     hovers = [[f"p {each.mean():.4f}, from {each.min():.4f} to {each.max():.4f}" for each in line] for line in p]
-    title = f"trace, {site} restored" + (f", in windows of {window} layers" if window > 1 else "")
-    show(values, columns, f"{title} (*: has noise)", hovers, f"increase in {of}", picture)
+    title = f"trace, {SITES[site]} restored" + (f", in windows of {window} layers" if window > 1 else "")
+    rows, axis = states_of(site, len(values))
+    show(values, rows, axis, columns, f"{title} (*: has noise)", hovers, f"increase in {of}", picture)
 
 
 def prompt_picture(path: str) -> str:
@@ -410,7 +422,9 @@ def run_ablate(model: GPT, enc: Tokenizer):
     if not data and not clean:
         raise UserError("there is nothing to measure on: give --data=FILE, or --clean and --target")
     sites = [("attn", None), ("mlp", None), ("block", None), *(("head", head) for head in range(heads_of(model)))]
-    columns = [site if head is None else f"head {head}" for site, head in sites]
+    names = {"attn": "attention", "mlp": "MLP", "block": "whole layer"}
+    columns = [names.get(site, f"head {head}") for site, head in sites]
+    rows = [f"layer {layer}" for layer in range(config.n_layer)]
     measures = []
     if clean:
         ids, wanted = mx.array([prompt_ids(enc, clean, model, "clean")]), one_token(enc, target, "target")
@@ -438,7 +452,7 @@ def run_ablate(model: GPT, enc: Tokenizer):
                 values[cell] = measure(ablation(model, site, cell[0], how, head)) - whole
                 bar.update()
             bar.clear()
-            show(values, columns, f"{how} ablation ({name} {whole:.4f} without it)",
+            show(values, rows, "without", columns, f"{how} ablation ({name} {whole:.4f} without it)",
                  [[f"{value + whole:.4f}" for value in line] for line in values], f"change of {name}, nats", path)
 
 

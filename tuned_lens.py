@@ -1,22 +1,23 @@
-"""Read a model's prediction from the residual stream before each layer: the logit lens, and the tuned lens.
+"""Read a model's prediction from each state of the residual stream: the logit lens, and the tuned lens.
 
     python tuned_lens.py out/ckpt.safetensors --data=data/stdlib-bpe-4096
     python tuned_lens.py out/ckpt.safetensors --apply=out/ckpt.lenses --prompt="def __init__(self, name):"
 
-The logit lens (nostalgebraist 2020) applies the model's last norm and unembedding to the residual stream h before a
-block, as if h were the output of the last block. The tuned lens (Belrose et al. 2023) first replaces h by h + A h + b,
-with one translator (A, b) for each layer. A and b are 0 at the start. They are trained so that the lens predicts the
-model's final output: the loss is KL(the model's distribution || the lens's distribution), mean over tokens and layers.
-All layers are trained together, from one forward pass of the model; the model's weights do not change. It works with
-every variant, and with quantized weights.
+The states are the embedding, which layer 0 reads, and the stream after each layer. The logit lens (nostalgebraist 2020)
+applies the model's last norm and unembedding to a state h, as if h were the output of the last layer. The tuned lens
+(Belrose et al. 2023) first replaces h by h + A h + b, with one translator (A, b) for each state but the last, which the
+model itself reads. A and b are 0 at the start. They are trained so that the lens predicts the model's final output: the
+loss is KL(the model's distribution || the lens's distribution), mean over tokens and states. All translators are
+trained together, from one forward pass of the model; the model's weights do not change. It works with every variant,
+and with quantized weights.
 
-For each layer, it prints KL and the cross-entropy with the next token, in bits per byte of held-out text, for both
+For each state, it prints KL and the cross-entropy with the next token, in bits per byte of held-out text, for both
 lenses. It writes the lenses to out/ckpt.lenses (safetensors; the header has a hash of the model's weights), and also to
 out/ckpt.tgtl, little-endian: "TGTL", u32 version, n_layer, vocabulary, width, then the float32 arrays of each layer.
 Version 2 holds A and b. Version 1 comes from --head=full: instead of a translator, each layer has a linear layer
 W h + b to the vocabulary, trained on the next token; it learns the data rather than what the model predicts.
 
---apply shows a prompt as a table, a picture and a page, layer by position: the most probable next token, coloured by
+--apply shows a prompt as a table, a picture and a page, state by position: the most probable next token, coloured by
 its probability or by the entropy; a cell of the page also shows the five most probable tokens. In Python:
 
     >>> from model import load_checkpoint; from tuned_lens import logit_lens; import mlx.core as mx
@@ -49,6 +50,7 @@ from draw import (
     pictures,
     prompt_ids,
     short,
+    state_name,
     write_figure,
     write_whole,
 )
@@ -90,7 +92,7 @@ settings = overrides(globals(), "checkpoint")
 
 
 def residuals(model: GPT, idx: mx.array) -> mx.array:
-    """The residual streams of tokens (B, T) before every block, and after the last block: (n_layer + 1, B, T, C)."""
+    """The states of the residual stream (n_layer + 1, B, T, C), the embedding first, for tokens (B, T)."""
     found = []
 
     def tap(site, layer, x):
@@ -103,8 +105,8 @@ def residuals(model: GPT, idx: mx.array) -> mx.array:
 
 
 def read(model: GPT, lens: dict[str, mx.array], h: mx.array, layer: int) -> mx.array:
-    """Logits (..., V) that a lens reads from the stream h (..., C) before block `layer`. lens: A (n_layer, C, C) and
-    b (n_layer, C); or W (n_layer, V, C) and b (n_layer, V); or {} for the logit lens."""
+    """Logits (..., V) that a lens reads from the state h (..., C) that enters layer `layer`. lens: A (n_layer, C, C)
+    and b (n_layer, C); or W (n_layer, V, C) and b (n_layer, V); or {} for the logit lens."""
     if not lens or layer == model.config.n_layer:
         return model.unembed(h)
     if "W" in lens:
@@ -113,7 +115,7 @@ def read(model: GPT, lens: dict[str, mx.array], h: mx.array, layer: int) -> mx.a
 
 
 def logit_lens(model: GPT, idx: mx.array, lens: dict[str, mx.array] | None = None) -> mx.array:
-    """Logits (n_layer + 1, B, T, V) of tokens (B, T): those that the lens reads before every block, then the model's.
+    """Logits (n_layer + 1, B, T, V) of tokens (B, T), read from each state; the last ones are the model's own.
     lens: from load_lens(); None: the logit lens."""
     return mx.stack([read(model, lens or {}, h, layer) for layer, h in enumerate(residuals(model, idx))])
 
@@ -302,11 +304,11 @@ def report(model: GPT, lens: dict[str, mx.array], rows: np.ndarray, enc: Tokeniz
     """Print KL and cross-entropy for each layer, in bits per byte of held-out windows (n, T + 1), and draw KL."""
     scale = rows[:, 1:].size / int(enc.token_bytes[rows[:, 1:].reshape(-1)].sum()) / math.log(2)
     plain, tuned = (np.stack(measure(model, each, mx.array(rows))) * scale for each in ({}, lens))
-    print("bits per byte, held out:    KL to the model       cross-entropy\n"
-          "layer                     logit lens    tuned      logit lens    tuned")
-    for layer in range(model.config.n_layer + 1):
-        name = f"before block {layer}" if layer < model.config.n_layer else "the model itself"
-        print(f"{name:22} {plain[0, layer]:13.4f} {tuned[0, layer]:8.4f} "
+    print("bits per byte, held out:       KL to the model       cross-entropy\n"
+          "residual stream              logit lens    tuned      logit lens    tuned")
+    for layer in reversed(range(model.config.n_layer + 1)):
+        name = state_name(layer) + ": the model" * (layer == model.config.n_layer)
+        print(f"{name:25} {plain[0, layer]:13.4f} {tuned[0, layer]:8.4f} "
               f"{plain[1, layer]:15.4f} {tuned[1, layer]:8.4f}")
     draw_curves(plain[0], tuned[0])
 
@@ -319,9 +321,10 @@ def draw_curves(plain: np.ndarray, tuned: np.ndarray):
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(plain[:-1], marker="o", label="logit lens")  # not the last one, the model itself, whose KL is 0
     axes.plot(tuned[:-1], marker="o", label="tuned lens")
-    axes.set(xlabel="before block", ylabel="KL to the model's distribution, bits per byte",
+    axes.set(xlabel="state of the residual stream", ylabel="KL to the model's distribution, bits per byte",
              yscale="log" if max(plain[:-1].max(), tuned[:-1].max()) > 0 else "linear")
-    axes.set_xticks(range(0, len(plain) - 1, 1 + len(plain) // 16))
+    ticks = range(0, len(plain) - 1, 1 + len(plain) // 16)
+    axes.set_xticks(ticks, map(state_name, ticks), rotation=90)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
@@ -334,31 +337,33 @@ def draw_curves(plain: np.ndarray, tuned: np.ndarray):
 
 
 def show(model: GPT, lens: dict[str, mx.array], enc: Tokenizer, ids: list[int], name: str):
-    """Print and draw the most probable next tokens, layer by position, with the last layer on top."""
+    """Print and draw the most probable next tokens, state by position, with the embedding at the bottom."""
     logits = logit_lens(model, mx.array([ids]), lens)[:, 0, :, :enc.n_vocab].astype(mx.float32)
     p = np.array(mx.softmax(logits, axis=-1))
     check_finite(p)
     best = np.argsort(-p, axis=-1)[..., :5]
     entropy = -(p * np.log2(np.maximum(p, 1e-30))).sum(-1)
-    rows = [f"before {layer}" for layer in range(model.config.n_layer)] + ["the model"]
+    rows, axis = [state_name(layer) for layer in range(len(logits))], "residual stream"
     columns = labels(enc, ids)
     tops = [labels(enc, line) for line in best[..., 0].tolist()]
-    hovers = [[f"after {columns[j]}, {rows[i]}\nentropy {entropy[i, j]:.2f} bits\n" + "\n".join(
+    hovers = [[f"{rows[i]}, {j} {columns[j]}\nentropy {entropy[i, j]:.2f} bits\n" + "\n".join(
         f"{p[i, j, token]:7.2%}  {labels(enc, [token])[0]}" for token in best[i, j].tolist())
         for j in range(len(ids))] for i in range(len(rows))]
     values = p.max(-1) if color == "probability" else entropy
     values, rows, tops, hovers = values[::-1], rows[::-1], tops[::-1], hovers[::-1]
     width = min(10, max(len(text) for line in [*tops, columns] for text in line))
-    step = 71 // (width + 1)  # columns that fit into 80 characters
+    margin = max(map(len, [axis, *rows]))
+    step = (80 - margin) // (width + 1)  # columns that fit into 80 characters
     for first in range(0, len(columns), step):
-        for title, line in zip(["", *rows], [columns, *tops], strict=True):
-            print(f"{title:9}" + "".join(f" {short(text, width):{width}}" for text in line[first:first + step]))
+        for title, line in zip([axis, *rows], [columns, *tops], strict=True):
+            print(f"{title:{margin}}" + "".join(f" {short(text, width):{width}}" for text in line[first:first + step]))
     title, unit = f"{name}: the most probable next token", "coloured by its probability"
     if color == "entropy":
         unit = "coloured by the distribution's entropy, bits"
-    heat_map(picture, values, rows, columns, title, tops, unit)
-    page(html, title, f"{unit.capitalize()}. The last layer is on top. Hover over a cell, or reach it with the Tab "
-         "key, to see its five most probable tokens.", grid(values, rows, columns, tops, hovers))
+    heat_map(picture, values, rows, columns, title, tops, unit, axis=axis)
+    page(html, title, f"{unit.capitalize()}. The top row is the model's own prediction. Hover over a cell, or reach it "
+         "with the Tab key, to see its five most probable tokens.",
+         grid(values, rows, columns, tops, hovers, axis=axis))
     print(f"drawn: {picture}, {html}")
 
 

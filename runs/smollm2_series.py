@@ -48,9 +48,9 @@ for name, label in NAMES.items():
     size = os.path.getsize(os.path.join(out, f"{name}.safetensors")) / 1e6
     lines.append(f"| {label} | {size:.0f} | {' | '.join(figures[name])} | {cost(name)}")
 losses = column(os.path.join(out, "sft", "loss.csv"), "val_loss")
-kl = re.findall(r"before block (\d+) +(\d+\.\d+) +(\d+\.\d+) ", read("lens.txt"))
+kl = re.findall(r"(?m)^(embedding|after layer \d+) +(\d+\.\d+) +(\d+\.\d+) ", read("lens.txt"))
 if not kl:
-    raise damaged("lens.txt", "divergences before blocks")
+    raise damaged("lens.txt", "divergences of states")
 lens = f"KL to the model, bits a byte: logit lens {sum(float(a) for _, a, _ in kl) / len(kl):.2f}"
 lines += ["", "| | result | CPU minutes | GiB |", "|---|---|---|---|",
           f"| LoRA | held-out loss {losses[0]:.3f} to {min(losses):.3f} | {cost('sft')}",

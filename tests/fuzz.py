@@ -215,7 +215,7 @@ def make_world(world: Path):
         shutil.copy(world / "packed.safetensors", world / "smollm2" / f"{name}.safetensors")
         rows.append(f"perplexity 20.5 and accuracy 40.5% | {name}.safetensors, 1\n")
     (world / "smollm2" / "perplexity.txt").write_text("".join(rows))
-    (world / "smollm2" / "lens.txt").write_text("before block 0  2.5 1.5 \n")
+    (world / "smollm2" / "lens.txt").write_text("embedding  2.5 1.5 \n")
     shutil.copy(world / "model.safetensors", world / "smollm2" / "smollm2.safetensors")
     (world / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()  # where both are, nothing is fetched
     for path in world.rglob("*"):

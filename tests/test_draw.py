@@ -120,11 +120,11 @@ def test_curves(drawn, tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_expert_load(drawn, tmp_path):
-    """A row of cells for each expert, from layer 0 at the top; a column as wide as the steps that it stands for."""
+    """A row of cells for each expert, from layer 0 at the bottom; a column as wide as the steps that it stands for."""
     load = np.random.default_rng(0).uniform(0, 2, (3, 2, 4))
     draw.expert_load(str(tmp_path / "x.png"), [25, 50, 60], load, "4 experts")
     axes = drawn[0].axes[0]
     mesh, = axes.collections[:1]
     np.testing.assert_allclose(mesh.get_array(), [load[:, layer, e] for layer in (0, 1) for e in range(4)])
-    assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 25, 50, 60] and axes.yaxis_inverted()
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 25, 50, 60] and not axes.yaxis_inverted()
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]

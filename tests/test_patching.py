@@ -365,13 +365,18 @@ def test_scripts(arguments, tmp_path):
     path, model = checkpoint(tmp_path)
     done = run(path, *(argument.format(readme=ROOT / "README.md") for argument in arguments))
     mode = next((argument[7:] for argument in arguments if argument.startswith("--mode")), "swap")
-    tables = -(-12 // (71 // 8)) if "--mode=ablate" not in arguments and "--pairs=5:3, 6:4" not in arguments else 1
-    assert len(re.findall(r"^layer [01] ", done.stdout, re.M)) == (4 if "--data={readme}" in arguments else 2 * tables)
+    site = next((argument[7:] for argument in arguments if argument.startswith("--site")), "resid")
+    names = {"resid": ["after layer 0", "embedding"], "attn": ["layer 1's attention", "layer 0's attention"],
+             "mlp": ["layer 1's MLP", "layer 0's MLP"]}[site] if mode != "ablate" else ["layer 1", "layer 0"]
+    columns = 2 if "--pairs=5:3, 6:4" in arguments else 12 if mode != "ablate" else 5
+    columns *= 2 if "--data={readme}" in arguments else 1
+    assert [len(row(done.stdout, name)) for name in names] == [columns] * 2
+    assert re.findall(f"^{names[0]} |^{names[1]} ", done.stdout, re.M)[:2] == [f"{name} " for name in names]
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith("drawn"))
     assert (tmp_path / f"ckpt-{mode}.png").read_bytes().startswith(b"\x89PNG")
     assert "http" not in (tmp_path / f"ckpt-{mode}.html").read_text()
     if "--pairs=5:3, 6:4" in arguments:  # the donor's positions first, and its tokens
-        assert done.stdout.splitlines()[-4].split() == ["5:3", "c", "6:4", "a"]
+        assert done.stdout.splitlines()[-4].split() == ["residual", "stream", "5:3", "c", "6:4", "a"]
     if mode == "trace":
         assert "subject at 5, 6, 7;" in done.stdout
 
@@ -388,7 +393,8 @@ def test_figures(tmp_path):
         return float((logits - mx.logsumexp(logits))[32])
 
     done = run(path, CLEAN, CORRUPT, TARGET)
-    line = row(done.stdout, "layer 1")
+    assert re.findall("^(embedding|after layer .) ", done.stdout, re.M)[:2] == ["after layer 0", "embedding"]
+    line = row(done.stdout, "after layer 0")
     found = swap(model, ids("the cat sat"), ids("the dog sat"))[1]
     clean, corrupt = (log_p(model(ids(f"the {animal} sat")[None])[0, -1]) for animal in ("cat", "dog"))
     expected = [(log_p(each) - corrupt) / (clean - corrupt) for each in found]
@@ -399,12 +405,12 @@ def test_figures(tmp_path):
     assert said == [clean < corrupt, corrupt < clean]
     idx = ids("the cat sat")[None]
     done = run(path, "--mode=mean", CLEAN, TARGET, "--foil=x")
-    line = row(done.stdout, "layer 1")
+    line = row(done.stdout, "after layer 0")
     found = patching.replaced(model, idx[0], "mean", "resid", [*range(12)], [*range(12)])[1]
     np.testing.assert_allclose(line, (found - model(idx)[0, -1])[:, 32] -
                                (found - model(idx)[0, -1])[:, ord("x")], atol=2e-3)
     done = run(path, "--mode=trace", CLEAN, TARGET, "--subject=cat", "--draws=3", "--noise=2", "--window=2")
-    line = row(done.stdout, "layer 1")
+    line = row(done.stdout, "after layer 0")
     noise = np.random.default_rng(1337).standard_normal((3, 3, 64)) * 2 * np.array(model.embed(idx)).std()
     low, found = patching.trace(model, idx[0], [5, 6, 7], mx.array(noise.astype(np.float32)), "resid", 2)
     expected = [np.mean([np.exp(log_p(each)) for each in cell]) - np.mean([np.exp(log_p(each)) for each in low])

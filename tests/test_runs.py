@@ -217,7 +217,8 @@ def test_smollm2_series(tmp_path):
     for name in (*names, "sft", "lens", "patching"):
         (tmp_path / f"{name}.cost").write_text("90.0 1.25\n")
     (tmp_path / "perplexity.txt").write_text("a: 9 tokens\n" + "\n".join(rows))
-    (tmp_path / "lens.txt").write_text("before block 0    4.0 2.0   9 9\nbefore block 1    2.0 1.0   9 9\n")
+    (tmp_path / "lens.txt").write_text("after layer 1: the model  0.0 0.0  9 9\nafter layer 0  2.0 1.0  9 9\n"
+                                       "embedding  4.0 2.0  9 9\n")
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "loss.csv").write_text("step,val_loss\n0,2.5\n1,\n2,2.25\n3,2.375\n")
     marks = "<!-- runs/smollm2_series.sh writes this table -->", "<!-- end of the table -->"

@@ -121,9 +121,10 @@ def learned(tmp_path_factory):
 
 
 def figures(output: str) -> np.ndarray:
-    """(layers + 1, 4) of the table."""
-    lines = [line for line in output.splitlines() if line.startswith(("before block", "the model itself"))]
-    return np.array([line.split()[3:] for line in lines], np.float64)
+    """(layers + 1, 4) of the table, whose last row is the embedding."""
+    lines = re.findall(r"^(embedding|after layer \d(?:: the model)?) (.+)$", output, re.M)
+    assert [name for name, _ in lines] == ["after layer 2: the model", "after layer 1", "after layer 0", "embedding"]
+    return np.array([numbers.split() for _, numbers in lines[::-1]], np.float64)
 
 
 @pytest.mark.parametrize("head", ["affine", "full"])
@@ -185,7 +186,7 @@ def test_apply(learned):
         found = [[] for _ in range(4)]  # the columns come in tables of 5 lines that fit 80 characters
         for start in range(0, len(lines) - 1, 5):
             for row, line in zip(found, lines[start + 1:start + 5], strict=True):
-                row += line[9:].split()
+                row += line[15:].split()
         assert [row[1:] for row in found] == best
         assert (learned / "p.png").read_bytes().startswith(b"\x89PNG")
         html = (learned / "p.html").read_text()
