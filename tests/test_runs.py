@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from mlx.utils import tree_flatten
 from peers import smollm2
 from test_variants import SOURCE, without
 
+from config import UserError
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from records import read_conversations
 from tokenizer import byte_tokenizer
@@ -391,3 +393,28 @@ def test_page_equal(chromium, tmp_path):
         part[last] *= 1.01 if path[0] == "losses" else 0
         (folder / "cases.json").write_text(json.dumps(wrong))
         assert words in run(*arguments, status=2).stderr
+
+
+@pytest.mark.parametrize("header", ["*** START OF THIS PROJECT GUTENBERG EBOOK A TALE ***",
+                                    "***START**THE SMALL PRINT!***\nlaw\n*END*THE SMALL PRINT! FOR ETEXTS*Ver.1*END*"])
+def test_english(header, tmp_path):
+    """The author's words of a book, however its header looks."""
+    script = runpy.run_path(str(ROOT / "runs" / "english.py"))
+    book = (f"\ufeffThe Project Gutenberg\r\n{header}\r\n\r\nProduced by Someone\r\n\r\nCHAPTER I\r\n\r\n"
+            "[Illustration: a _fox_\r\nruns]\r\n\r\n“Who is\r\nthere?” said the _old_ fox.\r\n\r\n"
+            "Nobody—so it seemed.\r\n\r\n"
+            "End of The Project Gutenberg EBook\r\n\r\n*** END OF THIS PROJECT GUTENBERG EBOOK ***\r\nlicence\r\n")
+    assert script["prose"](book, "x") == '"Who is there?" said the old fox.\n\nNobody--so it seemed.\n'
+    with pytest.raises(UserError, match="page.txt is not a text of Project Gutenberg"):
+        script["prose"]("<html>nothing</html>", "page.txt")
+
+
+def test_english_of_the_books_that_are_there(tmp_path):
+    (tmp_path / "books").mkdir()
+    books = runpy.run_path(str(ROOT / "runs" / "english.py"))["BOOKS"]
+    for number in books:
+        text = f"*** START OF IT ***\n\nTale {number}.\n\n*** END OF IT ***"
+        (tmp_path / "books" / f"pg{number}.txt").write_text(text)
+    done = run("runs/english.py", f"--folder={tmp_path}")
+    assert done.stdout == f"{tmp_path}/text: 37 books, {sum(len(f'Tale {n}.') + 1 for n in books)} characters\n"
+    assert (tmp_path / "text" / f"{books[0]}.txt").read_text() == f"Tale {books[0]}.\n"
