@@ -625,6 +625,35 @@ def test_top():
         assert not found[:, 12:].any()
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_dot(n):
+    for R, C in ((6, 1), (3, 67), (12, 130)):
+        x, y = numbers(R, C), numbers(R // n, C, seed=1)
+        found, = run("dot", {}, (R, C, n), [x, y, zeros(R)], R, [3])
+        assert near(found, (x.astype(np.float64) * np.repeat(y, n, axis=0)).sum(-1), 1e-5)
+
+
+def test_head_alone():
+    """A row for each head of each position, with that head's columns only."""
+    x = numbers(5, 3, 7)
+    found, = run("head_alone", {}, (5, 3, 21), [x, zeros(15, 21)], elements(15 * 21), [2])
+    assert np.array_equal(found.reshape(5, 3, 3, 7), x[:, None] * np.eye(3, dtype=np.float32)[..., None])
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_norm_share(layer):
+    """The shares of three addends sum to norm.wgsl's row of their sum; each is linear in its addend."""
+    for R, C in ((1, 3), (7, 65), (2, 256)):
+        x, weight = numbers(R, 3, C) + layer, numbers(C, seed=8)
+        whole = x.sum(1)
+        arrays = [weight, whole, x, zeros(R, 3, C)]
+        found, = run("norm_share", {"LAYER": layer}, (3 * R, C, 3, 0.003), arrays, 3 * R, [4])
+        normed = norm(layer, 0.003)(*map(mx.array, (whole, weight, zeros(C))))
+        assert near(found.sum(1), normed, 2e-5)
+        arrays[2] = 2 * x
+        assert near(run("norm_share", {"LAYER": layer}, (3 * R, C, 3, 0.003), arrays, 3 * R, [4])[0], 2 * found, 1e-6)
+
+
 def test_rows():
     x, which = numbers(9, 67), np.array([8, 0, 3, 3], np.uint32)
     assert np.array_equal(run("rows", {}, (4, 67), [which, x, zeros(4, 67)], elements(268), [3])[0], x[which])

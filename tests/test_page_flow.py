@@ -1,0 +1,99 @@
+"""webgpu/flow.js: the forward pass as a sum of parts, with numpy's numbers; and the panel that draws it."""
+
+import blas  # noqa: F401  (before mlx)
+import browser
+import mlx.core as mx
+import numpy as np
+import pytest
+
+
+from test_page_model import IDS, flavour, in_page
+
+import attention_maps
+
+SHOWN = IDS[:11]
+
+
+@pytest.fixture(scope="module")
+def opened(chromium, server):
+    """A page of these tests, whose device compiles each kernel once."""
+    with browser.page(chromium, server) as page:
+        yield page
+
+
+def dense(module) -> np.ndarray:
+    """The matrix of a Linear or an Embedding, packed or not, in float64."""
+    if "scales" in module:
+        module = {"weight": mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)}
+    return np.array(module["weight"], np.float64)
+
+
+def share_of(norm, whole: np.ndarray, x: np.ndarray, config) -> np.ndarray:
+    """What an addend x of whole (T, C) gives to norm(whole) if the norm's factor is that of whole."""
+    center = (lambda a: a - a.mean(-1, keepdims=True)) if config.norm == "layer" else (lambda a: a)
+    factor = 1 / np.sqrt((center(whole) ** 2).mean(-1, keepdims=True) + config.norm_eps)
+    return center(x) * factor * np.array(norm.weight, np.float64)
+
+
+def parts_of(model, ids: list[int]) -> tuple[list, dict]:
+    """The states of the stream (T, C), in float64; and what each part adds: embedding, (layer, "mlp"), (layer, head)."""
+    config, kept = model.config, {}
+
+    def tap(site, layer, x):
+        kept[site, layer] = np.array(x.astype(mx.float32), np.float64)[0]
+        return x
+
+    model(mx.array([ids]), tap=tap)
+    found = {"embedding": kept["resid", 0]}
+    for layer, block in enumerate(model.blocks):
+        found[layer, "mlp"], heads = kept["mlp", layer], kept["heads", layer]  # heads: (H, T, D)
+        alone = [y @ w.T for y, w in zip(heads, np.split(dense(block.attn.out), len(heads), axis=1), strict=True)]
+        if config.norm_place != "before":
+            whole = sum(alone) + (np.array(block.attn.out.bias, np.float64) if "bias" in block.attn.out else 0)
+            alone = [share_of(block.attn_post_norm, whole, y, config) for y in alone]
+        found |= {(layer, head): y * config.residual_scale for head, y in enumerate(alone)}
+    return [kept["resid", i] for i in range(config.n_layer + 1)], found
+
+
+@pytest.mark.parametrize("name", ["default", "gpt2", "phi", "gemma", "after-parallel", "granite", "4-bit"])
+def test_flow(name, opened, server):
+    """The norms and direct contributions of all parts are numpy's, and sum to MLX's logit, with the biases that numpy
+    has; the attention is attention_maps.py's."""
+    path, model = flavour(server, name)
+    config = model.config
+    found = in_page(opened, path, """
+        const { flow } = await import("/flow.js"), found = await flow(model, ids);
+        const plain = (_, value) => ArrayBuffer.isView(value) ? [...value] : value;
+        return JSON.parse(JSON.stringify(found, plain));""", SHOWN, parameters="ids")
+    states, parts = parts_of(model, SHOWN)
+    logits = np.array(model(mx.array([SHOWN]))[0], np.float64)
+    best = logits[:, :257].argmax(-1)
+    assert [row["ids"][0] for row in found["rows"][-1]] == best.tolist()
+    directions = dense(model.embed if config.tie else model.head)[best] * config.logit_scale
+    np.testing.assert_allclose(found["norms"], [np.linalg.norm(x, axis=-1) for x in states], rtol=1e-4)
+    given = {"embedding": found["embedding"]}
+    for layer in range(config.n_layer):
+        given |= {(layer, "mlp"): found["mlp"][layer]} | {(layer, h): x for h, x in enumerate(found["heads"][layer])}
+    assert given.keys() == parts.keys()
+    total = found["rest"]
+    for part, x in parts.items():
+        expected = (share_of(model.norm, states[-1], x, config) * directions).sum(-1)
+        np.testing.assert_allclose(given[part]["share"], expected, atol=1e-4, rtol=1e-4, err_msg=str(part))
+        np.testing.assert_allclose(given[part]["norm"], np.linalg.norm(x, axis=-1), rtol=1e-4, err_msg=str(part))
+        total = total + expected
+    np.testing.assert_allclose(found["logit"], logits[np.arange(len(SHOWN)), best], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(total, found["logit"], atol=2e-4, rtol=1e-4)
+    if not (config.bias or config.norm_bias or config.head_bias or config.out_bias):
+        np.testing.assert_allclose(found["rest"], 0, atol=2e-4)
+    for maps, expected in zip(found["maps"], attention_maps.attention_maps(model, mx.array(SHOWN)), strict=True):
+        np.testing.assert_allclose(np.reshape(maps, expected["map"].shape), expected["map"], atol=1e-5)
+
+
+def test_refused(opened, server):
+    """An architecture whose layers are no such sum is refused by the name of its setting."""
+    path, _ = flavour(server, "default")
+    says = in_page(opened, path, """
+        const { flow } = await import("/flow.js");
+        model.config.mod = "topk";
+        return flow(model, [1, 2]).catch((error) => error.message);""")
+    assert says.startswith("This panel cannot show a model with mod")

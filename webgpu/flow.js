@@ -1,0 +1,100 @@
+// One prompt's forward pass as a sum: what the embedding, each head and each MLP add to the residual stream, and which part
+// of the predicted token's logit each of them gives (direct logit attribution: Elhage et al. 2021, "A Mathematical Framework
+// for Transformer Circuits").
+
+import { UserError } from "./errors.js";
+import { attention, lens } from "./inside.js";
+
+// With these settings what a layer adds is not the sum of what its heads and its MLP add.
+const REFUSED = ["mod", "yoco", "diff_attn"];
+
+/** Everything that the panel shows of ids (T,), at each position t. Heads and layers count from 0.
+ *
+ *  rows[L + 1][T]   the lens's predictions from each state of the stream, see lens(); maps[L]  see attention()
+ *  norms[L + 1][T]  the norm of each state: embedding, after layer 0, ...
+ *  embedding        {norm[T], share[T]}, and likewise mlp[L], heads[L][H]: the norm of what the part adds to the stream, and
+ *                   its direct contribution to the logit of the most probable token
+ *  logit[T]         of that token, before the softcap of models that have one
+ *  rest[T]          what no part gives: biases of attention's output, of the final norm and of the head
+ *
+ *  The final norm multiplies each number of the stream by a factor that depends on all parts. For the contributions it is the
+ *  factor of the whole stream, so that they sum to the logit; with LayerNorm, each part's mean is subtracted from it. Likewise
+ *  where a norm stands after attention (norm_place), for its heads. UserError if the model is of another architecture. */
+export async function flow(model, ids) {
+  const other = REFUSED.find((name) => ![undefined, false, 0, "none"].includes(model.config[name]));
+  if (other) throw new UserError(`This panel cannot show a model with ${other}, whose layers are no sum of heads and an MLP: take another model.`);
+  const rows = await lens(model, ids), maps = await attention(model, ids);
+  return { rows, maps, ...await contributions(model, ids, rows.at(-1).map(({ ids: [best] }) => best)) };
+}
+
+/** norms, embedding, heads, mlp, logit and rest of flow(), for the logits of one target at each position. */
+async function contributions(model, ids, targets) {
+  const { gpu, config } = model, { n_layer: L, n_head: H, n_embd: C, norm, norm_eps, norm_place, logit_scale } = config, T = ids.length;
+  const LAYER = norm === "layer" && { LAYER: true };
+  const found = await model.once((plan) => {
+    const room = model.room(plan, T), kept = Array.from({ length: L + 1 }, () => ({})), wanted = [];
+    const keep = (layer, name, x, width) => {
+      kept[layer][name] = { buffer: plan.scratch(4 * T * width), width };
+      plan.copy(x, 0, kept[layer][name].buffer, 0, 4 * T * width);
+    };
+    model.read(plan, ids, (site, layer, x, width) => {
+      keep(layer, site, x, width);
+      if (site === "attn" && norm_place !== "before") keep(layer, "attn_y", room.attn_y, C);  // attention before its norm
+    }, room);
+    const last = kept[L].resid.buffer, directions = unembeddings(model, plan, targets);
+    const [alone, added, normed] = [Math.max(...kept.slice(0, L).map(({ heads }) => heads.width)), C, C].map((width) => plan.scratch(4 * T * H * width));
+    // Add the dot products of n vectors x a position, with themselves or with one y a position.
+    const dots = (x, y, n, own) => {
+      const found = plan.scratch(4 * T * n);
+      plan.add("dot", {}, [T * n, C, own ? 1 : n], [x, y, found], gpu.groups(T * n));
+      wanted.push([found, 4 * T * n]);
+    };
+    const share = (path, whole, x, y, n) =>
+      plan.add("norm_share", { ...LAYER }, [T * n, C, n, norm_eps], [model.weights.get(path).buffer, whole, x, y], gpu.groups(T * n));
+    const weigh = (x, n = 1) => {
+      dots(x, x, n, true);
+      share("norm", last, x, normed, n);
+      dots(normed, directions, n, false);
+    };
+    for (let layer = 0; layer <= L; layer++) {
+      const { resid, heads, attn_y, mlp } = kept[layer], path = `blocks.${layer}`;
+      weigh(resid.buffer);
+      if (layer === L) break;
+      plan.add("head_alone", {}, [T, H, heads.width], [heads.buffer, alone], gpu.threads(T * H * heads.width));
+      const out = { ...model.weights.get(`${path}.attn.out`), bias: null };
+      gpu.linear(plan, out, alone, attn_y ? normed : added, T * H);
+      if (attn_y) share(`${path}.attn_post_norm`, attn_y.buffer, normed, added, H);
+      model.scaled(plan, added, config.residual_scale, T * H * C);
+      weigh(added, H);
+      weigh(mlp.buffer);
+    }
+    model.norm(plan, "norm", last, normed, T, C);
+    dots(normed, directions, 1, false);
+    if (model.head().bias) wanted.push([model.head().bias, 4 * config.vocab_size]);
+    return wanted;
+  });
+  const numbers = found.map((bytes) => new Float32Array(bytes)), next = () => numbers.shift();
+  const part = () => ({ norm: next().map(Math.sqrt), share: next().map((value) => value * logit_scale) });
+  const states = [], heads = [], mlp = [];
+  for (let layer = 0; layer < L; layer++) {
+    states.push(part());
+    const all = part(), of = (values, h) => values.filter((_, i) => i % H === h);
+    heads.push(Array.from({ length: H }, (_, h) => ({ norm: of(all.norm, h), share: of(all.share, h) })));
+    mlp.push(part());
+  }
+  states.push(part());
+  const products = next(), biases = next(), logit = products.map((value, t) => logit_scale * (value + (biases?.[targets[t]] ?? 0)));
+  const parts = [states[0], ...mlp, ...heads.flat()];
+  return { norms: states.map((state) => state.norm), embedding: states[0], heads, mlp, logit,
+    rest: logit.map((value, t) => value - parts.reduce((sum, { share }) => sum + share[t], 0)) };
+}
+
+/** A buffer of the rows of the unembedding matrix of these tokens: (T, C). */
+function unembeddings(model, plan, tokens) {
+  const { gpu } = model, { n_embd: C } = model.config, T = tokens.length, rows = plan.scratch(4 * T * C);
+  const { buffer, scales, biases, bits = 32, group, scaleBits } = model.head();
+  plan.add("embed", { BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }) }, [T, T, C, 1],
+    [buffer, scales ?? gpu.none, biases ?? gpu.none, gpu.none, plan.scratch(Uint32Array.from(tokens)), gpu.none, rows],
+    gpu.threads(T * Math.ceil(C / 4)));
+  return rows;
+}
