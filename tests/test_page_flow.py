@@ -1,12 +1,13 @@
 """webgpu/flow.js: the forward pass as a sum of parts, with numpy's numbers; and the panel that draws it."""
+import re
 
 import blas  # noqa: F401  (before mlx)
 import browser
 import mlx.core as mx
 import numpy as np
 import pytest
-
-
+from browser import js
+from test_page import LAPTOP, LONG, begin, files, fits, panel  # noqa: F401
 from test_page_model import IDS, flavour, in_page
 
 import attention_maps
@@ -18,6 +19,16 @@ SHOWN = IDS[:11]
 def opened(chromium, server):
     """A page of these tests, whose device compiles each kernel once."""
     with browser.page(chromium, server) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def playground(chromium, server, files):  # noqa: F811
+    """The playground with the tiny checkpoint, and two prompts of equal lengths."""
+    with browser.page(chromium, server) as page:
+        begin(page, files)
+        page.fill("#look-prompt", "abcd")
+        js(page, "() => { document.getElementById('recipient').value = 'abxd'; }")
         yield page
 
 
@@ -36,7 +47,7 @@ def share_of(norm, whole: np.ndarray, x: np.ndarray, config) -> np.ndarray:
 
 
 def parts_of(model, ids: list[int]) -> tuple[list, dict]:
-    """The states of the stream (T, C), in float64; and what each part adds: embedding, (layer, "mlp"), (layer, head)."""
+    """The stream's states (T, C), in float64; and by part what it adds: embedding, (layer, "mlp"), (layer, head)."""
     config, kept = model.config, {}
 
     def tap(site, layer, x):
@@ -97,3 +108,69 @@ def test_refused(opened, server):
         model.config.mod = "topk";
         return flow(model, [1, 2]).catch((error) => error.message);""")
     assert says.startswith("This panel cannot show a model with mod")
+
+
+# ---- the panel -------------------------------------------------------------------------------------------------------
+
+
+def test_panel(page, files):  # noqa: F811
+    """The picture of a prompt's last token, and of another one after a click or an arrow key; each part has a sentence,
+    and leads to its cell in another panel."""
+    page.set_viewport_size(LAPTOP)
+    begin(page, files)
+    assert page.evaluate("performance.getEntriesByType('resource').every(({ name }) => !name.includes('page_flow'))")
+    page.fill("#look-prompt", "abcd")
+    panel(page, "flow")
+    cell = lambda r, c: page.locator(f'#flow [data-r="{r}"][data-c="{c}"]')  # noqa: E731
+    assert page.locator("#flow .part").count() == 2 * 3 and page.locator("#flow .word").count() == 5
+    assert page.locator("#flow .read").count() == 3 and page.locator("#flow .bars li").count() == 5
+    result = page.inner_text("#flow .result")
+    logit, *addends = (float(text.replace("−", "-")) for text in re.findall(
+        r"logit, ([−\d.]+\d), is a sum: embedding ([−+\d.]+), all heads ([−+\d.]+), all MLPs ([−+\d.]+\d)", result)[0])
+    assert result.startswith("After d the model predicts") and sum(addends) == pytest.approx(logit, abs=0.03)
+    assert "page" not in page.inner_text("#look-wrong")
+
+    cell(3, 1).click()
+    assert re.match(r"Layer 1, head 1: (raises|lowers) the logit of “.” directly by \d\.\d\d; adds a vector of norm "
+                    r"[\d.]+ .*; reads token \d, “.*”, with \d", page.inner_text(".flow-said"))
+    for button in page.locator("#flow button").all():
+        assert button.get_attribute("aria-label") or button.inner_text()
+    assert page.locator("#flow .attends.lit").count() == page.locator('#flow .attends[data-of="3 1"]').count() > 0
+    sums = js(page, """() => [...document.querySelectorAll("#flow .attends")].map(({ style, dataset: { from } }) =>
+        [Number(style.getPropertyValue("--s")), Number(from)])""")
+    assert all(0.05 <= weight <= 1 and 0 <= token <= 4 for weight, token in sums)
+
+    page.keyboard.press("ArrowRight")  # the MLP, then the state, then a layer down, to the tokens
+    assert page.inner_text(".flow-said").startswith("Layer 1's MLP:")
+    page.keyboard.press("End")
+    assert page.inner_text(".flow-said").startswith("After layer 1: the lens reads")
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    assert "this token" in page.inner_text(".flow-said") and page.inner_text("#flow .result").startswith("After ⟨text⟩")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#flow .result").startswith("After b the model predicts")
+    assert js(page, "() => document.activeElement.dataset.c") == "2"
+    assert page.locator("#flow .word.later").count() == 2
+    assert all(token <= 2 for token in js(page, """() => [...document.querySelectorAll("#flow .attends")]
+        .map(({ dataset }) => Number(dataset.from))"""))
+    fits(page)
+    assert js(page, "() => document.activeElement.dataset.c") == "2"  # also after the picture was drawn again
+
+
+@pytest.mark.parametrize("r, c, way, name, at", [
+    (3, 0, "Attention", "attention", (1, 0)), (3, 0, "Ablation", "ablation", (1, 3)),
+    (2, 2, "Ablation", "ablation", (0, 1)), (3, 3, "Lens", "lens", (2, 4)), (0, 4, "Patching", "patching", (0, 4))])
+def test_ways(r, c, way, name, at, playground):
+    """Each part leads to its cell of another panel; the predicted token is then the target."""
+    page = playground
+    panel(page, "flow")
+    page.locator(f'#flow [data-r="{r}"][data-c="{c}"]').click()
+    page.click(f".flow-said button:has-text('{way}')")
+    found = f'#{name} .figure [data-r="{at[0]}"][data-c="{at[1]}"]'
+    page.wait_for_selector(f"{found}:focus", timeout=LONG)
+    if name == "attention":
+        assert page.get_attribute(found, "aria-checked") == "true"
+        assert page.inner_text("#attention h3") == "Layer 1, head 0"
+    if name in ("ablation", "patching"):
+        assert page.input_value("#target") == page.inner_text("#flow .result code >> nth=1", timeout=LONG)

@@ -49,9 +49,9 @@ export function heatMap({ caption, axis, rows, columns, cell, onlook }) {
 /** The class of a background by the strength of its colour, 0 to 1: on strong colours the text needs another colour. */
 export const strength = (share) => share > 0.85 ? "strong" : share > 0.6 ? "half" : "";
 
-/** Make cells[row][column] one stop of the Tab key; arrow keys, Home and End move between the cells. Returns a function that
- *  moves to a row and column. */
-export function roving(container, cells, onlook) {
+/** Make cells[row][column] one stop of the Tab key; arrow keys, Home and End move between the cells, whose rows may have several
+ *  lengths. hover: whether a mouse that points at a cell looks at it. Returns a function that moves to a row and column. */
+export function roving(container, cells, onlook, { hover = true } = {}) {
   let here = null;
   const look = (node) => {
     const [r, c] = [Number(node.dataset.r), Number(node.dataset.c)];
@@ -63,7 +63,7 @@ export function roving(container, cells, onlook) {
     onlook(r, c);
   };
   const of = (event) => event.target.closest("[data-r]");
-  container.addEventListener("pointerover", (event) => event.pointerType === "mouse" && of(event) && look(of(event)));
+  container.addEventListener("pointerover", (event) => hover && event.pointerType === "mouse" && of(event) && look(of(event)));
   container.addEventListener("focusin", (event) => of(event) && look(of(event)));
   container.addEventListener("click", (event) => of(event)?.focus({ preventScroll: true }));
   container.addEventListener("keydown", (event) => {
@@ -72,9 +72,10 @@ export function roving(container, cells, onlook) {
     const [r, c] = [Number(node.dataset.r), Number(node.dataset.c)], last = cells[r].length - 1;
     const to = { ArrowUp: [r + 1, c], ArrowDown: [r - 1, c], ArrowLeft: [r, c - 1], ArrowRight: [r, c + 1],
       Home: [r, 0], End: [r, last] }[event.key];
-    if (!to || !cells[to[0]]?.[to[1]]) return;
+    const row = cells[to?.[0]], next = row?.[Math.min(to[1], row.length - 1)];
+    if (!next) return;
     event.preventDefault();
-    cells[to[0]][to[1]].focus();
+    next.focus();
   });
   return (r, c) => look(cells[r][c]);
 }
@@ -124,7 +125,7 @@ export function drawMap(canvas, weights, T, { at = null, labels = null } = {}) {
 
 const SVG = "http://www.w3.org/2000/svg";
 
-function svg(tag, attributes, ...children) {
+export function svg(tag, attributes, ...children) {
   const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);

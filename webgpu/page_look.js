@@ -10,6 +10,7 @@ import { notWriting, textSoFar } from "./page_write.js";
 
 // For each: the words shown while it runs, its fields besides the prompt, and the function that computes and shows it.
 const PANELS = {
+  flow: { doing: "Computing all parts", fields: [], run: async (...all) => (await import("./page_flow.js")).runFlow(...all) },
   lens: { doing: "Reading through the lens", fields: ["colour", "tuned"], run: runLens },
   attention: { doing: "Following attention", fields: [], run: runAttention },
   ablation: { doing: "Switching parts off", fields: ["target", "how"], run: runAblation },
