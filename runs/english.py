@@ -1,14 +1,13 @@
 """The text of the page's second model: 37 children's books in the public domain, from Project Gutenberg.
 
     python runs/english.py                    # downloads what is not yet in out-english/books: 16 MB
-    python data.py out-english/text           # tokens for train.py
     out-english/text: 37 books, 14,906,729 characters
 
 The script writes one text a book, without Project Gutenberg's header and licence, without line breaks inside
 paragraphs, and without marks of pictures and italics. The page's model was trained on the texts as the GITenberg
 project keeps them (2026-11-27). `bash runs/english.sh` does this, and then trains the model.
 
-The books: the fairy tales of Andersen, Grimm, Jacobs and Lang (eleven of his coloured books), twelve of the books
+The books: the fairy tales of Andersen, Grimm, Jacobs and Lang (eleven of his coloured books), ten of the books
 of Oz, and books by Barrie, Burnett, Carroll, Grahame, Kipling, Montgomery, Nesbit, Porter, Spyri and Alcott, all
 published before 1927.
 """

@@ -418,3 +418,26 @@ def test_english_of_the_books_that_are_there(tmp_path):
     done = run("runs/english.py", f"--folder={tmp_path}")
     assert done.stdout == f"{tmp_path}/text: 37 books, {sum(len(f'Tale {n}.') + 1 for n in books)} characters\n"
     assert (tmp_path / "text" / f"{books[0]}.txt").read_text() == f"Tale {books[0]}.\n"
+
+
+def test_page_kernels(chromium, tmp_path):
+    """runs/page_kernels.py, of a few kernels: a wrong number, or one behind the end of an array, is found."""
+    arguments = "runs/page_kernels.py", "--software=True", f"--folder={tmp_path / 'out'}", "--timeout=200"
+    said = run(*arguments, "--tests=test_softcap or test_scale or (test_matvec and not packed)").stdout
+    assert re.search(r"matvec_subgroup +\d+ calls", said) and re.search(r"all \d+ calls agree\n$", said)
+    calls, data = tmp_path / "out" / "calls.json", tmp_path / "out" / "calls.bin"
+    right = json.loads(calls.read_text())
+    kept = [call for call in right["calls"] if call["name"] == "softcap"][:1]
+    for moved in (0, 4 * 9):  # the last of nine guards, the last number
+        place = kept[0]["out"][0]["at"] + kept[0]["out"][0]["size"] - 4 - moved
+        wrong = bytearray(data.read_bytes())
+        wrong[place:place + 4] = np.float32(0.123).tobytes()
+        end = len(wrong) + 16  # arrays may be shared: this one is put at the end
+        wrong += bytes(16) + wrong[kept[0]["out"][0]["at"]:][:kept[0]["out"][0]["size"]]
+        call = json.loads(json.dumps(kept[0]))
+        call["out"][0]["at"] = end
+        other = tmp_path / f"wrong-{moved}"
+        other.mkdir()
+        (other / "calls.bin").write_bytes(wrong)
+        (other / "calls.json").write_text(json.dumps({"calls": [call], "lanes": right["lanes"]}))
+        assert "1 calls differ: softcap" in run(*arguments[:2], f"--folder={other}", "--timeout=200", status=2).stderr
