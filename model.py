@@ -1799,6 +1799,8 @@ def other_kind(path: str, arrays: dict, header: dict) -> str:
     """The line for a file of save_arrays() that holds neither a checkpoint nor an adapter."""
     if "lens" in header:
         return f"{path} is a lens of tuned_lens.py, not a checkpoint: give the checkpoint that it was trained on"
+    if "direction" in header:
+        return f"{path} is a direction of steer.py, not a checkpoint: give the checkpoint that it was made for"
     if any(name.endswith("learning_rate") for name in arrays):  # of an optimizer
         return f"{path} is the state from which a run resumes, not a checkpoint: {give_one_of(os.path.dirname(path))}"
     return f"{path} has no config in its header: copy or train it again"

@@ -693,6 +693,35 @@ def test_ablate(mean, base):
         assert near(found, expected, 1e-6)
 
 
+@pytest.mark.parametrize("has_state", [False, True])
+def test_steer(has_state):
+    """Rows at the positions from first to last - 1, in some columns, become keep x + strength state; others stay."""
+    state = numbers(70, seed=1)
+    for R, left, right, keep, strength, first, last in (
+            (1, 0, 70, 1, 2.5, 0, 2**24), (9, 3, 67, 0, 1, 12, 15), (9, 0, 70, 1, -0.5, 15, 2**24),
+            (5, 20, 30, 0, 0, -4, 12), (5, 0, 70, 0, 1, -9, -8)):
+        x, start = numbers(R, 70), 10
+        dial = np.array([keep, strength, first, last], np.float32)
+        arrays = [np.array([start, R], np.uint32), dial, state if has_state else NONE, x]
+        found, = run("steer", {"STATE": has_state}, (R, 70, left, right), arrays, elements(R * (right - left)), [4])
+        for r in range(R):
+            if first <= start + r < last:
+                x[r, left:right] = keep * x[r, left:right] + has_state * strength * state[left:right]
+        assert near(found, x, 1e-6)
+
+
+def test_divergence():
+    """KL of two distributions in float64, without padding; of equal ones 0; also where logits are large."""
+    for V, n, more in ((5, 5, 0), (70, 67, 200), (5003, 4990, -300)):
+        a, b = numbers(V, seed=V, scale=3), numbers(V, seed=V + 1, scale=2)
+        a[n:] = b[n:] = 999
+        p, q = (np.exp(x[:n].astype(np.float64) - x[:n].max()) for x in (a, b))
+        p, q = p / p.sum(), q / q.sum()
+        found, = run("divergence", {}, (n,), [a + np.float32(more), b, zeros(1)], (1, 1), [3])
+        assert abs(found[0] - (p * np.log(p / q)).sum()) < 1e-4
+        assert run("divergence", {}, (n,), [a, a, zeros(1)], (1, 1), [3])[0][0] < 1e-6
+
+
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 

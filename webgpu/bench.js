@@ -159,7 +159,7 @@ export async function measureShape(gpu, { config, only, profile: whole }, say) {
     const { decode, prefill } = await generation(model, gpu.info.fallback ? 4 : 256);
     await say(`${kind}: writing ${decode.toFixed(0)} tokens/s, reading ${prefill.toFixed(0)}`);
     if (whole) {
-      for (const { plan } of model.plans.values()) await table(plan);
+      for (const { plan } of model.writer().plans.values()) await table(plan);
       const { plan } = await model.pass(1, true), { at, drawn } = model.writer(), done = () => gpu.device.queue.onSubmittedWorkDone();
       const ways = { "in one submission": () => (plan.run(64), done()), "one submission each": () => {
         for (let i = 0; i < 64; i++) plan.run();

@@ -199,7 +199,6 @@ export class GPT {
     this.window_turns = config.pos === "rope" && config.window_theta ?
       this.own(turnsOf({ ...config, rope_theta: config.window_theta, rope_factor: 1 })) : this.turns;
     this.scale = config.attn_scale || config.head_dim ** -0.5;
-    this.plans = new Map();  // see planned()
   }
 
   own(content) {
@@ -207,22 +206,23 @@ export class GPT {
     return this.made.at(-1);
   }
 
-  /** A plan that is built once for each key: build(plan) adds its steps, and returns properties that are kept with it. */
-  async planned(key, build) {
+  /** A plan that is built once for each key and kept in `plans`: build(plan) adds its steps, and returns properties that are
+   *  kept with it. */
+  async planned(plans, key, build) {
     const paths = JSON.stringify(this.gpu.paths);
-    let found = this.plans.get(key);
+    let found = plans.get(key);
     if (found?.paths !== paths) {  // there is none yet, or it has slower kernels
       found?.plan.destroy();
       const plan = new Plan(this.gpu);
       found = { plan, paths, ...build(plan) };
       await this.gpu.guard(() => plan.ready());
-      this.plans.set(key, found);
+      plans.set(key, found);
     }
     return found;
   }
 
   destroy() {
-    this.plans.forEach(({ plan }) => plan.destroy());
+    this.written?.destroy();
     this.made.forEach((buffer) => buffer.destroy());
   }
 
@@ -457,51 +457,52 @@ export class GPT {
 
   // ---- generate -----------------------------------------------------------------------------------------------------
 
-  /** The buffers that generation keeps on the device: its caches, its position, the tokens that it has drawn. */
-  writer() {
-    if (!this.written) {
-      const { n_layer, block_size, n_kv_head, head_dim } = this.config, layers = Array.from({ length: n_layer });
-      const rows = () => layers.map(() => this.own(4 * block_size * n_kv_head * head_dim));
-      this.written = { cache: { k: rows(), v: rows() }, at: this.own(16), token: this.own(4 * CHUNKS.at(-1)), last: this.own(4),
-        drawn: this.own(4 * 8), found: this.own(64) };
-    }
-    return this.written;
-  }
+  /** The writer of the page's text. */
+  writer() { return this.written ??= new Writer(this); }
 
-  /** The plan of a pass over T tokens, which continue the cache. draws: whether the next token is drawn after them, as it
-   *  is after the last chunk of a prompt, and after each token that was drawn. probabilities: see generate(). */
-  pass(T, draws, probabilities = false) {
-    const { cache, at, token, last, drawn, found } = this.writer(), { n_embd: C, vocab_size: V } = this.config;
-    return this.planned(`pass ${T} ${draws} ${probabilities}`, (plan) => {
-      const room = this.room(plan, T);
-      let x = this.forward(plan, { B: 1, T, tokens: token, at, cache, rooms: () => room });
-      if (!draws) return {};
-      if (T > 1) {
-        const row = plan.scratch(4 * C);
-        plan.add("rows", {}, [1, C], [last, x, row], this.gpu.threads(C));
-        x = row;
+  /** The plan of a pass over T tokens, which continue a writer's cache. draws: whether the next token is drawn after them, as
+   *  it is after the last chunk of a prompt, and after each token that was drawn. probabilities: see generate(). */
+  pass(T, draws, probabilities = false, writer = this.writer()) {
+    const { at, token, last, drawn, tops, divergence, changes } = writer, { n_embd: C, vocab_size: V } = this.config;
+    return this.planned(writer.plans, `pass ${T} ${draws} ${probabilities}`, (plan) => {
+      const room = this.room(plan, T), all = [];
+      for (const [i, cache] of writer.caches.entries()) {  // a second one is of the unchanged model
+        let x = this.forward(plan, { B: 1, T, tokens: token, at, cache, tap: i ? null : changes?.tap(plan, at, T), rooms: () => room });
+        if (!draws) continue;
+        if (T > 1) {
+          const row = plan.scratch(4 * C);
+          plan.add("rows", {}, [1, C], [last, x, row], this.gpu.threads(C));
+          x = row;
+        }
+        all.push(this.unembed(plan, x, 1));
+        if (probabilities) plan.add("top", {}, [1, V, this.n_vocab], [this.gpu.none, all[i], tops[i]], [1]);
       }
-      const logits = this.unembed(plan, x, 1);
-      if (probabilities) plan.add("top", {}, [1, V, this.n_vocab], [this.gpu.none, logits, found], [1]);
+      if (!draws) return {};
+      const [logits, unchanged] = all;
+      if (unchanged && probabilities) plan.add("divergence", {}, [this.n_vocab], [unchanged, logits, divergence], [1]);
       const sample = plan.add("sample", {}, [this.n_vocab, 0, 1, 1, 0], [logits, at, token, drawn], [1]);
       return { sample };
     });
   }
 
   /** Continue ids: yields {token, top}. top: with `probabilities`, the five most probable tokens, [[id, p], ...], before
-   *  temperature and filters. When the context is full, its second half is read again, as in model.py. There can be one
-   *  generation at a time. */
-  async* generate(ids, { max_new_tokens = 200, temperature = 0.8, top_k = 50, top_p = 1, min_p = 0, seed = 0, signal, probabilities } = {}) {
+   *  temperature and filters. When the context is full, its second half is read again, as in model.py. A writer has one
+   *  generation at a time. If it has changes, each token also has `unchanged`, the five of the unchanged model after the text
+   *  that the changed one has written, and `divergence`, KL(unchanged || changed) in nats. */
+  async* generate(ids, { max_new_tokens = 200, temperature = 0.8, top_k = 50, top_p = 1, min_p = 0, seed = 0, signal, probabilities,
+    writer = this.writer() } = {}) {
     this.checkPrompt(ids);
-    const { gpu } = this, { block_size } = this.config, { at, token, last, drawn, found } = this.writer();
+    const { gpu } = this, { block_size } = this.config, { at, token, last, drawn, changes } = writer;
+    const told = !probabilities ? [] : [...writer.tops.map((top) => [top, 64]), ...(changes ? [[writer.divergence, 4]] : [])];
     const ready = async (T, draws) => {
-      const { plan, sample } = await this.pass(T, draws, Boolean(probabilities));
+      const { plan, sample } = await this.pass(T, draws, Boolean(probabilities), writer);
       if (draws) plan.set(sample, [this.n_vocab, top_k, temperature, top_p, min_p]);
       return plan;
     };
     const history = Array.from(ids);
     let offset = 0, steps = 0;
     const read = async (tokens) => {  // reads them into an empty cache, and draws the next one
+      changes?.begin(history.length - tokens.length);
       const sizes = tokens.length <= FEW ? [1] : gpu.info.fallback ? CHUNKS.slice(0, 1) : CHUNKS;
       for (let start = 0, size; start < tokens.length; start += size) {
         size = sizes.find((each) => each >= tokens.length - start) ?? sizes.at(-1);
@@ -516,22 +517,24 @@ export class GPT {
     };
     // Runs the plan of a token n times, or 0 times after read(), and reads what was drawn: [{token, top}, ...].
     const draw = async (plan, n) => {
-      const encoder = gpu.device.createCommandEncoder(), size = probabilities ? 68 : 4, count = Math.max(1, n);
+      const encoder = gpu.device.createCommandEncoder(), count = Math.max(1, n), size = told.reduce((sum, [, bytes]) => sum + bytes, 4);
       const staging = gpu.device.createBuffer({ size: size * count, usage: GPUBufferUsage.COPY_DST | GPUBufferUsage.MAP_READ });
       for (let i = 0; i < count; i++) {
         if (n) plan.encode(encoder);
         encoder.copyBufferToBuffer(drawn, 4 * ((steps + i) % 8), staging, size * i, 4);
-        if (probabilities) encoder.copyBufferToBuffer(found, 0, staging, size * i + 4, 64);
+        told.forEach(([buffer, bytes], part) => encoder.copyBufferToBuffer(buffer, 0, staging, size * i + 4 + 64 * part, bytes));
       }
       gpu.device.queue.submit([encoder.finish()]);
       await staging.mapAsync(GPUMapMode.READ);
       const bytes = staging.getMappedRange().slice(0);
       staging.destroy();
+      const five = (values) => Array.from({ length: 5 }, (_, place) => [values[place], values[5 + place]]);
       return Array.from({ length: count }, (_, i) => {
         const [token] = new Uint32Array(bytes, size * i, 1);
         if (!probabilities) return { token, top: null };
-        const values = new Float32Array(bytes, size * i + 4, 16);
-        return { token, top: Array.from({ length: 5 }, (_, place) => [values[place], values[5 + place]]) };
+        const values = new Float32Array(bytes, size * i + 4, size / 4 - 1);
+        if (!changes) return { token, top: five(values) };
+        return { token, top: five(values), unchanged: five(values.subarray(16)), divergence: values[32] };
       });
     };
     const coming = [];
@@ -558,6 +561,24 @@ export class GPT {
       }
     }
     await Promise.all(coming);
+  }
+}
+
+/** What a generation keeps on the device: its caches, its position, the tokens that it has drawn, and its plans. changes: of
+ *  steer.js, which act while it writes; with them the unchanged model reads the text too. */
+export class Writer {
+  constructor(model, changes = null) {
+    const { gpu, config: { n_layer, block_size, n_kv_head, head_dim } } = model, made = [], layers = Array.from({ length: n_layer });
+    const own = (size) => (made.push(gpu.buffer(size)), made.at(-1)), runs = changes ? [0, 1] : [0];
+    const rows = () => layers.map(() => own(4 * block_size * n_kv_head * head_dim));
+    Object.assign(this, { changes, made, plans: new Map(), caches: runs.map(() => ({ k: rows(), v: rows() })), tops: runs.map(() => own(64)),
+      at: own(16), token: own(4 * CHUNKS.at(-1)), last: own(4), drawn: own(4 * 8), divergence: own(4) });
+  }
+
+  destroy() {
+    this.plans.forEach(({ plan }) => plan.destroy());
+    this.made.forEach((buffer) => buffer.destroy());
+    this.changes?.destroy();
   }
 }
 

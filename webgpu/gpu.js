@@ -14,9 +14,9 @@ const NO_WEBGPU = "This browser has no WebGPU. Chrome and Edge 113 and later hav
 // All files of kernels/.
 const FILES = (
   "ablate activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled " +
-  "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum dot embed " +
-  "embed_backward enter_cache head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup norm norm_backward norm_share " +
-  "patch rope rows sample scale softcap sum_squares tiles top weights"
+  "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum divergence dot " +
+  "embed embed_backward enter_cache head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup norm norm_backward " +
+  "norm_share patch rope rows sample scale softcap steer sum_squares tiles top weights"
 ).split(" ");
 
 const ASKS = 3, BETWEEN = 100;  // Chromium on some machines has no card, or only the processor, when it is first asked

@@ -33,7 +33,7 @@ export async function loadLens(model, blob) {
 }
 
 /** The hash of a checkpoint's weights, as base_fingerprint of lora.py: a sidecar file stores that of its model. */
-async function fingerprint(blob) {
+export async function fingerprint(blob) {
   const { tensors } = await readHeader(blob), parts = [];
   const dtypes = { F32: "float32", F16: "float16", BF16: "bfloat16", U32: "uint32", I32: "int32" };
   for (const name of [...tensors.keys()].sort()) {
