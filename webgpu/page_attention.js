@@ -1,8 +1,9 @@
 // The attention panel: a small map for each head, and a large one of the chosen head.
 
+import { far, HABITS, habits, rowsOf, standsOut } from "./habits.js";
 import { attention } from "./inside.js";
 import { queueWith, finish, heard, make, percent, resultOf, seen, token } from "./page_common.js";
-import { drawMap, roving, strength } from "./page_draw.js";
+import { drawMap, key, roving, strength } from "./page_draw.js";
 
 let redraw = () => {};
 
@@ -14,10 +15,13 @@ export const forgetMaps = () => { redraw = () => {}; };
 export async function runAttention(model, ids) {
   const { enc } = model, { n_layer: L, n_head: H } = model.config, T = ids.length;
   const layers = await queueWith(model, () => attention(model, ids));
-  const heads = Array.from({ length: L }, (_, l) => Array.from({ length: H }, (_, h) => {
-    const weights = layers[l].subarray(h * T * T, (h + 1) * T * T);
-    return { l, h, weights, ...habit(weights, ids, T) };
-  }));
+  const heads = Array.from({ length: L }, (_, l) => {
+    const rows = rowsOf(ids, model.windowOf(l));
+    return Array.from({ length: H }, (_, h) => {
+      const weights = layers[l].subarray(h * T * T, (h + 1) * T * T);
+      return { l, h, weights, habits: habits(weights, T, rows) };
+    });
+  });
   const large = largeMap(enc, ids), small = smallMaps(heads, large.show);
   const columns = make("div", { class: "heads" }, small.node, large.node);
   finish("attention", [], columns);
@@ -27,39 +31,32 @@ export async function runAttention(model, ids) {
     large.draw();
   };
   redraw();
-  const { l, h, words } = heads.flat().reduce((a, b) => b.distinct > a.distinct ? b : a);
+  const most = standsOut(heads.flat()), { l, h } = most?.head ?? heads.at(-1).at(-1);
   small.choose(l, h);
-  resultOf("attention").replaceChildren(`Layer ${l}, head ${h} stands out: it ${words}.`);
+  resultOf("attention").replaceChildren(most ? `Layer ${l}, head ${h} stands out: it ${habitInWords(most.head, most.name)}.` :
+    "No head stands out: none has a habit far above chance.");
 }
 
 // ---- what a head does -----------------------------------------------------------------------------------------------
 
-const HABITS = {
-  start: ["start", "attends to the start of the text"], self: ["itself", "attends to the token itself"],
-  previous: ["previous", "attends to the previous token"],
-  again: ["induction", "attends to the token that followed an earlier copy of the current one (induction)"],
-};
+const isFar = (head) => Object.keys(HABITS).filter((name) => far(head.habits[name]));
 
-/** The habit to which a head gives most of its weight: {short, words, distinct}. distinct: how unusual the head is. */
-function habit(map, ids, T) {
-  const sums = { start: 0, self: 0, previous: 0, again: 0 };
-  let repeats = 0;
-  for (let i = 1; i < T; i++) {
-    sums.start += map[i * T];
-    sums.self += map[i * T + i];
-    if (i > 1) sums.previous += map[i * T + i - 1];  // at 1, the previous token is the start
-    const after = Array.from({ length: i }, (_, k) => k).filter((k) => k > 1 && ids[k - 1] === ids[i]);
-    if (after.length) repeats += 1;
-    sums.again += after.reduce((sum, k) => sum + map[i * T + k], 0);
-  }
-  const n = Math.max(1, T - 1);
-  const shares = { start: sums.start / n, self: sums.self / n, previous: sums.previous / Math.max(1, n - 1),
-    again: repeats > 1 ? sums.again / repeats : 0 };
-  const [kind, share] = Object.entries(shares).reduce((a, b) => b[1] > a[1] ? b : a);
-  if (share < 0.3) return { short: "spread", words: "attends to many tokens", distinct: 0 };
-  const [short, words] = HABITS[kind];
-  const distinct = kind === "start" ? share / 100 : share;  // most heads attend to the start
-  return { short, words: `${words} (${percent(share)} of its weight)`, distinct };
+function habitInWords(head, name) {
+  const { share, chance } = head.habits[name];
+  return `${HABITS[name]} (${percent(share)} of its weight; by chance ${percent(chance)})`;
+}
+
+/** What a head does, in words: each habit that is far above chance. */
+const inWords = (head) => isFar(head).map((name) => habitInWords(head, name)).join(", and ") || "attends to many tokens";
+
+/** A table of a head's habits beside chance. */
+function habitTable(head) {
+  const line = (name, { share, chance, rows }) => make("tr", { class: far({ share, chance, rows }) ? "far" : null },
+    make("th", { scope: "row", title: `It ${HABITS[name]}` }, name),
+    ...rows ? [make("td", {}, percent(share)), make("td", {}, percent(chance))] :
+      [make("td", { colspan: 2 }, "not possible in this text")]);
+  const titles = ["Habit", "Share", "By chance"].map((name) => make("th", { scope: "col" }, name));
+  return make("table", { class: "habits" }, make("tr", {}, ...titles), ...Object.entries(head.habits).map((entry) => line(...entry)));
 }
 
 // ---- small maps -----------------------------------------------------------------------------------------------------
@@ -69,9 +66,9 @@ function smallMaps(heads, show) {
   const node = make("div", { class: "maps", role: "radiogroup", "aria-label": "Heads, by layer" });
   const buttons = heads.map((line) => line.map((head) => {
     head.canvas = make("canvas", {});
-    const { l, h, words, canvas, short } = head;
+    const { l, h, canvas } = head, words = inWords(head);
     return make("button", { type: "button", role: "radio", "aria-checked": "false", tabindex: -1, title: words,
-      "aria-label": `Layer ${l}, head ${h}: ${words}`, "data-r": l, "data-c": h }, canvas, short);
+      "aria-label": `Layer ${l}, head ${h}: ${words}`, "data-r": l, "data-c": h }, canvas, isFar(head).join(", ") || "spread");
   }));
   buttons.forEach((line, l) => node.prepend(make("div", {}, make("span", {}, `layer ${l}`), ...line)));
   const check = (l, h) => {
@@ -88,26 +85,37 @@ function smallMaps(heads, show) {
 
 // ---- the large map --------------------------------------------------------------------------------------------------
 
-/** One head's map with a cursor, a sentence about the weight at the cursor, and the prompt, coloured by the weights of the
- *  cursor's row. */
+const NEAREST = 8;  // cells beside each other, in the nearest view
+
+/** One head's map with a cursor, of which a part can be shown larger; a sentence about the weight at the cursor; the prompt,
+ *  coloured by the weights of the cursor's row; and the head's habits. */
 function largeMap(enc, ids) {
   const T = ids.length, labels = ids.map((id) => seen(enc, id)), title = make("h3", {});
   const canvas = make("canvas", { tabindex: 0, role: "img" });
   const said = make("p", { class: "said", "aria-live": "polite" });
-  const strip = make("p", { class: "strip", "aria-hidden": "true" });
+  const strip = make("p", { class: "strip", "aria-hidden": "true" }), table = make("div", {});
   strip.append(...labels.map((label) => make("span", {}, label.replaceAll("↵", "↵\n"))));
-  const node = make("div", { class: "large" }, title, make("div", { class: "plot" }, canvas), said, strip);
-  let head = null, at = null;
+  const zoom = (label, by, says) => make("button", { type: "button", class: "plain small", title: says,
+    onclick: () => magnify(by) }, label);
+  const nearer = zoom("nearer", 0.5, "Show fewer tokens, larger (key: +)");
+  const farther = zoom("farther", 2, "Show more tokens, smaller (key: −)");
+  const legend = key("0%", "100% of a token's attention");
+  legend.append(make("span", {}, "A weight of 25% is half as dark as one of 100%."));
+  const node = make("div", { class: "large" },
+    make("div", { class: "row between" }, title, make("span", { class: "row" }, nearer, farther)), make("div", { class: "plot" }, canvas),
+    legend, table, said, strip);
+  let head = null, at = null, n = T, corner = [0, 0], side = 1;
 
   const draw = () => {
     if (!head) return;
     const [i, j] = at, row = head.weights.subarray(i * T, i * T + T), share = percent(row[j]);
-    drawMap(canvas, head.weights, T, { at, labels });
+    side = drawMap(canvas, head.weights, T, { at, labels, part: n < T ? [...corner, n] : null });
+    [nearer.disabled, farther.disabled] = [n <= NEAREST, n === T];
     title.textContent = `Layer ${head.l}, head ${head.h}`;
     said.replaceChildren(`Token ${i}, `, token(enc, ids[i]), `, attends to token ${j}, `, token(enc, ids[j]),
       `: ${share}`);
     canvas.setAttribute("aria-label", `${title.textContent}. Token ${i}, ${heard(enc, ids[i])}, attends to token ${j}, ` +
-      `${heard(enc, ids[j])}: ${share}. Arrow keys move to other tokens.`);
+      `${heard(enc, ids[j])}: ${share}. Arrow keys move to other tokens, plus and minus change the size.`);
     [...strip.children].forEach((part, k) => {
       const size = k <= i ? Math.sqrt(row[k]) : 0;
       part.style.setProperty("--s", size.toFixed(3));
@@ -117,32 +125,36 @@ function largeMap(enc, ids) {
   };
   const show = (other) => {
     head = other;
+    table.replaceChildren(habitTable(head));
     const last = head.weights.subarray((T - 1) * T);
     at ??= [T - 1, last.indexOf(Math.max(...last))];
     draw();
   };
-  pointAt(canvas, T, (i, j) => {
+  const magnify = (by) => {
+    n = Math.min(T, Math.max(NEAREST, Math.round(n * by)));
+    corner = at.map((place) => Math.min(T - n, Math.max(0, place - (n >> 1))));
+    draw();
+  };
+  const moveTo = (i, j) => {
     const row = Math.min(T - 1, Math.max(0, i));
     at = [row, Math.min(row, Math.max(0, j))];
+    corner = corner.map((first, k) => Math.min(at[k], Math.max(first, at[k] - n + 1)));  // so that the cursor can be seen
     draw();
-  }, () => at);
-  return { node, show, draw };
-}
-
-/** Call tell(row, column) when the pointer or the arrow keys move. where(): the current row and column. */
-function pointAt(canvas, T, tell, where) {
+  };
   const follow = ({ clientX, clientY }) => {
-    const { left, top, height } = canvas.getBoundingClientRect();
-    tell(Math.floor((clientY - top) / height * T), Math.floor((clientX - left) / height * T));
+    const { left, top } = canvas.getBoundingClientRect();
+    const within = (place) => Math.min(n - 1, Math.max(0, Math.floor(place / side)));
+    moveTo(corner[0] + within(clientY - top), corner[1] + within(clientX - left));
   };
   canvas.addEventListener("pointermove", follow);
   canvas.addEventListener("pointerdown", follow);
   canvas.addEventListener("keydown", (event) => {
-    const [i, j] = where();
-    const moves = { ArrowUp: [i - 1, j], ArrowDown: [i + 1, j], ArrowLeft: [i, j - 1], ArrowRight: [i, j + 1],
-      Home: [i, 0], End: [i, i] };
-    if (!moves[event.key]) return;
+    const [i, j] = at, act = { ArrowUp: () => moveTo(i - 1, j), ArrowDown: () => moveTo(i + 1, j), ArrowLeft: () => moveTo(i, j - 1),
+      ArrowRight: () => moveTo(i, j + 1), Home: () => moveTo(i, 0), End: () => moveTo(i, i), "+": () => magnify(0.5),
+      "=": () => magnify(0.5), "-": () => magnify(2) }[event.key];
+    if (!act || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    tell(...moves[event.key]);
+    act();
   });
+  return { node, show, draw };
 }

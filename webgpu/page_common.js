@@ -163,7 +163,12 @@ export function notice(words, buttons, role = "status") {
   return node;
 }
 
-export const percent = (p) => `${(100 * p).toFixed(p >= 0.0995 ? 0 : p >= 0.00095 ? 1 : 2)}%`;
+/** A share as a percentage; what is above 0 is never written as 0%. */
+export function percent(p) {
+  if (p > 0 && p < 0.00005) return "<0.01%";
+  return `${(100 * p).toFixed(p >= 0.0995 || !p ? 0 : p >= 0.00095 ? 1 : 2)}%`;
+}
+
 export const count = (n) => Math.round(n).toLocaleString("en");
 
 export function many(n) {

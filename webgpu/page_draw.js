@@ -88,37 +88,57 @@ export function key(from, to, both = false) {
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
+const LABELS = 0.2;  // of a part's height, for the tokens of its columns
+
 /** Draw T x T attention weights on a canvas, in its text colour: queries in rows, keys in columns. at: [row, column] to be
- *  marked. labels: of the rows, drawn in the empty half, right of the diagonal. */
-export function drawMap(canvas, weights, T, { at = null, labels = null } = {}) {
-  const scale = globalThis.devicePixelRatio || 1, size = Math.round(canvas.clientHeight * scale) || T, side = size / T;
-  [canvas.width, canvas.height] = [Math.round(canvas.clientWidth * scale) || T, size];
+ *  marked. part: [row, column, n], the n x n cells to draw from there on; null: all. labels: of all rows, drawn in the empty
+ *  half, right of the diagonal; of a part, right of it and below. Returns the side of a cell, in CSS pixels. */
+export function drawMap(canvas, weights, T, { at = null, labels = null, part = null } = {}) {
+  const scale = globalThis.devicePixelRatio || 1, height = Math.round(canvas.clientHeight * scale) || T;
+  const [row, column, n] = part ?? [0, 0, T], size = Math.round(height * (part ? 1 - LABELS : 1)), side = size / n;
+  [canvas.width, canvas.height] = [Math.round(canvas.clientWidth * scale) || T, height];
   const pen = canvas.getContext("2d"), ink = getComputedStyle(canvas.parentElement).color;
-  pen.fillStyle = getComputedStyle(canvas).color;
-  for (let i = 0; i < T; i++) {
-    for (let j = 0; j <= i; j++) {
-      const weight = weights[i * T + j];
-      if (weight < 0.004) continue;
-      pen.globalAlpha = Math.sqrt(weight);  // so that small weights can be seen
-      const [x, y] = [Math.round(j * side), Math.round(i * side)];
-      pen.fillRect(x, y, Math.round((j + 1) * side) - x, Math.round((i + 1) * side) - y);
+  const image = pen.createImageData(size, size);
+  const cells = (pixel) => [Math.floor(pixel / side), Math.max(Math.floor(pixel / side) + 1, Math.floor((pixel + 1) / side))];
+  for (let y = 0; y < size; y++) {
+    const [above, below] = cells(y);
+    for (let x = 0; x < size; x++) {
+      const [first, last] = cells(x);
+      let most = 0;  // of the cells in this pixel
+      for (let i = row + above; i < row + below; i++) {
+        for (let j = column + first; j < Math.min(column + last, i + 1); j++) most = Math.max(most, weights[i * T + j]);
+      }
+      image.data[4 * (y * size + x) + 3] = 255 * Math.sqrt(most);  // so that small weights can be seen
     }
   }
-  pen.globalAlpha = 1;
+  pen.putImageData(image, 0, 0);
+  pen.globalCompositeOperation = "source-in";
+  pen.fillStyle = getComputedStyle(canvas).color;
+  pen.fillRect(0, 0, size, size);
+  pen.globalCompositeOperation = "source-over";
   pen.strokeStyle = pen.fillStyle = ink;
   pen.lineWidth = scale;
   if (at) {
-    pen.strokeRect(at[1] * side, at[0] * side, side, side);
+    const [i, j] = [at[0] - row, at[1] - column];
+    pen.strokeRect(j * side, i * side, side, side);
     pen.globalAlpha = 0.4;
-    pen.strokeRect(0, at[0] * side, (at[0] + 1) * side, side);
+    pen.strokeRect(0, i * side, (part ? n : i + 1) * side, side);
   }
-  if (!labels || side < 11 * scale) return;
+  if (!labels || side < 11 * scale) return side / scale;
   pen.font = `${Math.min(13 * scale, 0.8 * side)}px ui-monospace, Menlo, Consolas, monospace`;
   pen.textBaseline = "middle";
-  labels.forEach((label, i) => {
-    pen.globalAlpha = at && (i === at[0] || i === at[1]) ? 1 : 0.6;
-    pen.fillText(label.slice(0, 16), (i + 1) * side + 5 * scale, (i + 0.5) * side);
-  });
+  for (let i = 0; i < n; i++) {
+    pen.globalAlpha = !at || row + i === at[0] || !part && i === at[1] ? 1 : 0.6;
+    pen.fillText(labels[row + i].slice(0, 16), (part ? n : i + 1) * side + 5 * scale, (i + 0.5) * side);
+    if (!part) continue;
+    pen.globalAlpha = !at || column + i === at[1] ? 1 : 0.6;
+    pen.save();
+    pen.translate((i + 0.5) * side, size + 5 * scale);
+    pen.rotate(Math.PI / 2);
+    pen.fillText(labels[column + i].slice(0, 16), 0, 0);
+    pen.restore();
+  }
+  return side / scale;
 }
 
 // ---- the loss -------------------------------------------------------------------------------------------------------
