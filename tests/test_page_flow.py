@@ -7,10 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from browser import js
-from test_page import LAPTOP, LONG, begin, files, fits, panel  # noqa: F401
+from test_page import LAPTOP, LONG, begin, files, fits, panel, says, write  # noqa: F401
 from test_page_model import IDS, flavour, in_page
 
 import attention_maps
+import model as model_file
+from model import load_checkpoint
+from tokenizer import Tokenizer
 
 SHOWN = IDS[:11]
 
@@ -174,3 +177,94 @@ def test_ways(r, c, way, name, at, playground):
         assert page.inner_text("#attention h3") == "Layer 1, head 0"
     if name in ("ablation", "patching"):
         assert page.input_value("#target") == page.inner_text("#flow .result code >> nth=1", timeout=LONG)
+
+
+# ---- drawing under settings of sampling ------------------------------------------------------------------------------
+
+SETTINGS = [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.5, 5, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (1.0, 0, 0.8, 0.0),
+            (2.0, 0, 0.5, 0.0), (1.0, 0, 0.0, 0.0), (1.0, 0, 1.0, 0.1), (0.5, 0, 1.0, 0.1), (1.2, 9, 0.9, 0.2),
+            (0.8, 200, 0.97, 0.001), (1.0, 999, 1.0, 1.0), (3.0, 7, 0.6, 0.5), (0.0, 5, 0.5, 0.1)]
+
+
+def drawn(monkeypatch, logits, temperature, top_k, top_p, min_p) -> tuple[np.ndarray, list[int]]:
+    """The probability with which sample_token() draws each token, in float64; and how many it keeps."""
+    if temperature == 0:
+        best = model_file.sample_token(mx.array(logits[None]), None, 0.0)
+        return np.eye(len(logits))[best.item()], 1
+    monkeypatch.setattr(mx.random, "categorical", lambda logits, key: logits)
+    left = np.array(model_file.sample_token(mx.array(logits[None]), None, temperature, top_k, top_p, min_p))[0]
+    p = np.exp(left.astype(np.float64) - left.max())
+    return p / p.sum(), int((p > 0).sum())
+
+
+def test_chances(opened, server, monkeypatch):
+    """The probability of each token under settings is that with which sample_token() draws it; the logits after a
+    prompt are the model's."""
+    path, model = flavour(server, "softcap")
+    logits, found = in_page(opened, path, """
+        const { chances, logitsAfter } = await import("/sampling.js");
+        const logits = await logitsAfter(model, ids), all = Array.from(logits, (_, id) => id);
+        return [[...logits], settings.map(([temperature, top_k, top_p, min_p]) => {
+            const { p, drawn, cutBy, kept } = chances(logits, { temperature, top_k, top_p, min_p });
+            return { p: all.map(p), drawn: all.map(drawn), cut: all.map(cutBy), kept };
+        })];""", SHOWN, SETTINGS, parameters="ids, settings")
+    expected = np.array(model(mx.array([SHOWN]))[0, -1, :257])
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    logits = np.array(logits, np.float32)
+    for settings, each in zip(SETTINGS, found, strict=True):
+        p, n = drawn(monkeypatch, logits, *settings)
+        np.testing.assert_allclose(each["drawn"], p, atol=1e-6, err_msg=str(settings))
+        np.testing.assert_allclose(each["p"], np.array(mx.softmax(mx.array(logits))), atol=1e-6)
+        assert [cut == "" for cut in each["cut"]] == [share > 0 for share in each["drawn"]] == (p > 0).tolist()
+        assert not each["kept"] or list(each["kept"].values())[-1] == n == each["cut"].count("")
+        if each["kept"].get("top_k"):
+            assert each["kept"]["top_k"] == settings[1] == len(p) - each["cut"].count("top_k")
+
+
+def test_marks_on_bars(playground, files, monkeypatch):  # noqa: F811
+    """Beside the model's probability, each bar shows the one under the present settings, also after a context was cut
+    and for an earlier token; a token that is cut off says by which filter. A setting out of range leaves no mark."""
+    page = playground
+    model, meta = load_checkpoint(str(files / "tiny.safetensors"))
+    enc = Tokenizer.from_dict(meta["tokenizer"])
+    for name, value in dict(temperature=0.9, top_k=60, seed=6, prompt="abcde").items():
+        page.fill(f"#{name}", str(value))
+    write(page, 100)  # the context is 80
+    written = js(page, "() => [...document.querySelectorAll('#sheet .t')].map(({ textContent }) => textContent)")
+    ids = [enc.bos, *enc.encode("abcde").tolist()]
+    ids += [enc.encode(text).tolist()[0] if text else enc.bos for text in written]
+
+    def check(start: int, at: int, settings: tuple, words: str):
+        """The token ids[at], which was drawn after ids[start:at]."""
+        context = ids[start:at]
+        says(page, "next-says", words)
+        logits = np.array(model(mx.array([context]))[0, -1, :enc.n_vocab])
+        p, whole = drawn(monkeypatch, logits, *settings)[0], np.array(mx.softmax(mx.array(logits)))
+        marks = js(page, """() => [...document.querySelectorAll("#next li")].map((row) =>
+            [...row.querySelectorAll("i")].map((bar) => Number(bar.style.getPropertyValue("--p"))))""")
+        labels = page.locator("#next button").evaluate_all("all => all.map((row) => row.ariaLabel)")
+        best = np.argsort(-logits)[:5]
+        np.testing.assert_allclose(marks[:5], np.stack([whole[best], p[best]], axis=1), atol=1e-4)
+        assert ["cut off by" in label for label in labels[:5]] == (p[best] == 0).tolist()
+        assert len(labels) == 5 or marks[5] == pytest.approx([whole[ids[at]], p[ids[at]]], abs=1e-4)
+        return labels
+
+    # When the context of 80 was full, with 81 tokens, its last 40 were read again: the last token was drawn after 64.
+    check(105 - 64, 105, (0.9, 60, 1.0, 0.0), r"^At temperature 0.9, top-k 60 keeps 60 tokens\.$")
+    page.locator("#sheet .t").nth(20).click()
+    page.wait_for_function("document.querySelector('#next-says').textContent === ''")
+    check(0, 26, (0.9, 60, 1.0, 0.0), "top-k 60 keeps 60 tokens")
+    page.fill("#top_p", "0.05")
+    labels = check(0, 26, (0.9, 60, 0.05, 0.0), r"top-k 60 keeps 60 tokens, then top-p 0.05 keeps [1-4] of these\.$")
+    assert "cut off by top-p" in labels[4] and page.locator("#next .cut").count() >= 1
+    page.fill("#temperature", "0")
+    labels = check(0, 26, (0.0, 60, 0.05, 0.0), "^Temperature 0 always takes the most probable token")
+    assert "drawn with 100%" in labels[0] and "cut off by temperature 0" in labels[1]
+    page.fill("#temperature", "-1")
+    says(page, "next-says", "^$")
+    assert page.locator("#next .drawn").count() == 0 and page.inner_text("#write-wrong") == ""
+    page.fill("#temperature", "0.8")
+    page.fill("#top_p", "1")
+    page.fill("#top_k", "0")
+    check(0, 26, (0.8, 0, 1.0, 0.0), "^At temperature 0.8, all tokens can be drawn")
+    fits(page)

@@ -485,10 +485,11 @@ export class GPT {
     });
   }
 
-  /** Continue ids: yields {token, top}. top: with `probabilities`, the five most probable tokens, [[id, p], ...], before
-   *  temperature and filters. When the context is full, its second half is read again, as in model.py. A writer has one
-   *  generation at a time. If it has changes, each token also has `unchanged`, the five of the unchanged model after the text
-   *  that the changed one has written, and `divergence`, KL(unchanged || changed) in nats. */
+  /** Continue ids: yields {token, top, context}. top: with `probabilities`, the five most probable tokens, [[id, p], ...],
+   *  before temperature and filters. context: how many of the tokens before it the model has read for it. When the context is
+   *  full, its second half is read again, as in model.py. A writer has one generation at a time. If it has changes,
+   *  each token also has `unchanged`, the five of the unchanged model after the text that the changed one has written, and
+   *  `divergence`, KL(unchanged || changed) in nats. */
   async* generate(ids, { max_new_tokens = 200, temperature = 0.8, top_k = 50, top_p = 1, min_p = 0, seed = 0, signal, probabilities,
     writer = this.writer() } = {}) {
     this.checkPrompt(ids);
@@ -517,7 +518,8 @@ export class GPT {
     };
     // Runs the plan of a token n times, or 0 times after read(), and reads what was drawn: [{token, top}, ...].
     const draw = async (plan, n) => {
-      const encoder = gpu.device.createCommandEncoder(), count = Math.max(1, n), size = told.reduce((sum, [, bytes]) => sum + bytes, 4);
+      const encoder = gpu.device.createCommandEncoder(), count = Math.max(1, n), before = offset;
+      const size = told.reduce((sum, [, bytes]) => sum + bytes, 4);
       const staging = gpu.device.createBuffer({ size: size * count, usage: GPUBufferUsage.COPY_DST | GPUBufferUsage.MAP_READ });
       for (let i = 0; i < count; i++) {
         if (n) plan.encode(encoder);
@@ -531,10 +533,10 @@ export class GPT {
       const five = (values) => Array.from({ length: 5 }, (_, place) => [values[place], values[5 + place]]);
       return Array.from({ length: count }, (_, i) => {
         const [token] = new Uint32Array(bytes, size * i, 1);
-        if (!probabilities) return { token, top: null };
-        const values = new Float32Array(bytes, size * i + 4, size / 4 - 1);
-        if (!changes) return { token, top: five(values) };
-        return { token, top: five(values), unchanged: five(values.subarray(16)), divergence: values[32] };
+        const context = before + (n ? i + 1 : 0);
+        if (!probabilities) return { token, top: null, context };
+        const values = new Float32Array(bytes, size * i + 4, size / 4 - 1), found = { token, top: five(values), context };
+        return changes ? { ...found, unchanged: five(values.subarray(16)), divergence: values[32] } : found;
       });
     };
     const coming = [];

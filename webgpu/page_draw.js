@@ -4,20 +4,24 @@ import { heard, make, percent, piece, seen } from "./page_common.js";
 
 // ---- bars -----------------------------------------------------------------------------------------------------------
 
-/** Show rows of {id, p, taken?, words?} in a list. Existing elements are kept, so that the focus stays where it is. act(id)
- *  is called when a row is pressed. */
+/** Show rows of {id, p, taken?, words?, drawn?, cut?} in a list. Existing elements are kept, so that the focus stays where it
+ *  is. act(id) is called when a row is pressed. words: instead of p; drawn: a second probability, with a bar of its own; cut: why
+ *  the token cannot be drawn. */
 export function bars(list, enc, rows, act = null) {
   while (list.children.length > rows.length) list.lastChild.remove();
   while (list.children.length < rows.length) {
     list.append(make("li", {}, act ? make("button", { type: "button" }) : make("div")));
   }
-  rows.forEach(({ id, p, taken, words }, i) => {
-    const row = list.children[i].firstChild, share = words ?? percent(p);
+  rows.forEach(({ id, p, taken, words, drawn, cut }, i) => {
+    const row = list.children[i].firstChild, share = words ?? percent(p), second = cut ? "cut off" : drawn === undefined ? "" : percent(drawn);
     list.children[i].classList.toggle("taken", Boolean(taken));
-    row.replaceChildren(piece(enc, id), make("i", { "--p": p }), make("span", { class: "share" }, share));
+    list.children[i].classList.toggle("cut", Boolean(cut));
+    row.replaceChildren(piece(enc, id), make("span", { class: "both" }, make("i", { "--p": p }), second && make("i", { class: "drawn", "--p": drawn })),
+      make("span", { class: "share" }, share), second && make("span", { class: "share drawn" }, second));
     if (!act) return;
     row.onclick = () => act(id);
-    row.setAttribute("aria-label", `${heard(enc, id)}, ${share}${taken ? ", written" : ", take this one"}`);
+    const chance = cut ? `, cut off by ${cut}` : second && `, drawn with ${second}`;
+    row.setAttribute("aria-label", `${heard(enc, id)}, ${share}${chance}${taken ? ", written" : ", take this one"}`);
   });
 }
 

@@ -2,8 +2,9 @@
 
 import { $, queueWith, attempt, count, during, heard, idsOf, make, needModel, numberOf, onModel, page } from "./page_common.js";
 import { bars } from "./page_draw.js";
+import { chances, logitsAfter } from "./sampling.js";
 
-// The sheet holds the prompt, its ids and its text, and for each token after it {id, top, forced, node}. enc: the tokenizer of the model
+// The sheet holds the prompt, its ids and its text, and for each token after it {id, top, context, forced, node}. enc: the tokenizer of the model
 // that wrote it; at: the index of the token that is looked at, null: the newest one.
 const sheet = { prompt: [], text: "", written: [], enc: null, model: null, at: null, stream: null };
 let current = null;  // the generation that is going on: {abort, done}
@@ -62,11 +63,11 @@ function take(i, id) {
     const model = needModel(), options = settings();
     await stopWriting();
     if (model !== sheet.model || !sheet.written[i]) return;
-    const { top } = sheet.written[i];
+    const { top, context } = sheet.written[i];
     sheet.written.splice(i).forEach(({ node }) => node.remove());
     $("sheet").querySelector(".end")?.remove();
     restream();
-    append({ id, top, forced: true });
+    append({ id, top, context, forced: true });
     sheet.at = null;
     const max_new_tokens = Math.max(1, options.max_new_tokens - sheet.written.length);
     await goOn({ ...options, max_new_tokens, seed: (options.seed + i + 1) % 2 ** 32 });
@@ -111,7 +112,7 @@ async function drawTokens(options, signal) {
       break;
     }
     began ||= performance.now();
-    append({ id: value.token, top: value.top, forced: false });
+    append({ id: value.token, top: value.top, context: value.context, forced: false });
     const n = sheet.written.length - before, pace = (n - 1) / (performance.now() - began) * 1000;
     const speed = n > 1 ? `, ${pace < 10 ? pace.toFixed(1) : count(pace)} a second` : "";
     $("pace").textContent = `${count(sheet.written.length)} tokens${speed} · seed ${options.seed}`;
@@ -155,23 +156,72 @@ function draw() {
   $("sheet").querySelector(".at")?.classList.remove("at");
   if (!entry) {
     bars($("next"), sheet.enc, []);
+    $("next-says").textContent = "";
     $("scrub-says").textContent = "Look back";
     return;
   }
   if (sheet.at !== null) entry.node.classList.add("at");
   $("scrub-says").textContent = `Token ${count(i + 1)} of ${count(n)}`;
   const rows = (entry.top ?? []).map(([id, p]) => ({ id, p, taken: id === entry.id }));
+  const drawing = drawnUnder(entry);
   scrub.setAttribute("aria-valuetext", `token ${i + 1}: ${heard(sheet.enc, entry.id)}. Best: ` +
     rows.slice(0, 3).map(({ id, p }) => `${heard(sheet.enc, id)} ${Math.round(100 * p)}%`).join(", "));
   if (rows.length && !rows.some(({ taken }) => taken)) {
-    rows.push({ id: entry.id, p: 0, taken: true, words: `< ${Math.max(1, Math.ceil(100 * rows.at(-1).p))}%` });
+    const words = drawing ? undefined : `< ${Math.max(1, Math.ceil(100 * rows.at(-1).p))}%`;
+    rows.push({ id: entry.id, p: drawing?.p(entry.id) ?? 0, taken: true, words });
   }
+  for (const row of drawing ? rows : []) Object.assign(row, { drawn: drawing.drawn(row.id), cut: FILTERS[drawing.cutBy(row.id)] });
+  $("next-says").textContent = drawing ? drawnInWords(drawing, rows) : "";
   bars($("next"), sheet.enc, rows, (id) => id === entry.id && !entry.forced ? look(i) : take(i, id));
 }
 
 function look(i) {
   sheet.at = i;
   draw();
+}
+
+// ---- drawing under the settings ---------------------------------------------------------------------------------------
+
+// The bars' second marks need the logits of all tokens, which are not kept as the text is written. So those of the token that is
+// looked at are computed again, once for any settings; those of the newest token only after the last one is written.
+const STILL = 250;  // milliseconds that a token is looked at before
+const FILTERS = { temperature: "temperature 0", top_k: "top-k", top_p: "top-p", min_p: "min-p" };
+let known = { entry: null, logits: null };
+
+/** The chances() of a written token under the settings; null if they are not known yet, or if a setting is out of range. */
+function drawnUnder(entry) {
+  if (known.entry !== entry && (!current || sheet.at !== null)) {
+    known = { entry, logits: null };
+    setTimeout(() => computeLogits(entry), STILL);
+  }
+  try {
+    return known.entry === entry && known.logits ? chances(known.logits, settings()) : null;
+  } catch {
+    return null;  // the Write button says which setting is wrong
+  }
+}
+
+async function computeLogits(entry) {
+  const { model, prompt, written } = sheet, at = written.indexOf(entry);
+  if (known.entry !== entry || at < 0 || model !== page.model) return;
+  const ids = [...prompt, ...written.slice(0, at).map(({ id }) => id)].slice(-entry.context);
+  await attempt("write-wrong", async () => {
+    const logits = await queueWith(model, () => known.entry === entry ? logitsAfter(model, ids) : null);
+    if (known.entry === entry) known.logits = logits;
+  });
+  draw();
+}
+
+/** What the settings do to the tokens of the bars, in a sentence. */
+function drawnInWords({ cutBy, kept }, rows) {
+  const { temperature, ...filters } = settings(), left = Object.entries(kept);
+  if (temperature === 0) return "Temperature 0 always takes the most probable token.";
+  const of = (n, filter) => {
+    const these = rows.filter(({ id }) => !cutBy(id) || left.findIndex(([name]) => name === cutBy(id)) > left.findIndex(([name]) => name === filter)).length;
+    return these < rows.length ? `${these} of these` : `${count(n)} tokens`;
+  };
+  const kinds = left.map(([name, n]) => `${FILTERS[name]} ${filters[name]} keeps ${of(n, name)}`);
+  return `At temperature ${temperature}, ${kinds.length ? kinds.join(", then ") : "all tokens can be drawn"}.`;
 }
 
 const tokenAt = (event) => event.target.closest?.(".t");
@@ -220,6 +270,7 @@ export function setUpWriting() {
     event.preventDefault();
     beginText();
   });
+  $("sampling").addEventListener("input", draw);
   $("form").addEventListener("change", showForm);
   onModel(showForm);
   const mark = () => $("sheet").classList.toggle("marked", $("mark").checked);
