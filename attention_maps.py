@@ -3,12 +3,13 @@
     python attention_maps.py out/ckpt.safetensors --prompt="def __init__(self, name):"
 
 A map holds the attention weights of a head, softmax(q k^T / sqrt(D) + mask), with a row for each query and a column for
-each key, computed from the model's own queries and keys (Vaswani et al. 2017). For each head, it prints the mean weight
-on the first token, on the token itself and on the token before; the mean distance; and the entropy in bits. It draws
-all maps, layer by head, and writes a page on which a map can be enlarged, with the tokens and the weight under the
-pointer. For differential attention it shows both maps and their difference A1 - lambda A2, before the norm. Windows,
-ALiBi, sinks and YOCO's shared keys are part of the maps. With experts, it prints the experts of each token; with
-Mixture of Depths, the tokens that a block skipped. In Python:
+each key, computed from the model's own queries and keys (Vaswani et al. 2017). For each head, it prints which share of
+its weight goes to the start of the text, to the token itself, to the token before, to the token after an earlier copy
+(induction) and to earlier copies, with the shares of even weights below (docs/inside.md has the formulas); the mean
+distance; and the entropy in bits. It draws all maps, layer by head, and writes a page on which a map can be enlarged,
+with the tokens and the weight under the pointer. For differential attention it shows both maps and their difference
+A1 - lambda A2, before the norm. Windows, ALiBi, sinks and YOCO's shared keys are part of the maps. With experts, it
+prints the experts of each token; with Mixture of Depths, the tokens that a block skipped. In Python:
 
     >>> from model import load_checkpoint; from attention_maps import attention_maps; import mlx.core as mx
     >>> model, meta = load_checkpoint("out/ckpt.safetensors")
@@ -16,6 +17,8 @@ Mixture of Depths, the tokens that a block skipped. In Python:
 """
 import base64
 import json
+import os
+import zlib
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -40,6 +43,7 @@ from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
 prompt = ""    # the text to read
+layers = ""    # the layers to show, as in 0,3-5; "": all
 picture = ""   # a PNG; "": the name of the checkpoint with -attention.png; a page .html is written beside it
 
 settings = overrides(globals(), "checkpoint")
@@ -225,10 +229,40 @@ def depth(model: GPT, states: dict) -> list[np.ndarray | None]:
 # ---- show ------------------------------------------------------------------------------------------------------------
 
 
-def table(maps: list[dict[str, np.ndarray]]):
-    """Print, for each head, its mean weights on three tokens, its mean distance and its entropy."""
-    print(f"{'layer':>5} {'head':>4} {'map':10} {'first':>6} {'itself':>6} {'before':>6} {'distance':>8} {'bits':>5}")
-    for layer, named in enumerate(maps):
+def chosen_layers(text: str, n_layer: int) -> list[int]:
+    """The layers of the setting: "0,3-5" is [0, 3, 4, 5], "" all. UserError if the model has not all of them."""
+    found = set()
+    for part in text.split(",") if text else [f"0-{n_layer - 1}"]:
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) < n_layer):
+            raise UserError(f"layers={text!r}: write layers from 0 to {n_layer - 1}, as in --layers=0,3-5")
+        found |= {*range(int(first), int(last or first) + 1)}
+    return sorted(found)
+
+
+def habits_of(maps: list[dict[str, np.ndarray]], layers: list[int], ids: list[int], seen: list[np.ndarray]) -> dict:
+    """habits() of each head, by (layer, map, head). seen: the visible keys in each of these layers."""
+    return {(layer, name, head): habits(weights, ids, visible)
+            for layer, named, visible in zip(layers, maps, seen, strict=True)
+            for name, each in named.items() if name != "difference" for head, weights in enumerate(each)}
+
+
+def percent(share: float) -> str:
+    return "<1%" if 0 < share < 0.01 else f"{share:.0%}"
+
+
+def table(maps: list[dict[str, np.ndarray]], layers: list[int], found: dict):
+    """Print, for each head, the share of each habit, its mean distance and its entropy; for each layer, the shares by
+    chance; and the head that stands out. found: from habits_of()."""
+    widths = [max(7, len(name) + 1) for name in HABITS]
+
+    def line(*start, cells, end=("", "")):
+        print("{:>5} {:>4} {:6}".format(*start) + "".join(f"{cell:>{width}} " for cell, width in zip(
+            cells, widths, strict=True)) + "{:>8} {:>5}".format(*end))
+
+    line("layer", "head", "map", cells=[f"{name} " for name in HABITS], end=("distance", "bits"))
+    chances = {}
+    for layer, named in reversed([*zip(layers, maps, strict=True)]):
         for name, each in named.items():
             for head, weights in enumerate(each):
                 seen = np.nan_to_num(weights[~np.isnan(weights).all(-1)])
@@ -237,21 +271,35 @@ def table(maps: list[dict[str, np.ndarray]]):
                 whole = np.nan_to_num(weights)
                 n, away = len(seen), np.abs(np.subtract.outer(np.arange(len(whole)), np.arange(len(whole))))
                 entropy = -(seen * np.log2(np.maximum(seen, 1e-30))).sum() / n
-                print(f"{layer:5} {head:4} {name:10} {whole[:, 0].sum() / n:6.1%} {np.trace(whole) / n:6.1%} "
-                      f"{np.trace(whole, -1) / n:6.1%} {(whole * away).sum() / n:8.2f} {entropy:5.2f}")
+                shares = found[layer, name, head].values()
+                cells = [f"{share:.1%}" + " *"[far(share, chance, rows)] if rows else "- "
+                         for share, chance, rows in shares]
+                line(layer, head, name, cells=cells, end=(f"{(whole * away).sum() / n:.2f}", f"{entropy:.2f}"))
+                chances[layer] = [f"{chance:.1%} " if rows else "- " for _, chance, rows in shares]
+    same = len({*map(tuple, chances.values())}) == 1
+    for layer in [*chances][-1:] if same else chances:
+        line("" if same else layer, "", "chance", cells=chances[layer])
+    print("*: far above chance")
+    most = stands_out([*found.values()])
+    if most:
+        layer, name, head = [*found][most[0]]
+        share, chance, _ = found[layer, name, head][most[1]]
+        print(f"layer {layer}, head {head}{f', {name} map' * (name != 'map')} stands out: it {HABITS[most[1]]}\n"
+              f"({percent(share)} of its weight; by chance {percent(chance)})")
 
 
-def draw(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str]):
+def draw(path: str, maps: list[dict[str, np.ndarray]], layers: list[int], tokens: list[str]):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.colors import PowerNorm
 
     rows = [(f"layer {layer}" if name == "map" else f"layer {layer}\n{name}", name, each)
-            for layer, named in enumerate(maps) for name, each in named.items()]
+            for layer, named in zip(layers, maps, strict=True) for name, each in named.items()][::-1]
     most, names = max(len(each) for _, _, each in rows), [*map(short, tokens)] if len(tokens) <= 32 else []
     size = max(1.3, 0.09 * len(names))
-    figure, axes = plt.subplots(len(rows), most, figsize=(1.2 + size * most, 1.2 + size * len(rows)), squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(len(rows), most, figsize=(2 + size * most, 1.2 + size * len(rows)), squeeze=False,
+                                layout="compressed")
     for line, (label, name, each) in zip(axes, rows, strict=True):
         for head, spot in enumerate(line):
             spot.set(xticks=[], yticks=[])
@@ -261,93 +309,52 @@ def draw(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str]):
                 top = np.nan_to_num(np.abs(each[head])).max() or 1  # with mod=topk a layer may skip all tokens
                 spot.imshow(each[head], cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
             else:
-                spot.imshow(each[head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+                image = spot.imshow(each[head], cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
         line[0].set_ylabel(label, fontsize=8)
         line[0].set_yticks(range(len(names)), names, fontsize=5, family="monospace", parse_math=False)
     for head, spot in enumerate(axes[0]):
         spot.set_title(f"head {head}", fontsize=8)
     for spot in axes[-1]:
         spot.set_xticks(range(len(names)), names, fontsize=5, family="monospace", rotation=90, parse_math=False)
+    ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
+    bar = figure.colorbar(image, ax=axes, ticks=ticks, shrink=min(1, 3 / len(rows)), aspect=12)
+    bar.ax.set_yticklabels([f"{tick:.0%}" for tick in ticks], fontsize=7)
+    bar.set_label("weight of a key (column) for a query (row)", fontsize=7)
     write_figure(path, figure, dpi=110)
     plt.close(figure)
 
 
-SCRIPT = """
-const data = JSON.parse(document.getElementById('data').textContent), T = data.tokens.length;
-function bytes(text) { return Int8Array.from(atob(text), letter => letter.charCodeAt(0) << 24 >> 24); }
-function paint(canvas, weights) {
-  canvas.width = canvas.height = T;
-  const image = new ImageData(T, T);
-  for (let i = 0; i < T * T; i++) {
-    const w = weights[i] / 127, skipped = weights[i] === -128;
-    image.data.set(skipped ? [128, 128, 128, 90] : w < 0 ? [60, 130, 235, -255 * w] : [235, 90, 60, 255 * w], 4 * i);
-  }
-  canvas.getContext('2d').putImageData(image, 0, 0);
-}
-const large = document.getElementById('large'), said = document.getElementById('said');
-for (const side of ['left', 'below'])
-  for (const token of T <= 36 ? data.tokens : [])  // more would not fit
-    document.getElementById(side).appendChild(document.createElement('span')).textContent = token;
-let shown = null;
-function enlarge(map) {
-  shown = map;
-  paint(large, map.weights);
-  document.getElementById('which').textContent = map.name;
-}
-for (const row of data.maps) {
-  const line = document.getElementById('maps').appendChild(document.createElement('div'));
-  line.className = 'line';
-  line.appendChild(document.createElement('b')).textContent = row.name;
-  row.heads.forEach((text, head) => {
-    const button = line.appendChild(document.createElement('button'));
-    const map = {name: `${row.name}, head ${head}`, weights: bytes(text)};
-    button.title = map.name;
-    button.setAttribute('aria-label', map.name);
-    paint(button.appendChild(document.createElement('canvas')), map.weights);
-    button.onclick = () => enlarge(map);
-    if (!shown) enlarge(map);
-  });
-}
-large.onpointermove = event => {
-  const box = large.getBoundingClientRect();
-  const at = x => Math.max(0, Math.min(T - 1, Math.floor(x * T)));
-  const column = at((event.clientX - box.left) / box.width), row = at((event.clientY - box.top) / box.height);
-  const w = shown.weights[row * T + column];
-  said.textContent = `${row} ${data.tokens[row]}  attends to  ${column} ${data.tokens[column]}:  ` +
-    (w === -128 ? 'skipped' : (w / 1.27).toFixed(0) + '%');
-};
-"""
-PAGE = """<style>
-canvas { image-rendering: pixelated; display: block; }
-#both { display: flex; flex-wrap: wrap; gap: 0 2em; }
-#frame { display: grid; grid-template-columns: auto minmax(0, 422px); font: 11px ui-monospace, monospace; }
-#left, #below { display: flex; justify-content: space-around; white-space: pre; }
-#left { flex-direction: column; text-align: right; }
-#left span { line-height: 1; padding-right: .4em; }
-#below { grid-column: 2; }
-#below span { writing-mode: vertical-rl; line-height: 1; padding-top: .4em; }
-.line { display: flex; gap: 4px; align-items: center; flex-wrap: wrap; margin: 4px 0; }
-.line b { width: 9em; font-weight: normal; }
-button { padding: 0; border: 1px solid #8886; background: none; cursor: pointer; }
-button canvas { width: 84px; height: 84px; }
-#large { width: 100%; aspect-ratio: 1; box-sizing: border-box; border: 1px solid #8886; }
-#said { font: 13px ui-monospace, monospace; white-space: pre-wrap; min-height: 2.6em; }
-</style><div id=both><div><h2 id=which></h2>
-<div id=frame><div id=left></div><canvas id=large></canvas><div id=below></div></div>
-<p id=said aria-live=polite>Move the pointer over the map: rows attend to columns.</p></div><div id=maps></div></div>"""
+def packed(weights: np.ndarray, signed: bool) -> str:
+    """The lower triangle of a map (T, T), row by row, in base64 of deflated bytes. A byte is the root of the weight
+    times 255, and 1 or more for a weight above 0; signed: 128 plus the root, with the weight's sign, times 127."""
+    lower = np.nan_to_num(weights[np.tril_indices(len(weights))])
+    steps = 127 if signed else 255
+    size = np.where(lower == 0, 0, np.clip(np.round(steps * np.sqrt(np.abs(lower))), 1, steps))
+    values = 128 + np.sign(lower) * size if signed else size
+    return base64.b64encode(zlib.compress(values.astype(np.uint8).tobytes())).decode()
 
 
-def write_page(path: str, maps: list[dict[str, np.ndarray]], tokens: list[str], parts: list[str]):
-    def encoded(weights):  # bytes in base64: weight * 127, -128 where a token is skipped
-        whole = np.nan_to_num(np.clip(np.round(weights * 127), -127, 127), nan=-128).astype(np.int8)
-        return base64.b64encode(whole.tobytes()).decode()
+def write_page(path: str, maps: list[dict[str, np.ndarray]], layers: list[int], tokens: list[str], found: dict,
+               parts: list[str]):
+    """The page of attention_maps.html, with the maps in it. found: from habits_of()."""
+    most = stands_out([*found.values()])
+    chosen = [*found][most[0]] if most else None
 
-    data = {"tokens": tokens, "maps": [
-        {"name": f"layer {layer}" + (f", {name}" if name != "map" else ""), "heads": [encoded(head) for head in each]}
-        for layer, named in enumerate(maps) for name, each in named.items()]}
+    def told(place):  # for each habit the two shares, and whether it is far above chance
+        return [[share, chance, far(share, chance, rows)] if rows else [None, None, False]
+                for share, chance, rows in found[place].values()] if place in found else None
+
+    data = {"tokens": tokens, "habits": [*HABITS.items()], "maps": [
+        {"name": f"layer {layer}" + (f", {name}" if name != "map" else ""), "signed": name == "difference",
+         "skipped": np.flatnonzero(np.isnan(each[0]).all(-1)).tolist(),
+         "heads": [{"weights": packed(weights, name == "difference"), "habits": told((layer, name, head)),
+                    "stands": (layer, name, head) == chosen} for head, weights in enumerate(each)]}
+        for layer, named in zip(layers, maps, strict=True) for name, each in named.items()]}
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    page(path, "Attention", "Every layer and head; choose a map to enlarge it.", PAGE,
-         f'<script type="application/json" id=data>{text}</script><script>{SCRIPT}</script>', *parts)
+    with open(f"{os.path.splitext(os.path.abspath(__file__))[0]}.html", encoding="utf-8") as file:
+        whole = file.read().replace("DATA", text, 1)
+    page(path, "Attention", "A map for each head, layer 0 at the bottom: rows attend to columns. Choose a head to "
+         "enlarge its map; below a map stands what the head does far more than by chance.", whole, *parts)
 
 
 def routing(model: GPT, states: dict, tokens: list[str]) -> list[str]:
@@ -360,17 +367,17 @@ def routing(model: GPT, states: dict, tokens: list[str]) -> list[str]:
                 print(f"{row:9}" + "".join(f" {text[:width]:>{width}}" for text in line[first:first + step]))
 
     parts, config = [], model.config
-    rows = [f"layer {layer}" for layer in range(config.n_layer)]
+    rows = [f"layer {layer}" for layer in reversed(range(config.n_layer))]
     width = max(7, min(12, max(map(len, tokens))))
     if config.n_expert:
-        found = experts(model, states)
+        found = experts(model, states)[::-1]
         texts = [["skipped" if line[0] < 0 else "+".join(map(str, line)) for line in chosen] for chosen, _ in found]
         hovers = [[f"{token}: " + ", ".join(f"expert {e} {g:.0%}" for e, g in zip(*pair, strict=True))
                    for token, pair in zip(tokens, zip(*layer, strict=True), strict=True)] for layer in found]
         parts += ["<h2>Experts</h2>", grid([gates[:, 0] for _, gates in found], rows, tokens, texts, hovers)]
         show("experts of each token", texts)
     if config.mod != "none":
-        found = [np.ones(len(tokens)) if each is None else each for each in depth(model, states)]
+        found = [np.ones(len(tokens)) if each is None else each for each in depth(model, states)[::-1]]
         texts = [["skipped" if value == 0 else f"{value:.2f}" for value in line] for line in found]
         parts += ["<h2>Depth</h2>", grid(found, rows, tokens, texts, texts, signed=True)]
         show("weight of the block's output for each token", texts)
@@ -386,14 +393,18 @@ if __name__ == "__main__":
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
+    shown = chosen_layers(layers, model.config.n_layer)
     enc = Tokenizer.from_dict(meta["tokenizer"])
     ids = prompt_ids(enc, prompt, model)
     model.set_dtype(compute_dtype("auto"))
     states = record(model, mx.array(ids))
     check_finite(np.array(states["resid", model.config.n_layer].astype(mx.float32)))
-    maps, tokens = attention_maps(model, mx.array(ids), states), labels(enc, ids)
-    table(maps)
+    maps, tokens = attention_maps(model, mx.array(ids), states, shown), labels(enc, ids)
+    found = habits_of(maps, shown, ids, [visible_keys(model, states, layer) for layer in shown])
+    table(maps, shown, found)
     parts = routing(model, states, tokens)
-    draw(picture, maps, tokens)
-    write_page(html, maps, tokens, parts)
-    print(f"drawn: {picture}, {html}")
+    draw(picture, maps, shown, tokens)
+    write_page(html, maps, shown, tokens, found, parts)
+    size = os.path.getsize(html) / 1e6
+    print(f"drawn: {picture}, {html}"
+          + (f"\nThe page has {size:.0f} MB; --layers=0,3-5 shows only these layers" if size > 20 else ""))

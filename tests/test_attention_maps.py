@@ -2,6 +2,7 @@
 import base64
 import json
 import re
+import zlib
 from functools import partial
 
 import blas  # noqa: F401  (before mlx)
@@ -114,12 +115,18 @@ def test_script(settings, tmp_path):
     ids = mx.array([256, *b"a <b> c"])
     maps = attention_maps.attention_maps(model.eval(), ids)
     name = "first" if settings.get("diff_attn") else "map"
-    line = re.search(rf"^ +1 +0 {name} +([\d.]+)% +([\d.]+)% +([\d.]+)% +([\d.]+) +([\d.]+)", done.stdout, re.M)
     each = maps[1][name][0]
+    line = re.search(rf"^ +1 +0 {name} " + 5 * r" +([\d.]+)%[* ]" + r" +([\d.]+) +([\d.]+)$", done.stdout, re.M)
     distance = sum(each[i, j] * (i - j) for i in range(8) for j in range(8)) / 8
     bits = -(each * np.log2(np.maximum(each, 1e-30))).sum() / 8
-    expected = each[:, 0].mean() * 100, np.diag(each).mean() * 100, np.diag(each, -1).sum() / 8 * 100, distance, bits
+    shares = each[1:, 0].mean(), np.diag(each)[1:].mean(), np.diag(each, -1)[1:].mean(), each[6, 3], each[6, 2]
+    expected = *(100 * np.array(shares)), distance, bits  # the only token that stands there twice is the blank
     np.testing.assert_allclose([float(part) for part in line.groups()], expected, atol=0.06)
+    chance = np.mean(1 / np.arange(2, 9)), np.mean(1 / np.arange(3, 9))
+    told = [100 * share for share in (chance[0], *chance, 1 / 7, 1 / 7)]
+    line = re.search(r"^ +chance" + 5 * r" +([\d.]+)%", done.stdout, re.M)
+    np.testing.assert_allclose([float(part) for part in line.groups()], told, atol=0.06)
+    assert re.findall("^ +([01]) +0 ", done.stdout, re.M) == sorted(2 * "10" if name == "first" else "10", reverse=True)
     assert ("experts of each token" in done.stdout) == ("n_expert" in settings)
     assert all(len(line) <= 80 for line in done.stdout.splitlines()[:-1])
     assert (tmp_path / "ckpt-attention.png").read_bytes().startswith(b"\x89PNG")
@@ -128,9 +135,103 @@ def test_script(settings, tmp_path):
     data = json.loads(re.search(r"id=data>(.*?)</script>", html, re.S)[1])
     assert len(data["tokens"]) == 8
     expected = [each for named in maps for each in named.values()]
+    assert [told["name"].split(",")[0] for told in data["maps"]] == [
+        f"layer {layer}" for layer, named in enumerate(maps) for _ in named]
     for told, each in zip(data["maps"], expected, strict=True):
-        heads = [np.frombuffer(base64.b64decode(head), np.int8).reshape(8, 8) / 127 for head in told["heads"]]
-        np.testing.assert_allclose(heads, each, atol=0.51 / 127)
+        roots = [unpacked(head["weights"], told["signed"]) for head in told["heads"]]
+        steps = 127 if told["signed"] else 255
+        np.testing.assert_allclose(roots, np.sign(each) * np.sqrt(np.abs(each)), atol=0.501 / steps)
+        assert (np.sign(roots) == np.sign(each)).all()
+        assert told["signed"] == ("difference" in told["name"])
+
+
+def unpacked(text: str, signed: bool) -> np.ndarray:
+    """The roots of a map's weights (T, T), with their signs."""
+    values = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).astype(float)
+    values = (values - 128) / 127 if signed else values / 255
+    T = int(np.sqrt(2 * len(values)))
+    whole = np.zeros((T, T))
+    whole[np.tril_indices(T)] = values
+    return whole
+
+
+def test_packed():
+    """A weight is off by less than a 250th of its root's range, and a tiny one is not 0."""
+    rng = np.random.default_rng(0)
+    weights = np.tril(rng.uniform(-1, 1, (40, 40)) ** 9).astype(np.float32)
+    weights[7] = np.nan
+    weights[9, 2], weights[9, 3] = 1e-12, 0
+    for signed, each in (True, weights), (False, np.abs(weights)):
+        roots = unpacked(attention_maps.packed(each, signed), signed)
+        kept = np.nan_to_num(each)
+        assert np.abs(roots ** 2 * np.sign(roots) - kept).max() < 1 / (127 if signed else 255)
+        assert np.array_equal(np.sign(roots), np.sign(kept)) and roots[9, 2] > 0 == roots[9, 3]
+
+
+def test_layers(tmp_path):
+    """--layers shows only these, in the table and on the page, with the numbers that all layers give."""
+    path, _ = checkpoint(tmp_path, n_layer=4)
+    whole, part = run(path, "--prompt=a b a b"), run(path, "--prompt=a b a b", "--layers=0,2-3")
+    rows = [[line for line in done.stdout.splitlines() if re.match(r" +\d +\d ", line)] for done in (whole, part)]
+    assert rows[1] == [line for line in rows[0] if not re.match(" +1 ", line)] and len(rows[1]) == 6
+    html = (tmp_path / "ckpt-attention.html").read_text()
+    assert re.findall('"name": "(layer .)"', html) == ["layer 0", "layer 2", "layer 3"]
+    for text in "4", "2-1", "x", "0-9", "-1", "0,":
+        assert "write layers from 0 to 3" in run(path, "--prompt=a", f"--layers={text}", status=2).stderr
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(diff_attn=True, mod="topk")], ids=str)
+def test_page(settings, chromium, tmp_path):
+    """The page in a browser: the head that is shown, the sentence of its cursor, the habits beside chance, tinted
+    tokens; it is used by keyboard."""
+    path, model = checkpoint(tmp_path, **settings)
+    for block in model.blocks:
+        if "predictor" in block:
+            block.predictor.weight, block.threshold = mx.random.normal((1, 64), key=mx.random.key(5)), mx.array([0.0])
+    save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
+    prompt = "abcabcab cab"
+    run(path, f"--prompt={prompt}")
+    ids = [256, *prompt.encode()]
+    maps = attention_maps.attention_maps(model.eval(), mx.array(ids))
+    page, problems = chromium.new_page(), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda asked: asked.url.startswith(("file:", "data:", "blob:")) or problems.append(asked.url))
+    page.goto((tmp_path / "ckpt-attention.html").as_uri())
+    page.wait_for_function("document.getElementById('said').textContent")
+    names = [f"layer {layer}" + f", {name}" * (name != "map") for layer, named in enumerate(maps) for name in named]
+    assert page.locator(".line b").all_inner_texts() == names[::-1]
+    page.locator(".line").last.locator("button").last.click()
+    head = 0 if settings else 1  # a pair of heads has one map
+    shown = "name => document.getElementById('which').textContent === name"
+    page.wait_for_function(shown, arg=f"{names[0]}, head {head}")
+    first = maps[0]["first" if settings else "map"][head]
+    page.focus("#large")
+    for key in ["ArrowUp"] * 13 + ["ArrowDown"] * 7 + ["Home", "ArrowRight"]:
+        page.keyboard.press(key)
+    percent = round(100 * float(first[7, 1]))
+    words = f"Token 7, a, attends to token 1, a: {f'{percent}%' if percent else '<1%'}"
+    assert page.inner_text("#said") == words and words in page.get_attribute("#large", "aria-label")
+    tint = "all => all.map((span) => Number(span.style.getPropertyValue('--s')))"
+    np.testing.assert_allclose(page.locator("#strip span").evaluate_all(tint), np.sqrt(first[7]), atol=0.003)
+    assert page.locator("#farther").is_disabled()
+    page.keyboard.press("+")
+    assert page.locator("#farther").is_enabled() and page.inner_text("#said") == words
+    rows = page.locator("#habits tr").all_inner_texts()[1:]
+    found = attention_maps.habits(first, ids, np.tri(len(ids), dtype=bool))
+    assert rows == [f"{name}\t{share:.0%}\t{chance:.0%}" for name, (share, chance, _) in found.items()]
+    page.locator(".line button[tabindex='0']").focus()
+    page.keyboard.press("ArrowUp")
+    page.wait_for_function(shown, arg=f"{names[1]}, head {head}")
+    if settings:
+        page.locator(".line", has_text="layer 1, first").locator("button").first.click()
+        page.wait_for_function("document.getElementById('which').textContent.startsWith('layer 1, first')")
+        skipped = int(np.flatnonzero(np.isnan(maps[1]["first"][0]).all(-1))[-1])
+        page.focus("#large")
+        for key in ["ArrowDown"] * 13 + ["ArrowUp"] * (12 - skipped):
+            page.keyboard.press(key)
+        assert f"Token {skipped}, " in page.inner_text("#said") and "the layer skips it" in page.inner_text("#said")
+    assert not problems
+    page.close()
 
 
 def test_docstring(tmp_path):

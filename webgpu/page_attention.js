@@ -100,7 +100,7 @@ function largeMap(enc, ids) {
   const nearer = zoom("nearer", 0.5, "Show fewer tokens, larger (key: +)");
   const farther = zoom("farther", 2, "Show more tokens, smaller (key: −)");
   const legend = key("0%", "100% of a token's attention");
-  legend.append(make("span", {}, "A weight of 25% is half as dark as one of 100%."));
+  legend.append(make("span", {}, "The colour of 25% is half as strong as that of 100%."));
   const node = make("div", { class: "large" },
     make("div", { class: "row between" }, title, make("span", { class: "row" }, nearer, farther)), make("div", { class: "plot" }, canvas),
     legend, table, said, strip);
