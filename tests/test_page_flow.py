@@ -147,11 +147,13 @@ def test_panel(page, files):  # noqa: F811
     assert page.inner_text(".flow-said").startswith("Layer 1's MLP:")
     page.keyboard.press("End")
     assert page.inner_text(".flow-said").startswith("After layer 1: the lens reads")
-    for _ in range(3):
+    for _ in range(2):
         page.keyboard.press("ArrowDown")
-    assert "this token" in page.inner_text(".flow-said") and page.inner_text("#flow .result").startswith("After ⟨text⟩")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
+    assert page.inner_text(".flow-said").startswith("Embedding: the lens reads")
+    page.keyboard.press("ArrowDown")  # to the token of which the picture is
+    assert page.inner_text(".flow-said").startswith("Token 4, “d”: the picture shows what is computed after it")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
     assert page.inner_text("#flow .result").startswith("After b the model predicts")
     assert js(page, "() => document.activeElement.dataset.c") == "2"
     assert page.locator("#flow .word.later").count() == 2

@@ -22,15 +22,18 @@ const REFUSED = ["mod", "yoco", "diff_attn"];
  *  where a norm stands after attention (norm_place), for its heads. UserError if the model is of another architecture. */
 export async function flow(model, ids) {
   const other = REFUSED.find((name) => ![undefined, false, 0, "none"].includes(model.config[name]));
-  if (other) throw new UserError(`This panel cannot show a model with ${other}, whose layers are no sum of heads and an MLP: take another model.`);
+  if (other) {
+    throw new UserError(`This panel cannot show a model with ${other}: what its layers add is not the sum of what heads and MLPs add. ` +
+      "Take another model.");
+  }
   const rows = await lens(model, ids), maps = await attention(model, ids);
   return { rows, maps, ...await contributions(model, ids, rows.at(-1).map(({ ids: [best] }) => best)) };
 }
 
 /** norms, embedding, heads, mlp, logit and rest of flow(), for the logits of one target at each position. */
 async function contributions(model, ids, targets) {
-  const { gpu, config } = model, { n_layer: L, n_head: H, n_embd: C, norm, norm_eps, norm_place, logit_scale } = config, T = ids.length;
-  const LAYER = norm === "layer" && { LAYER: true };
+  const { gpu, config } = model, { n_layer: L, n_head: H, n_embd: C, norm, norm_eps, norm_place, logit_scale } = config;
+  const T = ids.length, LAYER = norm === "layer" && { LAYER: true };
   const found = await model.once((plan) => {
     const room = model.room(plan, T), kept = Array.from({ length: L + 1 }, () => ({})), wanted = [];
     const keep = (layer, name, x, width) => {
@@ -42,7 +45,7 @@ async function contributions(model, ids, targets) {
       if (site === "attn" && norm_place !== "before") keep(layer, "attn_y", room.attn_y, C);  // attention before its norm
     }, room);
     const last = kept[L].resid.buffer, directions = unembeddings(model, plan, targets);
-    const [alone, added, normed] = [Math.max(...kept.slice(0, L).map(({ heads }) => heads.width)), C, C].map((width) => plan.scratch(4 * T * H * width));
+    const [alone, added, normed] = [kept[0].heads.width, C, C].map((width) => plan.scratch(4 * T * H * width));
     // Add the dot products of n vectors x a position, with themselves or with one y a position.
     const dots = (x, y, n, own) => {
       const found = plan.scratch(4 * T * n);

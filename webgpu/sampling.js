@@ -22,9 +22,12 @@ export async function logitsAfter(model, ids) {
  *             turned off is left out */
 export function chances(logits, { temperature, top_k, top_p, min_p }) {
   const best = logits.indexOf(logits.reduce((a, b) => Math.max(a, b))), top = logits[best];
-  const scaled = (logit) => (logit - top) / (temperature || 1), sum = (values) => values.reduce((total, value) => total + Math.exp(value), 0);
+  const scaled = (logit) => (logit - top) / (temperature || 1);
+  const sum = (values) => values.reduce((total, value) => total + Math.exp(value), 0);
   const whole = sum(Float64Array.from(logits, (logit) => logit - top)), p = (id) => Math.exp(logits[id] - top) / whole;
-  if (temperature === 0) return { p, drawn: (id) => Number(id === best), cutBy: (id) => id === best ? "" : "temperature", kept: {} };
+  if (temperature === 0) {
+    return { p, drawn: (id) => Number(id === best), cutBy: (id) => id === best ? "" : "temperature", kept: {} };
+  }
   const sorted = Float64Array.from(logits, scaled).sort().reverse(), kept = {}, least = {};
   const keep = (filter, threshold) => {  // tokens below the threshold are cut off
     const beyond = sorted.findIndex((value) => value < threshold);
