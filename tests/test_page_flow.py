@@ -127,6 +127,18 @@ def test_panel(page, files):  # noqa: F811
     cell = lambda r, c: page.locator(f'#flow [data-r="{r}"][data-c="{c}"]')  # noqa: E731
     assert page.locator("#flow .part").count() == 2 * 3 and page.locator("#flow .word").count() == 5
     assert page.locator("#flow .read").count() == 3 and page.locator("#flow .bars li").count() == 5
+    model, meta = load_checkpoint(str(files / "tiny.safetensors"))
+    enc = Tokenizer.from_dict(meta["tokenizer"])
+    maps = attention_maps.attention_maps(model, mx.array([enc.bos, *enc.encode("abcd").tolist()]))
+
+    def check_lines(at: int):
+        """A line for each of a head's four largest weights, if it is over 5%."""
+        found = js(page, """() => [...document.querySelectorAll("#flow .attends")].map(({ style, dataset }) =>
+            [...dataset.of.split(" ").map(Number), Number(dataset.from), Number(style.getPropertyValue("--s"))])""")
+        expected = [(layer + 2, h, t, row[at, t]) for layer, each in enumerate(maps) for h, row in enumerate(each["map"])
+                    for t in np.argsort(-row[at])[:4] if row[at, t] >= 0.05]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
     result = page.inner_text("#flow .result")
     logit, *addends = (float(text.replace("−", "-")) for text in re.findall(
         r"logit, ([−\d.]+\d), is a sum: embedding ([−+\d.]+), all heads ([−+\d.]+), all MLPs ([−+\d.]+\d)", result)[0])
@@ -139,9 +151,7 @@ def test_panel(page, files):  # noqa: F811
     for button in page.locator("#flow button").all():
         assert button.get_attribute("aria-label") or button.inner_text()
     assert page.locator("#flow .attends.lit").count() == page.locator('#flow .attends[data-of="3 1"]').count() > 0
-    sums = js(page, """() => [...document.querySelectorAll("#flow .attends")].map(({ style, dataset: { from } }) =>
-        [Number(style.getPropertyValue("--s")), Number(from)])""")
-    assert all(0.05 <= weight <= 1 and 0 <= token <= 4 for weight, token in sums)
+    check_lines(4)
 
     page.keyboard.press("ArrowRight")  # the MLP, then the state, then a layer down, to the tokens
     assert page.inner_text(".flow-said").startswith("Layer 1's MLP:")
@@ -157,8 +167,7 @@ def test_panel(page, files):  # noqa: F811
     assert page.inner_text("#flow .result").startswith("After b the model predicts")
     assert js(page, "() => document.activeElement.dataset.c") == "2"
     assert page.locator("#flow .word.later").count() == 2
-    assert all(token <= 2 for token in js(page, """() => [...document.querySelectorAll("#flow .attends")]
-        .map(({ dataset }) => Number(dataset.from))"""))
+    check_lines(2)
     fits(page)
     assert js(page, "() => document.activeElement.dataset.c") == "2"  # also after the picture was drawn again
 
