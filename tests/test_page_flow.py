@@ -135,7 +135,7 @@ def test_panel(page, files):  # noqa: F811
         """A line for each of a head's four largest weights, if it is over 5%."""
         found = js(page, """() => [...document.querySelectorAll("#flow .attends")].map(({ style, dataset }) =>
             [...dataset.of.split(" ").map(Number), Number(dataset.from), Number(style.getPropertyValue("--s"))])""")
-        expected = [(layer + 2, h, t, row[at, t]) for layer, each in enumerate(maps) for h, row in enumerate(each["map"])
+        expected = [(layer + 2, h, t, row[at, t]) for layer, of in enumerate(maps) for h, row in enumerate(of["map"])
                     for t in np.argsort(-row[at])[:4] if row[at, t] >= 0.05]
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
