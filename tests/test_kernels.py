@@ -659,6 +659,11 @@ def test_rows():
     assert np.array_equal(run("rows", {}, (4, 67), [which, x, zeros(4, 67)], elements(268), [3])[0], x[which])
 
 
+def test_columns():
+    x, order = numbers(9, 67), np.random.default_rng(0).permutation(67).astype(np.uint32)
+    assert np.array_equal(run("columns", {}, (9, 67), [order, x, zeros(9, 67)], elements(603), [3])[0], x[:, order])
+
+
 def test_add():
     x, y = numbers(201), numbers(201, seed=1)
     assert np.array_equal(run("add", {}, (201,), [y, x], elements(201), [2])[0], x + y)

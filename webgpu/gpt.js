@@ -165,8 +165,8 @@ export class GPT {
     const weights = new Map(), made = [];
     const keep = (content) => (made.push(gpu.buffer(content)), made.at(-1));
     try {
-      await gpu.guard(() => readWeights(blob, config, tensors, weights, keep, onProgress));
-      return new GPT(gpu, config, weights, { meta, made, blob, whole_context: block_size });
+      const shapes = await gpu.guard(() => readWeights(blob, config, tensors, weights, keep, onProgress));
+      return new GPT(gpu, config, weights, { meta, made, blob, shapes, whole_context: block_size });
     } catch (error) {
       made.forEach((buffer) => buffer.destroy());
       throw error;
@@ -175,9 +175,9 @@ export class GPT {
 
   /** weights: a Map from paths to {buffer, rows, width, bits, group, scaleBits, scales, biases, bias} of matrices, and
    *  {buffer, bias} of norms; each buffer is a buffer or {buffer, offset, size}. made: buffers that the GPT destroys with
-   *  itself. blob: the file that it was read from. whole_context: the context of its file, of which config.block_size may
-   *  be a part. */
-  constructor(gpu, config, weights, { meta, made = [], blob = null, whole_context = config.block_size }) {
+   *  itself. blob: the file that it was read from; shapes: of the parameters in it; whole_context: its context, of which
+   *  config.block_size may be a part. */
+  constructor(gpu, config, weights, { meta, made = [], blob = null, shapes = parametersOf(config), whole_context = config.block_size }) {
     Object.assign(this, { gpu, config, weights, meta, made, blob, whole_context });
     for (let layer = 0; layer < config.n_layer; layer++) {
       for (const [path, parts] of [["attn.qkv", ["attn.q", "attn.k", "attn.v"]], ["mlp.gate_up", ["mlp.gate", "mlp.up"]]]) {
@@ -189,7 +189,7 @@ export class GPT {
     this.ends = new Set([this.enc?.eot, ...(Array.isArray(meta.ends) ? meta.ends : []), this.chat?.end]);  // after these a text is over
     this.n_vocab = Math.min(this.enc?.n_vocab ?? config.vocab_size, config.vocab_size);  // ids from here on are padding
     this.bytes = made.reduce((sum, buffer) => sum + buffer.size, 0);
-    this.n_parameters = [...parametersOf(config).values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
+    this.n_parameters = [...shapes.values()].reduce((sum, shape) => sum + shape.reduce((a, b) => a * b), 0);
     const { bits = 32, group } = weights.get("blocks.0.mlp.up");
     const ofEmbedding = weights.get("embed").bits ?? 32;
     this.format = (bits < 16 ? `${bits} bits, groups of ${group}` : `float${bits}`) +
@@ -343,7 +343,7 @@ export class GPT {
     const turn = (x, y, heads, rotary, settings = {}) => plan.add("rope", settings, [R, T, heads, D, rotary], [at, this.turnsOf(layer), x, y],
       gpu.threads(R * heads * Math.ceil(D / 2)));
     let { q, k, v } = room;
-    if (cache && room["attn.qkv"] && !qk_norm_width) {  // one token
+    if (cache && room["attn.qkv"] && this.weights.has(`${path}.qkv`) && !qk_norm_width) {  // one token
       this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
       const weight = (name) => qk_norm ? this.weights.get(`${path}.${name}_norm`).buffer : gpu.none;
       const same = !qk_norm && !rotary;  // queries stay where they are
@@ -382,7 +382,7 @@ export class GPT {
 
   mlp(plan, layer, room, h, R) {
     const n = R * this.config.ffn_dim, path = `blocks.${layer}`;
-    if (room["mlp.gate_up"]) this.linear(plan, `${path}.mlp.gate_up`, h, room["mlp.gate_up"], R);
+    if (room["mlp.gate_up"] && this.weights.has(`${path}.mlp.gate_up`)) this.linear(plan, `${path}.mlp.gate_up`, h, room["mlp.gate_up"], R);
     else {
       if (room.gate) this.linear(plan, `${path}.mlp.gate`, h, room.gate, R);
       this.linear(plan, `${path}.mlp.up`, h, room.up, R);
@@ -589,12 +589,9 @@ export class Writer {
 async function readWeights(blob, config, tensors, weights, keep, onProgress) {
   const wrong = (path, why) => new UserError(`${blob.name ?? "This file"}: ${path} ${why}. The checkpoint is damaged, or another program wrote it.`);
   const same = (a, b) => a.length === b.length && a.every((n, i) => n === b[i]);
-  const expected = parametersOf(config), used = new Set();
-  for (const name of tensors.keys()) {
-    if (/\.order$/.test(name)) throw new UserError("This checkpoint's columns have the order of GPTQ's act-order, which this page cannot run: python sample.py can.");
-    if (/\.u\.weight$/.test(name)) throw new UserError("This checkpoint has low-rank layers (laser.py --factored=True), which this page cannot run: python sample.py can.");
-  }
-  let done = 0;
+  const used = new Set();
+  let expected = parametersOf(config), done = 0;
+  expected = withFactors(expected, tensors);  // laser
   const get = async (name, shape, dtypes) => {
     const entry = tensors.get(name);
     if (!entry) throw wrong(name, "is missing");
@@ -614,6 +611,11 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
     const { dtype, bytes } = await get(name, shape, ["F32", "F16", "BF16"]);
     return finite(name, toFloat32(bytes, dtype));
   };
+  const columns = async (name, shape) => {  // see ordered() in gpu.js  // order
+    const found = new Uint32Array((await get(name, shape, ["I32"])).bytes);  // order
+    if (found.some((column) => column >= shape.at(-1))) throw wrong(name, "names columns that are not there");  // order
+    return found;  // order
+  };  // order
   for (const [name, shape] of expected) {
     const path = name.slice(0, name.lastIndexOf("."));
     if (name.endsWith(".bias") || shape.length === 1 || path === "pos_embed") {
@@ -639,10 +641,34 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
     }
     weights.set(path, { buffer: keep(bytes), rows, width, bits, group, scaleBits: scales.dtype === "F16" ? 16 : 32,
       scales: affine[0], biases: affine[1] });
+    if (tensors.has(`${path}.order`)) weights.get(path).order = keep(await columns(`${path}.order`, [width]));  // order
   }
+  joinFactors(weights);  // laser
   const more = [...tensors.keys()].find((name) => !used.has(name));
   if (more) throw wrong(more, "has no place in the architecture of its settings");
+  return expected;
 }
+
+// ---- variant laser: matrices that are stored as two factors, see factors() in gpu.js ----
+
+/** The shapes of parametersOf() with, for each matrix W (rows, width) that the file stores as W = u v, those of u and v. */
+function withFactors(shapes, tensors) {
+  return new Map([...shapes].flatMap(([name, shape]) => {
+    const path = name.slice(0, name.lastIndexOf(".")), v = tensors.get(`${path}.v.scales`) ?? tensors.get(`${path}.v.weight`);
+    if (!tensors.has(`${path}.u.weight`) || v?.shape.length !== 2 || path.endsWith("embed")) return [[name, shape]];
+    if (name.endsWith(".bias")) return [[`${path}.u.bias`, shape]];
+    return [[`${path}.v.weight`, [v.shape[0], shape[1]]], [`${path}.u.weight`, [shape[0], v.shape[0]]]];
+  }));
+}
+
+function joinFactors(weights) {
+  for (const [path, v] of [...weights].filter(([path]) => path.endsWith(".v") && weights.has(path.replace(/v$/, "u")))) {
+    const u = weights.get(path.replace(/v$/, "u")), { rows, bits, group, bias } = u;
+    weights.set(path.slice(0, -2), { rows, width: v.width, bits, group, bias, u, v });
+  }
+}
+
+// ---- end of laser ----
 
 /** The i-th part of a buffer of parts with these sizes in bytes. */
 function part(buffer, sizes, i) {
@@ -655,6 +681,8 @@ function part(buffer, sizes, i) {
 function join(gpu, weights, made, path, paths) {
   const all = paths.map((each) => weights.get(each)), [first] = all;
   if (all.some((each) => !each)) return;
+  if (all.some((each) => each.u)) return;  // laser
+  if (all.some((each) => each.order)) return;  // order
   const kinds = ["buffer", "scales", "biases", "bias"].filter((kind) => first[kind]);
   const alike = all.every((each) => ["width", "bits", "group", "scaleBits"].every((name) => each[name] === first[name]) &&
     Boolean(each.bias) === Boolean(first.bias) && kinds.every((kind) => made.includes(each[kind]) && each[kind].size % 256 === 0));

@@ -14,7 +14,7 @@ const NO_WEBGPU = "This browser has no WebGPU. Chrome and Edge 113 and later hav
 // All files of kernels/.
 const FILES = (
   "ablate activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled " +
-  "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum divergence dot " +
+  "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum columns divergence dot " +
   "embed embed_backward enter_cache head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup norm norm_backward " +
   "norm_share patch rope rows sample scale softcap steer sum_squares tiles top weights"
 ).split(" ");
@@ -166,6 +166,8 @@ export class GPU {
   // y (M, N) = x (M, K) W^T + bias, with W (N, K) of a checkpoint. more: settings of matmul.wgsl, and N and K, for other
   // products.
   linear(plan, weight, x, y, M, more = {}) {
+    if (weight.u) return this.factors(plan, weight, x, y, M);  // laser
+    if (weight.order) x = this.ordered(plan, weight, x, M);  // order
     const [N, K] = [more.N ?? weight.rows, more.K ?? weight.width];
     const bias = weight.bias && !more.TRANSPOSE_W ? { BIAS: true } : {};
     const { bits = 32, group = 64, scaleBits = 16 } = weight;
@@ -192,6 +194,30 @@ export class GPU {
       plan.add("matmul", { ...whole, ...settings }, [M, N, K], buffers, [Math.ceil(N / 32), Math.ceil(M / 32)]);
     }
   }
+
+  // ---- variant laser: a matrix of low rank that is stored as two factors (laser.py --factored=True) ----
+  //
+  //   y = u (v x) + bias,   u (N, rank), v (rank, K)
+
+  factors(plan, { u, v, bias }, x, y, M) {
+    const between = plan.spare("factors", 4 * M * v.rows);
+    this.linear(plan, v, x, between, M);
+    this.linear(plan, { ...u, bias }, between, y, M);
+  }
+
+  // ---- end of laser ----
+
+  // ---- variant order: a packed matrix whose columns stand in the order of GPTQ's groups (gptq_reader.py, act-order) ----
+  //
+  //   y = x[order] W^T,   order (K,): column j of W is for x[order[j]]
+
+  ordered(plan, { order, width }, x, M) {
+    const found = plan.spare("ordered", 4 * M * width);
+    plan.add("columns", {}, [M, width], [order, x, found], this.threads(M * width));
+    return found;
+  }
+
+  // ---- end of order ----
 }
 
 // The promise of a key, which make() makes if there is none. A failure is forgotten, so that the next call tries again.
@@ -225,6 +251,7 @@ export class Plan {
     this.gpu = gpu;
     this.steps = [];
     this.own = [];
+    this.spares = new Map();
   }
 
   // A buffer that is destroyed with the plan.
@@ -232,6 +259,13 @@ export class Plan {
     const buffer = this.gpu.buffer(content);
     this.own.push(buffer);
     return buffer;
+  }
+
+  // A buffer that steps with this purpose share: each of them fills it anew, and the next one reads it.
+  spare(purpose, size) {
+    const key = `${purpose} ${size}`;
+    if (!this.spares.has(key)) this.spares.set(key, this.scratch(size));
+    return this.spares.get(key);
   }
 
   // uniforms: numbers in the order of the kernel's Params. buffers: those of bindings 1, 2, ...: each a buffer, or

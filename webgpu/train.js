@@ -377,6 +377,7 @@ async function readDense(blob, places, values) {
   const { tensors } = await readHeader(blob);
   for (const [name, { shape, at }] of places) {
     const path = name.slice(0, name.lastIndexOf(".")), scales = tensors.get(`${path}.scales`), entry = tensors.get(name);
+    if (!entry) throw new UserError(`${path} is stored as two factors (laser.py --factored=True), with which this page cannot train.`);  // laser
     const bytes = await readTensor(blob, entry);
     if (!scales || name.endsWith(".bias")) {
       values.set(toFloat32(bytes, entry.dtype).subarray(0, shape.reduce((a, b) => a * b)), at);  // of learned positions the first
@@ -387,10 +388,13 @@ async function readDense(blob, places, values) {
       const found = tensors.get(`${path}.${part}`);
       return toFloat32(await readTensor(blob, found), found.dtype);
     }));
+    let place = (i) => at + i;
+    const order = tensors.get(`${path}.order`), columns = order && new Int32Array(await readTensor(blob, order));  // order
+    if (order) place = (i) => at + i - i % width + columns[i % width];  // order
     for (let i = 0; i < rows * width; i++) {
       const bit = i * bits, word = Math.floor(bit / 32), shift = bit % 32, of = Math.floor(i / group);
       const high = shift + bits > 32 ? words[word + 1] << (32 - shift) : 0;
-      values[at + i] = scale[of] * (((words[word] >>> shift) | high) & (2 ** bits - 1)) + bias[of];
+      values[place(i)] = scale[of] * (((words[word] >>> shift) | high) & (2 ** bits - 1)) + bias[of];
     }
   }
 }

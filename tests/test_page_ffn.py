@@ -1,0 +1,162 @@
+"""The variants of the page that lie in matrices and MLPs give model.py's numbers: LASER's factors, GPTQ's act-order."""
+import blas  # noqa: F401  (before mlx)
+import browser
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import run
+from mlx.utils import tree_flatten, tree_map
+from test_gptq_reader import folder_of
+from test_page_model import IDS, in_page, log_p, refused, save, small
+
+import attention_maps
+import patching
+import tuned_lens
+from model import GPT, generate, load_checkpoint, save_checkpoint
+from quantized import Factored, dense_weight, replace_module
+
+
+@pytest.fixture(scope="module")
+def opened(chromium, server):
+    with browser.page(chromium, server) as page:
+        yield page
+
+
+def shaken(model: GPT) -> GPT:
+    """The model with parameters of which none is near 0."""
+    model.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape, key=mx.random.key(p.size)), model.parameters()))
+    return model
+
+
+def factored() -> GPT:
+    """Low-rank layers beside dense ones and beside one another, with a bias, and with weights of 8 bits."""
+    model = small(mlp="swiglu", bias=True, tie=False)
+    for path, rank in (("blocks.0.attn.v", 20), ("blocks.1.mlp.up", 32), ("blocks.2.mlp.down", 9), ("head", 24),
+                       ("blocks.1.mlp.gate", 32)):
+        replace_module(model, path, Factored(dict(model.named_modules())[path], rank))
+    nn.quantize(shaken(model), 32, 8, class_predicate=lambda path, _: path.startswith("blocks.1.mlp.up."))
+    return model
+
+
+def ordered() -> GPT:
+    """Packed matrices, of which most have their columns in another order; a layer's q, k and v in the same one."""
+    model = shaken(small(mlp="swiglu", bias=True))
+    nn.quantize(model, 32, 4, class_predicate=lambda path, module: isinstance(module, nn.Linear))
+    for path, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear) and not path.endswith("mlp.gate"):
+            width = module.weight.shape[1] * 8
+            module.order = mx.array(np.random.default_rng(len(path)).permutation(width).astype(np.int32))
+    return model
+
+
+VARIANTS = {"factors": factored, "order": ordered}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(server):
+    """A function of a variant's name: a checkpoint, and its model in float32."""
+    made = {}
+
+    def of(name: str) -> tuple[str, GPT]:
+        if name not in made:
+            model = VARIANTS[name]().eval()
+            made[name] = save(server, f"ffn-{name}.safetensors", model), model
+            model.set_dtype(mx.float32)
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_text(name, opened, checkpoint):
+    """Logits of a prompt, and the text that follows, with a cache, beyond the context."""
+    path, model = checkpoint(name)
+    logits, text = in_page(opened, path, """
+        const text = [];
+        for await (const { token } of model.generate(ids, { max_new_tokens: 30, temperature: 0 })) text.push(token);
+        return [Array.from(await model.logits(ids)), text];""", IDS, parameters="ids")
+    expected = np.array(model(mx.array([IDS]))[0])
+    assert np.abs(np.array(logits).reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert text == list(generate(model, IDS, 30, temperature=0, n_vocab=257))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_inside(name, opened, checkpoint):
+    """The panels: the lens, attention maps, ablation (zero and mean) and patching of each site."""
+    path, model = checkpoint(name)
+    ids, other = IDS[:9], [*IDS[:4], 77, *IDS[5:9]]
+    rows, maps, ablated, swapped = in_page(opened, path, """
+        const { ablate, attention, lens, swap } = await import("/inside.js"), found = [[], []];
+        const all = async (part, steps) => found[part].push((await last(steps)).values);
+        for (const how of ["zero", "mean"]) await all(0, ablate(model, ids, 65, how));
+        for (const site of ["resid", "attn", "mlp"]) await all(1, swap(model, ids, other, 65, site));
+        return [await lens(model, ids), (await attention(model, ids)).map((map) => Array.from(map)), ...found];
+        """, ids, other, parameters="ids, other")
+    logits = np.array(tuned_lens.logit_lens(model, mx.array([ids]), {}))[:, 0, :, :257]
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    found = [[cell["p"] for cell in row] for row in rows]
+    np.testing.assert_allclose(found, -np.sort(-p)[..., :5], rtol=1e-3, atol=1e-6)
+    for found, expected in zip(maps, attention_maps.attention_maps(model, mx.array(ids)), strict=True):
+        expected = np.nan_to_num(expected["map"])
+        np.testing.assert_allclose(np.array(found).reshape(expected.shape), expected, atol=1e-5)
+    whole = log_p(model(mx.array([ids]))[0, -1], 65)
+    sites = [("attn", None), ("mlp", None), ("block", None), ("head", 0), ("head", 1)]
+    for found, how in zip(ablated, ("zero", "mean"), strict=True):
+        expected = [[log_p(patching.ablate(model, mx.array([ids]), site, layer, how, head)[0, -1], 65) - whole
+                     for site, head in sites] for layer in range(3)]
+        np.testing.assert_allclose(found, expected, atol=2e-4)
+    clean, corrupt = (log_p(model(mx.array([each]))[0, -1], 65) for each in (ids, other))
+    for found, site in zip(swapped, patching.SITES, strict=True):
+        logits = patching.swap(model, mx.array(ids), mx.array(other), site)
+        effects = (np.array(patching.log_p(logits)[..., 65]) - corrupt) / (clean - corrupt)
+        np.testing.assert_allclose(found, effects, atol=2e-3)
+
+
+@pytest.mark.parametrize("script", ["laser.py", "gptq_reader.py"])
+def test_files_of_our_scripts(script, opened, server, tmp_path):
+    """A matrix that laser.py stores as two factors, and GPTQ's act-order as its reader stores it."""
+    path = server.folder / f"{script}.safetensors"
+    if script == "laser.py":
+        save_checkpoint(str(tmp_path / "dense.safetensors"), shaken(small(bias=True)), {})
+        run(script, tmp_path / "dense.safetensors", "--matrix=mlp.up", "--layer=1", "--rho=0.2", "--factored=True",
+            f"--out={path}")
+    else:
+        run(script, folder_of(tmp_path, act_order=True)[0], path)
+    model, _ = load_checkpoint(str(path))
+    model.set_dtype(mx.float32)
+    ids = [i % 64 for i in IDS]
+    logits, n = in_page(opened, path.name, "return [Array.from(await model.logits(ids)), model.n_parameters];", ids,
+                        parameters="ids")
+    expected = np.array(model(mx.array([ids]))[0])
+    assert np.abs(np.array(logits).reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
+    if script == "laser.py":
+        assert n == sum(p.size for _, p in tree_flatten(model.parameters()))
+
+
+def test_training_of_factors_and_of_an_order(opened, checkpoint):
+    """The page trains on from unpacked matrices with their columns in place; it refuses factors, by their name."""
+    train = """const { Trainer } = await import("/train.js"), text = "a text of one hundred letters ".repeat(9);
+        const trainer = await Trainer.create(gpu, { model, text, batch_size: 1 }), found = {};
+        for (const [name, { at, size }] of trainer.places) {
+          if (!/up.weight$/.test(name)) continue;
+          found[name] = Array.from(new Float32Array(await gpu.read(trainer.values, 4 * size, 4 * at)));
+        }
+        trainer.destroy();
+        return found;"""
+    path, model = checkpoint("order")
+    found = in_page(opened, path, train)
+    for layer in range(3):
+        expected = np.array(dense_weight(model.blocks[layer].mlp.up)).reshape(-1)
+        np.testing.assert_allclose(found[f"blocks.{layer}.mlp.up.weight"], expected, atol=1e-6)
+    train = f"return (async () => {{ {train} }})().catch((error) => error.message);"
+    told = in_page(opened, checkpoint("factors")[0], train)
+    assert "blocks.0.attn.v is stored as two factors" in told
+
+
+def test_an_order_that_is_damaged(opened, server):
+    model = ordered()
+    model.blocks[1].mlp.up.order = mx.full((64,), 64, dtype=mx.int32)
+    path = save(server, "bad-order.safetensors", model)
+    assert "blocks.1.mlp.up.order names columns that are not there" in refused(opened, path)
