@@ -26,9 +26,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(folder: Path):
-    """playground.py, at a free port."""
-    command = [sys.executable, str(ROOT / "playground.py"), str(folder), "--port=0", "--open=False"]
+def serve(folder: Path, port: int = 0):
+    """playground.py, at this port, or at a free one."""
+    command = [sys.executable, str(ROOT / "playground.py"), str(folder), f"--port={port}", "--open=False"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         lines = []

@@ -7,10 +7,12 @@ import { Plan } from "./gpu.js";
 import { byteTokenizer } from "./tokenizer.js";
 import { Trainer, windowOf } from "./train.js";
 
-/** Milliseconds that work() takes: the median of some rounds, after a first one that is not counted. */
-async function median(work, rounds = 5) {
+/** Milliseconds that work() takes: the median of some rounds, after a first one that is not counted. The signal stops it
+ *  between two rounds. */
+async function median(work, rounds = 5, signal = null) {
   const times = [];
   for (let round = 0; round <= rounds; round++) {
+    signal?.throwIfAborted();
     const began = performance.now();
     await work();
     times.push(performance.now() - began);
@@ -21,57 +23,61 @@ async function median(work, rounds = 5) {
 const LEAST = 50;  // milliseconds of work in a run of matmul(), of which a submission takes one to three
 
 /** GFLOP/s of y = x W^T, all three n x n, as training multiplies. */
-export async function matmul(gpu, n) {
+export async function matmul(gpu, n, signal) {
   const plan = new Plan(gpu), [x, W, y] = [0, 0, 0].map(() => plan.scratch(4 * n * n));
   gpu.linear(plan, { buffer: W, rows: n, width: n }, x, y, n, { ACCUMULATE: false });
   await plan.ready();
   let times = 1, time = 0;
-  for (; time < LEAST; times *= 2) {
-    time = await median(() => {
-      plan.run(times);
-      return gpu.device.queue.onSubmittedWorkDone();
-    }, 3);
+  try {
+    for (; time < LEAST; times *= 2) {
+      time = await median(() => {
+        plan.run(times);
+        return gpu.device.queue.onSubmittedWorkDone();
+      }, 3, signal);
+    }
+  } finally {
+    plan.destroy();
   }
-  plan.destroy();
   return times / 2 * 2 * n ** 3 / time / 1e6;
 }
 
 /** Tokens a second, {decode, prefill}: written one by one after a short prompt, and read in a long prompt. */
-export async function generation(model, new_tokens = 32) {
+export async function generation(model, new_tokens = 32, signal = null) {
   const write = async (ids, n) => {
-    for await (const _ of model.generate(ids, { max_new_tokens: n, temperature: 0 }));
+    for await (const _ of model.generate(ids, { max_new_tokens: n, temperature: 0, signal }));
   };
   const long = new Array(Math.min(1024, model.config.block_size) - 1).fill(1), short = [1];
-  const decode = await median(() => write(short, new_tokens), 3);
-  const prefill = await median(() => write(long, 1), 3);
+  const decode = await median(() => write(short, new_tokens), 3, signal);
+  const prefill = await median(() => write(long, 1), 3, signal);
   return { decode: 1000 * new_tokens / decode, prefill: 1000 * long.length / prefill };
 }
 
 /** Tokens a second in training, with batches of four windows. */
-export async function training(gpu, model) {
+export async function training(gpu, model, signal) {
   const T = windowOf(model.config), ids = Array.from({ length: 20 * T }, (_, i) => i % Math.min(97, model.n_vocab));
   const trainer = await Trainer.create(gpu, { model, ids, batch_size: 4 });
   try {
-    return 1000 * 4 * T / await median(() => trainer.step(), gpu.info.fallback ? 1 : 3);
+    return 1000 * 4 * T / await median(() => trainer.step(), gpu.info.fallback ? 1 : 3, signal);
   } finally {
     trainer.destroy();
   }
 }
 
-/** All measurements, as {text}; onLine(line) is called for each line as soon as it is measured. */
-export async function benchmark(gpu, model, onLine = () => {}) {
+/** All measurements, as {text}; onLine(line) is called for each line as soon as it is measured. The signal stops it by
+ *  throwing its reason. */
+export async function benchmark(gpu, model, onLine = () => {}, signal = null) {
   const lines = [], say = (line) => {
     lines.push(line);
     onLine(line);
   };
   const n = gpu.info.fallback ? 256 : 2048;
   say(`${gpu.info.name}${gpu.info.fallback ? " (software)" : ""}; ${gpu.choices.filter(({ used }) => used).map(({ name }) => name).join(", ")}`);
-  say(`matmul ${n} x ${n} x ${n}: ${(await matmul(gpu, n)).toFixed(1)} GFLOP/s`);
+  say(`matmul ${n} x ${n} x ${n}: ${(await matmul(gpu, n, signal)).toFixed(1)} GFLOP/s`);
   say(`model: ${(model.n_parameters / 1e6).toFixed(2)}M parameters, ${model.format}, ${model.config.n_layer} layers, width ${model.config.n_embd}`);
-  const { decode, prefill } = await generation(model);
+  const { decode, prefill } = await generation(model, 32, signal);
   say(`writing: ${decode.toFixed(0)} tokens/s`);
   say(`reading: ${prefill.toFixed(0)} tokens/s`);
-  say(`learning: ${(await training(gpu, model)).toFixed(0)} tokens/s`);
+  say(`learning: ${(await training(gpu, model, signal)).toFixed(0)} tokens/s`);
   return { text: lines.join("\n") };
 }
 

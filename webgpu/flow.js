@@ -19,19 +19,20 @@ const REFUSED = ["mod", "yoco", "diff_attn"];
  *
  *  The final norm multiplies each number of the stream by a factor that depends on all parts. For the contributions it is the
  *  factor of the whole stream, so that they sum to the logit; with LayerNorm, each part's mean is subtracted from it. Likewise
- *  where a norm stands after attention (norm_place), for its heads. UserError if the model is of another architecture. */
-export async function flow(model, ids) {
+ *  where a norm stands after attention (norm_place), for its heads. UserError if the model is of another architecture.
+ *  signal: stops it by throwing the signal's reason. */
+export async function flow(model, ids, signal = null) {
   const other = REFUSED.find((name) => ![undefined, false, 0, "none"].includes(model.config[name]));
   if (other) {
     throw new UserError(`This panel cannot show a model with ${other}: what its layers add is not the sum of what heads and MLPs add. ` +
       "Take another model.");
   }
-  const rows = await lens(model, ids), maps = await attention(model, ids);
-  return { rows, maps, ...await contributions(model, ids, rows.at(-1).map(({ ids: [best] }) => best)) };
+  const rows = await lens(model, ids, null, signal), maps = await attention(model, ids, signal);
+  return { rows, maps, ...await contributions(model, ids, rows.at(-1).map(({ ids: [best] }) => best), signal) };
 }
 
 /** norms, embedding, heads, mlp, logit and rest of flow(), for the logits of one target at each position. */
-async function contributions(model, ids, targets) {
+async function contributions(model, ids, targets, signal) {
   const { gpu, config } = model, { n_layer: L, n_head: H, n_embd: C, norm, norm_eps, norm_place, logit_scale } = config;
   const T = ids.length, LAYER = norm === "layer" && { LAYER: true };
   const found = await model.once((plan) => {
@@ -75,7 +76,7 @@ async function contributions(model, ids, targets) {
     dots(normed, directions, 1, false);
     if (model.head().bias) wanted.push([model.head().bias, 4 * config.vocab_size]);
     return wanted;
-  });
+  }, signal);
   const numbers = found.map((bytes) => new Float32Array(bytes)), next = () => numbers.shift();
   const part = () => ({ norm: next().map(Math.sqrt), share: next().map((value) => value * logit_scale) });
   const states = [], heads = [], mlp = [];

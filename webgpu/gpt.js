@@ -426,14 +426,15 @@ export class GPT {
   }
 
   /** Run a plan once. build(plan) adds its steps and returns the buffers to read, with sizes in bytes: [[buffer, size],
-   *  ...]. The result is their contents. */
-  async once(build) {
+   *  ...]. The result is their contents. signal: see Plan.runInParts; null: the plan runs as a whole. */
+  async once(build, signal = null) {
     const plan = new Plan(this.gpu);
     try {
       return await this.gpu.guard(async () => {
         const wanted = build(plan);
         await plan.ready();
-        plan.run();
+        if (signal) await plan.runInParts(signal);
+        else plan.run();
         return Promise.all(wanted.map(([buffer, size]) => this.gpu.read(buffer, size)));
       });
     } finally {

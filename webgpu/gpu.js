@@ -7,6 +7,7 @@
 //   plan.run();
 
 import { UserError } from "./errors.js";
+import { kept, textOf } from "./fetching.js";
 
 const NO_WEBGPU = "This browser has no WebGPU. Chrome and Edge 113 and later have it, Safari 26, and Firefox 141 on " +
   "Windows and macOS; on Linux, Chrome may need chrome://flags/#enable-unsafe-webgpu.";
@@ -66,7 +67,6 @@ export class GPU {
       this.errors.push(error.message);
       console.error(error.message);
     };
-    this.texts = new Map();
     this.pipelines = new Map();
     this.none = this.buffer(16);        // for a binding that a kernel, with its settings, does not read
     this.trash = this.buffer(16);       // for one that it does not write
@@ -139,7 +139,7 @@ export class GPU {
   groups(n) { return n <= 65535 ? [n] : [65535, Math.ceil(n / 65535)]; }
 
   // The text of a file of kernels, fetched once.
-  async text(name) { return kept(this.texts, name, () => fetched(`kernels/${name}`)); }
+  text(name) { return textOf(`kernels/${name}`); }
 
   // Fetches the files of all kernels, so that the page needs no server from then on.
   fetchAll() { return Promise.all(FILES.map((name) => this.text(`${name}.wgsl`))); }
@@ -220,30 +220,11 @@ export class GPU {
   // ---- end of order ----
 }
 
-// The promise of a key, which make() makes if there is none. A failure is forgotten, so that the next call tries again.
-function kept(promises, key, make) {
-  if (!promises.has(key)) {
-    const promise = make();
-    promises.set(key, promise);
-    promise.catch(() => promises.get(key) === promise && promises.delete(key));
-  }
-  return promises.get(key);
-}
-
-/** The text of a file of the page. UserError if there is no connection to its server. */
-export async function fetched(path) {
-  const answer = await fetch(new URL(path, import.meta.url)).catch(() => null);
-  if (!answer) {
-    throw new UserError(`The page has lost the connection to its server (${path} could not be fetched): start python ` +
-      "playground.py again, and try again. What you typed is still here.");
-  }
-  if (!answer.ok) throw new UserError(`${path} could not be loaded (${answer.status}): is the server still there?`);
-  return answer.text();
-}
-
 export const megabytes = (n) => n < 1e6 ? `${(n / 1e3).toFixed(0)} KB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`;
 
 // ---- plans ----------------------------------------------------------------------------------------------------------
+
+const PART = 32;  // steps of runInParts(): about two layers
 
 // A list of dispatches and copies, with the buffers that belong to it.
 export class Plan {
@@ -304,9 +285,9 @@ export class Plan {
     this.gpu.device.queue.writeBuffer(this.uniforms, offset, packed(uniforms, floats));
   }
 
-  encode(encoder) {
+  encode(encoder, steps = this.steps) {
     let pass = null;
-    for (const step of this.steps) {
+    for (const step of steps) {
       if (step.copy) {
         pass?.end();
         pass = null;
@@ -325,6 +306,19 @@ export class Plan {
     const encoder = this.gpu.device.createCommandEncoder();
     for (let i = 0; i < times; i++) this.encode(encoder);
     this.gpu.device.queue.submit([encoder.finish()]);
+  }
+
+  // Runs PART steps at a time, and waits for each part, so that the signal can stop the plan between two parts: its reason is
+  // then thrown. What is submitted to the device cannot be taken back.
+  async runInParts(signal) {
+    const { queue } = this.gpu.device;
+    for (let start = 0; start < this.steps.length; start += PART) {
+      signal.throwIfAborted();
+      const encoder = this.gpu.device.createCommandEncoder();
+      this.encode(encoder, this.steps.slice(start, start + PART));
+      queue.submit([encoder.finish()]);
+      await queue.onSubmittedWorkDone();
+    }
   }
 
   destroy() {

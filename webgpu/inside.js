@@ -46,8 +46,8 @@ export async function fingerprint(blob) {
 
 /** Predictions from the residual stream after the embedding and each layer: rows[n_layer + 1][T] of {ids, p, entropy}, the
  *  five most probable tokens, their probabilities, and the entropy in bits. The last row is the model's own prediction.
- *  lenses: see loadLens; null: the logit lens. */
-export async function lens(model, ids, lenses = null) {
+ *  lenses: see loadLens; null: the logit lens. signal: stops it by throwing the signal's reason. */
+export async function lens(model, ids, lenses = null, signal = null) {
   model.checkPrompt(ids);
   const { gpu } = model, T = ids.length, { n_layer: L, n_embd: C, vocab_size: V } = model.config;
   const found = await model.once((plan) => {
@@ -71,7 +71,7 @@ export async function lens(model, ids, lenses = null) {
       }
     }
     return wanted;
-  });
+  }, signal);
   const parts = Math.ceil(T / ROWS), row = (values) => ({
     ids: [...values.subarray(0, 5)], p: [...values.subarray(5, 10)], entropy: values[10] });
   return Array.from({ length: L + 1 }, (_, layer) => Array.from({ length: T }, (_, t) =>
@@ -81,7 +81,7 @@ export async function lens(model, ids, lenses = null) {
 // ---- attention ------------------------------------------------------------------------------------------------------
 
 /** The attention maps of a prompt: for each layer H T T weights, with queries in rows and keys in columns. */
-export async function attention(model, ids) {
+export async function attention(model, ids, signal = null) {
   model.checkPrompt(ids);
   const { n_layer: L, n_head: H, n_kv_head: KV, head_dim: D } = model.config, T = ids.length;
   if (L * H * T * T > MAPS) {
@@ -98,7 +98,7 @@ export async function attention(model, ids) {
       wanted.push([map, 4 * H * T * T]);
     }, room);
     return wanted;
-  });
+  }, signal);
   return found.map((bytes) => new Float32Array(bytes));
 }
 

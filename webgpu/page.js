@@ -1,17 +1,20 @@
 // The page: opens the device and a checkpoint, and gives each file that is dropped on it to the part that it is for. The
 // computation is in gpt.js, inside.js and train.js.
 
-import { UserError } from "./errors.js";
+import { fetched, imported, LostConnection } from "./fetching.js";
 import { GPT } from "./gpt.js";
 import { chooseKernels, GPU, megabytes } from "./gpu.js";
 import { showCard } from "./page_card.js";
-import { $, queue, attempt, doing, during, forgetLoss, make, many, needModel, notice, onModel, page, say, setModel,
-  wordsOf } from "./page_common.js";
+import { $, queue, attempt, during, forgetLoss, make, many, needModel, notice, onModel, page, say, setModel,
+  showDoing, wordsOf } from "./page_common.js";
 import { lookByItself, setUpLooking, takeLens } from "./page_look.js";
 import { recall, remember, keepFields } from "./page_store.js";
-import { offerRun, setUpTraining, takeText } from "./page_train.js";
+import { offerRun, ownCode, setUpTraining, takeText } from "./page_train.js";
 import { setUpSpeed, showChoices } from "./page_speed.js";
+import { readHeader } from "./safetensors.js";
 import { beginText, begun, setUpWriting, stopWriting } from "./page_write.js";
+
+const LATER = ["bench.js", "page_flow.js"];  // modules that are not needed at the start
 
 const TEXTS = /\.(txt|md|rst|tex|log|srt|csv|tsv|jsonl?|ya?ml|html?|css|wgsl|py|m?js|ts|c|h|cc|cpp|rs|go|java|sh)$/i;
 const FOREIGN = [  // files of other projects, and how to make a checkpoint of them
@@ -34,7 +37,7 @@ async function lose(gpu, message) {
   console.warn(`The device was lost: ${message}`);
   const blob = page.model?.blob;
   Object.assign(page, { gpu: null, model: null, lenses: null, lost: true });
-  doing("write", "");
+  showDoing();
   notice("The graphics card's device was lost. What you typed is still here, and so is the training up to its last " +
     "save.", { "Reload the device": () => reopen(blob) }, "alert");
 }
@@ -85,7 +88,12 @@ function contextAsked() {
 // ---- the server's checkpoints ---------------------------------------------------------------------------------------
 
 async function listServed() {
-  const found = await fetch("checkpoints.json").then((answer) => answer.ok ? answer.json() : []).catch(() => []);
+  let found = [];
+  try {
+    found = await fetched("checkpoints.json", "json", "the list of its checkpoints");
+  } catch (error) {  // other servers of files have no list
+    if (error instanceof LostConnection) notice(error.message, { "Try again": listServed });
+  }
   if (!found.length) return;
   const served = $("served");
   served.hidden = false;
@@ -97,15 +105,10 @@ async function listServed() {
 }
 
 function openServed({ name, path }) {
-  return attempt("card-wrong", async () => openModel(await fetched(path.replace(/^\//, ""), name)));
+  return attempt("card-wrong", async () => openModel(await fileOf(path.replace(/^\//, ""), name)));
 }
 
-async function fetched(path, name) {
-  const answer = await fetch(path).catch(() => null);
-  if (!answer) throw new UserError(`${name} could not be fetched: is the server still there?`);
-  if (!answer.ok) throw new UserError(`${name} could not be fetched (${answer.status}): it may have been moved.`);
-  return new File([await answer.blob()], name.split("/").at(-1));
-}
+const fileOf = async (path, name = path) => new File([await fetched(path, "blob", name)], name.split("/").at(-1));
 
 // ---- what is dropped or chosen --------------------------------------------------------------------------------------
 
@@ -125,7 +128,6 @@ async function kindOf(file) {
 }
 
 async function metaOf(file) {
-  const { readHeader } = await import("./safetensors.js");
   return readHeader(file).then(({ meta }) => meta, () => null);
 }
 
@@ -221,27 +223,34 @@ async function open() {
   onModel(showCard);
   [setUpWriting, setUpFiles, setUpTabs, setUpLooking, setUpTraining, setUpSpeed].forEach((each) => each());
   listServed();
-  const demo = fetched("demo.safetensors", "demo.safetensors").catch((error) => error);
+  const demo = fileOf("demo.safetensors").catch((error) => error);  // while the device is opened
   try {
     await openDevice();
   } catch (error) {
     page.why = wordsOf(error);
     notice(page.why, {}, "alert");
-    doing("open", "");
-    return;
+    return showDoing();
   }
-  const file = await demo;
-  if (file instanceof Error) {
-    say("card-wrong", `${wordsOf(file)} Open a checkpoint of your own.`);
-    doing("open", "");
-  } else {
-    await openModel(file);
-  }
+  await openDemo(await demo);
   offerRun();
   if (page.model) await begun;  // the first words come first
   await attempt("speed-wrong", () => during("kernels", "Trying faster kernels", () =>
     queue(() => chooseKernels(page.gpu, showChoices))));
-  page.gpu?.fetchAll().catch(() => {});  // what is still missing is fetched when it is needed
+  fetchRest();
+}
+
+/** The model that the page begins with. found: its file, or the error of fetching it. */
+async function openDemo(found) {
+  if (!(found instanceof Error)) return openModel(found);
+  showDoing();
+  notice(`${wordsOf(found)} You can also open a checkpoint of your own.`, {
+    "Try again": async () => openDemo(await fileOf("demo.safetensors").catch((error) => error)) }, "alert");
+}
+
+/** Fetch all that the page may need later, so that it works without its server from then on. What cannot be fetched is fetched
+ *  when it is needed. */
+function fetchRest() {
+  return Promise.allSettled([page.gpu?.fetchAll(), ...LATER.map(imported), ownCode()]);
 }
 
 open();

@@ -12,9 +12,9 @@ export const drawAgain = () => redraw();
 
 export const forgetMaps = () => { redraw = () => {}; };
 
-export async function runAttention(model, ids) {
+export async function runAttention(model, ids, { signal }) {
   const { enc } = model, { n_layer: L, n_head: H } = model.config, T = ids.length;
-  const layers = await queueWith(model, () => attention(model, ids));
+  const layers = await queueWith(model, () => attention(model, ids, signal), signal);
   const heads = Array.from({ length: L }, (_, l) => {
     const rows = rowsOf(ids, model.windowOf(l));
     return Array.from({ length: H }, (_, h) => {

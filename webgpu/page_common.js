@@ -1,7 +1,7 @@
 // Shared by the parts of the page, which are page_write.js, page_look.js, page_train.js and page_speed.js: the model that is
 // open, a queue for the device, messages of errors, and functions for the document. page.js starts them.
 
-import { UserError } from "./errors.js";
+import { Stopped, UserError } from "./errors.js";
 
 const LOST = "The graphics card's device was lost: press Reload the device, at the top.";
 
@@ -15,39 +15,59 @@ export const page = { gpu: null, model: null, lenses: null, lost: false, why: ""
 // whole computation: so a panel that the user asks for is computed next, and then writing or training goes on.
 
 let turn = Promise.resolve();
+let queued = 0;  // pieces of work that are not done
 
 export function queue(work) {
-  const mine = turn.then(work);
+  queued += 1;
+  showDoing();
+  const mine = turn.then(work).finally(() => {
+    queued -= 1;
+    showDoing();
+  });
   turn = mine.catch(() => {});
   return mine;
 }
 
-/** Queue work() with this model. UserError if another model has been opened before its turn. */
-export function queueWith(model, work) {
-  return queue(() => {
+/** Queue work() with this model. UserError if another model has been opened before its turn. If the signal is aborted before
+ *  its turn, work() does not run; if it is aborted then or meanwhile, the signal's reason is thrown. */
+export async function queueWith(model, work, signal) {
+  const result = await queue(() => {
+    signal?.throwIfAborted();
     if (model !== page.model) throw new UserError("Another model was opened before this was done: try it once more.");
     return work();
   });
+  signal?.throwIfAborted();
+  return result;
 }
 
-const going = new Map();
+const going = new Map();  // activities by name: {words, n}, of which n are going on
 
-/** Show at the top of the page what is going on: doing("train", "Training"); doing("train", "") when it is over. */
-export function doing(what, words) {
-  if (words) going.set(what, words);
-  else going.delete(what);
+/** Show at the top of the page what is going on. "Ready" is shown only while nothing is going on and the queue is empty. */
+export function showDoing() {
   const idle = page.lost ? "The device was lost" : page.model ? "Ready" : "No model";
-  const text = [...going.values()].join(" · ") || idle;
+  const text = [...going.values()].map(({ words }) => words).join(" · ") || (queued ? "Working" : idle);
   if ($("doing").textContent !== text) $("doing").textContent = text;
-  $("doing").classList.toggle("busy", going.size > 0);
+  $("doing").classList.toggle("busy", going.size > 0 || queued > 0);
 }
 
+/** Change the words of an activity that is going on. */
+export function doing(what, words) {
+  going.get(what).words = words;
+  showDoing();
+}
+
+/** Show these words while work() is going on. Of activities with one name, the last words are shown until all are over. */
 export async function during(what, words, work) {
-  doing(what, words);
+  const n = (going.get(what)?.n ?? 0) + 1;
+  going.set(what, { words, n });
+  showDoing();
   try {
     return await work();
   } finally {
-    doing(what, "");
+    const mine = going.get(what);
+    mine.n -= 1;
+    if (!mine.n) going.delete(what);
+    showDoing();
   }
 }
 
@@ -99,6 +119,7 @@ export async function attempt(place, work) {
     await work();
     return true;
   } catch (error) {
+    if (error instanceof Stopped) return false;
     if (!(error instanceof UserError)) await lossIsKnown();
     say(place, wordsOf(error));
     return false;

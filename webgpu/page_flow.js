@@ -13,8 +13,8 @@ addEventListener("resize", () => redraw());
 document.addEventListener("panel", () => redraw());
 onModel(() => { redraw = () => {}; });
 
-export async function runFlow(model, ids) {
-  const found = await queueWith(model, () => flow(model, ids)), { n_layer, n_head } = model.config, last = ids.length - 1;
+export async function runFlow(model, ids, { signal }) {
+  const found = await queueWith(model, () => flow(model, ids, signal), signal), { n_layer, n_head } = model.config, last = ids.length - 1;
   const words = "The parts of the computation. Arrow keys move to other parts; Up leads to the next layer.";
   const view = { model, ids, ...found, L: n_layer, H: n_head, T: ids.length, at: last, here: [0, last], cells: [],
     top: make("div", { class: "flow-top" }), next: make("ol", { class: "bars" }),

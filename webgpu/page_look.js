@@ -1,6 +1,7 @@
 // The panels that look inside the model: lens, attention, ablation, patching. They share a prompt.
 
-import { UserError } from "./errors.js";
+import { Stopped, UserError } from "./errors.js";
+import { imported } from "./fetching.js";
 import { ablate, lens, loadLens, swap } from "./inside.js";
 import { drawAgain, forgetMaps, runAttention } from "./page_attention.js";
 import { $, queueWith, attempt, count, during, finish, heard, idsOf, make, needModel, onModel, page, partName, percent, resultOf,
@@ -10,13 +11,15 @@ import { notWriting, textSoFar } from "./page_write.js";
 
 // For each: the words shown while it runs, its fields besides the prompt, and the function that computes and shows it.
 const PANELS = {
-  flow: { doing: "Computing all parts", fields: [], run: async (...all) => (await import("./page_flow.js")).runFlow(...all) },
+  flow: { doing: "Computing all parts", fields: [], run: async (...all) => (await imported("page_flow.js")).runFlow(...all) },
   lens: { doing: "Reading through the lens", fields: ["colour", "tuned"], run: runLens },
   attention: { doing: "Following attention", fields: [], run: runAttention },
   ablation: { doing: "Switching parts off", fields: ["target", "how"], run: runAblation },
   patching: { doing: "Patching", fields: ["recipient", "target", "site", "pairs"], run: runPatching },
 };
 const FIELDS = [...new Set(Object.values(PANELS).flatMap(({ fields }) => fields))];
+
+const MOMENT = 400;  // milliseconds after which a computation shows its Stop button
 
 let chosen = "lens";
 const shown = {};  // by panel: the model and the settings of its figure, see keyOf()
@@ -43,35 +46,46 @@ function look() {
   const name = chosen, { doing, run } = PANELS[name];
   return attempt("look-wrong", async () => {
     const model = needModel(), ids = idsOf(model, $("look-prompt").value), own = new AbortController();
-    running[name]?.abort();
+    running[name]?.abort(new Stopped());
     running[name] = own;
     shown[name] = keyOf(name);
-    resultOf(name).replaceChildren(make("progress", { max: 1, "aria-label": doing }));
+    showProgress(name, doing, own);
     try {
-      await during(`look ${name}`, doing, () => run(model, ids, own.signal));
+      await during(`look ${name}`, doing, () => run(model, ids, own));
     } catch (error) {
       if (running[name] !== own) return;  // another one was begun
-      resultOf(name).replaceChildren();
+      resultOf(name).replaceChildren(own.signal.aborted ? "Stopped: press Look to compute it." : "");
       delete shown[name];
       throw error;
     }
   });
 }
 
-/** Take the steps of a computation of inside.js one by one, until the last one or until the Stop button is pressed, and
- *  meanwhile show a progress bar, the time that is left, and `words`: what is computed. draw(step, over) shows the figure; over:
- *  the step is the last. Layers that are done are drawn from time to time. */
-async function inSteps(name, model, steps, signal, words, draw) {
-  const stop = new AbortController(), bar = make("progress", { max: 1, "aria-label": PANELS[name].doing });
-  const left = make("span", {}, `${words}.`), button = make("button", { type: "button", onclick: () => stop.abort() }, "Stop");
+/** Show in a panel's result that it is computed: a progress bar and, after a moment, `words` and a button that aborts `own`. */
+function showProgress(name, words, own) {
+  const bar = make("progress", { max: 1, "aria-label": PANELS[name].doing }), left = make("span", {}, `${words}.`);
+  const stop = () => {
+    own.abort(new Stopped());
+    $("look").focus();  // the button that had the focus will go
+  };
+  const row = make("div", { class: "row steps", "aria-live": "off", hidden: true }, left,
+    make("button", { type: "button", onclick: stop }, "Stop"));
+  setTimeout(() => { row.hidden = false; }, MOMENT);
+  resultOf(name).replaceChildren(bar, row);
+  return { bar, left };
+}
+
+/** Take the steps of a computation of inside.js one by one, until the last one or until `own` is aborted, and meanwhile show
+ *  a progress bar, the time that is left, and `words`: what is computed. draw(step, over) shows the figure; over: the step is
+ *  the last. Layers that are done are drawn from time to time, and also when the Stop button was pressed. */
+async function inSteps(name, model, steps, own, words, draw) {
+  const { bar, left } = showProgress(name, words, own), { signal } = own;
   const began = performance.now(), figure = document.querySelector(`#${name} .figure`);
   let last = null, drawn = began;
-  resultOf(name).replaceChildren(bar, make("div", { class: "row steps", "aria-live": "off" }, left, button));
   try {
     for (;;) {
-      const { value, done } = await queueWith(model, () => steps.next());
-      if (signal.aborted) return;
-      if (done || stop.signal.aborted) break;
+      const { value, done } = await queueWith(model, () => signal.aborted ? { done: true } : steps.next());
+      if (done || signal.aborted) break;
       last = value;
       bar.value = value.share;
       const now = performance.now(), rest = (now - began) * (1 - value.share) / value.share;
@@ -83,7 +97,8 @@ async function inSteps(name, model, steps, signal, words, draw) {
   } finally {
     steps.return();
   }
-  draw(last, true);
+  if (!last) signal.throwIfAborted();  // stopped before its turn
+  if (running[name] === own) draw(last, true);
 }
 
 /** Compute a panel without being asked, once the first text is written. */
@@ -117,9 +132,9 @@ const stateOf = (row) => row ? `the state ${stateName(row)}` : "the embedding";
 
 // ---- lens -----------------------------------------------------------------------------------------------------------
 
-async function runLens(model, ids) {
+async function runLens(model, ids, { signal }) {
   const { enc, n_vocab } = model, byP = $("colour").value === "p", lenses = $("tuned").checked ? page.lenses : null;
-  const rows = await queueWith(model, () => lens(model, ids, lenses)), last = rows.length - 1;
+  const rows = await queueWith(model, () => lens(model, ids, lenses, signal), signal), last = rows.length - 1;
   const said = make("p", { class: "said" }), list = make("ol", { class: "bars five" });
   const columns = ids.map((id, i) => ({ text: seen(enc, id), says: `position ${i}, ${heard(enc, id)}` }));
   const table = heatMap({
@@ -182,9 +197,9 @@ function targetOf(model) {
 
 const PARTS = { attn: "attention", mlp: "MLP", block: "whole layer" };
 
-async function runAblation(model, ids, signal) {
+async function runAblation(model, ids, own) {
   const { target, note } = targetOf(model), { n_layer, n_head } = model.config;
-  await inSteps("ablation", model, ablate(model, ids, target, $("how").value), signal,
+  await inSteps("ablation", model, ablate(model, ids, target, $("how").value), own,
     `${count(n_layer * (n_head + 3))} parts are switched off in turn`, (step, over) => showAblation(model, target, note, step, over));
 }
 
@@ -238,11 +253,11 @@ function pairsOf(text) {
   });
 }
 
-async function runPatching(model, donor, signal) {
+async function runPatching(model, donor, own) {
   const { enc } = model, { target, note } = targetOf(model), site = $("site").value;
   const recipient = idsOf(model, $("recipient").value), pairs = pairsOf($("pairs").value);
   const columns = (pairs ?? recipient.map((_, i) => [i, i])).map(([i, j]) => placeOf(enc, donor[i], recipient[j], j));
-  await inSteps("patching", model, swap(model, donor, recipient, target, site, pairs), signal,
+  await inSteps("patching", model, swap(model, donor, recipient, target, site, pairs), own,
     `${count(model.config.n_layer * columns.length)} states are replaced in turn`,
     (step, over) => showPatching(enc, target, note, site, columns, step, over));
 }
@@ -322,7 +337,7 @@ export function setUpLooking() {
   onModel(() => {  // the figures are those of the previous model
     serial += 1;
     for (const name of Object.keys(running)) {
-      running[name].abort();
+      running[name].abort(new Stopped());
       delete running[name];
     }
     forgetMaps();

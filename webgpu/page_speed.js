@@ -1,5 +1,7 @@
 // The speed panel: the kernels that this device uses, and measurements.
 
+import { Stopped } from "./errors.js";
+import { imported } from "./fetching.js";
 import { $, queueWith, attempt, during, make, needModel, onModel, page } from "./page_common.js";
 import { stopWriting } from "./page_write.js";
 
@@ -11,27 +13,29 @@ export function showChoices() {
     make("td", {}, name), make("td", {}, used ? "✓ yes" : "– no"), make("td", {}, reason))));
 }
 
-let measuring = false;
+let measuring = null;  // the AbortController of the measurement that is going on
 
+/** Measure, or stop the measurement that is going on. */
 function measure() {
+  if (measuring) return measuring.abort(new Stopped());
+  const { signal } = measuring = new AbortController(), figures = $("figures");
+  $("measure").textContent = "Stop";
   return attempt("speed-wrong", async () => {
-    if (measuring) return;
-    const model = needModel(), { benchmark } = await import("./bench.js");
-    await stopWriting();
-    const figures = $("figures");
-    figures.hidden = false;
-    figures.textContent = "";
-    $("copy").hidden = true;
-    measuring = true;
     try {
+      const model = needModel(), { benchmark } = await imported("bench.js");
+      await stopWriting();
+      figures.hidden = false;
+      figures.textContent = "";
+      $("copy").hidden = true;
       const line = (text) => { figures.textContent += `${text}\n`; };
       const { text } = await during("measure", "Measuring", () =>
-        queueWith(model, () => benchmark(page.gpu, model, line)));
+        queueWith(model, () => benchmark(page.gpu, model, line, signal), signal)).finally(() => signal.aborted && line("stopped"));
       figures.textContent = text;
       $("copy").hidden = false;
       $("measured").textContent = "Measured.";
     } finally {
-      measuring = false;
+      measuring = null;
+      $("measure").textContent = "Measure";
     }
   });
 }

@@ -2,7 +2,7 @@
 
 import { UserError } from "./errors.js";
 import { configOf, parametersOf } from "./gpt.js";
-import { fetched } from "./gpu.js";
+import { textOf } from "./fetching.js";
 import { $, queue, attempt, count, doing, during, idsOf, lossIsKnown, make, many, needModel, notice, numberOf, onModel,
   page } from "./page_common.js";
 import { lossChart, smooth } from "./page_draw.js";
@@ -50,8 +50,8 @@ async function recallText() {
 }
 
 /** A text to begin with, which is always available: the page's own code. */
-async function ownCode() {
-  const parts = await Promise.all(OWN_CODE.map((name) => fetched(name).catch(() => "")));
+export async function ownCode() {
+  const parts = await Promise.all(OWN_CODE.map(textOf));
   return [parts.join("\n"), "this page's own code"];
 }
 
@@ -449,6 +449,7 @@ export function setUpTraining() {
     if (source.text === null) remember("text", { name: source.name, long: false, text: $("text").value });
   };
   $("text").addEventListener("input", () => {
+    seen = true;
     source.name = "";
     clearTimeout(timer);
     timer = setTimeout(() => { typed(); describe(); }, 300);
@@ -456,12 +457,11 @@ export function setUpTraining() {
   $("begin").addEventListener("change", beginChanged);
   $("train-form").addEventListener("input", ({ target }) => target.id !== "text" && describe());
   onModel(describe);
-  let seen = false;
-  document.addEventListener("panel", ({ detail }) => {
+  let seen = false;  // whether the field holds the text that was stored, or a newer one
+  document.addEventListener("panel", async ({ detail }) => {
     if (detail !== "train" || seen) return;
-    seen = true;
-    if (!$("text").value) attempt("train-wrong", recallText);
     showEmpty();
+    seen = Boolean($("text").value) || await attempt("train-wrong", recallText);
   });
   const hide = () => {
     if (seen) typed();

@@ -1,0 +1,214 @@
+"""The page when something goes wrong: a lost connection, work that is stopped or outdated, likely mistakes."""
+import contextlib
+import re
+
+import blas  # noqa: F401  (before mlx)
+import browser
+import test_page
+from browser import js
+from test_page import LONG, MESSAGES, SECOND, begin, panel, says, write
+
+files, opened = test_page.files, test_page.opened  # fixtures
+
+
+# ---- a lost connection -----------------------------------------------------------------------------------------------
+
+
+def test_lost_connection(page, files):
+    """A file that cannot be fetched is told as a lost connection, and what was typed is kept; the next try works once
+    the server answers again."""
+    needed = "stylesheet", "script", "document"
+    page.route(re.compile(r"\.(wgsl|js|json|safetensors)$"),
+               lambda route: route.continue_() if route.request.resource_type in needed else route.abort())
+    page.goto(page.server.url)
+    for name in ("the list of its checkpoints", "demo.safetensors"):
+        page.wait_for_selector(f".notice:has-text('lost the connection to its server ({name}')", timeout=LONG)
+    page.fill("#prompt", "ab")
+    page.set_input_files("#open", files / "tiny.safetensors")
+    says(page, "write-wrong", r"lost the connection to its server \(kernels/")
+    page.click("#tab-speed")
+    page.click("#measure")
+    says(page, "speed-wrong", r"lost the connection to its server \(bench.js .*start python playground.py again")
+    page.click("#tab-train")
+    says(page, "train-wrong", r"lost the connection to its server \(\w+.js")
+    page.click("#tab-speed")
+    page.fill("#length", "7")
+    page.problems.clear()  # the expected failures
+    page.unroute_all()
+    assert page.input_value("#prompt") == "ab" and page.input_value("#text") == ""
+    write(page, 7)
+    page.click("#measure")
+    page.wait_for_selector("#copy:visible", timeout=LONG)
+    panel(page, "lens")
+    page.click("#tab-train")
+    page.wait_for_function("document.getElementById('text').value.startsWith('// The GPT of model.py')", timeout=LONG)
+    assert [page.inner_text(f"#{place}") for place in MESSAGES] == [""] * 5
+    (page.server.folder / "late.safetensors").write_bytes((files / "tiny.safetensors").read_bytes())
+    page.click(".notice:has-text('the list') button")
+    page.click("#served summary")
+    page.wait_for_selector("#served button:has-text('late')")
+    page.click(".notice:has-text('demo') button")
+    says(page, "card-name", "demo.safetensors")
+    page.wait_for_selector(".notice", state="detached")
+    (page.server.folder / "late.safetensors").unlink()
+
+
+def fetched_ahead(page):
+    """Wait until the page has fetched what it may need later."""
+    says(page, "doing", "Ready")
+    page.wait_for_function("""["bench.js", "kernels/weights.wgsl", "train.js"].every((name) =>
+        performance.getEntriesByName(`${location.origin}/${name}`).some(({ responseEnd }) => responseEnd))""")
+    page.wait_for_timeout(SECOND // 2)
+
+
+def test_without_its_server(chromium, files, tmp_path):
+    """Once its kernels are chosen, the page needs no server: each panel works, and another device too."""
+    with contextlib.ExitStack() as until:
+        server = until.enter_context(browser.serve(tmp_path))
+        with browser.page(chromium, server) as page:
+            begin(page, files)
+            fetched_ahead(page)
+            until.close()  # the server ends
+            page.fill("#look-prompt", "abcd")
+            for name in ("flow", "lens", "attention", "ablation", "patching"):
+                js(page, "() => { document.getElementById('recipient').value = 'abxd'; }")
+                panel(page, name)
+            page.click("#tab-speed")
+            page.click("#measure")
+            page.wait_for_selector("#copy:visible", timeout=LONG)
+            page.click("#tab-train")
+            page.wait_for_function("document.getElementById('text').value.startsWith('// The GPT of model.py')")
+            for name, value in dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=1, max_iters=3).items():
+                page.fill(f"#{name}", str(value))
+            page.click("#start")
+            says(page, "train-says", "All updates are done at update 3")
+            js(page, "async () => (await import('/page_common.js')).page.gpu.device.destroy()")
+            page.click("text=Reload the device", timeout=LONG)
+            page.wait_for_selector(".notice:has-text('Reload')", state="detached")
+            write(page, 5)
+            assert [page.inner_text(f"#{place}") for place in MESSAGES] == [""] * 5
+
+
+def test_later_modules():
+    """Each module that is imported later is in the list of those that are fetched ahead."""
+    sources = {path.name: path.read_text() for path in (test_page.ROOT / "webgpu").glob("*.js")}
+    later = set(re.findall(r'"([^"]+)"', re.search(r"const LATER = \[([^\]]*)\]", sources["page.js"])[1]))
+    asked = {name for text in sources.values() for name in re.findall(r'imported\("([^"]+)"\)', text)} - {"x.js"}
+    assert asked <= later <= set(sources), (asked, later)
+    raw = {name for name, text in sources.items() if re.search(r"\bimport\(", text)}
+    assert raw <= {"fetching.js"}, raw
+
+
+# ---- outdated work, and Stop -----------------------------------------------------------------------------------------
+
+SLOW = """async () => {  // each run waits, and notes what the page says meanwhile
+    const { GPT } = await import("/gpt.js"), { once } = GPT.prototype;
+    Object.assign(window, { runs: 0, said: new Set() });
+    GPT.prototype.once = async function (...given) {
+        window.runs += 1;
+        for (let i = 0; i < 10; i++) {
+            await new Promise((resolve) => setTimeout(resolve, (window.wait ?? 0) / 10));
+            window.said.add(document.getElementById("doing").textContent);
+        }
+        return once.apply(this, given);
+    };
+}"""
+
+
+def test_outdated_looks(page, files):
+    """Of five looks in a row only the first, which has begun, and the last one run; the page is never "Ready" while one
+    is running."""
+    begin(page, files)
+    says(page, "doing", "Ready")
+    js(page, SLOW)
+    for name, cells in ("lens", 3), ("attention", 0):
+        page.click(f"#tab-{name}")
+        says(page, "doing", "Ready")
+        js(page, "() => { window.runs = 0; window.wait = 1500; }")
+        for end in range(5):
+            page.fill("#look-prompt", "abc"[:1 + end % 3] * (1 + end))
+            page.click("#look")
+        says(page, "doing", "Ready")
+        said, runs = js(page, "() => [[...window.said], window.runs]")
+        assert runs == 2 and not {"Ready", "Working"} & set(said), (runs, said)
+        js(page, "() => { window.wait = 0; }")
+        if cells:
+            assert page.locator(f"#{name} td").count() == cells * 11  # of the last prompt, "ababababab"
+        assert page.locator(f"#{name} progress").count() == 0
+
+
+def test_ready_only_when_idle(opened):
+    """Work in the queue that has no words of its own is told, too; of two activities with one name, both count."""
+    says(opened, "doing", "Ready")
+    found = js(opened, """async () => {
+        const { queue, during } = await import("/page_common.js");
+        const says = () => document.getElementById("doing").textContent;
+        const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms)), found = [];
+        const work = queue(() => wait(200));
+        found.push(says());
+        await work;
+        found.push(says());
+        const first = during("look", "Looking", () => wait(100)), second = during("look", "Looking", () => wait(300));
+        await first;
+        found.push(says());
+        await second;
+        found.push(says());
+        return found;
+    }""")
+    assert found == ["Working", "Ready", "Looking", "Ready"]
+
+
+def test_stop_of_one_run(opened):
+    """The lens and the attention maps, whose figure is one run of the model, can be stopped in the middle of it: the
+    rest is not submitted. The next look works."""
+    says(opened, "doing", "Ready")
+    js(opened, """() => {
+        const { onSubmittedWorkDone, submit } = GPUQueue.prototype;
+        window.submitted = 0;
+        GPUQueue.prototype.submit = function (...given) { window.submitted += 1; return submit.apply(this, given); };
+        GPUQueue.prototype.onSubmittedWorkDone = async function () {
+            await onSubmittedWorkDone.call(this);
+            await new Promise((resolve) => setTimeout(resolve, window.wait));
+        };
+    }""")
+    for name in "lens", "attention":
+        opened.click(f"#tab-{name}")
+        submitted = []
+        for stop, text in (False, "ab"), (True, "abc"):
+            js(opened, "(wait) => { window.submitted = 0; window.wait = wait; }", 1500 if stop else 0)
+            opened.fill("#look-prompt", text)
+            opened.click("#look")
+            if stop:
+                opened.click(f"#{name} button:has-text('Stop')")
+                says(opened, name, "Stopped: press Look to compute it")
+                assert js(opened, "() => document.activeElement.id") == "look"
+            says(opened, "doing", "Ready")
+            submitted.append(js(opened, "() => window.submitted"))
+        assert submitted[1] < submitted[0] and opened.inner_text("#look-wrong") == "", submitted
+    js(opened, "() => { window.wait = 0; }")
+    opened.click("#look")
+    opened.wait_for_selector("#attention .maps button", timeout=LONG)
+    says(opened, "attention", "stands out")
+
+
+def test_stop_of_measuring(opened):
+    """The button that measures stops it, too, also while it waits for its turn; then it measures again."""
+    opened.click("#tab-speed")
+    opened.click("#measure")
+    says(opened, "figures", "matmul")
+    opened.click("#measure:has-text('Stop')")
+    says(opened, "figures", r"stopped\s*$")
+    says(opened, "doing", "Ready")
+    says(opened, "measure", "Measure")
+    js(opened, """async () => {
+        const { queue } = await import("/page_common.js");
+        queue(() => new Promise((resolve) => { window.goOn = resolve; }));
+    }""")
+    opened.click("#measure")
+    opened.click("#measure:has-text('Stop')")
+    js(opened, "() => window.goOn()")
+    says(opened, "measure", "Measure")
+    assert opened.inner_text("#figures").strip() == "stopped" and opened.inner_text("#speed-wrong") == ""
+    opened.click("#measure")
+    opened.wait_for_selector("#copy:visible", timeout=LONG)
+    assert "learning" in opened.inner_text("#figures")
