@@ -7,6 +7,7 @@ import { chooseKernels, GPU, megabytes } from "./gpu.js";
 import { showCard } from "./page_card.js";
 import { $, queue, attempt, during, forgetLoss, make, many, needModel, notice, onModel, page, say, setModel,
   showDoing, wordsOf } from "./page_common.js";
+import { setUpLinks } from "./page_link.js";
 import { lookByItself, setUpLooking, takeLens } from "./page_look.js";
 import { recall, remember, keepFields } from "./page_store.js";
 import { offerRun, ownCode, setUpTraining, takeText } from "./page_train.js";
@@ -221,7 +222,7 @@ async function open() {
   setUpColours();
   keepFields();
   onModel(showCard);
-  [setUpWriting, setUpFiles, setUpTabs, setUpLooking, setUpTraining, setUpSpeed].forEach((each) => each());
+  [setUpWriting, setUpFiles, setUpTabs, setUpLooking, setUpTraining, setUpSpeed, setUpLinks].forEach((each) => each());
   listServed();
   const demo = fileOf("demo.safetensors").catch((error) => error);  // while the device is opened
   try {

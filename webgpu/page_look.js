@@ -17,6 +17,10 @@ const PANELS = {
   ablation: { doing: "Switching parts off", fields: ["target", "how"], run: runAblation },
   patching: { doing: "Patching", fields: ["recipient", "target", "site", "pairs"], run: runPatching },
 };
+/** Whether a panel computes its figure when it is opened, and the fields that it is computed from. */
+export const looksByItself = (name) => name in PANELS;
+export const fieldsOf = (name) => ["look-prompt", ...PANELS[name].fields];
+
 const FIELDS = [...new Set(Object.values(PANELS).flatMap(({ fields }) => fields))];
 
 const MOMENT = 400;  // milliseconds after which a computation shows its Stop button

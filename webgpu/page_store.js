@@ -21,13 +21,20 @@ export function remember(name, value) {
 
 export const recall = (name) => kept()[name];
 
-const valueOf = (field) => field.type === "checkbox" ? field.checked : field.value;
+export const valueOf = (field) => field.type === "checkbox" ? field.checked : field.value;
+
+export function setValue(field, value) {
+  field[field.type === "checkbox" ? "checked" : "value"] = value;
+}
+
+/** The value that a field has in index.html. */
+export function defaultOf(field) {
+  if (field.type === "checkbox") return field.defaultChecked;
+  return field.tagName === "SELECT" ? field.options[0].value : field.defaultValue;
+}
 
 /** Whether a field differs from its default. Others are not stored, so that a later version can change the defaults. */
-function isChanged(field) {
-  if (field.type === "checkbox") return field.checked !== field.defaultChecked;
-  return field.value !== (field.tagName === "SELECT" ? field.options[0].value : field.defaultValue);
-}
+export const isChanged = (field) => valueOf(field) !== defaultOf(field);
 
 /** Restore the fields with data-keep, and store them when they change. */
 export function keepFields() {
@@ -36,9 +43,7 @@ export function keepFields() {
   const fields = [...document.querySelectorAll("[data-keep]")];
   for (const field of fields) {
     const value = values[field.id];
-    if (value === undefined) continue;
-    if (field.type === "checkbox") field.checked = value;
-    else field.value = value;
+    if (value !== undefined) setValue(field, value);
   }
   const save = () => {
     clearTimeout(timer);
