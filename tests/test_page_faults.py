@@ -4,6 +4,7 @@ import re
 
 import blas  # noqa: F401  (before mlx)
 import browser
+import numpy as np
 import test_page
 from browser import js
 from test_page import LONG, MESSAGES, SECOND, begin, panel, says, write
@@ -212,3 +213,66 @@ def test_stop_of_measuring(opened):
     opened.click("#measure")
     opened.wait_for_selector("#copy:visible", timeout=LONG)
     assert "learning" in opened.inner_text("#figures")
+
+
+# ---- the loss chart, and runs ----------------------------------------------------------------------------------------
+
+
+def test_smoothing(page):
+    """It does not lag: a straight line stays as it is. It is the mean of the window around each update."""
+    found = js(page, """async (losses) => {
+        const { smooth } = await import("/page_draw.js"), points = losses.map((loss, i) => [i + 1, loss]);
+        return [smooth(points), smooth(points.map(([step]) => [step, 9 - step / 100])), smooth(points.slice(0, 5))];
+    }""", losses := np.random.default_rng(0).random(400).tolist())
+    width = found[0]["width"]
+    assert width == 21 and [step for step, _ in found[0]["line"]] == [*range(11, 391)]
+    assert np.allclose([loss for _, loss in found[0]["line"]], np.convolve(losses, np.ones(width) / width, "valid"))
+    assert all(abs(loss - (9 - step / 100)) < 1e-9 for step, loss in found[1]["line"])
+    assert found[2] == {"width": 1, "line": [[i + 1, loss] for i, loss in enumerate(losses[:5])]}
+
+
+def test_chart(page):
+    """Its axes have names, its legend says what the smooth line is, and before the first loss it has no numbers."""
+    texts = js(page, """async () => {
+        const { lossChart } = await import("/page_draw.js"), many = 200_000;
+        const train = Array.from({ length: many }, (_, i) => [i + 1, 3 + i % 7 / 10]);
+        const texts = (given) => lossChart(given).map((node) =>
+            [...node.querySelectorAll("text, span")].map((part) => part.textContent));
+        return [texts({ train: [], held: [], until: 400 }), texts({ train, held: [[0, 4], [many, 3]], until: many })];
+    }""")
+    empty, (drawn, legend) = texts
+    assert empty == [["loss, nats per token", "update", "The losses are drawn here while the model trains."]]
+    assert drawn[:2] == empty[0][:2] and {"learnt", "held out", "0", "200,000", "3", "4"} <= {*drawn}
+    assert legend == ["learnt: each update", "learnt: the mean of the 10001 updates around each", "held out"]
+
+
+def test_new_run(opened):
+    """After a finished run one button begins a new one, and the other says what it needs before it can be pressed. The
+    Enter key in a field begins no run anew. A run that cannot begin leaves the previous one as it is."""
+    opened.click("#tab-train")
+    opened.fill("#text", "the cat sat on the mat. a dog ran to the cat. " * 40)
+    for name, value in dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=1, max_iters=100000).items():
+        opened.fill(f"#{name}", str(value))
+    opened.click("#start")
+    says(opened, "m-step", r"^[1-9]\d* of 100,000")
+    opened.press("#sample_every", "Enter")
+    opened.click("#pause")
+    says(opened, "train-says", "Paused at update")
+    step = int(opened.inner_text("#m-step").split()[0].replace(",", ""))
+    opened.fill("#max_iters", str(step))
+    assert opened.is_disabled("#resume") and f"raise Updates above {step:,}" in opened.inner_text("#train-size")
+    opened.fill("#max_iters", str(step + 2))
+    opened.press("#max_iters", "Enter")
+    says(opened, "train-says", f"All updates are done at update {step + 2:,}.*A new run replaces this one: download it")
+    assert opened.inner_text("#start") == "Start a new run" and opened.is_disabled("#resume")
+    opened.press("#max_iters", "Enter")
+    opened.fill("#text", "abc")
+    opened.click("#start")
+    says(opened, "train-wrong", "The text has 3 tokens, and windows of 16 need at least 36: give a longer text")
+    with opened.expect_download() as file:
+        opened.click("#download")
+    assert file.value.suggested_filename == "ckpt.safetensors" and opened.input_value("#text") == "abc"
+    opened.fill("#text", "the cat sat on the mat. a dog ran to the cat. " * 40)
+    opened.fill("#max_iters", "3")
+    opened.click("#start")
+    says(opened, "train-says", "All updates are done at update 3")

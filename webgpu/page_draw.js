@@ -156,38 +156,48 @@ export function svg(tag, attributes, ...children) {
   return node;
 }
 
-/** The chart of losses. train: [[step, loss], ...]; held: likewise, of the text held out; until: the last step; W: the width
- *  in pixels. */
+/** The chart of losses, in nats a token, and its legend: nodes. train: [[update, loss], ...]; held: likewise, of the text held
+ *  out; until: the last update; W: the width in pixels. Before the first loss it has no numbers. */
 export function lossChart({ train, held, until, W = 560 }) {
-  const [H, left, right, top, bottom] = [250, 34, 66, 10, 24];
-  const values = [...train, ...held].map(([, loss]) => loss);
-  const most = Math.max(...values, 0.1), least = Math.min(...values, most - 0.1);
-  const [low, high, gap] = ticksOf(least, most);
-  const x = (step) => left + (W - left - right) * step / Math.max(1, until);
-  const y = (loss) => top + (H - top - bottom) * (high - loss) / (high - low);
-  const calm = smooth(train);
-  const chart = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": lossInWords(calm, held) });
-  for (let tick = low; tick <= high + 1e-9; tick += gap) {
-    chart.append(svg("line", { class: "grid", x1: left, x2: W - right, y1: y(tick), y2: y(tick) }),
-      svg("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, String(Number(tick.toFixed(2)))));
+  const [H, left, right, top, bottom] = [270, 34, 66, 26, 24], [ground, end] = [H - bottom, W - right];
+  const text = (x, y, words, more = {}) => svg("text", { x, y, ...more }, words);
+  const { line, width } = smooth(train);
+  const chart = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": lossInWords(line, width, held) });
+  chart.append(text(0, 12, "loss, nats per token"), text((left + end) / 2, H - 4, "update", { "text-anchor": "middle" }));
+  if (!train.length && !held.length) {
+    chart.append(svg("path", { class: "grid", fill: "none", d: `M${left} ${top}V${ground}H${end}` }),
+      text((left + end) / 2, H / 2, "The losses are drawn here while the model trains.", { "text-anchor": "middle" }));
+    return [chart];
   }
-  chart.append(svg("text", { x: left, y: H - 4 }, "0"),
-    svg("text", { x: W - right, y: H - 4, "text-anchor": "end" }, `update ${until.toLocaleString("en")}`));
+  const [least, most] = [...train, ...held].reduce(([low, high], [, loss]) => [Math.min(low, loss), Math.max(high, loss)],
+    [Infinity, -Infinity]);
+  const [low, high, gap] = ticksOf(least, Math.max(most, least + 0.1));
+  const x = (step) => left + (end - left) * step / Math.max(1, until);
+  const y = (loss) => top + (ground - top) * (high - loss) / (high - low);
+  for (let tick = low; tick <= high + 1e-9; tick += gap) {
+    chart.append(svg("line", { class: "grid", x1: left, x2: end, y1: y(tick), y2: y(tick) }),
+      text(left - 6, y(tick) + 4, String(Number(tick.toFixed(2))), { "text-anchor": "end" }));
+  }
+  chart.append(text(left, H - 4, "0"), text(end, H - 4, until.toLocaleString("en"), { "text-anchor": "end" }));
   const path = (points, name) => svg("path", { class: name,
     d: points.map(([step, loss], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("") });
-  chart.append(path(thin(train), "raw"), path(thin(calm), "line"), path(held, "held"));
+  chart.append(path(thin(train), "raw"), path(thin(line), "line"), path(held, "held"));
   chart.append(...held.map(([step, loss]) => svg("circle", { cx: x(step), cy: y(loss), r: 2.5 })));
-  const ends = [[calm.at(-1), "of-line", "learnt"], [held.at(-1), "of-held", "held out"]].filter(([point]) => point);
+  const ends = [[line.at(-1), "of-line", "learnt"], [held.at(-1), "of-held", "held out"]].filter(([point]) => point);
   const places = apart(ends.map(([point]) => y(point[1])));
-  ends.forEach(([[step], name, words], i) =>
-    chart.append(svg("text", { class: name, x: x(step) + 8, y: places[i] + 4 }, words)));
-  return chart;
+  const last = Math.max(train.at(-1)?.[0] ?? 0, held.at(-1)?.[0] ?? 0);
+  ends.forEach(([, name, words], i) => chart.append(text(x(last) + 8, places[i] + 4, words, { class: name })));
+  const sample = (name) => svg("svg", { viewBox: "0 0 20 8", "aria-hidden": "true" }, svg("path", { class: name, d: "M0 4H20" }));
+  const mean = width > 1 ? `the mean of the ${width} updates around each` : "";
+  const legend = [["raw", "learnt: each update"], ["line", mean && `learnt: ${mean}`], ["held", "held out"]];
+  return [chart, make("p", { class: "key" }, ...legend.filter(([, words]) => words).map(([name, words]) =>
+    make("span", {}, sample(name), words)))];
 }
 
-function lossInWords(calm, held) {
-  if (!calm.length) return "No update yet";
-  const [[first, before], [last, now]] = [calm[0], calm.at(-1)];
-  return `Loss on the text that is learnt: ${before.toFixed(2)} at update ${first}, ${now.toFixed(2)} at update ` +
+function lossInWords(line, width, held) {
+  if (!line.length) return "No update yet";
+  const [[first, before], [last, now]] = [line[0], line.at(-1)], mean = width > 1 ? `, as means of ${width} updates` : "";
+  return `Loss on the text that is learnt${mean}: ${before.toFixed(2)} at update ${first}, ${now.toFixed(2)} at update ` +
     `${last}.` + (held.length ? ` Held out: ${held.at(-1)[1].toFixed(2)}.` : "");
 }
 
@@ -205,15 +215,18 @@ function ticksOf(least, most) {
   return [Math.floor(least / gap) * gap, Math.ceil(most / gap) * gap, gap];
 }
 
-/** A running mean, over more points the more there are. */
+/** The means of [[update, loss], ...] over a window around each update: {line, width}, without the updates at both ends whose
+ *  window is not whole. A mean of earlier updates alone would lag behind: while the loss falls, it would be too high. */
 export function smooth(points) {
-  const keep = Math.min(0.95, points.length / (points.length + 8));
-  let mean = 0, weight = 0;
-  return points.map(([step, loss]) => {
-    mean = keep * mean + (1 - keep) * loss;
-    weight = keep * weight + 1 - keep;
-    return [step, mean / weight];
+  const half = Math.floor(points.length / 40), width = 2 * half + 1;  // a twentieth of the run
+  let sum = points.slice(0, width - 1).reduce((sum, [, loss]) => sum + loss, 0);
+  const line = points.slice(half, points.length - half).map(([step], i) => {
+    sum += points[i + width - 1][1];
+    const mean = sum / width;
+    sum -= points[i][1];
+    return [step, mean];
   });
+  return { line, width };
 }
 
 function thin(points, most = 600) {

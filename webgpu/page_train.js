@@ -5,7 +5,7 @@ import { configOf, parametersOf } from "./gpt.js";
 import { textOf } from "./fetching.js";
 import { $, queue, attempt, count, doing, during, idsOf, lossIsKnown, make, many, needModel, notice, numberOf, onModel,
   page } from "./page_common.js";
-import { lossChart, smooth } from "./page_draw.js";
+import { lossChart } from "./page_draw.js";
 import { discardRun, keepText, keptRun, keptText, recall, remember, saveRun } from "./page_store.js";
 import { isWriting, notWriting } from "./page_write.js";
 import { byteTokenizer, charTokenizer } from "./tokenizer.js";
@@ -20,7 +20,7 @@ const LARGER = { n_layer: 4, n_head: 4, n_embd: 128, block_size: 128, batch_size
   max_iters: 1000, sample_every: 100 };
 const OWN_CODE = ["gpt.js", "gpu.js", "train.js", "inside.js", "tokenizer.js", "safetensors.js"];
 
-// The run: {trainer, name, text, state: going | paused | ended, train, held: [[step, loss]], kept, saved: step, ...}
+// The run: {trainer, name, text, state: going | paused | finished | ended, train, held: [[step, loss]], kept, saved: step, ...}
 let run = null;
 
 // ---- the text -------------------------------------------------------------------------------------------------------
@@ -119,10 +119,20 @@ function describe() {
     if (!(error instanceof UserError)) throw error;
     words = error.message;
   }
-  $("train-size").textContent = words;
+  if (run) $("resume").disabled = !canGoOn();
+  $("train-size").textContent = `${words} ${resumeInWords()}`;
 }
 
-const isOpen = () => run !== null && run.state !== "ended";
+const isOpen = () => ["going", "paused"].includes(run?.state);
+
+/** Whether the run that has stopped can go on: it has updates to do. */
+const canGoOn = () => ["paused", "finished"].includes(run.state) && Number($("max_iters").value) > run.trainer.updates;
+
+function resumeInWords() {
+  if (!["paused", "finished"].includes(run?.state)) return "";
+  const now = count(run.trainer.updates);
+  return canGoOn() ? `Resume goes on from update ${now}, with this learning rate.` : `To resume the run, raise Updates above ${now}.`;
+}
 
 /** Larger default settings for a fast device. */
 function defaults() {
@@ -151,7 +161,6 @@ function beginChanged() {
 
 function start() {
   return attempt("train-wrong", async () => {
-    if (run?.state === "paused") return resume();
     if (!page.gpu) needModel();
     const text = textNow(), settings = Object.fromEntries(SETTINGS.map((id) => [id, numberOf(id)]));
     numberOf("sample_every");
@@ -159,9 +168,8 @@ function start() {
     const model = $("begin").value === "model" ? needModel() : null;
     if (model && !model.enc) idsOf(model, text);
     const what = model ? { model } : fromScratch(text);
-    end();
     const trainer = await during("train", "Preparing", () =>
-      queue(() => Trainer.create(page.gpu, { ...what, text, ...settings })));
+      queue(() => Trainer.create(page.gpu, { ...what, text, ...settings, makeRoom: end })));
     begin({ trainer, text, name: source.name || "your text", train: [], held: [], samples: [], saved: 0 });
     await claim();
     await goOn();
@@ -200,12 +208,10 @@ async function claim() {
 
 /** Go on, with the settings that can be changed during a run. */
 function resume() {
-  const { trainer } = run, max_iters = numberOf("max_iters");
-  if (trainer.updates >= max_iters) {
-    throw new UserError(`All ${count(max_iters)} updates are done: for more, raise the number of updates.`);
-  }
-  Object.assign(trainer.settings, { max_iters, learning_rate: numberOf("learning_rate") });
-  return goOn();
+  return attempt("train-wrong", () => {
+    Object.assign(run.trainer.settings, { max_iters: numberOf("max_iters"), learning_rate: numberOf("learning_rate") });
+    return goOn();
+  });
 }
 
 async function goOn() {
@@ -227,12 +233,19 @@ async function goOn() {
     if (page.lost) end();  // once there is a device again, the page offers the run as it was last saved
     throw error;
   } finally {
-    if (mine.state === "going") mine.state = "paused";
+    if (mine.state === "going") mine.state = isDone(mine) ? "finished" : "paused";
     show();
   }
-  const all = trainer.updates >= trainer.settings.max_iters, ended = mine.state === "ended" ? "Stopped" : "Paused";
-  $("train-says").textContent = `${all ? "All updates are done" : ended} at update ${count(trainer.updates)}.` +
-    (mine.kept ? " The run is stored in this browser until another one begins." : "");
+  tellEnd(mine);
+}
+
+const isDone = ({ trainer }) => trainer.updates >= trainer.settings.max_iters;
+
+function tellEnd(mine) {
+  const words = isDone(mine) ? "All updates are done" : mine.state === "ended" ? "Stopped" : "Paused";
+  $("train-says").textContent = `${words} at update ${count(mine.trainer.updates)}.` +
+    (mine.kept ? " The run is stored in this browser until another one begins." : "") +
+    (mine.state === "paused" ? "" : " A new run replaces this one: download it first, if you want to keep it.");
 }
 
 async function letWrite() {
@@ -262,6 +275,12 @@ async function judge(mine) {
   mine.held.push([mine.trainer.updates, await queue(() => mine.trainer.evaluate())]);
 }
 
+/** The mean of the last 20 losses. */
+function recent(train) {
+  const last = train.slice(-20);
+  return last.reduce((sum, [, loss]) => sum + loss, 0) / last.length;
+}
+
 async function sample(mine) {
   const { trainer } = mine, { enc } = trainer, step = trainer.updates;
   let first = [enc.bos ?? enc.eot];
@@ -276,7 +295,7 @@ async function sample(mine) {
     ids.push(value.token);
   }
   await tokens.return();
-  mine.samples.push({ step, loss: smooth(mine.train).at(-1)[1], text: enc.decode(ids) });
+  mine.samples.push({ step, loss: recent(mine.train), text: enc.decode(ids) });
   mine.samples = mine.samples.slice(-20);
   if (mine === run) showSample(mine.samples.at(-1));
 }
@@ -309,7 +328,7 @@ function showCourse() {
   if (!run) return;
   const { trainer, train, held, perUpdate } = run, { batch_size, max_iters } = trainer.settings;
   $("m-step").textContent = `${count(trainer.updates)} of ${count(max_iters)}`;
-  $("m-loss").textContent = train.length ? smooth(train.slice(-200)).at(-1)[1].toFixed(3) : "–";
+  $("m-loss").textContent = train.length ? recent(train).toFixed(3) : "–";
   $("m-val").textContent = held.length ? held.at(-1)[1].toFixed(3) : "–";
   $("m-pace").textContent = perUpdate ? count(1000 * batch_size * trainer.config.block_size / perUpdate) : "–";
   const left = (max_iters - trainer.updates) * perUpdate / 1000;
@@ -320,18 +339,21 @@ function showCourse() {
 }
 
 function drawChart(train, held, until) {
-  $("chart").replaceChildren(lossChart({ train, held, until, W: $("chart").clientWidth || undefined }));
+  $("chart").replaceChildren(...lossChart({ train, held, until, W: $("chart").clientWidth || undefined }));
 }
 
 function show() {
   const state = run?.state, focused = document.activeElement;
-  $("start").textContent = state === "paused" ? "Resume" : "Start";
-  $("start").hidden = state === "going";
+  $("resume").hidden = !["paused", "finished"].includes(state);
+  $("resume").classList.toggle("main", state === "paused");
+  $("start").textContent = run ? "Start a new run" : "Start";
+  $("start").hidden = isOpen();
   $("pause").hidden = state !== "going";
   $("stop").hidden = !isOpen();
-  if (focused.hidden) (state === "going" ? $("pause") : $("start")).focus();  // for users of the keyboard
   for (const id of ["begin", "batch_size"]) $(id).disabled = isOpen();
   describe();
+  const next = ["pause", "resume", "start"].map($).find((each) => !each.hidden && !each.disabled);
+  if (focused.hidden) next?.focus();  // for users of the keyboard
   showCourse();
 }
 
@@ -353,7 +375,8 @@ async function keep(mine) {
     const { step, checkpoint, optimizer } = await queue(async () =>
       ({ step: trainer.updates, ...await trainer.save() }));
     const upTo = (points) => points.filter(([at]) => at <= step);  // there may be newer ones meanwhile
-    const state = { name, step, settings: { max_iters, learning_rate }, train: upTo(train), held: upTo(held),
+    const { n_layer, n_head, n_embd } = trainer.config, sizes = { n_layer, n_head, n_embd };
+    const state = { name, step, sizes, settings: { max_iters, learning_rate }, train: upTo(train), held: upTo(held),
       samples: samples.filter((each) => each.step <= step), when: Date.now() };
     await saveRun({ checkpoint, optimizer, text: mine.textKept ? null : text }, state);
     Object.assign(mine, { saved: step, savedAt: performance.now(), textKept: true });
@@ -379,10 +402,12 @@ export async function offerRun() {
   if (run || !held || held.held.some(({ name }) => name === "tinygpt training")) return;
   const kept = await keptRun();
   if (!kept || run) return;
-  const { name, step, settings, when } = kept.state;
+  const { name, step, sizes, settings, held: losses, when } = kept.state;
   const time = new Date(when).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
-  const words = `A training run on ${name} was stored at ${time}: update ${count(step)} of ` +
-    `${count(settings.max_iters)}.`;
+  const words = `A training run on ${name} was stored at ${time}: update ${count(step)} of ${count(settings.max_iters)}` +
+    (sizes ? `, a model of ${sizes.n_layer} layer${sizes.n_layer > 1 ? "s" : ""} and width ${sizes.n_embd}` : "") +
+    (losses.length ? `, held-out loss ${losses.at(-1)[1].toFixed(2)}` : "") + (step < settings.max_iters ? "." :
+      ". All its updates are done: you can download it, write with it, or train it for more updates.");
   offer = notice(words, { Continue: () => goOnWith(kept), Discard: () => discardRun() });
 }
 
@@ -400,7 +425,10 @@ function goOnWith({ files, state }) {
     $("learning_rate").value = state.settings.learning_rate;
     show();
     await claim();
-    if (trainer.updates < trainer.settings.max_iters) await goOn();
+    if (!isDone(run)) return goOn();
+    run.state = "finished";
+    show();
+    tellEnd(run);
   });
 }
 
@@ -430,9 +458,10 @@ function adopt() {
 // ---- setting up -----------------------------------------------------------------------------------------------------
 
 export function setUpTraining() {
-  $("train-form").addEventListener("submit", (event) => {
+  $("train-form").addEventListener("submit", (event) => {  // by the Enter key in a field, too: that presses Resume, the first button
     event.preventDefault();
-    start();
+    if (run && event.submitter === $("resume")) resume();
+    else start();
   });
   $("pause").addEventListener("click", () => pause("paused"));
   $("stop").addEventListener("click", () => pause("ended"));
@@ -469,6 +498,7 @@ export function setUpTraining() {
   };
   addEventListener("resize", showCourse);
   addEventListener("pagehide", hide);
+  addEventListener("beforeunload", (event) => { if (isOpen() && !run.kept) event.preventDefault(); });  // the browser asks
   document.addEventListener("visibilitychange", () => document.hidden && hide());
 }
 

@@ -23,7 +23,7 @@ export class Trainer {
   /** model: a GPT to start from (quantized weights are unpacked); or config and tokenizer, to start from random weights.
    *  text: to learn from, or ids, its tokens; the last tenth is held out. resume: {checkpoint, optimizer}, files of save().
    *  settings: see DEFAULTS. */
-  static async create(gpu, { model, config, tokenizer, text, ids, resume, ...settings }) {
+  static async create(gpu, { model, config, tokenizer, text, ids, resume, makeRoom, ...settings }) {
     const trainer = new Trainer();
     const blob = resume?.checkpoint ?? model?.blob;
     const { meta } = blob ? await readHeader(blob) : { meta: { config, tokenizer } };
@@ -37,6 +37,7 @@ export class Trainer {
     trainer.losses = { train: null, val: null, bits_per_byte: null, best_val: null, ...(resume && meta.losses) };
     trainer.enc = new Tokenizer(meta.tokenizer);
     trainer.split(ids ?? trainer.enc.encode(text));
+    makeRoom?.();
     try {
       await gpu.guard(async () => {
         await trainer.layOut(blob, resume?.optimizer);
