@@ -317,6 +317,15 @@ def numbered(enc: Tokenizer, ids: list[int]) -> list[str]:
     return [f"{i} {text}" for i, text in enumerate(labels(enc, ids))]
 
 
+def places(enc: Tokenizer, donor: list[int], recipient: list[int], pairs: list[tuple[int, int]] | None) -> list[str]:
+    """The labels of pairs of positions: the position, or both as i:j, and the token, or both where they differ."""
+    names = []
+    for i, j in pairs or [(i, i) for i in range(len(recipient))]:
+        given, had = labels(enc, [donor[i], recipient[j]])
+        names.append(f"{f'{i}:{j}' if pairs else i} {given if given == had else f'{given}→{had}'}")
+    return names
+
+
 def one_token(enc: Tokenizer, text: str, name: str) -> int:
     """The first token of the setting `name`. UserError if it is empty."""
     ids = enc.encode(text).tolist()
@@ -376,7 +385,7 @@ def run_grid(model: GPT, enc: Tokenizer):
             raise UserError("the target is as probable after both prompts, so there is no effect: give other prompts")
         logits = swap(model, donor, mx.array(other), site, at, batch_size)
         values = (measure(logits) - before) / (best - before)
-        columns = [f"{i}:{j} {labels(enc, ids[i:i + 1])[0]}" for i, j in at] if at else numbered(enc, ids)
+        columns = places(enc, ids, other, at)
         title, unit = f"swap, {SITES[site]}", f"(patched - corrupt) / (clean - corrupt) of {of}"
         print(f"{of}: clean {best:.4f}, corrupt {before:.4f}")
         if best < before:

@@ -241,7 +241,7 @@ def test_chart(page):
         return [texts({ train: [], held: [], until: 400 }), texts({ train, held: [[0, 4], [many, 3]], until: many })];
     }""")
     empty, (drawn, legend) = texts
-    assert empty == [["loss, nats per token", "update", "The losses are drawn here while the model trains."]]
+    assert empty == [["loss, nats per token", "update", "Here the losses of a run are drawn."]]
     assert drawn[:2] == empty[0][:2] and {"learnt", "held out", "0", "200,000", "3", "4"} <= {*drawn}
     assert legend == ["learnt: each update", "learnt: the mean of the 10001 updates around each", "held out"]
 
@@ -276,3 +276,28 @@ def test_new_run(opened):
     opened.fill("#max_iters", "3")
     opened.click("#start")
     says(opened, "train-says", "All updates are done at update 3")
+
+
+# ---- patching --------------------------------------------------------------------------------------------------------
+
+
+def test_patching_in_view(chromium, server, files):
+    """On a phone, the columns of the figure say their positions, and the one in which the prompts differ is in view."""
+    with browser.page(chromium, server, viewport=test_page.PHONE) as page:
+        begin(page, files)
+        page.fill("#look-prompt", "abcdefghijklmno")
+        js(page, "() => { document.getElementById('recipient').value = 'abxdefghijklmno'; }")
+        panel(page, "patching")
+        page.wait_for_selector("#patching .here", timeout=LONG)
+        heads = page.locator("#patching thead th").all_inner_texts()[1:]
+        assert [head.split("\n") for head in heads[2:5]] == [["2", "b"], ["3", "c→x"], ["4", "d"]], heads
+        assert len(heads) == 16 and page.get_attribute("#patching .here", "data-c") == "3"
+        values = [float(text.replace("−", "-")) for text in page.locator("#patching [data-c='3']").all_inner_texts()]
+        assert max(values) == float(page.inner_text("#patching .here").replace("−", "-"))
+        box, view, label = (page.locator(f"#patching {name}").first.bounding_box() for name in
+                            (".here", ".scroll", "tbody th"))
+        assert label["x"] + label["width"] <= box["x"] and box["x"] + box["width"] <= view["x"] + view["width"]
+        page.fill("#pairs", "3:3, 1:2")
+        page.click("#look")
+        page.wait_for_function("document.querySelectorAll('#patching thead th').length === 3", timeout=LONG)
+        assert page.locator("#patching thead th").all_inner_texts()[1:] == ["3:3\nc→x", "1:2\na→b"]

@@ -376,7 +376,7 @@ def test_scripts(arguments, tmp_path):
     assert (tmp_path / f"ckpt-{mode}.png").read_bytes().startswith(b"\x89PNG")
     assert "http" not in (tmp_path / f"ckpt-{mode}.html").read_text()
     if "--pairs=5:3, 6:4" in arguments:  # the donor's positions first, and its tokens
-        assert done.stdout.splitlines()[-4].split() == ["residual", "stream", "5:3", "c", "6:4", "a"]
+        assert done.stdout.splitlines()[-4].split() == ["residual", "stream", "5:3", "c→d", "6:4", "a→o"]
     if mode == "trace":
         assert "subject at 5, 6, 7;" in done.stdout
 

@@ -216,8 +216,16 @@ export const resultOf = (name) => document.querySelector(`#${name} .result`);
 /** Show a panel's result: words, and nodes for its figure. */
 export function finish(name, words, ...figure) {
   resultOf(name).replaceChildren(...words);
+  showFigure(name, figure);
+}
+
+/** Show the nodes of a panel's figure, scrolled to the cell that is looked at. */
+export function showFigure(name, figure) {
   document.querySelector(`#${name} .figure`).replaceChildren(...figure);
-  for (const part of figure) part.scrollLeft = part.scrollWidth;  // to the last token
+  for (const part of figure) {
+    const here = part.querySelector(".here");
+    if (here) part.scrollLeft = here.offsetLeft - part.clientWidth / 2;
+  }
 }
 
 // ---- tokens, as text and for screen readers -------------------------------------------------------------------------

@@ -29,11 +29,14 @@ export function bars(list, enc, rows, act = null) {
 
 /** A table of the cells {text, share, says} that cell(row, column) returns; share, from -1 to 1, is the colour. Arrow keys
  *  move from cell to cell; onlook(row, column) is called for the cell that is looked at. axis: what the rows are; rows:
- *  labels, row 0 at the bottom; columns: {text, says}. */
-export function heatMap({ caption, axis, rows, columns, cell, onlook }) {
+ *  labels, row 0 at the bottom; columns: {text, says, place}, where place stands above the text; at: the [row, column] that
+ *  is looked at first, which a figure is scrolled to. */
+export function heatMap({ caption, axis, rows, columns, cell, onlook, at = [rows.length - 1, columns.length - 1] }) {
   const table = make("table", { class: "heat", role: "grid", "aria-label": caption });
   const head = make("tr", {}, make("th", { scope: "col" }, axis));
-  head.append(...columns.map(({ text, says }) => make("th", { scope: "col", title: says, "aria-label": says }, text)));
+  const above = (place) => place === undefined ? [] : [make("small", {}, place), make("br")];
+  head.append(...columns.map(({ text, says, place }) =>
+    make("th", { scope: "col", title: says, "aria-label": says }, ...above(place), text)));
   const body = make("tbody"), cells = [];
   rows.forEach((label, r) => {
     const line = make("tr", {}, make("th", { scope: "row" }, label));
@@ -46,7 +49,7 @@ export function heatMap({ caption, axis, rows, columns, cell, onlook }) {
     body.prepend(line);
   });
   table.append(make("thead", {}, head), body);
-  roving(table, cells, onlook)(rows.length - 1, columns.length - 1);
+  roving(table, cells, onlook)(...at);
   return table;
 }
 
@@ -166,7 +169,7 @@ export function lossChart({ train, held, until, W = 560 }) {
   chart.append(text(0, 12, "loss, nats per token"), text((left + end) / 2, H - 4, "update", { "text-anchor": "middle" }));
   if (!train.length && !held.length) {
     chart.append(svg("path", { class: "grid", fill: "none", d: `M${left} ${top}V${ground}H${end}` }),
-      text((left + end) / 2, H / 2, "The losses are drawn here while the model trains.", { "text-anchor": "middle" }));
+      text((left + end) / 2, H / 2, "Here the losses of a run are drawn.", { "text-anchor": "middle" }));
     return [chart];
   }
   const [least, most] = [...train, ...held].reduce(([low, high], [, loss]) => [Math.min(low, loss), Math.max(high, loss)],

@@ -5,7 +5,7 @@ import { imported } from "./fetching.js";
 import { ablate, lens, loadLens, swap } from "./inside.js";
 import { drawAgain, forgetMaps, runAttention } from "./page_attention.js";
 import { $, queueWith, attempt, count, during, finish, heard, idsOf, make, needModel, onModel, page, partName, percent, resultOf,
-  say, seen, stateName, token } from "./page_common.js";
+  say, seen, showFigure, stateName, token } from "./page_common.js";
 import { bars, heatMap, key } from "./page_draw.js";
 import { notWriting, textSoFar } from "./page_write.js";
 
@@ -126,7 +126,6 @@ const scrolled = (table) => make("div", { class: "scroll" }, table);
 const NOTHING = { text: "", share: 0, says: "This row is not computed." };
 const STOPPED = "Stopped before the first layer was done.";
 const untilNow = (values, rows) => values[0] ? "" : ` Stopped: the rows below “${rows[values.findIndex(Boolean)]}” are not computed.`;
-const drawPart = (name, figure) => document.querySelector(`#${name} .figure`).replaceChildren(...figure);
 
 /** Milliseconds in words. */
 const duration = (ms) => ms < 90_000 ? `${Math.max(1, Math.round(ms / 1000))} s` : `${Math.round(ms / 60_000)} min`;
@@ -230,7 +229,7 @@ function showAblation({ enc }, target, note, { whole, columns, values }, over) {
     },
   });
   const figure = [said, scrolled(table), key(`−${most.toFixed(1)} nats: less probable without the part`, `+${most.toFixed(1)}: more probable`, true)];
-  if (!over) return drawPart("ablation", figure);
+  if (!over) return showFigure("ablation", figure);
   const [c, r] = lowest(values.map((row) => columns.map((name, i) => name === "block" || !row ? 0 : row[i])));
   finish("ablation", [token(enc, target), ` has a probability of ${p(0)} after this prompt. It depends most on ` +
     `${partName(r, columns[c])}: without that part it is ${p(values[r][c])}.${note}${untilNow(values, rows)}`], ...figure);
@@ -260,7 +259,8 @@ function pairsOf(text) {
 async function runPatching(model, donor, own) {
   const { enc } = model, { target, note } = targetOf(model), site = $("site").value;
   const recipient = idsOf(model, $("recipient").value), pairs = pairsOf($("pairs").value);
-  const columns = (pairs ?? recipient.map((_, i) => [i, i])).map(([i, j]) => placeOf(enc, donor[i], recipient[j], j));
+  const columns = (pairs ?? recipient.map((_, i) => [i, i])).map(([i, j]) => ({
+    ...placeOf(enc, donor[i], recipient[j], j), place: pairs ? `${i}:${j}` : j }));
   await inSteps("patching", model, swap(model, donor, recipient, target, site, pairs), own,
     `${count(model.config.n_layer * columns.length)} states are replaced in turn`,
     (step, over) => showPatching(enc, target, note, site, columns, step, over));
@@ -273,7 +273,10 @@ function showPatching(enc, target, note, site, columns, { clean, corrupt, values
   const said = make("p", { class: "said" });
   const p = (value) => percent(Math.exp(corrupt + value * (clean - corrupt)));
   const rows = values.map((_, layer) => site === "resid" ? stateName(layer) : partName(layer, site));
+  const c = Math.max(0, columns.findIndex(({ same }) => !same)), r = values.reduce((best, row, layer) =>
+    row && (values[best]?.[c] ?? -Infinity) < row[c] ? layer : best, -1);  // the largest effect where the prompts differ
   const table = heatMap({
+    at: [r, c],
     caption: "Share of the donor's answer that one state restores, by layer and position",
     axis: site === "resid" ? "residual stream" : "output of",
     rows,
@@ -292,7 +295,7 @@ function showPatching(enc, target, note, site, columns, { clean, corrupt, values
     },
   });
   const figure = [said, scrolled(table), key("−1: away from the donor's answer", "1: the donor's answer", true)];
-  if (!over) return drawPart("patching", figure);
+  if (!over) return showFigure("patching", figure);
   finish("patching", [token(enc, target), ` has a probability of ${p(1)} after the donor and ${p(0)} after the recipient. `,
     ...(clean > corrupt ? mostOf(values, columns, site) : [NO_ANSWER]), `.${note}${untilNow(values, rows)}`], ...figure);
 }
