@@ -5,9 +5,14 @@ import re
 import blas  # noqa: F401  (before mlx)
 import browser
 import numpy as np
+import pytest
 import test_page
 from browser import js
 from test_page import LONG, MESSAGES, SECOND, begin, panel, says, write
+
+import tuned_lens
+from lora import base_fingerprint
+from model import GPT, GPTConfig
 
 files, opened = test_page.files, test_page.opened  # fixtures
 
@@ -301,3 +306,95 @@ def test_patching_in_view(chromium, server, files):
         page.click("#look")
         page.wait_for_function("document.querySelectorAll('#patching thead th').length === 3", timeout=LONG)
         assert page.locator("#patching thead th").all_inner_texts()[1:] == ["3:3\nc→x", "1:2\na→b"]
+
+
+# ---- likely mistakes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mistaken(files):
+    """More files that a visitor may drop by mistake."""
+    other = GPT(GPTConfig(**test_page.TINY), seed=2)
+    lenses = {"base": base_fingerprint(other)}
+    tuned_lens.save_lens(str(files / "other.lenses"), tuned_lens.start(other), other, lenses)
+    (files / "pytorch_model.bin").write_bytes(b"PK\3\4" + bytes(100))
+    (files / "book.zip").write_bytes(b"PK\3\4" + bytes(100))
+    (files / "latin.txt").write_bytes("für".encode("latin-1") * 50)
+    return files
+
+
+@pytest.mark.parametrize("name, place, words", [
+    ("pytorch_model.bin", "card-wrong", "hf_reader.py makes a checkpoint"), ("book.zip", "card-wrong", "unpack it"),
+    ("picture.png", "card-wrong", "drop another file"), ("latin.txt", "train-wrong", "save it as a UTF-8 text"),
+    ("other.lenses", "look-wrong", "was made for another checkpoint: train lenses for this one")])
+def test_mistaken_files(name, place, words, opened, mistaken):
+    """The message says what to do next; the model that is open stays open. (test_page.py has more.)"""
+    before = opened.inner_text("#card-name")
+    opened.set_input_files("#open", mistaken / name)
+    says(opened, place, f"{name} .*{words}")
+    assert opened.inner_text("#card-name") == before
+
+
+@pytest.mark.parametrize("tab, field, value, button, place, words", [
+    ("lens", "prompt", "straße", "write", "write-wrong", "only the characters that it was trained on, and not 'ß'"),
+    ("lens", "temperature", "abc", "write", "write-wrong", "Temperature must be a number from 0 to 5"),
+    ("lens", "look-prompt", "x" * 100, "look", "look-wrong", "101 tokens, and this model's context is 80: shorten it"),
+    ("ablation", "target", "ß", "look", "look-wrong", "not 'ß': leave them out"),
+    ("patching", "pairs", "1:1, a:b", "look", "look-wrong", "“a:b” is no pair of positions: write the donor's and"),
+    ("patching", "recipient", "", "look", "look-wrong", "There is no recipient: type the prompt"),
+    ("train", "text", "abc", "start", "train-wrong", "The text has 3 tokens, .*: give a longer text"),
+    ("train", "n_embd", "50", "start", "train-wrong", "50 cannot be divided into 2 heads of even width: take 52"),
+    ("train", "n_head", "0", "start", "train-wrong", "Heads must be a whole number from 1 to 32"),
+    ("train", "learning_rate", "0", "start", "train-wrong", r"Learning rate must be a number from 0\.0000001 to 1")])
+def test_mistaken_fields(tab, field, value, button, place, words, opened):
+    """The message says what to do next. What was typed stays, and with the previous value all is well."""
+    says(opened, "write", "Write")
+    opened.click(f"#tab-{tab}")
+    if tab == "train":
+        opened.select_option("#begin", "scratch")
+        for name, right in dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=1, max_iters=2).items():
+            opened.fill(f"#{name}", str(right))
+        opened.fill("#text", "the cat sat on the mat. " * 20)
+    if tab == "patching":
+        opened.fill("#look-prompt", "abcd")
+        opened.fill("#recipient", "abxd")
+    before = opened.input_value(f"#{field}")
+    opened.fill(f"#{field}", "")
+    opened.type(f"#{field}", value)  # a field of numbers takes no letters
+    typed = opened.input_value(f"#{field}")
+    opened.click(f"#{button}")
+    says(opened, place, words)
+    assert opened.input_value(f"#{field}") == typed
+    opened.fill(f"#{field}", before)
+    opened.click(f"#{button}")
+    says(opened, place, "^$")
+    says(opened, "doing", "Ready" if button != "write" else "Writing|Ready")
+    assert opened.inner_text(f"#{place}") == ""
+
+
+def test_two_tabs(page, files):
+    """Only one of two tabs that train stores its run. The other one says so, and the browser asks before it closes."""
+    begin(page, files)
+    other = page.context.new_page()
+    other.route("**/demo.safetensors", lambda route: route.fulfill(path=files / "tiny.safetensors"))
+    other.goto(page.server.url)
+    other.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+    for each in page, other:
+        each.bring_to_front()
+        each.click("#tab-train")
+        each.fill("#text", "the cat sat on the mat. " * 20)
+        for name, value in dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=1, max_iters=9999).items():
+            each.fill(f"#{name}", str(value))
+        each.click("#start")
+        says(each, "m-step", r"^[1-9]\d* of 9,999")
+    says(other, "train-says", "Another tab is training, .*download this one before you close the tab")
+    other.click("#pause")
+    says(other, "train-says", "It is not stored: download it before you close the tab")
+    asked = []
+    other.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    other.close(run_before_unload=True)
+    page.wait_for_timeout(SECOND)
+    page.bring_to_front()
+    page.click("#pause")
+    says(page, "train-says", "Paused at update .* The run is stored")
+    assert asked == ["beforeunload"]

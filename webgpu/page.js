@@ -18,9 +18,11 @@ import { beginText, begun, setUpWriting, stopWriting } from "./page_write.js";
 const LATER = ["bench.js", "page_flow.js"];  // modules that are not needed at the start
 
 const TEXTS = /\.(txt|md|rst|tex|log|srt|csv|tsv|jsonl?|ya?ml|html?|css|wgsl|py|m?js|ts|c|h|cc|cpp|rs|go|java|sh)$/i;
-const FOREIGN = [  // files of other projects, and how to make a checkpoint of them
+const FOREIGN = [  // other files, and what to do with them
   [/\.gguf$/i, "python gguf_reader.py makes a checkpoint of it"],
   [/\.(bin|pt|pth|ckpt)$/i, "python hf_reader.py makes a checkpoint of a Hugging Face folder"],
+  [/\.(zip|gz|tgz|bz2|xz|zst|7z|rar|tar)$/i, "unpack it, and drop the file that is in it"],
+  [/./, "drop another file; nothing was changed"],
 ];
 
 // ---- the device -----------------------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ const fileOf = async (path, name = path) => new File([await fetched(path, "blob"
 async function kindOf(file) {
   if (/\.lenses$/i.test(file.name)) return "lens";
   if (/\.safetensors$/i.test(file.name)) return (await metaOf(file))?.lens ? "lens" : "model";
-  if (FOREIGN.some(([name]) => name.test(file.name))) return "";
+  if (FOREIGN.slice(0, -1).some(([name]) => name.test(file.name))) return "";
   if (TEXTS.test(file.name) || file.type.startsWith("text/")) return "text";
   const bytes = new Uint8Array(await file.slice(0, 65536).arrayBuffer());
   if (bytes[8] === 0x7b && bytes[7] === 0) return (await metaOf(file))?.lens ? "lens" : "model";
@@ -141,7 +143,7 @@ async function takeFiles(files) {
     else if (kind === "lens") choose("lens"), await takeLens(file);
     else if (kind === "text") choose("train"), await takeText(file);
     else say("card-wrong", `${file.name} is neither a checkpoint (.safetensors), nor its lenses, nor a text: ` +
-      `${FOREIGN.find(([name]) => name.test(file.name))?.[1] ?? "nothing was changed"}.`);
+      `${FOREIGN.find(([name]) => name.test(file.name))[1]}.`);
   }
 }
 

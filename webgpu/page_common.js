@@ -149,7 +149,7 @@ export function numberOf(id) {
   if (input.value === "" && input.placeholder && !input.validity.badInput) return null;
   if (!input.checkValidity() || input.value === "") {
     const whole = input.step === "1" ? "a whole number" : "a number";
-    const [least, most] = [min, max].map((limit) => Number(limit).toLocaleString("en"));
+    const [least, most] = [min, max].map((limit) => Number(limit).toLocaleString("en", { maximumFractionDigits: 9 }));
     throw new UserError(`${name} must be ${whole} from ${least} to ${most}.`);
   }
   return Number(input.value);

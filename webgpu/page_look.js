@@ -246,7 +246,7 @@ function lowest(rows) {
 /** "4:5, 6:7" as [[4, 5], [6, 7]]; null if nothing is typed. */
 function pairsOf(text) {
   if (!text.trim()) return null;
-  return text.split(",").map((part) => {
+  return text.split(",").filter((part) => part.trim()).map((part) => {
     const found = part.match(/^\s*(\d+)\s*:\s*(\d+)\s*$/);
     if (!found) {
       throw new UserError(`“${part.trim()}” is no pair of positions: write the donor's and the recipient's position, as ` +
@@ -258,6 +258,7 @@ function pairsOf(text) {
 
 async function runPatching(model, donor, own) {
   const { enc } = model, { target, note } = targetOf(model), site = $("site").value;
+  if (!$("recipient").value) throw new UserError("There is no recipient: type the prompt in which the donor's states are put.");
   const recipient = idsOf(model, $("recipient").value), pairs = pairsOf($("pairs").value);
   const columns = (pairs ?? recipient.map((_, i) => [i, i])).map(([i, j]) => ({
     ...placeOf(enc, donor[i], recipient[j], j), place: pairs ? `${i}:${j}` : j }));

@@ -244,7 +244,8 @@ const isDone = ({ trainer }) => trainer.updates >= trainer.settings.max_iters;
 function tellEnd(mine) {
   const words = isDone(mine) ? "All updates are done" : mine.state === "ended" ? "Stopped" : "Paused";
   $("train-says").textContent = `${words} at update ${count(mine.trainer.updates)}.` +
-    (mine.kept ? " The run is stored in this browser until another one begins." : "") +
+    (mine.kept ? " The run is stored in this browser until another one begins." :
+      " It is not stored: download it before you close the tab.") +
     (mine.state === "paused" ? "" : " A new run replaces this one: download it first, if you want to keep it.");
 }
 
