@@ -23,19 +23,20 @@ ARGUMENTS = [*FLAGS, SOFTWARE]
 class Server:
     url: str      # http://localhost:PORT
     folder: Path  # with the checkpoints that it lists
+    process: subprocess.Popen
 
 
 @contextlib.contextmanager
-def serve(folder: Path, port: int = 0):
-    """playground.py, at this port, or at a free one."""
-    command = [sys.executable, str(ROOT / "playground.py"), str(folder), f"--port={port}", "--open=False"]
+def serve(folder: Path, script: Path = ROOT / "playground.py"):
+    """playground.py, at a free port. script: a copy of it, which serves the page beside it."""
+    command = [sys.executable, str(script), str(folder), "--port=0", "--open=False"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         lines = []
         while not lines or not lines[-1].startswith("http://"):
             lines.append(process.stdout.readline())
             assert lines[-1], f"playground.py ended: {lines}"
-        yield Server(lines[-1].split()[0], Path(folder))
+        yield Server(lines[-1].split()[0], Path(folder), process)
     finally:
         process.terminate()
         process.wait(timeout=20)
@@ -58,8 +59,9 @@ def chromium():
 def page(browser, server: Server, **options):
     """An empty page of the server's, in a profile of its own. It fails the test on an uncaught error, an error in the
     console and a request to any other server, all of which page.problems holds: a test may clear them that it expects.
-    options: of Playwright's new_context, such as viewport and color_scheme."""
-    context = browser.new_context(**options)
+    options: of Playwright's new_context, such as viewport and color_scheme. Unless service_workers is "allow", the page
+    has none: route() would not see its requests."""
+    context = browser.new_context(**{"service_workers": "block"} | options)
     opened, problems = context.new_page(), []
     opened.server, opened.problems = server, problems
     opened.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))

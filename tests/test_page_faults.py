@@ -1,6 +1,7 @@
 """The page when something goes wrong: a lost connection, work that is stopped or outdated, likely mistakes."""
 import contextlib
 import re
+import shutil
 
 import blas  # noqa: F401  (before mlx)
 import browser
@@ -107,15 +108,15 @@ def test_later_modules():
 
 # ---- outdated work, and Stop -----------------------------------------------------------------------------------------
 
-SLOW = """async () => {  // each run waits, and notes what the page says meanwhile
+HELD = """async () => {  // each run waits until window.held is false, and notes what the page says meanwhile
     const { GPT } = await import("/gpt.js"), { once } = GPT.prototype;
     Object.assign(window, { runs: 0, said: new Set() });
     GPT.prototype.once = async function (...given) {
         window.runs += 1;
-        for (let i = 0; i < 10; i++) {
-            await new Promise((resolve) => setTimeout(resolve, (window.wait ?? 0) / 10));
+        do {
             window.said.add(document.getElementById("doing").textContent);
-        }
+            await new Promise((resolve) => setTimeout(resolve, 20));
+        } while (window.held);
         return once.apply(this, given);
     };
 }"""
@@ -126,20 +127,20 @@ def test_outdated_looks(page, files):
     is running."""
     begin(page, files)
     says(page, "doing", "Ready")
-    js(page, SLOW)
-    for name, cells in ("lens", 3), ("attention", 0):
+    js(page, HELD)
+    for name in "lens", "attention":
         page.click(f"#tab-{name}")
         says(page, "doing", "Ready")
-        js(page, "() => { window.runs = 0; window.wait = 1500; }")
+        js(page, "() => { window.runs = 0; window.held = true; }")
         for end in range(5):
             page.fill("#look-prompt", "abc"[:1 + end % 3] * (1 + end))
             page.click("#look")
+        js(page, "() => { window.held = false; }")
         says(page, "doing", "Ready")
         said, runs = js(page, "() => [[...window.said], window.runs]")
         assert runs == 2 and not {"Ready", "Working"} & set(said), (runs, said)
-        js(page, "() => { window.wait = 0; }")
-        if cells:
-            assert page.locator(f"#{name} td").count() == cells * 11  # of the last prompt, "ababababab"
+        if name == "lens":
+            assert page.locator("#lens td").count() == 3 * 11  # of the last prompt, "ababababab"
         assert page.locator(f"#{name} progress").count() == 0
 
 
@@ -398,3 +399,38 @@ def test_two_tabs(page, files):
     page.click("#pause")
     says(page, "train-says", "Paused at update .* The run is stored")
     assert asked == ["beforeunload"]
+
+
+# ---- the service worker ----------------------------------------------------------------------------------------------
+
+
+def test_opens_without_server(chromium, files, tmp_path):
+    """A page that was once open opens again without its server, writes, and says that it is a copy. While the server is
+    there, changed files are seen at once. Checkpoints are not kept."""
+    copy = tmp_path / "copy"
+    shutil.copytree(test_page.ROOT, copy, ignore=lambda folder, names: [name for name in names if not (
+        name == "webgpu" or name.endswith(".py") or "webgpu" in folder)])
+    shutil.copy(files / "tiny.safetensors", copy / "webgpu" / "demo.safetensors")
+    kernel = copy / "webgpu" / "kernels" / "add.wgsl"
+    text = "async () => (await fetch('/kernels/add.wgsl')).text()"
+    with contextlib.ExitStack() as until:
+        server = until.enter_context(browser.serve(tmp_path, script=copy / "playground.py"))
+        page = until.enter_context(browser.page(chromium, server, service_workers="allow"))
+        page.add_init_script("""localStorage.tinygpt ??= '{"fields": {"length": "20"}}'""")
+        begin(page)
+        page.wait_for_function("navigator.serviceWorker.controller", timeout=LONG)
+        kernel.write_text(kernel.read_text() + "// changed\n")
+        assert js(page, text).endswith("// changed\n")
+        kept = js(page, "async () => (await (await caches.open('tinygpt')).keys()).map(({ url }) => url)")
+        assert not [url for url in kept if "checkpoints" in url]
+        server.process.terminate()
+        server.process.wait()
+        assert js(page, text).endswith("// changed\n")
+        page.reload()
+        page.wait_for_selector(".notice:has-text('the page as it was when it was last loaded')", timeout=LONG)
+        page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+        panel(page, "flow")
+        page.click("#tab-speed")
+        page.click("#measure")
+        page.wait_for_selector("#copy:visible", timeout=LONG)
+        page.problems.clear()  # the list that could not be fetched

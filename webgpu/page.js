@@ -95,7 +95,8 @@ async function listServed() {
   try {
     found = await fetched("checkpoints.json", "json", "the list of its checkpoints");
   } catch (error) {  // other servers of files have no list
-    if (error instanceof LostConnection) notice(error.message, { "Try again": listServed });
+    const copies = navigator.serviceWorker?.controller ? " Until then this is the page as it was when it was last loaded." : "";
+    if (error instanceof LostConnection) notice(error.message + copies, { "Try again": listServed });
   }
   if (!found.length) return;
   const served = $("served");
@@ -252,8 +253,18 @@ async function openDemo(found) {
 
 /** Fetch all that the page may need later, so that it works without its server from then on. What cannot be fetched is fetched
  *  when it is needed. */
-function fetchRest() {
-  return Promise.allSettled([page.gpu?.fetchAll(), ...LATER.map(imported), ownCode()]);
+async function fetchRest() {
+  await Promise.allSettled([page.gpu?.fetchAll(), ...LATER.map(imported), ownCode()]);
+  await keepCopies().catch(() => {});  // this browser keeps none
+}
+
+/** Keep copies of the page's files, those that it has loaded until now, for service_worker.js. */
+async function keepCopies() {
+  const loaded = performance.getEntriesByType("resource").map(({ name }) => name.split("?")[0]);
+  const files = [location.origin + location.pathname, ...loaded].filter((name) =>
+    name.startsWith(location.origin) && !/\/checkpoints(\.json|\/)/.test(name));
+  await (await caches.open("tinygpt")).addAll([...new Set(files)]);
+  await navigator.serviceWorker.register("service_worker.js");
 }
 
 open();
