@@ -251,10 +251,10 @@ def test_norm_backward(layer, add):
         assert near(d_weight, expected[1], 1e-5) and near(d_bias, expected[2]), (R, C)
 
 
-@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("kind", range(6))
 def test_activation(kind):
     """As model.py's activations and their gradients, also of large numbers; nothing is NaN where exp() overflows."""
-    name = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu")[kind]
+    name = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "swiglu_clip")[kind]
     act, n = model.ACTIVATIONS[name], 403
     x, gate, dy = numbers(n, scale=2), numbers(n, seed=1, scale=2), numbers(n, seed=2)
     x[:8], gate[8:16] = (-100, -30, -9, -1e-4, 0, 9, 30, 100), (-100, -30, -9, -1e-4, 0, 9, 30, 100)
@@ -274,6 +274,93 @@ def test_column_sum_of_many_rows():
         found, = run("column_sum", {"ACCUMULATE": before.any()}, (1000, 17),
                      [NONE.view(np.float32), dy, zeros(2), before], (2, 1), [4])
         assert near(found, dy.astype(np.float64).sum(0) + before)
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_experts_route(balance):
+    """Against a sort in numpy: the k largest, of which several are equal; one expert alone; balance chooses only."""
+    for seed, (R, E, k) in enumerate([(3, 5, 2), (70, 9, 1), (2, 66, 66), (1, 1, 1)]):
+        logits, bias = 3 * numbers(R, E, seed=seed), numbers(E, seed=9)
+        logits[0] = logits[0, 0]
+        chosen, gates = run("experts_route", {"BALANCE": balance}, (R, E, k),
+                            [logits, bias, np.zeros((R, k), np.uint32), zeros(R, k)], elements(R), [3, 4])
+        p = np.exp(logits - logits.max(-1, keepdims=True), dtype=np.float64)
+        p /= p.sum(-1, keepdims=True)
+        expected = np.argsort(-(p + bias * balance), axis=-1, kind="stable")[:, :k]
+        share = np.take_along_axis(p, expected, axis=-1)
+        assert np.array_equal(chosen, expected)
+        assert near(gates, share / share.sum(-1, keepdims=True) if k > 1 else share, 1e-5)
+
+
+def sort_pairs(chosen: np.ndarray, E: int) -> tuple[np.ndarray, int]:
+    """experts_sort.wgsl: its result, and the number of blocks."""
+    P = chosen.size
+    blocks = -(-P // 32) + E
+    found, = run("experts_sort", {}, (P, E, blocks), [chosen, np.full(blocks * 33 + P, 7, np.uint32)], (1, 1), [2])
+    return found, blocks
+
+
+@pytest.mark.parametrize("P, E", [(70, 3), (64, 130), (200, 1), (96, 2)])
+def test_experts_sort(P, E):
+    """Each pair has a row, in a block of its expert; all other rows are empty, and stand behind it in their block."""
+    chosen = np.random.default_rng(P).integers(0, E, P).astype(np.uint32)
+    found, blocks = sort_pairs(chosen, E)
+    expert, pairs, rows = np.split(found, [blocks, blocks * 33])
+    assert np.array_equal(pairs[rows], np.arange(P)) and np.array_equal(expert[rows // 32], chosen)
+    used = pairs.reshape(blocks, 32)[expert < E]
+    assert (used < 2**32 - 1).sum() == P and np.array_equal(used, np.sort(used, axis=1))
+    assert (expert[np.bincount(rows // 32, minlength=blocks) == 0] == E).all()
+
+
+@pytest.mark.parametrize("bits, ordered", [(32, False), (16, True), (4, False), (3, True)])
+def test_experts_products(bits, ordered):
+    """Pairs of a token and an expert, as they come and in sorted rows, with one row of x for each token or for each
+    pair, against a loop over pairs in float64."""
+    E, N, K, R, k = (4, 37, 64, 25, 3) if bits < 16 else (4, 37, 30, 25, 3)
+    rng, P = np.random.default_rng(bits), R * k
+    chosen = np.argsort(rng.random((R, E)), axis=1)[:, :k].astype(np.uint32).reshape(-1)
+    order = np.stack([rng.permutation(K) for _ in range(E)]).astype(np.uint32) if ordered else NONE
+    bias, constants = numbers(E, N, seed=2), {"BITS": bits, "BIAS": True, "ORDER": ordered}
+    if bits < 16:
+        matrix, more, parts = packed(E * N, K, bits, 32, 16)
+        weight, constants = np.array(mx.dequantize(*parts, 32, bits)).reshape(E, N, K), constants | more
+    else:
+        weight = weights_of(bits, (E * N, K)).reshape(E, N, K)
+        matrix = dense(weight, bits)
+    sorted_pairs, blocks = sort_pairs(chosen, E)
+    row = sorted_pairs[blocks * 33:]
+    for share in (k, 1):  # a row of x for each token, or for each pair
+        x = numbers(P // share, K, seed=share)
+
+        def column_order(e):
+            return order[e] if ordered else np.arange(K)
+
+        expected = np.stack([weight[e].astype(np.float64) @ x[i // share][column_order(e)] + bias[e]
+                             for i, e in enumerate(chosen)])
+        found, = run("experts_matvec", constants, (N, K, share), [*matrix, bias, x, zeros(P, N), chosen, order],
+                     (elements(N, 4), P), [6])
+        assert near(found, expected)
+        if share == 1:
+            rows = np.full((blocks * 32, K), 1e30, np.float32)  # in rows without a pair
+            rows[row] = x
+            x = rows
+        found, = run("experts_matmul", constants, (N, K, E, blocks, share if share > 1 else 0),
+                     [*matrix, bias, x, zeros(blocks * 32, N), sorted_pairs, order], (elements(N, 32), blocks), [6])
+        assert near(found[row], expected)
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_experts_sum(is_sorted):
+    R, k, C = 5, 3, 67
+    gates, row = numbers(R, k), np.random.default_rng(0).permutation(40)[:R * k].astype(np.uint32)
+    rows = numbers(40, C, seed=1)
+    found, = run("experts_sum", {"SORTED": is_sorted}, (R, k, C, 2), [gates, np.append([9, 9], row).astype(np.uint32),
+                 rows, zeros(R, C)], elements(R * C), [4])
+    outputs = rows[row if is_sorted else np.arange(R * k)].reshape(R, k, C)
+    assert near(found, (gates[..., None] * outputs).sum(1))
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------

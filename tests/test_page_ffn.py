@@ -1,4 +1,7 @@
-"""The variants of the page that lie in matrices and MLPs give model.py's numbers: LASER's factors, GPTQ's act-order."""
+"""The variants of the page that lie in matrices and MLPs give model.py's numbers: LASER's factors, GPTQ's act-order,
+mixtures of experts."""
+from functools import partial
+
 import blas  # noqa: F401  (before mlx)
 import browser
 import mlx.core as mx
@@ -13,7 +16,7 @@ from test_page_model import IDS, in_page, log_p, refused, save, small
 import attention_maps
 import patching
 import tuned_lens
-from model import GPT, generate, load_checkpoint, save_checkpoint
+from model import GPT, PackedExperts, generate, load_checkpoint, save_checkpoint
 from quantized import Factored, dense_weight, replace_module
 
 
@@ -50,7 +53,31 @@ def ordered() -> GPT:
     return model
 
 
-VARIANTS = {"factors": factored, "order": ordered}
+def experts(bits: int = 0, order: bool = False, **settings) -> GPT:
+    """A mixture of experts, whose router's biases differ; packed, with a column order for each expert."""
+    model = shaken(small(n_expert=4, ffn_dim=64, **settings))
+    for block in model.blocks:
+        if "balance" in block.mlp:
+            block.mlp.balance = mx.array([0.3, -0.2, 0.0, 0.1])
+    if bits:
+        nn.quantize(model, 32, bits, class_predicate=lambda path, module: path.split(".")[-1] in ("gate", "up", "down"))
+    if order:
+        for path, module in model.named_modules():
+            if isinstance(module, PackedExperts):
+                module.order = mx.array(np.argsort(np.random.default_rng(len(path)).random((4, 64))).astype(np.int32))
+    return model
+
+
+VARIANTS = {
+    "factors": factored, "order": ordered,
+    "experts": experts, "experts-bias": partial(experts, expert_balance="bias", expert_top_k=3, bias=True, mlp="gelu"),
+    "experts-one": partial(experts, expert_top_k=1, n_shared_expert=2, mlp="swiglu", norm_place="both"),
+    "experts-packed": partial(experts, bits=4, n_shared_expert=1, expert_balance="none", mlp="swiglu", parallel=True),
+    "gpt-oss": partial(experts, bits=4, order=True, expert_top_k=2, expert_balance="none", mlp="swiglu_clip", bias=True,
+                       router_bias=True, tie=False, n_kv_head=1, qk_norm=False, sliding_window=9, window_pattern="SL",
+                       rope_scaling="yarn_untruncated", rope_factor=4.0, rope_original=64, rope_low_freq=1.0,
+                       rope_high_freq=32.0, rope_theta=100.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +162,9 @@ def test_files_of_our_scripts(script, opened, server, tmp_path):
         assert n == sum(p.size for _, p in tree_flatten(model.parameters()))
 
 
-def test_training_of_factors_and_of_an_order(opened, checkpoint):
-    """The page trains on from unpacked matrices with their columns in place; it refuses factors, by their name."""
+def test_training(opened, checkpoint):
+    """The page trains on from unpacked matrices with their columns in place; it refuses other variants by their names.
+    """
     train = """const { Trainer } = await import("/train.js"), text = "a text of one hundred letters ".repeat(9);
         const trainer = await Trainer.create(gpu, { model, text, batch_size: 1 }), found = {};
         for (const [name, { at, size }] of trainer.places) {
@@ -151,8 +179,9 @@ def test_training_of_factors_and_of_an_order(opened, checkpoint):
         expected = np.array(dense_weight(model.blocks[layer].mlp.up)).reshape(-1)
         np.testing.assert_allclose(found[f"blocks.{layer}.mlp.up.weight"], expected, atol=1e-6)
     train = f"return (async () => {{ {train} }})().catch((error) => error.message);"
-    told = in_page(opened, checkpoint("factors")[0], train)
-    assert "blocks.0.attn.v is stored as two factors" in told
+    for name, says in (("factors", "blocks.0.attn.v is stored as two factors"),
+                       ("experts", "This model has n_expert, with which this page cannot train")):
+        assert says in in_page(opened, checkpoint(name)[0], train)
 
 
 def test_an_order_that_is_damaged(opened, server):

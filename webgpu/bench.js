@@ -94,7 +94,7 @@ export function randomModel(gpu, settings, bits) {
     return made.at(-1);
   };
   for (const [name, shape] of parametersOf(config)) {
-    const path = name.slice(0, name.lastIndexOf(".")), [rows, width = 1] = shape, n = rows * width;
+    const path = name.slice(0, name.lastIndexOf(".")), n = shape.reduce((a, b) => a * b), width = shape.length > 1 ? shape.at(-1) : 1, rows = n / width;
     if (name.endsWith(".bias")) weights.get(path).bias = keep(n, 0xbbffffff);
     else if (shape.length === 1 || path === "pos_embed") weights.set(path, { buffer: keep(n, 0xbbffffff), rows, width });
     else if (bits === 16) weights.set(path, { buffer: keep(n / 2, 0xa7ffa7ff), rows, width, bits });

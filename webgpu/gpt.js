@@ -6,14 +6,15 @@
 // Shapes: B sequences, T positions, C = n_embd, H heads, KV key/value heads, D = head_dim, F = ffn_dim, V = vocab_size.
 
 import { UserError } from "./errors.js";
+import { expertRoom, experts, expertShapes, MOST_EXPERTS } from "./experts.js";  // moe
 import { Plan } from "./gpu.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
 import { Tokenizer } from "./tokenizer.js";
 
 // ---- config ---------------------------------------------------------------------------------------------------------
 
-export const KINDS = { relu2: 0, gelu: 1, gelu_tanh: 2, swiglu: 3, geglu: 4 };
-const isGated = ({ mlp }) => mlp === "swiglu" || mlp === "geglu";
+export const KINDS = { relu2: 0, gelu: 1, gelu_tanh: 2, swiglu: 3, geglu: 4, swiglu_clip: 5 };
+const isGated = ({ mlp }) => KINDS[mlp] >= KINDS.swiglu;
 const whole = (least) => (value) => Number.isInteger(value) && value >= least;
 const number = (value) => Number.isFinite(value) && value >= 0;
 const factor = (value) => Number.isFinite(value) && value > 0;
@@ -26,14 +27,16 @@ const SETTINGS = {
   pos: ["rope", among("rope", "learned", "none")], rope_theta: [1e4, factor], rope_factor: [1, factor], rope_low_freq: [1, number],
   rope_high_freq: [4, number], rope_original: [8192, number], norm: ["rms", among("rms", "layer")], norm_eps: [1e-5, number],
   mlp: ["relu2", among(...Object.keys(KINDS))], bias: [false, flag], qkv_bias: [false, flag], qk_norm: [true, flag], tie: [true, flag],
-  rotary_dim: [0, whole(0)], rope_scaling: ["llama3", among("llama3", "linear", "yarn")], rope_pattern: ["R", (value) => /^[RN]+$/.test(value)],
+  rotary_dim: [0, whole(0)], rope_scaling: ["llama3", among("llama3", "linear", "yarn", "yarn_untruncated")], rope_pattern: ["R", (value) => /^[RN]+$/.test(value)],
   parallel: [false, flag], norm_place: ["before", among("before", "after", "both")], norm_bias: [false, flag], out_bias: [false, flag],
   head_bias: [false, flag], qk_norm_width: [false, flag], embed_scale: [1, factor], attn_scale: [0, number], residual_scale: [1, factor],
   logit_scale: [1, factor], window_theta: [0, number], attn_softcap: [0, number],
   alibi: [false, flag], sliding_window: [0, whole(0)], window_pattern: ["S", (value) => /^[SL]+$/.test(value)], softcap: [0, number],
+  n_expert: [0, whole(0)], expert_top_k: [2, whole(0)], n_shared_expert: [0, whole(0)], router_bias: [false, flag],  // moe
+  expert_balance: ["loss", among("loss", "bias", "none")],  // moe
 };
 // Every other setting must be off, but for these: they belong to a setting that must be off itself.
-const PARTS = ["diff_attn_version", "expert_top_k", "expert_balance", "mod_capacity", "mod_every"];
+const PARTS = ["diff_attn_version", "mod_capacity", "mod_every"];
 const isOff = (value) => [false, 0, "none"].includes(value);
 
 /** The config of a checkpoint, or any settings of GPTConfig, with defaults for what it lacks. UserError names the settings
@@ -56,6 +59,9 @@ export function configOf(settings) {
   if (wrong) throw senseless(wrong);
   if (config.n_head % config.n_kv_head) throw senseless("n_kv_head");
   if (config.pos === "rope" && config.head_dim % 2) throw senseless("head_dim");
+  if (config.n_expert && !(config.expert_top_k >= 1 && config.expert_top_k <= config.n_expert)) throw senseless("expert_top_k");  // moe
+  if (config.n_expert > MOST_EXPERTS) throw new UserError(`This model has ${config.n_expert} experts: this page goes up to ${MOST_EXPERTS}.`);  // moe
+  if (config.n_shared_expert && !config.n_expert) throw senseless("n_shared_expert");  // moe
   if (config.rotary_dim % 2 || config.rotary_dim > config.head_dim) throw senseless("rotary_dim");
   if (config.head_dim > 256) throw new UserError(`This model has heads of width ${config.head_dim}: this page goes up to 256.`);
   return config;
@@ -68,14 +74,15 @@ const rotaryOf = ({ rotary_dim, head_dim }) => rotary_dim || head_dim;
 function anglesOf(config) {
   const { rope_theta, rope_factor, rope_low_freq: low, rope_high_freq: high, rope_original, rope_scaling } = config, R = rotaryOf(config);
   const pair = (turns) => R * Math.log(rope_original / (2 * Math.PI * turns)) / (2 * Math.log(rope_theta));
-  const [first, last] = [Math.max(Math.floor(pair(high)), 0), Math.min(Math.ceil(pair(low)), R - 1)];
+  const [floor, ceil] = rope_scaling === "yarn" ? [Math.floor, Math.ceil] : [Number, Number];
+  const [first, last] = [Math.max(floor(pair(high)), 0), Math.min(ceil(pair(low)), R - 1)];
   const within = (share) => Math.min(1, Math.max(0, share));
   return Float64Array.from({ length: R / 2 }, (_, i) => {
     const angle = rope_theta ** (-2 * i / R);
     if (rope_factor === 1) return angle;
     let keep = 0;  // 1: the angle stays; 0: it is divided by rope_factor
     if (rope_scaling === "llama3") keep = within((rope_original * angle / (2 * Math.PI) - low) / (high - low));
-    if (rope_scaling === "yarn") keep = 1 - within((i - first) / Math.max(last - first, 0.001));
+    if (rope_scaling.startsWith("yarn")) keep = 1 - within((i - first) / Math.max(last - first, 0.001));
     return keep * angle + (1 - keep) * angle / rope_factor;
   });
 }
@@ -101,13 +108,18 @@ function slopesOf({ n_head: H, alibi }) {
   return Float32Array.from(slopes);
 }
 
-/** The shapes of a config's parameters: a Map from names to [rows, width] of matrices and [width] of vectors, in model.py's
- *  order. */
+/** The shapes of a config's parameters: a Map from names to [rows, width] of matrices, [width] of vectors, and
+ *  [n_expert, rows, width] of experts. */
 export function parametersOf(config) {
   const { vocab_size: V, n_embd: C, ffn_dim: F, head_dim: D } = config, found = new Map();
   const linear = (path, rows, width, bias) => {
     found.set(`${path}.weight`, [rows, width]);
     if (bias) found.set(`${path}.bias`, [rows]);
+  };
+  const mlp = (path, F) => {
+    if (isGated(config)) linear(`${path}.gate`, F, C, config.bias);
+    linear(`${path}.up`, F, C, config.bias);
+    linear(`${path}.down`, C, F, config.bias);
   };
   const norm = (path, width, layer = config.norm === "layer") => {
     found.set(`${path}.weight`, [width]);
@@ -125,9 +137,9 @@ export function parametersOf(config) {
       norm(`${at}.attn.q_norm`, config.qk_norm_width ? config.n_head * D : D, false);
       norm(`${at}.attn.k_norm`, config.qk_norm_width ? config.n_kv_head * D : D, false);
     }
-    if (isGated(config)) linear(`${at}.mlp.gate`, F, C, config.bias);
-    linear(`${at}.mlp.up`, F, C, config.bias);
-    linear(`${at}.mlp.down`, C, F, config.bias);
+    mlp(`${at}.mlp`, F);
+    if (config.n_expert) expertShapes(config, `${at}.mlp`, found);  // moe
+    if (config.n_shared_expert) mlp(`${at}.mlp.shared`, F * config.n_shared_expert);  // moe
     for (const part of ["attn", "mlp"]) {
       if (norm_place !== "after") norm(`${at}.${part}_norm`, C);
       if (norm_place !== "before") norm(`${at}.${part}_post_norm`, C);
@@ -181,6 +193,7 @@ export class GPT {
     Object.assign(this, { gpu, config, weights, meta, made, blob, whole_context });
     for (let layer = 0; layer < config.n_layer; layer++) {
       for (const [path, parts] of [["attn.qkv", ["attn.q", "attn.k", "attn.v"]], ["mlp.gate_up", ["mlp.gate", "mlp.up"]]]) {
+        if (path === "mlp.gate_up" && config.n_expert) continue;  // moe
         join(gpu, weights, made, `blocks.${layer}.${path}`, parts.map((part) => `blocks.${layer}.${part}`));
       }
     }
@@ -250,7 +263,9 @@ export class GPT {
 
   /** Buffers for the activations of one block, R rows each, by name. */
   room(plan, R) {
-    const { n_embd: C, n_head: H, n_kv_head: KV, head_dim: D, ffn_dim: F } = this.config;
+    const { n_embd: C, n_head: H, n_kv_head: KV, head_dim: D, ffn_dim } = this.config;
+    let F = ffn_dim;
+    if (this.config.n_expert) F *= this.config.n_shared_expert;  // moe
     const sizes = { h: C, q: H * D, qn: H * D, qr: H * D, k: KV * D, kn: KV * D, kr: KV * D, v: KV * D, o: H * D, lse: 2 * H,
       attn_y: C, attn: C, h2: C, up: F, gate: F, act: F, mlp_y: C, mlp: C };
     if (!this.config.qk_norm) delete sizes.qn, delete sizes.kn;
@@ -265,6 +280,7 @@ export class GPT {
       room[path] = together;
       names.forEach((name, i) => { room[name] = part(together, widths, i); });
     }
+    if (this.config.n_expert) Object.assign(room, expertRoom(this.config, isGated(this.config), plan, R));  // moe
     return room;
   }
 
@@ -329,7 +345,7 @@ export class GPT {
       tap?.("attn", layer, room.attn, C);
       if (h2) this.add(plan, room.attn, x, R * C);  // room.attn is the stream from here on
       else h2 = this.entering(plan, `${path}.mlp_norm`, room.attn, room.h2, R, x);  // this adds x to it too
-      this.mlp(plan, layer, room, h2, R);
+      this.mlp(plan, layer, room, h2, R, tap);
       tap?.("mlp", layer, room.mlp, C);
       [x, more] = [room.mlp, room.attn];
     }
@@ -380,16 +396,27 @@ export class GPT {
     this.leaving(plan, layer, "attn", room, R);
   }
 
-  mlp(plan, layer, room, h, R) {
-    const n = R * this.config.ffn_dim, path = `blocks.${layer}`;
-    if (room["mlp.gate_up"] && this.weights.has(`${path}.mlp.gate_up`)) this.linear(plan, `${path}.mlp.gate_up`, h, room["mlp.gate_up"], R);
-    else {
-      if (room.gate) this.linear(plan, `${path}.mlp.gate`, h, room.gate, R);
-      this.linear(plan, `${path}.mlp.up`, h, room.up, R);
-    }
-    plan.add("activation", { KIND: KINDS[this.config.mlp] }, [n], [room.gate ?? room.up, room.up, room.act], this.gpu.threads(n));
-    this.linear(plan, `${path}.mlp.down`, room.act, room.mlp_y ?? room.mlp, R);
+  mlp(plan, layer, room, h, R, tap) {
+    const { n_expert, ffn_dim } = this.config, path = `blocks.${layer}.mlp`, y = room.mlp_y ?? room.mlp;
+    if (n_expert) experts(this, plan, layer, room, h, y, R, tap);  // moe
+    if (!n_expert)  // moe
+      this.neurons(plan, path, ffn_dim, room, h, y, R);
     this.leaving(plan, layer, "mlp", room, R);
+  }
+
+  /** An MLP of F neurons, from h (R, C) to y (R, C). */
+  neurons(plan, path, F, room, h, y, R) {
+    if (room["mlp.gate_up"] && this.weights.has(`${path}.gate_up`)) this.linear(plan, `${path}.gate_up`, h, room["mlp.gate_up"], R);
+    else {
+      if (room.gate) this.linear(plan, `${path}.gate`, h, room.gate, R);
+      this.linear(plan, `${path}.up`, h, room.up, R);
+    }
+    this.activation(plan, room.gate, room.up, room.act, R * F);
+    this.linear(plan, `${path}.down`, room.act, y, R);
+  }
+
+  activation(plan, gate, x, y, n) {
+    plan.add("activation", { KIND: KINDS[this.config.mlp] }, [n], [gate ?? x, x, y], this.gpu.threads(n));
   }
 
   head() { return this.weights.get(this.config.tie ? "embed" : "head"); }
@@ -618,31 +645,31 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
     return found;  // order
   };  // order
   for (const [name, shape] of expected) {
-    const path = name.slice(0, name.lastIndexOf("."));
+    const path = name.replace(/\.(weight|bias)$/, "");
     if (name.endsWith(".bias") || shape.length === 1 || path === "pos_embed") {
       const buffer = keep(await floats(name, shape));
       if (name.endsWith(".bias")) weights.get(path).bias = buffer;
       else weights.set(path, { buffer, rows: shape[0], width: shape[1] });
       continue;
     }
-    const [rows, width] = shape, scales = tensors.get(`${path}.scales`);
+    const width = shape.at(-1), lead = shape.slice(0, -1), rows = lead.reduce((a, b) => a * b), scales = tensors.get(`${path}.scales`);
     if (!scales) {
       const { dtype, bytes } = await get(name, shape, ["F32", "F16", "BF16"]);
       const half = dtype === "F16", numbers = half ? new Uint16Array(bytes) : toFloat32(bytes, dtype);
       weights.set(path, { buffer: keep(finite(name, numbers)), rows, width, bits: half ? 16 : 32 });
       continue;
     }
-    const bits = tensors.get(name)?.shape[1] * 32 / width, group = width / scales.shape[1];
+    const bits = tensors.get(name)?.shape.at(-1) * 32 / width, group = width / scales.shape.at(-1);
     if (![2, 3, 4, 5, 6, 8].includes(bits) || ![32, 64, 128].includes(group)) throw wrong(name, "is quantized in a way that this page does not know");
-    const { bytes } = await get(name, [rows, width * bits / 32], ["U32"]);
+    const { bytes } = await get(name, [...lead, width * bits / 32], ["U32"]);
     const affine = [];
     for (const part of ["scales", "biases"]) {
-      const { dtype, bytes } = await get(`${path}.${part}`, [rows, width / group], ["F32", "F16", "BF16"]);
+      const { dtype, bytes } = await get(`${path}.${part}`, [...lead, width / group], ["F32", "F16", "BF16"]);
       affine.push(keep(finite(`${path}.${part}`, scales.dtype === "F16" && dtype === "F16" ? new Uint16Array(bytes) : toFloat32(bytes, dtype))));
     }
     weights.set(path, { buffer: keep(bytes), rows, width, bits, group, scaleBits: scales.dtype === "F16" ? 16 : 32,
       scales: affine[0], biases: affine[1] });
-    if (tensors.has(`${path}.order`)) weights.get(path).order = keep(await columns(`${path}.order`, [width]));  // order
+    if (tensors.has(`${path}.order`)) weights.get(path).order = keep(await columns(`${path}.order`, [...lead.slice(0, -1), width]));  // order
   }
   joinFactors(weights);  // laser
   const more = [...tensors.keys()].find((name) => !used.has(name));

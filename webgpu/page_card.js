@@ -5,7 +5,7 @@ import { $, count, make, many } from "./page_common.js";
 
 const NORMS = { rms: "RMSNorm", layer: "LayerNorm" };
 const PLACES = { before: "", after: " after each part", both: " before and after each part" };
-const MLPS = { relu2: "ReLU²", gelu: "GELU", gelu_tanh: "GELU (tanh)", swiglu: "SwiGLU", geglu: "GEGLU" };
+const MLPS = { relu2: "ReLU²", gelu: "GELU", gelu_tanh: "GELU (tanh)", swiglu: "SwiGLU", geglu: "GEGLU", swiglu_clip: "clipped SwiGLU" };
 const POSITIONS = { rope: "rotary", learned: "learned positions", none: "no positions" };
 const TOKENS = { byte: "bytes", char: "characters", bpe: "BPE", hf: "Hugging Face" };
 
@@ -30,9 +30,10 @@ function layers({ n_layer, n_head, n_kv_head, n_embd }) {
   return `${n_layer}, each with ${n_head} head${n_head > 1 ? "s" : ""}${groups}, width ${n_embd}`;
 }
 
-function design({ alibi, pos, norm, norm_place, parallel, mlp, qk_norm, softcap, tie }) {
-  const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm] + PLACES[norm_place], MLPS[mlp], parallel && "parallel",
-    qk_norm && "QK-norm", softcap > 0 && `softcap ${softcap}`, tie && "tied"];
+function design({ alibi, pos, norm, norm_place, parallel, mlp, n_expert, expert_top_k, qk_norm, softcap, tie }) {
+  const experts = n_expert > 0 && `${n_expert} experts, of which a token uses ${expert_top_k}`;
+  const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm] + PLACES[norm_place], MLPS[mlp], experts,
+    parallel && "parallel", qk_norm && "QK-norm", softcap > 0 && `softcap ${softcap}`, tie && "tied"];
   return all.filter(Boolean).join(", ");
 }
 

@@ -14,6 +14,7 @@ import { Tokenizer } from "./tokenizer.js";
 
 const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
   beta1: 0.9, beta2: 0.95, seed: 1337 };
+const UNTRAINED = ["attn_softcap", "n_expert", "mod"];  // settings whose backward pass the page does not have
 const LOGITS = 2 ** 25;  // that are in memory at a time: as many as a buffer may have on every device
 
 /** The tokens of a window where the open model is trained further, whose context may be longer than a text fills. */
@@ -29,7 +30,8 @@ export class Trainer {
     const { meta } = blob ? await readHeader(blob) : { meta: { config, tokenizer } };
     if (resume && meta.script !== "train.py") throw new UserError("This checkpoint is not from a training run: its training cannot go on.");
     const architecture = configOf(meta.config);
-    if (architecture.attn_softcap) throw new UserError("This model has attn_softcap, with which this page cannot train: python train.py --init can.");
+    const untrained = UNTRAINED.find((name) => ![undefined, false, 0, "none"].includes(architecture[name]));
+    if (untrained) throw new UserError(`This model has ${untrained}, with which this page cannot train: python train.py --init can.`);
     if (model && !resume) architecture.block_size = windowOf(architecture);  // the new model's context, as with train.py --init
     if (!meta.tokenizer) throw new UserError("This checkpoint holds no tokenizer: it cannot read a text.");
     Object.assign(trainer, { gpu, meta, config: architecture, settings: { ...DEFAULTS, ...(resume && meta.settings), ...settings } });

@@ -2,7 +2,8 @@
 //   0 relu2       max(x, 0)^2                              2 gelu_tanh   x sigmoid(sqrt(8 / pi) (x + 0.044715 x^3))
 //   1 gelu        x (1 + erf(x / sqrt 2)) / 2              3 swiglu      gate sigmoid(gate) x
 //                                                          4 geglu       gelu_tanh(gate) x
-// Only the last two read gate: for the others it may be any buffer.
+//   5 swiglu_clip  g sigmoid(1.702 g) (x' + 1), with g = min(gate, 7) and x' = x within -7 and 7 (GPT-OSS)
+// 0, 1 and 2 do not read gate: for them it may be any buffer.
 
 override KIND: u32 = 0;
 
@@ -34,6 +35,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     case 1: { y[n] = v * (0.5 + 0.5 * erf(v * 0.70710678)); }
     case 2: { y[n] = gelu_tanh(v); }
     case 4: { y[n] = gelu_tanh(gate[n]) * v; }
+    case 5: {
+      let g = min(gate[n], 7);
+      y[n] = g * sigmoid(1.702 * g) * (clamp(v, -7, 7) + 1);
+    }
     default: { y[n] = gate[n] * sigmoid(gate[n]) * v; }
   }
 }

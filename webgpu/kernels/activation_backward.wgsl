@@ -41,6 +41,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
       d_gate[n] = dy * v * g.y;
       dx[n] = dy * g.x;
     }
+    case 5: {
+      let g = min(gate[n], 7);
+      let s = sigmoid(1.702 * g);
+      d_gate[n] = select(0.0, dy * (clamp(v, -7, 7) + 1) * s * (1 + 1.702 * g * (1 - s)), gate[n] < 7);
+      dx[n] = select(0.0, dy * g * s, abs(v) < 7);
+    }
     default: {
       let g = gate[n];
       let s = sigmoid(g);
