@@ -44,7 +44,7 @@ def factored() -> GPT:
 
 def ordered() -> GPT:
     """Packed matrices, of which most have their columns in another order; a layer's q, k and v in the same one."""
-    model = shaken(small(mlp="swiglu", bias=True))
+    model = shaken(small(mlp="swiglu", bias=True, tie=False))
     nn.quantize(model, 32, 4, class_predicate=lambda path, module: isinstance(module, nn.Linear))
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear) and not path.endswith("mlp.gate"):

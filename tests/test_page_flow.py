@@ -6,13 +6,15 @@ import browser
 import mlx.core as mx
 import numpy as np
 import pytest
+import test_page_ffn as variants
 from browser import js
 from test_page import LAPTOP, LONG, begin, files, fits, panel, says, write  # noqa: F401
-from test_page_model import IDS, flavour, in_page
+from test_page_model import IDS, flavour, in_page, save
 
 import attention_maps
 import model as model_file
 from model import load_checkpoint
+from quantized import Factored, dense_weight
 from tokenizer import Tokenizer
 
 SHOWN = IDS[:11]
@@ -36,10 +38,10 @@ def playground(chromium, server, files):  # noqa: F811
 
 
 def dense(module) -> np.ndarray:
-    """The matrix of a Linear or an Embedding, packed or not, in float64."""
-    if "scales" in module:
-        module = {"weight": mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)}
-    return np.array(module["weight"], np.float64)
+    """The matrix of a Linear or an Embedding, packed or not, or of LASER's factors, in float64."""
+    if isinstance(module, Factored):
+        return dense(module.u) @ dense(module.v)
+    return np.array(dense_weight(module), np.float64)
 
 
 def share_of(norm, whole: np.ndarray, x: np.ndarray, config) -> np.ndarray:
@@ -69,11 +71,19 @@ def parts_of(model, ids: list[int]) -> tuple[list, dict]:
     return [kept["resid", i] for i in range(config.n_layer + 1)], found
 
 
-@pytest.mark.parametrize("name", ["default", "gpt2", "phi", "gemma", "after-parallel", "granite", "4-bit"])
+FLAVOURS = ["default", "gpt2", "phi", "gemma", "after-parallel", "granite", "4-bit", "factors", "order"]
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
 def test_flow(name, opened, server):
     """The norms and direct contributions of all parts are numpy's, and sum to MLX's logit, with the biases that numpy
     has; the attention is attention_maps.py's."""
-    path, model = flavour(server, name)
+    if name in variants.VARIANTS:
+        model = variants.VARIANTS[name]().eval()
+        path = save(server, f"flow-{name}.safetensors", model)
+        model.set_dtype(mx.float32)
+    else:
+        path, model = flavour(server, name)
     config = model.config
     found = in_page(opened, path, """
         const { flow } = await import("/flow.js"), found = await flow(model, ids);

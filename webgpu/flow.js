@@ -42,23 +42,24 @@ async function contributions(model, ids, targets, signal) {
       plan.copy(x, 0, kept[layer][name].buffer, 0, 4 * T * width);
     };
     model.read(plan, ids, (site, layer, x, width) => {
-      keep(layer, site, x, width);
+      if (["resid", "heads", "mlp"].includes(site)) keep(layer, site, x, width);
       if (site === "attn" && norm_place !== "before") keep(layer, "attn_y", room.attn_y, C);  // attention before its norm
     }, room);
-    const last = kept[L].resid.buffer, directions = unembeddings(model, plan, targets);
+    const last = kept[L].resid.buffer, { rows, order } = unembeddings(model, plan, targets);
     const [alone, added, normed] = [kept[0].heads.width, C, C].map((width) => plan.scratch(4 * T * H * width));
-    // Add the dot products of n vectors x a position, with themselves or with one y a position.
-    const dots = (x, y, n, own) => {
+    // x: n vectors for each position. dots(): their products with y, of which there is one for `each` of them.
+    const dots = (x, y, n, each) => {
       const found = plan.scratch(4 * T * n);
-      plan.add("dot", {}, [T * n, C, own ? 1 : n], [x, y, found], gpu.groups(T * n));
+      plan.add("dot", {}, [T * n, C, each], [x, y, found], gpu.groups(T * n));
       wanted.push([found, 4 * T * n]);
     };
+    const logits = (x, n) => dots(order ? gpu.ordered(plan, { order, width: C }, x, T * n) : x, rows, n, n);
     const share = (path, whole, x, y, n) =>
       plan.add("norm_share", { ...LAYER }, [T * n, C, n, norm_eps], [model.weights.get(path).buffer, whole, x, y], gpu.groups(T * n));
     const weigh = (x, n = 1) => {
-      dots(x, x, n, true);
+      dots(x, x, n, 1);
       share("norm", last, x, normed, n);
-      dots(normed, directions, n, false);
+      logits(normed, n);
     };
     for (let layer = 0; layer <= L; layer++) {
       const { resid, heads, attn_y, mlp } = kept[layer], path = `blocks.${layer}`;
@@ -73,7 +74,7 @@ async function contributions(model, ids, targets, signal) {
       weigh(mlp.buffer);
     }
     model.norm(plan, "norm", last, normed, T, C);
-    dots(normed, directions, 1, false);
+    logits(normed, 1);
     if (model.head().bias) wanted.push([model.head().bias, 4 * config.vocab_size]);
     return wanted;
   }, signal);
@@ -93,12 +94,16 @@ async function contributions(model, ids, targets, signal) {
     rest: logit.map((value, t) => value - parts.reduce((sum, { share }) => sum + share[t], 0)) };
 }
 
-/** A buffer of the rows of the unembedding matrix of these tokens: (T, C). */
+/** The rows of the unembedding matrix of these tokens, a buffer (T, C), and the order of their columns, if they have another
+ *  one: see ordered() in gpu.js. */
 function unembeddings(model, plan, tokens) {
-  const { gpu } = model, { n_embd: C } = model.config, T = tokens.length, rows = plan.scratch(4 * T * C);
-  const { buffer, scales, biases, bits = 32, group, scaleBits } = model.head();
-  plan.add("embed", { BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }) }, [T, T, C, 1],
+  const { gpu } = model, T = tokens.length, { u, v, ...head } = model.head();
+  const { buffer, scales, biases, bits = 32, group, scaleBits, width, order } = u ?? head, rows = plan.scratch(4 * T * width);
+  plan.add("embed", { BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }) }, [T, T, width, 1],
     [buffer, scales ?? gpu.none, biases ?? gpu.none, gpu.none, plan.scratch(Uint32Array.from(tokens)), gpu.none, rows],
-    gpu.threads(T * Math.ceil(C / 4)));
-  return rows;
+    gpu.threads(T * Math.ceil(width / 4)));
+  if (!u) return { rows, order };
+  const products = plan.scratch(4 * T * v.width);  // rows of u v
+  gpu.linear(plan, { ...v, order: null }, rows, products, T, { TRANSPOSE_W: true, N: v.width, K: v.rows });
+  return { rows: products, order: v.order };
 }
