@@ -4,6 +4,7 @@
 import { flow } from "./flow.js";
 import { $, finish, heard, make, onModel, partName, percent, queueWith, resultOf, seen, stateName, token } from "./page_common.js";
 import { bars, roving, svg } from "./page_draw.js";
+import { goTo } from "./page_link.js";
 
 const STRONG = 0.05, MOST = 4;  // the attention weights that are drawn: the least, and how many of each head
 const [HEAD, NAME, TOP] = [30, 62, 58];  // pixels: a head, a layer's name, the space above
@@ -221,37 +222,40 @@ function say(view, r, c) {
   const { model, H, T, at, said, cells } = view, layer = r - 2, name = (enc, id) => `“${seen(enc, id)}”`, ways = [];
   const way = (text, ...where) =>
     ways.push(make("button", { type: "button", class: "plain small", onclick: () => visit(...where) }, text));
-  const target = model.enc.decode([bestOf(view, T - 1)]);  // Ablation and Patching are about what follows the whole prompt
+  const fields = targetOf(model.enc, bestOf(view, T - 1));  // Ablation and Patching are about what follows the whole prompt
   let words;
   if (r === 0) {
     words = tokenInWords(view, c, name);
-    way("Patching: states of this token", "patching", { target }, 0, c);
+    way("Patching: states of this token", "patching", fields, 0, c);
   } else if (r === 1 || c > H) {
     words = stateInWords(view, r - 1, name);
     way("Lens: this state at each token", "lens", {}, r - 1, at);
   } else {
     words = partInWords(view, layer, c, name);
     if (c < H) way("Attention: all weights of this head", "attention", {}, layer, c);
-    if (at === T - 1) way("Ablation: the effect of switching it off", "ablation", { target }, layer, c < H ? 3 + c : 1);
+    if (at === T - 1) way("Ablation: the effect of switching it off", "ablation", fields, layer, c < H ? 3 + c : 1);
   }
   said.replaceChildren(make("span", {}, `${words[0].toUpperCase()}${words.slice(1)}.`), ...ways);
   light(view, cells[r][c]);
 }
 
+/** The field of a token as a target; none if the token cannot be typed, such as the end of a line: the panel that is opened then
+ *  keeps the target that it has, and names it. */
+function targetOf(enc, id) {
+  const target = enc.decode([id]);
+  return enc.encode(target)[0] === id && !/[\r\n]/.test(target) ? { target } : {};
+}
+
 /** Open another panel, with these values of its fields, and go to a cell of its figure, once that is computed. */
 function visit(panel, fields, r, c) {
-  for (const [id, value] of Object.entries(fields)) {
-    $(id).value = value;
-    $(id).dispatchEvent(new Event("input", { bubbles: true }));
-  }
-  document.dispatchEvent(new CustomEvent("choose", { detail: panel }));
-  const whole = $(panel), look = () => {
-    const cell = whole.querySelector(`.figure [data-r="${r}"][data-c="${c}"]`);
-    if (!cell || whole.querySelector("progress")) return false;
-    cell.focus();
-    cell.click();
+  goTo({ panel, fields });
+  const whole = $(panel), arrived = () => {
+    if (whole.querySelector("progress")) return false;
+    const cell = whole.querySelector(`.figure [data-r="${r}"][data-c="${c}"]`);  // none if the panel has a message instead
+    (cell ?? $(`tab-${panel}`)).focus();
+    cell?.click();
     return true;
   };
-  const observer = new MutationObserver(() => look() && observer.disconnect());
-  if (!look()) observer.observe(whole, { childList: true, subtree: true });
+  const observer = new MutationObserver(() => arrived() && observer.disconnect());
+  if (!arrived()) observer.observe(whole, { childList: true, subtree: true });
 }
