@@ -71,7 +71,8 @@ def parts_of(model, ids: list[int]) -> tuple[list, dict]:
     return [kept["resid", i] for i in range(config.n_layer + 1)], found
 
 
-FLAVOURS = ["default", "gpt2", "phi", "gemma", "after-parallel", "granite", "4-bit", "factors", "order"]
+FLAVOURS = ["default", "gpt2", "phi", "gemma", "after-parallel", "granite", "4-bit", "factors", "order", "experts-one",
+            "gpt-oss"]
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
