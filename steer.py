@@ -1,6 +1,24 @@
 """Add a direction to a model's states while it writes, and compare the text with that of the unchanged model.
 
-    python steer.py CKPT --prompt="..." --positive="..." --negative="..." --layer=2 --strength=4
+    python steer.py webgpu/demo.safetensors --prompt=$'def open(self):\\n' --layer=2 --over=mean --strength=0.75 \\
+        --positive="the socket of the server and the address of the client" --max_new_tokens=40 --seed=2 \\
+        --negative="the list of items and the value of the key" --out=sockets.safetensors
+    state: after layer 2; norm of the direction 1.02, of the prompt's states 3.00 on average
+    written: sockets.safetensors
+    ---- the unchanged model
+    def open(self):
+        \"""Update (internal) mode to an open file.\"""
+        return self.stat()
+    ---- the changed model
+    def open(self):
+        \"""\\
+            User code - connection a socket.
+
+            This server can be connected to a given host (server.host/host/port/port/port/port/port
+    ---- token 3 is the first that differs: U and \\
+    KL(unchanged || changed) of the changed text's tokens: mean 0.220 nats, largest 0.516 at token 12
+
+    python steer.py webgpu/demo.safetensors --prompt="class" --direction=sockets.safetensors --strength=0.75
 
 This is activation addition (Turner et al. 2023): the direction is the difference of two prompts' states in the residual
 stream after --layer, the positive prompt's less the negative one's; strength times the direction is added to the states
@@ -159,7 +177,7 @@ def compare(model: GPT, enc: Tokenizer, ids: list[int], ends: set[int], tap: Cal
     """Write both texts, and print them with their first difference and the divergence. tap(): a new tap."""
     plain, changed = (write(model, enc, ids, ends, each) for each in (no_tap, tap()))
     for name, tokens in ("the unchanged model", plain), ("the changed model", changed):
-        print(f"---- {name}\n{prompt}{enc.decode(tokens)}")
+        print(f"---- {name}\n{prompt}{enc.decode([token for token in tokens if token not in ends])}")
     same = next((i for i, (a, b) in enumerate(zip(plain, changed, strict=False)) if a != b), None)
     if same is None:
         print("---- both texts are equal")

@@ -566,7 +566,7 @@ def test_accessible(opened):
     """In each panel every control has a name; arrow keys reach tabs and cells, which have labels that describe them."""
     roles = ("button|textbox|spinbutton|combobox|checkbox|slider|tab|tabpanel|grid|gridcell|radio|radiogroup|img|link|"
              "form|region")
-    for name in ("flow", "lens", "attention", "ablation", "patching", "train", "speed"):
+    for name in ("flow", "lens", "attention", "ablation", "patching", "steer", "train", "speed"):
         opened.click(f"#tab-{name}")
         tree = opened.locator("body").aria_snapshot()
         unnamed = re.findall(rf"^\s*- (?:{roles})(?: \[.*\])?:?$", tree, re.M)

@@ -15,7 +15,7 @@ import { setUpSpeed, showChoices } from "./page_speed.js";
 import { readHeader } from "./safetensors.js";
 import { beginText, begun, setUpWriting, stopWriting } from "./page_write.js";
 
-const LATER = ["bench.js", "page_flow.js"];  // modules that are not needed at the start
+const LATER = ["page_steer.js", "bench.js", "page_flow.js"];  // modules that are not needed at the start
 
 const TEXTS = /\.(txt|md|rst|tex|log|srt|csv|tsv|jsonl?|ya?ml|html?|css|wgsl|py|m?js|ts|c|h|cc|cpp|rs|go|java|sh)$/i;
 const FOREIGN = [  // other files, and what to do with them
@@ -118,11 +118,11 @@ const fileOf = async (path, name = path) => new File([await fetched(path, "blob"
 
 async function kindOf(file) {
   if (/\.lenses$/i.test(file.name)) return "lens";
-  if (/\.safetensors$/i.test(file.name)) return (await metaOf(file))?.lens ? "lens" : "model";
+  if (/\.safetensors$/i.test(file.name)) return kindOfCheckpoint(file);
   if (FOREIGN.slice(0, -1).some(([name]) => name.test(file.name))) return "";
   if (TEXTS.test(file.name) || file.type.startsWith("text/")) return "text";
   const bytes = new Uint8Array(await file.slice(0, 65536).arrayBuffer());
-  if (bytes[8] === 0x7b && bytes[7] === 0) return (await metaOf(file))?.lens ? "lens" : "model";
+  if (bytes[8] === 0x7b && bytes[7] === 0) return kindOfCheckpoint(file);
   try {  // a text whose name does not say so: UTF-8 without zeros; a character may be cut at the end
     new TextDecoder("utf-8", { fatal: true }).decode(bytes, { stream: true });
     return bytes.length && !bytes.includes(0) ? "text" : "";
@@ -131,17 +131,19 @@ async function kindOf(file) {
   }
 }
 
-async function metaOf(file) {
-  return readHeader(file).then(({ meta }) => meta, () => null);
+async function kindOfCheckpoint(file) {
+  const meta = await readHeader(file).then((found) => found.meta, () => null);
+  return meta?.lens ? "lens" : meta?.direction ? "direction" : "model";
 }
 
 async function takeFiles(files) {
-  const order = ["model", "lens", "text", ""];
+  const order = ["model", "lens", "direction", "text", ""];
   const found = await Promise.all([...files].map(async (file) => ({ file, kind: await kindOf(file) })));
   found.sort((a, b) => order.indexOf(a.kind) - order.indexOf(b.kind));
   for (const { file, kind } of found) {
     if (kind === "model") await openModel(file);
     else if (kind === "lens") choose("lens"), await takeLens(file);
+    else if (kind === "direction") choose("steer"), await attempt("steer-wrong", async () => (await steering()).takeDirection(file));
     else if (kind === "text") choose("train"), await takeText(file);
     else say("card-wrong", `${file.name} is neither a checkpoint (.safetensors), nor its lenses, nor a text: ` +
       `${FOREIGN.find(([name]) => name.test(file.name))[1]}.`);
@@ -186,7 +188,11 @@ function choose(name) {
   document.dispatchEvent(new CustomEvent("panel", { detail: name }));
 }
 
+/** The Steer panel's module, which is fetched when it is first needed. */
+const steering = () => imported("page_steer.js");
+
 function setUpTabs() {
+  document.addEventListener("panel", ({ detail }) => { if (detail === "steer") attempt("steer-wrong", steering); });
   for (const tab of tabs()) tab.addEventListener("click", () => choose(tab.id.slice(4)));
   document.addEventListener("choose", ({ detail }) => choose(detail));
   document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {

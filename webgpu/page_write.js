@@ -74,7 +74,8 @@ function take(i, id) {
   });
 }
 
-function settings() {
+/** The settings of how the next token is drawn; the seed is a random one if none is given. */
+export function settings() {
   const [temperature, top_k, top_p, min_p] = ["temperature", "top_k", "top_p", "min_p"].map(numberOf);
   return { temperature, top_k, top_p, min_p, max_new_tokens: numberOf("length"),
     seed: numberOf("seed") ?? Math.floor(Math.random() * 2 ** 32) };
