@@ -334,6 +334,7 @@ function listen() {
     if (target.files.length) await takeDirection(target.files[0]);
     target.value = "";  // so that this file can be chosen again
   });
+  $("steer-write").disabled = false;
   $("steer-kind").addEventListener("change", showFields);
   for (const id of ["steer-prompt", "steer-donor"]) $(id).addEventListener("input", showFields);
   $("steer-examples").replaceChildren(...Object.entries(EXAMPLES).map(([label, [prompt, recipe]]) => make("button", {
