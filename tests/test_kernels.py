@@ -276,6 +276,79 @@ def test_column_sum_of_many_rows():
         assert near(found, dy.astype(np.float64).sum(0) + before)
 
 
+# ---- Mixture of Depths -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_depth_gate(soft):
+    """The factors of all tokens, and whether each is taken, by rows or by positions from 4 on; the last is padding."""
+    R, T = 6, 3
+    likely, r, before = numbers(R), numbers(R, seed=1), np.full(9, 7, np.uint32)
+    at, threshold = np.array([4, 2], np.uint32), np.float32([np.sort(likely)[2]])
+    arrays = [at, threshold, likely, r, zeros(R), before]
+    gate, taken = run("depth_gate", {"SOFT": soft}, (R, T), arrays, elements(R), [5, 6])
+    chosen = likely > threshold
+    assert 0 < chosen.sum() < R and near(gate, 1 / (1 + np.exp(-r)) if soft else r * chosen)
+    expected = before.copy()
+    if not soft:
+        expected[[0, 1, 3, 4]] = chosen[[0, 1, 3, 4]]
+    assert np.array_equal(taken, expected)
+    if not soft:
+        arrays = [at, threshold, likely[:T], r[:T], zeros(T), before]
+        _, taken = run("depth_gate", {"CACHE": True}, (T, T), arrays, elements(T), [5, 6])
+        assert np.array_equal(taken, [7, 7, 7, 7, *chosen[:2], 7, 7, 7])
+
+
+def test_depth_leave():
+    entered, stream, y = (numbers(5, 67, seed=seed) for seed in range(3))
+    gate = np.float32([0, -0.5, 0, 1, 0.3])
+    y[2] = np.inf  # of a token that was not chosen
+    found, = run("depth_leave", {}, (5, 67), [entered, gate, stream, y], elements(335), [4])
+    assert np.array_equal(found[gate == 0], entered[gate == 0])
+    entered, gate, stream, y, found = (array[gate != 0] for array in (entered, gate, stream, y, found))
+    assert near(found, entered + gate[:, None] * (stream + y - entered))
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_depth_blank(mean):
+    x, taken = numbers(2, 4, 67), np.array([[0, 1, 0, 1], [0, 0, 0, 0]], np.uint32)
+    found, = run("depth_blank", {"MEAN": mean}, (2, 4, 67), [taken, x], elements(134), [2])
+    expected = np.where(taken[..., None] == 0, 0, x)
+    if mean:
+        expected[0, [0, 2]] = x[0, [1, 3]].mean(0)
+    assert near(found, expected)
+
+
+@pytest.mark.parametrize("T, start, window, cap, slope", [(70, 0, 0, 0, 0), (5, 90, 0, 3, 0.2), (9, 80, 70, 0, 0.1)])
+def test_depth_attention(T, start, window, cap, slope):
+    """Against softmax in float64 over the keys that are taken and the query's own, and the map of taken tokens."""
+    H, KV, D, S = 4, 2, 10, start + T + 3
+    B = 1 if start else 2
+    q, k, v = numbers(B, T, H, D), numbers(B, S, KV, D, seed=1), numbers(B, S, KV, D, seed=2)
+    taken = np.random.default_rng(T).integers(0, 2, (B, S)).astype(np.uint32)
+    slopes = np.float32(slope * np.arange(1, H + 1))
+    arrays = [np.uint32([start, T]), slopes, q, k, v, taken, zeros(B, T, H, D), zeros(B, T, H)]
+    o, lse = run("depth_attention", {"WIDTH": 16}, (T, S, H, KV, D, window, 0.5, float(cap)), arrays, (T, H, B), [7, 8])
+    keys, places = np.arange(S), start + np.arange(T)[:, None]
+    seen = (keys <= places) & ((taken[:, None] != 0) | (keys == places))
+    if window:
+        seen &= places - keys < window
+    scores = 0.5 * np.einsum("bthd,bshd->bhts", q.astype(np.float64), np.repeat(k, H // KV, axis=2))
+    if cap:
+        scores = cap * np.tanh(scores / cap)
+    scores = np.where(seen[:, None], scores - slopes[:, None, None] * (places - keys), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    assert near(o, np.einsum("bhts,bshd->bthd", weights / total, np.repeat(v, H // KV, axis=2)), 2e-5)
+    assert near(lse, (np.log(total) + scores.max(-1, keepdims=True))[..., 0].swapaxes(1, 2), 2e-5)
+
+
+def test_depth_map():
+    weights, taken = numbers(3, 9, 9), np.uint32([1, 0, 1, 1, 0, 0, 1, 0, 1])
+    found, = run("depth_map", {}, (3, 9), [taken, weights], elements(243), [2])
+    assert np.array_equal(found, weights * taken[:, None] * taken)
+
+
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
 

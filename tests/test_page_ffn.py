@@ -1,5 +1,5 @@
 """The variants of the page that lie in matrices and MLPs give model.py's numbers: LASER's factors, GPTQ's act-order,
-mixtures of experts."""
+mixtures of experts, Mixture of Depths."""
 from functools import partial
 
 import blas  # noqa: F401  (before mlx)
@@ -68,6 +68,24 @@ def experts(bits: int = 0, order: bool = False, **settings) -> GPT:
     return model
 
 
+def depths(**settings) -> GPT:
+    """Mixture of Depths with routers that tell tokens apart. Each layer of topk skips 5 of the first 9 IDS."""
+    model = shaken(small(mod_capacity=0.4, **settings)).eval()
+
+    def tap(site, layer, x):
+        block = model.blocks[min(layer, 2)]
+        if site == "resid" and layer < 3 and "depth_router" in block:
+            block.depth_router.weight = 0.3 * mx.random.normal((1, 64), key=mx.random.key(layer))
+        if site == "resid" and layer < 3 and "predictor" in block:
+            block.predictor.weight = mx.random.normal((1, 64), key=mx.random.key(10 + layer))
+            logits = np.sort(np.array(block.predictor(x)[0, :9, 0]))
+            block.threshold = mx.array(logits[4:6]).mean(keepdims=True)
+        return x
+
+    model(mx.array([IDS]), tap=tap)
+    return model
+
+
 VARIANTS = {
     "factors": factored, "order": ordered,
     "experts": experts, "experts-bias": partial(experts, expert_balance="bias", expert_top_k=3, bias=True, mlp="gelu"),
@@ -77,6 +95,11 @@ VARIANTS = {
                        router_bias=True, tie=False, n_kv_head=1, qk_norm=False, sliding_window=9, window_pattern="SL",
                        rope_scaling="yarn_untruncated", rope_factor=4.0, rope_original=64, rope_low_freq=1.0,
                        rope_high_freq=32.0, rope_theta=100.0),
+    "mod": partial(depths, mod="topk", mlp="swiglu"),
+    "mod-every": partial(depths, mod="topk", mod_every=1, alibi=True, sliding_window=5, n_kv_head=1, attn_softcap=3.0,
+                         parallel=True),
+    "mod-experts": partial(depths, mod="topk", mod_every=3, n_expert=3, ffn_dim=64, norm_place="after"),
+    "mod-soft": partial(depths, mod="soft", mod_every=1, residual_scale=0.7),
 }
 
 
@@ -180,8 +203,15 @@ def test_training(opened, checkpoint):
         np.testing.assert_allclose(found[f"blocks.{layer}.mlp.up.weight"], expected, atol=1e-6)
     train = f"return (async () => {{ {train} }})().catch((error) => error.message);"
     for name, says in (("factors", "blocks.0.attn.v is stored as two factors"),
-                       ("experts", "This model has n_expert, with which this page cannot train")):
+                       ("experts", "This model has n_expert, with which this page cannot train"),
+                       ("mod-soft", "This model has mod, with which this page cannot train")):
         assert says in in_page(opened, checkpoint(name)[0], train)
+
+
+def test_pairs_that_are_refused(opened, server):
+    """Attention to chosen tokens alone is not written for every variant of attention."""
+    path = save(server, "pair.safetensors", small(mod="topk", sink_logits=True))
+    assert "sink_logits, which this page cannot run" in refused(opened, path)
 
 
 def test_an_order_that_is_damaged(opened, server):

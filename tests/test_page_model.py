@@ -602,7 +602,7 @@ def test_from_scratch(opened):
 
 @pytest.mark.parametrize("settings, says", [
     (dict(yoco=True), "yoco"), (dict(diff_attn=True), "diff_attn"),
-    (dict(mod="topk"), "mod"), (dict(sliding_window=8, sinks=2), "sinks"), (dict(value_embeds=True), "value_embeds"),
+    (dict(sliding_window=8, sinks=2), "sinks"), (dict(value_embeds=True), "value_embeds"),
     (dict(value_residual=True), "value_residual"),
 ], ids=str)
 def test_lacking(settings, says, opened, server):

@@ -5,6 +5,7 @@
 //
 // Shapes: B sequences, T positions, C = n_embd, H heads, KV key/value heads, D = head_dim, F = ffn_dim, V = vocab_size.
 
+import { checkDepth, depthAttention, depthRoom, depthShapes, enterBlock, isRouted, leaveBlock, skips } from "./depth.js";  // mod
 import { UserError } from "./errors.js";
 import { expertRoom, experts, expertShapes, MOST_EXPERTS } from "./experts.js";  // moe
 import { Plan } from "./gpu.js";
@@ -34,9 +35,10 @@ const SETTINGS = {
   alibi: [false, flag], sliding_window: [0, whole(0)], window_pattern: ["S", (value) => /^[SL]+$/.test(value)], softcap: [0, number],
   n_expert: [0, whole(0)], expert_top_k: [2, whole(0)], n_shared_expert: [0, whole(0)], router_bias: [false, flag],  // moe
   expert_balance: ["loss", among("loss", "bias", "none")],  // moe
+  mod: ["none", among("none", "topk", "soft")], mod_capacity: [0.125, factor], mod_every: [2, whole(1)],  // mod
 };
-// Every other setting must be off, but for these: they belong to a setting that must be off itself.
-const PARTS = ["diff_attn_version", "mod_capacity", "mod_every"];
+// Every other setting must be off, but for these: they belong to another setting, without which they have no effect.
+const PARTS = ["diff_attn_version", "expert_top_k", "expert_balance", "mod_capacity", "mod_every"];
 const isOff = (value) => [false, 0, "none"].includes(value);
 
 /** The config of a checkpoint, or any settings of GPTConfig, with defaults for what it lacks. UserError names the settings
@@ -59,6 +61,8 @@ export function configOf(settings) {
   if (wrong) throw senseless(wrong);
   if (config.n_head % config.n_kv_head) throw senseless("n_kv_head");
   if (config.pos === "rope" && config.head_dim % 2) throw senseless("head_dim");
+  if (config.mod !== "none" && config.mod_every > config.n_layer) throw senseless("mod_every");  // mod
+  checkDepth(config);  // mod
   if (config.n_expert && !(config.expert_top_k >= 1 && config.expert_top_k <= config.n_expert)) throw senseless("expert_top_k");  // moe
   if (config.n_expert > MOST_EXPERTS) throw new UserError(`This model has ${config.n_expert} experts: this page goes up to ${MOST_EXPERTS}.`);  // moe
   if (config.n_shared_expert && !config.n_expert) throw senseless("n_shared_expert");  // moe
@@ -137,6 +141,7 @@ export function parametersOf(config) {
       norm(`${at}.attn.q_norm`, config.qk_norm_width ? config.n_head * D : D, false);
       norm(`${at}.attn.k_norm`, config.qk_norm_width ? config.n_kv_head * D : D, false);
     }
+    if (isRouted(config, layer)) depthShapes(config, at, found);  // mod
     mlp(`${at}.mlp`, F);
     if (config.n_expert) expertShapes(config, `${at}.mlp`, found);  // moe
     if (config.n_shared_expert) mlp(`${at}.mlp.shared`, F * config.n_shared_expert);  // moe
@@ -280,6 +285,7 @@ export class GPT {
       room[path] = together;
       names.forEach((name, i) => { room[name] = part(together, widths, i); });
     }
+    if (this.config.mod !== "none") Object.assign(room, depthRoom(this.config, plan, R));  // mod
     if (this.config.n_expert) Object.assign(room, expertRoom(this.config, isGated(this.config), plan, R));  // moe
     return room;
   }
@@ -315,7 +321,7 @@ export class GPT {
    *  returned.
    *
    *  at: a buffer of two numbers, the position of the first token, and how many of the T tokens are not padding. cache:
-   *  {k, v}, a buffer of block_size rows for each layer, which the tokens continue. tap(site, layer, buffer, width): may
+   *  {k, v, ...}, a buffer of block_size rows for each layer, which the tokens continue. tap(site, layer, buffer, width): may
    *  add steps that read or change the buffer (B T, width); sites are model.py's resid, heads, attn, mlp. rooms(layer):
    *  the layer's buffers, see room(). start, stream: begin at a later layer, with its input. embedded: a buffer for the
    *  input of the first layer.
@@ -331,14 +337,18 @@ export class GPT {
       plan.add("embed", settings, [R, T, C, this.config.embed_scale], [buffer, scales ?? gpu.none, biases ?? gpu.none, at, tokens, positions, x],
         gpu.threads(R * Math.ceil(C / 4)));
     }
-    const whole = (layer) => {
+    const complete = () => {
       if (more) this.add(plan, x, more, R * C);
       more = null;
+    };
+    const whole = (layer) => {
+      complete();
       tap?.("resid", layer, x, C);
     };
     for (let layer = start; layer < n_layer; layer++) {
       const room = rooms(layer), path = `blocks.${layer}`;
       if (tap) whole(layer);
+      if (isRouted(this.config, layer)) complete(), enterBlock(this, plan, layer, room, { x, R, T, at, cache, tap });  // mod
       const h = this.entering(plan, `${path}.attn_norm`, x, room.h, R, more);
       let h2 = this.config.parallel ? this.entering(plan, `${path}.mlp_norm`, x, room.h2, R) : null;
       this.attention(plan, layer, room, { h, B, T, at, cache, tap });
@@ -348,6 +358,7 @@ export class GPT {
       this.mlp(plan, layer, room, h2, R, tap);
       tap?.("mlp", layer, room.mlp, C);
       [x, more] = [room.mlp, room.attn];
+      if (isRouted(this.config, layer)) leaveBlock(this, plan, room, R), more = null;  // mod
     }
     whole(n_layer);
     return x;
@@ -384,6 +395,8 @@ export class GPT {
       } else if (rotary) turn(k, room.kr, KV, rotary), k = room.kr;
     }
     const of_heads = [H, KV, D, this.windowOf(layer), this.scale, attn_softcap];
+    if (skips(this.config, layer)) depthAttention(this, plan, layer, room, { B, T, at, q, k, v, cache, of_heads });  // mod
+    else  // mod
     if (R === 1 && cache && D % 4 === 0 && !gpu.info.fallback) {
       plan.add("attention_one", {}, of_heads, [at, this.slopes, q, k, v, room.o], [H]);
     } else {
@@ -603,6 +616,7 @@ export class Writer {
     const rows = () => layers.map(() => own(4 * block_size * n_kv_head * head_dim));
     Object.assign(this, { changes, made, plans: new Map(), caches: runs.map(() => ({ k: rows(), v: rows() })), tops: runs.map(() => own(64)),
       at: own(16), token: own(4 * CHUNKS.at(-1)), last: own(4), drawn: own(4 * 8), divergence: own(4) });
+    for (const cache of this.caches) cache.taken = layers.map((_, layer) => skips(model.config, layer) && own(4 * block_size));  // mod
   }
 
   destroy() {

@@ -15,7 +15,8 @@ const NO_WEBGPU = "This browser has no WebGPU. Chrome and Edge 113 and later hav
 // All files of kernels/.
 const FILES = (
   "ablate activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled " +
-  "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum columns divergence dot " +
+  "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum columns depth_attention " +
+  "depth_blank depth_gate depth_leave depth_map divergence dot " +
   "embed embed_backward enter_cache experts_matmul experts_matvec experts_route experts_sort experts_sum head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup norm norm_backward " +
   "norm_share patch rope rows sample scale softcap steer sum_squares tiles top weights"
 ).split(" ");

@@ -1,6 +1,7 @@
 // Looking inside a model: lenses, attention maps, ablation and patching, as tuned_lens.py, attention_maps.py and patching.py
 // compute them.
 
+import { blank, skips } from "./depth.js";  // mod
 import { UserError } from "./errors.js";
 import { megabytes, Plan } from "./gpu.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
@@ -95,6 +96,7 @@ export async function attention(model, ids, signal = null) {
       const map = plan.scratch(4 * H * T * T), [q, k] = model.scored(layer, room), { attn_softcap } = model.config;
       plan.add("attention_map", {}, [T, H, KV, D, model.windowOf(layer), model.scale, attn_softcap], [model.slopes, q, k, room.lse, map],
         model.gpu.threads(H * T * T));
+      if (skips(model.config, layer)) plan.add("depth_map", {}, [H, T], [room.taken, map], model.gpu.threads(H * T * T));  // mod
       wanted.push([map, 4 * H * T * T]);
     }, room);
     return wanted;
@@ -118,11 +120,12 @@ async function record(model, prompts, target) {
     return await gpu.guard(async () => {
       const wanted = [], states = prompts.map((ids) => {
         const size = 4 * ids.length * model.config.n_embd, kept = { resid: [], attn: [], mlp: [] };
-        const x = model.read(plan, ids, (site, layer, x) => {
+        const room = model.room(plan, ids.length), x = model.read(plan, ids, (site, layer, x, width) => {
           if (!(site in kept)) return;
+          if (site !== "resid") blank(model, plan, layer, room, x, { B: 1, T: ids.length, width });  // mod
           kept[site][layer] = plan.scratch(size);
           plan.copy(x, 0, kept[site][layer], 0, size);
-        });
+        }, room);
         wanted.push(answer(model, plan, x, 1, ids.length, target));
         return kept;
       });
@@ -147,7 +150,7 @@ function answer(model, plan, x, B, T, target) {
 }
 
 /** For each layer, the last one first, the results of all cells: of each the numbers of top.wgsl. A cell is a pass of T tokens
- *  through the layers from this one on, whose input is `stream(layer)`; tapOf(layer, part, plan) is the tap that changes in the
+ *  through the layers from this one on, whose input is `stream(layer)`; tapOf(layer, part, plan, room) is the tap that changes in the
  *  b-th sequence what the cell part[b] stands for. Yields {layer, found, share} after each batch; found is null until the
  *  layer is done, and share is that of the work done. */
 async function* cellsOf(model, cells, T, target, stream, tapOf) {
@@ -164,7 +167,7 @@ async function* cellsOf(model, cells, T, target, stream, tapOf) {
       const [bytes] = await model.once((plan) => {
         const at = plan.scratch(Uint32Array.of(0, T)), room = model.room(plan, B * T), x = plan.scratch(B * size);
         for (let b = 0; b < B; b++) plan.copy(stream(layer), 0, x, b * size, size);
-        const tap = tapOf(layer, part, plan);
+        const tap = tapOf(layer, part, plan, room);
         return [answer(model, plan, model.forward(plan, { B, T, at, tap, rooms: () => room, start: layer, stream: x }), B, T, target)];
       });
       const numbers = new Float32Array(bytes);
@@ -194,12 +197,13 @@ export async function* ablate(model, ids, target, how = "zero") {
   const MEAN = how === "mean" ? { MEAN: true } : {}, values = new Array(L).fill(null);
   const { plan: kept, states: [states], tops: [top] } = await record(model, [ids], target);
   const whole = logP(new Float32Array(top));
-  const tapOf = (layer, part, plan) => (name, where, x, width) => part.forEach((column, b) => {
+  const tapOf = (layer, part, plan, room) => (name, where, x, width) => part.forEach((column, b) => {
     const head = Number(column.match(/^head (\d+)/)?.[1]), site = column.startsWith("head") ? "heads" : column;
     const [first, last] = site === "heads" ? [head * D, head * D + D] : [0, width];
     const base = site === "block" ? states.resid[layer] : gpu.none;
     const here = site === "block" ? name === "resid" && where === layer + 1 : name === site && where === layer;
     if (!here) return;
+    if (how === "mean" && site !== "block") blank(model, plan, layer, room, x, { B: part.length, T, width, mean: true });  // mod
     plan.add("ablate", { ...MEAN, ...(site === "block" && { BASE: true }) }, [b * T, T, width, first, last], [base, x],
       gpu.threads(last - first));
   });
