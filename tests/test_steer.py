@@ -12,8 +12,9 @@ from conftest import ROOT
 from test_tuned_lens import log_softmax, small
 
 import steer
-from model import generate, load_arrays, no_tap, save_checkpoint
-from tokenizer import byte_tokenizer
+from model import generate, load_arrays, load_checkpoint, no_tap, save_checkpoint
+from patching import ablation
+from tokenizer import Tokenizer, byte_tokenizer
 
 IDS, OTHER = [5, 17, 2, 33, 8, 1], [9, 40, 2]
 run = partial(conftest.run, "steer.py")
@@ -83,6 +84,19 @@ def test_divergence():
                       for tap in (no_tap, steer.steering(direction, 1, 0.5)))
     np.testing.assert_allclose(found, (np.exp(plain) * (plain - changed)).sum(-1), rtol=1e-3, atol=1e-6)
     assert (found > 0.01).all()
+
+
+def test_documented():
+    """The probabilities in docs/inside.md, of the page's own model."""
+    model, meta = load_checkpoint(str(ROOT / "webgpu" / "demo.safetensors"))
+    enc = Tokenizer.from_dict(meta["tokenizer"])
+    model.set_dtype(mx.float32)
+    text = "def __init__(self, name):\n        self.name ="
+    name, value = ([*enc.start, *enc.encode(each).tolist()] for each in (text, text.replace("name", "value")))
+    pasted = steer.pasting(steer.states_of(model, name, 1)[7], 1, 7, 8)
+    found = [mx.softmax(model(mx.array([ids]), tap=tap)[0, -1])[enc.encode(" name").item()].item() for ids, tap in (
+        (name, no_tap), (name, ablation(model, "head", 4, head=2)), (value, no_tap), (value, pasted))]
+    assert [round(p, 2) for p in found] == [0.90, 0.14, 0.01, 0.57]
 
 
 # ---- files, command line ---------------------------------------------------------------------------------------------
