@@ -128,6 +128,26 @@ def test_matmul_whole(turned_x, turned_w):
         assert near(found, x.astype(np.float64) @ weight.T.astype(np.float64))
 
 
+@pytest.mark.parametrize("side, turned_x, turned_w, bits, parts, sizes", [
+    (64, 0, 0, 16, 3, (70, 30, 100)), (64, 1, 1, 32, 2, (64, 64, 64)), (128, 1, 1, 32, 5, (130, 36, 64)),
+    (128, 0, 1, 32, 4, (128, 128, 320))])
+def test_matmul_in_parts(side, turned_x, turned_w, bits, parts, sizes):
+    """The parts of K, of which the last ones may be shorter or empty, sum to the product; one of them has the bias."""
+    M, N, K = sizes
+    x, weight, bias = numbers(M, K), weights_of(bits, (N, K)), numbers(N, seed=2)
+    constants = {"SIDE": side, "PARTS": parts, "TRANSPOSE_X": turned_x, "TRANSPOSE_W": turned_w, "BITS": bits,
+                 "BIAS": 1, "WHOLE": M % side == N % side == K % 16 == 0}
+    arrays = [*dense(weight.T if turned_w else weight, bits), bias, x.T if turned_x else x, zeros(parts, M, N)]
+    found, = run("matmul_tiled", constants, sizes, arrays, (-(-N // side), -(-M // side), parts), [6])
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+    assert near(found.astype(np.float64).sum(0), expected)
+    depth = -(-K // (16 * parts)) * 16  # of a part
+    assert near(found[1], x[:, depth:2 * depth].astype(np.float64) @ weight[:, depth:2 * depth].T)
+    before = numbers(M, N, seed=3)
+    found, = run("sum_parts", {"ACCUMULATE": 1}, (parts, M * N), [found, before], elements(M * N), [2])
+    assert near(found, expected + before)
+
+
 @pytest.mark.parametrize("kernel, turned, bits, group, scale_bits", [
     ("matmul", 0, 2, 64, 32), ("matmul", 1, 3, 32, 16), ("matmul", 0, 4, 128, 16), ("matmul", 1, 5, 64, 16),
     ("matmul", 0, 6, 32, 32), ("matmul", 1, 8, 128, 32), (64, 0, 3, 64, 16), (64, 1, 4, 32, 16), (64, 0, 8, 32, 32),
@@ -267,12 +287,13 @@ def test_activation(kind):
     assert near(d_gate, d_gates[0]) if d_gates else not d_gate.any()
 
 
-def test_column_sum_of_many_rows():
-    """1,000 rows, and one column more than a workgroup computes."""
+@pytest.mark.parametrize("P", [1, 3, 70])
+def test_column_sum_of_many_rows(P):
+    """1,000 rows, and one column more than a workgroup computes; each part has the rows of some workgroups, or none."""
     dy = numbers(1000, 17)
+    parts, = run("column_sum", {}, (1000, 17), [NONE.view(np.float32), dy, zeros(2), zeros(P, 17)], (2, P), [4])
     for before in (zeros(17), 100 * numbers(17, seed=1)):
-        found, = run("column_sum", {"ACCUMULATE": before.any()}, (1000, 17),
-                     [NONE.view(np.float32), dy, zeros(2), before], (2, 1), [4])
+        found, = run("sum_parts", {"ACCUMULATE": before.any()}, (P, 17), [parts, before], 1, [2])
         assert near(found, dy.astype(np.float64).sum(0) + before)
 
 

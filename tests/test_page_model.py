@@ -318,6 +318,27 @@ def test_a_race_without_a_winner(page):
     assert not reasons["subgroups"]["used"] and reasons["subgroups"]["reason"].endswith("within the spread")
 
 
+@pytest.mark.parametrize("more", [{}, {"TRANSPOSE_X": True, "TRANSPOSE_W": True, "ACCUMULATE": True}], ids=len)
+def test_products_in_parts(more, page):
+    """A product with few tiles and many columns is computed in parts, with the bias, or added to what is there."""
+    M, N, K = 64, 68, 2048
+    x, weight, bias, before = (RNG.standard_normal(shape).astype(np.float32) for shape in ((M, K), (N, K), N, (M, N)))
+    arrays = [(x.T if more else x), (weight.T if more else weight), bias, before]
+    kernels, found = js(page, """async (arrays, M, N, K, more) => {
+        const { GPU, Plan } = await import("/gpu.js"), gpu = await GPU.open(), plan = new Plan(gpu);
+        const [x, buffer, bias, y] = arrays.map((numbers) => plan.scratch(Float32Array.from(numbers)));
+        gpu.paths.tiles = [{ least: 0, SIDE: 64 }];
+        gpu.linear(plan, { buffer, bias, rows: N, width: K }, x, y, M, { ...more, N, K });
+        await plan.ready();
+        plan.run();
+        const found = Array.from(new Float32Array(await gpu.read(y)));
+        return [plan.steps.map(({ name, groups }) => [name, groups]), found];
+    }""", [array.reshape(-1).tolist() for array in arrays], M, N, K, more)
+    assert kernels[0] == ["matmul_tiled", [2, 1, 8]] and [name for name, _ in kernels[1:]] == ["sum_parts"]
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64) + (before if more else bias)
+    assert np.abs(np.array(found).reshape(M, N) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def test_gate(page):
     """A kernel that gives other numbers is not used, for the bits with which it does, and the page says so."""
     packed, choices = js(page, """async () => {

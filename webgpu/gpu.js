@@ -18,7 +18,7 @@ const FILES = (
   "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum columns depth_attention " +
   "depth_blank depth_gate depth_leave depth_map divergence dot " +
   "embed embed_backward enter_cache experts_matmul experts_matvec experts_route experts_sort experts_sum head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup norm norm_backward " +
-  "norm_share patch rope rows sample scale softcap steer sum_squares tiles top weights"
+  "norm_share patch rope rows sample scale softcap steer sum_parts sum_squares tiles top weights"
 ).split(" ");
 
 const ASKS = 3, BETWEEN = 100;  // Chromium on some machines has no card, or only the processor, when it is first asked
@@ -36,6 +36,10 @@ async function adapterOf(powerPreference) {
 }
 
 const isSoftware = (adapter) => Boolean(adapter.info.isFallbackAdapter ?? adapter.isFallbackAdapter);
+
+// The K columns of a product of tiles, where they are at least DEEP, are divided into parts of at least PART_OF_DEEP, as long as
+// it has no more than BUSY workgroups: twice as many as a large card runs at a time.
+const BUSY = 500, DEEP = 2048, PART_OF_DEEP = 256;
 
 export class GPU {
   static async open({ prefer = "high-performance" } = {}) {
@@ -186,14 +190,31 @@ export class GPU {
       return;
     }
     for (const name of ["TRANSPOSE_X", "TRANSPOSE_W", "ACCUMULATE"]) if (more[name]) settings[name] = true;
-    const SIDE = this.paths.tiles.findLast(({ least, SIDE }) => M * N >= least && 2 * M >= SIDE)?.SIDE;
-    if (SIDE) {
-      const whole = M % SIDE === 0 && N % SIDE === 0 && K % 16 === 0 && { WHOLE: true };
-      plan.add("matmul_tiled", { SIDE, ...whole, ...settings }, [M, N, K], buffers, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]);
-    } else {
+    const SIDE = this.paths.tiles.findLast(({ least, SIDE }) => M * N * K >= least && 2 * M >= SIDE)?.SIDE;
+    if (SIDE) this.tiles(plan, SIDE, settings, [M, N, K], buffers);
+    else {
       const whole = (M % 4 === 0 || !more.TRANSPOSE_X) && N % 4 === 0 && K % 4 === 0 && { WHOLE: true };
       plan.add("matmul", { ...whole, ...settings }, [M, N, K], buffers, [Math.ceil(N / 32), Math.ceil(M / 32)]);
     }
+  }
+
+  // The steps of linear() by tiles of SIDE x SIDE numbers, whose K columns are divided into parts.
+  tiles(plan, SIDE, { ACCUMULATE = false, ...more }, [M, N, K], buffers) {
+    const groups = [Math.ceil(N / SIDE), Math.ceil(M / SIDE)], y = buffers.at(-1);
+    const settings = { SIDE, ...(M % SIDE === 0 && N % SIDE === 0 && K % 16 === 0 && { WHOLE: true }), ...more };
+    const PARTS = K < DEEP ? 1 : Math.max(1, Math.floor(Math.min(BUSY / (groups[0] * groups[1]), K / PART_OF_DEEP)));
+    if (PARTS === 1) {
+      plan.add("matmul_tiled", { ...settings, ...(ACCUMULATE && { ACCUMULATE }) }, [M, N, K], buffers, groups);
+    } else {
+      const parts = plan.spare("parts", 4 * PARTS * M * N);
+      plan.add("matmul_tiled", { ...settings, PARTS }, [M, N, K], [...buffers.slice(0, -1), parts], [...groups, PARTS]);
+      this.sumParts(plan, parts, PARTS, y, M * N, ACCUMULATE);
+    }
+  }
+
+  // y (n,) = the sum of its parts (P, n), which is added to y with ACCUMULATE.
+  sumParts(plan, parts, P, y, n, ACCUMULATE) {
+    plan.add("sum_parts", ACCUMULATE ? { ACCUMULATE } : {}, [P, n], [parts, y], this.threads(n));
   }
 
   // ---- variant laser: a matrix of low rank that is stored as two factors (laser.py --factored=True) ----
@@ -360,9 +381,9 @@ function choicesAtStart(gpu) {
   ];
 }
 
-// The shapes (M, N) of y = x W^T in which tiles are raced, by the numbers of y: small products need small tiles, to employ
-// all of a large card. A shape's winner is taken for all products from its number on.
-const SHAPES = [[64, 1024], [256, 1024], [1024, 1024], [2048, 2048], [4096, 2048]], DEPTH = 1024;
+// The shapes (M, N, K) of y = x W^T in which tiles are raced, by M N K: small products need small tiles, to employ all of a
+// large card. A shape's winner is taken for all products from its M N K on.
+const SHAPES = [[64, 1024, 1024], [256, 1024, 1024], [1024, 1024, 1024], [768, 768, 4096], [2048, 2048, 1024]];
 const ENOUGH = 25;  // milliseconds of eight products: larger shapes are not raced on a card that is so slow
 
 // Measures the faster kernels against the plain ones, and sets gpu.paths by the result. onStep(gpu.choices) is called after
@@ -376,14 +397,13 @@ export async function chooseKernels(gpu, onStep = () => {}) {
     told("tiles in shared memory", false, "left out: it is slow on a processor");
   } else {
     const verdicts = [];
-    for (const [M, N] of SHAPES) {
-      const others = [64, 128].filter((SIDE) => M >= SIDE).map((SIDE) =>
-        ["matmul_tiled", { SIDE, WHOLE: true }, [Math.ceil(N / SIDE), Math.ceil(M / SIDE)]]);
-      const found = await compare(gpu, "matmul", { M, N, K: DEPTH }, others);
+    for (const [M, N, K] of SHAPES) {
+      const others = [64, 128].filter((SIDE) => M >= SIDE).map((SIDE) => ["matmul_tiled", { SIDE }]);
+      const found = await compare(gpu, "matmul", { M, N, K }, others);
       const best = found.filter(isBetter).sort((a, b) => b.speedup - a.speedup)[0];
-      gpu.paths.tiles.push({ least: M * N, SIDE: best?.settings.SIDE ?? 0 });
+      gpu.paths.tiles.push({ least: M * N * K, SIDE: best?.settings.SIDE ?? 0 });
       const took = Math.max(...found.map(({ took }) => took));
-      verdicts.push(`${M} x ${N}: ` + (best ? `${best.settings.SIDE} x ${best.settings.SIDE}, ${verdict(best)}` : found.map(verdict).join("; ")));
+      verdicts.push(`${M} x ${N} x ${K}: ` + (best ? `${best.settings.SIDE} x ${best.settings.SIDE}, ${verdict(best)}` : found.map(verdict).join("; ")));
       if (took > ENOUGH) break;
     }
     told("tiles in shared memory", gpu.paths.tiles.some(({ SIDE }) => SIDE), verdicts.join("; "));
@@ -432,7 +452,11 @@ async function compare(gpu, name, { M, N, K, BITS = 32 }, others) {
   const runners = [];
   for (const [kernel, settings, own_groups] of [[name, {}, groups], ...others]) {
     const result = make(4 * M * N), plan = new Plan(gpu);
-    for (let i = 0; i < 8; i++) plan.add(kernel, { ...base, ...settings }, uniforms, [W, affine, affine, gpu.none, x, result], own_groups);
+    const buffers = [W, affine, affine, gpu.none, x, result];
+    for (let i = 0; i < 8; i++) {
+      if (kernel === "matmul_tiled") gpu.tiles(plan, settings.SIDE, base, uniforms, buffers);
+      else plan.add(kernel, { ...base, ...settings }, uniforms, buffers, own_groups);
+    }
     await plan.ready();
     runners.push({ settings, plan, times: [], result });
   }

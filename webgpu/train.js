@@ -15,6 +15,7 @@ import { Tokenizer } from "./tokenizer.js";
 const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
   beta1: 0.9, beta2: 0.95, seed: 1337 };
 const UNTRAINED = ["attn_softcap", "n_expert", "mod"];  // settings whose backward pass the page does not have
+const LINES = 1024;  // workgroups of a long sum: enough for a large card
 const LOGITS = 2 ** 25;  // that are in memory at a time: as many as a buffer may have on every device
 
 /** The tokens of a window where the open model is trained further, whose context may be longer than a text fills. */
@@ -94,7 +95,7 @@ export class Trainer {
     }
     this.made = [];
     const own = (content) => (this.made.push(this.gpu.buffer(content)), this.made.at(-1));
-    Object.assign(this, { values: own(values), gradients: own(4 * at), moments: own(moments), parts: own(1024), now: own(16), squares: own(16) });
+    Object.assign(this, { values: own(values), gradients: own(4 * at), moments: own(moments), parts: own(4 * LINES), now: own(16), squares: own(16) });
     const inside = (name, buffer) => {
       const { at: place, size } = this.places.get(name);
       return { buffer, offset: 4 * place, size: 4 * Math.ceil(size / 64) * 64 };
@@ -145,8 +146,8 @@ export class Trainer {
     const x = forward(plan);
     addLoss(plan, x, true);
     this.backward(plan, { B, T, R, at, rooms, embedded, x, d, d_h });
-    plan.add("sum_squares", {}, [this.n], [this.gradients, this.parts], [256]);
-    plan.add("column_sum", {}, [256, 1], [gpu.none, this.parts, gpu.none, this.squares], [1]);
+    plan.add("sum_squares", {}, [this.n], [this.gradients, this.parts], [LINES]);
+    plan.add("column_sum", {}, [LINES, 1], [gpu.none, this.parts, gpu.none, this.squares], [1]);
     plan.add("adamw", {}, [this.n, this.decayed ?? this.n, settings.grad_clip, settings.weight_decay, settings.beta1, settings.beta2],
       [this.now, this.squares, this.gradients, this.moments, this.values], gpu.threads(this.n));
     await plan.ready();
@@ -161,12 +162,21 @@ export class Trainer {
     const { shape: [rows, width] } = this.places.get(name), bias = this.gradient(name.replace("weight", "bias"));
     this.gpu.linear(plan, { buffer: x, rows, width }, dy, this.gradient(name), rows,
       { TRANSPOSE_X: true, TRANSPOSE_W: true, ACCUMULATE: more, N: width, K: R });
-    if (bias) plan.add("column_sum", more ? { ACCUMULATE: true } : {}, [R, rows], [this.gpu.none, dy, this.gpu.none, bias], [Math.ceil(rows / 16)]);
+    if (bias) this.columnSum(plan, dy, bias, R, rows, { more });
   }
 
   /** dx = dy W, or with `more` dx += dy W. */
   inputGradient(plan, weight, dy, dx, R, more = false) {
     this.gpu.linear(plan, weight, dy, dx, R, { TRANSPOSE_W: true, ACCUMULATE: more, N: weight.width, K: weight.rows });
+  }
+
+  /** The sums (C,) over the rows of dy (R, C); with `more` they are added to what is there. x, statistics: see
+   *  column_sum.wgsl. */
+  columnSum(plan, dy, sums, R, C, { x = null, statistics = null, more = false } = {}) {
+    const { gpu } = this, columns = Math.ceil(C / 16), lines = Math.min(Math.ceil(LINES / columns), Math.ceil(R / 64));
+    const parts = plan.spare("column sums", 4 * lines * C);
+    plan.add("column_sum", x ? { NORM: true } : {}, [R, C], [x ?? gpu.none, dy, statistics ?? gpu.none, parts], [columns, lines]);
+    gpu.sumParts(plan, parts, lines, sums, C, more);
   }
 
   /** The gradient dx of a norm's input, which with `more` is added to dx, and those of its weight and bias. */
@@ -175,9 +185,8 @@ export class Trainer {
     const statistics = this.statistics[R] ??= plan.scratch(8 * R), bias = this.gradient(`${path}.bias`);
     plan.add("norm_backward", { ...(LAYER && { LAYER }), ...(more && { ADD: true }) }, [R, C, this.config.norm_eps],
       [this.model.weights.get(path).buffer, x, dy, dx, statistics], gpu.groups(R));
-    const groups = [Math.ceil(C / 16)];
-    plan.add("column_sum", { NORM: true }, [R, C], [x, dy, statistics, this.gradient(`${path}.weight`)], groups);
-    if (bias) plan.add("column_sum", {}, [R, C], [gpu.none, dy, gpu.none, bias], groups);
+    this.columnSum(plan, dy, this.gradient(`${path}.weight`), R, C, { x, statistics });
+    if (bias) this.columnSum(plan, dy, bias, R, C);
   }
 
   /** Add the steps of the backward pass, from d_h, the gradient of the last norm's output. x: the stream after the last

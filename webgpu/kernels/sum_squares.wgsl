@@ -1,4 +1,4 @@
-// The sum of squares of g (n,), in 256 parts, one for each workgroup.
+// The sum of squares of g (n,), in parts, one for each workgroup.
 
 override SIZE: u32 = 256;  // threads
 
@@ -10,9 +10,10 @@ struct Params { n: u32 }
 var<workgroup> sums: array<f32, SIZE>;
 
 @compute @workgroup_size(SIZE)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+        @builtin(local_invocation_index) thread: u32) {
   var sum = 0.0;
-  for (var i = group.x * SIZE + thread; i < p.n; i += 256 * SIZE) { sum += g[i] * g[i]; }
+  for (var i = group.x * SIZE + thread; i < p.n; i += groups.x * SIZE) { sum += g[i] * g[i]; }
   sums[thread] = sum;
   workgroupBarrier();
   if (thread == 0) {
