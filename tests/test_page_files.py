@@ -395,8 +395,9 @@ def test_special_tokens_of_hf(page, name, flags):
     """In a chat template, names of special tokens are these tokens, which may take the blanks around them."""
     source = json.loads(source_of(name))
     for token in source["added_tokens"]:
-        token.update(flags if token["special"] else {})
+        token.update(flags if token["special"] or token["content"] == "<think>" else {})
     enc = of_source(json.dumps(source))
+    assert_encodes_alike(page, enc, [f"a{a}<think>{a}b{a}<think>" for a in ("", " ", " \n\t ")])
     names = [*enc.special, *enc.added]
     texts = [f"{a}user\n Hi{b} \n\t {c}a {a}" for a in names for b in names for c in names] + NAMED + TEXTS
     assert_encodes_alike(page, enc, texts, special=True)
@@ -410,7 +411,7 @@ def test_special_tokens_of_hf(page, name, flags):
     (dict(pre_tokenizer=LLAMA3 | {"behavior": "MergedWithNext"}), "MergedWithNext"),
     (dict(model={"type": "Unigram", "vocab": []}), "the model Unigram"),
     (dict(model={"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "</w>"}), "end_of_word_suffix"),
-    (dict(added_tokens=[{"id": 3, "content": "<x>", "special": False, "rstrip": True}]), "<x>"),
+    (dict(added_tokens=[{"id": 3, "content": "<x>", "special": False, "single_word": True}]), "<x>"),
 ], ids=str)
 def test_hf_refuses_other_steps_by_name(page, change, says):
     whole = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "model": {"vocab": {"a": 0}, "merges": []}}

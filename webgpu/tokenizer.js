@@ -307,8 +307,8 @@ function sourceEncoder(source) {
   const normalize = normalizer(file.normalizer), split = preTokenizer(file.pre_tokenizer), encodePart = mergesOf(file.model ?? {});
   const all = file.added_tokens ?? [], named = (tokens, nameOf = (name) => name) => Object.fromEntries(
     tokens.map(({ content, id }) => [nameOf(content), id]));
-  const odd = all.find((token) => !token.special && (token.single_word || token.lstrip || token.rstrip));
-  if (odd) throw refuse(`the token ${odd.content} that takes blanks with it`);
+  const odd = all.find((token) => token.single_word);
+  if (odd) throw refuse(`the token ${odd.content} that is found as a whole word only`);
   // As the tokenizers package does: names are found in the text, and others in what the normalizer has made of the rest.
   const found = (list, normalized) => list.filter((token) => Boolean(token.normalized) === normalized);
   const blanks = Object.fromEntries(all.map((token) => [token.content, token]));
