@@ -164,6 +164,23 @@ def test_inside(name, opened, checkpoint):
         np.testing.assert_allclose(found, effects, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["mod", "mod-every"])
+def test_habits_of_heads_that_skip_tokens(name, opened, checkpoint):
+    """As attention_maps.py counts them: among the tokens that the layer works on."""
+    path, model = checkpoint(name)
+    ids = [*IDS[:9]] * 3
+    told = in_page(opened, path, """
+        const { attention } = await import("/inside.js"), { habits, rowsOf } = await import("/habits.js");
+        return (await attention(model, ids)).map((map, layer) =>
+          Object.values(habits(map, ids.length, rowsOf(ids, model.windowOf(layer), map))));""", ids, parameters="ids")
+    states = attention_maps.record(model, mx.array(ids))
+    for layer, named in enumerate(attention_maps.attention_maps(model, mx.array(ids), states)):
+        visible = attention_maps.visible_keys(model, states, layer)
+        expected = [*attention_maps.habits(named["map"][0], ids, visible).values()]
+        numbers = [[each["share"], each["chance"], each["rows"]] for each in told[layer]]
+        np.testing.assert_allclose(np.array(numbers, np.float64), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("script", ["laser.py", "gptq_reader.py"])
 def test_files_of_our_scripts(script, opened, server, tmp_path):
     """A matrix that laser.py stores as two factors, and GPTQ's act-order as its reader stores it."""

@@ -10,14 +10,17 @@ export const HABITS = {
 
 /** For each habit the rows of a T x T map where it is possible: [{i, keys, chance}]. keys: those that row i can see and that
  *  belong to the habit; chance: what they would get of even weights. window: how many keys a row sees at most; 0: all that
- *  came before. */
-export function rowsOf(ids, window = 0) {
+ *  came before. weights (T, T): of a head of the layer; a token whose own weight is 0 was skipped by Mixture of Depths, and no
+ *  row sees it. */
+export function rowsOf(ids, window = 0, weights = null) {
+  const works = (i) => !weights || weights[i * ids.length + i] > 0;
   const found = Object.fromEntries(Object.keys(HABITS).map((name) => [name, []]));
   for (let i = 1; i < ids.length; i++) {
-    const first = window ? Math.max(0, i - window + 1) : 0, visible = i - first + 1;
-    if (visible < 2) continue;  // a row with one key says nothing about the head
-    const earlier = Array.from({ length: i - first }, (_, k) => first + k).filter((k) => k > 0);
-    const keys = { start: first ? [] : [0], itself: [i], previous: i > 1 ? [i - 1] : [],  // not key 0, the start
+    const first = window ? Math.max(0, i - window + 1) : 0;
+    const seen = Array.from({ length: i - first + 1 }, (_, k) => first + k).filter(works), visible = seen.length;
+    if (visible < 2 || !works(i)) continue;  // a row with one key says nothing about the head
+    const earlier = seen.filter((k) => k > 0 && k < i);
+    const keys = { start: seen.filter((k) => k === 0), itself: [i], previous: earlier.filter((k) => k === i - 1),  // not key 0, the start
       induction: earlier.filter((k) => ids[k - 1] === ids[i]), "same token": earlier.filter((k) => ids[k] === ids[i]) };
     for (const [name, those] of Object.entries(keys)) {
       if (those.length) found[name].push({ i, keys: those, chance: those.length / visible });
