@@ -6,7 +6,10 @@ import { UserError } from "./errors.js";
 import { attention, lens } from "./inside.js";
 
 // With these settings what a layer adds is not the sum of what its heads and its MLP add.
-const REFUSED = ["mod", "yoco", "diff_attn"];
+const REFUSED = [
+  "mod",  // mod
+  "yoco", "diff_attn",
+];
 
 /** Everything that the panel shows of ids (T,), at each position t. Heads and layers count from 0.
  *

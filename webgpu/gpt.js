@@ -113,7 +113,7 @@ function slopesOf({ n_head: H, alibi }) {
 }
 
 /** The shapes of a config's parameters: a Map from names to [rows, width] of matrices, [width] of vectors, and
- *  [n_expert, rows, width] of experts. */
+ *  [E, rows, width] of E matrices that lie together. */
 export function parametersOf(config) {
   const { vocab_size: V, n_embd: C, ffn_dim: F, head_dim: D } = config, found = new Map();
   const linear = (path, rows, width, bias) => {
@@ -410,10 +410,10 @@ export class GPT {
   }
 
   mlp(plan, layer, room, h, R, tap) {
-    const { n_expert, ffn_dim } = this.config, path = `blocks.${layer}.mlp`, y = room.mlp_y ?? room.mlp;
-    if (n_expert) experts(this, plan, layer, room, h, y, R, tap);  // moe
-    if (!n_expert)  // moe
-      this.neurons(plan, path, ffn_dim, room, h, y, R);
+    const y = room.mlp_y ?? room.mlp;
+    if (this.config.n_expert) experts(this, plan, layer, room, h, y, R, tap);  // moe
+    else  // moe
+    this.neurons(plan, `blocks.${layer}.mlp`, this.config.ffn_dim, room, h, y, R);
     this.leaving(plan, layer, "mlp", room, R);
   }
 
@@ -653,11 +653,11 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
     const { dtype, bytes } = await get(name, shape, ["F32", "F16", "BF16"]);
     return finite(name, toFloat32(bytes, dtype));
   };
-  const columns = async (name, shape) => {  // see ordered() in gpu.js  // order
-    const found = new Uint32Array((await get(name, shape, ["I32"])).bytes);  // order
-    if (found.some((column) => column >= shape.at(-1))) throw wrong(name, "names columns that are not there");  // order
-    return found;  // order
-  };  // order
+  const columns = async (name, shape) => {  // see ordered() in gpu.js  // actorder
+    const found = new Uint32Array((await get(name, shape, ["I32"])).bytes);  // actorder
+    if (found.some((column) => column >= shape.at(-1))) throw wrong(name, "names columns that are not there");  // actorder
+    return found;  // actorder
+  };  // actorder
   for (const [name, shape] of expected) {
     const path = name.replace(/\.(weight|bias)$/, "");
     if (name.endsWith(".bias") || shape.length === 1 || path === "pos_embed") {
@@ -683,7 +683,7 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
     }
     weights.set(path, { buffer: keep(bytes), rows, width, bits, group, scaleBits: scales.dtype === "F16" ? 16 : 32,
       scales: affine[0], biases: affine[1] });
-    if (tensors.has(`${path}.order`)) weights.get(path).order = keep(await columns(`${path}.order`, [...lead.slice(0, -1), width]));  // order
+    if (tensors.has(`${path}.order`)) weights.get(path).order = keep(await columns(`${path}.order`, [...lead.slice(0, -1), width]));  // actorder
   }
   joinFactors(weights);  // laser
   const more = [...tensors.keys()].find((name) => !used.has(name));
@@ -724,7 +724,7 @@ function join(gpu, weights, made, path, paths) {
   const all = paths.map((each) => weights.get(each)), [first] = all;
   if (all.some((each) => !each)) return;
   if (all.some((each) => each.u)) return;  // laser
-  if (all.some((each) => each.order)) return;  // order
+  if (all.some((each) => each.order)) return;  // actorder
   const kinds = ["buffer", "scales", "biases", "bias"].filter((kind) => first[kind]);
   const alike = all.every((each) => ["width", "bits", "group", "scaleBits"].every((name) => each[name] === first[name]) &&
     Boolean(each.bias) === Boolean(first.bias) && kinds.every((kind) => made.includes(each[kind]) && each[kind].size % 256 === 0));

@@ -13,13 +13,15 @@ const NO_WEBGPU = "This browser has no WebGPU. Chrome and Edge 113 and later hav
   "Windows and macOS; on Linux, Chrome may need chrome://flags/#enable-unsafe-webgpu.";
 
 // All files of kernels/.
-const FILES = (
-  "ablate activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled " +
-  "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum columns depth_attention " +
-  "depth_blank depth_gate depth_leave depth_map divergence dot " +
-  "embed embed_backward enter_cache experts_matmul experts_matvec experts_route experts_sort experts_sum head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup norm norm_backward " +
-  "norm_share patch rope rows sample scale softcap steer sum_parts sum_squares tiles top weights"
-).split(" ");
+const FILES = [
+  "ablate activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled",
+  "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum divergence",
+  "dot embed embed_backward enter_cache head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup",
+  "norm norm_backward norm_share patch rope rows sample scale softcap steer sum_parts sum_squares tiles top weights",
+  "columns",  // actorder
+  "experts_matmul experts_matvec experts_route experts_sort experts_sum",  // moe
+  "depth_attention depth_blank depth_gate depth_leave depth_map",  // mod
+].join(" ").split(" ");
 
 const ASKS = 3, BETWEEN = 100;  // Chromium on some machines has no card, or only the processor, when it is first asked
 
@@ -172,7 +174,7 @@ export class GPU {
   // products.
   linear(plan, weight, x, y, M, more = {}) {
     if (weight.u) return this.factors(plan, weight, x, y, M);  // laser
-    if (weight.order) x = this.ordered(plan, weight, x, M);  // order
+    if (weight.order) x = this.ordered(plan, weight, x, M);  // actorder
     const [N, K] = [more.N ?? weight.rows, more.K ?? weight.width];
     const bias = weight.bias && !more.TRANSPOSE_W ? { BIAS: true } : {};
     const { bits = 32, group = 64, scaleBits = 16 } = weight;
@@ -229,7 +231,7 @@ export class GPU {
 
   // ---- end of laser ----
 
-  // ---- variant order: a packed matrix whose columns stand in the order of GPTQ's groups (gptq_reader.py, act-order) ----
+  // ---- variant actorder: a packed matrix whose columns stand in the order of GPTQ's groups (gptq_reader.py, act-order) ----
   //
   //   y = x[order] W^T,   order (K,): column j of W is for x[order[j]]
 
@@ -239,7 +241,7 @@ export class GPU {
     return found;
   }
 
-  // ---- end of order ----
+  // ---- end of actorder ----
 }
 
 export const megabytes = (n) => n < 1e6 ? `${(n / 1e3).toFixed(0)} KB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`;

@@ -30,11 +30,12 @@ function layers({ n_layer, n_head, n_kv_head, n_embd }) {
   return `${n_layer}, each with ${n_head} head${n_head > 1 ? "s" : ""}${groups}, width ${n_embd}`;
 }
 
-function design({ alibi, pos, norm, norm_place, parallel, mlp, n_expert, expert_top_k, mod, mod_every, qk_norm, softcap, tie }) {
-  const experts = n_expert > 0 && `${n_expert} experts, of which a token uses ${expert_top_k}`;
-  const depths = mod !== "none" && `Mixture of Depths (${mod}) in ${mod_every > 1 ? `one layer of ${mod_every}` : "every layer"}`;
-  const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm] + PLACES[norm_place], MLPS[mlp], experts,
-    depths, parallel && "parallel", qk_norm && "QK-norm", softcap > 0 && `softcap ${softcap}`, tie && "tied"];
+function design(config) {
+  const { alibi, pos, norm, norm_place, parallel, mlp, qk_norm, softcap, tie } = config;
+  const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm] + PLACES[norm_place], MLPS[mlp],
+    config.n_expert > 0 && `${config.n_expert} experts, of which a token uses ${config.expert_top_k}`,  // moe
+    config.mod !== "none" && `Mixture of Depths (${config.mod}) in ${config.mod_every > 1 ? `one layer of ${config.mod_every}` : "every layer"}`,  // mod
+    parallel && "parallel", qk_norm && "QK-norm", softcap > 0 && `softcap ${softcap}`, tie && "tied"];
   return all.filter(Boolean).join(", ");
 }
 

@@ -14,7 +14,11 @@ import { Tokenizer } from "./tokenizer.js";
 
 const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
   beta1: 0.9, beta2: 0.95, seed: 1337 };
-const UNTRAINED = ["attn_softcap", "n_expert", "mod"];  // settings whose backward pass the page does not have
+const UNTRAINED = [  // settings whose backward pass the page does not have
+  "attn_softcap",
+  "n_expert",  // moe
+  "mod",  // mod
+];
 const LINES = 1024;  // workgroups of a long sum: enough for a large card
 const LOGITS = 2 ** 25;  // that are in memory at a time: as many as a buffer may have on every device
 
@@ -401,8 +405,8 @@ async function readDense(blob, places, values) {
       return toFloat32(await readTensor(blob, found), found.dtype);
     }));
     let place = (i) => at + i;
-    const order = tensors.get(`${path}.order`), columns = order && new Int32Array(await readTensor(blob, order));  // order
-    if (order) place = (i) => at + i - i % width + columns[i % width];  // order
+    const order = tensors.get(`${path}.order`), columns = order && new Int32Array(await readTensor(blob, order));  // actorder
+    if (order) place = (i) => at + i - i % width + columns[i % width];  // actorder
     for (let i = 0; i < rows * width; i++) {
       const bit = i * bits, word = Math.floor(bit / 32), shift = bit % 32, of = Math.floor(i / group);
       const high = shift + bits > 32 ? words[word + 1] << (32 - shift) : 0;

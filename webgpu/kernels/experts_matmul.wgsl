@@ -1,7 +1,7 @@
 // (+ weights.wgsl)
 // y[r] = W_e x + bias_e for rows r in blocks of 32, each of one expert e: W (E, N, K), bias (E, N), y (blocks 32, N). sorted: see
 // experts_sort.wgsl. x (.., K) has a row for each `share` pairs, of which row r's is used; share = 0: a row for each r. ORDER:
-// column j of W_e is for column order[e, j] of x (see columns.wgsl). Rows without a pair may hold any numbers.
+// column j of W_e is for column order[e, j] of x (GPTQ's act-order). Rows without a pair may hold any numbers.
 //
 // A workgroup computes 32 columns of a block; a thread 4 x 4 numbers, from 4 rows of x and 4 of W_e, four columns at a time.
 

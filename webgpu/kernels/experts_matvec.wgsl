@@ -1,6 +1,6 @@
 // (+ weights.wgsl)
 // y[i] = W_e x[i / share] + bias_e for each pair i of a token and its expert e = chosen[i]: W (E, N, K), bias (E, N), y (P, N).
-// share pairs use a row of x (.., K). ORDER: column j of W_e is for column order[e, j] of x (see columns.wgsl).
+// share pairs use a row of x (.., K). ORDER: column j of W_e is for column order[e, j] of x (GPTQ's act-order).
 //
 // A workgroup computes 4 numbers of y, as in matvec.wgsl: 16 threads share a row of W_e, take four columns at a time, and add
 // their sums. The second number of the workgroup is the pair.

@@ -1,0 +1,132 @@
+"""Each variant of the page can be deleted and the rest stands, as in model.py; and those that lie in attention give
+model.py's numbers: sinks, differential attention, YOCO, value residuals, value embeddings."""
+import re
+from functools import cache
+
+import blas  # noqa: F401  (before mlx)
+import browser
+import pytest
+from browser import js
+from conftest import ROOT
+from test_page_model import IDS, save, small
+
+# ---- deletion --------------------------------------------------------------------------------------------------------
+
+FOLDER = ROOT / "webgpu"
+SOURCES = {str(path.relative_to(FOLDER)): path.read_text()
+           for pattern in ("*.js", "kernels/*.wgsl") for path in sorted(FOLDER.glob(pattern))}
+VARIANTS = sorted(set(re.findall(r"^ *// ---- variant (\w+): ", "".join(SOURCES.values()), re.M)))
+PLAIN = {"default": {}, "llama": dict(mlp="swiglu", n_kv_head=1, qk_norm=False, sliding_window=9, tie=False)}
+
+
+def without(*variants: str) -> dict[str, str]:
+    """The files without these variants' sections, their tagged lines and the kernels that gpu.js then does not list."""
+    found = {}
+    for name, text in SOURCES.items():
+        kept, inside = [], None
+        for line in text.splitlines(keepends=True):
+            begins, ends = (re.match(rf" *// ---- {word} (\w+)\b", line) for word in ("variant", "end of"))
+            if begins:
+                assert not inside, f"{name}: {inside} does not close"
+                inside = begins[1]
+            if inside not in variants and not re.search(rf"\S  // ({'|'.join(variants)})$", line):
+                kept.append(line)
+            if ends:
+                assert ends[1] == inside, f"{name}: {ends[1]} ends, but did not begin"
+                inside = None
+        assert not inside, f"{name}: {inside} does not close"
+        found[name] = "".join(kept)
+    listed = re.findall(r"\w+", found["gpu.js"].partition("const FILES = [")[2].partition("]")[0])
+    return {name: text for name, text in found.items()
+            if text.strip() and (not name.startswith("kernels/") or name[8:-5] in listed)}
+
+
+@cache
+def words(variant: str) -> set[str]:
+    """What must go with a variant: its name, its settings, the names of its files, and what its lines alone define."""
+    kept = without(variant)
+    lines = "\n".join(kept.values())
+    own = "\n".join(line for name, text in SOURCES.items() for line in text.splitlines()
+                    if line not in kept.get(name, "").splitlines())
+    settings = re.findall(r"(\w+): \[[^\[]*, (?:whole|flag|among|number|factor)\b", own)
+    files = [name.rpartition("/")[2] for name in SOURCES if name not in kept]
+    defined = re.findall(r"(?:function|class|const) (\w+)|^  (?:async )?(\w+)\(.*\) \{$", own, re.M)
+    alone = {word for pair in defined for word in pair if word and not re.search(rf"\b{word}\b", lines)}
+    return {variant, *settings, *files, *(f'"{name[:-5]}"' for name in files), *alone}
+
+
+def assert_words_gone(files: dict[str, str], variant: str):
+    for name, text in files.items():
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.startswith("const PARTS = "):  # it names settings that stand in every checkpoint
+                continue
+            if found := words(variant) & {*re.findall(r'\w+\.\w+|"\w+"', line), *re.findall(r"\w+", line)}:
+                raise AssertionError(f"{name}, line {number} without {variant}: {line.strip()}\n{min(found)} belongs "
+                                     f"to {variant}, but this line stays: end it with the tag '// {variant}'")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_word_is_left(variant):
+    assert_words_gone(without(variant), variant)
+
+
+PLAIN_RUN = """async (name, ids, all) => {
+    const { GPU } = await import("/gpu.js"), { GPT } = await import("/gpt.js"), { Trainer } = await import("/train.js");
+    const { ablate, attention, lens, swap } = await import("/inside.js"), { flow } = await import("/flow.js");
+    await Promise.all(["steer", "habits", "bench"].map((module) => import(`/${module}.js`)));
+    globalThis.gpu ??= await GPU.open();
+    const file = new File([await (await fetch(`/checkpoints/${name}`)).blob()], name);
+    const model = await GPT.load(gpu, file), text = [];
+    const last = async (steps) => { let found; for await (found of steps); return found; };
+    for await (const { token } of model.generate(ids, { max_new_tokens: 9, temperature: 0 })) text.push(token);
+    const found = { text, logits: Array.from(await model.logits(ids)), errors: gpu.errors };
+    found.plans = [...model.writer().plans].map(([key, { plan }]) => [key, plan.steps.map(({ name }) => name)]);
+    if (!all) return found;
+    const short = ids.slice(0, 7), other = [9, ...ids.slice(1, 7)];
+    found.maps = (await attention(model, short)).map((map) => Array.from(map));
+    found.panels = [await lens(model, short), (await flow(model, short)).logit,
+        (await last(ablate(model, short, 5))).values, (await last(swap(model, short, other, 5))).values];
+    const trainer = await Trainer.create(gpu, { model, ids: [...ids, ...ids, ...ids, ...ids], batch_size: 1 });
+    found.trained = await trainer.step([3]);
+    trainer.destroy();
+    return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def plain(chromium, server):
+    """What a page gives of plain models: with all files, or with those that without() leaves."""
+    names = [save(server, f"plain-{name}.safetensors", small(**settings)) for name, settings in PLAIN.items()]
+
+    def numbers(*variants):
+        with browser.page(chromium, server) as page:
+            if variants:
+                files = without(*variants)
+
+                def answer(route):
+                    name = route.request.url.removeprefix(f"{server.url}/").split("?")[0]
+                    kind = "text/javascript" if name.endswith(".js") else "text/plain"
+                    if name not in SOURCES:
+                        return route.continue_()
+                    return route.fulfill(body=files[name], content_type=kind) if name in files else route.abort()
+
+                page.route("**/*", answer)
+            few = len(variants) == 1
+            return [js(page, PLAIN_RUN, name, IDS, not few) for name in (names[:1] if few else names)]
+
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def whole(plain):
+    return plain()
+
+
+@pytest.mark.parametrize("variants", [[variant] for variant in VARIANTS] + [VARIANTS], ids=" ".join)
+def test_deletion(variants, plain, whole):
+    """Plain models give the same dispatches, and numbers that are equal to the last bit."""
+    made = plain(*variants)
+    for found, expected in zip(made, whole[:len(made)], strict=True):
+        assert found["errors"] == []
+        for part in found:
+            assert found[part] == expected[part], part
