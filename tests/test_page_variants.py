@@ -52,7 +52,7 @@ def words(variant: str) -> set[str]:
     files = [name.rpartition("/")[2] for name in SOURCES if name not in kept]
     defined = re.findall(r"(?:function|class|const) (\w+)|^  (?:async )?(\w+)\(.*\) \{$", own, re.M)
     alone = {word for pair in defined for word in pair if word and not re.search(rf"\b{word}\b", lines)}
-    return {variant, *settings, *files, *(f'"{name[:-5]}"' for name in files), *alone}
+    return {variant, *settings, *files, *(f'"{name[:-5]}"' for name in files if name.endswith(".wgsl")), *alone}
 
 
 def assert_words_gone(files: dict[str, str], variant: str):

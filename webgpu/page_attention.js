@@ -16,7 +16,8 @@ export async function runAttention(model, ids, { signal }) {
   const { enc } = model, { n_layer: L, n_head: H } = model.config, T = ids.length;
   const layers = await queueWith(model, () => attention(model, ids, signal), signal);
   const heads = Array.from({ length: L }, (_, l) => {
-    const rows = rowsOf(ids, model.windowOf(l), model.config.mod === "topk" ? layers[l] : null);
+    let rows = rowsOf(ids, model.windowOf(l));
+    if (model.config.mod === "topk") rows = rowsOf(ids, model.windowOf(l), layers[l]);  // mod
     return Array.from({ length: H }, (_, h) => {
       const weights = layers[l].subarray(h * T * T, (h + 1) * T * T);
       return { l, h, weights, habits: habits(weights, T, rows) };
