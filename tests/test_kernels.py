@@ -219,7 +219,7 @@ def test_embed(bits, group, scale_bits):
         if not learned and bits == 3:  # a few cases are enough
             continue
         arrays = [*matrix, np.array([5], np.uint32), tokens, positions, zeros(6, width)]
-        found, = run("embed", constants | {"LEARNED": learned}, (6, T, width, 1.5), arrays,
+        found, = run("embed", constants | {"LEARNED": learned}, (6, T, width, 1.5, 0, V), arrays,
                      elements(6 * -(-width // 4)), [7])
         expected = 1.5 * table[tokens] + (np.tile(positions[5:8], (2, 1)) if learned else 0)
         assert near(found, expected, 3e-7)
@@ -833,6 +833,26 @@ def test_norm_share(layer):
         assert near(found.sum(1), normed, 2e-5)
         arrays[2] = 2 * x
         assert near(run("norm_share", {"LAYER": layer}, (3 * R, C, 3, 0.003), arrays, 3 * R, [4])[0], 2 * found, 1e-6)
+
+
+def test_embed_by_slices():
+    """Each slice of the matrix writes the rows of its own tokens, and no others."""
+    table, tokens, y = numbers(11, 8), np.array([10, 0, 3, 4, 9, 5], np.uint32), zeros(6, 8) - 1
+    for first, rows in ((4, 5), (9, 2), (0, 4)):
+        before = y
+        arrays = [table[first:first + rows], NONE, NONE, NONE, tokens, NONE, y]
+        y, = run("embed", {"BITS": 32}, (6, 6, 8, 2.0, first, rows), arrays, elements(12), [7])
+        mine = (tokens >= first) & (tokens < first + rows)
+        assert np.array_equal(y[mine], 2 * table[tokens[mine]]) and np.array_equal(y[~mine], before[~mine])
+    assert np.array_equal(y, 2 * table[tokens])
+
+
+def test_put_columns():
+    x, y = numbers(5, 7), numbers(5, 40, seed=1)
+    expected = y.copy()
+    expected[:, 30:37] = x
+    found, = run("put_columns", {}, (5, 7, 40, 30), [x, y], elements(35), [2])
+    assert np.array_equal(found, expected)
 
 
 def test_rows():

@@ -125,6 +125,52 @@ def test_logits_and_text(name, opened, server):
     assert text == list(generate(model, IDS, 30, temperature=0, n_vocab=257))
 
 
+WITH_LIMIT = """async (bytes) => {
+    const { GPU } = await import("/gpu.js");
+    globalThis.gpu = await GPU.open();
+    gpu.info.limits = { buffer: bytes, binding: bytes };
+}"""
+
+
+@pytest.mark.parametrize("name, bytes, slices", [("half", 70_000, 2), ("phi", 70_000, 4), ("4-bit", 20_000, 2)])
+def test_matrices_beyond_the_limit(name, bytes, slices, page, server, monkeypatch):
+    """Embedding and head are held in slices of rows where a buffer cannot have all of them: logits and text are those
+    of the whole matrices."""
+    monkeypatch.setitem(FLAVOURS, name, FLAVOURS[name] | {"vocab_size": 1000})
+    path, model = flavour(server, name)
+    js(page, WITH_LIMIT, bytes)
+    ids = IDS[:4]
+    sizes, logits, text = in_page(page, path, """
+        const text = [], sizes = model.made.map(({ size }) => size);
+        for await (const { token } of model.generate(ids, { max_new_tokens: 12, temperature: 0 })) text.push(token);
+        return [[model.weights.get("embed").slices.length, model.head().slices.length, Math.max(...sizes)],
+          Array.from(await model.logits(ids)), text];""", ids, parameters="ids")
+    assert sizes[:2] == [slices, slices] and sizes[2] <= bytes
+    expected = np.array(model(mx.array([ids]))[0])
+    assert np.abs(np.array(logits).reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert text == list(generate(model, ids, 12, temperature=0, n_vocab=257))
+
+
+def test_too_large_for_the_device(page, server):
+    """Keys and values, attention maps and a batch that do not fit are told, with what to do."""
+    path, _ = flavour(server, "default")
+    js(page, WITH_LIMIT, 2**20)
+    said = in_page(page, path, """
+        const { attention } = await import("/inside.js"), { Trainer } = await import("/train.js"), said = [];
+        const tries = async (bytes, work) => {
+            Object.assign(gpu.info.limits, { binding: bytes });
+            said.push(await (async () => work())().then(() => "done", (error) => error.message));
+        };
+        await tries(10_000, () => model.generate(ids).next());
+        await tries(2 * 4 * 36 ** 2, () => attention(model, ids));
+        await tries(2 ** 18, () => Trainer.create(gpu, { model, ids: ids.concat(ids, ids, ids), batch_size: 2 }));
+        return said;""", IDS, parameters="ids")
+    assert said[0] == ("This needs a buffer of 10 KB, and this graphics card allows 10 KB: open the page with "
+                       "?context=39.")
+    assert "take a prompt of at most 36 tokens" in said[1]
+    assert said[2].startswith("This needs a buffer of") and "take a smaller model" in said[2]
+
+
 def test_golden(page, server):
     """From the page's own checkpoint, Python and the page generate a known text."""
     prompt = "raise ValueError("

@@ -101,10 +101,8 @@ async function contributions(model, ids, targets, signal) {
  *  one: see ordered() in gpu.js. */
 function unembeddings(model, plan, tokens) {
   const { gpu } = model, T = tokens.length, { u, v, ...head } = model.head();
-  const { buffer, scales, biases, bits = 32, group, scaleBits, width, order } = u ?? head, rows = plan.scratch(4 * T * width);
-  plan.add("embed", { BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }) }, [T, T, width, 1],
-    [buffer, scales ?? gpu.none, biases ?? gpu.none, gpu.none, plan.scratch(Uint32Array.from(tokens)), gpu.none, rows],
-    gpu.threads(T * Math.ceil(width / 4)));
+  const { width, order } = u ?? head, rows = plan.scratch(4 * T * width);
+  gpu.embed(plan, u ?? head, plan.scratch(Uint32Array.from(tokens)), rows, T);
   if (!u) return { rows, order };
   const products = plan.scratch(4 * T * v.width);  // rows of u v
   gpu.linear(plan, { ...v, order: null }, rows, products, T, { TRANSPOSE_W: true, N: v.width, K: v.rows });

@@ -182,7 +182,7 @@ export class GPT {
     const weights = new Map(), made = [];
     const keep = (content) => (made.push(gpu.buffer(content)), made.at(-1));
     try {
-      const shapes = await gpu.guard(() => readWeights(blob, config, tensors, weights, keep, onProgress));
+      const shapes = await gpu.guard(() => readWeights(gpu, blob, config, tensors, weights, keep, onProgress));
       return new GPT(gpu, config, weights, { meta, made, blob, shapes, whole_context: block_size });
     } catch (error) {
       made.forEach((buffer) => buffer.destroy());
@@ -331,11 +331,8 @@ export class GPT {
     let x = stream, more = null;  // the residual stream, and a buffer that is still to be added to it
     if (!x) {
       x = embedded ?? plan.scratch(4 * R * C);
-      const { buffer, scales, biases, bits = 32, group, scaleBits } = this.weights.get("embed");
-      const LEARNED = this.config.pos === "learned", positions = LEARNED ? this.weights.get("pos_embed").buffer : gpu.none;
-      const settings = { BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }), ...(LEARNED && { LEARNED }) };
-      plan.add("embed", settings, [R, T, C, this.config.embed_scale], [buffer, scales ?? gpu.none, biases ?? gpu.none, at, tokens, positions, x],
-        gpu.threads(R * Math.ceil(C / 4)));
+      const positions = this.weights.get("pos_embed")?.buffer;
+      gpu.embed(plan, this.weights.get("embed"), tokens, x, R, { T, factor: this.config.embed_scale, at, positions });
     }
     const complete = () => {
       if (more) this.add(plan, x, more, R * C);
@@ -613,7 +610,8 @@ export class Writer {
   constructor(model, changes = null) {
     const { gpu, config: { n_layer, block_size, n_kv_head, head_dim } } = model, made = [], layers = Array.from({ length: n_layer });
     const own = (size) => (made.push(gpu.buffer(size)), made.at(-1)), runs = changes ? [0, 1] : [0];
-    const rows = () => layers.map(() => own(4 * block_size * n_kv_head * head_dim));
+    const width = 4 * n_kv_head * head_dim, rows = () => layers.map(() => own(block_size * width));  // bytes of a token's keys
+    gpu.checkSize(block_size * width, `open the page with ?context=${Math.floor(gpu.largest / width)}`);
     Object.assign(this, { changes, made, plans: new Map(), caches: runs.map(() => ({ k: rows(), v: rows() })), tops: runs.map(() => own(64)),
       at: own(16), token: own(4 * CHUNKS.at(-1)), last: own(4), drawn: own(4 * 8), divergence: own(4) });
     for (const cache of this.caches) cache.taken = layers.map((_, layer) => skips(model.config, layer) && own(4 * block_size));  // mod
@@ -628,7 +626,7 @@ export class Writer {
 
 // ---- weights --------------------------------------------------------------------------------------------------------
 
-async function readWeights(blob, config, tensors, weights, keep, onProgress) {
+async function readWeights(gpu, blob, config, tensors, weights, keep, onProgress) {
   const wrong = (path, why) => new UserError(`${blob.name ?? "This file"}: ${path} ${why}. The checkpoint is damaged, or another program wrote it.`);
   const same = (a, b) => a.length === b.length && a.every((n, i) => n === b[i]);
   const used = new Set();
@@ -667,10 +665,14 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
       continue;
     }
     const width = shape.at(-1), lead = shape.slice(0, -1), rows = lead.reduce((a, b) => a * b), scales = tensors.get(`${path}.scales`);
+    const matrix = (format, contents) => {
+      if (lead.length > 1) gpu.checkSize(contents.buffer.byteLength, "this page cannot divide the experts of a layer");  // moe
+      return gpu.matrix(format, contents, keep);
+    };
     if (!scales) {
       const { dtype, bytes } = await get(name, shape, ["F32", "F16", "BF16"]);
       const half = dtype === "F16", numbers = half ? new Uint16Array(bytes) : toFloat32(bytes, dtype);
-      weights.set(path, { buffer: keep(finite(name, numbers)), rows, width, bits: half ? 16 : 32 });
+      weights.set(path, matrix({ rows, width, bits: half ? 16 : 32 }, { buffer: finite(name, numbers) }));
       continue;
     }
     const bits = tensors.get(name)?.shape.at(-1) * 32 / width, group = width / scales.shape.at(-1);
@@ -679,10 +681,10 @@ async function readWeights(blob, config, tensors, weights, keep, onProgress) {
     const affine = [];
     for (const part of ["scales", "biases"]) {
       const { dtype, bytes } = await get(`${path}.${part}`, [...lead, width / group], ["F32", "F16", "BF16"]);
-      affine.push(keep(finite(`${path}.${part}`, scales.dtype === "F16" && dtype === "F16" ? new Uint16Array(bytes) : toFloat32(bytes, dtype))));
+      affine.push(finite(`${path}.${part}`, scales.dtype === "F16" && dtype === "F16" ? new Uint16Array(bytes) : toFloat32(bytes, dtype)));
     }
-    weights.set(path, { buffer: keep(bytes), rows, width, bits, group, scaleBits: scales.dtype === "F16" ? 16 : 32,
-      scales: affine[0], biases: affine[1] });
+    weights.set(path, matrix({ rows, width, bits, group, scaleBits: scales.dtype === "F16" ? 16 : 32 },
+      { buffer: new Uint32Array(bytes), scales: affine[0], biases: affine[1] }));
     if (tensors.has(`${path}.order`)) weights.get(path).order = keep(await columns(`${path}.order`, [...lead.slice(0, -1), width]));  // actorder
   }
   joinFactors(weights);  // laser
@@ -723,13 +725,14 @@ function part(buffer, sizes, i) {
 function join(gpu, weights, made, path, paths) {
   const all = paths.map((each) => weights.get(each)), [first] = all;
   if (all.some((each) => !each)) return;
+  if (all.some((each) => each.slices)) return;
   if (all.some((each) => each.u)) return;  // laser
   if (all.some((each) => each.order)) return;  // actorder
   const kinds = ["buffer", "scales", "biases", "bias"].filter((kind) => first[kind]);
   const alike = all.every((each) => ["width", "bits", "group", "scaleBits"].every((name) => each[name] === first[name]) &&
     Boolean(each.bias) === Boolean(first.bias) && kinds.every((kind) => made.includes(each[kind]) && each[kind].size % 256 === 0));
   const bytes = (kind) => all.reduce((sum, each) => sum + each[kind].size, 0);
-  if (!alike || bytes("buffer") > gpu.info.limits.binding) return;
+  if (!alike || bytes("buffer") > gpu.largest) return;
   const joined = { ...first, rows: all.reduce((sum, { rows }) => sum + rows, 0) }, encoder = gpu.device.createCommandEncoder(), old = [];
   for (const kind of kinds) {
     const sizes = all.map((each) => each[kind].size), whole = gpu.buffer(bytes(kind));

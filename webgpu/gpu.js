@@ -17,7 +17,8 @@ const FILES = [
   "ablate activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled",
   "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum divergence",
   "dot embed embed_backward enter_cache head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup",
-  "norm norm_backward norm_share patch rope rows sample scale softcap steer sum_parts sum_squares tiles top weights",
+  "norm norm_backward norm_share patch put_columns rope rows sample scale softcap steer sum_parts sum_squares tiles top",
+  "weights",
   "columns",  // actorder
   "experts_matmul experts_matvec experts_route experts_sort experts_sum",  // moe
   "depth_attention depth_blank depth_gate depth_leave depth_map",  // mod
@@ -91,13 +92,14 @@ export class GPU {
     return buffer;
   }
 
+  // The bytes of the largest buffer that the device allows.
+  get largest() { return Math.min(this.info.limits.buffer, this.info.limits.binding); }
+
   // UserError if a buffer cannot have so many bytes.
-  checkSize(size) {
-    const most = Math.min(this.info.limits.buffer, this.info.limits.binding);
-    if (size > most) {
-      throw new UserError(`This needs a buffer of ${megabytes(size)}, and this graphics card allows ${megabytes(most)}: ` +
-        "take a smaller model, a smaller batch or a shorter context.");
-    }
+  checkSize(size, advice = "take a smaller model, a smaller batch or a shorter context") {
+    if (size <= this.largest) return;
+    throw new UserError(`This needs a buffer of ${megabytes(size)}, and this graphics card allows ${megabytes(this.largest)}: ` +
+      `${advice}.`);
   }
 
   write(buffer, content, offset = 0) {
@@ -175,10 +177,10 @@ export class GPU {
   linear(plan, weight, x, y, M, more = {}) {
     if (weight.u) return this.factors(plan, weight, x, y, M);  // laser
     if (weight.order) x = this.ordered(plan, weight, x, M);  // actorder
+    if (weight.slices) return this.slices(plan, weight, x, y, M, more);
     const [N, K] = [more.N ?? weight.rows, more.K ?? weight.width];
     const bias = weight.bias && !more.TRANSPOSE_W ? { BIAS: true } : {};
-    const { bits = 32, group = 64, scaleBits = 16 } = weight;
-    const settings = { BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }), ...bias };
+    const { bits = 32 } = weight, settings = { ...formatOf(weight), ...bias };
     const buffers = [weight.buffer, weight.scales ?? this.none, weight.biases ?? this.none, weight.bias ?? this.none, x, y];
     const plain = !("TRANSPOSE_X" in more || "TRANSPOSE_W" in more || "ACCUMULATE" in more);
     if (M === 1 && plain) {
@@ -219,6 +221,47 @@ export class GPU {
     plan.add("sum_parts", ACCUMULATE ? { ACCUMULATE } : {}, [P, n], [parts, y], this.threads(n));
   }
 
+  // y (R, C) = factor E[tokens], and the learned positions from at[0] on of each T tokens: see kernels/embed.wgsl.
+  embed(plan, weight, tokens, y, R, { T = R, factor = 1, at = this.none, positions = null } = {}) {
+    const settings = { ...formatOf(weight), ...(positions && { LEARNED: true }) }, C = weight.width, { none } = this;
+    for (const { buffer, scales, biases, first = 0, rows } of weight.slices ?? [weight]) {
+      plan.add("embed", settings, [R, T, C, factor, first, rows],
+        [buffer, scales ?? none, biases ?? none, at, tokens, positions ?? none, y], this.threads(R * Math.ceil(C / 4)));
+    }
+  }
+
+  // ---- matrices beyond the largest buffer, which are held in slices of rows ----
+
+  // A matrix {rows, bits, ...} with its contents {buffer, scales, biases}, arrays that keep() puts into buffers. Each of
+  // `slices`, if there are any, is a matrix too, before whose rows stand `first` others.
+  matrix(shape, contents, keep) {
+    const { rows } = shape, bytes = contents.buffer.byteLength;
+    const held = (first, n) => Object.fromEntries(Object.entries(contents).map(([name, array]) =>
+      [name, keep(array.subarray(first * array.length / rows, (first + n) * array.length / rows))]));
+    if (bytes <= this.largest) return { ...shape, ...held(0, rows) };
+    const slices = [], most = Math.max(64, Math.floor(this.largest / bytes * rows / 64) * 64);  // bindings begin at 256 bytes
+    for (let first = 0; first < rows; first += most) {
+      const n = Math.min(most, rows - first);
+      slices.push({ ...shape, rows: n, first, ...held(first, n) });
+    }
+    return { ...shape, slices };
+  }
+
+  // linear() with such a matrix.
+  slices(plan, { slices, bias, rows: N }, x, y, M, more) {
+    if (more.TRANSPOSE_W) throw new UserError("A matrix beyond this graphics card's largest buffer has no gradients on this page.");
+    for (const { first, ...slice } of slices) {
+      const here = ({ buffer, offset = 0 }) => ({ buffer, offset: offset + 4 * first, size: 4 * slice.rows });
+      const weight = { ...slice, bias: bias && here(bias.buffer ? bias : { buffer: bias }) };
+      if (M === 1) this.linear(plan, weight, x, here(y.buffer ? y : { buffer: y }), 1, more);
+      else {
+        const columns = plan.spare("slice", 4 * M * slice.rows);
+        this.linear(plan, weight, x, columns, M, more);
+        plan.add("put_columns", {}, [M, slice.rows, N, first], [columns, y], this.threads(M * slice.rows));
+      }
+    }
+  }
+
   // ---- variant laser: a matrix of low rank that is stored as two factors (laser.py --factored=True) ----
   //
   //   y = u (v x) + bias,   u (N, rank), v (rank, K)
@@ -243,6 +286,10 @@ export class GPU {
 
   // ---- end of actorder ----
 }
+
+// The settings of weights.wgsl for a matrix.
+const formatOf = ({ bits = 32, group = 64, scaleBits = 16 }) =>
+  ({ BITS: bits, ...(bits < 16 && { GROUP: group, SCALE_BITS: scaleBits }) });
 
 export const megabytes = (n) => n < 1e6 ? `${(n / 1e3).toFixed(0)} KB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`;
 

@@ -29,7 +29,7 @@ export async function loadLens(model, blob) {
   }
   const [matrices, biases] = parts, rows = affine ? C : V;
   return Array.from({ length: L }, (_, layer) => ({ affine, matrix: {
-    rows, width: C, buffer: model.own(matrices.subarray(layer * rows * C, (layer + 1) * rows * C)),
+    ...model.gpu.matrix({ rows, width: C }, { buffer: matrices.subarray(layer * rows * C, (layer + 1) * rows * C) }, (array) => model.own(array)),
     bias: model.own(biases.subarray(layer * rows, (layer + 1) * rows)) } }));
 }
 
@@ -85,9 +85,10 @@ export async function lens(model, ids, lenses = null, signal = null) {
 export async function attention(model, ids, signal = null) {
   model.checkPrompt(ids);
   const { n_layer: L, n_head: H, n_kv_head: KV, head_dim: D } = model.config, T = ids.length;
-  if (L * H * T * T > MAPS) {
+  const most = Math.floor(Math.sqrt(Math.min(MAPS / L, model.gpu.largest / 4) / H));  // tokens
+  if (T > most) {
     throw new UserError(`The ${L * H} attention maps of ${T} tokens need ${megabytes(4 * L * H * T * T)}: take a prompt of at most ` +
-      `${Math.floor(Math.sqrt(MAPS / L / H))} tokens.`);
+      `${most} tokens.`);
   }
   const found = await model.once((plan) => {
     const room = model.room(plan, T), wanted = [];
@@ -162,7 +163,7 @@ async function* cellsOf(model, cells, T, target, stream, tapOf) {
   for (let layer = L - 1; layer >= 0; layer--) {
     const found = [];
     while (found.length < cells.length) {
-      const most = Math.max(1, Math.min(Math.floor(MOST_ROWS / T), Math.floor(pace * BATCH / cost(layer))));
+      const most = Math.max(1, Math.min(Math.floor(MOST_ROWS / T), Math.floor(model.gpu.largest / 4 / V), Math.floor(pace * BATCH / cost(layer))));
       const part = cells.slice(found.length, found.length + most), B = part.length, began = performance.now();
       const [bytes] = await model.once((plan) => {
         const at = plan.scratch(Uint32Array.of(0, T)), room = model.room(plan, B * T), x = plan.scratch(B * size);
