@@ -1,6 +1,7 @@
 """webgpu/kernels: every kernel, forward or backward, gives the numbers of model.py, MLX or numpy, also for odd shapes.
 It writes nothing else, and reads nothing behind the end of an array."""
 import math
+from dataclasses import replace
 from functools import cache, partial
 
 import blas  # noqa: F401  (before mlx)
@@ -572,12 +573,12 @@ class Case:
         places = mx.arange(first, self.seen)[None]  # as an array, since an int makes no mask for a single query
         self.mask = model.score_mask(config, 0, T, places, mx.arange(self.seen))
 
-    def outputs(self, q=None, k=None, v=None) -> mx.array:
+    def outputs(self, q=None, k=None, v=None, sink=None) -> mx.array:
         """model.attend() of the kernels' shapes, (B T, H, D) and (B S, KV, D)."""
         q, k, v = (mx.array(x) if x is not None else mx.array(own) for x, own in (
             (q, self.q), (k, self.k), (v, self.v)))
         q, k, v = (x.reshape(self.B, -1, *x.shape[1:]).swapaxes(1, 2) for x in (q, k, v))
-        y = model.attend(self.config, q, k[:, :, :self.seen], v[:, :, :self.seen], self.mask)
+        y = model.attend(self.config, q, k[:, :, :self.seen], v[:, :, :self.seen], self.mask, sink)
         return y.swapaxes(1, 2).reshape(-1, self.H, self.D)
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:
@@ -699,6 +700,50 @@ def test_attention_map(case):
     arrays = [case.slopes, case.q, case.k, lse.astype(np.float32), zeros(case.H, case.T, case.T) + 7]
     found, = run("attention_map", {}, (*case.params(), 0.0), arrays, elements(case.H * case.T * case.T), [5])
     assert near(found, weights[0], 1e-5)
+
+
+@pytest.mark.parametrize("shift", [0, 40])
+@pytest.mark.parametrize("case", [PREFILLS[3], PREFILLS[6], CACHED[2]], ids=str)
+def test_sink_logits(case, shift):
+    """A logit for each head in the softmax, as in model.attend(), also one that is far larger than all scores. The sum
+    of what the other kernel gives for each query is the gradient of the logits."""
+    case = Case(*case)
+    R, H, sink = case.B * case.T, case.H, numbers(case.H, seed=9) + np.float32(shift)
+    o, lse = run("sink_logits", {}, (R, H, case.D), [sink, *case.attention()], elements(R * H), [2, 3])
+    assert near(lse, np.logaddexp(case.exact()[1], sink)) and np.abs(o - case.outputs(sink=mx.array(sink))).max() < 1e-5
+    d_o = numbers(*o.shape, seed=5)
+    arrays = [sink, np.concatenate([lse, (d_o * o).sum(-1)]), zeros(R, H)]
+    each, = run("sink_logits_backward", {}, (R, H), arrays, elements(R * H), [3])
+    expected, = grad(lambda sink: case.outputs(sink=sink), sink, cotangent=d_o)
+    assert np.abs(each.sum(0) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("case", [
+    (2, 23, 4, 2, 12, 0, 5, 0), (1, 20, 3, 1, 8, 0, 4, 1), (1, 19, 2, 2, 10, 0, 7, 0), (1, 6, 2, 1, 7, 30, 2, 1),
+    (2, 1, 2, 1, 10, 9, 3, 0)], ids=str)
+def test_sinks(case):
+    """Three first keys beside a window, as in model.py: with rotary positions or ALiBi, a cache, grouped heads."""
+    case = Case(*case, sinks=3, attn_softcap=2.0 * case[7])
+    H, T, D, seen, half = case.H, case.T, case.D, case.seen, 0 if case.config.alibi else case.D // 2 - 1
+    inverse = 1 / np.linspace(0.3, 0.01, max(half, 1)).astype(np.float32)
+    angles = np.arange(seen)[:, None] / inverse
+    turns = np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32) if half else NONE
+    q, k, v = (heads_first(mx.array(x), case.B) for x in (case.q, case.k, case.v))
+    if half:
+        q, k = model.rope(q, mx.array(inverse), case.first), model.rope(k, mx.array(inverse), 0)
+        case.q, case.k = rows_first(q), rows_first(k)
+    k, v, places, keys = k[:, :, :seen], v[:, :, :seen], mx.arange(case.first, seen)[None], mx.arange(seen)
+    q, k = model.rope_to_sinks(case.config, q, k, mx.array(inverse), case.first, keys) if half else (q, k)
+    mask = model.score_mask(case.config, 0, T, places, keys)
+    weights = model.attention_weights(replace(case.config, attn_scale=D**-0.5), q, k, mask)
+    uniforms = (case.B * T, T, case.room, H, case.KV, D, 2 * half, 3, case.window, D**-0.5, case.config.attn_softcap)
+    arrays = [np.array([case.first], np.uint32), case.slopes, turns, case.q, case.k]
+    o, lse = run("sinks", {}, uniforms, [*arrays, case.v, *case.attention()], elements(case.B * T * H), [7, 8])
+    assert near(o, rows_first(model.weighed(weights, v)), 1e-5)
+    if case.B == 1 and not case.first:
+        found, = run("sinks_map", {}, uniforms, [*arrays, lse, zeros(H, T, T)], elements(H * T * 3), [7])
+        distant = np.arange(T)[:, None] - np.arange(T) >= case.window
+        assert near(found, np.where(distant, np.array(weights)[0], 0), 1e-5) and found.any()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

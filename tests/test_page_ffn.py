@@ -120,8 +120,11 @@ def checkpoint(server):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_and_text(name, opened, checkpoint):
+    check_text(opened, *checkpoint(name))
+
+
+def check_text(opened, path: str, model: GPT):
     """Logits of a prompt, and the text that follows, with a cache, beyond the context."""
-    path, model = checkpoint(name)
     logits, text = in_page(opened, path, """
         const text = [];
         for await (const { token } of model.generate(ids, { max_new_tokens: 30, temperature: 0 })) text.push(token);
@@ -133,34 +136,38 @@ def test_logits_and_text(name, opened, checkpoint):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_inside(name, opened, checkpoint):
+    check_inside(opened, *checkpoint(name))
+
+
+def check_inside(opened, path: str, model: GPT):
     """The panels: the lens, attention maps, ablation (zero and mean) and patching of each site."""
-    path, model = checkpoint(name)
     ids, other = IDS[:9], [*IDS[:4], 77, *IDS[5:9]]
+    clean, corrupt = (np.array(patching.log_p(model(mx.array([each]))[0, -1]))[:257] for each in (ids, other))
+    target = int(np.abs(clean - corrupt).argmax())  # effects are shares of this difference
+    clean, corrupt = clean[target], corrupt[target]
     rows, maps, ablated, swapped = in_page(opened, path, """
         const { ablate, attention, lens, swap } = await import("/inside.js"), found = [[], []];
         const all = async (part, steps) => found[part].push((await last(steps)).values);
-        for (const how of ["zero", "mean"]) await all(0, ablate(model, ids, 65, how));
-        for (const site of ["resid", "attn", "mlp"]) await all(1, swap(model, ids, other, 65, site));
+        for (const how of ["zero", "mean"]) await all(0, ablate(model, ids, target, how));
+        for (const site of ["resid", "attn", "mlp"]) await all(1, swap(model, ids, other, target, site));
         return [await lens(model, ids), (await attention(model, ids)).map((map) => Array.from(map)), ...found];
-        """, ids, other, parameters="ids, other")
+        """, ids, other, target, parameters="ids, other, target")
     logits = np.array(tuned_lens.logit_lens(model, mx.array([ids]), {}))[:, 0, :, :257]
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     found = [[cell["p"] for cell in row] for row in rows]
     np.testing.assert_allclose(found, -np.sort(-p)[..., :5], rtol=1e-3, atol=1e-6)
-    for found, expected in zip(maps, attention_maps.attention_maps(model, mx.array(ids)), strict=True):
-        expected = np.nan_to_num(expected["map"])
+    exact = [np.nan_to_num(each["map"]) for each in attention_maps.attention_maps(model, mx.array(ids))]
+    for found, expected in zip(maps, exact, strict=True):
         np.testing.assert_allclose(np.array(found).reshape(expected.shape), expected, atol=1e-5)
-    whole = log_p(model(mx.array([ids]))[0, -1], 65)
-    sites = [("attn", None), ("mlp", None), ("block", None), ("head", 0), ("head", 1)]
+    sites = [("attn", None), ("mlp", None), ("block", None), *(("head", head) for head in range(len(exact[0])))]
     for found, how in zip(ablated, ("zero", "mean"), strict=True):
-        expected = [[log_p(patching.ablate(model, mx.array([ids]), site, layer, how, head)[0, -1], 65) - whole
+        expected = [[log_p(patching.ablate(model, mx.array([ids]), site, layer, how, head)[0, -1], target) - clean
                      for site, head in sites] for layer in range(3)]
         np.testing.assert_allclose(found, expected, atol=2e-4)
-    clean, corrupt = (log_p(model(mx.array([each]))[0, -1], 65) for each in (ids, other))
     for found, site in zip(swapped, patching.SITES, strict=True):
         logits = patching.swap(model, mx.array(ids), mx.array(other), site)
-        effects = (np.array(patching.log_p(logits)[..., 65]) - corrupt) / (clean - corrupt)
+        effects = (np.array(patching.log_p(logits)[..., target]) - corrupt) / (clean - corrupt)
         np.testing.assert_allclose(found, effects, atol=2e-3)
 
 

@@ -588,6 +588,7 @@ LEARNED = {  # flavours whose parts a backward pass has
                  head_bias=True, out_bias=True),
     "parallel": dict(parallel=True, norm_place="after", residual_scale=0.4, logit_scale=0.5),
     "granite": dict(embed_scale=3.0, residual_scale=0.4, logit_scale=0.2, pos="learned", bias=True),
+    "sink-logits": dict(sink_logits=True, n_kv_head=1, bias=True, sliding_window=9, window_pattern="SL"),
 }
 
 
@@ -669,7 +670,7 @@ def test_from_scratch(opened):
 
 @pytest.mark.parametrize("settings, says", [
     (dict(yoco=True), "yoco"), (dict(diff_attn=True), "diff_attn"),
-    (dict(sliding_window=8, sinks=2), "sinks"), (dict(value_embeds=True), "value_embeds"),
+    (dict(value_embeds=True), "value_embeds"),
     (dict(value_residual=True), "value_residual"),
 ], ids=str)
 def test_lacking(settings, says, opened, server):

@@ -5,10 +5,15 @@ from functools import cache
 
 import blas  # noqa: F401  (before mlx)
 import browser
+import mlx.core as mx
+import numpy as np
 import pytest
 from browser import js
 from conftest import ROOT
-from test_page_model import IDS, save, small
+from test_page_ffn import check_inside, check_text, shaken
+from test_page_model import IDS, TILES, in_page, save, small
+
+from model import generate
 
 # ---- deletion --------------------------------------------------------------------------------------------------------
 
@@ -130,3 +135,60 @@ def test_deletion(variants, plain, whole):
         assert found["errors"] == []
         for part in found:
             assert found[part] == expected[part], part
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+WINDOW = dict(sliding_window=5, window_pattern="SL")
+IDEAS = {
+    "sink-logits": dict(sink_logits=True, n_kv_head=1, mlp="swiglu", bias=True, **WINDOW),
+    "sinks": dict(sinks=2, window_theta=100.0, **WINDOW),
+    "sinks-alibi": dict(sinks=3, alibi=True, n_head=3, n_embd=96, attn_softcap=3.0, **WINDOW),
+    "both-sinks": dict(sinks=2, sink_logits=True, n_kv_head=1, rotary_dim=8, qk_norm=False, pos="rope", **WINDOW),
+    "sinks-mod": dict(sink_logits=True, mod="topk", mod_capacity=0.5, **WINDOW),
+}
+
+
+@pytest.fixture(scope="module")
+def opened(chromium, server):
+    with browser.page(chromium, server) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def checkpoint(server):
+    """A function of an idea's name: a checkpoint, and its model."""
+    made = {}
+
+    def of(name: str):
+        if name not in made:
+            model = shaken(small(**IDEAS[name])).eval()
+            made[name] = save(server, f"idea-{name}.safetensors", model), model
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_text(name, opened, checkpoint):
+    check_text(opened, *checkpoint(name))
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_inside(name, opened, checkpoint):
+    check_inside(opened, *checkpoint(name))
+
+
+@pytest.mark.parametrize("name", ["both-sinks"])
+def test_faster_kernels(name, page, checkpoint):
+    """As on a card: with kernels in tiles, and for one token."""
+    path, model = checkpoint(name)
+    logits, text = in_page(page, path, """
+        gpu.paths.tiles = tiles;
+        gpu.info.fallback = false;
+        const text = [], how = { max_new_tokens: 20, temperature: 0 };
+        for await (const { token } of model.generate(ids.slice(0, 9), how)) text.push(token);
+        return [Array.from(await model.logits(ids)), text];""", IDS, [TILES], parameters="ids, tiles")
+    expected = np.array(model(mx.array([IDS]))[0])
+    assert np.abs(np.array(logits).reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert text == list(generate(model, IDS[:9], 20, temperature=0, n_vocab=257))

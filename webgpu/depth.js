@@ -16,7 +16,10 @@ export const skips = (config, layer) => config.mod === "topk" && isRouted(config
 
 /** UserError for a variant of attention that depth_attention.wgsl does not have. */
 export function checkDepth(config) {
-  const other = ["sink_logits", "sinks", "diff_attn", "yoco"].find((name) => config[name]);
+  const other = [
+    "sinks",  // sinks
+    "diff_attn", "yoco",
+  ].find((name) => config[name]);
   if (config.mod === "topk" && other) {
     throw new UserError(`This checkpoint uses mod=topk and ${other}, which this page cannot run together: python sample.py can.`);
   }

@@ -10,6 +10,7 @@ import { UserError } from "./errors.js";
 import { expertRoom, experts, expertShapes, MOST_EXPERTS } from "./experts.js";  // moe
 import { Plan } from "./gpu.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
+import { attendToSinks, checkSinks, joinSinkLogits } from "./sinks.js";  // sinks
 import { Tokenizer } from "./tokenizer.js";
 
 // ---- config ---------------------------------------------------------------------------------------------------------
@@ -33,6 +34,7 @@ const SETTINGS = {
   head_bias: [false, flag], qk_norm_width: [false, flag], embed_scale: [1, factor], attn_scale: [0, number], residual_scale: [1, factor],
   logit_scale: [1, factor], window_theta: [0, number], attn_softcap: [0, number],
   alibi: [false, flag], sliding_window: [0, whole(0)], window_pattern: ["S", (value) => /^[SL]+$/.test(value)], softcap: [0, number],
+  sinks: [0, whole(0)], sink_logits: [false, flag],  // sinks
   n_expert: [0, whole(0)], expert_top_k: [2, whole(0)], n_shared_expert: [0, whole(0)], router_bias: [false, flag],  // moe
   expert_balance: ["loss", among("loss", "bias", "none")],  // moe
   mod: ["none", among("none", "topk", "soft")], mod_capacity: [0.125, factor], mod_every: [2, whole(1)],  // mod
@@ -63,6 +65,7 @@ export function configOf(settings) {
   if (config.pos === "rope" && config.head_dim % 2) throw senseless("head_dim");
   if (config.mod !== "none" && config.mod_every > config.n_layer) throw senseless("mod_every");  // mod
   checkDepth(config);  // mod
+  checkSinks(config);  // sinks
   if (config.n_expert && !(config.expert_top_k >= 1 && config.expert_top_k <= config.n_expert)) throw senseless("expert_top_k");  // moe
   if (config.n_expert > MOST_EXPERTS) throw new UserError(`This model has ${config.n_expert} experts: this page goes up to ${MOST_EXPERTS}.`);  // moe
   if (config.n_shared_expert && !config.n_expert) throw senseless("n_shared_expert");  // moe
@@ -141,6 +144,7 @@ export function parametersOf(config) {
       norm(`${at}.attn.q_norm`, config.qk_norm_width ? config.n_head * D : D, false);
       norm(`${at}.attn.k_norm`, config.qk_norm_width ? config.n_kv_head * D : D, false);
     }
+    if (config.sink_logits) found.set(`${at}.attn.sink.weight`, [config.n_head]);  // sinks
     if (isRouted(config, layer)) depthShapes(config, at, found);  // mod
     mlp(`${at}.mlp`, F);
     if (config.n_expert) expertShapes(config, `${at}.mlp`, found);  // moe
@@ -249,6 +253,8 @@ export class GPT {
     const { sliding_window, window_pattern } = this.config;
     return window_pattern[layer % window_pattern.length] === "S" ? sliding_window : 0;
   }
+
+  sinksOf(layer) { return this.windowOf(layer) && this.config.sinks; }  // sinks
 
   /** The numbers of a head that a layer's rotary positions turn: 0 in a layer without them. */
   rotaryOf(layer) {
@@ -362,48 +368,78 @@ export class GPT {
   }
 
   attention(plan, layer, room, { h, B, T, at, cache, tap }) {
-    const { n_head: H, n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, norm_eps, block_size, attn_softcap } = this.config, R = B * T, { gpu } = this;
-    const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
-    const turn = (x, y, heads, rotary, settings = {}) => plan.add("rope", settings, [R, T, heads, D, rotary], [at, this.turnsOf(layer), x, y],
-      gpu.threads(R * heads * Math.ceil(D / 2)));
-    let { q, k, v } = room;
-    if (cache && room["attn.qkv"] && this.weights.has(`${path}.qkv`) && !qk_norm_width) {  // one token
-      this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
-      const weight = (name) => qk_norm ? this.weights.get(`${path}.${name}_norm`).buffer : gpu.none;
-      const same = !qk_norm && !rotary;  // queries stay where they are
-      const qkv = same ? { buffer: room["attn.qkv"], offset: 4 * H * D, size: 8 * KV * D } : room["attn.qkv"];
-      if (!same) q = room.qr ?? room.qn;
-      [k, v] = [cache.k[layer], cache.v[layer]];
-      plan.add("enter_cache", qk_norm ? { NORM: true } : {}, [same ? 0 : H, KV, D, rotary, norm_eps],
-        [at, rotary ? this.turnsOf(layer) : gpu.none, weight("q"), weight("k"), qkv, same ? gpu.trash : q, k, v], [(same ? 0 : H) + 2 * KV]);
-    } else {
-      for (const name of "qkv") this.linear(plan, `${path}.${name}`, h, room[name], R);
-      if (qk_norm) {
-        const sizes = (heads) => qk_norm_width ? [R, heads * D] : [R * heads, D];  // a norm of all heads together, or of each
-        this.norm(plan, `${path}.q_norm`, q, room.qn, ...sizes(H));
-        this.norm(plan, `${path}.k_norm`, k, room.kn, ...sizes(KV));
-        [q, k] = [room.qn, room.kn];
-      }
-      if (rotary) turn(q, room.qr, H, rotary), q = room.qr;
-      if (cache) {
-        turn(k, cache.k[layer], KV, rotary, { CACHE: true });
-        turn(v, cache.v[layer], KV, 0, { CACHE: true });
-        [k, v] = [cache.k[layer], cache.v[layer]];
-      } else if (rotary) turn(k, room.kr, KV, rotary), k = room.kr;
-    }
+    const { n_head: H, n_kv_head: KV, head_dim: D, block_size, attn_softcap } = this.config, R = B * T, { gpu } = this;
+    const path = `blocks.${layer}.attn`, [q, k, v] = this.queriesKeysValues(plan, layer, room, { h, R, T, at, cache });
     const of_heads = [H, KV, D, this.windowOf(layer), this.scale, attn_softcap];
+    let one = R === 1 && cache && D % 4 === 0 && !gpu.info.fallback;  // for this kernel, which computes no lse
+    if (this.sinksOf(layer) || this.config.sink_logits) one = false;  // sinks
     if (skips(this.config, layer)) depthAttention(this, plan, layer, room, { B, T, at, q, k, v, cache, of_heads });  // mod
     else  // mod
-    if (R === 1 && cache && D % 4 === 0 && !gpu.info.fallback) {
+    if (one) {
       plan.add("attention_one", {}, of_heads, [at, this.slopes, q, k, v, room.o], [H]);
     } else {
       const tiled = gpu.tilesAttention(T, D);
       plan.add(tiled ? "attention_tiled" : "attention", { WIDTH: D }, [T, cache ? block_size : T, ...of_heads],
         [at, this.slopes, q, k, v, room.o, room.lse], [Math.ceil(T / (tiled ? 64 : 4)), H, B]);
     }
+    if (this.sinksOf(layer)) attendToSinks(this, plan, layer, { R, T, at, cache, q, k, v, o: room.o, lse: room.lse });  // sinks
+    if (this.config.sink_logits) joinSinkLogits(this, plan, path, { R, H, D, o: room.o, lse: room.lse });  // sinks
     tap?.("heads", layer, room.o, H * D);
     this.linear(plan, `${path}.out`, room.o, room.attn_y ?? room.attn, R);
     this.leaving(plan, layer, "attn", room, R);
+  }
+
+  /** Add the steps from h (R, C) to the queries (R, H, D), and the keys and values (R or block_size, KV, D) of a layer, with
+   *  their norms and positions. Returns their buffers. */
+  queriesKeysValues(plan, layer, room, { h, R, T, at, cache }) {
+    const { n_head: H, n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, norm_eps } = this.config, { gpu } = this;
+    const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
+    if (cache && room["attn.qkv"] && this.weights.has(`${path}.qkv`) && !qk_norm_width) {  // one token
+      this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
+      const weight = (name) => qk_norm ? this.weights.get(`${path}.${name}_norm`).buffer : gpu.none;
+      const same = !qk_norm && !rotary;  // queries stay where they are
+      const qkv = same ? { buffer: room["attn.qkv"], offset: 4 * H * D, size: 8 * KV * D } : room["attn.qkv"];
+      const q = same ? room.q : room.qr ?? room.qn, [k, v] = [cache.k[layer], cache.v[layer]];
+      plan.add("enter_cache", qk_norm ? { NORM: true } : {}, [same ? 0 : H, KV, D, rotary, norm_eps],
+        [at, rotary ? this.turnsOf(layer) : gpu.none, weight("q"), weight("k"), qkv, same ? gpu.trash : q, k, v], [(same ? 0 : H) + 2 * KV]);
+      return [q, k, v];
+    }
+    return [this.queries(plan, path, layer, room, { h, R, T, at }), ...this.keysValues(plan, path, layer, room, { h, R, T, at, cache })];
+  }
+
+  queries(plan, path, layer, room, { h, R, T, at }) {
+    const { n_head: H } = this.config, q = this.normed(plan, path, "q", H, room, h, R), rotary = this.rotaryOf(layer);
+    if (!rotary) return q;
+    this.turn(plan, layer, q, room.qr, { H, R, T, at, rotary });
+    return room.qr;
+  }
+
+  keysValues(plan, path, layer, room, { h, R, T, at, cache }) {
+    const { n_kv_head: H } = this.config, k = this.normed(plan, path, "k", H, room, h, R), { v } = room, rotary = this.rotaryOf(layer);
+    this.linear(plan, `${path}.v`, h, v, R);
+    if (cache) {
+      this.turn(plan, layer, k, cache.k[layer], { H, R, T, at, rotary }, { CACHE: true });
+      this.turn(plan, layer, v, cache.v[layer], { H, R, T, at, rotary: 0 }, { CACHE: true });
+      return [cache.k[layer], cache.v[layer]];
+    }
+    if (!rotary) return [k, v];
+    this.turn(plan, layer, k, room.kr, { H, R, T, at, rotary });
+    return [room.kr, v];
+  }
+
+  /** The queries (name "q") or keys ("k") of h (R, C) after their norm, if they have one: their buffer. */
+  normed(plan, path, name, H, room, h, R) {
+    const { head_dim: D, qk_norm, qk_norm_width } = this.config, to = room[`${name}n`];
+    this.linear(plan, `${path}.${name}`, h, room[name], R);
+    if (!qk_norm) return room[name];
+    this.norm(plan, `${path}.${name}_norm`, room[name], to, ...(qk_norm_width ? [R, H * D] : [R * H, D]));  // of all heads together, or of each
+    return to;
+  }
+
+  /** Turn `rotary` numbers of each head of x (R, H, D) by their positions: see rope.wgsl. */
+  turn(plan, layer, x, y, { H, R, T, at, rotary }, settings = {}) {
+    const { head_dim: D } = this.config;
+    plan.add("rope", settings, [R, T, H, D, rotary], [at, this.turnsOf(layer), x, y], this.gpu.threads(R * H * Math.ceil(D / 2)));
   }
 
   mlp(plan, layer, room, h, R, tap) {

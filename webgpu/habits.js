@@ -11,13 +11,13 @@ export const HABITS = {
 /** For each habit the rows of a T x T map where it is possible: [{i, keys, chance}]. keys: those that row i can see and that
  *  belong to the habit; chance: what they would get of even weights. window: how many keys a row sees at most; 0: all that
  *  came before. weights (T, T): of a head of the layer; a token whose own weight is 0 was skipped by Mixture of Depths, and no
- *  row sees it. */
-export function rowsOf(ids, window = 0, weights = null) {
+ *  row sees it. always: so many first keys each row sees too. */
+export function rowsOf(ids, window = 0, weights = null, always = 0) {
   const works = (i) => !weights || weights[i * ids.length + i] > 0;
   const found = Object.fromEntries(Object.keys(HABITS).map((name) => [name, []]));
   for (let i = 1; i < ids.length; i++) {
     const first = window ? Math.max(0, i - window + 1) : 0;
-    const seen = Array.from({ length: i - first + 1 }, (_, k) => first + k).filter(works), visible = seen.length;
+    const seen = Array.from({ length: i + 1 }, (_, k) => k).filter((k) => (k >= first || k < always) && works(k)), visible = seen.length;
     if (visible < 2 || !works(i)) continue;  // a row with one key says nothing about the head
     const earlier = seen.filter((k) => k > 0 && k < i);
     const keys = { start: seen.filter((k) => k === 0), itself: [i], previous: earlier.filter((k) => k === i - 1),  // not key 0, the start

@@ -5,6 +5,7 @@ import { blank, skips } from "./depth.js";  // mod
 import { UserError } from "./errors.js";
 import { megabytes, Plan } from "./gpu.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
+import { mapOfSinks } from "./sinks.js";  // sinks
 
 const ROWS = 64;      // rows whose logits are computed at a time
 const MAPS = 2 ** 28;  // numbers in all attention maps of a prompt, at most
@@ -97,6 +98,7 @@ export async function attention(model, ids, signal = null) {
       const map = plan.scratch(4 * H * T * T), [q, k] = model.scored(layer, room), { attn_softcap } = model.config;
       plan.add("attention_map", {}, [T, H, KV, D, model.windowOf(layer), model.scale, attn_softcap], [model.slopes, q, k, room.lse, map],
         model.gpu.threads(H * T * T));
+      if (model.sinksOf(layer)) mapOfSinks(model, plan, layer, { T, at: plan.scratch(Uint32Array.of(0, T)), q, k, lse: room.lse, map });  // sinks
       if (skips(model.config, layer)) plan.add("depth_map", {}, [H, T], [room.taken, map], model.gpu.threads(H * T * T));  // mod
       wanted.push([map, 4 * H * T * T]);
     }, room);

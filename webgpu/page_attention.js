@@ -17,6 +17,7 @@ export async function runAttention(model, ids, { signal }) {
   const layers = await queueWith(model, () => attention(model, ids, signal), signal);
   const heads = Array.from({ length: L }, (_, l) => {
     let rows = rowsOf(ids, model.windowOf(l));
+    if (model.sinksOf(l)) rows = rowsOf(ids, model.windowOf(l), null, model.config.sinks);  // sinks
     if (model.config.mod === "topk") rows = rowsOf(ids, model.windowOf(l), layers[l]);  // mod
     return Array.from({ length: H }, (_, h) => {
       const weights = layers[l].subarray(h * T * T, (h + 1) * T * T);

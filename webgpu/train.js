@@ -10,6 +10,7 @@ import { UserError } from "./errors.js";
 import { Plan } from "./gpu.js";
 import { configOf, GPT, KINDS, parametersOf } from "./gpt.js";
 import { readHeader, readTensor, toFloat32, writeSafetensors } from "./safetensors.js";
+import { sinkGradient } from "./sinks.js";  // sinks
 import { Tokenizer } from "./tokenizer.js";
 
 const DEFAULTS = { batch_size: 8, learning_rate: 3e-3, max_iters: 500, weight_decay: 0.1, grad_clip: 1, warmup_iters: 20, min_lr: 0.1,
@@ -18,6 +19,7 @@ const UNTRAINED = [  // settings whose backward pass the page does not have
   "attn_softcap",
   "n_expert",  // moe
   "mod",  // mod
+  "sinks",  // sinks
 ];
 const LINES = 1024;  // workgroups of a long sum: enough for a large card
 const LOGITS = 2 ** 25;  // that are in memory at a time: as many as a buffer may have on every device
@@ -242,6 +244,7 @@ export class Trainer {
       const [how, size] = gpu.tilesAttention(T, D) ? ["_tiled", 64] : ["", 4], groups = Math.ceil(T / size);
       plan.add(`attention_backward_q${how}`, { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, room.o, d_o, room.lse, d_q], [groups, H, B]);
       plan.add(`attention_backward_kv${how}`, { WIDTH: D }, uniforms, [model.slopes, q, k, room.v, d_o, room.lse, d_k, d_v], [groups, KV, B]);
+      if (config.sink_logits) sinkGradient(this, plan, `${path}.attn`, { R, H, lse: room.lse });  // sinks
       let of_q = d_q, of_k = d_k, [free_q, free_k] = [d_q2, d_k2];
       const rotary = model.rotaryOf(layer);
       if (rotary) {
@@ -379,6 +382,7 @@ function initialize(config, places, values, seed) {
   for (const [name, { shape, at, size }] of places) {
     const module = name.split(".").at(-2);
     if (name.endsWith(".bias")) continue;
+    if (name.endsWith(".sink.weight")) continue;  // sinks
     if (shape.length === 1) {
       values.fill(1, at, at + size);
       continue;
