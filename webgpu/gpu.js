@@ -433,7 +433,7 @@ function choicesAtStart(gpu) {
 
 // The shapes (M, N, K) of y = x W^T in which tiles are raced, by M N K: small products need small tiles, to employ all of a
 // large card. A shape's winner is taken for all products from its M N K on.
-const SHAPES = [[64, 1024, 1024], [256, 1024, 1024], [1024, 1024, 1024], [768, 768, 4096], [2048, 2048, 1024]];
+const SHAPES = [[64, 1024, 1024], [256, 1024, 1024], [1024, 1024, 1024], [1024, 768, 3072], [2048, 2048, 1024]];
 const ENOUGH = 25;  // milliseconds of eight products: larger shapes are not raced on a card that is so slow
 
 // Measures the faster kernels against the plain ones, and sets gpu.paths by the result. onStep(gpu.choices) is called after
