@@ -746,6 +746,32 @@ def test_sinks(case):
         assert near(found, np.where(distant, np.array(weights)[0], 0), 1e-5) and found.any()
 
 
+@pytest.mark.parametrize("case", [PREFILLS[3], PREFILLS[6], CACHED[3], CACHED[4]], ids=str)
+def test_joined_values(case):
+    """Differential attention's first version: two neighbouring heads of values are one of twice the width."""
+    case = Case(*case[:2], 2 * case[3], 2 * case[3], *case[4:])
+    q, k, v = (heads_first(mx.array(x), case.B) for x in (case.q, case.k, case.v))
+    pairs = model.values_of_pairs(replace(case.config, diff_attn=True), v[:, :, :case.seen])
+    expected = rows_first(model.attend(case.config, q, k[:, :, :case.seen], pairs, case.mask))
+    arrays = [np.array([case.first], np.uint32), case.slopes, case.q, case.k, case.v, zeros(*expected.shape),
+              zeros(*case.q.shape[:2])]
+    o, lse = run("attention", {"WIDTH": 2 * case.D, "JOINED": 2}, (*case.params(case.room), 0.0), arrays,
+                 (elements(case.T, 4), case.H, case.B), [6, 7])
+    assert near(o, expected, 1e-5) and near(lse, case.exact()[1])
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_diff(tokens):
+    """The first of two neighbouring heads minus a share of the second: of outputs and of maps."""
+    R, P, W = 9, 3, 10
+    x, maps, scores = numbers(R, 2 * P, W), numbers(2 * P, R, R), numbers(R, P, seed=2) if tokens else numbers(1)
+    share = 1 / (1 + np.exp(-scores)) if tokens else np.full((R, P), scores[0])
+    found, = run("diff", {"TOKENS": tokens}, (R, P, W), [scores, x, zeros(R, P, W)], elements(R * P * W), [3])
+    assert near(found, x[:, 0::2] - share[..., None] * x[:, 1::2], 1e-6)
+    found, = run("diff_map", {"TOKENS": tokens}, (P, R), [scores, maps, zeros(P, R, R)], elements(P * R * R), [3])
+    assert near(found, maps[0::2] - share.T[..., None] * maps[1::2], 1e-6)
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 

@@ -669,7 +669,7 @@ def test_from_scratch(opened):
 
 
 @pytest.mark.parametrize("settings, says", [
-    (dict(yoco=True), "yoco"), (dict(diff_attn=True), "diff_attn"),
+    (dict(yoco=True), "yoco"),
     (dict(value_embeds=True), "value_embeds"),
     (dict(value_residual=True), "value_residual"),
 ], ids=str)

@@ -145,6 +145,11 @@ IDEAS = {
     "sinks": dict(sinks=2, window_theta=100.0, **WINDOW),
     "sinks-alibi": dict(sinks=3, alibi=True, n_head=3, n_embd=96, attn_softcap=3.0, **WINDOW),
     "both-sinks": dict(sinks=2, sink_logits=True, n_kv_head=1, rotary_dim=8, qk_norm=False, pos="rope", **WINDOW),
+    "diff": dict(diff_attn=True, n_head=4, **WINDOW),
+    "diff-grouped": dict(diff_attn=True, n_head=6, n_kv_head=2, n_embd=96, alibi=True, sink_logits=True, bias=True),
+    "diff2": dict(diff_attn=True, diff_attn_version=2, mlp="swiglu"),
+    "diff2-grouped": dict(diff_attn=True, diff_attn_version=2, n_kv_head=1, qk_norm=False, alibi=True, sinks=2,
+                          sink_logits=True, **WINDOW),
     "sinks-mod": dict(sink_logits=True, mod="topk", mod_capacity=0.5, **WINDOW),
 }
 
@@ -179,7 +184,7 @@ def test_inside(name, opened, checkpoint):
     check_inside(opened, *checkpoint(name))
 
 
-@pytest.mark.parametrize("name", ["both-sinks"])
+@pytest.mark.parametrize("name", ["both-sinks", "diff", "diff2", "diff2-grouped"])
 def test_faster_kernels(name, page, checkpoint):
     """As on a card: with kernels in tiles, and for one token."""
     path, model = checkpoint(name)

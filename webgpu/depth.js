@@ -18,7 +18,8 @@ export const skips = (config, layer) => config.mod === "topk" && isRouted(config
 export function checkDepth(config) {
   const other = [
     "sinks",  // sinks
-    "diff_attn", "yoco",
+    "diff_attn",  // diff
+    "yoco",
   ].find((name) => config[name]);
   if (config.mod === "topk" && other) {
     throw new UserError(`This checkpoint uses mod=topk and ${other}, which this page cannot run together: python sample.py can.`);

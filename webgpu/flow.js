@@ -8,7 +8,8 @@ import { attention, lens } from "./inside.js";
 // With these settings what a layer adds is not the sum of what its heads and its MLP add.
 const REFUSED = [
   "mod",  // mod
-  "yoco", "diff_attn",
+  "yoco",
+  "diff_attn",  // diff
 ];
 
 /** Everything that the panel shows of ids (T,), at each position t. Heads and layers count from 0.

@@ -6,6 +6,7 @@
 // Shapes: B sequences, T positions, C = n_embd, H heads, KV key/value heads, D = head_dim, F = ffn_dim, V = vocab_size.
 
 import { checkDepth, depthAttention, depthRoom, depthShapes, enterBlock, isRouted, leaveBlock, skips } from "./depth.js";  // mod
+import { checkDiff, diffRoom, diffShapes, joinsValues, pairsOf, readLambdas, subtractPairs } from "./diff.js";  // diff
 import { UserError } from "./errors.js";
 import { expertRoom, experts, expertShapes, MOST_EXPERTS } from "./experts.js";  // moe
 import { Plan } from "./gpu.js";
@@ -34,6 +35,7 @@ const SETTINGS = {
   head_bias: [false, flag], qk_norm_width: [false, flag], embed_scale: [1, factor], attn_scale: [0, number], residual_scale: [1, factor],
   logit_scale: [1, factor], window_theta: [0, number], attn_softcap: [0, number],
   alibi: [false, flag], sliding_window: [0, whole(0)], window_pattern: ["S", (value) => /^[SL]+$/.test(value)], softcap: [0, number],
+  diff_attn: [false, flag], diff_attn_version: [1, among(1, 2)],  // diff
   sinks: [0, whole(0)], sink_logits: [false, flag],  // sinks
   n_expert: [0, whole(0)], expert_top_k: [2, whole(0)], n_shared_expert: [0, whole(0)], router_bias: [false, flag],  // moe
   expert_balance: ["loss", among("loss", "bias", "none")],  // moe
@@ -66,6 +68,7 @@ export function configOf(settings) {
   if (config.mod !== "none" && config.mod_every > config.n_layer) throw senseless("mod_every");  // mod
   checkDepth(config);  // mod
   checkSinks(config);  // sinks
+  checkDiff(config);  // diff
   if (config.n_expert && !(config.expert_top_k >= 1 && config.expert_top_k <= config.n_expert)) throw senseless("expert_top_k");  // moe
   if (config.n_expert > MOST_EXPERTS) throw new UserError(`This model has ${config.n_expert} experts: this page goes up to ${MOST_EXPERTS}.`);  // moe
   if (config.n_shared_expert && !config.n_expert) throw senseless("n_shared_expert");  // moe
@@ -106,13 +109,13 @@ function turnsOf(config) {
   return turns;
 }
 
-/** The slope of ALiBi for each head; zeros without ALiBi. See alibi_slopes in model.py. */
-function slopesOf({ n_head: H, alibi }) {
-  if (!alibi) return new Float32Array(H);
+/** The slope of ALiBi for each head, `times` over; zeros without ALiBi. See alibi_slopes in model.py. */
+function slopesOf({ n_head: H, alibi }, times = 1) {
+  if (!alibi) return new Float32Array(times * H);
   const power = 2 ** Math.floor(Math.log2(H));
   const slopes = Array.from({ length: power }, (_, i) => 2 ** (-8 * (i + 1) / power));
   for (let i = 1; slopes.length < H; i += 2) slopes.push(2 ** (-4 * i / power));
-  return Float32Array.from(slopes);
+  return Float32Array.from(slopes.flatMap((slope) => new Array(times).fill(slope)));
 }
 
 /** The shapes of a config's parameters: a Map from names to [rows, width] of matrices, [width] of vectors, and
@@ -136,7 +139,9 @@ export function parametersOf(config) {
   if (config.pos === "learned") found.set("pos_embed.weight", [config.block_size, C]);
   for (let layer = 0; layer < config.n_layer; layer++) {
     const at = `blocks.${layer}`, bias = config.bias || config.qkv_bias, { norm_place } = config;
-    linear(`${at}.attn.q`, config.n_head * D, C, bias);
+    let queries = config.n_head;
+    if (config.diff_attn) ({ queries } = pairsOf(config));  // diff
+    linear(`${at}.attn.q`, queries * D, C, bias);
     linear(`${at}.attn.k`, config.n_kv_head * D, C, bias);
     linear(`${at}.attn.v`, config.n_kv_head * D, C, bias);
     linear(`${at}.attn.out`, C, config.n_head * D, config.bias || config.out_bias);
@@ -144,7 +149,8 @@ export function parametersOf(config) {
       norm(`${at}.attn.q_norm`, config.qk_norm_width ? config.n_head * D : D, false);
       norm(`${at}.attn.k_norm`, config.qk_norm_width ? config.n_kv_head * D : D, false);
     }
-    if (config.sink_logits) found.set(`${at}.attn.sink.weight`, [config.n_head]);  // sinks
+    if (config.diff_attn) diffShapes(config, `${at}.attn`, found);  // diff
+    if (config.sink_logits) found.set(`${at}.attn.sink.weight`, [queries]);  // sinks
     if (isRouted(config, layer)) depthShapes(config, at, found);  // mod
     mlp(`${at}.mlp`, F);
     if (config.n_expert) expertShapes(config, `${at}.mlp`, found);  // moe
@@ -216,7 +222,12 @@ export class GPT {
     const ofEmbedding = weights.get("embed").bits ?? 32;
     this.format = (bits < 16 ? `${bits} bits, groups of ${group}` : `float${bits}`) +
       (ofEmbedding === bits ? "" : `; embedding of ${ofEmbedding} bits`);
-    this.slopes = this.own(slopesOf(config));
+    // Query heads; and the heads that the output projection reads, and their width
+    Object.assign(this, { queries: config.n_head, heads: config.n_head, head_width: config.head_dim });
+    if (config.diff_attn) ({ queries: this.queries, pairs: this.heads, width: this.head_width } = pairsOf(config));  // diff
+    let slopes = slopesOf(config);
+    if (config.diff_attn) slopes = slopesOf({ ...config, n_head: this.heads }, 2);  // diff
+    this.slopes = this.own(slopes);
     this.turns = config.pos === "rope" ? this.own(turnsOf(config)) : gpu.none;
     this.window_turns = config.pos === "rope" && config.window_theta ?
       this.own(turnsOf({ ...config, rope_theta: config.window_theta, rope_factor: 1 })) : this.turns;
@@ -274,10 +285,10 @@ export class GPT {
 
   /** Buffers for the activations of one block, R rows each, by name. */
   room(plan, R) {
-    const { n_embd: C, n_head: H, n_kv_head: KV, head_dim: D, ffn_dim } = this.config;
+    const { n_embd: C, n_head, n_kv_head: KV, head_dim: D, ffn_dim } = this.config, H = this.queries;
     let F = ffn_dim;
     if (this.config.n_expert) F *= this.config.n_shared_expert;  // moe
-    const sizes = { h: C, q: H * D, qn: H * D, qr: H * D, k: KV * D, kn: KV * D, kr: KV * D, v: KV * D, o: H * D, lse: 2 * H,
+    const sizes = { h: C, q: H * D, qn: H * D, qr: H * D, k: KV * D, kn: KV * D, kr: KV * D, v: KV * D, o: n_head * D, lse: 2 * H,
       attn_y: C, attn: C, h2: C, up: F, gate: F, act: F, mlp_y: C, mlp: C };
     if (!this.config.qk_norm) delete sizes.qn, delete sizes.kn;
     if (this.config.pos !== "rope") delete sizes.qr, delete sizes.kr;
@@ -291,6 +302,7 @@ export class GPT {
       room[path] = together;
       names.forEach((name, i) => { room[name] = part(together, widths, i); });
     }
+    if (this.config.diff_attn) Object.assign(room, diffRoom(this.config, plan, R));  // diff
     if (this.config.mod !== "none") Object.assign(room, depthRoom(this.config, plan, R));  // mod
     if (this.config.n_expert) Object.assign(room, expertRoom(this.config, isGated(this.config), plan, R));  // moe
     return room;
@@ -368,23 +380,26 @@ export class GPT {
   }
 
   attention(plan, layer, room, { h, B, T, at, cache, tap }) {
-    const { n_head: H, n_kv_head: KV, head_dim: D, block_size, attn_softcap } = this.config, R = B * T, { gpu } = this;
+    const { n_head, n_kv_head: KV, head_dim: D, block_size, attn_softcap } = this.config, H = this.queries, R = B * T, { gpu } = this;
     const path = `blocks.${layer}.attn`, [q, k, v] = this.queriesKeysValues(plan, layer, room, { h, R, T, at, cache });
     const of_heads = [H, KV, D, this.windowOf(layer), this.scale, attn_softcap];
     let one = R === 1 && cache && D % 4 === 0 && !gpu.info.fallback;  // for this kernel, which computes no lse
+    let tiled = gpu.tilesAttention(T, D), settings = { WIDTH: D }, { o } = room, width = D;
     if (this.sinksOf(layer) || this.config.sink_logits) one = false;  // sinks
+    if (this.config.diff_attn) [o, width] = [room.pair_outputs, this.head_width];  // diff
+    if (joinsValues(this.config)) [one, tiled, settings] = [false, false, { WIDTH: width, JOINED: 2 }];  // diff
     if (skips(this.config, layer)) depthAttention(this, plan, layer, room, { B, T, at, q, k, v, cache, of_heads });  // mod
     else  // mod
     if (one) {
-      plan.add("attention_one", {}, of_heads, [at, this.slopes, q, k, v, room.o], [H]);
+      plan.add("attention_one", {}, of_heads, [at, this.slopes, q, k, v, o], [H]);
     } else {
-      const tiled = gpu.tilesAttention(T, D);
-      plan.add(tiled ? "attention_tiled" : "attention", { WIDTH: D }, [T, cache ? block_size : T, ...of_heads],
-        [at, this.slopes, q, k, v, room.o, room.lse], [Math.ceil(T / (tiled ? 64 : 4)), H, B]);
+      plan.add(tiled ? "attention_tiled" : "attention", settings, [T, cache ? block_size : T, ...of_heads],
+        [at, this.slopes, q, k, v, o, room.lse], [Math.ceil(T / (tiled ? 64 : 4)), H, B]);
     }
-    if (this.sinksOf(layer)) attendToSinks(this, plan, layer, { R, T, at, cache, q, k, v, o: room.o, lse: room.lse });  // sinks
-    if (this.config.sink_logits) joinSinkLogits(this, plan, path, { R, H, D, o: room.o, lse: room.lse });  // sinks
-    tap?.("heads", layer, room.o, H * D);
+    if (this.sinksOf(layer)) attendToSinks(this, plan, layer, { R, T, at, cache, q, k, v, o, lse: room.lse });  // sinks
+    if (this.config.sink_logits) joinSinkLogits(this, plan, path, { R, H, width, o, lse: room.lse });  // sinks
+    if (this.config.diff_attn) subtractPairs(this, plan, layer, room, h, R);  // diff
+    tap?.("heads", layer, room.o, n_head * D);
     this.linear(plan, `${path}.out`, room.o, room.attn_y ?? room.attn, R);
     this.leaving(plan, layer, "attn", room, R);
   }
@@ -392,7 +407,7 @@ export class GPT {
   /** Add the steps from h (R, C) to the queries (R, H, D), and the keys and values (R or block_size, KV, D) of a layer, with
    *  their norms and positions. Returns their buffers. */
   queriesKeysValues(plan, layer, room, { h, R, T, at, cache }) {
-    const { n_head: H, n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, norm_eps } = this.config, { gpu } = this;
+    const { n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, norm_eps } = this.config, H = this.queries, { gpu } = this;
     const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
     if (cache && room["attn.qkv"] && this.weights.has(`${path}.qkv`) && !qk_norm_width) {  // one token
       this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
@@ -404,11 +419,11 @@ export class GPT {
         [at, rotary ? this.turnsOf(layer) : gpu.none, weight("q"), weight("k"), qkv, same ? gpu.trash : q, k, v], [(same ? 0 : H) + 2 * KV]);
       return [q, k, v];
     }
-    return [this.queries(plan, path, layer, room, { h, R, T, at }), ...this.keysValues(plan, path, layer, room, { h, R, T, at, cache })];
+    return [this.queriesOf(plan, path, layer, room, { h, R, T, at }), ...this.keysValues(plan, path, layer, room, { h, R, T, at, cache })];
   }
 
-  queries(plan, path, layer, room, { h, R, T, at }) {
-    const { n_head: H } = this.config, q = this.normed(plan, path, "q", H, room, h, R), rotary = this.rotaryOf(layer);
+  queriesOf(plan, path, layer, room, { h, R, T, at }) {
+    const H = this.queries, q = this.normed(plan, path, "q", H, room, h, R), rotary = this.rotaryOf(layer);
     if (!rotary) return q;
     this.turn(plan, layer, q, room.qr, { H, R, T, at, rotary });
     return room.qr;
@@ -724,6 +739,7 @@ async function readWeights(gpu, blob, config, tensors, weights, keep, onProgress
     if (tensors.has(`${path}.order`)) weights.get(path).order = keep(await columns(`${path}.order`, [...lead.slice(0, -1), width]));  // actorder
   }
   joinFactors(weights);  // laser
+  if (config.diff_attn) await readLambdas(config, weights, floats, keep);  // diff
   const more = [...tensors.keys()].find((name) => !used.has(name));
   if (more) throw wrong(more, "has no place in the architecture of its settings");
   return expected;

@@ -19,6 +19,7 @@ const FILES = [
   "dot embed embed_backward enter_cache head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup",
   "norm norm_backward norm_share patch put_columns rope rows sample scale softcap steer sum_parts sum_squares tiles top",
   "weights",
+  "diff diff_map",  // diff
   "sinks sinks_map sinks_score sink_logits sink_logits_backward",  // sinks
   "columns",  // actorder
   "experts_matmul experts_matvec experts_route experts_sort experts_sum",  // moe

@@ -2,6 +2,7 @@
 // compute them.
 
 import { blank, skips } from "./depth.js";  // mod
+import { differenceOfMaps } from "./diff.js";  // diff
 import { UserError } from "./errors.js";
 import { megabytes, Plan } from "./gpu.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
@@ -82,10 +83,11 @@ export async function lens(model, ids, lenses = null, signal = null) {
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
-/** The attention maps of a prompt: for each layer H T T weights, with queries in rows and keys in columns. */
+/** The attention maps of a prompt: for each layer H T T weights, with queries in rows and keys in columns. A pair of heads of
+ *  differential attention has one map, A1 - lambda A2. */
 export async function attention(model, ids, signal = null) {
   model.checkPrompt(ids);
-  const { n_layer: L, n_head: H, n_kv_head: KV, head_dim: D } = model.config, T = ids.length;
+  const { n_layer: L, n_kv_head: KV, head_dim: D } = model.config, H = model.queries, T = ids.length;
   const most = Math.floor(Math.sqrt(Math.min(MAPS / L, model.gpu.largest / 4) / H));  // tokens
   if (T > most) {
     throw new UserError(`The ${L * H} attention maps of ${T} tokens need ${megabytes(4 * L * H * T * T)}: take a prompt of at most ` +
@@ -101,6 +103,7 @@ export async function attention(model, ids, signal = null) {
       if (model.sinksOf(layer)) mapOfSinks(model, plan, layer, { T, at: plan.scratch(Uint32Array.of(0, T)), q, k, lse: room.lse, map });  // sinks
       if (skips(model.config, layer)) plan.add("depth_map", {}, [H, T], [room.taken, map], model.gpu.threads(H * T * T));  // mod
       wanted.push([map, 4 * H * T * T]);
+      if (model.config.diff_attn) wanted[layer] = [differenceOfMaps(model, plan, layer, room, map, T), 4 * model.heads * T * T];  // diff
     }, room);
     return wanted;
   }, signal);
@@ -195,7 +198,7 @@ function checkTarget(model, target) {
 export async function* ablate(model, ids, target, how = "zero") {
   model.checkPrompt(ids);
   checkTarget(model, target);
-  const { n_layer: L, n_head: H, n_embd: C, head_dim: D } = model.config, T = ids.length, { gpu } = model;
+  const { n_layer: L, n_embd: C } = model.config, { heads: H, head_width: D } = model, T = ids.length, { gpu } = model;
   const columns = ["attn", "mlp", "block", ...Array.from({ length: H }, (_, head) => `head ${head}`)];
   const MEAN = how === "mean" ? { MEAN: true } : {}, values = new Array(L).fill(null);
   const { plan: kept, states: [states], tops: [top] } = await record(model, [ids], target);

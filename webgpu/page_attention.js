@@ -13,7 +13,7 @@ export const drawAgain = () => redraw();
 export const forgetMaps = () => { redraw = () => {}; };
 
 export async function runAttention(model, ids, { signal }) {
-  const { enc } = model, { n_layer: L, n_head: H } = model.config, T = ids.length;
+  const { enc, heads: H } = model, { n_layer: L } = model.config, T = ids.length;
   const layers = await queueWith(model, () => attention(model, ids, signal), signal);
   const heads = Array.from({ length: L }, (_, l) => {
     let rows = rowsOf(ids, model.windowOf(l));
@@ -37,6 +37,7 @@ export async function runAttention(model, ids, { signal }) {
   small.choose(l, h);
   resultOf("attention").replaceChildren(most ? `Layer ${l}, head ${h} stands out: it ${habitInWords(most.head, most.name)}.` :
     "No head stands out: none has a habit far above chance.");
+  if (model.config.diff_attn) resultOf("attention").append(" Each map is the difference of two heads' maps, A1 − λ A2, of which weights below 0 stay empty.");  // diff
 }
 
 // ---- what a head does -----------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ function largeMap(enc, ids) {
     canvas.setAttribute("aria-label", `${title.textContent}. Token ${i}, ${heard(enc, ids[i])}, attends to token ${j}, ` +
       `${heard(enc, ids[j])}: ${share}. Arrow keys move to other tokens, plus and minus change the size.`);
     [...strip.children].forEach((part, k) => {
-      const size = k <= i ? Math.sqrt(row[k]) : 0;
+      const size = k <= i ? Math.sqrt(Math.max(0, row[k])) : 0;
       part.style.setProperty("--s", size.toFixed(3));
       part.className = `${strength(size)} ${k === i ? "at" : ""}`;
       part.title = k <= i ? percent(row[k]) : "";

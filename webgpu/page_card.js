@@ -33,6 +33,7 @@ function layers({ n_layer, n_head, n_kv_head, n_embd }) {
 function design(config) {
   const { alibi, pos, norm, norm_place, parallel, mlp, qk_norm, softcap, tie } = config;
   const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm] + PLACES[norm_place], MLPS[mlp],
+    config.diff_attn && `differential attention (version ${config.diff_attn_version})`,  // diff
     config.sinks > 0 && `${config.sinks} sinks`, config.sink_logits && "sink logits",  // sinks
     config.n_expert > 0 && `${config.n_expert} experts, of which a token uses ${config.expert_top_k}`,  // moe
     config.mod !== "none" && `Mixture of Depths (${config.mod}) in ${config.mod_every > 1 ? `one layer of ${config.mod_every}` : "every layer"}`,  // mod

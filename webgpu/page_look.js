@@ -201,9 +201,9 @@ function targetOf(model) {
 const PARTS = { attn: "attention", mlp: "MLP", block: "whole layer" };
 
 async function runAblation(model, ids, own) {
-  const { target, note } = targetOf(model), { n_layer, n_head } = model.config;
+  const { target, note } = targetOf(model), { n_layer } = model.config;
   await inSteps("ablation", model, ablate(model, ids, target, $("how").value), own,
-    `${count(n_layer * (n_head + 3))} parts are switched off in turn`, (step, over) => showAblation(model, target, note, step, over));
+    `${count(n_layer * (model.heads + 3))} parts are switched off in turn`, (step, over) => showAblation(model, target, note, step, over));
 }
 
 function showAblation({ enc }, target, note, { whole, columns, values }, over) {

@@ -29,10 +29,10 @@ const EXAMPLES = {
 
 /** The change of a recipe for a model that continues ids. UserError if the recipe does not fit them. */
 async function changeOf(recipe, model, ids) {
-  const { kind, after, strength } = recipe, { n_layer, n_head } = model.config, skip = model.enc.start.length;
+  const { kind, after, strength } = recipe, { n_layer } = model.config, skip = model.enc.start.length;
   const first = recipe.since === "last" ? ids.length - 1 : 0;
-  if (Math.max(recipe.layer ?? 0, after ?? 0) >= n_layer || Number(recipe.part?.match(/\d+/) ?? 0) >= n_head) {
-    throw new UserError(`This model has ${n_layer} layers of ${n_head} heads: remove the change that needs another one.`);
+  if (Math.max(recipe.layer ?? 0, after ?? 0) >= n_layer || Number(recipe.part?.match(/\d+/) ?? 0) >= model.heads) {
+    throw new UserError(`This model has ${n_layer} layers of ${model.heads} heads: remove the change that needs another one.`);
   }
   if (kind === "off") return off(model, recipe.layer, recipe.part);
   if (kind === "file") {
@@ -305,7 +305,7 @@ function showFields() {
 
 /** The layers, heads and states of the open model, as choices. */
 function showModel() {
-  const { n_layer: L, n_head: H } = page.model?.config ?? { n_layer: 1, n_head: 1 };
+  const { config: { n_layer: L }, heads: H } = page.model ?? { config: { n_layer: 1 }, heads: 1 };
   const choices = (id, pairs, value) => {
     const before = $(id).value;
     $(id).replaceChildren(...pairs.map(([value, text]) => make("option", { value }, text)));

@@ -25,14 +25,14 @@ export function mapOfSinks(model, plan, layer, { T, at, q, k, lse, map }) {
 }
 
 function numbersOf(model, layer, R, T, cache) {
-  const { n_head: H, n_kv_head: KV, head_dim: D, block_size, attn_softcap } = model.config, S = model.sinksOf(layer);
+  const { n_kv_head: KV, head_dim: D, block_size, attn_softcap } = model.config, H = model.queries, S = model.sinksOf(layer);
   const rotary = model.rotaryOf(layer), turns = rotary ? model.turnsOf(layer) : model.gpu.none;
   return { H, S, turns, uniforms: [R, T, cache ? block_size : T, H, KV, D, rotary, S, model.windowOf(layer), model.scale, attn_softcap] };
 }
 
-/** Let the logit of each head join the softmax whose results are o (R, H, D) and lse (R, H). */
-export function joinSinkLogits(model, plan, path, { R, H, D, o, lse }) {
-  plan.add("sink_logits", {}, [R, H, D], [model.weights.get(`${path}.sink`).buffer, o, lse], model.gpu.threads(R * H));
+/** Let the logit of each head join the softmax whose results are o (R, H, width) and lse (R, H). */
+export function joinSinkLogits(model, plan, path, { R, H, width, o, lse }) {
+  plan.add("sink_logits", {}, [R, H, width], [model.weights.get(`${path}.sink`).buffer, o, lse], model.gpu.threads(R * H));
 }
 
 /** The gradient of the logits, after attention_backward_q.wgsl has put delta behind lse. */

@@ -17,7 +17,7 @@ const EVER = 2 ** 24;  // a position that no text reaches
 /** A change that switches a part of a layer off: what the part adds to the stream becomes zero. part: "attn", "mlp", "block"
  *  for both of them, or "head 2". */
 export function off(model, layer, part) {
-  const { n_embd: C, head_dim: D } = model.config, head = Number(part.match(/^head (\d+)$/)?.[1] ?? NaN), isHead = head >= 0;
+  const { n_embd: C } = model.config, { head_width: D } = model, head = Number(part.match(/^head (\d+)$/)?.[1] ?? NaN), isHead = head >= 0;
   const [left, right] = isHead ? [head * D, head * D + D] : [0, C], sites = isHead ? ["heads"] : part === "block" ? ["attn", "mlp"] : [part];
   return { sites, layer, left, right, state: null, keep: 0, strength: 0, first: 0, last: EVER };
 }

@@ -12,6 +12,8 @@
 
 override SIZE: u32 = 64;    // threads
 override WIDTH: u32 = 256;  // at least D, but not more than needed: shared memory is zeroed at the start
+// Value heads that are joined: an even head and its neighbour are one of 2 D columns, which o has too; WIDTH is over these.  // diff
+override JOINED: u32 = 1;  // diff
 
 struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32, softcap: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -42,13 +44,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let row = group.z * p.T + first;         // of the first query
   let keys = group.z * p.S;                // row of the first key
   let key_head = head / (p.H / p.KV);
+  var value_head = key_head;
+  var width = p.D;                         // of a value
+  value_head -= key_head % JOINED;  // diff
+  width *= JOINED;  // diff
   let n = min(4u, p.T - first);
   for (var c = thread; c < p.D; c += SIZE) {
     var four = vec4(0.0);
     for (var r = 0u; r < n; r++) { four[r] = q[((row + r) * p.H + head) * p.D + c]; }
     queries[c] = four;
-    sums[c] = vec4(0.0);
   }
+  for (var c = thread; c < width; c += SIZE) { sums[c] = vec4(0.0); }
   workgroupBarrier();
   let places = vec4(at[0] + first) + vec4(0u, 1, 2, 3);
   let end = at[0] + first + n;
@@ -79,9 +85,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       sum += weight;
     }
     workgroupBarrier();
-    for (var c = thread; c < p.D; c += SIZE) {
+    for (var c = thread; c < width; c += SIZE) {
       var column = sums[c] * shrink;
-      var v_at = ((keys + base) * p.KV + key_head) * p.D + c;
+      var v_at = ((keys + base) * p.KV + value_head) * p.D + c;
       for (var i = 0u; i < count; i++) {
         column += weights[i] * v[v_at];
         v_at += p.KV * p.D;
@@ -95,8 +101,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   var total = vec4(0.0);
   for (var i = 0u; i < SIZE; i++) { total += scores[i]; }
   for (var r = 0u; r < n; r++) {
-    let o_at = ((row + r) * p.H + head) * p.D;
-    for (var c = thread; c < p.D; c += SIZE) { o[o_at + c] = sums[c][r] / total[r]; }
+    let o_at = ((row + r) * p.H + head) * width;
+    for (var c = thread; c < width; c += SIZE) { o[o_at + c] = sums[c][r] / total[r]; }
     if (thread == 0) { lse[(row + r) * p.H + head] = highest[r] + log(total[r]); }
   }
 }
