@@ -772,6 +772,18 @@ def test_diff(tokens):
     assert near(found, maps[0::2] - share.T[..., None] * maps[1::2], 1e-6)
 
 
+def test_values():
+    """Mixed with those of the first layer; with gated embeddings of the tokens. The gates read the first columns."""
+    R, KV, D = 7, 3, 10
+    v, first, gate, mix = numbers(R, KV, D), numbers(R, KV, D, seed=1), numbers(R, KV, seed=2), numbers(2, seed=3)
+    found, = run("value_mix", {}, (v.size,), [mix, first, v], elements(v.size), [3])
+    assert near(found, mix[0] * v + mix[1] * first, 1e-6)
+    found, = run("value_embed", {}, (R, KV, D), [gate, first, v], elements(v.size), [3])
+    assert near(found, v + 2 / (1 + np.exp(-gate))[..., None] * first, 1e-6)
+    found, = run("first_columns", {}, (R, KV * D, 8), [v, zeros(R, 8)], elements(R * 8), [2])
+    assert np.array_equal(found, v.reshape(R, -1)[:, :8])
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 

@@ -164,7 +164,7 @@ def check_inside(opened, path: str, model: GPT):
     sites = [("attn", None), ("mlp", None), ("block", None), *(("head", head) for head in range(len(exact[0])))]
     for found, how in zip(ablated, ("zero", "mean"), strict=True):
         expected = [[log_p(patching.ablate(model, mx.array([ids]), site, layer, how, head)[0, -1], target) - clean
-                     for site, head in sites] for layer in range(3)]
+                     for site, head in sites] for layer in range(len(exact))]
         np.testing.assert_allclose(found, expected, atol=2e-4)
     for found, site in zip(swapped, patching.SITES, strict=True):
         logits = patching.swap(model, mx.array(ids), mx.array(other), site)

@@ -668,16 +668,6 @@ def test_from_scratch(opened):
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings, says", [
-    (dict(yoco=True), "yoco"),
-    (dict(value_embeds=True), "value_embeds"),
-    (dict(value_residual=True), "value_residual"),
-], ids=str)
-def test_lacking(settings, says, opened, server):
-    path = save(server, "lacking.safetensors", small(**settings))
-    assert f"This checkpoint uses {says}, which this page cannot run" in refused(opened, path)
-
-
 def test_settings_that_are_new(opened, server):
     """Fields that GPTConfig may gain. A checkpoint runs if the field's value turns it off, or if the field belongs to
     one that is off; else it is refused by the field's name. A field that an older checkpoint lacks has its default

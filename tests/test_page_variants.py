@@ -11,7 +11,7 @@ import pytest
 from browser import js
 from conftest import ROOT
 from test_page_ffn import check_inside, check_text, shaken
-from test_page_model import IDS, TILES, in_page, save, small
+from test_page_model import IDS, TILES, in_page, refused, save, small
 
 from model import generate
 
@@ -150,6 +150,12 @@ IDEAS = {
     "diff2": dict(diff_attn=True, diff_attn_version=2, mlp="swiglu"),
     "diff2-grouped": dict(diff_attn=True, diff_attn_version=2, n_kv_head=1, qk_norm=False, alibi=True, sinks=2,
                           sink_logits=True, **WINDOW),
+    "yoco": dict(yoco=True, n_layer=4, sliding_window=5),
+    "yoco-more": dict(yoco=True, n_layer=5, diff_attn=True, n_kv_head=2, sink_logits=True, norm="layer", bias=True,
+                      value_residual=True, value_embeds=True, parallel=True, qk_norm=False, tie=False),
+    "yoco-alibi": dict(yoco=True, n_layer=3, alibi=True, sinks=2, sliding_window=6, norm_place="both"),
+    "value-residual": dict(value_residual=True, n_kv_head=1, mlp="swiglu", **WINDOW),
+    "value-embeddings": dict(value_embeds=True, pos="learned", n_layer=4),
     "sinks-mod": dict(sink_logits=True, mod="topk", mod_capacity=0.5, **WINDOW),
 }
 
@@ -184,7 +190,7 @@ def test_inside(name, opened, checkpoint):
     check_inside(opened, *checkpoint(name))
 
 
-@pytest.mark.parametrize("name", ["both-sinks", "diff", "diff2", "diff2-grouped"])
+@pytest.mark.parametrize("name", ["both-sinks", "diff", "diff2-grouped", "yoco-more"])
 def test_faster_kernels(name, page, checkpoint):
     """As on a card: with kernels in tiles, and for one token."""
     path, model = checkpoint(name)
@@ -197,3 +203,46 @@ def test_faster_kernels(name, page, checkpoint):
     expected = np.array(model(mx.array([IDS]))[0])
     assert np.abs(np.array(logits).reshape(expected.shape) - expected).max() < 1e-5 * np.abs(expected).max()
     assert text == list(generate(model, IDS[:9], 20, temperature=0, n_vocab=257))
+
+
+def test_flow(opened, checkpoint):
+    """What heads and MLPs give to the logit sums up, also where the second half of the layers has shared keys."""
+    path, _ = checkpoint("yoco")
+    logit, rest = in_page(opened, path, """
+        const { logit, rest } = await (await import("/flow.js")).flow(model, ids.slice(0, 9));
+        return [logit, rest].map((all) => Array.from(all));""", IDS, parameters="ids")
+    assert np.abs(rest).max() < 1e-5 * np.abs(logit).max()
+
+
+def test_a_long_prompt(opened, server):
+    """It is read in parts, of which only the last one passes through YOCO's second half."""
+    model = shaken(small(yoco=True, n_layer=4, sliding_window=20, block_size=300)).eval()
+    path, ids = save(server, "idea-long.safetensors", model), (IDS * 5)[:150]
+    text, parts = in_page(opened, path, """
+        const text = [], how = { max_new_tokens: 9, temperature: 0 };
+        for await (const { token } of model.generate(ids, how)) text.push(token);
+        const count = ({ steps }) => steps.filter(({ name }) => name === "attention").length;
+        return [text, [...model.writer().plans].map(([key, { plan }]) => [key, count(plan)])];
+        """, ids, parameters="ids")
+    assert text == list(generate(model, ids, 9, temperature=0, n_vocab=257))
+    assert dict(parts) == {"pass 64 false false": 2, "pass 64 true false": 4, "pass 1 true false": 4}
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(yoco=True), "yoco"), (dict(diff_attn=True), "diff_attn"), (dict(value_residual=True), "value_residual"),
+    (dict(value_embeds=True), "value_embeds"), (dict(sinks=2, sliding_window=9), "sinks")], ids=str)
+def test_training_is_refused(settings, says, opened, server):
+    path = save(server, "untrained.safetensors", small(**settings))
+    said = in_page(opened, path, """const { Trainer } = await import("/train.js");
+        return Trainer.create(gpu, { model, text: "a" }).catch((error) => error.message);""")
+    assert said == f"This model has {says}, with which this page cannot train: python train.py --init can."
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(diff_attn=True, sliding_window=9, sinks=2), "diff_attn and sinks"),
+    (dict(yoco=True, mod="topk"), "mod=topk and yoco"),
+    (dict(value_residual=True, mod="topk", mod_every=1), "value_residual and mod_every=1")], ids=str)
+def test_pairs_that_are_refused(settings, says, opened, server):
+    path = save(server, "refused.safetensors", small(**settings))
+    assert refused(opened, path) == (f"This checkpoint uses {says}, which this page cannot run together: python "
+                                     "sample.py can.")

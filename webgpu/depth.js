@@ -19,7 +19,7 @@ export function checkDepth(config) {
   const other = [
     "sinks",  // sinks
     "diff_attn",  // diff
-    "yoco",
+    "yoco",  // yoco
   ].find((name) => config[name]);
   if (config.mod === "topk" && other) {
     throw new UserError(`This checkpoint uses mod=topk and ${other}, which this page cannot run together: python sample.py can.`);

@@ -8,7 +8,6 @@ import { attention, lens } from "./inside.js";
 // With these settings what a layer adds is not the sum of what its heads and its MLP add.
 const REFUSED = [
   "mod",  // mod
-  "yoco",
   "diff_attn",  // diff
 ];
 

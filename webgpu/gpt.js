@@ -13,6 +13,9 @@ import { Plan } from "./gpu.js";
 import { readHeader, readTensor, toFloat32 } from "./safetensors.js";
 import { attendToSinks, checkSinks, joinSinkLogits } from "./sinks.js";  // sinks
 import { Tokenizer } from "./tokenizer.js";
+import { addValueEmbedding, valueRoom, valueShapes } from "./value_embeds.js";  // valembed
+import { checkFirstValues, mixFirstValues } from "./values.js";  // resformer
+import { checkYoco, crosses, halfOf, sharedKeysValues, sharedNames, shareKeysValues } from "./yoco.js";  // yoco
 
 // ---- config ---------------------------------------------------------------------------------------------------------
 
@@ -36,6 +39,9 @@ const SETTINGS = {
   logit_scale: [1, factor], window_theta: [0, number], attn_softcap: [0, number],
   alibi: [false, flag], sliding_window: [0, whole(0)], window_pattern: ["S", (value) => /^[SL]+$/.test(value)], softcap: [0, number],
   diff_attn: [false, flag], diff_attn_version: [1, among(1, 2)],  // diff
+  yoco: [false, flag],  // yoco
+  value_residual: [false, flag],  // resformer
+  value_embeds: [false, flag],  // valembed
   sinks: [0, whole(0)], sink_logits: [false, flag],  // sinks
   n_expert: [0, whole(0)], expert_top_k: [2, whole(0)], n_shared_expert: [0, whole(0)], router_bias: [false, flag],  // moe
   expert_balance: ["loss", among("loss", "bias", "none")],  // moe
@@ -67,6 +73,8 @@ export function configOf(settings) {
   if (config.pos === "rope" && config.head_dim % 2) throw senseless("head_dim");
   if (config.mod !== "none" && config.mod_every > config.n_layer) throw senseless("mod_every");  // mod
   checkDepth(config);  // mod
+  checkYoco(config);  // yoco
+  checkFirstValues(config);  // resformer
   checkSinks(config);  // sinks
   checkDiff(config);  // diff
   if (config.n_expert && !(config.expert_top_k >= 1 && config.expert_top_k <= config.n_expert)) throw senseless("expert_top_k");  // moe
@@ -135,20 +143,25 @@ export function parametersOf(config) {
     found.set(`${path}.weight`, [width]);
     if (layer && (config.bias || config.norm_bias)) found.set(`${path}.bias`, [width]);
   };
+  const bias = config.bias || config.qkv_bias;
+  const keysValues = (path, layer) => {
+    linear(`${path}.k`, config.n_kv_head * D, C, bias);
+    linear(`${path}.v`, config.n_kv_head * D, C, bias);
+    if (config.qk_norm) norm(`${path}.k_norm`, config.qk_norm_width ? config.n_kv_head * D : D, false);
+    if (config.value_residual && layer > 0) found.set(`${path}.value_mix`, [2]);  // resformer
+    valueShapes(config, layer, path, found);  // valembed
+  };
   found.set("embed.weight", [V, C]);
   if (config.pos === "learned") found.set("pos_embed.weight", [config.block_size, C]);
   for (let layer = 0; layer < config.n_layer; layer++) {
-    const at = `blocks.${layer}`, bias = config.bias || config.qkv_bias, { norm_place } = config;
+    const at = `blocks.${layer}`, { norm_place } = config;
     let queries = config.n_head;
     if (config.diff_attn) ({ queries } = pairsOf(config));  // diff
     linear(`${at}.attn.q`, queries * D, C, bias);
-    linear(`${at}.attn.k`, config.n_kv_head * D, C, bias);
-    linear(`${at}.attn.v`, config.n_kv_head * D, C, bias);
+    if (!crosses(config, layer))  // yoco
+    keysValues(`${at}.attn`, layer);
     linear(`${at}.attn.out`, C, config.n_head * D, config.bias || config.out_bias);
-    if (config.qk_norm) {
-      norm(`${at}.attn.q_norm`, config.qk_norm_width ? config.n_head * D : D, false);
-      norm(`${at}.attn.k_norm`, config.qk_norm_width ? config.n_kv_head * D : D, false);
-    }
+    if (config.qk_norm) norm(`${at}.attn.q_norm`, config.qk_norm_width ? config.n_head * D : D, false);
     if (config.diff_attn) diffShapes(config, `${at}.attn`, found);  // diff
     if (config.sink_logits) found.set(`${at}.attn.sink.weight`, [queries]);  // sinks
     if (isRouted(config, layer)) depthShapes(config, at, found);  // mod
@@ -160,6 +173,7 @@ export function parametersOf(config) {
       if (norm_place !== "before") norm(`${at}.${part}_post_norm`, C);
     }
   }
+  if (config.yoco) keysValues("shared", halfOf(config)), norm("shared.norm", C);  // yoco
   norm("norm", C);
   if (!config.tie) linear("head", V, C, config.head_bias);
   return found;
@@ -225,6 +239,9 @@ export class GPT {
     // Query heads; and the heads that the output projection reads, and their width
     Object.assign(this, { queries: config.n_head, heads: config.n_head, head_width: config.head_dim });
     if (config.diff_attn) ({ queries: this.queries, pairs: this.heads, width: this.head_width } = pairsOf(config));  // diff
+    this.carried = [];  // of a room, the buffers (R, KV D) that later layers read
+    if (config.yoco) this.carried.push(...sharedNames(config));  // yoco
+    if (config.value_residual) this.carried.push("first_values");  // resformer
     let slopes = slopesOf(config);
     if (config.diff_attn) slopes = slopesOf({ ...config, n_head: this.heads }, 2);  // diff
     this.slopes = this.own(slopes);
@@ -262,6 +279,7 @@ export class GPT {
   /** The number of keys that a layer's queries see; 0: all. */
   windowOf(layer) {
     const { sliding_window, window_pattern } = this.config;
+    if (crosses(this.config, layer)) return 0;  // yoco
     return window_pattern[layer % window_pattern.length] === "S" ? sliding_window : 0;
   }
 
@@ -302,6 +320,8 @@ export class GPT {
       room[path] = together;
       names.forEach((name, i) => { room[name] = part(together, widths, i); });
     }
+    if (this.config.value_residual) room.first_values = plan.scratch(4 * R * KV * D);  // resformer
+    if (this.config.value_embeds) Object.assign(room, valueRoom(this.config, plan, R));  // valembed
     if (this.config.diff_attn) Object.assign(room, diffRoom(this.config, plan, R));  // diff
     if (this.config.mod !== "none") Object.assign(room, depthRoom(this.config, plan, R));  // mod
     if (this.config.n_expert) Object.assign(room, expertRoom(this.config, isGated(this.config), plan, R));  // moe
@@ -342,9 +362,9 @@ export class GPT {
    *  {k, v, ...}, a buffer of block_size rows for each layer, which the tokens continue. tap(site, layer, buffer, width): may
    *  add steps that read or change the buffer (B T, width); sites are model.py's resid, heads, attn, mlp. rooms(layer):
    *  the layer's buffers, see room(). start, stream: begin at a later layer, with its input. embedded: a buffer for the
-   *  input of the first layer.
+   *  input of the first layer. filling: nothing but the cache will be read.
    */
-  forward(plan, { B, T, tokens, at, cache = null, tap = null, rooms, start = 0, stream = null, embedded = null }) {
+  forward(plan, { B, T, tokens, at, cache = null, tap = null, rooms, start = 0, stream = null, embedded = null, filling = false }) {
     const { n_embd: C, n_layer } = this.config, R = B * T, { gpu } = this;
     let x = stream, more = null;  // the residual stream, and a buffer that is still to be added to it
     if (!x) {
@@ -363,10 +383,15 @@ export class GPT {
     for (let layer = start; layer < n_layer; layer++) {
       const room = rooms(layer), path = `blocks.${layer}`;
       if (tap) whole(layer);
+      if (this.config.yoco && layer === halfOf(this.config)) {  // yoco
+        complete();  // yoco
+        shareKeysValues(this, plan, room, { x, R, T, at, tokens, cache });  // yoco
+        if (filling) return x;  // yoco
+      }  // yoco
       if (isRouted(this.config, layer)) complete(), enterBlock(this, plan, layer, room, { x, R, T, at, cache, tap });  // mod
       const h = this.entering(plan, `${path}.attn_norm`, x, room.h, R, more);
       let h2 = this.config.parallel ? this.entering(plan, `${path}.mlp_norm`, x, room.h2, R) : null;
-      this.attention(plan, layer, room, { h, B, T, at, cache, tap });
+      this.attention(plan, layer, room, { h, B, T, at, tokens, cache, tap });
       tap?.("attn", layer, room.attn, C);
       if (h2) this.add(plan, room.attn, x, R * C);  // room.attn is the stream from here on
       else h2 = this.entering(plan, `${path}.mlp_norm`, room.attn, room.h2, R, x);  // this adds x to it too
@@ -379,9 +404,9 @@ export class GPT {
     return x;
   }
 
-  attention(plan, layer, room, { h, B, T, at, cache, tap }) {
+  attention(plan, layer, room, { h, B, T, at, tokens, cache, tap }) {
     const { n_head, n_kv_head: KV, head_dim: D, block_size, attn_softcap } = this.config, H = this.queries, R = B * T, { gpu } = this;
-    const path = `blocks.${layer}.attn`, [q, k, v] = this.queriesKeysValues(plan, layer, room, { h, R, T, at, cache });
+    const path = `blocks.${layer}.attn`, [q, k, v] = this.queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache });
     const of_heads = [H, KV, D, this.windowOf(layer), this.scale, attn_softcap];
     let one = R === 1 && cache && D % 4 === 0 && !gpu.info.fallback;  // for this kernel, which computes no lse
     let tiled = gpu.tilesAttention(T, D), settings = { WIDTH: D }, { o } = room, width = D;
@@ -406,10 +431,14 @@ export class GPT {
 
   /** Add the steps from h (R, C) to the queries (R, H, D), and the keys and values (R or block_size, KV, D) of a layer, with
    *  their norms and positions. Returns their buffers. */
-  queriesKeysValues(plan, layer, room, { h, R, T, at, cache }) {
+  queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache }) {
     const { n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, norm_eps } = this.config, H = this.queries, { gpu } = this;
     const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
-    if (cache && room["attn.qkv"] && this.weights.has(`${path}.qkv`) && !qk_norm_width) {  // one token
+    let together = cache && room["attn.qkv"] && this.weights.has(`${path}.qkv`) && !qk_norm_width;  // of one token
+    if (crosses(this.config, layer)) return [this.queriesOf(plan, path, layer, room, { h, R, T, at }), ...sharedKeysValues(this, room, cache)];  // yoco
+    if (this.config.value_residual) together = false;  // resformer
+    if (this.config.value_embeds) together = false;  // valembed
+    if (together) {
       this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
       const weight = (name) => qk_norm ? this.weights.get(`${path}.${name}_norm`).buffer : gpu.none;
       const same = !qk_norm && !rotary;  // queries stay where they are
@@ -419,7 +448,7 @@ export class GPT {
         [at, rotary ? this.turnsOf(layer) : gpu.none, weight("q"), weight("k"), qkv, same ? gpu.trash : q, k, v], [(same ? 0 : H) + 2 * KV]);
       return [q, k, v];
     }
-    return [this.queriesOf(plan, path, layer, room, { h, R, T, at }), ...this.keysValues(plan, path, layer, room, { h, R, T, at, cache })];
+    return [this.queriesOf(plan, path, layer, room, { h, R, T, at }), ...this.keysValues(plan, path, layer, room, { h, R, T, at, tokens, cache })];
   }
 
   queriesOf(plan, path, layer, room, { h, R, T, at }) {
@@ -429,9 +458,11 @@ export class GPT {
     return room.qr;
   }
 
-  keysValues(plan, path, layer, room, { h, R, T, at, cache }) {
+  keysValues(plan, path, layer, room, { h, R, T, at, tokens, cache }) {
     const { n_kv_head: H } = this.config, k = this.normed(plan, path, "k", H, room, h, R), { v } = room, rotary = this.rotaryOf(layer);
     this.linear(plan, `${path}.v`, h, v, R);
+    if (this.config.value_embeds) addValueEmbedding(this, plan, path, layer, room, { h, v, R, T, tokens });  // valembed
+    if (this.config.value_residual) mixFirstValues(this, plan, path, layer, room, v, R);  // resformer
     if (cache) {
       this.turn(plan, layer, k, cache.k[layer], { H, R, T, at, rotary }, { CACHE: true });
       this.turn(plan, layer, v, cache.v[layer], { H, R, T, at, rotary: 0 }, { CACHE: true });
@@ -556,7 +587,8 @@ export class GPT {
     return this.planned(writer.plans, `pass ${T} ${draws} ${probabilities}`, (plan) => {
       const room = this.room(plan, T), all = [];
       for (const [i, cache] of writer.caches.entries()) {  // a second one is of the unchanged model
-        let x = this.forward(plan, { B: 1, T, tokens: token, at, cache, tap: i ? null : changes?.tap(plan, at, T), rooms: () => room });
+        let x = this.forward(plan, { B: 1, T, tokens: token, at, cache, tap: i ? null : changes?.tap(plan, at, T), rooms: () => room,
+          filling: !draws });
         if (!draws) continue;
         if (T > 1) {
           const row = plan.scratch(4 * C);
@@ -661,6 +693,7 @@ export class Writer {
   constructor(model, changes = null) {
     const { gpu, config: { n_layer, block_size, n_kv_head, head_dim } } = model, made = [], layers = Array.from({ length: n_layer });
     const own = (size) => (made.push(gpu.buffer(size)), made.at(-1)), runs = changes ? [0, 1] : [0];
+    if (model.config.yoco) layers.length = halfOf(model.config) + 1;  // yoco
     const width = 4 * n_kv_head * head_dim, rows = () => layers.map(() => own(block_size * width));  // bytes of a token's keys
     gpu.checkSize(block_size * width, `open the page with ?context=${Math.floor(gpu.largest / width)}`);
     Object.assign(this, { changes, made, plans: new Map(), caches: runs.map(() => ({ k: rows(), v: rows() })), tops: runs.map(() => own(64)),

@@ -20,6 +20,8 @@ const FILES = [
   "norm norm_backward norm_share patch put_columns rope rows sample scale softcap steer sum_parts sum_squares tiles top",
   "weights",
   "diff diff_map",  // diff
+  "value_mix",  // resformer
+  "first_columns value_embed",  // valembed
   "sinks sinks_map sinks_score sink_logits sink_logits_backward",  // sinks
   "columns",  // actorder
   "experts_matmul experts_matvec experts_route experts_sort experts_sum",  // moe

@@ -119,15 +119,15 @@ const MOST_ROWS = 1024;  // in a batch
 const BATCH = 1000;      // milliseconds that a batch should take, so that other work and the Stop button need not wait longer
 
 /** Run the prompts, with a plan that keeps their activations: {plan, states, tops}. states: for each prompt {resid, attn, mlp},
- *  each by layer a buffer (T, C); tops: for each the results of top.wgsl with this target. The caller destroys the plan. */
+ *  each by layer a buffer (T, C), its ids, and its room after the last layer; tops: for each the results of top.wgsl with this target. The caller destroys the plan. */
 async function record(model, prompts, target) {
   const { gpu } = model, plan = new Plan(gpu);
   try {
     return await gpu.guard(async () => {
       const wanted = [], states = prompts.map((ids) => {
-        const size = 4 * ids.length * model.config.n_embd, kept = { resid: [], attn: [], mlp: [] };
-        const room = model.room(plan, ids.length), x = model.read(plan, ids, (site, layer, x, width) => {
-          if (!(site in kept)) return;
+        const size = 4 * ids.length * model.config.n_embd, room = model.room(plan, ids.length);
+        const kept = { ids, room, resid: [], attn: [], mlp: [] }, x = model.read(plan, ids, (site, layer, x, width) => {
+          if (!["resid", "attn", "mlp"].includes(site)) return;
           if (site !== "resid") blank(model, plan, layer, room, x, { B: 1, T: ids.length, width });  // mod
           kept[site][layer] = plan.scratch(size);
           plan.copy(x, 0, kept[site][layer], 0, size);
@@ -156,11 +156,11 @@ function answer(model, plan, x, B, T, target) {
 }
 
 /** For each layer, the last one first, the results of all cells: of each the numbers of top.wgsl. A cell is a pass of T tokens
- *  through the layers from this one on, whose input is `stream(layer)`; tapOf(layer, part, plan, room) is the tap that changes in the
+ *  through the layers from this one on, whose input is base.resid[layer]; tapOf(layer, part, plan, room) is the tap that changes in the
  *  b-th sequence what the cell part[b] stands for. Yields {layer, found, share} after each batch; found is null until the
  *  layer is done, and share is that of the work done. */
-async function* cellsOf(model, cells, T, target, stream, tapOf) {
-  const { n_layer: L, n_embd: C, vocab_size: V, tie } = model.config, size = 4 * T * C;
+async function* cellsOf(model, cells, target, base, tapOf) {
+  const { n_layer: L, n_embd: C, vocab_size: V, tie, n_kv_head, head_dim } = model.config, T = base.ids.length, size = 4 * T * C;
   const ofHead = V * C, ofLayer = T * (model.n_parameters - (tie ? 1 : 2) * ofHead) / L;
   const cost = (layer) => (L - layer) * ofLayer + ofHead;
   const all = cells.length * Array.from({ length: L }, (_, layer) => cost(layer)).reduce((a, b) => a + b);
@@ -172,9 +172,13 @@ async function* cellsOf(model, cells, T, target, stream, tapOf) {
       const part = cells.slice(found.length, found.length + most), B = part.length, began = performance.now();
       const [bytes] = await model.once((plan) => {
         const at = plan.scratch(Uint32Array.of(0, T)), room = model.room(plan, B * T), x = plan.scratch(B * size);
-        for (let b = 0; b < B; b++) plan.copy(stream(layer), 0, x, b * size, size);
+        const tokens = plan.scratch(Uint32Array.from({ length: B * T }, (_, i) => base.ids[i % T])), carried = 4 * T * n_kv_head * head_dim;
+        for (let b = 0; b < B; b++) {
+          plan.copy(base.resid[layer], 0, x, b * size, size);
+          for (const name of model.carried) plan.copy(base.room[name], 0, room[name], b * carried, carried);
+        }
         const tap = tapOf(layer, part, plan, room);
-        return [answer(model, plan, model.forward(plan, { B, T, at, tap, rooms: () => room, start: layer, stream: x }), B, T, target)];
+        return [answer(model, plan, model.forward(plan, { B, T, tokens, at, tap, rooms: () => room, start: layer, stream: x }), B, T, target)];
       });
       const numbers = new Float32Array(bytes);
       for (let b = 0; b < B; b++) found.push(numbers.subarray(16 * b, 16 * b + 16));
@@ -215,7 +219,7 @@ export async function* ablate(model, ids, target, how = "zero") {
   });
   try {
     yield { whole, columns, values, share: 0 };
-    for await (const { layer, found, share } of cellsOf(model, columns, T, target, (layer) => states.resid[layer], tapOf)) {
+    for await (const { layer, found, share } of cellsOf(model, columns, target, states, tapOf)) {
       if (found) values[layer] = found.map((numbers) => logP(numbers) - whole);
       yield { whole, columns, values, share };
     }
@@ -253,7 +257,7 @@ export async function* swap(model, donor, recipient, target, site = "resid", pai
       throw new UserError("Both prompts give the target the same probability, so that patching can have no effect: change one of them.");
     }
     yield { clean, corrupt, values, tops, share: 0 };
-    for await (const { layer, found, share } of cellsOf(model, places, T, target, (layer) => own.resid[layer], tapOf)) {
+    for await (const { layer, found, share } of cellsOf(model, places, target, own, tapOf)) {
       if (found) values[layer] = found.map((numbers) => (logP(numbers) - corrupt) / (clean - corrupt));
       if (found) tops[layer] = found.map(best);
       yield { clean, corrupt, values, tops, share };

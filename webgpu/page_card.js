@@ -34,6 +34,9 @@ function design(config) {
   const { alibi, pos, norm, norm_place, parallel, mlp, qk_norm, softcap, tie } = config;
   const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm] + PLACES[norm_place], MLPS[mlp],
     config.diff_attn && `differential attention (version ${config.diff_attn_version})`,  // diff
+    config.yoco && "YOCO",  // yoco
+    config.value_residual && "value residual",  // resformer
+    config.value_embeds && "value embeddings",  // valembed
     config.sinks > 0 && `${config.sinks} sinks`, config.sink_logits && "sink logits",  // sinks
     config.n_expert > 0 && `${config.n_expert} experts, of which a token uses ${config.expert_top_k}`,  // moe
     config.mod !== "none" && `Mixture of Depths (${config.mod}) in ${config.mod_every > 1 ? `one layer of ${config.mod_every}` : "every layer"}`,  // mod

@@ -21,6 +21,9 @@ const UNTRAINED = [  // settings whose backward pass the page does not have
   "mod",  // mod
   "sinks",  // sinks
   "diff_attn",  // diff
+  "yoco",  // yoco
+  "value_residual",  // resformer
+  "value_embeds",  // valembed
 ];
 const LINES = 1024;  // workgroups of a long sum: enough for a large card
 const LOGITS = 2 ** 25;  // that are in memory at a time: as many as a buffer may have on every device
