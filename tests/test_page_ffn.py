@@ -233,12 +233,6 @@ def test_training(opened, checkpoint):
         assert says in in_page(opened, checkpoint(name)[0], train)
 
 
-def test_pairs_that_are_refused(opened, server):
-    """Attention to chosen tokens alone is not written for every variant of attention."""
-    path = save(server, "pair.safetensors", small(mod="topk", sink_logits=True))
-    assert "sink_logits, which this page cannot run" in refused(opened, path)
-
-
 def test_an_order_that_is_damaged(opened, server):
     model = ordered()
     model.blocks[1].mlp.up.order = mx.full((64,), 64, dtype=mx.int32)

@@ -277,9 +277,9 @@ def test_a_file_like_smollm2(opened, server, tmp_path):
             (await attention(model, ids)).map((map) => Array.from(map)), (await last(ablate(model, ids, 5))).values,
             (await last(swap(model, ids, [...ids.slice(0, -1), 9], 5))).values];
         const long = await model.logits(new Array(3000).fill(5)).catch((error) => error.message);
-        model.config.n_layer = 30, model.config.n_head = 9;  // for the message alone
+        model.config.n_layer = 30, model.queries = 9;  // for the message alone
         const maps = await attention(model, new Array(1500).fill(5)).catch((error) => error.message);
-        model.config.n_layer = 2, model.config.n_head = 3;
+        model.config.n_layer = 2, model.queries = 3;
         const { config: { block_size }, whole_context, ends } = model;
         const asked = questions.map((question) => model.promptOf(question));
         return { ids, asked, text, logits: Array.from(await model.logits(ids)), panels, long, maps, block_size,
