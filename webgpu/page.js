@@ -9,6 +9,7 @@ import { $, queue, attempt, during, forgetLoss, make, many, needModel, notice, o
   showDoing, wordsOf } from "./page_common.js";
 import { setUpLinks } from "./page_link.js";
 import { lookByItself, setUpLooking, takeLens } from "./page_look.js";
+import { MODELS, modelFile, setUpModels, takePrompts } from "./page_models.js";
 import { recall, remember, keepFields } from "./page_store.js";
 import { offerRun, ownCode, setUpTraining, takeText } from "./page_train.js";
 import { setUpSpeed, showChoices } from "./page_speed.js";
@@ -66,6 +67,18 @@ function openModel(blob) {
     if (!page.gpu) needModel();
     await during("open", `Reading ${blob.name ?? "the checkpoint"}`, () => load(blob));
   });
+}
+
+/** Open one of the models that come with the page. True if that went well. */
+async function openOurs(name) {
+  let file;
+  const well = await attempt("card-wrong", () => during("open", `Fetching ${MODELS[name].file}`, async () => {
+    if (!page.gpu) needModel();
+    file = await modelFile(name);
+  }));
+  if (!well) return false;
+  takePrompts(name);
+  return openModel(file);
 }
 
 async function load(blob) {
@@ -231,9 +244,10 @@ async function open() {
   setUpColours();
   keepFields();
   onModel(showCard);
-  [setUpWriting, setUpFiles, setUpTabs, setUpLooking, setUpTraining, setUpSpeed, setUpLinks].forEach((each) => each());
+  [setUpWriting, setUpFiles, setUpTabs, setUpLooking, setUpTraining, setUpSpeed].forEach((each) => each());
+  setUpModels(openOurs);
+  const first = setUpLinks(openOurs), demo = modelFile(first).catch((error) => error);  // while the device is opened
   listServed();
-  const demo = fileOf("demo.safetensors").catch((error) => error);  // while the device is opened
   try {
     await openDevice();
   } catch (error) {
@@ -241,7 +255,7 @@ async function open() {
     notice(page.why, {}, "alert");
     return showDoing();
   }
-  await openDemo(await demo);
+  await openFirst(first, await demo);
   offerRun();
   if (page.model) await begun;  // the first words come first
   await attempt("speed-wrong", () => during("kernels", "Trying faster kernels", () =>
@@ -250,11 +264,11 @@ async function open() {
 }
 
 /** The model that the page begins with. found: its file, or the error of fetching it. */
-async function openDemo(found) {
+async function openFirst(name, found) {
   if (!(found instanceof Error)) return openModel(found);
   showDoing();
   notice(`${wordsOf(found)} You can also open a checkpoint of your own.`, {
-    "Try again": async () => openDemo(await fileOf("demo.safetensors").catch((error) => error)) }, "alert");
+    "Try again": async () => openFirst(name, await modelFile(name).catch((error) => error)) }, "alert");
 }
 
 /** Fetch all that the page may need later, so that it works without its server from then on. What cannot be fetched is fetched

@@ -2,15 +2,18 @@
 
 import { far, HABITS, habits, rowsOf, standsOut } from "./habits.js";
 import { attention } from "./inside.js";
-import { queueWith, finish, heard, make, percent, resultOf, seen, token } from "./page_common.js";
+import { $, queueWith, finish, heard, make, percent, resultOf, seen, token } from "./page_common.js";
 import { drawMap, key, roving, strength } from "./page_draw.js";
 
-let redraw = () => {};
+let redraw = () => {}, choose = () => {};
 
 /** Draw the maps again, after colours or sizes have changed. */
 export const drawAgain = () => redraw();
 
-export const forgetMaps = () => { redraw = () => {}; };
+/** Show the head that the field names, as 2.0: layer 2, head 0. */
+export const showHead = () => choose(...$("head").value.split(".").map(Number));
+
+export const forgetMaps = () => { redraw = choose = () => {}; };
 
 export async function runAttention(model, ids, { signal }) {
   const { enc, heads: H } = model, { n_layer: L } = model.config, T = ids.length;
@@ -34,7 +37,9 @@ export async function runAttention(model, ids, { signal }) {
   };
   redraw();
   const most = standsOut(heads.flat()), { l, h } = most?.head ?? heads.at(-1).at(-1);
+  choose = (layer, head) => heads[layer]?.[head] && small.choose(layer, head);
   small.choose(l, h);
+  showHead();
   resultOf("attention").replaceChildren(most ? `Layer ${l}, head ${h} stands out: it ${habitInWords(most.head, most.name)}.` :
     "No head stands out: none has a habit far above chance.");
   if (model.config.diff_attn) resultOf("attention").append(" Each map is the difference of two heads' maps, A1 − λ A2, of which weights below 0 stay empty.");  // diff
@@ -78,10 +83,14 @@ function smallMaps(heads, show) {
     buttons.flat().forEach((button) => button.setAttribute("aria-checked", button === buttons[l][h]));
     show(heads[l][h]);
   };
-  const stopAt = roving(node, buttons, (l, h) => { if (document.activeElement === buttons[l][h]) check(l, h); });
+  const pick = (l, h) => {
+    $("head").value = `${l}.${h}`;  // for a link to it, and for the maps of the next prompt
+    check(l, h);
+  };
+  const stopAt = roving(node, buttons, (l, h) => { if (document.activeElement === buttons[l][h]) pick(l, h); });
   node.addEventListener("click", ({ target }) => {
     const button = target.closest("button");
-    if (button) check(Number(button.dataset.r), Number(button.dataset.c));
+    if (button) pick(Number(button.dataset.r), Number(button.dataset.c));
   });
   return { node, choose: (l, h) => { stopAt(l, h); check(l, h); } };
 }

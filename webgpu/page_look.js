@@ -3,23 +3,24 @@
 import { Stopped, UserError } from "./errors.js";
 import { imported } from "./fetching.js";
 import { ablate, lens, loadLens, swap } from "./inside.js";
-import { drawAgain, forgetMaps, runAttention } from "./page_attention.js";
+import { drawAgain, forgetMaps, runAttention, showHead } from "./page_attention.js";
 import { $, queueWith, attempt, count, during, finish, heard, idsOf, make, needModel, onModel, page, partName, percent, resultOf,
   say, seen, showFigure, stateName, token } from "./page_common.js";
 import { bars, heatMap, key } from "./page_draw.js";
 import { notWriting, textSoFar } from "./page_write.js";
 
-// For each: the words shown while it runs, its fields besides the prompt, and the function that computes and shows it.
+// For each: the words shown while it runs, its fields besides the prompt, and the function that computes and shows it. places:
+// fields that say which part of the figure is looked at.
 const PANELS = {
   flow: { doing: "Computing all parts", fields: [], run: async (...all) => (await imported("page_flow.js")).runFlow(...all) },
   lens: { doing: "Reading through the lens", fields: ["colour", "tuned"], run: runLens },
-  attention: { doing: "Following attention", fields: [], run: runAttention },
+  attention: { doing: "Following attention", fields: [], places: ["head"], run: runAttention },
   ablation: { doing: "Switching parts off", fields: ["target", "how"], run: runAblation },
   patching: { doing: "Patching", fields: ["recipient", "target", "site", "pairs"], run: runPatching },
 };
 /** Whether a panel computes its figure when it is opened, and the fields that it is computed from. */
 export const looksByItself = (name) => name in PANELS;
-export const fieldsOf = (name) => ["look-prompt", ...PANELS[name].fields];
+export const fieldsOf = (name) => ["look-prompt", ...PANELS[name].fields, ...PANELS[name].places ?? []];
 
 const FIELDS = [...new Set(Object.values(PANELS).flatMap(({ fields }) => fields))];
 
@@ -40,6 +41,7 @@ function choosePanel(name) {
   $("look-label").textContent = name === "patching" ? "Donor: a prompt that the target follows" : "Prompt";
   say("look-wrong", "");
   if (page.model && shown[name] !== keyOf(name)) look();
+  else if (name === "attention") showHead();
 }
 
 const valueOf = (id) => $(id).type === "checkbox" ? $(id).checked : $(id).value;

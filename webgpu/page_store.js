@@ -36,11 +36,11 @@ export function defaultOf(field) {
 /** Whether a field differs from its default. Others are not stored, so that a later version can change the defaults. */
 export const isChanged = (field) => valueOf(field) !== defaultOf(field);
 
-/** Restore the fields with data-keep, and store them when they change. */
+/** Restore the fields with data-keep, and store them when they change; not those with data-keep="link", which only links carry. */
 export function keepFields() {
   const values = kept().fields ?? {};
   let timer = 0;
-  const fields = [...document.querySelectorAll("[data-keep]")];
+  const fields = [...document.querySelectorAll('[data-keep=""]')];
   for (const field of fields) {
     const value = values[field.id];
     if (value !== undefined) setValue(field, value);
