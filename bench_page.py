@@ -47,7 +47,9 @@ def kernels():
                     *(wgsl.buffer(np.full(N * K // 64, 0.01, np.float16)) for _ in range(2)), nothing, x, y]
                    for _ in range(1 if software else 6)]  # together larger than a cache
         for kernel, rows in (("matvec", 4), ("matvec_subgroup", 128 // lanes), ("matvec_packed", 512 // lanes)):
-            taken = wgsl.seconds(kernel, {"BITS": 4}, (N, K), several, wgsl.threads(N, max(1, rows)))
+            params, more = ((N, K), []) if kernel == "matvec" else ((N, K, 0.0), [nothing] * 2)  # see vector.wgsl
+            taken = wgsl.seconds(kernel, {"BITS": 4}, params, [[*each, *more] for each in several],
+                                 wgsl.threads(N, max(1, rows)))
             size = N * K * (0.5 + 4 / 64) + 4 * (N + K)
             print(json.dumps([f"{N} x {K} of 4 bits, {kernel}", "GB/s", size / taken / 1e9, bandwidth]), flush=True)
 

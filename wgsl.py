@@ -37,12 +37,12 @@ def device():
 
 
 def source(name: str) -> str:
-    """A kernel's code, joined with the file that its first comment names, as gpu.js joins them. `enable subgroups` is
+    """A kernel's code, joined with the files that its first comment names, as gpu.js joins them. `enable subgroups` is
     left out: wgpu does not need it and refuses it."""
     text = (KERNELS / f"{name}.wgsl").read_text(encoding="utf-8")
     text = re.sub(r"^enable subgroups;\n", "", text, flags=re.M)
-    more = re.match(r"// \(\+ (\S+)\)\n", text)
-    return (KERNELS / more[1]).read_text(encoding="utf-8") + text if more else text
+    more = re.match(r"// \(\+ (.*)\)\n", text)
+    return "".join(map(source, more[1].replace(".wgsl", "").split() if more else [])) + text
 
 
 @cache

@@ -174,13 +174,20 @@ def rows_of_a_workgroup(kernel: str) -> int:
     if kernel != "matvec" and "subgroup" not in wgsl.device().features:
         pytest.skip("an adapter without subgroups")
     matrix, constants, _ = packed(512, 128, 4, 64, 16)
-    y, = run(kernel, constants, (512, 128), [*matrix, NONE, numbers(128), zeros(512)], (1, 1), [6])
+    more, of_norm = around(kernel)
+    y, = run(kernel, constants, (512, 128, *more), [*matrix, NONE, numbers(128), zeros(512), *of_norm], (1, 1), [6])
     return int(np.count_nonzero(y))
 
 
-def matvec(kernel: str, constants: dict, sizes: tuple, matrix: list, bias, x) -> np.ndarray:
-    groups = elements(sizes[0], rows_of_a_workgroup(kernel))
-    return run(kernel, constants, sizes, [*matrix, bias, x, zeros(sizes[0])], groups, [6])[0]
+def around(kernel: str, eps=0.0, weight=NONE, bias=NONE):
+    """The uniforms and arrays of vector.wgsl, which the kernels of subgroups have beside those of matvec.wgsl."""
+    return ((), ()) if kernel == "matvec" else ((eps,), (weight, bias))
+
+
+def matvec(kernel: str, constants: dict, sizes: tuple, matrix: list, bias, x, y=None, more=None) -> np.ndarray:
+    groups, (eps, of_norm) = elements(sizes[0], rows_of_a_workgroup(kernel)), more or around(kernel)
+    y = zeros(sizes[0]) if y is None else y
+    return run(kernel, constants, (*sizes, *eps), [*matrix, bias, x, y, *of_norm], groups, [6])[0]
 
 
 @pytest.mark.parametrize("kernel", VECTORS)
@@ -203,6 +210,32 @@ def test_matvec_packed(kernel, bits, group, scale_bits):
         found = matvec(kernel, constants | {"BIAS": True}, (N, K), matrix, bias, x)
         expected = mx.quantized_matmul(mx.array(x), *parts, group_size=group, bits=bits)[0] + mx.array(bias)
         assert near(found, expected, 5e-6)
+
+
+@pytest.mark.parametrize("kernel, bits", [("matvec_subgroup", 32), ("matvec_subgroup", 16), ("matvec_subgroup", 3),
+                                          ("matvec_packed", 4), ("matvec_packed", 8)])
+def test_around_a_product(kernel, bits):
+    """The norm of x, or its activation, before the product, and the sum with y after it, as float64 and MLX have them."""
+    N, K, group, eps = 37, 128, 32, 0.003
+    weight, bias, before = weights_of(bits, (N, K)), numbers(N, seed=2), 3 * numbers(N, seed=3)
+    matrix, constants = dense(weight, bits), {"BITS": bits, "BIAS": True}
+    if bits < 16:
+        matrix, of_packed, parts = packed(N, K, bits, group, 16)
+        constants, weight = constants | of_packed, np.array(mx.dequantize(*parts, group, bits))
+    weight = weight.astype(np.float64)
+    x, scale, shift = numbers(K, scale=0.2) + 0.5, 1 + numbers(K, seed=5), numbers(K, seed=6)
+    for layer in (False, True):
+        wide = x.astype(np.float64) - layer * x.mean(dtype=np.float64)
+        normed = wide / np.sqrt((wide * wide).mean() + eps) * scale + layer * shift
+        found = matvec(kernel, constants | {"NORM": 1 + layer}, (N, K), matrix, bias, x,
+                       more=around(kernel, eps, scale, shift))
+        assert near(found, weight @ normed + bias, 1e-5)
+    for kind, name in enumerate(("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "swiglu_clip")):
+        inputs = numbers(2 if name in model.GATED else 1, K, seed=7, scale=2)
+        found = matvec(kernel, constants | {"ACTIVATES": True, "KIND": kind, "ACCUMULATE": True}, (N, K), matrix, bias,
+                       inputs, before)
+        active = np.array(model.ACTIVATIONS[name](*map(mx.array, inputs)))
+        assert near(found, weight @ active + bias + before, 1e-5), name
 
 
 @pytest.mark.parametrize("bits, group, scale_bits", [(32, 0, 0), (16, 0, 0), *PACKED])
@@ -279,7 +312,7 @@ def test_activation(kind):
     act, n = model.ACTIVATIONS[name], 403
     x, gate, dy = numbers(n, scale=2), numbers(n, seed=1, scale=2), numbers(n, seed=2)
     x[:8], gate[8:16] = (-100, -30, -9, -1e-4, 0, 9, 30, 100), (-100, -30, -9, -1e-4, 0, 9, 30, 100)
-    y, = run("activation", {"KIND": kind}, (n,), [gate, x, zeros(n)], elements(n), [3])
+    y, = run("activation", {"KIND": kind}, (n,), [gate, x, zeros(n)], elements(-(-n // 4)), [3])
     inputs = (gate, x) if name in model.GATED else (x,)
     assert np.abs(y - np.array(act(*map(mx.array, inputs)))).max() <= 1e-6 * np.abs(y[16:]).max()
     dx, d_gate = run("activation_backward", {"KIND": kind}, (n,), [gate, x, dy, zeros(n)], elements(n), [3, 4])

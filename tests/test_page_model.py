@@ -171,6 +171,25 @@ def test_too_large_for_the_device(page, server):
     assert said[2].startswith("This needs a buffer of") and "take a smaller model" in said[2]
 
 
+@pytest.mark.parametrize("name", ["default", "gpt2", "llama", "stablelm", "half", "4-bit", "8-bit", "3-bit", "granite"])
+def test_text_by_fused_products(name, opened, server):
+    """With the kernels of subgroups, the text is Python's, and a layer of most models takes six kernels for a token."""
+    path, model = flavour(server, name)
+    text, kernels = in_page(opened, path, """
+        Object.assign(gpu.paths, { subgroups: true, packed: [4, 8] });
+        const text = [];
+        for await (const { token } of model.generate(ids, { max_new_tokens: 30, temperature: 0 })) text.push(token);
+        const { plan } = await model.pass(1, true);
+        Object.assign(gpu.paths, { subgroups: false, packed: [] });
+        return [text, plan.steps.length];""", IDS, parameters="ids")
+    assert text == list(generate(model, IDS, 30, temperature=0, n_vocab=257))
+    around = 4  # the embedding, the last norm, the head, and the draw
+    if name in ("llama", "granite"):  # keys that cannot be part of a joined matrix, and a factor of what a part adds
+        assert kernels > 9 * model.config.n_layer
+    else:
+        assert kernels == 6 * model.config.n_layer + around
+
+
 def test_golden(page, server):
     """From the page's own checkpoint, Python and the page generate a known text."""
     prompt = "raise ValueError("

@@ -389,6 +389,11 @@ export class GPT {
         if (filling) return x;  // yoco
       }  // yoco
       if (isRouted(this.config, layer)) complete(), enterBlock(this, plan, layer, room, { x, R, T, at, cache, tap });  // mod
+      if (R === 1 && cache && !tap && this.fuses(layer, room)) {
+        this.attention(plan, layer, room, { h: x, B, T, at, tokens, cache, fused: true });
+        this.fusedNeurons(plan, `blocks.${layer}`, room, x);
+        continue;
+      }
       const h = this.entering(plan, `${path}.attn_norm`, x, room.h, R, more);
       let h2 = this.config.parallel ? this.entering(plan, `${path}.mlp_norm`, x, room.h2, R) : null;
       this.attention(plan, layer, room, { h, B, T, at, tokens, cache, tap });
@@ -404,9 +409,37 @@ export class GPT {
     return x;
   }
 
-  attention(plan, layer, room, { h, B, T, at, tokens, cache, tap }) {
+  /** Whether the products of a layer compute for one token what else lies around them, see gpu.vector(): the norm before
+   *  them, the activation, and the sum with the stream, which stays in one buffer. */
+  fuses(layer, room) {
+    const { norm_place, parallel, residual_scale, qk_norm_width } = this.config, gated = isGated(this.config);
+    if (this.config.n_expert) return false;  // moe
+    if (isRouted(this.config, layer)) return false;  // mod
+    if (this.config.yoco) return false;  // yoco
+    if (this.config.diff_attn) return false;  // diff
+    if (this.config.value_residual) return false;  // resformer
+    if (this.config.value_embeds) return false;  // valembed
+    const usual = norm_place === "before" && !parallel && residual_scale === 1 && !qk_norm_width;
+    return usual && room["attn.qkv"] && (!gated || room["mlp.gate_up"]) && ["attn.qkv", "attn.out", gated ? "mlp.gate_up" : "mlp.up",
+      "mlp.down"].every((name) => this.gpu.fuses(this.weights.get(`blocks.${layer}.${name}`)));
+  }
+
+  /** The product of one row with the norm of x. */
+  ofNorm(plan, path, norm, x, y) {
+    this.gpu.vector(plan, this.weights.get(path), x, y,
+      { norm: this.weights.get(norm), LAYER: this.config.norm === "layer", eps: this.config.norm_eps });
+  }
+
+  /** x += MLP(norm(x)) of one token. path: of its block. */
+  fusedNeurons(plan, path, room, x) {
+    const [name, up] = isGated(this.config) ? ["gate_up", room["mlp.gate_up"]] : ["up", room.up];
+    this.ofNorm(plan, `${path}.mlp.${name}`, `${path}.mlp_norm`, x, up);
+    this.gpu.vector(plan, this.weights.get(`${path}.mlp.down`), up, x, { KIND: KINDS[this.config.mlp], ACCUMULATE: true });
+  }
+
+  attention(plan, layer, room, { h, B, T, at, tokens, cache, tap, fused = false }) {
     const { n_head, n_kv_head: KV, head_dim: D, block_size, attn_softcap } = this.config, H = this.queries, R = B * T, { gpu } = this;
-    const path = `blocks.${layer}.attn`, [q, k, v] = this.queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache });
+    const path = `blocks.${layer}.attn`, [q, k, v] = this.queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache, fused });
     const of_heads = [H, KV, D, this.windowOf(layer), this.scale, attn_softcap];
     let one = R === 1 && cache && D % 4 === 0 && !gpu.info.fallback;  // for this kernel, which computes no lse
     let tiled = gpu.tilesAttention(T, D), settings = { WIDTH: D }, { o } = room, width = D;
@@ -425,13 +458,14 @@ export class GPT {
     if (this.config.sink_logits) joinSinkLogits(this, plan, path, { R, H, width, o, lse: room.lse });  // sinks
     if (this.config.diff_attn) subtractPairs(this, plan, layer, room, h, R);  // diff
     tap?.("heads", layer, room.o, n_head * D);
+    if (fused) return gpu.vector(plan, this.weights.get(`${path}.out`), room.o, h, { ACCUMULATE: true });
     this.linear(plan, `${path}.out`, room.o, room.attn_y ?? room.attn, R);
     this.leaving(plan, layer, "attn", room, R);
   }
 
   /** Add the steps from h (R, C) to the queries (R, H, D), and the keys and values (R or block_size, KV, D) of a layer, with
    *  their norms and positions. Returns their buffers. */
-  queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache }) {
+  queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache, fused }) {
     const { n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, norm_eps } = this.config, H = this.queries, { gpu } = this;
     const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
     let together = cache && room["attn.qkv"] && this.weights.has(`${path}.qkv`) && !qk_norm_width;  // of one token
@@ -439,7 +473,8 @@ export class GPT {
     if (this.config.value_residual) together = false;  // resformer
     if (this.config.value_embeds) together = false;  // valembed
     if (together) {
-      this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
+      if (fused) this.ofNorm(plan, `${path}.qkv`, `${path}_norm`, h, room["attn.qkv"]);
+      else this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
       const weight = (name) => qk_norm ? this.weights.get(`${path}.${name}_norm`).buffer : gpu.none;
       const same = !qk_norm && !rotary;  // queries stay where they are
       const qkv = same ? { buffer: room["attn.qkv"], offset: 4 * H * D, size: 8 * KV * D } : room["attn.qkv"];
@@ -508,7 +543,7 @@ export class GPT {
   }
 
   activation(plan, gate, x, y, n) {
-    plan.add("activation", { KIND: KINDS[this.config.mlp] }, [n], [gate ?? x, x, y], this.gpu.threads(n));
+    plan.add("activation", { KIND: KINDS[this.config.mlp] }, [n], [gate ?? x, x, y], this.gpu.threads(Math.ceil(n / 4)));
   }
 
   head() { return this.weights.get(this.config.tie ? "embed" : "head"); }
@@ -639,15 +674,16 @@ export class GPT {
     };
     // Runs the plan of a token n times, or 0 times after read(), and reads what was drawn: [{token, top}, ...].
     const draw = async (plan, n) => {
-      const encoder = gpu.device.createCommandEncoder(), count = Math.max(1, n), before = offset;
+      const count = Math.max(1, n), before = offset;
       const size = told.reduce((sum, [, bytes]) => sum + bytes, 4);
       const staging = gpu.device.createBuffer({ size: size * count, usage: GPUBufferUsage.COPY_DST | GPUBufferUsage.MAP_READ });
-      for (let i = 0; i < count; i++) {
+      for (let i = 0; i < count; i++) {  // each is submitted by itself, and computed while the next one is encoded
+        const encoder = gpu.device.createCommandEncoder();
         if (n) plan.encode(encoder);
         encoder.copyBufferToBuffer(drawn, 4 * ((steps + i) % 8), staging, size * i, 4);
         told.forEach(([buffer, bytes], part) => encoder.copyBufferToBuffer(buffer, 0, staging, size * i + 4 + 64 * part, bytes));
+        gpu.device.queue.submit([encoder.finish()]);
       }
-      gpu.device.queue.submit([encoder.finish()]);
       await staging.mapAsync(GPUMapMode.READ);
       const bytes = staging.getMappedRange().slice(0);
       staging.destroy();

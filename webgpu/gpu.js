@@ -14,11 +14,11 @@ const NO_WEBGPU = "This browser has no WebGPU. Chrome and Edge 113 and later hav
 
 // All files of kernels/.
 const FILES = [
-  "ablate activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled",
+  "ablate act activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled",
   "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum divergence",
   "dot embed embed_backward enter_cache head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup",
   "norm norm_backward norm_share patch put_columns rope rows sample scale softcap steer sum_parts sum_squares tiles top",
-  "weights",
+  "vector weights",
   "diff diff_map",  // diff
   "value_mix",  // resformer
   "first_columns value_embed",  // valembed
@@ -157,16 +157,20 @@ export class GPU {
   // Fetches the files of all kernels, so that the page needs no server from then on.
   fetchAll() { return Promise.all(FILES.map((name) => this.text(`${name}.wgsl`))); }
 
-  // A kernel with its settings (override constants), compiled once. If its first comment says "(+ FILE)", that file is put
-  // before it.
+  // The code of a file of kernels, after that of the files that its first comment names, as in "(+ FILE FILE)".
+  async joined(name) {
+    const code = await this.text(name), [start, enable = "", names] = code.match(/^(enable .*;\n)?(?:\/\/ \(\+ (.*)\)\n)?/);
+    const parts = await Promise.all(names?.split(" ").map((each) => this.joined(each)) ?? []);
+    return enable + parts.join("") + code.slice(start.length);
+  }
+
+  // A kernel with its settings (override constants), compiled once.
   kernel(name, settings) {
     return kept(this.pipelines, name + JSON.stringify(settings), () => this.compile(name, settings));
   }
 
   async compile(name, settings) {
-    let code = await this.text(`${name}.wgsl`);
-    const [, enable, more] = code.match(/^(enable .*;\n)?(?:\/\/ \(\+ (\S+)\)\n)?/);
-    if (more) code = (enable ?? "") + await this.text(more) + code.slice((enable ?? "").length);
+    const code = await this.joined(`${name}.wgsl`);
     const module = this.device.createShaderModule({ code, label: name });
     const constants = Object.fromEntries(Object.entries(settings).map(([key, value]) => [key, Number(value)]));
     if (this.info.fallback && /^override SIZE/m.test(code)) constants.SIZE = 4;  // on a processor, barriers are slow
@@ -175,6 +179,26 @@ export class GPU {
 
   // Whether attention of T queries with heads of width D takes the kernels in tiles.
   tilesAttention(T, D) { return this.paths.tiles.some(({ SIDE }) => SIDE) && T >= 32 && D % 4 === 0 && D <= 128; }
+
+  // Whether vector() can multiply by a matrix, or by undefined, with all its options.
+  fuses(weight) {
+    if (!weight?.buffer || weight.width % 4) return false;
+    if (weight.u) return false;  // laser
+    if (weight.order) return false;  // actorder
+    return this.paths.subgroups || this.paths.packed.includes(weight.bits ?? 32);
+  }
+
+  // y (N,) = W x + bias of one row, and what kernels/vector.wgsl adds to it: with `norm`, the weights {buffer, bias} of a
+  // norm, of which LAYER and eps are the settings, x is first normalized; or act(x) is taken, if KIND is given; or the
+  // product is added to y.
+  vector(plan, weight, x, y, { norm = null, LAYER = false, eps = 0, KIND = null, ACCUMULATE = false } = {}) {
+    const { rows: N, width: K, bits = 32 } = weight, { none } = this;
+    const settings = { ...formatOf(weight), ...(weight.bias && { BIAS: true }), ...(norm && { NORM: LAYER ? 2 : 1 }),
+      ...(KIND !== null && { ACTIVATES: true, KIND }), ...(ACCUMULATE && { ACCUMULATE }) };
+    const [name, rows] = this.paths.packed.includes(bits) ? ["matvec_packed", 512] : ["matvec_subgroup", 128];  // of 1 lane
+    plan.add(name, settings, [N, K, eps], [weight.buffer, weight.scales ?? none, weight.biases ?? none, weight.bias ?? none, x, y,
+      norm?.buffer ?? none, norm?.bias ?? none], this.groups(Math.ceil(N * this.lanes / rows)));
+  }
 
   // y (M, N) = x (M, K) W^T + bias, with W (N, K) of a checkpoint. more: settings of matmul.wgsl, and N and K, for other
   // products.
@@ -188,13 +212,8 @@ export class GPU {
     const buffers = [weight.buffer, weight.scales ?? this.none, weight.biases ?? this.none, weight.bias ?? this.none, x, y];
     const plain = !("TRANSPOSE_X" in more || "TRANSPOSE_W" in more || "ACCUMULATE" in more);
     if (M === 1 && plain) {
-      if (this.paths.packed.includes(bits)) {
-        plan.add("matvec_packed", settings, [N, K], buffers, this.groups(Math.ceil(N * this.lanes / 512)));
-      } else if (this.paths.subgroups) {
-        plan.add("matvec_subgroup", settings, [N, K], buffers, this.groups(Math.ceil(N * this.lanes / 128)));
-      } else {
-        plan.add("matvec", settings, [N, K], buffers, this.groups(Math.ceil(N / 4)));
-      }
+      if (this.paths.subgroups || this.paths.packed.includes(bits)) this.vector(plan, weight, x, y);
+      else plan.add("matvec", settings, [N, K], buffers, this.groups(Math.ceil(N / 4)));
       return;
     }
     for (const name of ["TRANSPOSE_X", "TRANSPOSE_W", "ACCUMULATE"]) if (more[name]) settings[name] = true;
@@ -508,6 +527,7 @@ async function compare(gpu, name, { M, N, K, BITS = 32 }, others) {
     const buffers = [W, affine, affine, gpu.none, x, result];
     for (let i = 0; i < 8; i++) {
       if (kernel === "matmul_tiled") gpu.tiles(plan, settings.SIDE, base, uniforms, buffers);
+      else if (/^matvec_/.test(kernel)) plan.add(kernel, base, [N, K, 0], [...buffers, gpu.none, gpu.none], own_groups);  // see vector()
       else plan.add(kernel, { ...base, ...settings }, uniforms, buffers, own_groups);
     }
     await plan.ready();

@@ -1,5 +1,6 @@
 enable subgroups;
-// y = x W^T + bias for one row x and packed weights of 4 or 8 bits (see weights.wgsl). It is limited by memory bandwidth.
+// (+ vector.wgsl)
+// y = W x + bias, and what vector.wgsl adds to it, for one row x and packed weights of 4 or 8 bits (see weights.wgsl). It is limited by memory bandwidth.
 //
 // A subgroup computes four numbers of y, which are the components of its vectors. A lane takes two neighbouring words of
 // each of the four rows, all of one group, unpacks them in registers and multiplies them with x:
@@ -8,16 +9,12 @@ enable subgroups;
 override BITS: u32 = 4;
 override GROUP: u32 = 64;
 override SCALE_BITS: u32 = 16;
-override BIAS: bool = false;
 
-struct Params { N: u32, K: u32 }
+struct Params { N: u32, K: u32, eps: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> weights: array<vec2<u32>>;
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
 @group(0) @binding(3) var<storage, read> biases: array<u32>;
-@group(0) @binding(4) var<storage, read> bias: array<f32>;
-@group(0) @binding(5) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(6) var<storage, read_write> y: array<f32>;
 
 fn half_of(word: u32, place: u32) -> f32 {
   let both = unpack2x16float(word);
@@ -39,7 +36,7 @@ fn four(words: vec4<u32>, bit: u32, a: vec4<f32>) -> vec4<f32> {
 }
 
 // The sums over the two words at a place in each row. rows: the indices of the rows; width: of a row, in pairs of words.
-fn part(place: u32, rows: vec4<u32>, width: u32) -> vec4<f32> {
+fn part(place: u32, rows: vec4<u32>, width: u32, of_norm: vec2<f32>) -> vec4<f32> {
   let here = min(place, width - 1);
   let w0 = weights[rows.x * width + here];
   let w1 = weights[rows.y * width + here];
@@ -48,14 +45,17 @@ fn part(place: u32, rows: vec4<u32>, width: u32) -> vec4<f32> {
   let first = vec4(w0.x, w1.x, w2.x, w3.x);
   let second = vec4(w0.y, w1.y, w2.y, w3.y);
   let at = here * (16 / BITS);  // of the vectors of x
-  var products = four(first, 0, x[at]);
-  var of_x = x[at];
+  let a0 = input(at, p.K, of_norm);
+  let a1 = input(at + 1, p.K, of_norm);
+  var products = four(first, 0, a0);
+  var of_x = a0 + a1;
   if (BITS == 4) {
-    products += four(first, 16, x[at + 1]) + four(second, 0, x[at + 2]) + four(second, 16, x[at + 3]);
-    of_x += x[at + 1] + x[at + 2] + x[at + 3];
+    let a2 = input(at + 2, p.K, of_norm);
+    let a3 = input(at + 3, p.K, of_norm);
+    products += four(first, 16, a1) + four(second, 0, a2) + four(second, 16, a3);
+    of_x += a2 + a3;
   } else {
-    products += four(second, 0, x[at + 1]);
-    of_x += x[at + 1];
+    products += four(second, 0, a1);
   }
   let group = here * (64 / BITS) / GROUP;
   let of_row = p.K / GROUP;
@@ -72,14 +72,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   let first = ((group.x + group.y * groups.x) * (128 / lanes) + thread / lanes) * 4;
   let rows = min(vec4(first) + vec4(0u, 1, 2, 3), vec4(p.N - 1));
   let width = p.K * BITS / 64;
+  let of_norm = statistics(p.K, p.eps, lane, lanes);
   var sum = vec4(0.0);
   for (var place = lane; place < width; place += 2 * lanes) {
-    sum += part(place, rows, width) + part(place + lanes, rows, width);
+    sum += part(place, rows, width, of_norm) + part(place + lanes, rows, width, of_norm);
   }
   sum = subgroupAdd(sum);
-  if (lane < 4 && first + lane < p.N) {
-    var total = sum[lane];
-    if (BIAS) { total += bias[first + lane]; }
-    y[first + lane] = total;
-  }
+  if (lane < 4 && first + lane < p.N) { store(first + lane, sum[lane]); }
 }
