@@ -230,7 +230,8 @@ def test_around_a_product(kernel, bits):
         found = matvec(kernel, constants | {"NORM": 1 + layer}, (N, K), matrix, bias, x,
                        more=around(kernel, eps, scale, shift))
         assert near(found, weight @ normed + bias, 1e-5)
-    for kind, name in enumerate(("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "swiglu_clip")):
+    names = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "swiglu_clip")
+    for kind, name in enumerate(names):
         inputs = numbers(2 if name in model.GATED else 1, K, seed=7, scale=2)
         found = matvec(kernel, constants | {"ACTIVATES": True, "KIND": kind, "ACCUMULATE": True}, (N, K), matrix, bias,
                        inputs, before)
