@@ -215,7 +215,7 @@ def test_matvec_packed(kernel, bits, group, scale_bits):
 @pytest.mark.parametrize("kernel, bits", [("matvec_subgroup", 32), ("matvec_subgroup", 16), ("matvec_subgroup", 3),
                                           ("matvec_packed", 4), ("matvec_packed", 8)])
 def test_around_a_product(kernel, bits):
-    """The norm of x, or its activation, before the product, and the sum with y after it, as float64 and MLX have them."""
+    """The norm of x or its activation before the product, and the sum with y after it, as in float64 and MLX."""
     N, K, group, eps = 37, 128, 32, 0.003
     weight, bias, before = weights_of(bits, (N, K)), numbers(N, seed=2), 3 * numbers(N, seed=3)
     matrix, constants = dense(weight, bits), {"BITS": bits, "BIAS": True}
