@@ -5,8 +5,8 @@
 
 tests/test_kernels.py compares each kernel with numpy and MLX, on the wgpu package's device. Every call of a kernel that
 passes there is kept, with its results, and is run again in the browser, with its own compiler and this card. Numbers
-must agree within 2e-5 of the largest one of their array, integers must be equal, and nothing may be written behind the
-end of an array. Of the tokens that sample.wgsl draws one in a hundred may differ: another last bit of a probability can
+must agree within 2e-5 of the largest one of their array, or within 4e-6, as sums of numbers near 1 may all be 0;
+integers must be equal, and nothing may be written behind the end of an array. Of the tokens that sample.wgsl draws one in a hundred may differ: another last bit of a probability can
 move the border between two tokens.
 """
 import json
@@ -60,6 +60,7 @@ MODULE = """
       let error = 0, draws = 0;
       for (let k = 0; k < found.length; k++) {
         if (Object.is(found[k], right[k]) || found[k] === right[k]) continue;
+        if (k < n && type === "f" && Math.abs(found[k] - right[k]) < 4e-6) continue;
         if (name === "sample") { draws += 1; continue; }
         const off = k >= n || type === "u" ? Infinity : Math.abs(found[k] - right[k]) / (largest || 1);
         error = Math.max(error, Number.isNaN(off) ? Infinity : off);
