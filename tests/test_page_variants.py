@@ -156,6 +156,9 @@ IDEAS = {
     "yoco-alibi": dict(yoco=True, n_layer=3, alibi=True, sinks=2, sliding_window=6, norm_place="both"),
     "value-residual": dict(value_residual=True, n_kv_head=1, mlp="swiglu", **WINDOW),
     "value-embeddings": dict(value_embeds=True, pos="learned", n_layer=4),
+    "gpt-oss": dict(sink_logits=True, n_expert=4, expert_balance="none", router_bias=True, mlp="swiglu_clip", bias=True,
+                    ffn_dim=64, tie=False, n_kv_head=1, qk_norm=False, rope_scaling="yarn_untruncated", rope_factor=4.0,
+                    rope_original=64, rope_high_freq=32.0, rope_theta=100.0, **WINDOW),
     "sinks-mod": dict(sink_logits=True, mod="topk", mod_capacity=0.5, **WINDOW),
 }
 

@@ -42,7 +42,7 @@ export async function runAttention(model, ids, { signal }) {
   showHead();
   resultOf("attention").replaceChildren(most ? `Layer ${l}, head ${h} stands out: it ${habitInWords(most.head, most.name)}.` :
     "No head stands out: none has a habit far above chance.");
-  if (model.config.diff_attn) resultOf("attention").append(" Each map is the difference of two heads' maps, A1 − λ A2, of which weights below 0 stay empty.");  // diff
+  if (model.config.diff_attn) resultOf("attention").append(" Each map is the difference of two heads' maps, A1 − λ A2; weights below 0 are not drawn.");  // diff
 }
 
 // ---- what a head does -----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ function layers({ n_layer, n_head, n_kv_head, n_embd }) {
 function design(config) {
   const { alibi, pos, norm, norm_place, parallel, mlp, qk_norm, softcap, tie } = config;
   const all = [alibi ? "ALiBi" : POSITIONS[pos], NORMS[norm] + PLACES[norm_place], MLPS[mlp],
-    config.diff_attn && `differential attention (version ${config.diff_attn_version})`,  // diff
+    config.diff_attn && `differential attention (version ${config.diff_attn_version}, ${config.n_head * config.diff_attn_version / 2} pairs of heads)`,  // diff
     config.yoco && "YOCO",  // yoco
     config.value_residual && "value residual",  // resformer
     config.value_embeds && "value embeddings",  // valembed
