@@ -1,5 +1,6 @@
 """The variants of the page that lie in matrices and MLPs give model.py's numbers: LASER's factors, GPTQ's act-order,
 mixtures of experts, Mixture of Depths."""
+import zlib
 from functools import partial
 
 import blas  # noqa: F401  (before mlx)
@@ -9,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import run
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map_with_path
 from test_gptq_reader import folder_of
 from test_page_model import IDS, in_page, log_p, refused, save, small
 
@@ -27,8 +28,11 @@ def opened(chromium, server):
 
 
 def shaken(model: GPT) -> GPT:
-    """The model with parameters of which none is near 0."""
-    model.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape, key=mx.random.key(p.size)), model.parameters()))
+    """The model with parameters of which none is near 0, and no two are equal."""
+    def noise(path, p):
+        return p + 0.1 * mx.random.normal(p.shape, key=mx.random.key(zlib.crc32(path.encode())))
+
+    model.update(tree_map_with_path(noise, model.parameters()))
     return model
 
 

@@ -193,7 +193,7 @@ def test_inside(name, opened, checkpoint):
     check_inside(opened, *checkpoint(name))
 
 
-@pytest.mark.parametrize("name", ["both-sinks", "diff", "diff2-grouped", "yoco-more"])
+@pytest.mark.parametrize("name", ["both-sinks", "diff2"])
 def test_faster_kernels(name, page, checkpoint):
     """As on a card: with kernels in tiles, and for one token."""
     path, model = checkpoint(name)
