@@ -6,8 +6,8 @@
 tests/test_kernels.py compares each kernel with numpy and MLX, on the wgpu package's device. Every call of a kernel that
 passes there is kept, with its results, and is run again in the browser, with its own compiler and this card. Numbers
 must agree within 2e-5 of the largest one of their array, or within 4e-6, as sums of numbers near 1 may all be 0;
-integers must be equal, and nothing may be written behind the end of an array. Of the tokens that sample.wgsl draws one in a hundred may differ: another last bit of a probability can
-move the border between two tokens.
+integers must be equal, and nothing may be written behind the end of an array. Of the tokens that sample.wgsl draws one
+in a hundred may differ: another last bit of a probability can move the border between two tokens.
 """
 import json
 import os
