@@ -37,7 +37,7 @@ settings = overrides(globals(), "folder")
 
 PAGE = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "webgpu"))
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml",
-         ".js": "text/javascript; charset=utf-8", ".wgsl": "text/plain; charset=utf-8",
+         ".js": "text/javascript; charset=utf-8", ".wgsl": "text/plain; charset=utf-8", ".json": "application/json",
          ".safetensors": "application/octet-stream"}  # nothing else is part of the page
 if not os.path.isdir(folder):
     raise UserError(f"{folder} is not a folder: give the one that your checkpoints are in")

@@ -1,10 +1,23 @@
 """What makes the page easy to show: links to a state of it, the tour, examples, pictures, and a recording for browsers
 without WebGPU."""
+import json
+
 import blas  # noqa: F401  (before mlx)
 import browser
+import mlx.core as mx
+import numpy as np
 import pytest
 from browser import js
-from test_page import LONG, begin, files, says  # noqa: F401
+from conftest import ROOT
+from test_page import LAPTOP, LONG, PHONE, begin, files, fits, says  # noqa: F401
+
+import attention_maps
+import patching
+from draw import prompt_ids
+from model import GPT, load_checkpoint
+from runs import record_page
+from tokenizer import Tokenizer
+from tuned_lens import logit_lens
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +142,179 @@ def test_go_to(playground):
     }""")
     assert told == "The field “n_head” cannot be “0”."
     assert page.is_visible("#train") and values(page, "n_layer", "n_head") == ["3", "2"]
+
+
+# ---- the tour --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The page's first model, in float32, and its tokenizer."""
+    model, meta = load_checkpoint(str(ROOT / "webgpu" / "demo.safetensors"))
+    model.set_dtype(mx.float32)
+    return model, Tokenizer.from_dict(meta["tokenizer"])
+
+
+@pytest.fixture(scope="module")
+def opened(chromium, server):
+    """The playground with its own model."""
+    with browser.page(chromium, server, viewport=LAPTOP) as page:
+        page.goto(page.server.url)
+        page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+        yield page
+
+
+def percent(p: float) -> str:
+    """As the page writes it."""
+    return f"{100 * p:.{0 if p >= 0.0995 else 1 if p >= 0.00095 else 2}f}%"
+
+
+def read(model: GPT, ids: list[int], tap=None) -> np.ndarray:
+    """Probabilities (V,) of the token after these."""
+    logits = patching.last_logits(model, mx.array([ids]), tap) if tap else model(mx.array([ids]))[:, -1]
+    return np.array(mx.softmax(logits[0]))
+
+
+def test_claims(demo, opened):
+    """Each figure of the tour is what the Python scripts compute."""
+    model, enc = demo
+    steps = js(opened, "async () => (await import('/page_tour.js')).STEPS")
+    fields = js(opened, """async () => (await import('/page_tour.js')).STEPS.map(
+        ({ link }) => Object.fromEntries(new URLSearchParams(link)))""")
+    said = [step["look"] + " " + step["why"] for step in steps]
+    text = fields[1]["look-prompt"]
+    assert [each.get("look-prompt", each.get("prompt")) for each in fields] == [text] * 6
+    ids, target = prompt_ids(enc, text, model), enc.encode(" code").tolist()
+    assert len(target) == 1 and fields[4]["target"] == fields[5]["target"] == " code"
+    p, tokens = read(model, ids), [enc.decode([token]) for token in ids]
+    whole = percent(p[target[0]])
+    assert p.argmax() == target[0] and f"`·code` has {whole}" in said[0] and np.sort(p)[-2] < 0.01
+    assert f"its {model.config.vocab_size:,} tokens" in said[0] and model.config.n_layer == 5
+
+    states = np.array(mx.softmax(logit_lens(model, mx.array([ids])).reshape(6, len(ids), -1)[:, -1], axis=-1))
+    best = [enc.decode([int(token)]) for token in states.argmax(-1)]
+    assert best[3:] == [" '", " code", " code"] and " code" not in best[:3]  # after layers 2, 3, 4
+    assert f"layer 2 it would say `·'`, with {percent(states[3].max())}" in said[1]
+    assert f"says `·code`, with {percent(states[4].max())}, and at the end with {whole}" in said[1]
+
+    kept = attention_maps.record(model, mx.array(ids))
+    maps = [layer["map"] for layer in attention_maps.attention_maps(model, mx.array(ids), kept)]
+    habits = [[attention_maps.habits(head, ids, attention_maps.visible_keys(model, kept, layer)) for head in each]
+              for layer, each in enumerate(maps)]
+    share, chance, _ = habits[2][0]["previous"]
+    assert f"{percent(share)} of its weight is on the previous token, where even weights would give " in said[2]
+    assert f" {percent(chance)}." in said[2]
+    assert fields[2]["head"] == "2.0" and tokens[-2:] == [" line", ","] and maps[2][0][-1].argmax() == len(ids) - 2
+    copied = maps[3][0][-1].argmax()
+    assert fields[3]["head"] == "3.0" and tokens[copied - 2:copied + 1] == [" line", ",", " code"]
+    assert f"{percent(maps[3][0][-1, copied])} of its weight is on `·code`" in said[3]
+    assert attention_maps.far(*habits[3][0]["induction"])
+
+    without = {(layer, head): read(model, ids, patching.ablation(model, "head", layer, head=head))[target[0]]
+               for layer in range(5) for head in range(3)}
+    assert f"from {whole} to {percent(without[2, 0])}; without layer 3's head 0, to {percent(without[3, 0])}" in said[4]
+    assert min(without, key=without.get) == (2, 0) and "Ten of the 15 heads" in said[4]
+    assert sum(q > 0.85 for q in without.values()) == 10
+    parts = {(site, layer): read(model, ids, patching.ablation(model, site, layer))[target[0]]
+             for site in ("attn", "mlp") for layer in range(5)}
+    assert min(parts, key=parts.get) == ("mlp", 0)
+
+    other = prompt_ids(enc, fields[5]["recipient"], model)
+    corrupt, logits = read(model, other)[target[0]], patching.swap(model, mx.array(ids), mx.array(other))
+    found = np.array(mx.softmax(logits, axis=-1))[..., target[0]]
+    effect = np.log(found / corrupt) / np.log(p[target[0]] / corrupt)
+    assert [i for i in range(len(ids)) if ids[i] != other[i]] == [copied] and (effect[:4, copied] > 0.995).all()
+    assert f"`·code` has a probability of {percent(corrupt)}" in said[5] and np.abs(effect[:4, -1]).max() < 0.05
+    assert f"({effect[4, -1]:.2f}): `·code` then has {percent(found[4, -1])}" in said[5]
+
+
+def test_tour(opened):
+    """Each step opens the page in its state, by buttons or keys; closing the tour brings back what was typed, and it
+    goes on where it was left."""
+    page = opened
+    page.fill("#prompt", "import ")
+    page.fill("#look-prompt", "mine")
+    page.press("#tour", "Enter")
+    says(page, "sheet", "line, code$")
+    bars = page.locator("#next .share").all_inner_texts()
+    assert page.inner_text(".tour").startswith("Step 1 of 6") and bars[0] == "93%" and float(bars[1].rstrip("%")) < 1
+    page.keyboard.press("ArrowRight")  # the focus is in the card
+    says(page, "lens", "predicts ·code.* from the state after layer 3 on")
+    page.click(".tour .main")
+    says(page, "attention", "Layer 2, head 0")
+    assert page.inner_text("#attention .large h3") == "Layer 2, head 0"
+    page.click(".tour .main")
+    page.wait_for_function("document.querySelector('#attention .large h3').textContent === 'Layer 3, head 0'")
+    page.click(".tour .main")
+    says(page, "ablation", "has a probability of 93% after this prompt. It depends most on layer 0's MLP")
+    cell = page.get_attribute("#ablation td[data-r='2'][data-c='3']", "aria-label")
+    assert cell == "without layer 2, head 0: −2.26 nats, 9.6%"
+    page.click(".tour .main")
+    says(page, "patching", "93% after the donor and 0.02% after the recipient.*after layer 3 at , .0.82")
+    fits(page)
+    page.set_viewport_size(PHONE)
+    assert page.is_visible(".tour button.main")
+    assert page.locator(".tour").bounding_box()["height"] < PHONE["height"] / 2
+    page.set_viewport_size(LAPTOP)
+    page.keyboard.press("Escape")
+    assert page.locator(".tour").count() == 0 and js(page, "() => document.activeElement.id") == "tour"
+    assert values(page, "prompt", "length", "temperature", "look-prompt") == ["import ", "200", "0.8", "mine"]
+    assert page.inner_text("#tour") == "Go on with the tour, at step 6"
+    page.click("#tour")
+    page.wait_for_selector(".tour:has-text('Step 6 of 6')")
+    page.reload()  # during the tour
+    page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+    page.click("#tour")
+    page.click(".tour >> text=End the tour")
+    assert values(page, "prompt", "length", "look-prompt") == ["import ", "200", "mine"]
+    assert page.inner_text("#tour") == "Take the tour again"
+
+
+def test_words(opened):
+    """A word of the page leads to its explanation."""
+    assert not opened.is_visible("#word-token")
+    opened.click("#next-of a")
+    assert opened.is_visible("#word-token")
+    links = js(opened, """() => [...document.querySelectorAll("a[href^='#word-']")]
+        .map(({ hash }) => Boolean(document.querySelector(hash)))""")
+    assert len(links) == 4 and all(links)
+
+
+# ---- without WebGPU --------------------------------------------------------------------------------------------------
+
+
+def test_recording(chromium, server):
+    """Without WebGPU the page shows a recorded text, with the candidates at each token, and a lens, and says so."""
+    with browser.page(chromium, server) as page:
+        page.add_init_script("Object.defineProperty(Navigator.prototype, 'gpu', { get: () => undefined })")
+        page.goto(server.url)
+        page.wait_for_selector("#notices :has-text('is a recording')")
+        assert "has no WebGPU" in page.inner_text("#notices") and not page.is_visible("#tour")
+        kept = json.loads((ROOT / "webgpu" / "recording.json").read_text())
+        assert page.inner_text("#sheet").startswith("class")
+        assert page.locator("#sheet .t").count() == len(kept["written"])
+        page.locator("#sheet .t").nth(9).click()
+        said = page.locator("#next li .share").all_inner_texts()
+        assert said[:5] == [percent(p) for p in kept["p"][9]]
+        assert page.locator("#lens td").count() == 6 * len(kept["lens"]["ids"])
+        says(page, "lens", "The model predicts ·name .90%.* only after the last layer")
+        page.locator("#next li:not(.taken) button").first.click()
+        says(page, "write-wrong", "has no WebGPU")
+        assert page.locator("#sheet .t").count() == len(kept["written"])
+
+
+def test_recorded(demo):
+    """The recording is what the model computes, and small."""
+    model, enc = demo
+    path = ROOT / "webgpu" / "recording.json"
+    kept = json.loads(path.read_text())
+    assert path.stat().st_size < 60_000 and kept["model"] == "demo.safetensors"
+    ids = [*kept["prompt"], *kept["written"]]
+    p = np.array(mx.softmax(model(mx.array([ids]))[0, len(kept["prompt"]) - 1:-1], axis=-1))
+    assert np.abs(np.take_along_axis(p, np.array(kept["top"]), -1) - np.array(kept["p"])).max() < 1e-4
+    assert np.abs(np.sort(p)[:, :-6:-1] - np.array(kept["p"])).max() < 1e-4
+    assert all(enc.decode([int(token)]) == text for token, text in kept["tokens"].items())
+    again = record_page.record(model, enc, kept["model"])
+    assert again["lens"]["ids"] == kept["lens"]["ids"]
+    for row, other in zip(again["lens"]["rows"], kept["lens"]["rows"], strict=True):
+        assert np.abs(np.array([each["p"] for each in row]) - np.array([each["p"] for each in other])).max() < 1e-4

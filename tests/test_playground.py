@@ -123,7 +123,7 @@ def test_the_list_is_made_anew(listed):
 def test_it_serves_the_page(listed):
     kinds = {".js": "text/javascript; charset=utf-8", ".wgsl": "text/plain; charset=utf-8",
              ".css": "text/css; charset=utf-8", ".html": "text/html; charset=utf-8",
-             ".svg": "image/svg+xml", ".safetensors": "application/octet-stream"}
+             ".svg": "image/svg+xml", ".json": "application/json", ".safetensors": "application/octet-stream"}
     files = [path for path in PAGE.rglob("*") if path.is_file()]
     assert len(files) >= 3
     for path in files:

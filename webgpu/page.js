@@ -10,13 +10,13 @@ import { $, queue, attempt, during, forgetLoss, make, many, needModel, notice, o
 import { setUpLinks } from "./page_link.js";
 import { lookByItself, setUpLooking, takeLens } from "./page_look.js";
 import { MODELS, modelFile, setUpModels, takePrompts } from "./page_models.js";
-import { recall, remember, keepFields } from "./page_store.js";
+import { recall, remember, keepFields, setValue } from "./page_store.js";
 import { offerRun, ownCode, setUpTraining, takeText } from "./page_train.js";
 import { setUpSpeed, showChoices } from "./page_speed.js";
 import { readHeader } from "./safetensors.js";
 import { beginText, begun, setUpWriting, stopWriting } from "./page_write.js";
 
-const LATER = ["page_steer.js", "bench.js", "page_flow.js"];  // modules that are not needed at the start
+const LATER = ["page_examples.js", "page_tour.js", "page_steer.js", "bench.js", "page_flow.js"];  // modules that are not needed at the start
 
 const TEXTS = /\.(txt|md|rst|tex|log|srt|csv|tsv|jsonl?|ya?ml|html?|css|wgsl|py|m?js|ts|c|h|cc|cpp|rs|go|java|sh)$/i;
 const FOREIGN = [  // other files, and what to do with them
@@ -238,6 +238,16 @@ function setUpColours() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", tell);
 }
 
+function setUpTour() {
+  for (const [id, value] of recall("beforeTour") ?? []) if ($(id)) setValue($(id), value);  // the page was left during the tour
+  remember("beforeTour", null);
+  if (recall("tour")) $("tour").textContent = `Go on with the tour, at step ${recall("tour") + 1}`;
+  $("tour").addEventListener("click", () => attempt("tour-wrong", async () => {
+    needModel();
+    (await imported("page_tour.js")).openTour();
+  }));
+}
+
 // ---- opening the page -----------------------------------------------------------------------------------------------
 
 async function open() {
@@ -246,6 +256,7 @@ async function open() {
   onModel(showCard);
   [setUpWriting, setUpFiles, setUpTabs, setUpLooking, setUpTraining, setUpSpeed].forEach((each) => each());
   setUpModels(openOurs);
+  setUpTour();
   const first = setUpLinks(openOurs), demo = modelFile(first).catch((error) => error);  // while the device is opened
   listServed();
   try {
@@ -253,11 +264,14 @@ async function open() {
   } catch (error) {
     page.why = wordsOf(error);
     notice(page.why, {}, "alert");
-    return showDoing();
+    showDoing();
+    $("tour-line").hidden = true;
+    return attempt("write-wrong", async () => (await imported("page_recording.js")).showRecording());
   }
   await openFirst(first, await demo);
   offerRun();
   if (page.model) await begun;  // the first words come first
+  imported("page_examples.js").then(({ setUpExamples }) => setUpExamples(), () => {});  // the page works without them
   await attempt("speed-wrong", () => during("kernels", "Trying faster kernels", () =>
     queue(() => chooseKernels(page.gpu, showChoices))));
   fetchRest();

@@ -9,6 +9,8 @@ const MLPS = { relu2: "ReLU²", gelu: "GELU", gelu_tanh: "GELU (tanh)", swiglu: 
 const POSITIONS = { rope: "rotary", learned: "learned positions", none: "no positions" };
 const TOKENS = { byte: "bytes", char: "characters", bpe: "BPE", hf: "Hugging Face" };
 
+const WORDS = { Reads: "context", Loss: "nats" };  // explained in the list of words
+
 export function showCard(model) {
   const rows = [
     ["Parameters", many(model.n_parameters)],
@@ -21,7 +23,7 @@ export function showCard(model) {
     ["Made by", [model.meta.script, model.meta.step && `update ${count(model.meta.step)}`].filter(Boolean).join(", ")],
   ].filter(([, value]) => value);
   $("card-name").textContent = model.blob.name ?? "checkpoint";
-  $("card").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+  $("card").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, WORDS[name] ? make("a", { href: `#word-${WORDS[name]}` }, name) : name), make("dd", {}, value)]));
   $("glyph").replaceChildren(...glyph(model.config));
 }
 

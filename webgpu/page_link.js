@@ -63,7 +63,7 @@ export function linkOf() {
 }
 
 /** A value as in an address, where most signs can be read. */
-function written(value) {
+export function written(value) {
   const text = value === true ? "on" : value === false ? "off" : value;
   return encodeURIComponent(text).replaceAll("%20", "+").replace(/%(2C|3A|3B|2F|3D|40)/g, decodeURIComponent);
 }
@@ -114,12 +114,11 @@ function follow({ panel, fields }) {
   $(panel === null ? "writing" : "panels").scrollIntoView();
 }
 
-/** Restore the state that a link names, whose part after "#" is `hash`, and put it into the page's address. A link without a
- *  model is for the first of the page's models, or for the user's own that is open. */
+/** Restore the state that a link names, whose part after "#" is `hash`. A link without a model is for the first of the page's
+ *  models, or for the user's own that is open. */
 export async function openLink(hash) {
   const state = readOrTell(hash);
   if (!state) return;
-  history.replaceState(null, "", `#${hash}`);
   const model = state.model ?? (modelName() && Object.keys(MODELS)[0]);
   if (page.model && model && model !== modelName()) {
     following = true;
@@ -162,7 +161,11 @@ export function setUpLinks(open) {
   });
   let models = 0;
   onModel(() => models++ && forget());  // the first model is that of the address
-  addEventListener("hashchange", () => openLink(location.hash.slice(1)));
+  addEventListener("hashchange", () => {
+    const hash = location.hash.slice(1);
+    $(hash)?.closest("details")?.setAttribute("open", "");  // a word, which not every browser unfolds by itself
+    openLink(hash);
+  });
   const state = readOrTell(location.hash.slice(1)), model = state?.model ?? Object.keys(MODELS)[0];
   takePrompts(model);
   if (!state) return model;

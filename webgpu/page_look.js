@@ -35,7 +35,7 @@ function choosePanel(name) {
   chosen = name;
   if (!PANELS[name]) return;
   const { fields } = PANELS[name];
-  $(name).querySelector(".about").after($("subject"), $("look-wrong"));
+  $(name).querySelector(".about").after($("subject"), $("examples"), $("look-wrong"));
   const has = (field) => fields.includes(field) && (field !== "tuned" || page.lenses);
   for (const field of FIELDS) $(`${field}-field`).hidden = !has(field);
   $("look-label").textContent = name === "patching" ? "Donor: a prompt that the target follows" : "Prompt";
@@ -138,8 +138,13 @@ const stateOf = (row) => row ? `the state ${stateName(row)}` : "the embedding";
 // ---- lens -----------------------------------------------------------------------------------------------------------
 
 async function runLens(model, ids, { signal }) {
-  const { enc, n_vocab } = model, byP = $("colour").value === "p", lenses = $("tuned").checked ? page.lenses : null;
-  const rows = await queueWith(model, () => lens(model, ids, lenses, signal), signal), last = rows.length - 1;
+  const lenses = $("tuned").checked ? page.lenses : null;
+  showLens(model, ids, await queueWith(model, () => lens(model, ids, lenses, signal), signal), lenses);
+}
+
+/** Show the predictions rows[state][position], see lens(), in the lens panel. */
+export function showLens({ enc, n_vocab }, ids, rows, lenses = null) {
+  const byP = $("colour").value === "p", last = rows.length - 1;
   const said = make("p", { class: "said" }), list = make("ol", { class: "bars five" });
   const columns = ids.map((id, i) => ({ text: seen(enc, id), says: `position ${i}, ${heard(enc, id)}` }));
   const table = heatMap({

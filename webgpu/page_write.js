@@ -47,6 +47,16 @@ export async function beginText({ byItself = false } = {}) {
   tellBegun();
 }
 
+/** Show a text that no open model has written: prompt and tokens, [{id, top}], in the order of append(). */
+export function showText(enc, text, prompt, tokens) {
+  Object.assign(sheet, { prompt, text, written: [], enc, model: null, at: null });
+  $("sheet").replaceChildren(make("span", { class: "yours" }, text));
+  restream();
+  tokens.forEach(append);
+  $("sheet").scrollTop = 0;
+  draw();
+}
+
 /** Whether the prompt is a message for the model's chat template. */
 const isChat = (model) => Boolean(model.chat) && $("form").value === "chat";
 
@@ -204,7 +214,7 @@ function drawnUnder(entry) {
 
 async function computeLogits(entry) {
   const { model, prompt, written } = sheet, at = written.indexOf(entry);
-  if (known.entry !== entry || at < 0 || model !== page.model) return;
+  if (known.entry !== entry || at < 0 || !model || model !== page.model) return;
   const ids = [...prompt, ...written.slice(0, at).map(({ id }) => id)].slice(-entry.context);
   await attempt("write-wrong", async () => {
     const logits = await queueWith(model, () => known.entry === entry ? logitsAfter(model, ids) : null);
