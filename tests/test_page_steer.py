@@ -157,7 +157,7 @@ def test_panel(panel, files, tmp_path):  # noqa: F811
     state = steer.states_of(model, other, 0)[4]
     assert texts(panel, 20)[1] == expected(head(), steer.pasting(state, 0, len(ids)))
     clear(panel)
-    assert panel.inner_text("#steer-list") == "none: the change described below is taken"
+    assert panel.inner_text("#steer-list") == "none yet: the change that is described below acts alone"
 
     panel.select_option("#steer-kind", "add")
     panel.click("#steer-add")

@@ -109,7 +109,7 @@ function drawList(focus = false) {
     if (recipe.strength !== undefined) item.append(slider(recipe, i));
     return item;
   });
-  $("steer-list").replaceChildren(...items.length ? items : [make("li", { class: "none" }, "none: the change described below is taken")]);
+  $("steer-list").replaceChildren(...items.length ? items : [make("li", { class: "none" }, "none yet: the change that is described below acts alone")]);
   if (focus) ($("steer-list").querySelector("button") ?? $("steer-add")).focus();
 }
 
