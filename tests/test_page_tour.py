@@ -318,3 +318,127 @@ def test_recorded(demo):
     assert again["lens"]["ids"] == kept["lens"]["ids"]
     for row, other in zip(again["lens"]["rows"], kept["lens"]["rows"], strict=True):
         assert np.abs(np.array([each["p"] for each in row]) - np.array([each["p"] for each in other])).max() < 1e-4
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def test_examples(opened, files):  # noqa: F811
+    """A click on an example computes it; each model has its own, and one that cannot read them has none."""
+    page = opened
+    page.click("#tab-lens")
+    says(page, "examples", "Examples:")  # they come after the first words
+    page.click("#models [data-model=english]")
+    says(page, "card-name", "english.safetensors")
+    page.click("#tab-attention")
+    page.click("#examples >> text=a head that copies")
+    page.wait_for_function("document.querySelector('#attention .large h3')?.textContent === 'Layer 4, head 2'")
+    page.click("#tab-patching")
+    page.click("#examples >> text=queen and king")
+    says(page, "patching", "·her has a probability of 69% after the donor and 4.0% after the recipient")
+    page.set_input_files("#open", files / "tiny.safetensors")
+    says(page, "card-name", "tiny.safetensors")
+    assert not page.is_visible("#examples")
+    page.click("#models [data-model=python]")
+    says(page, "card-name", "demo.safetensors")
+    assert page.locator("#examples button").count() == 2
+    page.click("#tab-train")
+    assert not page.is_visible("#examples")
+
+
+def test_what_examples_show(opened, demo):
+    """A target is one token, the most probable one after its prompt; a donor and its recipient have equal lengths and
+    different most probable tokens; a head that is named has a habit far above chance."""
+    examples = js(opened, "async () => (await import('/page_examples.js')).EXAMPLES")
+    assert list(examples) == ["python", "english"]
+    for name, panels in examples.items():
+        model, meta = load_checkpoint(str(ROOT / "webgpu" / {"python": "demo"}.get(name, name)) + ".safetensors")
+        enc = Tokenizer.from_dict(meta["tokenizer"])
+        assert {len(each) > 1 for each in panels.values()} == {True} and len(panels) == 5
+        for fields in (each for panel in panels.values() for each in panel.values()):
+            ids = prompt_ids(enc, fields["look-prompt"], model)
+            if "target" in fields:
+                assert enc.encode(fields["target"]).tolist() == [read(model, ids).argmax()], fields
+            if "recipient" in fields:
+                other = prompt_ids(enc, fields["recipient"], model)
+                assert len(other) == len(ids) and read(model, other).argmax() != read(model, ids).argmax(), fields
+            if "head" in fields:
+                layer, head = map(int, fields["head"].split("."))
+                kept = attention_maps.record(model, mx.array(ids))
+                weights = attention_maps.attention_maps(model, mx.array(ids), kept, [layer])[0]["map"][head]
+                found = attention_maps.habits(weights, ids, attention_maps.visible_keys(model, kept, layer))
+                assert attention_maps.far(*found["previous"]) or attention_maps.far(*found["induction"]), fields
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_picture(opened):
+    """A picture of a heat map has the colour of each cell at its place, its text and a caption, in full width on a
+    phone too; the buttons save PNG files, and say when there is nothing to save."""
+    page = opened
+    page.click("#tab-patching")
+    page.click("#examples button")
+    page.wait_for_selector("#patching .heat", timeout=LONG)
+    page.wait_for_selector("#patching progress", state="detached", timeout=LONG)
+    page.set_viewport_size(PHONE)
+    wrong = js(page, """async () => {
+        const { draw } = await import("/page_picture.js"), figure = document.querySelector("#patching .figure");
+        const scroll = figure.querySelector(".scroll"), left = 40;
+        scroll.scrollLeft = left;
+        const texts = [], { fillText } = CanvasRenderingContext2D.prototype;
+        CanvasRenderingContext2D.prototype.fillText = function (text, ...more) {
+            texts.push(text);
+            return fillText.call(this, text, ...more);
+        };
+        const canvas = draw(figure, [{ text: "A caption", font: "20px serif" }]), pen = canvas.getContext("2d");
+        CanvasRenderingContext2D.prototype.fillText = fillText;
+        if (scroll.scrollLeft !== left) return ["it was not scrolled back", scroll.scrollLeft];
+        scroll.scrollLeft = 0;
+        const box = figure.getBoundingClientRect(), top = 24 + 24 + 12;
+        const probe = document.createElement("canvas").getContext("2d");
+        const at = (from, x, y) => [...from.getImageData(x, y, 1, 1).data];
+        const cells = [...figure.querySelectorAll("td")], wrong = cells.filter((cell) => {
+            const rect = cell.getBoundingClientRect();
+            probe.fillStyle = getComputedStyle(document.body).backgroundColor;
+            probe.fillRect(0, 0, 1, 1);
+            probe.fillStyle = getComputedStyle(cell).backgroundColor;
+            probe.fillRect(0, 0, 1, 1);
+            const is = at(pen, 2 * (24 + rect.left - box.left + 5), 2 * (top + rect.top - box.top + 4));
+            const should = at(probe, 0, 0);
+            return is.some((value, i) => Math.abs(value - should[i]) > 2) || !texts.includes(cell.textContent);
+        });
+        scroll.scrollLeft = left;
+        const colours = new Set(cells.map((cell) => getComputedStyle(cell).backgroundColor));
+        return [wrong.length, cells.length > 20, colours.size > 2, texts.includes("A caption")];
+    }""")
+    assert wrong == [0, True, True, True]
+    page.set_viewport_size(LAPTOP)
+    for button, name in ("save-picture", "patching"), ("save-next", "next"):
+        with page.expect_download() as saved:
+            page.click(f"#{button}")
+        assert saved.value.suggested_filename == f"tinygpt-{name}.png"
+        head = saved.value.path().read_bytes()[:24]
+        assert head[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(head[16:20], "big") >= 2 * 560
+    page.click("#tab-steer")
+    page.click("#save-picture")
+    says(page, "save-picture-wrong", "no figure to save yet")
+    page.click("#tab-lens")
+    assert not page.is_visible("#save-picture-wrong")
+
+
+# ---- what the first visit costs --------------------------------------------------------------------------------------
+
+
+def test_first_load(page):
+    """Before the first word, less than 2.5 MB is fetched, and nothing that is needed later: no tour, no examples."""
+    sizes = {}
+    page.on("response", lambda answer: sizes.update({answer.url.split("/")[-1]: int(answer.headers["content-length"])}))
+    page.goto(page.server.url)
+    page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+    early = dict(sizes)
+    assert early["demo.safetensors"] > 1_000_000 and sum(early.values()) < 2_500_000
+    late = {"page_tour.js", "page_picture.js", "page_recording.js", "recording.json", "english.safetensors", "bench.js"}
+    assert not late & set(early)
+    print(f"\n{len(early)} files, {sum(early.values()):,} bytes")
+    says(page, "examples", "Examples:")

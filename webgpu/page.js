@@ -16,7 +16,7 @@ import { setUpSpeed, showChoices } from "./page_speed.js";
 import { readHeader } from "./safetensors.js";
 import { beginText, begun, setUpWriting, stopWriting } from "./page_write.js";
 
-const LATER = ["page_examples.js", "page_tour.js", "page_steer.js", "bench.js", "page_flow.js"];  // modules that are not needed at the start
+const LATER = ["page_picture.js", "page_examples.js", "page_tour.js", "page_steer.js", "bench.js", "page_flow.js"];  // modules that are not needed at the start
 
 const TEXTS = /\.(txt|md|rst|tex|log|srt|csv|tsv|jsonl?|ya?ml|html?|css|wgsl|py|m?js|ts|c|h|cc|cpp|rs|go|java|sh)$/i;
 const FOREIGN = [  // other files, and what to do with them
@@ -238,6 +238,12 @@ function setUpColours() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", tell);
 }
 
+function setUpPictures() {
+  for (const [id, what] of [["save-picture", "panel"], ["save-next", "next"]]) {
+    $(id).addEventListener("click", () => attempt(`${id}-wrong`, async () => (await imported("page_picture.js")).savePicture(what)));
+  }
+}
+
 function setUpTour() {
   for (const [id, value] of recall("beforeTour") ?? []) if ($(id)) setValue($(id), value);  // the page was left during the tour
   remember("beforeTour", null);
@@ -257,6 +263,7 @@ async function open() {
   [setUpWriting, setUpFiles, setUpTabs, setUpLooking, setUpTraining, setUpSpeed].forEach((each) => each());
   setUpModels(openOurs);
   setUpTour();
+  setUpPictures();
   const first = setUpLinks(openOurs), demo = modelFile(first).catch((error) => error);  // while the device is opened
   listServed();
   try {

@@ -11,7 +11,7 @@ const DOOR = "She opened the door and went into the", QUEEN = "The queen sat dow
 
 /** By the name of the page's model: for each panel, the words on the button and the fields. What an example does not name keeps its
  *  value. */
-const EXAMPLES = {
+export const EXAMPLES = {
   python: {
     lens: { "a name that is copied": { "look-prompt": CALL }, "what follows “is not”": { "look-prompt": "if x is not" },
       "a range": { "look-prompt": "for i in range(" } },

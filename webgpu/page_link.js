@@ -2,7 +2,7 @@
 // defaults, as in #panel=patching&target=+name. A blank is written as "+".
 
 import { UserError } from "./errors.js";
-import { $, make, notice, onModel, page } from "./page_common.js";
+import { $, make, notice, onModel, page, say } from "./page_common.js";
 import { fieldsOf, looksByItself } from "./page_look.js";
 import { MODELS, modelName, takePrompts } from "./page_models.js";
 import { defaultOf, isChanged, setValue, valueOf } from "./page_store.js";
@@ -157,6 +157,7 @@ export function setUpLinks(open) {
   document.addEventListener("input", ({ isTrusted }) => isTrusted && forget());
   document.addEventListener("panel", () => {
     $("link-says").replaceChildren();
+    say("save-picture-wrong", "");
     forget();
   });
   let models = 0;
