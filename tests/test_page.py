@@ -229,7 +229,8 @@ def test_served(opened, files, server):
 @pytest.mark.parametrize("name, words", [
     ("picture.png", "neither a checkpoint"), ("config.safetensors", "make no model"), ("cut.safetensors", "cut short"),
     ("adapter.safetensors", "an adapter"),
-    ("wide.safetensors", "heads of width 260"), ("nan.safetensors", "infinite numbers or NaN"), ("model.gguf", "gguf_reader.py")])
+    ("wide.safetensors", "heads of width 260"), ("nan.safetensors", "infinite numbers or NaN"),
+    ("model.gguf", "gguf_reader.py")])
 def test_wrong_file(name, words, opened, files):
     """A message says what is wrong; the model stays open and still writes."""
     before = opened.inner_text("#card-name")
