@@ -63,8 +63,11 @@ def test_lost_connection(page, files):
 def fetched_ahead(page):
     """Wait until the page has fetched what it may need later."""
     says(page, "doing", "Ready")
-    page.wait_for_function("""["bench.js", "kernels/weights.wgsl", "train.js"].every((name) =>
-        performance.getEntriesByName(`${location.origin}/${name}`).some(({ responseEnd }) => responseEnd))""")
+    folder = test_page.ROOT / "webgpu"
+    files = [path.relative_to(folder).as_posix() for path in (*folder.glob("*.js"), *folder.glob("kernels/*.wgsl"))
+             if path.name not in ("service_worker.js", "page_recording.js")]  # of other contexts, without WebGPU
+    page.wait_for_function("""(files) => files.every((name) =>
+        performance.getEntriesByName(`${location.origin}/${name}`).some(({ responseEnd }) => responseEnd))""", arg=files, timeout=LONG)
     page.wait_for_timeout(SECOND // 2)
 
 
