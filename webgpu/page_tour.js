@@ -13,7 +13,7 @@ const linkTo = (fields) => Object.entries({ model: Object.keys(MODELS)[0], ...fi
  *  the window scrolls to, of the first step only in narrow windows. Each figure is that of demo.safetensors; tests/test_page_tour.py computes them with model.py. */
 export const STEPS = [{
   title: "What the model is about to say", at: "#next-title",
-  link: linkTo({ prompt: PROMPT, temperature: "0", length: "1" }),
+  link: linkTo({ prompt: PROMPT, temperature: "1", seed: "1", length: "1" }),
   look: "The model has read the text in bold, which breaks off in the middle of a call, and wrote one token. The bars are its five " +
     "most probable tokens for that place: `·code` has 93%, and no other token reaches 1%. The dot is a blank.",
   why: "A language model does not choose a word. It gives each of its 4,096 tokens a probability, and a text is drawn from these, token " +
@@ -52,7 +52,7 @@ export const STEPS = [{
   link: linkTo({ panel: "patching", "look-prompt": PROMPT, recipient: PROMPT.replace("code", "user"), target: " code" }),
   look: "The second prompt, the recipient, says `user` where the first says `code`: there `·code` has a probability of 0.02%. Each cell " +
     "pastes one state of the first prompt into the run of the second. Up to layer 2, the state at the changed word brings the answer " +
-    "back (1.00). After layer 3, the state of the last comma does so too (0.82): `·code` then has 20%.",
+    "back (1.00). After layer 3, the state of the last comma, in the last column, does so too (0.82): `·code` then has 20%.",
   why: "You see the answer move: from the word in the first line to the end of the text, in layer 3, by the heads that you have met. Parts " +
     "that work together like this are called a circuit.",
 }];

@@ -42,6 +42,7 @@ export async function beginText({ byItself = false } = {}) {
     Object.assign(sheet, { prompt: ids, text, written: [], enc: model.enc, model, at: null });
     $("sheet").replaceChildren(make("span", { class: asChat ? "yours message" : "yours" }, text));
     restream();
+    draw();  // the bars of the text before are gone
     await goOn(options);
   });
   tellBegun();
