@@ -23,7 +23,8 @@ export function showCard(model) {
     ["Made by", [model.meta.script, model.meta.step && `update ${count(model.meta.step)}`].filter(Boolean).join(", ")],
   ].filter(([, value]) => value);
   $("card-name").textContent = model.blob.name ?? "checkpoint";
-  $("card").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, WORDS[name] ? make("a", { href: `#word-${WORDS[name]}` }, name) : name), make("dd", {}, value)]));
+  const term = (name) => WORDS[name] ? make("a", { href: `#word-${WORDS[name]}` }, name) : name;
+  $("card").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, term(name)), make("dd", {}, value)]));
   $("glyph").replaceChildren(...glyph(model.config));
 }
 

@@ -10,7 +10,8 @@ const SCALE = 2, PAD = 24, LEAST = 560;  // pixels of the picture in one of the 
  *  is no figure yet. */
 export async function savePicture(what) {
   const panel = document.querySelector("[role=tab][aria-selected=true]").id.slice(4), name = what === "next" ? "next" : panel;
-  const figure = { next: $("next"), train: $("chart"), speed: $("choices").closest("table") }[name] ?? document.querySelector(`#${panel} .figure`);
+  const figure = { next: $("next"), train: $("chart"), speed: $("choices").closest("table") }[name] ??
+    document.querySelector(`#${panel} .figure`);
   if (!figure.offsetHeight || !figure.children.length) throw new UserError("There is no figure to save yet: compute it first.");
   const blob = await new Promise((resolve) => draw(figure, captionOf(name)).toBlob(resolve, "image/png"));
   const link = make("a", { href: URL.createObjectURL(blob), download: `tinygpt-${name}.png` });
@@ -20,12 +21,15 @@ export async function savePicture(what) {
 
 /** The lines of a caption, {text, font}: the panel and the model, the prompts, and what the panel says of its figure. */
 function captionOf(name) {
-  const title = name === "next" ? "The next token" : $(`tab-${name}`).textContent, mono = "13px ui-monospace, Menlo, Consolas, monospace";
+  const title = name === "next" ? "The next token" : $(`tab-${name}`).textContent;
+  const mono = "13px ui-monospace, Menlo, Consolas, monospace";
   const line = (label, text) => ({ text: `${label}: ${text.replaceAll("\n", "↵")}`, font: mono });
-  const model = name === "train" ? "a model that is trained on this page" : name === "speed" ? $("adapter").textContent : page.model?.blob.name ?? $("card-name").textContent;
+  const model = { train: "a model that is trained on this page", speed: $("adapter").textContent }[name] ??
+    page.model?.blob.name ?? $("card-name").textContent;
   const lines = [{ text: `${title} · ${model}`, font: "20px Georgia, serif" }];
-  const prompts = { next: [], train: [], speed: [], steer: [["prompt", "steer-prompt"]], patching: [["donor", "look-prompt"], ["recipient", "recipient"], ["target", "target"]],
-    ablation: [["prompt", "look-prompt"], ["target", "target"]] }[name] ?? [["prompt", "look-prompt"]];
+  const prompts = { next: [], train: [], speed: [], steer: [["prompt", "steer-prompt"]],
+    ablation: [["prompt", "look-prompt"], ["target", "target"]],
+    patching: [["donor", "look-prompt"], ["recipient", "recipient"], ["target", "target"]] }[name] ?? [["prompt", "look-prompt"]];
   if (name === "next") lines.push(line("text", $("sheet").textContent.slice(-120)));
   lines.push(...prompts.map(([label, id]) => line(label, label === "target" ? `“${$(id).value}”` : $(id).value)));
   const said = name === "next" ? $("scrub-says").textContent : document.querySelector(`#${name} .result`)?.textContent;
@@ -35,12 +39,14 @@ function captionOf(name) {
 
 /** A canvas with a caption and a figure below it. */
 export function draw(figure, caption) {
-  const all = [figure, ...figure.querySelectorAll("*")], scrolled = all.filter(({ scrollLeft }) => scrollLeft).map((node) => [node, node.scrollLeft]);
+  const all = [figure, ...figure.querySelectorAll("*")];
+  const scrolled = all.filter(({ scrollLeft }) => scrollLeft).map((node) => [node, node.scrollLeft]);
   const sticky = all.filter((node) => getComputedStyle(node).position === "sticky");
   scrolled.forEach(([node]) => { node.scrollLeft = 0; });  // so that everything stands at its place
   sticky.forEach((node) => { node.style.position = "static"; });
   const box = figure.getBoundingClientRect(), rects = all.map((node) => node.getBoundingClientRect());
-  const width = Math.max(LEAST, ...rects.map(({ right }) => right - box.left)), height = Math.max(...rects.map(({ bottom }) => bottom - box.top));
+  const width = Math.max(LEAST, ...rects.map(({ right }) => right - box.left));
+  const height = Math.max(...rects.map(({ bottom }) => bottom - box.top));
   const canvas = make("canvas"), pen = canvas.getContext("2d"), { backgroundColor, color } = getComputedStyle(document.body);
   const lines = caption.flatMap(({ text, font }) => wrapped(pen, text, font, width).map((part) => ({ part, font })));
   const top = PAD + 24 * lines.length + 12;

@@ -14,7 +14,7 @@ export async function showRecording() {
   showLens({ enc, n_vocab }, found.lens.ids, found.lens.rows);
   $("card-name").textContent = `${found.model}, recorded`;
   $("pace").textContent = `A recording: ${written.length} tokens`;
-  notice(`What you see is a recording: a text that ${found.model} wrote on another computer, with its most probable tokens, and the lens for one ` +
-    "prompt. Point at a token of the text, or move the slider, to see what the model predicted there. Writing, training and the other " +
-    "panels need WebGPU.", {});
+  notice(`What you see is a recording: a text that ${found.model} wrote on another computer, with its most probable tokens, and ` +
+    "the lens for one prompt. Point at a token of the text, or move the slider, to see what the model predicted there. Writing, " +
+    "training and the other panels need WebGPU.", {});
 }

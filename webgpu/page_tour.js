@@ -7,10 +7,12 @@ import { MODELS } from "./page_models.js";
 import { isChanged, recall, remember, setValue, valueOf } from "./page_store.js";
 
 const PROMPT = "def call(file, line, code):\n    return call(file, line,";
-const linkTo = (fields) => Object.entries({ model: Object.keys(MODELS)[0], ...fields }).map(([id, value]) => `${id}=${written(value)}`).join("&");
+const linkTo = (fields) => Object.entries({ model: Object.keys(MODELS)[0], ...fields })
+  .map(([id, value]) => `${id}=${written(value)}`).join("&");
 
 /** title; link: the state of the page; look, why: what to look at, and why it is interesting, where `…` is code; at: the place that
- *  the window scrolls to, of the first step only in narrow windows. Each figure is that of demo.safetensors; tests/test_page_tour.py computes them with model.py. */
+ *  the window scrolls to, of the first step only in narrow windows. The figures are those of demo.safetensors;
+ *  tests/test_page_tour.py computes them with model.py. */
 export const STEPS = [{
   title: "What the model is about to say", at: "#next-title",
   link: linkTo({ prompt: PROMPT, temperature: "1", seed: "1", length: "1" }),
@@ -78,7 +80,8 @@ async function show(step) {
   const { title, link, look, why } = STEPS[at], last = at === STEPS.length - 1;
   const button = (words, act, rest = {}) => make("button", { type: "button", onclick: act, ...rest }, words);
   card.replaceChildren(
-    make("p", { class: "row between hint" }, `Step ${at + 1} of ${STEPS.length}`, button("close", close, { class: "plain small", "aria-label": "Close the tour" })),
+    make("p", { class: "row between hint" }, `Step ${at + 1} of ${STEPS.length}`,
+      button("close", close, { class: "plain small", "aria-label": "Close the tour" })),
     make("h2", { id: "tour-title", tabindex: -1 }, title), make("p", {}, ...marked(look)),
     make("p", { class: "why" }, make("b", {}, "Why it is interesting: "), ...marked(why)),
     ...last ? [make("p", {}, "The panel ", make("a", { href: `#${linkTo({ panel: "flow", "look-prompt": PROMPT })}` }, "Flow"),
