@@ -65,10 +65,16 @@ def fetched_ahead(page):
     says(page, "doing", "Ready")
     folder = test_page.ROOT / "webgpu"
     files = [path.relative_to(folder).as_posix() for path in (*folder.glob("*.js"), *folder.glob("kernels/*.wgsl"))
-             if path.name not in ("service_worker.js", "page_recording.js")]  # of other contexts, without WebGPU
-    page.wait_for_function("""(files) => files.every((name) =>
-        performance.getEntriesByName(`${location.origin}/${name}`).some(({ responseEnd }) => responseEnd))""", arg=files, timeout=LONG)
-    page.wait_for_timeout(SECOND // 2)
+             if path.name != "service_worker.js"]
+    own = re.findall(r'"(.+?)"', re.search(r"OWN_CODE = \[(.*)\]", (folder / "page_train.js").read_text())[1])
+    there = """([files, own]) => files.every((name) =>  // its own code is fetched as a text, too
+        performance.getEntriesByName(`${location.origin}/${name}`).some(({ responseEnd, initiatorType }) =>
+            responseEnd && (!own.includes(name) || initiatorType === "fetch")))"""
+    page.wait_for_function(there, arg=[files, own], timeout=LONG)
+    copies = """async () => (await Promise.all((await caches.keys()).map(async (name) =>
+        (await (await caches.open(name)).keys()).length))).join()"""
+    while js(page, copies) in ("", "0"):  # the copies for the service worker are fetched last, all or none
+        page.wait_for_timeout(200)
 
 
 def test_without_its_server(chromium, files, tmp_path):

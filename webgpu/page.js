@@ -16,7 +16,8 @@ import { setUpSpeed, showChoices } from "./page_speed.js";
 import { readHeader } from "./safetensors.js";
 import { beginText, begun, setUpWriting, stopWriting } from "./page_write.js";
 
-const LATER = ["page_picture.js", "page_examples.js", "page_tour.js", "page_steer.js", "bench.js", "page_flow.js"];  // modules that are not needed at the start
+// Modules that are not needed at the start.
+const LATER = ["page_picture.js", "page_examples.js", "page_tour.js", "page_steer.js", "bench.js", "page_flow.js", "page_recording.js"];
 
 const TEXTS = /\.(txt|md|rst|tex|log|srt|csv|tsv|jsonl?|ya?ml|html?|css|wgsl|py|m?js|ts|c|h|cc|cpp|rs|go|java|sh)$/i;
 const FOREIGN = [  // other files, and what to do with them
