@@ -190,6 +190,24 @@ def test_text_by_fused_products(name, opened, server):
         assert kernels == 6 * model.config.n_layer + around
 
 
+def test_kernels_of_short_rows(page):
+    """Packed rows with fewer pairs of words than a subgroup has lanes are multiplied by the kernel for all formats, if
+    that was chosen."""
+    found = js(page, """async () => {
+        const { GPU, Plan } = await import("/gpu.js"), gpu = await GPU.open(), names = [];
+        gpu.lanes = 32;
+        for (const [width, subgroups] of [[192, true], [512, true], [192, false]]) {
+            const plan = new Plan(gpu);
+            Object.assign(gpu.paths, { subgroups, packed: [4] });
+            const weight = { rows: 8, width, bits: 4, group: 64, scaleBits: 16, buffer: gpu.none };
+            gpu.vector(plan, weight, gpu.none, gpu.none);
+            names.push(plan.steps[0].name);
+        }
+        return names;
+    }""")
+    assert found == ["matvec_subgroup", "matvec_packed", "matvec_packed"]
+
+
 def test_golden(page, server):
     """From the page's own checkpoint, Python and the page generate a known text."""
     prompt = "raise ValueError("

@@ -195,7 +195,8 @@ export class GPU {
     const { rows: N, width: K, bits = 32 } = weight, { none } = this;
     const settings = { ...formatOf(weight), ...(weight.bias && { BIAS: true }), ...(norm && { NORM: LAYER ? 2 : 1 }),
       ...(KIND !== null && { ACTIVATES: true, KIND }), ...(ACCUMULATE && { ACCUMULATE }) };
-    const [name, rows] = this.paths.packed.includes(bits) ? ["matvec_packed", 512] : ["matvec_subgroup", 128];  // of 1 lane
+    const { packed, subgroups } = this.paths, short = K * bits / 64 < this.lanes;  // some lanes of matvec_packed have no words
+    const [name, rows] = packed.includes(bits) && !(short && subgroups) ? ["matvec_packed", 512] : ["matvec_subgroup", 128];  // of 1 lane
     plan.add(name, settings, [N, K, eps], [weight.buffer, weight.scales ?? none, weight.biases ?? none, weight.bias ?? none, x, y,
       norm?.buffer ?? none, norm?.bias ?? none], this.groups(Math.ceil(N * this.lanes / rows)));
   }
