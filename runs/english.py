@@ -19,6 +19,7 @@ import urllib.request
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from config import UserError, overrides  # noqa: E402
+from draw import write_whole  # noqa: E402
 
 folder = "out-english"  # with books/pgNUMBER.txt as they are downloaded, and text/NUMBER.txt
 
@@ -35,21 +36,13 @@ PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "-
 
 
 def fetch(number, path):
-    """Download a book, under a temporary name until it is whole."""
+    """Download a book."""
     try:
         with urllib.request.urlopen(ADDRESS.format(number), timeout=60) as answer:
             content = answer.read()
     except OSError as error:
         raise UserError(f"book {number} could not be downloaded ({error}): try again, or put it into {path}") from None
-    write(path, content)
-
-
-def write(path, content):
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    write_whole(path, content)
 
 
 def prose(text, path):
@@ -75,7 +68,7 @@ def main():
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
             text = prose(file.read(), path)
         size += len(text)
-        write(os.path.join(texts, f"{number}.txt"), text.encode())
+        write_whole(os.path.join(texts, f"{number}.txt"), text.encode())
     print(f"{texts}: {len(BOOKS)} books, {size:,} characters")
 
 

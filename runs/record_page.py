@@ -16,18 +16,19 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
 from config import overrides  # noqa: E402
+from draw import write_whole  # noqa: E402
 from model import GPT, generate, load_checkpoint  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from tuned_lens import logit_lens  # noqa: E402
 
-checkpoint = os.path.join(ROOT, "webgpu", "demo.safetensors")
-out = os.path.join(ROOT, "webgpu", "recording.json")
+checkpoint = "webgpu/demo.safetensors"
+out = "webgpu/recording.json"
 prompt = "class"      # that the text begins with
 lens_prompt = "def __init__(self, name):\n        self.name ="
 length = 160          # tokens of the text
-temperature = 0.8
-top_k = 50
-seed = 3
+temperature = 0.8     # of the draws
+top_k = 50            # tokens that are drawn from
+seed = 3              # of the draws
 
 settings = overrides(globals())
 
@@ -63,8 +64,6 @@ if __name__ == "__main__":
     model, meta = load_checkpoint(checkpoint)
     model.set_dtype(mx.float32)  # as in the page
     found = record(model, Tokenizer.from_dict(meta["tokenizer"]), os.path.basename(checkpoint))
-    with open(out, "w", encoding="utf-8") as file:
-        json.dump(found, file, ensure_ascii=False, separators=(",", ":"))
-        file.write("\n")
+    write_whole(out, (json.dumps(found, ensure_ascii=False, separators=(",", ":")) + "\n").encode())
     print("".join(found["tokens"][token] for token in found["written"]))
     print(f"{len(found['written'])} tokens, {os.path.getsize(out):,} bytes: {out}")
