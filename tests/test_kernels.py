@@ -1051,9 +1051,21 @@ def test_divergence():
 def draw(logits: np.ndarray, n: int, times: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, ring=0):
     """Draw tokens one after another. Returns the kernel's `at`, the last token, and the ring buffer of this size."""
     ring = ring or times + -times % 4  # a multiple of 16 bytes, without guards: it is all used
-    arrays = [logits, np.array([7, 3, 0, seed], np.uint32), np.zeros(4, np.uint32), np.zeros(ring, np.uint32)]
-    return wgsl.run("sample", {}, (n, top_k, float(temperature), float(top_p), float(min_p)), arrays, (1, 1), [2, 3, 4],
+    maxima, = run("maxima", {}, (n,), [logits, zeros(1024, 2)], (16, 1), [2])
+    arrays = [logits, maxima, np.array([7, 3, 0, seed], np.uint32), np.zeros(4, np.uint32), np.zeros(ring, np.uint32)]
+    return wgsl.run("sample", {}, (n, top_k, float(temperature), float(top_p), float(min_p)), arrays, (1, 1), [3, 4, 5],
                     times)
+
+
+@pytest.mark.parametrize("n", [1, 3, 64, 1000, 1024, 5000, 9001])
+def test_maxima(n):
+    """The largest of every 1024th logit, of equal ones the first; the padding behind the n tokens does not count."""
+    logits = np.round(numbers(n + 10, seed=n, scale=2))
+    logits[n:] = 99
+    found, = run("maxima", {}, (n,), [logits, zeros(1024, 2)], (16, 1), [2])
+    parts = np.append(logits[:n], np.full(-n % 1024, np.float32(-1e30))).reshape(-1, 1024)
+    assert np.array_equal(found[:, 0], parts.max(axis=0))
+    assert np.array_equal(found[:n, 1], (parts.argmax(axis=0) * 1024 + np.arange(1024))[:n])
 
 
 def test_greedy():

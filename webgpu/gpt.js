@@ -189,6 +189,7 @@ const FEW = 8;     // up to so many are read one by one, by the kernels that wri
 // Where tokens come in less than FAST milliseconds, BURST of them are computed before their ids are read: to read takes a part
 // of a millisecond. Two such reads are under way before the caller has taken the tokens of the first one.
 const BURST = 4, FAST = 20, AHEAD = 2;
+const MAXIMA = 1024;  // 4 for each thread of sample.wgsl
 
 export class GPT {
   /** Load a checkpoint of train.py, hqq.py, a reader ...; onProgress(share) is called while it is read. context: the most
@@ -636,7 +637,9 @@ export class GPT {
       if (!draws) return {};
       const [logits, unchanged] = all;
       if (unchanged && probabilities) plan.add("divergence", {}, [this.n_vocab], [unchanged, logits, divergence], [1]);
-      const sample = plan.add("sample", {}, [this.n_vocab, 0, 1, 1, 0], [logits, at, token, drawn], [1]);
+      const maxima = plan.scratch(8 * MAXIMA);
+      plan.add("maxima", {}, [this.n_vocab], [logits, maxima], [MAXIMA / 64]);
+      const sample = plan.add("sample", {}, [this.n_vocab, 0, 1, 1, 0], [logits, maxima, at, token, drawn], [1]);
       return { sample };
     });
   }

@@ -17,7 +17,7 @@ const FILES = [
   "ablate act activation activation_backward adamw add attention attention_backward_kv attention_backward_kv_tiled",
   "attention_backward_q attention_backward_q_tiled attention_map attention_one attention_tiled column_sum divergence",
   "dot embed embed_backward enter_cache head_alone loss matmul matmul_tiled matvec matvec_packed matvec_subgroup",
-  "norm norm_backward norm_share patch put_columns rope rows sample scale softcap steer sum_parts sum_squares tiles top",
+  "maxima norm norm_backward norm_share patch put_columns rope rows sample scale softcap steer sum_parts sum_squares tiles top",
   "vector weights",
   "diff diff_map",  // diff
   "value_mix",  // resformer

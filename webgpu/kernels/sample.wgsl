@@ -5,39 +5,34 @@
 //
 // The tokens that are kept are those with logits above a threshold: the largest one that keeps enough tokens. It is found
 // bit by bit, after the bits of floats are mapped to integers of the same order. That takes 32 passes over the candidates.
-// Where top_k is small, these are not all tokens: each thread's own largest logit is known after the first pass, and no
-// token below the top_k-th of these can be among the top_k.
+// Where top_k is small, these are not all tokens. maxima (4 SIZE,) has the largest of every 4 SIZE-th logit and its token, see
+// maxima.wgsl: thus each thread knows the largest of its tokens, which are every SIZE-th. No token below the top_k-th largest
+// of these can be among the top_k, and only threads that know a larger one can have such tokens.
 //
 // at: position, count, steps, seed; it is updated for the next pass. The token is written to tokens[0], where the next pass
-// reads it, and to the ring buffer `drawn`. There is one workgroup.
+// reads it, and to the ring buffer `drawn`. There is one workgroup. Its shared memory is small, since SwiftShader, which runs
+// kernels on a processor, compiles for a fifth of a millisecond for each word of it.
 
 struct Params { n: u32, top_k: u32, temperature: f32, top_p: f32, min_p: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> logits: array<f32>;
-@group(0) @binding(2) var<storage, read_write> at: array<u32>;
-@group(0) @binding(3) var<storage, read_write> tokens: array<u32>;
-@group(0) @binding(4) var<storage, read_write> drawn: array<u32>;
+@group(0) @binding(2) var<storage, read> maxima: array<vec2<f32>>;
+@group(0) @binding(3) var<storage, read_write> at: array<u32>;
+@group(0) @binding(4) var<storage, read_write> tokens: array<u32>;
+@group(0) @binding(5) var<storage, read_write> drawn: array<u32>;
 
-override SIZE: u32 = 256;  // threads, a power of two
-const ROOM = 1024u;        // for candidates, if they are not all tokens
+const SIZE = 256u;         // threads
+const SIDE = 16u;          // its root
 const LOWEST = -1e30;
 var<workgroup> parts: array<vec2<f32>, SIZE>;
+var<workgroup> lines: array<vec2<f32>, SIDE>;
 var<workgroup> bound: f32;
-var<workgroup> ids: array<u32, ROOM>;
-var<workgroup> values: array<f32, ROOM>;
-
-// The logits of the tokens i, i + SIZE, i + 2 SIZE and i + 3 SIZE: four loads at a time hide their latency.
-fn four(i: u32) -> vec4<f32> {
-  let at = vec4(i) + SIZE * vec4(0u, 1, 2, 3);
-  let inside = min(at, vec4(p.n - 1));
-  return select(vec4(LOWEST), vec4(logits[inside.x], logits[inside.y], logits[inside.z], logits[inside.w]), at < vec4(p.n));
-}
+var<workgroup> chosen: array<u32, SIZE>;
 
 fn sorted_bits(x: f32) -> u32 {
   let bits = bitcast<u32>(x);
   return select(bits | 0x80000000, ~bits, (bits >> 31) == 1);
 }
-
 // Gumbel noise -log(-log(1 - u)), with u from the hash PCG (Jarzynski & Olano 2020). The smallest u decide the draw, so that
 // the inner logarithm is a series for small u: there WGSL's log may have an error of 2^-21, and may even be 0.
 fn noise(token: u32, step: u32, seed: u32) -> f32 {
@@ -51,73 +46,82 @@ fn noise(token: u32, step: u32, seed: u32) -> f32 {
   return -log(select(-log(1 - u), u * (1 + u * (0.5 + u / 3)), u < 0.01));
 }
 
-// The logit of a candidate, see candidates().
-fn value_at(i: u32, listed: u32) -> f32 {
-  if (listed > 0) { return values[i]; }
-  return logits[i];
-}
-
 fn total(value: f32, thread: u32) -> f32 {
   workgroupBarrier();
   parts[thread].x = value;
-  for (var half = SIZE / 2; half > 0; half /= 2) {
-    workgroupBarrier();
-    if (thread < half) { parts[thread].x += parts[thread + half].x; }
+  workgroupBarrier();
+  var sum = 0.0;
+  if (thread < SIDE) {
+    for (var i = 0u; i < SIDE; i++) { sum += parts[thread * SIDE + i].x; }
+    lines[thread].x = sum;
   }
   workgroupBarrier();
-  return parts[0].x;
+  sum = 0.0;
+  for (var i = 0u; i < SIDE; i++) { sum += lines[i].x; }
+  return sum;
 }
 
-// The pair with the largest first number; among equal ones that with the lowest second number, the token.
+// Of two pairs that with the larger first number; if these are equal, that with the lower second number, the token.
+fn larger(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
+  return select(a, b, b.x > a.x || (b.x == a.x && b.y < a.y));
+}
+
 fn largest(value: vec2<f32>, thread: u32) -> vec2<f32> {
   workgroupBarrier();
   parts[thread] = value;
-  for (var half = SIZE / 2; half > 0; half /= 2) {
-    workgroupBarrier();
-    if (thread < half) {
-      let other = parts[thread + half];
-      if (other.x > parts[thread].x || (other.x == parts[thread].x && other.y < parts[thread].y)) { parts[thread] = other; }
-    }
-  }
   workgroupBarrier();
-  return parts[0];
+  var best = parts[thread % SIDE * SIDE];
+  for (var i = 1u; i < SIDE; i++) { best = larger(best, parts[thread % SIDE * SIDE + i]); }
+  if (thread < SIDE) { lines[thread] = best; }
+  workgroupBarrier();
+  for (var i = 0u; i < SIDE; i++) { best = larger(best, lines[i]); }
+  return best;
 }
 
-// The number of candidates, of which `values` and `ids` are a list; 0: all tokens are candidates. own: the largest logit of
-// this thread's tokens.
+// The i-th of the tokens of `count` chosen threads; p.n or more beyond their end.
+fn token_of(i: u32, count: u32) -> u32 { return chosen[i % count] + i / count * SIZE; }
+
+// The number of candidates, if they are listed in parts: pairs of a logit and its token. 0: there are too many of them, and all
+// tokens are candidates. parts has the threads' largest logits, of which own is this thread's.
 fn candidates(own: f32, thread: u32) -> u32 {
   if (p.top_k == 0 || p.top_k >= p.n || p.top_k > SIZE) { return 0; }
-  workgroupBarrier();
-  parts[thread].x = own;
-  workgroupBarrier();
   var above = 0u;
   for (var i = 0u; i < SIZE; i++) {
     if (parts[i].x > own || (parts[i].x == own && i < thread)) { above++; }
   }
   if (above == p.top_k - 1) { bound = own; }
   workgroupBarrier();
-  var count = 0u;
-  for (var i = thread; i < p.n; i += 4 * SIZE) {
-    let at_least = four(i) >= vec4(bound);
-    count += dot(select(vec4(0u), vec4(1u), at_least), vec4(1u));
-  }
-  parts[thread].x = f32(count);
-  workgroupBarrier();
   var place = 0u;
+  var count = 0u;
+  for (var i = 0u; i < SIZE; i++) {
+    if (i == thread) { place = count; }
+    if (parts[i].x >= bound) { count++; }
+  }
+  if (own >= bound) { chosen[place] = thread; }
+  workgroupBarrier();
+  let end = count * ((p.n + SIZE - 1) / SIZE);
+  count = max(count, 1);
+  var mine = 0u;
+  for (var i = thread; i < end; i += SIZE) {
+    let token = token_of(i, count);
+    if (token < p.n && logits[min(token, p.n - 1)] >= bound) { mine++; }
+  }
+  workgroupBarrier();
+  parts[thread].x = f32(mine);
+  workgroupBarrier();
   var all = 0u;
   for (var i = 0u; i < SIZE; i++) {
     if (i == thread) { place = all; }
     all += u32(parts[i].x);
   }
-  let fits = all <= ROOM;
-  for (var i = thread; i < p.n; i += 4 * SIZE) {
-    let next = four(i);
-    for (var c = 0u; c < 4; c++) {
-      if (fits && i + c * SIZE < p.n && next[c] >= bound) {
-        values[place] = next[c];
-        ids[place] = i + c * SIZE;
-        place++;
-      }
+  let fits = all <= SIZE;
+  workgroupBarrier();
+  for (var i = thread; i < end; i += SIZE) {
+    let token = token_of(i, count);
+    let value = logits[min(token, p.n - 1)];
+    if (fits && token < p.n && value >= bound) {
+      parts[place] = vec2(value, f32(token));
+      place++;
     }
   }
   workgroupBarrier();
@@ -126,45 +130,32 @@ fn candidates(own: f32, thread: u32) -> u32 {
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(local_invocation_index) thread: u32) {
-  var best = vec2(LOWEST, 0.0);
-  for (var i = thread; i < p.n; i += 4 * SIZE) {
-    let next = four(i);
-    for (var c = 0u; c < 4; c++) {
-      if (next[c] > best.x) { best = vec2(next[c], f32(i + c * SIZE)); }
-    }
-  }
+  var best = maxima[thread];
+  for (var i = 1u; i < 4; i++) { best = larger(best, maxima[i * SIZE + thread]); }
   let own = best.x;
   best = largest(best, thread);
   let top = best.x;
   if (p.temperature > 0) {
     let listed = candidates(own, thread);
     let n = select(p.n, listed, listed > 0);
+    let mine = parts[thread];  // of a list
     var threshold = 0u;
-    if (p.top_k > 0 && p.top_k < p.n) {
-      for (var bit = 0x80000000u; bit > 0; bit >>= 1) {
-        var count = 0.0;
-        for (var i = thread; i < n; i += SIZE) {
-          if (sorted_bits(value_at(i, listed)) >= (threshold | bit)) { count += 1; }
-        }
-        if (total(count, thread) >= f32(p.top_k)) { threshold |= bit; }
-      }
-    }
-    if (p.top_p < 1) {
+    // First top_k, which counts the candidates, then top_p, which sums their probabilities.
+    for (var stage = 0u; stage < 2; stage++) {
+      if (select(p.top_p >= 1, p.top_k == 0 || p.top_k >= p.n, stage == 0)) { continue; }
       let kept = threshold;
-      var all = 0.0;
-      for (var i = thread; i < n; i += SIZE) {
-        let value = value_at(i, listed);
-        if (sorted_bits(value) >= kept) { all += exp((value - top) / p.temperature); }
-      }
-      all = total(all, thread);
+      var enough = f32(p.top_k);
       threshold = 0;
-      for (var bit = 0x80000000u; bit > 0; bit >>= 1) {
-        var mass = 0.0;
+      for (var step = 0u; step < 33; step++) {  // in the first one without a bit, for the sum of all
+        let next = threshold | select(0x80000000u >> (step - 1), 0u, step == 0);
+        var sum = 0.0;
         for (var i = thread; i < n; i += SIZE) {
-          let value = value_at(i, listed);
-          if (sorted_bits(value) >= max(kept, threshold | bit)) { mass += exp((value - top) / p.temperature); }
+          let value = select(logits[i], mine.x, listed > 0);
+          if (sorted_bits(value) >= max(kept, next)) { sum += select(exp((value - top) / p.temperature), 1.0, stage == 0); }
         }
-        if (total(mass, thread) >= p.top_p * all) { threshold |= bit; }
+        sum = total(sum, thread);
+        if (step == 0 && stage == 1) { enough = p.top_p * sum; }
+        if (sum >= enough) { threshold = next; }
       }
       threshold = min(max(threshold, kept), sorted_bits(top));
     }
@@ -172,12 +163,10 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     if (p.min_p > 0) { floor = top + log(p.min_p) * p.temperature; }
     best = vec2(LOWEST, 0.0);
     for (var i = thread; i < n; i += SIZE) {
-      let value = value_at(i, listed);
+      let value = select(logits[i], mine.x, listed > 0);
       if (sorted_bits(value) >= threshold && value >= floor) {
-        var token = i;
-        if (listed > 0) { token = ids[i]; }
-        let noisy = (value - top) / p.temperature + noise(token, at[2], at[3]);
-        if (noisy > best.x) { best = vec2(noisy, f32(token)); }
+        let token = select(i, u32(mine.y), listed > 0);
+        best = larger(best, vec2((value - top) / p.temperature + noise(token, at[2], at[3]), f32(token)));
       }
     }
     best = largest(best, thread);
