@@ -563,6 +563,15 @@ def test_rope_into_the_cache(turn):
         assert near(found, expected, 1e-5)
 
 
+def normed_and_turned(qkv: np.ndarray, weights: np.ndarray | None, H: int, KV: int, first: int, R: int, eps: float):
+    """The queries and keys of a token's heads (H + 2 KV, D) at position `first`, (H + KV, D), with their norms, if they
+    have weights (2, D), and R numbers rotated."""
+    x = qkv[:H + KV].astype(np.float64)
+    if weights is not None:
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * np.repeat(weights, [H, KV], axis=0)
+    return np.array(rope(x[None].astype(np.float32), 1, first, R))[0] if R else x
+
+
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("H, KV, D, R", [
     (4, 2, 16, 16), (2, 2, 6, 4), (3, 1, 200, 64), (1, 1, 256, 256), (0, 2, 5, 0), (6, 3, 7, 0)])
@@ -572,10 +581,7 @@ def test_enter_cache(H, KV, D, R, normed):
     weights, caches = numbers(2, D, seed=1), numbers(2, 12, KV, D, seed=2)
     arrays = [np.array([first, 1], np.uint32), turns(R or 2, 12), *weights, qkv, zeros(max(H, 1), D), *caches]
     q, k, v = run("enter_cache", {"NORM": normed}, (H, KV, D, R, eps), arrays, (H + 2 * KV, 1), [6, 7, 8])
-    x = qkv[:H + KV].astype(np.float64)
-    if normed:
-        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * np.repeat(weights, [H, KV], axis=0)
-    x = np.array(rope(x[None].astype(np.float32), 1, first, R))[0] if R else x
+    x = normed_and_turned(qkv, weights if normed else None, H, KV, first, R, eps)
     expected = caches.copy()
     expected[0, first], expected[1, first] = x[H:], qkv[H + KV:]
     assert near(k, expected[0], 1e-5) and np.array_equal(v, expected[1]) and (not H or near(q, x[:H], 1e-5))
@@ -680,9 +686,30 @@ ONE = [(1, 1, 4, 2, 16, 70, 0, 0), (1, 1, 2, 2, 4, 0, 0, 0), (1, 1, 2, 1, 12, 25
 def test_attention_of_one_query(case, settings):
     """As attention.wgsl's, for one query: few keys and several times as many as there are threads."""
     case = Case(*case, **settings)
-    arrays = [np.array([case.first], np.uint32), case.slopes, case.q, case.k, case.v, zeros(*case.q.shape)]
-    o, = run("attention_one", {}, (*case.params()[1:], case.config.attn_softcap), arrays, (case.H, 1), [6])
-    assert near(o, case.outputs(), 1e-5)
+    arrays = [np.array([case.first], np.uint32), case.slopes, NONE, NONE, case.q, case.k, case.v, zeros(*case.q.shape)]
+    params = (*case.params()[1:], case.config.attn_softcap, 0, 0.0)
+    k, v, o = run("attention_one", {}, params, arrays, (case.H, 1), [6, 7, 8])
+    assert near(o, case.outputs(), 1e-5) and np.array_equal(k, case.k) and np.array_equal(v, case.v)
+
+
+@pytest.mark.parametrize("case", ONE, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_attention_of_one_query_that_enters(case, normed, share):
+    """The same with the token's norms and rotary positions of a share of its numbers, and its rows of the caches."""
+    case = Case(*case, attn_softcap=3.0)
+    H, KV, D, first, eps = case.H, case.KV, case.D, case.first, 0.003
+    R = 0 if case.config.alibi else int(share * D) // 2 * 2
+    qkv, weights = numbers(H + 2 * KV, D, seed=7, scale=1.5), numbers(2, D, seed=8)
+    places = turns(R, first + 1) if R else case.slopes
+    arrays = [np.array([first], np.uint32), places, *weights, qkv, case.k, case.v, zeros(H, D)]
+    params = (*case.params()[1:], case.config.attn_softcap, R, eps)
+    found = run("attention_one", {"ENTERS": True, "NORM": normed}, params, arrays, (H, 1), [6, 7, 8])
+    x = normed_and_turned(qkv, weights if normed else None, H, KV, first, R, eps)
+    k, v = case.k.copy(), case.v.copy()
+    k[first], v[first] = x[H:], qkv[H + KV:]
+    assert near(found[0], k, 3e-5) and np.array_equal(found[1], v)
+    assert near(found[2], case.outputs(x[None, :H].astype(np.float32), k, v)[0], 2e-5)
 
 
 @pytest.mark.parametrize("settings", [

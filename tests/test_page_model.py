@@ -173,21 +173,23 @@ def test_too_large_for_the_device(page, server):
 
 @pytest.mark.parametrize("name", ["default", "gpt2", "llama", "stablelm", "half", "4-bit", "8-bit", "3-bit", "granite"])
 def test_text_by_fused_products(name, opened, server):
-    """With the kernels of subgroups, the text is Python's, and a layer of most models takes six kernels for a token."""
+    """With the kernels that a card has, the text is Python's, and a layer of most models takes five kernels for a token."""
     path, model = flavour(server, name)
     text, kernels = in_page(opened, path, """
         Object.assign(gpu.paths, { subgroups: true, packed: [4, 8] });
-        const text = [];
+        const { fallback } = gpu.info, text = [];
+        gpu.info.fallback = false;
         for await (const { token } of model.generate(ids, { max_new_tokens: 30, temperature: 0 })) text.push(token);
         const { plan } = await model.pass(1, true);
         Object.assign(gpu.paths, { subgroups: false, packed: [] });
+        gpu.info.fallback = fallback;
         return [text, plan.steps.length];""", IDS, parameters="ids")
     assert text == list(generate(model, IDS, 30, temperature=0, n_vocab=257))
-    around = 4  # the embedding, the last norm, the head, and the draw
+    around = 5  # the embedding, the last norm, the head, and two for the draw
     if name in ("llama", "granite"):  # keys that cannot be part of a joined matrix, and a factor of what a part adds
         assert kernels > 9 * model.config.n_layer
     else:
-        assert kernels == 6 * model.config.n_layer + around
+        assert kernels == 5 * model.config.n_layer + around
 
 
 def test_kernels_of_short_rows(page):

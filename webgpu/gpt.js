@@ -439,18 +439,24 @@ export class GPT {
   }
 
   attention(plan, layer, room, { h, B, T, at, tokens, cache, tap, fused = false }) {
-    const { n_head, n_kv_head: KV, head_dim: D, block_size, attn_softcap } = this.config, H = this.queries, R = B * T, { gpu } = this;
-    const path = `blocks.${layer}.attn`, [q, k, v] = this.queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache, fused });
+    const { n_head, n_kv_head: KV, head_dim: D, block_size, attn_softcap, qk_norm, norm_eps } = this.config;
+    const H = this.queries, R = B * T, { gpu } = this;
+    const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
     const of_heads = [H, KV, D, this.windowOf(layer), this.scale, attn_softcap];
     let one = R === 1 && cache && D % 4 === 0 && !gpu.info.fallback;  // for this kernel, which computes no lse
     let tiled = gpu.tilesAttention(T, D), settings = { WIDTH: D }, { o } = room, width = D;
     if (this.sinksOf(layer) || this.config.sink_logits) one = false;  // sinks
     if (this.config.diff_attn) [o, width] = [room.pair_outputs, this.head_width];  // diff
     if (joinsValues(this.config)) [one, tiled, settings] = [false, false, { WIDTH: width, JOINED: 2 }];  // diff
+    if (skips(this.config, layer)) one = false;  // mod
+    const enters = one && this.projectsJointly(layer, room, cache);
+    const [q, k, v] = this.queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache, fused, enters });
     if (skips(this.config, layer)) depthAttention(this, plan, layer, room, { B, T, at, q, k, v, cache, of_heads });  // mod
     else  // mod
     if (one) {
-      plan.add("attention_one", {}, of_heads, [at, this.slopes, q, k, v, o], [H]);
+      plan.add("attention_one", enters ? { ENTERS: true, ...(qk_norm && { NORM: true }) } : {},
+        [...of_heads, enters ? rotary : 0, norm_eps],
+        [at, enters && rotary ? this.turnsOf(layer) : this.slopes, ...this.headNorms(path), q, k, v, o], [H]);
     } else {
       plan.add(tiled ? "attention_tiled" : "attention", settings, [T, cache ? block_size : T, ...of_heads],
         [at, this.slopes, q, k, v, o, room.lse], [Math.ceil(T / (tiled ? 64 : 4)), H, B]);
@@ -464,24 +470,35 @@ export class GPT {
     this.leaving(plan, layer, "attn", room, R);
   }
 
+  /** Whether queries, keys and values of one token come from one product. */
+  projectsJointly(layer, room, cache) {
+    if (crosses(this.config, layer)) return false;  // yoco
+    if (this.config.value_residual) return false;  // resformer
+    if (this.config.value_embeds) return false;  // valembed
+    return Boolean(cache && room["attn.qkv"] && this.weights.has(`blocks.${layer}.attn.qkv`) && !this.config.qk_norm_width);
+  }
+
+  /** The weights of the norms of a head's queries and keys. */
+  headNorms(path) {
+    return ["q_norm", "k_norm"].map((name) => this.weights.get(`${path}.${name}`)?.buffer ?? this.gpu.none);
+  }
+
   /** Add the steps from h (R, C) to the queries (R, H, D), and the keys and values (R or block_size, KV, D) of a layer, with
-   *  their norms and positions. Returns their buffers. */
-  queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache, fused }) {
-    const { n_kv_head: KV, head_dim: D, qk_norm, qk_norm_width, norm_eps } = this.config, H = this.queries, { gpu } = this;
+   *  their norms and positions. Returns their buffers. enters: only the product qkv, of which attention_one computes the rest. */
+  queriesKeysValues(plan, layer, room, { h, R, T, at, tokens, cache, fused, enters }) {
+    const { n_kv_head: KV, head_dim: D, qk_norm, norm_eps } = this.config, H = this.queries, { gpu } = this;
     const path = `blocks.${layer}.attn`, rotary = this.rotaryOf(layer);
-    let together = cache && room["attn.qkv"] && this.weights.has(`${path}.qkv`) && !qk_norm_width;  // of one token
     if (crosses(this.config, layer)) return [this.queriesOf(plan, path, layer, room, { h, R, T, at }), ...sharedKeysValues(this, room, cache)];  // yoco
-    if (this.config.value_residual) together = false;  // resformer
-    if (this.config.value_embeds) together = false;  // valembed
-    if (together) {
+    if (this.projectsJointly(layer, room, cache)) {
       if (fused) this.ofNorm(plan, `${path}.qkv`, `${path}_norm`, h, room["attn.qkv"]);
       else this.linear(plan, `${path}.qkv`, h, room["attn.qkv"], R);
-      const weight = (name) => qk_norm ? this.weights.get(`${path}.${name}_norm`).buffer : gpu.none;
+      const [k, v] = [cache.k[layer], cache.v[layer]];
+      if (enters) return [room["attn.qkv"], k, v];
       const same = !qk_norm && !rotary;  // queries stay where they are
       const qkv = same ? { buffer: room["attn.qkv"], offset: 4 * H * D, size: 8 * KV * D } : room["attn.qkv"];
-      const q = same ? room.q : room.qr ?? room.qn, [k, v] = [cache.k[layer], cache.v[layer]];
+      const q = same ? room.q : room.qr ?? room.qn;
       plan.add("enter_cache", qk_norm ? { NORM: true } : {}, [same ? 0 : H, KV, D, rotary, norm_eps],
-        [at, rotary ? this.turnsOf(layer) : gpu.none, weight("q"), weight("k"), qkv, same ? gpu.trash : q, k, v], [(same ? 0 : H) + 2 * KV]);
+        [at, rotary ? this.turnsOf(layer) : gpu.none, ...this.headNorms(path), qkv, same ? gpu.trash : q, k, v], [(same ? 0 : H) + 2 * KV]);
       return [q, k, v];
     }
     return [this.queriesOf(plan, path, layer, room, { h, R, T, at }), ...this.keysValues(plan, path, layer, room, { h, R, T, at, tokens, cache })];

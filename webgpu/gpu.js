@@ -31,10 +31,10 @@ const FILES = [
 const ASKS = 3, BETWEEN = 100;  // Chromium on some machines has no card, or only the processor, when it is first asked
 
 /** The graphics card; a software adapter only where none comes within ASKS; null where there is neither. */
-async function adapterOf(powerPreference) {
+async function askForAdapter() {
   let found = null;
   for (let ask = 1; ask <= ASKS; ask++) {
-    const adapter = await navigator.gpu.requestAdapter({ powerPreference });
+    const adapter = await navigator.gpu.requestAdapter({ powerPreference: "high-performance" });
     if (adapter && !isSoftware(adapter)) return adapter;
     found = adapter ?? found;
     if (ask < ASKS) await new Promise((resolve) => setTimeout(resolve, BETWEEN));
@@ -49,9 +49,13 @@ const isSoftware = (adapter) => Boolean(adapter.info.isFallbackAdapter ?? adapte
 const BUSY = 500, DEEP = 2048, PART_OF_DEEP = 256;
 
 export class GPU {
-  static async open({ prefer = "high-performance" } = {}) {
+  /** Ask for the card before open() needs it, while other files are loaded. */
+  static ask() { if (globalThis.navigator?.gpu) GPU.asked = askForAdapter(); }
+
+  static async open() {
     if (!globalThis.navigator?.gpu) throw new UserError(NO_WEBGPU);
-    const adapter = await adapterOf(prefer);
+    const adapter = await (GPU.asked ?? askForAdapter());
+    GPU.asked = null;  // an adapter has one device
     if (!adapter) {
       throw new UserError("This browser has WebGPU, but it found no graphics card. An update of the driver or of the browser " +
         "may help, or turning on hardware acceleration in the browser's settings.");

@@ -28,8 +28,7 @@ struct Params { T: u32, S: u32, H: u32, KV: u32, D: u32, window: u32, scale: f32
 const LOWEST = -1e30;
 var<workgroup> queries: array<vec4<f32>, WIDTH>;  // by column
 var<workgroup> sums: array<vec4<f32>, WIDTH>;
-var<workgroup> scores: array<vec4<f32>, 64>;      // by key
-var<workgroup> weights: array<vec4<f32>, 64>;
+var<workgroup> weights: array<vec4<f32>, 64>;     // by key; at first its scores
 
 fn bounded(score: vec4<f32>) -> vec4<f32> {
   if (p.softcap == 0) { return score; }
@@ -71,16 +70,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       let distance = vec4<i32>(places) - i32(base + i);
       var seen = distance >= vec4(0);
       if (p.window > 0) { seen = seen & (distance < vec4(i32(p.window))); }
-      scores[i] = select(vec4(LOWEST), bounded(product * p.scale) - slopes[head] * vec4<f32>(distance), seen);
+      weights[i] = select(vec4(LOWEST), bounded(product * p.scale) - slopes[head] * vec4<f32>(distance), seen);
     }
     workgroupBarrier();
     var top = highest;
-    for (var i = 0u; i < count; i++) { top = max(top, scores[i]); }
+    for (var i = 0u; i < count; i++) { top = max(top, weights[i]); }
+    workgroupBarrier();
     let shrink = exp(highest - top);
     highest = top;
     sum *= shrink;
     for (var i = thread; i < count; i += SIZE) {
-      let weight = select(vec4(0.0), exp(scores[i] - top), scores[i] > vec4(LOWEST));
+      let weight = select(vec4(0.0), exp(weights[i] - top), weights[i] > vec4(LOWEST));
       weights[i] = weight;
       sum += weight;
     }
@@ -94,12 +94,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       }
       sums[c] = column;
     }
+    workgroupBarrier();
   }
-  workgroupBarrier();
-  scores[thread] = sum;
+  weights[thread] = sum;
   workgroupBarrier();
   var total = vec4(0.0);
-  for (var i = 0u; i < SIZE; i++) { total += scores[i]; }
+  for (var i = 0u; i < SIZE; i++) { total += weights[i]; }
   for (var r = 0u; r < n; r++) {
     let o_at = ((row + r) * p.H + head) * width;
     for (var c = thread; c < width; c += SIZE) { o[o_at + c] = sums[c][r] / total[r]; }
