@@ -186,9 +186,9 @@ export function parametersOf(config) {
 export const CONTEXT = 2048;
 const CHUNKS = [64, 256, 512, 1024];  // tokens of a prompt that are read at a time: the least that holds them; on a processor 64
 const FEW = 8;     // up to so many are read one by one, by the kernels that writing needs too
-// Where tokens come in less than FAST milliseconds, BURST of them are computed before their ids are read: to read takes a part
-// of a millisecond. Two such reads are under way before the caller has taken the tokens of the first one.
-const BURST = 4, FAST = 20, AHEAD = 2;
+// Before their ids are read, which takes a part of a millisecond, so many tokens are computed as fit into FRAME milliseconds, at
+// most BURST. AHEAD such reads are under way before the caller has taken the tokens of the first one.
+const BURST = 16, FRAME = 16, AHEAD = 2;
 const MAXIMA = 1024;  // 4 for each thread of sample.wgsl
 
 export class GPT {
@@ -732,7 +732,7 @@ export class GPT {
         steps += Math.max(1, n);
       }
       const waits = performance.now(), tokens = await coming.shift();
-      burst = performance.now() - waits < FAST * tokens.length ? BURST : 1;
+      burst = Math.max(1, Math.min(BURST, Math.floor(FRAME * tokens.length / (performance.now() - waits))));
       history.push(...tokens.map(({ token }) => token));
       for (const each of tokens) {
         if (signal?.aborted) break;

@@ -102,6 +102,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   } else {
     for (var c = thread; c < width; c += SIZE) { query[c] = q[head * width + c]; }
   }
+  if (thread >= width && thread < 64) { query[thread] = vec4(0.0); }  // for loads behind its end
   workgroupBarrier();
   var highest = LOWEST;
   var sum = 0.0;                       // of the weights that this thread has computed
@@ -119,7 +120,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (thread < count) {
       let key = ((base + thread) * p.KV + key_head) * width;
       var product = vec4(0.0);
-      for (var c = 0u; c < width; c++) { product += query[c] * k[key + c]; }
+      for (var c = 0u; c < width; c += 4) {  // four loads at a time, here and below, hide their latency
+        let k0 = k[key + c];
+        let k1 = k[key + min(c + 1, width - 1)];
+        let k2 = k[key + min(c + 2, width - 1)];
+        let k3 = k[key + min(c + 3, width - 1)];
+        product += query[c] * k0 + query[c + 1] * k1 + query[c + 2] * k2 + query[c + 3] * k3;
+      }
       score = bounded(dot(product, vec4(1.0)) * p.scale) - slope * f32(at[0] - base - thread);
     }
     parts[thread] = score;
@@ -137,7 +144,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     four *= shrink;
     if (line < lines) {
-      for (var i = line; i < count; i += lines) { four += weights[i] * v[((base + i) * p.KV + key_head) * width + column]; }
+      let first = (base * p.KV + key_head) * width + column;
+      let row = p.KV * width;
+      for (var i = line; i < count; i += 4 * lines) {
+        let keys = vec4(i) + lines * vec4(0u, 1, 2, 3);
+        let inside = min(keys, vec4(count - 1));
+        let v0 = v[first + inside.x * row];
+        let v1 = v[first + inside.y * row];
+        let v2 = v[first + inside.z * row];
+        let v3 = v[first + inside.w * row];
+        let w = select(vec4(0.0), vec4(weights[inside.x], weights[inside.y], weights[inside.z], weights[inside.w]), keys < vec4(count));
+        four += w.x * v0 + w.y * v1 + w.z * v2 + w.w * v3;
+      }
     }
     workgroupBarrier();
   }
