@@ -173,7 +173,7 @@ def test_too_large_for_the_device(page, server):
 
 @pytest.mark.parametrize("name", ["default", "gpt2", "llama", "stablelm", "half", "4-bit", "8-bit", "3-bit", "granite"])
 def test_text_by_fused_products(name, opened, server):
-    """With the kernels that a card has, the text is Python's, and a layer of most models takes five kernels for a token."""
+    """With the kernels of a card, the text is Python's, and a layer of most models takes five kernels for a token."""
     path, model = flavour(server, name)
     text, kernels = in_page(opened, path, """
         Object.assign(gpu.paths, { subgroups: true, packed: [4, 8] });
