@@ -172,18 +172,18 @@ def test_panel(page):
     far_lines = page.locator("#attention .habits .far th").all_inner_texts()
     assert far_lines == [name for name, numbers in found[most].items() if far(*numbers)]
     short = page.locator("#attention .maps button").all_inner_texts()[(4 - most // 3) * 3 + most % 3]
-    assert short == ", ".join(far_lines)
+    assert short == f"{most % 3}: " + ", ".join(far_lines)
     page.focus("#attention .large canvas")
-    assert page.is_disabled("text=farther")
+    assert page.is_disabled("text=zoom out")
     for key in "++":
         page.keyboard.press(key)
-    assert page.is_enabled("text=farther")
+    assert page.is_enabled("text=zoom out")
     for _ in range(len(ids)):
         page.keyboard.press("ArrowUp")
     assert "Token 0, begin of text, attends to token 0" in page.get_attribute("#attention .large canvas", "aria-label")
     for key in "---":
         page.keyboard.press(key)
-    assert page.is_disabled("text=farther")
+    assert page.is_disabled("text=zoom out")
     percents = js(page, """async () => {
         const { percent } = await import("/page_common.js");
         return [0, 1e-9, 0.0001, 0.004, 0.05, 0.2, 1].map(percent);

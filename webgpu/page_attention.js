@@ -76,7 +76,7 @@ function smallMaps(heads, show) {
     head.canvas = make("canvas", {});
     const { l, h, canvas } = head, words = inWords(head);
     return make("button", { type: "button", role: "radio", "aria-checked": "false", tabindex: -1, title: words,
-      "aria-label": `Layer ${l}, head ${h}: ${words}`, "data-r": l, "data-c": h }, canvas, isFar(head).join(", ") || "spread");
+      "aria-label": `Layer ${l}, head ${h}: ${words}`, "data-r": l, "data-c": h }, canvas, `${h}: ${isFar(head).join(", ") || "spread"}`);
   }));
   buttons.forEach((line, l) => node.prepend(make("div", {}, make("span", {}, `layer ${l}`), ...line)));
   const check = (l, h) => {
@@ -109,8 +109,8 @@ function largeMap(enc, ids) {
   strip.append(...labels.map((label) => make("span", {}, label.replaceAll("↵", "↵\n"))));
   const zoom = (label, by, says) => make("button", { type: "button", class: "plain small", title: says,
     onclick: () => magnify(by) }, label);
-  const nearer = zoom("nearer", 0.5, "Show fewer tokens, larger (key: +)");
-  const farther = zoom("farther", 2, "Show more tokens, smaller (key: −)");
+  const nearer = zoom("zoom in", 0.5, "Show fewer tokens, larger (key: +)");
+  const farther = zoom("zoom out", 2, "Show more tokens, smaller (key: −)");
   const legend = key("0%", "100% of a token's attention");
   legend.append(make("span", {}, "The colour of 25% is half as strong as that of 100%."));
   const node = make("div", { class: "large" },
