@@ -1,0 +1,128 @@
+"""Whether gpu_decode.cu computes what model.py computes, on this machine's GPU, and how fast it is.
+
+    MLX_ENABLE_TF32=0 python runs/gpu_decode_check.py
+
+Models of many settings, formats and batch sizes read a prompt and then 40 positions, one at a time, with and without
+gpu_decode.py: in float32 the logits must agree within 2e-4 of the largest one, in 16 bits within 3%. Then models of
+GPT-2's size (124M) write 200 tokens, with the prompt's time left out, and the medians of several rounds are printed.
+"""
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
+from mlx.utils import tree_map  # noqa: E402
+
+import model as core  # noqa: E402
+from config import UserError, overrides  # noqa: E402
+from model import GPT, GPTConfig, generate  # noqa: E402
+
+only = ""    # equal or speed; "": both
+rounds = 3   # of the speeds
+
+settings = overrides(globals())
+
+SETTINGS = {
+    "default": {},
+    "GPT-2": dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False),
+    "gelu_tanh": dict(mlp="gelu_tanh"),
+    "Llama 3.1": dict(mlp="swiglu", n_kv_head=2, qk_norm=False, rope_factor=8.0, rope_original=16),
+    "Qwen2": dict(mlp="swiglu", qkv_bias=True, qk_norm=False, head_dim=64),
+    "StableLM": dict(norm="layer", norm_bias=True, rotary_dim=4, mlp="swiglu", qk_norm=False),
+    "SmolLM3": dict(rope_pattern="RRN", mlp="swiglu", qk_norm=False),
+    "Granite": dict(residual_scale=0.3, logit_scale=0.2, attn_scale=0.1, embed_scale=3.0, out_bias=True),
+    "soft caps": dict(mlp="geglu", attn_softcap=3.0, softcap=5.0, n_kv_head=1, head_dim=96),
+    "large scores": dict(attn_scale=8.0),
+}
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, block_size=1024, pos="learned", norm="layer",
+            mlp="gelu_tanh", bias=True, qk_norm=False)
+
+
+def build(settings: dict, bits: int, dtype: mx.Dtype) -> GPT:
+    model = GPT(GPTConfig(**dict(n_layer=3, n_head=4, n_embd=128, vocab_size=96, block_size=640) | settings))
+    rng = np.random.default_rng(0)
+    model.update(tree_map(lambda p: p + mx.array(rng.normal(0, 0.1, p.shape).astype(np.float32)), model.parameters()))
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    model.set_dtype(dtype)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def one_by_one(model: GPT, idx: mx.array, prompt: int, fast) -> tuple[np.ndarray, int]:
+    """The logits of the positions after the prompt; and how many of them gpu_decode.py computed."""
+    used, kept = [0], core.gpu_decode
+
+    class Counted:
+        @staticmethod
+        def after_blocks(*arguments):
+            y = kept.after_blocks(*arguments)
+            used[0] += y is not None
+            return y
+
+    core.gpu_decode = Counted if fast else None
+    cache, found = model.make_cache(), []
+    model(idx[:, :prompt], cache=cache)
+    for i in range(prompt, idx.shape[1]):
+        found.append(model(idx[:, i:i + 1], cache=cache))
+    core.gpu_decode = kept
+    return np.array(mx.concatenate(found, axis=1).astype(mx.float32)), used[0]
+
+
+def equal():
+    bad = 0
+    for name, each in SETTINGS.items():
+        for dtype, bits in ((mx.float32, 0), (mx.float32, 4), (mx.float32, 8), (mx.bfloat16, 0), (mx.float16, 4)):
+            for rows, prompt in ((1, 3), (3, 250), (16, 90), (1, 600)):
+                model = build(each, bits, dtype)
+                idx = mx.array(np.random.default_rng(rows).integers(0, 96, (rows, prompt + 40)))
+                (a, used), (b, _) = one_by_one(model, idx, prompt, True), one_by_one(model, idx, prompt, False)
+                error = np.abs(a - b).max() / np.abs(b).max()
+                wrong = not error < (2e-4 if dtype == mx.float32 else 0.03) or used < 38
+                bad += wrong
+                if wrong or rows == 16:
+                    print(f"{name:13} {str(dtype)[9:]:9} {bits or '':1}  {rows:2} rows after {prompt:3}: error "
+                          f"{error:.1e}, {used} of 40 positions{'   WRONG' if wrong else ''}", flush=True)
+    print("all agree" if not bad else f"{bad} are wrong")
+    return bad
+
+
+def speed():
+    kept = core.gpu_decode
+    for bits in (0, 4):
+        model = GPT(GPTConfig(**GPT2))
+        model.set_dtype(mx.bfloat16)
+        if bits:
+            nn.quantize(model, group_size=64, bits=bits)
+        mx.eval(model.parameters())
+        for rows in (1, 16):
+            prompt = np.random.default_rng(0).integers(0, 50000, (rows, 64)).tolist()
+            for temperature, top_k in ((0, 0), (0.8, 50)):
+                times = {True: [], False: []}
+                for _ in range(rounds + 1):
+                    for fast in times:
+                        core.gpu_decode = kept if fast else None
+                        tokens = generate(model, prompt, 201, temperature, top_k)
+                        next(tokens)
+                        began = time.perf_counter()
+                        for _ in tokens:
+                            pass
+                        times[fast].append((time.perf_counter() - began) / 200)
+                core.gpu_decode = kept
+                a, b = (np.median(times[fast][1:]) for fast in (True, False))
+                print(f"{bits or 'bf16'} {rows:2} rows, temperature {temperature}: {rows / a:,.0f} tokens/s, plain "
+                      f"{rows / b:,.0f}, ratio {b / a:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    if not mx.cuda.is_available():
+        raise UserError("this machine has no GPU that MLX can use: install mlx[cuda13] on one that has")
+    print(mx.device_info().get("device_name", ""))
+    wrong = equal() if only != "speed" else 0
+    if only != "equal":
+        speed()
+    sys.exit(bool(wrong))
