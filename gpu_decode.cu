@@ -7,6 +7,7 @@
 // the first-level cache may hold what was there before.
 
 constexpr int WARPS = THREADS / 32, WIDEST = C > F ? (C > H * D ? C : H * D) : (F > H * D ? F : H * D);
+constexpr int STRIDE = WIDEST + 16;  // of rows in shared memory, which are not to be in the same banks
 constexpr int QKV = (H + 2 * KV) * D, STATE = D + 2;  // STATE: of a part of attention: weighted values, maximum, sum
 constexpr float LOWEST = -1e30f;
 
@@ -14,20 +15,40 @@ struct Matrix {
   const void *weight, *scales, *biases, *bias;
 };
 
-struct Layer {  // in the order of NAMES in gpu_decode.py
-  const T *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *q_norm, *k_norm;
+struct Rows {  // a row of a matrix
+  const Matrix& matrix;
+  int row;
+};
+
+struct Layer {  // in the order of of_block() in gpu_decode.py
+  const T *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *q_norm, *q_norm_bias, *k_norm, *k_norm_bias;
   Matrix q, k, v, out, gate, up, down;
   T *keys, *values;
 };
+
+// Where a layer's arrays are: in one buffer, at OFFSETS.
+__device__ void find(Layer& layer, const void* weights, const T* cache) {
+  const void** to = (const void**)&layer;
+  for (int i = 0; i < sizeof(OFFSETS) / sizeof(OFFSETS[0]); i++)
+    to[i] = OFFSETS[i] < 0 ? nullptr : (const char*)weights + OFFSETS[i];
+  layer.keys = (T*)cache;
+  layer.values = layer.keys + (size_t)B * KV * ROOM * D;
+}
 
 __device__ float number(float x) { return x; }
 __device__ float number(__half x) { return __half2float(x); }
 __device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <typename U>
-struct alignas(8 * sizeof(U) > 16 ? 16 : 8 * sizeof(U)) Eight {
-  U x[8];
+template <typename U, int N>
+struct alignas(N * sizeof(U) % 16 == 0 ? 16 : N * sizeof(U) % 8 == 0 ? 8 : N % 2 == 0 ? 2 * sizeof(U) : sizeof(U)) Several {
+  U x[N];
 };
+
+// c (16, 8) += rows of x (16, 16) times rows of a matrix (8, 16): see products_of_16_bits
+#define MULTIPLY(type)                                                                                                   \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "       \
+      "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
+      : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(w.x), "r"(w.y))
 
 // All thread blocks wait until all have come here. The top bit of *arrived flips each time, and its lower bits are 0 again.
 __device__ void wait_for_all(unsigned* arrived) {
@@ -47,101 +68,183 @@ __device__ float sum_of_warp(float x) {
   return x;
 }
 
-// ---- a matrix times B rows in shared memory -----------------------------------------------------------------------
+// ---- matrices times B rows in shared memory -----------------------------------------------------------------------
 
-// Weights k to k + 7 of a row. BITS 16 and 32: of type T; 4 and 8: packed, as mx.quantize does it.
-template <int BITS, int GROUP>
-__device__ void weights(const Matrix& m, size_t row, int k, int K, float (&w)[8]) {
+// Weights k to k + N - 1 of a row. BITS 16 and 32: of type T; 4 and 8: packed, as mx.quantize does it.
+template <int BITS, int GROUP, int N>
+__device__ void weights(const Matrix& m, size_t row, int k, int K, float (&w)[N]) {
+  size_t at = row * K + k;
   if constexpr (BITS > 8) {
-    Eight<T> eight = *(const Eight<T>*)((const T*)m.weight + row * K + k);
-    for (int i = 0; i < 8; i++) w[i] = number(eight.x[i]);
+    Several<T, N> several = *(const Several<T, N>*)((const T*)m.weight + at);
+    for (int i = 0; i < N; i++) w[i] = number(several.x[i]);
   } else {
-    size_t group = (row * K + k) / GROUP;
-    float scale = number(((const T*)m.scales)[group]), bias = number(((const T*)m.biases)[group]);
-    uint64_t bits = BITS == 4 ? ((const uint32_t*)m.weight)[(row * K + k) / 8] : ((const uint64_t*)m.weight)[(row * K + k) / 8];
-    for (int i = 0; i < 8; i++) w[i] = scale * (float)(bits >> BITS * i & ((1 << BITS) - 1)) + bias;
+    float scale = number(((const T*)m.scales)[at / GROUP]), bias = number(((const T*)m.biases)[at / GROUP]);
+    Several<uint8_t, N * BITS / 8> bytes = *(const Several<uint8_t, N * BITS / 8>*)((const uint8_t*)m.weight + at * BITS / 8);
+    for (int i = 0; i < N; i++) w[i] = scale * (bytes.x[i * BITS / 8] >> i * BITS % 8 & ((1 << BITS) - 1)) + bias;
   }
 }
 
-// sums[b] = the product of a row of m (N, K) with row b of x (B, WIDEST), by a warp, whose lanes all get the sums.
-template <int BITS, int GROUP>
-__device__ void product(const Matrix& m, int row, int K, const T* x, float (&sums)[B]) {
-  for (int b = 0; b < B; b++) sums[b] = 0;
+typedef float Sums[WARPS][16][8];  // of warps: 16 rows of x by 8 of a matrix
+
+__device__ float bias_of(const Matrix& m, int row) { return m.bias ? number(((const T*)m.bias)[row]) : 0; }
+
+// For each row of MATRICES matrices (N, K), found(row, b, sums) with their products with row b of x (B, STRIDE): in float32.
+// A warp takes a row, and the lanes take eight neighbouring columns each. Neighbouring rows are in different thread blocks,
+// since a step may have fewer rows than there are warps.
+template <int BITS, int GROUP, int MATRICES, int SPLIT, typename Matrices, typename Found>
+__device__ void products_of_float32(Matrices matrix, int N, int K, const T* x, Sums* parts, Found found) {
+  int lane = threadIdx.x % 32;
+  for (int row = blockIdx.x + gridDim.x * (threadIdx.x / 32); row < N; row += gridDim.x * WARPS) {
+    float sums[MATRICES][B] = {}, own[MATRICES];
+    for (int i = 0; i < MATRICES; i++) {
+      auto [m, r] = matrix(row, i);
 #pragma unroll 4
-  for (int k = threadIdx.x % 32 * 8; k < K; k += 256) {
-    float w[8];
-    weights<BITS, GROUP>(m, row, k, K, w);
+      for (int k = lane * 8; k < K; k += 256) {
+        float w[8];
+        weights<BITS, GROUP>(m, r, k, K, w);
 #pragma unroll
-    for (int b = 0; b < B; b++) {
-      Eight<T> eight = *(const Eight<T>*)(x + b * WIDEST + k);
-      for (int i = 0; i < 8; i++) sums[b] += w[i] * number(eight.x[i]);
+        for (int b = 0; b < B; b++) {
+          Several<T, 8> eight = *(const Several<T, 8>*)(x + b * STRIDE + k);
+          for (int c = 0; c < 8; c++) sums[i][b] += w[c] * number(eight.x[c]);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < B; b++) {
+        sums[i][b] = sum_of_warp(sums[i][b]);
+        if (lane == b) own[i] = sums[i][b] + bias_of(m, r);
+      }
     }
+    if (lane < B) found(row, lane, own);
   }
-#pragma unroll
-  for (int b = 0; b < B; b++) sums[b] = sum_of_warp(sums[b]);
-  if (m.bias)
-    for (int b = 0; b < B; b++) sums[b] += number(((const T*)m.bias)[row]);
 }
 
-// The rows of a matrix that this warp computes: f(row) for each. Neighbours are in different thread blocks, since a step may
-// have fewer rows than there are warps.
-template <typename Function>
-__device__ void for_rows(int N, Function f) {
-  for (int row = blockIdx.x + gridDim.x * (threadIdx.x / 32); row < N; row += gridDim.x * WARPS) f(row);
+// The same in 16 bits, by tensor cores. A thread block takes WARPS / SPLIT groups of 8 rows at a time, and SPLIT warps share
+// the K columns of a group. A warp multiplies 16 columns at a time: 16 rows of x, of which B are there, by 8 of the matrix. Its
+// lane holds four neighbouring columns of row lane / 4 of the matrix, and of rows lane / 4 and lane / 4 + 8 of x. The
+// instruction has another order of columns, which is no matter for a sum.
+template <int BITS, int GROUP, int MATRICES, int SPLIT, typename Matrices, typename Found>
+__device__ void products_of_16_bits(Matrices matrix, int N, int K, const T* x, Sums* parts, Found found) {
+  constexpr int SLOTS = WARPS / SPLIT;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = lane / 4, k0 = (warp % SPLIT * 4 + lane % 4) * 4;
+  for (int first = blockIdx.x; first < N / 8; first += gridDim.x * SLOTS) {
+    int group = first + gridDim.x * (warp / SPLIT);
+    for (int i = 0; i < MATRICES && group < N / 8; i++) {
+      float c[4] = {};
+      auto [m, r] = matrix(group * 8 + n, i);
+#pragma unroll 4
+      for (int k = k0; k < K; k += SPLIT * 16) {
+        uint2 w, low = *(const uint2*)(x + min(n, B - 1) * STRIDE + k), high = {};
+        if (B > 8) high = *(const uint2*)(x + min(n + 8, B - 1) * STRIDE + k);
+        if constexpr (BITS == 16) {
+          w = *(const uint2*)((const T*)m.weight + (size_t)r * K + k);
+        } else {
+          float four[4];
+          weights<BITS, GROUP>(m, r, k, K, four);
+          Several<T, 4> rounded = {{T(four[0]), T(four[1]), T(four[2]), T(four[3])}};
+          w = *(const uint2*)&rounded;
+        }
+        if constexpr (HALF) MULTIPLY("f16");
+        else MULTIPLY("bf16");
+      }
+      float2* to = (float2*)&parts[i][warp][n][lane % 4 * 2];
+      to[0] = {c[0], c[1]};
+      to[32] = {c[2], c[3]};  // eight rows of x further on
+    }
+    __syncthreads();
+    for (int t = threadIdx.x; t < SLOTS * B * 8; t += THREADS) {
+      int slot = t / (B * 8), b = t / 8 % B, row = (first + gridDim.x * slot) * 8 + t % 8;
+      if (row >= N) continue;
+      float sums[MATRICES];
+      for (int i = 0; i < MATRICES; i++) {
+        auto [m, r] = matrix(row, i);
+        sums[i] = bias_of(m, r);
+#pragma unroll
+        for (int w = 0; w < SPLIT; w++) sums[i] += parts[i][slot * SPLIT + w][b][t % 8];
+      }
+      found(row, b, sums);
+    }
+    __syncthreads();
+  }
 }
 
-// Of B equal numbers in all lanes, that of lane b.
-__device__ float of_lane(const float (&sums)[B]) {
-  float mine = sums[0];
-#pragma unroll
-  for (int b = 1; b < B; b++)
-    if (threadIdx.x % 32 == b) mine = sums[b];
-  return mine;
+template <int BITS, int GROUP, int MATRICES, int SPLIT, typename Matrices, typename Found>
+__device__ void products(Matrices matrix, int N, int K, const T* x, Sums* parts, Found found) {
+  if constexpr (sizeof(T) == 4) products_of_float32<BITS, GROUP, MATRICES, SPLIT>(matrix, N, K, x, parts, found);
+  else products_of_16_bits<BITS, GROUP, MATRICES, SPLIT>(matrix, N, K, x, parts, found);
+}
+
+// Begins to bring a matrix from memory to the second-level cache, while thread blocks wait.
+template <int BITS>
+__device__ void prefetch(const Matrix& m, int N, int K) {
+  size_t bytes = (size_t)N * K * BITS / 8;
+  for (size_t at = (blockIdx.x * THREADS + threadIdx.x) * (size_t)128; at < bytes; at += gridDim.x * THREADS * (size_t)128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)m.weight + at));
 }
 
 // ---- the input of a product, put into shared memory ---------------------------------------------------------------
 
-// y (B, WIDEST) = norm(x), x (B, C): RMSNorm, or LayerNorm. A warp takes a row.
+// y (B, STRIDE) = norm(x), x (B, C): RMSNorm, or LayerNorm. TEAM warps take a row, and a lane four neighbours at a time.
 __device__ void put_norm(const float* x, const T* weight, const T* bias, T* y) {
-  int lane = threadIdx.x % 32;
-  for (int b = threadIdx.x / 32; b < B; b += WARPS) {
-    float mean = 0, squares = 0;
-    if (LAYER_NORM) {
-      for (int c = lane; c < C; c += 32) mean += __ldcg(x + b * C + c);
-      mean = sum_of_warp(mean) / C;
+  constexpr int TEAM = WARPS / B, STEP = 32 * TEAM, EACH = (C / 4 + STEP - 1) / STEP;
+  __shared__ float sums[2][WARPS];
+  int warp = threadIdx.x / 32, b = warp / TEAM, first = b < B ? warp % TEAM * 32 + threadIdx.x % 32 : C;
+  auto sum_of_team = [&](float own, float* all) {
+    own = sum_of_warp(own);
+    if (threadIdx.x % 32 == 0) all[warp] = own;
+    __syncthreads();
+    float sum = 0;
+    for (int w = 0; w < TEAM; w++) sum += all[min(b * TEAM + w, WARPS - 1)];
+    return sum;
+  };
+  float numbers[EACH][4], mean = 0, squares = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    if (first + STEP * i < C / 4) {
+      float4 four = __ldcg((const float4*)(x + b * C) + first + STEP * i);
+      numbers[i][0] = four.x, numbers[i][1] = four.y, numbers[i][2] = four.z, numbers[i][3] = four.w;
+      mean += four.x + four.y + four.z + four.w;
     }
-    for (int c = lane; c < C; c += 32) {
-      float centered = __ldcg(x + b * C + c) - mean;
-      squares += centered * centered;
+  mean = LAYER_NORM ? sum_of_team(mean, sums[0]) / C : 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    for (int c = 0; c < 4 && first + STEP * i < C / 4; c++) squares += (numbers[i][c] - mean) * (numbers[i][c] - mean);
+  float scale = rsqrtf(sum_of_team(squares, sums[1]) / C + NORM_EPS);
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    if (first + STEP * i < C / 4) {
+      Several<T, 4> w = ((const Several<T, 4>*)weight)[first + STEP * i], more = {}, found;
+      if (bias) more = ((const Several<T, 4>*)bias)[first + STEP * i];
+      for (int c = 0; c < 4; c++) found.x[c] = T((numbers[i][c] - mean) * scale * number(w.x[c]) + number(more.x[c]));
+      ((Several<T, 4>*)(y + b * STRIDE))[first + STEP * i] = found;
     }
-    float scale = rsqrtf(sum_of_warp(squares) / C + NORM_EPS);
-    for (int c = lane; c < C; c += 32) {
-      float normal = (__ldcg(x + b * C + c) - mean) * scale * number(weight[c]);
-      y[b * WIDEST + c] = T(bias ? normal + number(bias[c]) : normal);
-    }
-  }
   __syncthreads();
 }
 
-// y (B, WIDEST) = x (B, n)
-__device__ void put(const float* x, int n, T* y) {
-  for (int i = threadIdx.x; i < B * n; i += THREADS) y[i / n * WIDEST + i % n] = T(__ldcg(x + i));
+// y (B, STRIDE) = x (B, N), N a multiple of 8
+template <int N>
+__device__ void put(const T* x, T* y) {
+#pragma unroll 4
+  for (int i = 8 * threadIdx.x; i < B * N; i += 8 * THREADS)
+    for (int j = 0; j < 8 * sizeof(T) / 16; j++)
+      ((float4*)(y + i / N * STRIDE + i % N))[j] = __ldcg((const float4*)(x + i) + j);
   __syncthreads();
 }
 
-// y (B, WIDEST) = the outputs of the heads (B, H D), from the parts (P, B, H, STATE) of their softmax
+// y (B, STRIDE) = the outputs of the heads (B, H D), from the P parts (P, B, H, STATE) of their softmax, where P > 1
 __device__ void put_heads(const float* parts, T* y) {
   for (int i = threadIdx.x; i < B * H * D; i += THREADS) {
     const float* part = parts + (size_t)(i / D) * STATE;
     float top = LOWEST, sum = 0, value = 0;
+#pragma unroll
     for (int p = 0; p < P; p++) top = fmaxf(top, __ldcg(part + (size_t)p * B * H * STATE + D));
+#pragma unroll
     for (int p = 0; p < P; p++) {
       const float* state = part + (size_t)p * B * H * STATE;
       float share = __expf(__ldcg(state + D) - top);
       sum += share * __ldcg(state + D + 1);
       value += share * __ldcg(state + i % D);
     }
-    y[i / (H * D) * WIDEST + i % (H * D)] = T(value / sum);
+    y[i / (H * D) * STRIDE + i % (H * D)] = T(value / sum);
   }
   __syncthreads();
 }
@@ -169,69 +272,81 @@ __device__ void put_turned(const float* x, const T* weight, const float* inverse
 
 __device__ float bounded(float score) { return SOFTCAP ? SOFTCAP * tanhf(score / SOFTCAP) : score; }
 
-// Attention of head h of row b over part p of the keys, by a thread block, from qkv (B, QKV). Part 0 includes the token's own
-// key. The token's row of the cache is written too; no other thread block reads it in this step.
-__device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int position, int b, int h, int p, float* parts) {
+// Attention from qkv (B, QKV) over the keys of the cache and the token's own. A unit is a head of a row and one of P parts of
+// the keys. A thread block takes UNITS at a time, each by TEAM warps; a warp takes 32 keys at a time. Part 0 includes the
+// token's own key, whose row of the cache is written too: no other thread block reads it in this step. With P = 1 the
+// outputs go to heads (B, H D), else to parts (P, B, H, STATE).
+__device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int position, float* parts, T* heads) {
   constexpr int OWN = D / 32;  // columns of a lane
-  __shared__ float query[D], key[D], states[WARPS][STATE];
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, kv = h / (H / KV);
-  const float *q = qkv + b * QKV + h * D, *k = qkv + b * QKV + (H + kv) * D, *v = k + KV * D;
-  if (warp == 0) put_turned(q, layer.q_norm, inverse, position, query);
-  if (warp == 1) put_turned(k, layer.k_norm, inverse, position, key);
-  __syncthreads();
-  T* keys = layer.keys + (size_t)(b * KV + kv) * ROOM * D;
-  T* values = layer.values + (size_t)(b * KV + kv) * ROOM * D;
-  if (h % (H / KV) == 0 && p == 0)
-    for (int c = threadIdx.x; c < D; c += THREADS) {
-      keys[(size_t)position * D + c] = T(key[c]);
-      values[(size_t)position * D + c] = T(__ldcg(v + c));
-    }
-  float top = LOWEST, sum = 0, value[OWN] = {};
-  if (p == 0 && warp == 0) {
-    float score = 0;
-    for (int c = lane; c < D; c += 32) score += query[c] * number(T(key[c]));
-    top = bounded(sum_of_warp(score) * SCALE);
-    sum = 1;
-    for (int i = 0; i < OWN; i++) value[i] = number(T(__ldcg(v + lane * OWN + i)));
-  }
-  for (int first = (p * WARPS + warp) * 32; first < position; first += P * WARPS * 32) {
-    float score = LOWEST;
-    if (first + lane < position) {
-      const T* row = keys + (size_t)(first + lane) * D;
-      score = 0;
-#pragma unroll
-      for (int c = 0; c < D; c += 8) {
-        Eight<T> eight = *(const Eight<T>*)(row + c);
-        for (int i = 0; i < 8; i++) score += query[c + i] * number(eight.x[i]);
+  constexpr int UNITS = B * H * P > 2 * BLOCKS ? 4 : B * H * P > BLOCKS ? 2 : 1, TEAM = WARPS / UNITS;
+  __shared__ float queries[UNITS][D], own_keys[UNITS][D], states[WARPS][STATE];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % TEAM, slot = threadIdx.x / 32 / TEAM;
+  float *query = queries[slot], *key = own_keys[slot];
+  for (int first_unit = blockIdx.x; first_unit < B * H * P; first_unit += gridDim.x * UNITS) {
+    int unit = first_unit + gridDim.x * slot, h = unit % H, b = unit / H % B, p = unit / H / B, kv = h / (H / KV);
+    bool works = unit < B * H * P;
+    const float *q = qkv + b * QKV + h * D, *k = qkv + b * QKV + (H + kv) * D, *v = k + KV * D;
+    if (works && warp == 0) put_turned(q, layer.q_norm, inverse, position, query);
+    if (works && warp == 1) put_turned(k, layer.k_norm, inverse, position, key);
+    __syncthreads();
+    T* keys = layer.keys + (size_t)(b * KV + kv) * ROOM * D;
+    T* values = layer.values + (size_t)(b * KV + kv) * ROOM * D;
+    float top = LOWEST, sum = 0, value[OWN] = {};
+    if (works && p == 0 && warp == 0) {
+      float score = 0;
+      for (int c = lane; c < D; c += 32) score += query[c] * number(T(key[c]));
+      top = bounded(sum_of_warp(score) * SCALE);
+      sum = 1;
+      for (int i = 0; i < OWN; i++) value[i] = number(T(__ldcg(v + lane * OWN + i)));
+      for (int c = lane; h % (H / KV) == 0 && c < D; c += 32) {
+        keys[(size_t)position * D + c] = T(key[c]);
+        values[(size_t)position * D + c] = T(__ldcg(v + c));
       }
-      score = bounded(score * SCALE);
     }
-    float highest = score;
-    for (int far = 16; far; far /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, far));
-    highest = fmaxf(highest, top);
-    float shrink = __expf(top - highest), weight = first + lane < position ? __expf(score - highest) : 0;
-    top = highest;
-    sum = sum * shrink + sum_of_warp(weight);
-    for (int i = 0; i < OWN; i++) value[i] *= shrink;
-    int count = min(32, position - first);
-    const T* row = values + (size_t)first * D + lane * OWN;
-#pragma unroll 8
-    for (int j = 0; j < count; j++) {
-      float w = __shfl_sync(~0u, weight, j);
-      for (int i = 0; i < OWN; i++) value[i] += w * number(row[(size_t)j * D + i]);
+    for (int first = (p * TEAM + warp) * 32; works && first < position; first += P * TEAM * 32) {
+      float score = LOWEST;
+      if (first + lane < position) {
+        const T* row = keys + (size_t)(first + lane) * D;
+        score = 0;
+#pragma unroll
+        for (int c = 0; c < D; c += 8) {
+          Several<T, 8> eight = *(const Several<T, 8>*)(row + c);
+          for (int i = 0; i < 8; i++) score += query[c + i] * number(eight.x[i]);
+        }
+        score = bounded(score * SCALE);
+      }
+      float highest = score;
+      for (int far = 16; far; far /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, far));
+      highest = fmaxf(highest, top);
+      float shrink = __expf(top - highest), weight = first + lane < position ? __expf(score - highest) : 0;
+      top = highest;
+      sum = sum * shrink + sum_of_warp(weight);
+      for (int i = 0; i < OWN; i++) value[i] *= shrink;
+      int count = min(32, position - first);
+      const T* row = values + (size_t)first * D + lane * OWN;
+#pragma unroll 16
+      for (int j = 0; j < 32; j++) {  // beyond count, the last row times 0: a loop of known length has its loads together
+        float w = __shfl_sync(~0u, weight, j);
+        Several<T, OWN> some = *(const Several<T, OWN>*)(row + min(j, count - 1) * D);
+        for (int i = 0; i < OWN; i++) value[i] += w * number(some.x[i]);
+      }
     }
+    for (int i = 0; i < OWN; i++) states[slot * TEAM + warp][lane * OWN + i] = value[i];
+    if (lane == 0) states[slot * TEAM + warp][D] = top, states[slot * TEAM + warp][D + 1] = sum;
+    __syncthreads();
+    for (int c = warp * 32 + lane; works && c < (P > 1 ? STATE : D); c += TEAM * 32) {
+      float all = LOWEST, found = 0, total = 0;
+      for (int w = slot * TEAM; w < slot * TEAM + TEAM; w++) all = fmaxf(all, states[w][D]);
+      for (int w = slot * TEAM; w < slot * TEAM + TEAM; w++) {
+        float share = __expf(states[w][D] - all);
+        found += states[w][c] * share;
+        total += states[w][D + 1] * share;
+      }
+      if (P > 1) parts[(size_t)((p * B + b) * H + h) * STATE + c] = c == D ? all : found;
+      else heads[(b * H + h) * D + c] = T(found / total);
+    }
+    __syncthreads();
   }
-  for (int i = 0; i < OWN; i++) states[warp][lane * OWN + i] = value[i];
-  if (lane == 0) states[warp][D] = top, states[warp][D + 1] = sum;
-  __syncthreads();
-  float* state = parts + ((size_t)(p * B + b) * H + h) * STATE;
-  for (int c = threadIdx.x; c < STATE; c += THREADS) {
-    float all = LOWEST, found = 0;
-    for (int w = 0; w < WARPS; w++) all = fmaxf(all, states[w][D]);
-    for (int w = 0; w < WARPS; w++) found += states[w][c] * __expf(states[w][D] - all);
-    state[c] = c == D ? all : found;
-  }
-  __syncthreads();
 }
 
 // ---- all blocks ---------------------------------------------------------------------------------------------------
@@ -245,51 +360,61 @@ __device__ float activation(float x, float gate) {
   return ACTIVATION == 2 ? y : x * y;
 }
 
-// x (B, C): the residual stream of one position; y: after all blocks. buffer: room for SCRATCH floats, see gpu_decode.py.
-__device__ void decode(const Layer* layers, const T* given, int position, const float* inverse, unsigned* arrived, float* buffer, T* y) {
+// given (B, C): the residual stream of one position; y: after all blocks. state: for wait_for_all, and the position, which
+// grows by 1. buffer: the activations between steps.
+__device__ void decode(const Layer* layers, const T* given, const float* inverse, unsigned* state, float* buffer, T* y) {
   extern __shared__ float4 shared[];
-  T* row_of_x = (T*)shared;  // (B, WIDEST)
-  float *x = buffer, *qkv = x + B * C, *hidden = qkv + B * QKV, *parts = hidden + B * F;
-  int lane = threadIdx.x % 32;
+  T* row_of_x = (T*)shared;  // (B, STRIDE)
+  float *x = buffer, *qkv = x + B * C, *parts = qkv + B * QKV;
+  T *heads = (T*)(parts + (P * B * H * STATE + 3) / 4 * 4), *hidden = heads + B * H * D;
+  __shared__ Sums sums_of_warps[GATED ? 2 : 1];
+  unsigned* arrived = state;
+  int position = __ldcg(state + 1);
   for (int i = blockIdx.x * THREADS + threadIdx.x; i < B * C; i += gridDim.x * THREADS) x[i] = number(given[i]);
   wait_for_all(arrived);
   for (int l = 0; l < LAYERS; l++) {
     const Layer& layer = layers[l];
     put_norm(x, layer.attn_norm, layer.attn_norm_bias, row_of_x);
-    for_rows(QKV, [&](int row) {
-      float sums[B];
-      if (row < H * D) product<BITS_q, GROUP_q>(layer.q, row, C, row_of_x, sums);
-      else if (row < (H + KV) * D) product<BITS_k, GROUP_k>(layer.k, row - H * D, C, row_of_x, sums);
-      else product<BITS_v, GROUP_v>(layer.v, row - (H + KV) * D, C, row_of_x, sums);
-      if (lane < B) qkv[lane * QKV + row] = of_lane(sums);
-    });
+    auto qkv_matrix = [&](int row, int) -> Rows {
+      if (row < H * D) return {layer.q, row};
+      return row < (H + KV) * D ? Rows{layer.k, row - H * D} : Rows{layer.v, row - (H + KV) * D};
+    };
+    products<BITS_qkv, GROUP_qkv, 1, 8>(qkv_matrix, QKV, C, row_of_x, sums_of_warps,
+                                        [&](int row, int b, const float* sums) { qkv[b * QKV + row] = sums[0]; });
+    prefetch<BITS_out>(layer.out, C, H * D);
     wait_for_all(arrived);
-    for (int unit = blockIdx.x; unit < B * H * P; unit += gridDim.x)
-      attend(layer, qkv, TURNS[l] ? inverse : nullptr, position, unit / H % B, unit % H, unit / H / B, parts);
+    attend(layer, qkv, TURNS[l] ? inverse : nullptr, position, parts, heads);
+    prefetch<BITS_up>(layer.up, F, C);
+    if (GATED) prefetch<BITS_up>(layer.gate, F, C);
     wait_for_all(arrived);
-    put_heads(parts, row_of_x);
-    for_rows(C, [&](int row) {
-      float sums[B];
-      product<BITS_out, GROUP_out>(layer.out, row, H * D, row_of_x, sums);
-      if (lane < B) x[lane * C + row] = __ldcg(x + lane * C + row) + RESIDUAL * of_lane(sums);
-    });
+    if (P > 1) put_heads(parts, row_of_x);
+    else put<H * D>(heads, row_of_x);
+    products<BITS_out, GROUP_out, 1, 16>([&](int row, int) -> Rows { return {layer.out, row}; }, C, H * D, row_of_x,
+                                         sums_of_warps,
+                                         [&](int row, int b, const float* sums) {
+                                           x[b * C + row] = __ldcg(x + b * C + row) + RESIDUAL * sums[0];
+                                         });
+    prefetch<BITS_down>(layer.down, C, F);
     wait_for_all(arrived);
     put_norm(x, layer.mlp_norm, layer.mlp_norm_bias, row_of_x);
-    for_rows(F, [&](int row) {
-      float sums[B], gates[B];
-      product<BITS_up, GROUP_up>(layer.up, row, C, row_of_x, sums);
-      if constexpr (ACTIVATION > 2) product<BITS_gate, GROUP_gate>(layer.gate, row, C, row_of_x, gates);
-      if (lane < B) hidden[lane * F + row] = activation(of_lane(sums), ACTIVATION > 2 ? of_lane(gates) : 0);
-    });
+    products<BITS_up, GROUP_up, GATED ? 2 : 1, 8>(
+        [&](int row, int i) -> Rows { return {i ? layer.gate : layer.up, row}; }, F, C, row_of_x, sums_of_warps,
+        [&](int row, int b, const float* sums) { hidden[b * F + row] = T(activation(sums[0], GATED ? sums[1] : 0)); });
+    if (l < LAYERS - 1) {
+      prefetch<BITS_qkv>(layers[l + 1].q, H * D, C);
+      prefetch<BITS_qkv>(layers[l + 1].k, KV * D, C);
+      prefetch<BITS_qkv>(layers[l + 1].v, KV * D, C);
+    }
     wait_for_all(arrived);
-    put(hidden, F, row_of_x);
-    for_rows(C, [&](int row) {
-      float sums[B];
-      product<BITS_down, GROUP_down>(layer.down, row, F, row_of_x, sums);
-      float found = lane < B ? __ldcg(x + lane * C + row) + RESIDUAL * of_lane(sums) : 0;
-      if (lane < B && l < LAYERS - 1) x[lane * C + row] = found;
-      if (lane < B && l == LAYERS - 1) y[lane * C + row] = T(found);
-    });
+    put<F>(hidden, row_of_x);
+    products<BITS_down, GROUP_down, 1, 16>([&](int row, int) -> Rows { return {layer.down, row}; }, C, F, row_of_x,
+                                           sums_of_warps,
+                                           [&](int row, int b, const float* sums) {
+                                             float found = __ldcg(x + b * C + row) + RESIDUAL * sums[0];
+                                             if (l < LAYERS - 1) x[b * C + row] = found;
+                                             else y[b * C + row] = T(found);
+                                           });
     wait_for_all(arrived);
   }
+  if (blockIdx.x == 0 && threadIdx.x == 0) state[1] = position + 1;
 }
