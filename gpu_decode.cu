@@ -44,11 +44,15 @@ struct alignas(N * sizeof(U) % 16 == 0 ? 16 : N * sizeof(U) % 8 == 0 ? 8 : N % 2
   U x[N];
 };
 
+#ifndef ON_CPU  // a test of these kernels, tests/cuda_on_cpu.h, has its own definitions
 // c (16, 8) += rows of x (16, 16) times rows of a matrix (8, 16): see products_of_16_bits
 #define MULTIPLY(type)                                                                                                   \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "       \
       "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
       : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(w.x), "r"(w.y))
+#define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
+#define DYNAMIC_SHARED extern __shared__ float4 shared[]
+#endif
 
 // All thread blocks wait until all have come here. The top bit of *arrived flips each time, and its lower bits are 0 again.
 __device__ void wait_for_all(unsigned* arrived) {
@@ -178,7 +182,7 @@ template <int BITS>
 __device__ void prefetch(const Matrix& m, int N, int K) {
   size_t bytes = (size_t)N * K * BITS / 8;
   for (size_t at = (blockIdx.x * THREADS + threadIdx.x) * (size_t)128; at < bytes; at += gridDim.x * THREADS * (size_t)128)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)m.weight + at));
+    PREFETCH((const char*)m.weight + at);
 }
 
 // ---- the input of a product, put into shared memory ---------------------------------------------------------------
@@ -363,7 +367,7 @@ __device__ float activation(float x, float gate) {
 // given (B, C): the residual stream of one position; y: after all blocks. state: for wait_for_all, and the position, which
 // grows by 1. buffer: the activations between steps.
 __device__ void decode(const Layer* layers, const T* given, const float* inverse, unsigned* state, float* buffer, T* y) {
-  extern __shared__ float4 shared[];
+  DYNAMIC_SHARED;
   T* row_of_x = (T*)shared;  // (B, STRIDE)
   float *x = buffer, *qkv = x + B * C, *parts = qkv + B * QKV;
   T *heads = (T*)(parts + (P * B * H * STATE + 3) / 4 * 4), *hidden = heads + B * H * D;

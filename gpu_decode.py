@@ -26,6 +26,10 @@ THREADS = 512    # of a thread block, of which each multiprocessor runs one
 TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float"}
 
 
+def on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
+
+
 @cache
 def device() -> tuple[int, int]:
     """How many multiprocessors the GPU has, and the bytes of shared memory that a thread block may have. All thread
@@ -65,8 +69,9 @@ class Plan:
         inverse = [block.attn._inverse for block in model.blocks if "_inverse" in block.attn]
         self.inverse = inverse[0] if inverse else mx.ones(1)
         self.parts = max(1, min(8, self.blocks // (B * H)))
-        numbers = dict(B=B, C=C, H=H, KV=KV, D=D, F=F, P=self.parts, LAYERS=config.n_layer, THREADS=THREADS, BLOCKS=self.blocks,
-                       ROTARY=2 * self.inverse.size if inverse else 0, ACTIVATION=ACTIVATIONS.index(config.mlp),
+        numbers = dict(B=B, C=C, H=H, KV=KV, D=D, F=F, P=self.parts, LAYERS=config.n_layer, THREADS=THREADS,
+                       BLOCKS=self.blocks, ROTARY=2 * self.inverse.size if inverse else 0,
+                       ACTIVATION=ACTIVATIONS.index(config.mlp),
                        GATED=int(config.mlp in plain.GATED), LAYER_NORM=int(config.norm == "layer"),
                        HALF=int(dtype == mx.float16))
         for name, (bits, group) in self.formats.items():
@@ -124,8 +129,8 @@ class Plan:
             # ones on the host, where this kernel would be a hundred times as slow.
             self.state = mx.where(mx.arange(4096) == 1, position, 0).astype(mx.uint32)
             mx.eval(self.state, self.caches)
-            for layer, both in zip(layers, self.caches, strict=True):
-                layer.keys, layer.values = both[0], both[1]
+            for layer, both in zip(layers, self.caches, strict=True):  # parts of it, no copies, which both[0] would be
+                layer.keys, layer.values = (part.reshape(both.shape[1:]) for part in mx.split(both, 2))
             mx.eval([[layer.keys, layer.values] for layer in layers])
         self.layers, self.position = layers, position
 
@@ -173,10 +178,10 @@ def offsets_of(block: list[tuple]) -> list[int]:
 
 def together(block: list[tuple]) -> mx.array:
     """The arrays of a block in one buffer of words, of which they become parts: a kernel that is given 30 arrays for
-    each block would take longer to start than to run."""
+    each block would take longer to start than to run. A buffer that a plan still holds is found again."""
     arrays = [array for _, _, array in block if array is not None]
-    buffer, parts = getattr(block[0][0], "_together", (None, []))
-    if len(parts) == len(arrays) and all(a is b for a, b in zip(parts, arrays, strict=True)):
+    buffer, *parts = (found() for found in getattr(block[0][0], "_together", [lambda: None]))
+    if buffer is not None and len(parts) == len(arrays) and all(a is b for a, b in zip(parts, arrays, strict=True)):
         return buffer
     words = []
     for array in arrays:
@@ -195,7 +200,7 @@ def together(block: list[tuple]) -> mx.array:
     for owner, name, array in block:
         if array is not None:
             owner[name] = next(left)
-    block[0][0]._together = (buffer, parts)  # "_": not a parameter
+    block[0][0]._together = [*map(weakref.ref, (buffer, *parts))]  # "_": not a parameter
     return buffer
 
 
@@ -215,7 +220,7 @@ def plan_of(model: nn.Module, cache, x: mx.array) -> Plan | None:
 def after_blocks(model: nn.Module, x: mx.array, position: int, cache) -> mx.array | None:
     """The residual stream x (B, 1, C) of one position after all blocks, and its keys and values in the cache. None
     where model.py must do it, with the cache as it was."""
-    known = len(x) <= ROWS.get(x.dtype, 0) and position > 0 and mx.default_device() == mx.gpu and not model.training
+    known = len(x) <= ROWS.get(x.dtype, 0) and position > 0 and on_gpu() and not model.training
     plan = plan_of(model, cache, x) if known else None
     if plan is None or any(layer.length != position for layer in cache.layers):
         return None

@@ -1,0 +1,206 @@
+"""gpu_decode.cu, compiled for the processor by tests/cuda_on_cpu.h, against model.py; and where it must not be used.
+On a GPU, python runs/gpu_decode_check.py compares more, with the code that runs there."""
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import sys
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten, tree_map
+
+import gpu_decode
+import matvec
+import model as core
+from model import GPT, GPTConfig
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
+                                reason="no g++, or not Linux")
+BLOCKS = 3
+SETTINGS = {
+    "default": {},
+    "GPT-2": dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False),
+    "gelu_tanh": dict(mlp="gelu_tanh", rotary_dim=8),
+    "Llama 3.1": dict(mlp="swiglu", n_kv_head=1, qk_norm=False, rope_factor=8.0, rope_original=16),
+    "SmolLM3": dict(rope_pattern="RN", mlp="swiglu", qkv_bias=True, qk_norm=False, head_dim=64),
+    "Granite": dict(residual_scale=0.3, logit_scale=0.2, attn_scale=0.1, embed_scale=3.0, out_bias=True),
+    "soft caps": dict(mlp="geglu", attn_softcap=3.0, softcap=5.0, head_dim=96),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
+    """gpu_decode.py believes in a GPU with three multiprocessors, whose kernels g++ compiles."""
+    folder = tmp_path_factory.getbasetemp() / "kernels"
+    folder.mkdir(exist_ok=True)
+
+    def cuda_kernel(name, inputs, outputs, source, header, shared_memory):
+        kinds = header.rsplit(f"custom_kernel_{name}(", 1)[1].split(")")[0].split(", ")
+        names = [*inputs, *outputs]
+        arguments = "".join(f"{kind} {each} = ({kind})arguments[{i}];\n"
+                            for i, (kind, each) in enumerate(zip(kinds, names, strict=True)))
+        code = "\n".join(['#include "cuda_on_cpu.h"', header.replace("#include <cuda_", "// <cuda_"),
+                          "static void body(void* given) {", "void** arguments = (void**)given;", arguments, source,
+                          f'}} extern "C" void run(void** arguments) {{ launch(BLOCKS, THREADS, {shared_memory}, body, '
+                          "arguments); }"])
+        path = folder / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            path.with_suffix(".cpp").write_text(code)
+            subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'tests'}",
+                            path.with_suffix(".cpp"), "-o", path], check=True)
+        library = ctypes.CDLL(str(path))
+
+        def kernel(inputs, grid, threadgroup, output_shapes, output_dtypes):
+            assert grid[0] == BLOCKS * threadgroup[0]
+            made = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+            arrays = [*inputs, *made]
+            mx.eval(arrays)
+            library.run((ctypes.c_void_p * len(arrays))(*map(matvec.address, arrays)))
+            return made
+
+        return kernel
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
+    monkeypatch.setattr(gpu_decode, "device", lambda: (BLOCKS, 100_000))
+    monkeypatch.setattr(gpu_decode, "on_gpu", lambda: True)
+    monkeypatch.setattr(core, "cpu_decode", None)
+
+
+def build(settings: dict, bits: int = 0, dtype: mx.Dtype = mx.float32) -> GPT:
+    """A small model of random weights, norms and biases included."""
+    model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=64, vocab_size=96, block_size=640) | settings))
+    rng = np.random.default_rng(0)
+    model.update(tree_map(lambda p: p + mx.array(rng.normal(0, 0.1, p.shape).astype(np.float32)), model.parameters()))
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    model.set_dtype(dtype)
+    model.eval()
+    return model
+
+
+def tokens(rows: int, length: int) -> mx.array:
+    return mx.array(np.random.default_rng(rows).integers(0, 96, (rows, length)))
+
+
+def one_by_one(model: GPT, idx: mx.array, prompt: int, monkeypatch, fast: bool = True) -> tuple[np.ndarray, int]:
+    """Logits of the positions after a prompt, read one at a time, and how many of them gpu_decode.py computed."""
+    used, after_blocks = [], gpu_decode.after_blocks
+
+    def counted(*arguments):
+        used.append(after_blocks(*arguments) if fast else None)
+        return used[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu_decode, "after_blocks", counted)
+        cache, found = model.make_cache(), []
+        model(idx[:, :prompt], cache=cache)
+        for i in range(prompt, idx.shape[1]):
+            found.append(model(idx[:, i:i + 1], cache=cache))
+    return np.array(mx.concatenate(found, axis=1).astype(mx.float32)), sum(y is not None for y in used)
+
+
+CASES = [(name, mx.float32, 0, 1, 20) for name in SETTINGS] + [
+    ("default", mx.bfloat16, 0, 1, 70), ("default", mx.bfloat16, 0, 16, 5), ("GPT-2", mx.bfloat16, 0, 3, 300),
+    ("Llama 3.1", mx.bfloat16, 4, 2, 40), ("Granite", mx.bfloat16, 8, 9, 30), ("default", mx.float32, 4, 4, 300),
+    ("soft caps", mx.float32, 8, 2, 33)]
+
+
+@pytest.mark.parametrize("name, dtype, bits, rows, prompt", CASES, ids=str)
+def test_as_model(name, dtype, bits, rows, prompt, monkeypatch):
+    """Architectures, formats, batches; few keys and more than the warps take at a time."""
+    model = build(SETTINGS[name], bits, dtype)
+    idx = tokens(rows, prompt + 4)
+    plain, none = one_by_one(model, idx, prompt, monkeypatch, fast=False)
+    found, used = one_by_one(model, idx, prompt, monkeypatch)
+    assert used == 4 and none == 0
+    if dtype == mx.float32:
+        assert np.abs(found - plain).max() < 2e-5 * np.abs(plain).max()
+    else:  # as near to what the weights give in float32
+        model.set_dtype(mx.float32)
+        exact, _ = one_by_one(model, idx, prompt, monkeypatch, fast=False)
+        assert np.abs(found - exact).max() < 1.3 * np.abs(plain - exact).max() < 0.1 * np.abs(exact).max()
+
+
+# ---- where model.py must compute ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [
+    dict(alibi=True), dict(sliding_window=8), dict(diff_attn=True), dict(n_expert=4, ffn_dim=32), dict(mod="topk"),
+    dict(yoco=True), dict(value_residual=True), dict(value_embeds=True), dict(sink_logits=True), dict(parallel=True),
+    dict(norm_place="both"), dict(qk_norm_width=True), dict(mlp="swiglu_clip"), dict(head_dim=24)], ids=str)
+def test_not_known(settings, monkeypatch):
+    """Settings that it does not know, and logits that do not change."""
+    model, idx = build(settings), tokens(1, 12)
+    assert one_by_one(model, idx, 8, monkeypatch)[1] == 0
+
+
+def test_blocks_that_differ(monkeypatch):
+    """Matrices of one kind in several formats, weights in another dtype, a layer of another class, training."""
+    mixed = build({})
+    nn.quantize(mixed.blocks[1], 32, 4)
+    wide = build({}, dtype=mx.bfloat16)
+    wide.blocks[0].mlp.up.weight = wide.blocks[0].mlp.up.weight.astype(mx.float32)
+    other = build({})
+    other.blocks[1].attn.q = type("Other", (core.Linear,), {})(64, 64, bias=False)
+    training = build({}).train()
+    for model in (mixed, wide, other, training):
+        assert one_by_one(model, tokens(1, 12), 8, monkeypatch)[1] == 0
+    assert one_by_one(build({}), tokens(5, 12), 8, monkeypatch)[1] == 0  # rows in float32
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_between_positions_of_the_model(monkeypatch):
+    """Positions that model.py computes between those of gpu_decode.py: with a tap, several at a time, and where the
+    cache must grow; and another cache of the same model in turn."""
+    model, idx = build({}), tokens(1, 300)
+    expected = np.array(model(idx))
+    cache, other, found = model.make_cache(), model.make_cache(), []
+    steps = [(0, 200), *((i, i + 1) for i in range(200, 204)), (204, 210), *((i, i + 1) for i in range(210, 214)),
+             (214, 251), *((i, i + 1) for i in range(251, 261))]
+    for first, end in steps:
+        tap = core.no_tap if first != 212 else lambda site, layer, x: x
+        found.append(np.array(model(idx[:, first:end], cache=cache, tap=tap)))
+        model(idx[:, first:end], cache=other)
+    assert np.abs(np.concatenate(found, axis=1) - expected[:, :261]).max() < 2e-5 * np.abs(expected).max()
+    for one, two in zip(cache.layers, other.layers, strict=True):
+        assert one.length == two.length == 261
+        assert np.abs(np.array(one.keys - two.keys)[:, :, :261]).max() < 1e-5
+
+
+def test_weights_are_what_they_were(monkeypatch):
+    """The weights become parts of one buffer for each block, and keep their names, numbers, shapes and dtypes; a second
+    cache has no second buffer; a changed weight counts for the next cache."""
+    model, idx = build({}, bits=4), tokens(1, 12)
+    before = {name: np.array(p) for name, p in tree_flatten(model.parameters())}
+    first, second = model.make_cache(), model.make_cache()
+    model(idx[:, :8], cache=first), model(idx[:, 8:9], cache=first)
+    after = dict(tree_flatten(model.parameters()))
+    assert list(after) == list(before)
+    assert all(np.array_equal(np.array(after[name]), p) and np.array(after[name]).dtype == p.dtype
+               for name, p in before.items())
+    model(idx[:, :8], cache=second), model(idx[:, 8:9], cache=second)
+    one, two = (gpu_decode.PLANS[cache].weights for cache in (first, second))
+    assert all(a is b for a, b in zip(one, two, strict=True))
+    model.blocks[1].attn_norm.weight = model.blocks[1].attn_norm.weight * 2
+    expected, _ = one_by_one(model, idx, 8, monkeypatch, fast=False)
+    found, used = one_by_one(model, idx, 8, monkeypatch)
+    assert used == 4 and np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+def test_deletion(tmp_path):
+    """The other files run without gpu_decode.cu, and without gpu_decode.py."""
+    for name in ROOT.glob("*.py"):
+        shutil.copy(name, tmp_path)
+    for deleted in ("gpu_decode.cu", "gpu_decode.py"):
+        (tmp_path / deleted).unlink(missing_ok=True)
+        code = ("from model import *; m = GPT(GPTConfig(n_layer=2, n_embd=64, vocab_size=96)); m.eval()\n"
+                "print(*generate(m, [1, 2, 3], 5, temperature=0))")
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert len(result.stdout.split()) == 5, result.stderr
