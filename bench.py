@@ -487,8 +487,8 @@ for name in names:
         race(f"train {name}, {B} x {T}", "train", name, B, "torch")
     if "decode" in only:
         for batch in (1,) if llama else (1, 16):
-            race(f"decode {name}, batch {batch}", "decode", name, batch, "mlx_lm" if llama else "torch", T // 4,
-                 min(new_tokens, T // 2))
+            for peer in ("mlx_lm",) if llama else ("torch",) if ON_CPU else ("torch", "torch_graphs"):
+                race(f"decode {name}, batch {batch}", "decode", name, batch, peer, T // 4, min(new_tokens, T // 2))
         race(f"prefill {name}, {T - 1} tokens", "decode", name, 1, "mlx_lm" if llama else "torch", T - 1, 1)
 if "tokenize" in only:
     bench_tokenizing()

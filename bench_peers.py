@@ -4,18 +4,20 @@
 
 It builds the task, does two rounds to warm up, and prints a line. Then it does a round for every line on its standard
 input, and prints {"seconds": ..., "peak": GiB}. torch: GPT-2 as nanoGPT writes it; eager float32 on a CPU;
-torch.compile, bfloat16 and a fused AdamW on a GPU; decoding with a preallocated key/value cache. mlx_lm: mlx-lm's Llama
-and generate_step. Exit status 3: the package is not installed.
+torch.compile, bfloat16 and a fused AdamW on a GPU; decoding with a preallocated key/value cache. torch_graphs: decoding
+with a cache of fixed size, whose step is compiled and replayed as a CUDA graph. mlx_lm: mlx-lm's Llama and
+generate_step. Exit status 3: the package is not installed.
 """
 import json
 import signal
 import sys
 import time
+from functools import partial
 
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
-def torch_round(task: dict):
+def torch_round(task: dict, graphs: bool = False):
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -30,13 +32,16 @@ def torch_round(task: dict):
             self.qkv, self.out, self.up, self.down = (nn.Linear(a, b) for a, b in
                                                       ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)))
 
-        def forward(self, x, cache, offset):
+        def forward(self, x, cache, offset, mask):
             B, T, C = x.shape
             q, k, v = (part.view(B, T, H, -1).transpose(1, 2) for part in self.qkv(self.norm1(x)).split(C, dim=2))
-            if cache is not None:  # (2, B, H, S, D), filled up to offset
+            if mask is not None:  # offset: the places of the tokens; all of the cache is read
+                cache[0].index_copy_(2, offset, k), cache[1].index_copy_(2, offset, v)
+                k, v = cache
+            elif cache is not None:  # (2, B, H, S, D), filled up to offset
                 cache[0, :, :, offset:offset + T], cache[1, :, :, offset:offset + T] = k, v
                 k, v = cache[:, :, :, :offset + T]
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
             x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
             return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -49,10 +54,10 @@ def torch_round(task: dict):
                 if p.dim() > 1:
                     nn.init.normal_(p, std=0.02)
 
-        def forward(self, idx, targets=None, caches=None, offset=0):
-            x = self.embed(idx) + self.pos.weight[offset:offset + idx.shape[1]]
+        def forward(self, idx, targets=None, caches=None, offset=0, mask=None):
+            x = self.embed(idx) + (self.pos.weight[offset:offset + idx.shape[1]] if mask is None else self.pos(offset))
             for i, block in enumerate(self.blocks):
-                x = block(x, None if caches is None else caches[i], offset)
+                x = block(x, None if caches is None else caches[i], offset, mask)
             if targets is None:
                 return self.norm(x[:, -1]) @ self.embed.weight.T
             return F.cross_entropy((self.norm(x) @ self.embed.weight.T).flatten(0, 1), targets.flatten())
@@ -94,7 +99,28 @@ def torch_round(task: dict):
                 token.tolist()  # as if a user read the tokens as they are generated
         return token.tolist()
 
-    return decode, peak
+    if not graphs:
+        return decode, peak
+
+    room = torch.arange(task["prompt"] + task["new"], device=device)
+    model.register_buffer("caches", torch.zeros(L, 2, B, H, len(room), C // H, device=device,
+                                                dtype=model.embed.weight.dtype))
+
+    def read(tokens, places):
+        return model(tokens, None, model.caches, places, room <= places[:, None]).argmax(-1, keepdim=True)
+
+    step = torch.compile(read, mode="reduce-overhead", fullgraph=True)
+
+    @torch.no_grad
+    def decode_by_graphs():
+        token = read(prompt, room[:task["prompt"]])
+        for i in range(task["new"] - 1):
+            token = step(token, room[task["prompt"] + i:][:1]).clone()
+            if i % 16 == 0:
+                token.tolist()
+        return token.tolist()
+
+    return decode_by_graphs, peak
 
 
 # ---- mlx-lm ----------------------------------------------------------------------------------------------------------
@@ -126,7 +152,7 @@ def mlx_lm_round(task: dict):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # bench.py says that it was stopped
-    peers = {"torch": torch_round, "mlx_lm": mlx_lm_round}
+    peers = {"torch": torch_round, "torch_graphs": partial(torch_round, graphs=True), "mlx_lm": mlx_lm_round}
     if len(sys.argv) != 3 or sys.argv[1] not in peers or not sys.argv[2].startswith("{"):
         print(f"{sys.argv[0]} is started by bench.py: run `python bench.py` instead", file=sys.stderr)
         sys.exit(2)
