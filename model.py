@@ -1301,8 +1301,10 @@ class SharedKeysValues(Attention):
         self.norm = make_norm(config)
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> tuple:
-        k, v, _ = self.keys_values(self.norm(x), offset, cache, tap, carry)
-        return k, v, mx.arange(k.shape[2])[None] if isinstance(offset, int) else offset
+        k, v, keys = self.keys_values(self.norm(x), offset, cache, tap, carry)
+        if keys is None:
+            keys = mx.arange(k.shape[2])[None] if isinstance(offset, int) else offset
+        return k, v, keys
 
 
 class CrossAttention(Attention):
@@ -1462,7 +1464,7 @@ class GPT(nn.Module):
         if self.dropout and self.training:  # dropout
             carry["dropout"] = dropout_keys(self, self.dropout)  # dropout
             x = dropout(x, carry, -1)  # dropout
-        if T == 1 and cache is not None and tap is no_tap and not carry:
+        if T == 1 and cache is not None and places is None and tap is no_tap and not carry:
             for fast in filter(None, (cpu_decode, gpu_decode)):
                 if (y := fast.after_blocks(self, x, offset, cache)) is not None:
                     return y
@@ -1634,6 +1636,11 @@ def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_
     min_p (those with at least min_p times the largest probability; Nguyen et al. 2024)."""
     if temperature == 0:
         return mx.argmax(logits, axis=-1)
+    return mx.random.categorical(filtered(logits, temperature, top_k, top_p, min_p), key=key)
+
+
+def filtered(logits: mx.array, temperature: float, top_k: int, top_p: float, min_p: float) -> mx.array:
+    """The logits (B, V) with which sample_token() draws: by temperature, and -inf where a filter cuts a token off."""
     logits = logits.astype(mx.float32) / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = mx.min(mx.topk(logits, top_k, axis=-1), axis=-1, keepdims=True)
@@ -1646,7 +1653,7 @@ def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_
         logits = mx.where(beyond, -mx.inf, logits)
     if min_p > 0:
         logits = mx.where(logits < logits.max(-1, keepdims=True) + math.log(min_p), -mx.inf, logits)
-    return mx.random.categorical(logits, key=key)
+    return logits
 
 
 def decode(model: GPT, tokens: mx.array, n: int, draw: Callable, cache: Cache, tap: Callable = no_tap) -> Iterator:

@@ -7,6 +7,7 @@
 
     python sample.py out/ckpt.safetensors                     # asks for one prompt after another
     python sample.py out-sft/sft.safetensors --prompt="Name three birds."
+    python sample.py out/ckpt.safetensors --prompts=prompts.txt --out=texts.jsonl --batch_size=32
 
 A checkpoint that was tuned on conversations, by sft.py or by its makers, answers through its chat template: the prompt
 is a message, the generated text is the answer, and on a terminal the conversation goes on until an empty line. The
@@ -15,6 +16,11 @@ The checkpoint may be an adapter: its base is found through its header. --adapte
 --adapter=PATH:0.5 half of it, and can be given several times. --merge=True folds all adapters into the weights, which
 is faster.
 
+--prompts names a file of prompts: a line each, or rows with a "prompt" (.jsonl, .json, .csv, .tsv, .parquet). They are
+continued batch_size at a time, and a text that ends makes room for the next one. A row {"prompt": ..., "text": ...} is
+written for each of them, in their order, to --out or to standard output. A text depends on the seed and on its place in
+the file.
+
 Text is printed as it is generated. A line after each text tells how many tokens were generated; tokens a second; the
 bytes of weights and key/value cache that were read a second, which bounds the speed; the time until the first token;
 the peak of all memory; and the size of the key/value cache, which in a layer without a window has room for a multiple
@@ -22,18 +28,23 @@ of 256 tokens.
 """
 import codecs
 import contextlib
+import json
+import os
 import sys
 import time
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from tqdm import tqdm
 
+from batching import check_rows, generate_many
 from config import UserError, overrides
 from conversations import encode_prompt, ends_of_text, template_of
 from lora import load_adapted
 from lora import merge as merge_adapters
-from model import compute_dtype, generate
+from model import ON_CPU, compute_dtype, generate
+from rows import ENDINGS, open_text, read_rows
 from tokenizer import Tokenizer
 
 # model
@@ -43,6 +54,9 @@ merge = False             # fold the adapters into the weights
 # text
 prompt = ""               # the beginning of the text, or a message; "": ask for it on a terminal, else a new document
 max_new_tokens = 200      # tokens to generate at most
+prompts = ""              # a file of prompts, which are all continued
+out = ""                  # of --prompts: the file to write; "": standard output
+batch_size = 0            # of --prompts: texts at a time; 0: 1 on a CPU, 16 on a GPU
 num_samples = 1           # texts for each prompt
 stop = ""                 # end a text before this string; several are separated by |
 template = ""             # own | plain | alpaca | chatml | llama3: answer; none: continue the text; "": as trained
@@ -65,6 +79,14 @@ if kv_bits not in (0, 4, 8):
     raise UserError(f"kv_bits={kv_bits} is not one of 0, 4, 8")
 if not 0 <= seed < 2**63:
     raise UserError(f"seed={seed}: it must be from 0 to 2^63 - 1")
+if prompts and (prompt or kv_bits):
+    raise UserError("--prompts goes with neither --prompt nor --kv_bits: leave one of them out")
+if out and not prompts:
+    raise UserError(f"out={out}: only texts of --prompts=FILE are written to a file; use > to keep other output")
+if out and os.path.exists(out):
+    raise UserError(f"{out} exists: remove it, or give another name to --out")
+if batch_size < 0 or num_samples < 1:
+    raise UserError("batch_size must be 0 or more, num_samples 1 or more")
 
 model, meta = load_adapted(checkpoint, adapter)
 if not meta.get("tokenizer"):
@@ -112,13 +134,64 @@ def end_of(new: str) -> tuple[int, int]:
     return found, max((n for part in stops for n in range(1, len(part)) if new.endswith(part[:n])), default=0)
 
 
+def encoded(prompt: str, before: list[dict]) -> list[int]:
+    """The token ids after which the text of a prompt begins."""
+    if form == "none":
+        return [*enc.start, *enc.encode(prompt).tolist()] or [enc.eot]
+    return encode_prompt(enc, [*before, {"role": "user", "content": prompt}], form)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file."""
+    if not path.lower().endswith(ENDINGS):
+        with open_text(path) as file:
+            return [line.rstrip("\r\n") for line in file if line.strip()]
+    found = []
+    for where, row in read_rows(path):
+        if isinstance(row, ValueError) or not isinstance(row.get("prompt"), str):
+            raise UserError(f"{where}: {row if isinstance(row, ValueError) else 'it has no text named prompt'}")
+        found.append(row["prompt"])
+    return found
+
+
+def write_many(given: list[str], file):
+    """Continue all prompts, and write a row for each to the file, in their order."""
+    given, began, made = [text for text in given for _ in range(num_samples)], time.perf_counter(), 0
+    texts, over, following = [b""] * len(given), [False] * len(given), 0
+    ids = [encoded(text, opening) for text in given]
+    if long := sum(len(each) > config.block_size for each in ids):
+        print(f"{long} prompts have more than {config.block_size} tokens: only their last {config.block_size} are read",
+              file=sys.stderr)
+
+    def stopped(number: int, token: int) -> bool:
+        return any(part.encode() in texts[number] for part in stops)
+
+    with tqdm(total=len(given), unit=" texts", disable=None, dynamic_ncols=True) as bar:
+        for number, token in generate_many(
+                model, ids, max_new_tokens, batch_size, ends, stopped,
+                temperature, top_k, top_p, min_p, repetition_penalty, seed, enc.n_vocab):
+            if token is not None:
+                if token >= enc.n_vocab:  # where a logit is NaN
+                    raise UserError(f"the logits of {checkpoint} are not finite: give --dtype=float32")
+                texts[number] += enc.decode_bytes([token])
+                made += 1
+                continue
+            over[number] = True
+            bar.update()
+            while following < len(given) and over[following]:
+                text = texts[following].decode("utf-8", "replace")
+                text = text[:min((text.find(part) for part in stops if part in text), default=len(text))]
+                print(json.dumps({"prompt": given[following], "text": text}, ensure_ascii=False), file=file, flush=True)
+                following += 1
+    seconds = time.perf_counter() - began
+    print(f"[{len(given)} texts, {made} tokens, {made / seconds:.1f} tok/s, {mx.get_peak_memory() / 2**30:.2f} GiB]",
+          file=sys.stderr)
+
+
 def write(prompt: str, seed: int, before: list[dict]) -> str:
     """Continue a prompt on standard output; or, with a template, answer it as the message that follows those in
     `before`. The text ends at a stop string, a token that ends a text or max_new_tokens. Returns the new text."""
-    if form == "none":
-        ids = [*enc.start, *enc.encode(prompt).tolist()] or [enc.eot]
-    else:
-        ids = encode_prompt(enc, [*before, {"role": "user", "content": prompt}], form)
+    ids = encoded(prompt, before)
     if len(ids) > config.block_size:
         print(f"the prompt has {len(ids)} tokens: only the last {config.block_size} are read", file=sys.stderr)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can take several tokens
@@ -158,7 +231,18 @@ sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encod
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() gains a history and editing)
 
-if prompt or not sys.stdin.isatty():
+if prompts:
+    check_rows(model, batch_size or (1 if ON_CPU else 16))  # UserError, before any file is made
+    given = read_prompts(prompts)
+    if out:
+        part = f"{out}.part"  # what is finished stays there if the run is stopped
+        with open(part, "w", encoding="utf-8") as file:
+            write_many(given, file)
+            os.fsync(file.fileno())
+        os.replace(part, out)
+    else:
+        write_many(given, sys.stdout)
+elif prompt or not sys.stdin.isatty():
     for i in range(num_samples):
         write(prompt, seed + i, opening)
 else:

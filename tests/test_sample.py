@@ -1,5 +1,6 @@
 """sample.py, run from a command line: its text, streaming, stop strings, a terminal, adapters, and bad input."""
 import fcntl
+import json
 import os
 import pty
 import re
@@ -271,6 +272,53 @@ def test_ctrl_c(tmp_path, prompt):
 def assert_one_line(says, checkpoint, *arguments):
     out, error = sample(checkpoint, *arguments, status=2)
     assert out == "" and error.count("\n") == 1 and says in error
+
+
+# ---- many prompts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [0, 2])
+def test_prompts(writer, tmp_path, batch_size):
+    """A row for each prompt of a file, in their order, is what the prompt alone gives; blank lines are left out."""
+    prompts = ["once upon", "a", "the end, " * 12, "once upon", "in the"]
+    (tmp_path / "a.txt").write_text("\n".join([*prompts[:2], "", *prompts[2:]]) + "\n")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": prompt, "n": 1}) + "\n" for prompt in prompts))
+    settings = ["--temperature=0", "--max_new_tokens=20", f"--batch_size={batch_size}"]
+    out, err = sample(writer, f"--prompts={tmp_path / 'a.txt'}", *settings)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in found] == prompts
+    assert "1 prompts have more than 64 tokens" in err and re.search(r"\[5 texts, 100 tokens, [0-9.]+ tok/s", err)
+    for row in found[:2]:
+        alone, _ = sample(writer, f"--prompt={row['prompt']}", *settings[:2])
+        assert row["prompt"] + row["text"] == alone.removesuffix("\n")
+    assert found[0] == found[3]
+    sample(writer, f"--prompts={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'b.jsonl'}", *settings)
+    assert (tmp_path / "b.jsonl").read_text() == out and not (tmp_path / "b.jsonl.part").exists()
+    both, _ = sample(writer, f"--prompts={tmp_path / 'a.txt'}", "--num_samples=2", "--max_new_tokens=5", "--top_k=0")
+    first, second = (json.loads(line) for line in both.splitlines()[:2])
+    assert first["prompt"] == second["prompt"] and first["text"] != second["text"]
+
+
+def test_prompts_stop(tmp_path):
+    """A stop string and an end token end one text, and the others go on."""
+    path = chain(tmp_path, b"abcdefg")
+    (tmp_path / "a.txt").write_text("a\nc\nf\n")
+    out, _ = sample(path, f"--prompts={tmp_path / 'a.txt'}", "--temperature=0", "--max_new_tokens=3", "--stop=ef|zz",
+                    "--batch_size=3")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["bcd", "d", "g" + json.loads(
+        out.splitlines()[2])["text"][1:]]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--prompts=none.txt"], "none.txt"), (["--prompts=a.txt", "--prompt=a"], "neither --prompt nor --kv_bits"),
+    (["--prompt=a", "--out=b"], "only texts of"), (["--prompts=a.txt", "--out=a.txt"], "a.txt exists"),
+    (["--prompts=a.jsonl"], "line 2: it has no text named prompt")], ids=str)
+def test_prompts_refused(writer, tmp_path, arguments, says):
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"text": "a"}\n')
+    _, err = sample(writer, *arguments, status=2, cwd=tmp_path)
+    assert says in err and len(err.splitlines()) == 1
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.txt"]
 
 
 def test_bad_checkpoints(writer, tmp_path):

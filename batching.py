@@ -1,0 +1,199 @@
+"""Many texts at once: a batch in which each row takes the next prompt as soon as its text ends.
+
+    for number, token in generate_many(model, [[5, 9], [7]], max_new_tokens=100, batch_size=8, ends={0}):
+        ...                                      # token is None when the text of prompts[number] is over
+
+The keys and values of a row's text end at the last column of the cache that is in use, where the next token comes for
+all rows; its prompt is read, with those of other rows that begin with it, into the columns before. Columns that no text
+needs any more are dropped.
+"""
+import sys
+from collections.abc import Callable, Iterator
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+
+from config import UserError
+from model import GPT, ON_CPU, PADDING, Cache, KVCache, filtered
+
+SPARE = 256  # columns that no text needs, before they are dropped
+
+
+class RowsLayer(KVCache):
+    """Keys and values of one layer, and the places of the keys (B, S), which `rows` has for all layers."""
+
+    def __init__(self, rows: "Rows"):
+        super().__init__()
+        self.rows = rows
+
+    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        keys, values, _ = super().update(k, v)
+        return keys, values, self.rows.places
+
+
+class Rows(Cache):
+    """A cache whose rows are of different texts. places (B, S): the position in its text of each key, or PADDING where
+    a row has none. blocks: those of model.make_cache()."""
+
+    def __init__(self, blocks: list, n: int):
+        self.n = n
+        super().__init__(blocks)
+
+    def clear(self):
+        self.layers, self.offset = [RowsLayer(self) for _ in self.blocks], 0
+        self.places = mx.zeros((self.n, 0), dtype=mx.int32)
+
+    @property
+    def columns(self) -> int:
+        return self.places.shape[1]
+
+    def read(self, model: GPT, tokens: list[list[int]], places: list[list[int]]) -> mx.array:
+        """Append T tokens to each row (B, T): the logits after the last one, (B, V)."""
+        places, self.offset = mx.array(places, dtype=mx.int32), 0  # the places tell the positions
+        self.places = mx.concatenate([self.places, places], axis=1)
+        return model(mx.array(tokens, dtype=mx.int32), cache=self, places=places, last=True)[:, -1]
+
+    def shift(self, n: int):
+        """Drop n columns at the left; or, with n < 0, put -n empty ones there."""
+        def moved(x: mx.array, axis: int, empty: int = 0) -> mx.array:
+            if n >= 0:
+                return x[n:] if axis == 0 else x[:, n:] if axis == 1 else x[:, :, n:]
+            return mx.pad(x, [(-n, 0) if i == axis else (0, 0) for i in range(x.ndim)], constant_values=empty)
+
+        self.places = moved(self.places, 1, PADDING)
+        for layer in self.layers:
+            if layer.keys is not None:  # a layer without a cache of its own has none
+                layer.keys, layer.values = moved(layer.keys, 2), moved(layer.values, 2)
+            layer.length = max(0, layer.length - n)
+
+    def enter(self, rows: list[int], model: GPT, texts: list[list[int]]) -> mx.array:
+        """Read texts into rows, in place of what these hold: the logits after each text, (len(rows), V)."""
+        P = max(map(len, texts))
+        new = Rows(self.blocks, len(rows))
+        logits = new.read(model, [[0] * (P - len(ids)) + ids for ids in texts],
+                          [[PADDING] * (P - len(ids)) + [*range(len(ids))] for ids in texts])
+        if self.columns < P:
+            self.shift(self.columns - P)
+        end = self.columns
+        self.places[mx.array(rows)] = PADDING
+        for i, row in enumerate(rows):
+            self.places[row, end - P:] = new.places[i]
+        for layer, other in zip(self.layers, new.layers, strict=True):
+            if other.keys is None:
+                continue
+            if layer.keys is None:
+                layer.keys, layer.values = (mx.zeros((self.n, x.shape[1], end, x.shape[3]), x.dtype)
+                                            for x in (other.keys, other.values))
+            layer.length = end
+            for i, row in enumerate(rows):
+                layer.keys[row, :, end - P:end] = other.keys[i, :, :P]
+                layer.values[row, :, end - P:end] = other.values[i, :, :P]
+        return logits
+
+
+class OneRow:
+    """The same for a batch of one text: the usual cache, for which model.py has the fastest code."""
+    columns = 0
+
+    def __init__(self, model: GPT):
+        self.cache = model.make_cache()
+
+    def read(self, model: GPT, tokens: list[list[int]], places: list[list[int]]) -> mx.array:
+        return model(mx.array(tokens, dtype=mx.int32), cache=self.cache, last=True)[:, -1]
+
+    def enter(self, rows: list[int], model: GPT, texts: list[list[int]]) -> mx.array:
+        self.cache.clear()
+        return self.read(model, texts, [])
+
+
+def check_rows(model: GPT, batch_size: int):
+    """UserError for a model whose rows cannot be of different texts."""
+    if batch_size == 1:
+        return
+    if model.config.mod != "none":  # mod
+        raise UserError("Mixture of Depths chooses among the tokens of one text: take batch_size=1")  # mod
+    if model.config.sinks:  # window
+        raise UserError("sinks: a batch has one set of first tokens; take batch_size=1")  # window
+
+
+def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 0, ends=frozenset(),
+                  stops: Callable = lambda number, token: False, temperature: float = 1.0, top_k: int = 0,
+                  top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
+                  n_vocab: int = 0) -> Iterator:
+    """Continue many prompts, batch_size at a time (0: 1 on a CPU, 16 on a GPU), in their order; yields (number of the
+    prompt, token), and (number, None) when its text is over: before a token in `ends`, after one for which
+    stops(number, token) is true, or after max_new_tokens. Sampling is that of model.generate(); a text depends on the
+    seed and the number of its prompt, not on the other texts. A full context is cut to its second half."""
+    batch_size = batch_size or (1 if ON_CPU else 16)
+    check_rows(model, batch_size)
+    if not all(prompts):
+        raise UserError("nothing to continue: give each text at least one token")
+    V, block_size = model.config.vocab_size, model.config.block_size
+    padding, n = mx.arange(V) >= (n_vocab or V), min(batch_size, len(prompts))
+    cache = Rows(model.make_cache().blocks, n) if batch_size > 1 else OneRow(model)
+    waiting, texts, numbers = iter(enumerate(prompts)), [None] * n, [-1] * n   # of each row; number -1: it is free
+    lengths, counts = [0] * n, [0] * n                                        # in the cache; of new tokens
+    keys = mx.zeros((n, 2), dtype=mx.uint32)
+
+    def drawn(logits: mx.array, rows: list[int]) -> list[int]:
+        nonlocal keys
+        if repetition_penalty != 1:
+            seen = mx.zeros(logits.shape, dtype=mx.bool_)
+            for i, row in enumerate(rows):
+                if numbers[row] >= 0:
+                    seen[i, mx.array(texts[row])] = True
+            less = mx.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = mx.where(seen, less, logits)
+        if n_vocab:
+            logits = mx.where(padding, -mx.inf, logits)
+        if temperature == 0:
+            return mx.argmax(logits, axis=-1).tolist()
+        both = mx.vmap(mx.random.split)(keys[mx.array(rows)])  # a key for each text
+        keys[mx.array(rows)] = both[:, 0]
+        noise = mx.vmap(lambda key: mx.random.gumbel((V,), key=key))(both[:, 1])  # with it, the largest one is a draw
+        return mx.argmax(filtered(logits, temperature, top_k, top_p, min_p) + noise, axis=-1).tolist()
+
+    def added(rows: list[int], tokens: list[int]) -> Iterator:
+        for row, token in zip(rows, tokens, strict=True):
+            over = token in ends or counts[row] == max_new_tokens
+            if not over:
+                texts[row].append(token)
+                counts[row] += 1
+                yield numbers[row], token
+                over = counts[row] == max_new_tokens or stops(numbers[row], token)
+            if over:
+                yield numbers[row], None
+                numbers[row] = -1
+
+    while True:
+        again = [row for row in range(n) if numbers[row] >= 0 and lengths[row] == block_size]
+        for row in (row for row in range(n) if numbers[row] < 0):
+            if (following := next(waiting, None)) is None:
+                break
+            numbers[row], prompt = following
+            texts[row], counts[row] = [*prompt], 0
+            keys[row] = mx.array(np.random.SeedSequence([seed, numbers[row]]).generate_state(2))
+            again.append(row)
+        if again:  # texts that begin, or whose context is full
+            parts = [texts[row][-(block_size if counts[row] == 0 else max(1, block_size // 2)):] for row in again]
+            logits = cache.enter(again, model, parts)
+            for row, part in zip(again, parts, strict=True):
+                lengths[row] = len(part)
+            yield from added(again, drawn(logits, again))
+            continue
+        if (spare := cache.columns - max((lengths[row] for row in range(n) if numbers[row] >= 0), default=0)) >= SPARE:
+            cache.shift(spare)
+        rows = [row for row in range(n) if numbers[row] >= 0]
+        if not rows:
+            return
+        logits = cache.read(model, [[texts[row][-1] if numbers[row] >= 0 else 0] for row in range(n)],
+                            [[lengths[row] if numbers[row] >= 0 else PADDING] for row in range(n)])
+        for row in rows:
+            lengths[row] += 1
+        yield from added(rows, drawn(logits[mx.array(rows)], rows))
+
+
+if __name__ == "__main__":
+    print("batching.py has no command of its own: run sample.py --prompts=FILE, which uses it", file=sys.stderr)
+    sys.exit(2)
