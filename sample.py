@@ -21,6 +21,9 @@ continued batch_size at a time, and a text that ends makes room for the next one
 written for each of them, in their order, to --out or to standard output. A text depends on the seed and on its place in
 the file.
 
+--draft=CKPT names a small checkpoint with the same tokenizer, which drafts n_draft tokens that the large one then reads
+at once. The text is the large model's own, sooner where the drafts are often right.
+
 Text is printed as it is generated. A line after each text tells how many tokens were generated; tokens a second; the
 bytes of weights and key/value cache that were read a second, which bounds the speed; the time until the first token;
 the peak of all memory; and the size of the key/value cache, which in a layer without a window has room for a multiple
@@ -45,6 +48,7 @@ from lora import load_adapted
 from lora import merge as merge_adapters
 from model import ON_CPU, compute_dtype, generate
 from rows import ENDINGS, open_text, read_rows
+from speculative import check_draft, generate_by_draft
 from tokenizer import Tokenizer
 
 # model
@@ -57,6 +61,8 @@ max_new_tokens = 200      # tokens to generate at most
 prompts = ""              # a file of prompts, which are all continued
 out = ""                  # of --prompts: the file to write; "": standard output
 batch_size = 0            # of --prompts: texts at a time; 0: 1 on a CPU, 16 on a GPU
+draft = ""                # a small checkpoint that drafts tokens
+n_draft = 4               # tokens that it drafts at a time
 num_samples = 1           # texts for each prompt
 stop = ""                 # end a text before this string; several are separated by |
 template = ""             # own | plain | alpaca | chatml | llama3: answer; none: continue the text; "": as trained
@@ -85,6 +91,10 @@ if out and not prompts:
     raise UserError(f"out={out}: only texts of --prompts=FILE are written to a file; use > to keep other output")
 if out and os.path.exists(out):
     raise UserError(f"{out} exists: remove it, or give another name to --out")
+if draft and (prompts or repetition_penalty != 1):
+    raise UserError("--draft goes with neither --prompts nor --repetition_penalty: leave one of them out")
+if n_draft < 1:
+    raise UserError("n_draft must be 1 or more")
 if batch_size < 0 or num_samples < 1:
     raise UserError("batch_size must be 0 or more, num_samples 1 or more")
 
@@ -102,6 +112,13 @@ if system and form != "none":
 model.make_cache(kv_bits)  # UserError, before the prompt is printed, where head_dim does not suit kv_bits
 model.set_dtype(compute_dtype(dtype))
 mx.eval(model.parameters())
+if draft:
+    drafting, its_meta = load_adapted(draft, ())
+    if its_meta.get("tokenizer") != meta["tokenizer"]:
+        raise UserError(f"{draft} has another tokenizer than {checkpoint}: train both with one")
+    check_draft(model, drafting)
+    drafting.set_dtype(compute_dtype(dtype))
+    mx.eval(drafting.parameters())
 config = model.config
 idle = 1 - config.expert_top_k / max(1, config.n_expert)  # share of the experts that a token does not run through
 weight_bytes = sum(p.nbytes * (1 - idle * (p.ndim == 3)) for name, p in tree_flatten(model.parameters())
@@ -198,8 +215,13 @@ def write(prompt: str, seed: int, before: list[dict]) -> str:
     if form == "none":
         print(prompt, end="", flush=True)
     text, new, count, cache, began = "", "", 0, model.make_cache(kv_bits), time.perf_counter()
-    for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
-                          enc.n_vocab, cache=cache):
+    kept, sampling = {}, dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+                              n_vocab=enc.n_vocab, cache=cache)
+    if draft:
+        tokens = generate_by_draft(model, drafting, ids, max_new_tokens, n_draft, count=kept, **sampling)
+    else:
+        tokens = generate(model, ids, max_new_tokens, repetition_penalty=repetition_penalty, **sampling)
+    for token in tokens:
         count += 1
         if count == 1:
             first = time.perf_counter()
@@ -222,7 +244,9 @@ def write(prompt: str, seed: int, before: list[dict]) -> str:
         speed = (count - 1) / (time.perf_counter() - first)
         positions = min(len(ids) + count / 2, config.block_size)  # in the cache, on average
         read = weight_bytes + sum(held(layer, positions) for layer in cache.layers[:config.n_layer]) * cache_bytes
-        print(f"[{count} tokens, {speed:.1f} tok/s, {read * speed / 1e9:.1f} GB/s, first {first - began:.2f} s, "
+        reads = (f"{kept['kept'] / max(1, kept['drafted']):.0%} of drafts kept" if draft else
+                 f"{read * speed / 1e9:.1f} GB/s")
+        print(f"[{count} tokens, {speed:.1f} tok/s, {reads}, first {first - began:.2f} s, "
               f"{mx.get_peak_memory() / 2**30:.2f} GiB, cache {cache.nbytes / 1e6:.2f} MB]", file=sys.stderr)
     return text + new
 

@@ -274,6 +274,24 @@ def assert_one_line(says, checkpoint, *arguments):
     assert out == "" and error.count("\n") == 1 and says in error
 
 
+# ---- a draft model ---------------------------------------------------------------------------------------------------
+
+
+def test_draft(writer, tmp_path):
+    """The text is the large model's, with any draft model; a tokenizer or settings that do not fit are refused."""
+    model, meta = load_checkpoint(str(writer))
+    small = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=1, n_head=1, n_embd=16), seed=2)
+    save_checkpoint(str(tmp_path / "small.safetensors"), small, meta)
+    settings = ["--prompt=once upon", "--temperature=0", "--max_new_tokens=30"]
+    alone, _ = sample(writer, *settings)
+    for draft, share in ((writer, "100%"), (tmp_path / "small.safetensors", "")):
+        text, err = sample(writer, *settings, f"--draft={draft}", "--n_draft=3")
+        assert text == alone and f"{share} of drafts kept" in err
+    other = save(tmp_path / "other.safetensors", GPT(GPTConfig(vocab_size=257, n_layer=1, n_head=1, n_embd=16)), BYTES)
+    assert "has another tokenizer" in sample(writer, f"--draft={other}", status=2)[1]
+    assert "neither --prompts nor" in sample(writer, f"--draft={other}", "--repetition_penalty=2", status=2)[1]
+
+
 # ---- many prompts ----------------------------------------------------------------------------------------------------
 
 
