@@ -32,6 +32,8 @@ def run_in_browser(module: str, browser: str = "", folder: str = "", software: b
     """Run JavaScript on a page whose server has webgpu/, and a folder's files as /files/NAME. say(line) is called with
     what the script gives to its own say(). browser: a Chromium; "": the one that is installed. software: without a
     graphics card. timeout: seconds. UserError if the script throws an error."""
+    if not 0 < timeout < 1e6:
+        raise UserError(f"timeout={timeout:g}: it must be over 0 and below 1,000,000 seconds")
     program = browser or installed()
     if not program or not shutil.which(program):
         raise UserError(f"there is no browser {browser}: install chromium, or give --browser=PATH".replace("  ", " "))

@@ -88,6 +88,7 @@ def make():
 
     import wgsl
 
+    wgsl.device()  # UserError where there is none
     os.makedirs(folder)
     calls, lanes, run = [], [], wgsl.run
     with open(os.path.join(folder, "calls.bin"), "wb") as file:
