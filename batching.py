@@ -41,15 +41,20 @@ class Rows(Cache):
         super().__init__(blocks)
 
     def clear(self):
-        self.layers, self.offset = [RowsLayer(self) for _ in self.blocks], 0
+        self.layers, self.offset, self.starts = [RowsLayer(self) for _ in self.blocks], 0, []
         self.places = mx.zeros((self.n, 0), dtype=mx.int32)
 
     @property
     def columns(self) -> int:
         return self.places.shape[1]
 
+    @property
+    def column(self) -> int:
+        return self.columns - 1
+
     def read(self, model: GPT, tokens: list[list[int]], places: list[list[int]]) -> mx.array:
         """Append T tokens to each row (B, T): the logits after the last one, (B, V)."""
+        self.starts = [self.columns - (place if place < PADDING else 0) for place, *_ in places]  # if T = 1
         places, self.offset = mx.array(places, dtype=mx.int32), 0  # the places tell the positions
         self.places = mx.concatenate([self.places, places], axis=1)
         return model(mx.array(tokens, dtype=mx.int32), cache=self, places=places, last=True)[:, -1]
@@ -58,10 +63,10 @@ class Rows(Cache):
         """Drop n columns at the left; or, with n < 0, put -n empty ones there."""
         def moved(x: mx.array, axis: int, empty: int = 0) -> mx.array:
             if n >= 0:
-                return x[n:] if axis == 0 else x[:, n:] if axis == 1 else x[:, :, n:]
+                return x[:, n:] if axis == 1 else x[:, :, n:]
             return mx.pad(x, [(-n, 0) if i == axis else (0, 0) for i in range(x.ndim)], constant_values=empty)
 
-        self.places = moved(self.places, 1, PADDING)
+        self.places, self.layers = moved(self.places, 1, PADDING), [*self.layers]  # a new list: see gpu_decode.py
         for layer in self.layers:
             if layer.keys is not None:  # a layer without a cache of its own has none
                 layer.keys, layer.values = moved(layer.keys, 2), moved(layer.values, 2)
@@ -75,7 +80,7 @@ class Rows(Cache):
                           [[PADDING] * (P - len(ids)) + [*range(len(ids))] for ids in texts])
         if self.columns < P:
             self.shift(self.columns - P)
-        end = self.columns
+        end, self.layers = self.columns, [*self.layers]  # a new list: see gpu_decode.py
         self.places[mx.array(rows)] = PADDING
         for i, row in enumerate(rows):
             self.places[row, end - P:] = new.places[i]

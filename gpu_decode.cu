@@ -276,11 +276,13 @@ __device__ void put_turned(const float* x, const T* weight, const float* inverse
 
 __device__ float bounded(float score) { return SOFTCAP ? SOFTCAP * tanhf(score / SOFTCAP) : score; }
 
-// Attention from qkv (B, QKV) over the keys of the cache and the token's own. A unit is a head of a row and one of P parts of
+// Attention from qkv (B, QKV) over the keys of the cache and the token's own, whose column is the last one that is in use. The
+// text of row b begins at the column starts[b]. A unit is a head of a row and one of P parts of
 // the keys. A thread block takes UNITS at a time, each by TEAM warps; a warp takes 32 keys at a time. Part 0 includes the
 // token's own key, whose row of the cache is written too: no other thread block reads it in this step. With P = 1 the
 // outputs go to heads (B, H D), else to parts (P, B, H, STATE).
-__device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int position, float* parts, T* heads) {
+__device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int column, const unsigned* starts,
+                       float* parts, T* heads) {
   constexpr int OWN = D / 32;  // columns of a lane
   constexpr int UNITS = B * H * P > 2 * BLOCKS ? 4 : B * H * P > BLOCKS ? 2 : 1, TEAM = WARPS / UNITS;
   __shared__ float queries[UNITS][D], own_keys[UNITS][D], states[WARPS][STATE];
@@ -289,6 +291,7 @@ __device__ void attend(const Layer& layer, const float* qkv, const float* invers
   for (int first_unit = blockIdx.x; first_unit < B * H * P; first_unit += gridDim.x * UNITS) {
     int unit = first_unit + gridDim.x * slot, h = unit % H, b = unit / H % B, p = unit / H / B, kv = h / (H / KV);
     bool works = unit < B * H * P;
+    int start = works ? __ldcg(starts + b) : 0, position = column - start;
     const float *q = qkv + b * QKV + h * D, *k = qkv + b * QKV + (H + kv) * D, *v = k + KV * D;
     if (works && warp == 0) put_turned(q, layer.q_norm, inverse, position, query);
     if (works && warp == 1) put_turned(k, layer.k_norm, inverse, position, key);
@@ -303,13 +306,13 @@ __device__ void attend(const Layer& layer, const float* qkv, const float* invers
       sum = 1;
       for (int i = 0; i < OWN; i++) value[i] = number(T(__ldcg(v + lane * OWN + i)));
       for (int c = lane; h % (H / KV) == 0 && c < D; c += 32) {
-        keys[(size_t)position * D + c] = T(key[c]);
-        values[(size_t)position * D + c] = T(__ldcg(v + c));
+        keys[(size_t)column * D + c] = T(key[c]);
+        values[(size_t)column * D + c] = T(__ldcg(v + c));
       }
     }
-    for (int first = (p * TEAM + warp) * 32; works && first < position; first += P * TEAM * 32) {
+    for (int first = start + (p * TEAM + warp) * 32; works && first < column; first += P * TEAM * 32) {
       float score = LOWEST;
-      if (first + lane < position) {
+      if (first + lane < column) {
         const T* row = keys + (size_t)(first + lane) * D;
         score = 0;
 #pragma unroll
@@ -322,11 +325,11 @@ __device__ void attend(const Layer& layer, const float* qkv, const float* invers
       float highest = score;
       for (int far = 16; far; far /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, far));
       highest = fmaxf(highest, top);
-      float shrink = __expf(top - highest), weight = first + lane < position ? __expf(score - highest) : 0;
+      float shrink = __expf(top - highest), weight = first + lane < column ? __expf(score - highest) : 0;
       top = highest;
       sum = sum * shrink + sum_of_warp(weight);
       for (int i = 0; i < OWN; i++) value[i] *= shrink;
-      int count = min(32, position - first);
+      int count = min(32, column - first);
       const T* row = values + (size_t)first * D + lane * OWN;
 #pragma unroll 16
       for (int j = 0; j < 32; j++) {  // beyond count, the last row times 0: a loop of known length has its loads together
@@ -364,8 +367,8 @@ __device__ float activation(float x, float gate) {
   return ACTIVATION == 2 ? y : x * y;
 }
 
-// given (B, C): the residual stream of one position; y: after all blocks. state: for wait_for_all, and the position, which
-// grows by 1. buffer: the activations between steps.
+// given (B, C): the residual stream of one position; y: after all blocks. state: for wait_for_all; the column of
+// the cache, which grows by 1; and the columns at which the rows' texts begin. buffer: the activations between steps.
 __device__ void decode(const Layer* layers, const T* given, const float* inverse, unsigned* state, float* buffer, T* y) {
   DYNAMIC_SHARED;
   T* row_of_x = (T*)shared;  // (B, STRIDE)
@@ -373,7 +376,7 @@ __device__ void decode(const Layer* layers, const T* given, const float* inverse
   T *heads = (T*)(parts + (P * B * H * STATE + 3) / 4 * 4), *hidden = heads + B * H * D;
   __shared__ Sums sums_of_warps[GATED ? 2 : 1];
   unsigned* arrived = state;
-  int position = __ldcg(state + 1);
+  int column = __ldcg(state + 1);
   for (int i = blockIdx.x * THREADS + threadIdx.x; i < B * C; i += gridDim.x * THREADS) x[i] = number(given[i]);
   wait_for_all(arrived);
   for (int l = 0; l < LAYERS; l++) {
@@ -387,7 +390,7 @@ __device__ void decode(const Layer* layers, const T* given, const float* inverse
                                         [&](int row, int b, const float* sums) { qkv[b * QKV + row] = sums[0]; });
     prefetch<BITS_out>(layer.out, C, H * D);
     wait_for_all(arrived);
-    attend(layer, qkv, TURNS[l] ? inverse : nullptr, position, parts, heads);
+    attend(layer, qkv, TURNS[l] ? inverse : nullptr, column, state + 2, parts, heads);
     prefetch<BITS_up>(layer.up, F, C);
     if (GATED) prefetch<BITS_up>(layer.gate, F, C);
     wait_for_all(arrived);
@@ -420,5 +423,5 @@ __device__ void decode(const Layer* layers, const T* given, const float* inverse
                                            });
     wait_for_all(arrived);
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) state[1] = position + 1;
+  if (blockIdx.x == 0 && threadIdx.x == 0) state[1] = column + 1;
 }

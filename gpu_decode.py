@@ -89,7 +89,7 @@ class Plan:
             f"__device__ const long long OFFSETS[] = {{{offsets}}};\n",
             (Path(__file__).parent / "gpu_decode.cu").read_text(encoding="utf-8")])
         self.size = B * (C + 2 * (H + KV) * D + F) + self.parts * B * H * (D + 2) + 4  # floats between the steps
-        self.layers, self.position, self.kernels = None, -1, {}  # of a cache
+        self.layers, self.position, self.starts, self.kernels = None, -1, [], {}  # of a cache
 
     def of_block(self, plain, block: nn.Module) -> list[tuple]:
         """A block's arrays in the order of `struct Layer`, without the cache: (owner, name, array); the array is None
@@ -120,19 +120,24 @@ class Plan:
         if self.formats.setdefault(kinds.get(name, name), kind) != kind:
             raise UserError("layers of different formats")
 
-    def own(self, layers: list, position: int):
+    def left_at(self, layers: list, position: int, starts: list[int]) -> bool:
+        """Whether the cache is as the last call has left it. Other code that changes keys and values also changes the
+        position, or makes a new list of layers."""
+        return layers is self.layers and position == self.position + 1 and starts == self.starts
+
+    def own(self, layers: list, position: int, starts: list[int]):
         """Take over the keys and values of the layers, unless the last call wrote the position before this one. They
         are copied, since other arrays that MLX has yet to compute, or another cache, may read those that it has."""
-        if layers is not self.layers or position != self.position + 1:
+        if not self.left_at(layers, position, starts):
             self.caches = [mx.stack([layer.keys, layer.values]) for layer in layers]
-            # How many thread blocks have arrived, and the position. In a large array, as MLX has the memory of small
-            # ones on the host, where this kernel would be a hundred times as slow.
-            self.state = mx.where(mx.arange(4096) == 1, position, 0).astype(mx.uint32)
+            # How many thread blocks have arrived, the position, and where the rows' texts begin. In a large array that
+            # the GPU has made, as MLX has others on the host, where this kernel would be a hundred times as slow.
+            self.state = mx.concatenate([mx.array([0, position, *starts], mx.uint32), mx.zeros(4096, mx.uint32)])
             mx.eval(self.state, self.caches)
             for layer, both in zip(layers, self.caches, strict=True):  # parts of it, no copies, which both[0] would be
                 layer.keys, layer.values = (part.reshape(both.shape[1:]) for part in mx.split(both, 2))
             mx.eval([[layer.keys, layer.values] for layer in layers])
-        self.layers, self.position = layers, position
+        self.layers, self.position, self.starts = layers, position, starts
 
     def kernel(self, room: int):
         """The kernel for a cache with room for so many positions, whose arguments are all arrays, one after another."""
@@ -157,8 +162,8 @@ class Plan:
                                                      shared_memory=self.shared)
         return self.kernels[room]
 
-    def __call__(self, x: mx.array, position: int, layers: list) -> mx.array:
-        self.own(layers, position)
+    def __call__(self, x: mx.array, position: int, layers: list, starts: list[int]) -> mx.array:
+        self.own(layers, position, starts)
         y, _ = self.kernel(layers[0].keys.shape[2])(
             inputs=[x, self.inverse, self.state, *self.weights, *self.caches],
             grid=(self.blocks * THREADS, 1, 1), threadgroup=(THREADS, 1, 1),
@@ -219,20 +224,25 @@ def plan_of(model: nn.Module, cache, x: mx.array) -> Plan | None:
 
 def after_blocks(model: nn.Module, x: mx.array, position: int, cache) -> mx.array | None:
     """The residual stream x (B, 1, C) of one position after all blocks, and its keys and values in the cache. None
-    where model.py must do it, with the cache as it was."""
+    where model.py must do it, with the cache as it was. A cache may have `starts`, the positions in it at which the
+    texts of its rows begin: see batching.py."""
     known = len(x) <= ROWS.get(x.dtype, 0) and position > 0 and on_gpu() and not model.training
     plan = plan_of(model, cache, x) if known else None
     if plan is None or any(layer.length != position for layer in cache.layers):
         return None
-    here = plan.layers is cache.layers and position == plan.position + 1  # as the last call has left it
+    starts = getattr(cache, "starts", None) or [0] * len(x)
+    here = plan.left_at(cache.layers, position, starts)
     if not here and any(layer.keys.shape[0] != len(x) or layer.keys.dtype != x.dtype for layer in cache.layers):
         return None
     if cache.layers[0].keys.shape[2] == position:  # the cache must grow
         return None
     try:
-        y = plan(x, position, cache.layers)
-    except (ValueError, RuntimeError):  # x is being traced
+        y = plan(x, position, cache.layers, starts)
+    except ValueError:  # x is being traced
         plan.layers = None
+        return None
+    except RuntimeError:  # this GPU cannot run it
+        PLANS[cache] = None
         return None
     for layer in cache.layers:
         layer.length += 1

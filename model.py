@@ -1464,9 +1464,10 @@ class GPT(nn.Module):
         if self.dropout and self.training:  # dropout
             carry["dropout"] = dropout_keys(self, self.dropout)  # dropout
             x = dropout(x, carry, -1)  # dropout
-        if T == 1 and cache is not None and places is None and tap is no_tap and not carry:
+        column = offset if places is None else getattr(cache, "column", None)  # of the cache, for this position
+        if T == 1 and cache is not None and column is not None and tap is no_tap and not carry:
             for fast in filter(None, (cpu_decode, gpu_decode)):
-                if (y := fast.after_blocks(self, x, offset, cache)) is not None:
+                if (y := fast.after_blocks(self, x, column, cache)) is not None:
                     return y
         for layer, block in enumerate(self.blocks):
             memory, x = None if cache is None else cache.layers[layer], tap("resid", layer, x)

@@ -49,6 +49,12 @@ def run(script: str, *arguments, status: int = 0) -> subprocess.CompletedProcess
     return done
 
 
+def pytest_collection_modifyitems(items: list):
+    """The files with the longest tests come first, so that at the end no process waits for another one."""
+    longest = "test_kills.py", "test_fuzz.py", "test_bench.py", "test_runs.py", "test_page_faults.py", "test_page.py"
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 @pytest.fixture(scope="session")
 def chromium():
     """The browser of all tests; they are skipped where there is none."""

@@ -541,6 +541,8 @@ def one(kind: str, number: int, place: Path, before: dict, listed: list) -> tupl
 
 
 def main(place: Path):
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:  # the scripts are not to know of tests
+        del os.environ[name]
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "BROWSER": "true",
                    "MPLBACKEND": "agg"}
     modules = [path.stem for path in sorted(ROOT.glob("*.py")) if path.name not in SCRIPTS and path.stem != "config"]

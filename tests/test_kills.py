@@ -46,7 +46,7 @@ def kill_and_resume(begin: list, go_on: list, begun, written, n: int, seed: int)
 
 
 @pytest.mark.parametrize("script, arguments, kills", [
-    ("sft", ["--kind=lora", "--epochs=80"], 7), ("dpo", ["--kind=full", "--epochs=60", "--learning_rate=1e-4"], 7)],
+    ("sft", ["--kind=lora", "--epochs=60"], 5), ("dpo", ["--kind=full", "--epochs=40", "--learning_rate=1e-4"], 4)],
     ids=["sft", "dpo"])
 def test_training(folder, pairs, tmp_path, script, arguments, kills):  # noqa: F811
     data = folder / "tasks.jsonl" if script == "sft" else pairs

@@ -631,8 +631,7 @@ LEARNED = {  # flavours whose parts a backward pass has
 }
 
 
-@pytest.mark.parametrize("name, T, tiles", [*((name, 16, []) for name in LEARNED), ("gemma", 40, [TILES]),
-                                            ("olmo", 40, [TILES])])
+@pytest.mark.parametrize("name, T, tiles", [*((name, 16, []) for name in LEARNED), ("gemma", 40, [TILES])])
 def test_gradients_of(name, T, tiles, page, server):
     """The gradient of each parameter is that of MLX, also with the kernels in tiles."""
     model = small(n_layer=2, block_size=T, **LEARNED[name])
