@@ -56,12 +56,16 @@ def chromium():
 
 
 @contextlib.contextmanager
-def page(browser, server: Server, **options):
+def page(browser, server: Server, first_text: int | None = None, **options):
     """An empty page of the server's, in a profile of its own. It fails the test on an uncaught error, an error in the
     console and a request to any other server, all of which page.problems holds: a test may clear them that it expects.
+    first_text: tokens that the page writes when it opens, which are 200 else and slow other tests down in software.
     options: of Playwright's new_context, such as viewport and color_scheme. Unless service_workers is "allow", the page
     has none: route() would not see its requests."""
     context = browser.new_context(**{"service_workers": "block"} | options)
+    if first_text:
+        kept = json.dumps({"fields": {"length": str(first_text)}})
+        context.add_init_script(f"try {{ localStorage.tinygpt ??= '{kept}' }} catch {{}}")
     opened, problems = context.new_page(), []
     opened.server, opened.problems = server, problems
     opened.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))

@@ -72,7 +72,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def page(chromium, server):
     """An empty page of the server's. See browser.py."""
-    with browser.page(chromium, server) as opened:
+    with browser.page(chromium, server, first_text=20) as opened:
         yield opened
 
 

@@ -20,6 +20,13 @@ from tokenizer import Tokenizer
 from tuned_lens import logit_lens
 
 
+@pytest.fixture
+def page(chromium, server):
+    """A page as visitors see it, which writes 200 tokens when it opens."""
+    with browser.page(chromium, server) as opened:
+        yield opened
+
+
 @pytest.fixture(scope="module")
 def playground(chromium, server, files):  # noqa: F811
     """The playground with the tiny checkpoint, opened through a link."""
