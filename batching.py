@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from config import UserError
-from model import GPT, ON_CPU, PADDING, Cache, KVCache, filtered
+from model import GPT, PADDING, Cache, KVCache, filtered
 
 SPARE = 256  # columns that no text needs, before they are dropped
 
@@ -61,15 +61,16 @@ class Rows(Cache):
 
     def shift(self, n: int):
         """Drop n columns at the left; or, with n < 0, put -n empty ones there."""
-        def moved(x: mx.array, axis: int, empty: int = 0) -> mx.array:
-            if n >= 0:
-                return x[:, n:] if axis == 1 else x[:, :, n:]
-            return mx.pad(x, [(-n, 0) if i == axis else (0, 0) for i in range(x.ndim)], constant_values=empty)
+        drop, empty = max(0, n), max(0, -n)
 
-        self.places, self.layers = moved(self.places, 1, PADDING), [*self.layers]  # a new list: see gpu_decode.py
+        def moved(x: mx.array) -> mx.array:
+            return mx.pad(x[:, :, drop:], ((0, 0), (0, 0), (empty, 0), (0, 0)))
+
+        self.places = mx.pad(self.places[:, drop:], ((0, 0), (empty, 0)), constant_values=PADDING)
+        self.layers = [*self.layers]  # a new list: see gpu_decode.py
         for layer in self.layers:
             if layer.keys is not None:  # a layer without a cache of its own has none
-                layer.keys, layer.values = moved(layer.keys, 2), moved(layer.values, 2)
+                layer.keys, layer.values = moved(layer.keys), moved(layer.values)
             layer.length = max(0, layer.length - n)
 
     def enter(self, rows: list[int], model: GPT, texts: list[list[int]]) -> mx.array:
@@ -122,15 +123,14 @@ def check_rows(model: GPT, batch_size: int):
         raise UserError("sinks: a batch has one set of first tokens; take batch_size=1")  # window
 
 
-def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 0, ends=frozenset(),
+def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 16, ends=frozenset(),
                   stops: Callable = lambda number, token: False, temperature: float = 1.0, top_k: int = 0,
                   top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
                   n_vocab: int = 0) -> Iterator:
-    """Continue many prompts, batch_size at a time (0: 1 on a CPU, 16 on a GPU), in their order; yields (number of the
-    prompt, token), and (number, None) when its text is over: before a token in `ends`, after one for which
-    stops(number, token) is true, or after max_new_tokens. Sampling is that of model.generate(); a text depends on the
-    seed and the number of its prompt, not on the other texts. A full context is cut to its second half."""
-    batch_size = batch_size or (1 if ON_CPU else 16)
+    """Continue many prompts, batch_size at a time, in their order; yields (number of the prompt, token), and (number,
+    None) when its text is over: before a token in `ends`, after one for which stops(number, token) is true, or after
+    max_new_tokens. Sampling is that of model.generate(); a text depends on the seed and the number of its prompt, not
+    on the other texts. A full context is cut to its second half."""
     check_rows(model, batch_size)
     if not all(prompts):
         raise UserError("nothing to continue: give each text at least one token")
@@ -142,12 +142,10 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
     keys = mx.zeros((n, 2), dtype=mx.uint32)
 
     def drawn(logits: mx.array, rows: list[int]) -> list[int]:
-        nonlocal keys
         if repetition_penalty != 1:
             seen = mx.zeros(logits.shape, dtype=mx.bool_)
             for i, row in enumerate(rows):
-                if numbers[row] >= 0:
-                    seen[i, mx.array(texts[row])] = True
+                seen[i, mx.array(texts[row])] = True
             less = mx.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = mx.where(seen, less, logits)
         if n_vocab:

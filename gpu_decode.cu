@@ -15,7 +15,7 @@ struct Matrix {
   const void *weight, *scales, *biases, *bias;
 };
 
-struct Rows {  // a row of a matrix
+struct Row {  // of a matrix
   const Matrix& matrix;
   int row;
 };
@@ -95,8 +95,8 @@ __device__ float bias_of(const Matrix& m, int row) { return m.bias ? number(((co
 // For each row of MATRICES matrices (N, K), found(row, b, sums) with their products with row b of x (B, STRIDE): in float32.
 // A warp takes a row, and the lanes take eight neighbouring columns each. Neighbouring rows are in different thread blocks,
 // since a step may have fewer rows than there are warps.
-template <int BITS, int GROUP, int MATRICES, int SPLIT, typename Matrices, typename Found>
-__device__ void products_of_float32(Matrices matrix, int N, int K, const T* x, Sums* parts, Found found) {
+template <int BITS, int GROUP, int MATRICES, typename Matrices, typename Found>
+__device__ void products_of_float32(Matrices matrix, int N, int K, const T* x, Found found) {
   int lane = threadIdx.x % 32;
   for (int row = blockIdx.x + gridDim.x * (threadIdx.x / 32); row < N; row += gridDim.x * WARPS) {
     float sums[MATRICES][B] = {}, own[MATRICES];
@@ -173,7 +173,7 @@ __device__ void products_of_16_bits(Matrices matrix, int N, int K, const T* x, S
 
 template <int BITS, int GROUP, int MATRICES, int SPLIT, typename Matrices, typename Found>
 __device__ void products(Matrices matrix, int N, int K, const T* x, Sums* parts, Found found) {
-  if constexpr (sizeof(T) == 4) products_of_float32<BITS, GROUP, MATRICES, SPLIT>(matrix, N, K, x, parts, found);
+  if constexpr (sizeof(T) == 4) products_of_float32<BITS, GROUP, MATRICES>(matrix, N, K, x, found);
   else products_of_16_bits<BITS, GROUP, MATRICES, SPLIT>(matrix, N, K, x, parts, found);
 }
 
@@ -276,11 +276,11 @@ __device__ void put_turned(const float* x, const T* weight, const float* inverse
 
 __device__ float bounded(float score) { return SOFTCAP ? SOFTCAP * tanhf(score / SOFTCAP) : score; }
 
-// Attention from qkv (B, QKV) over the keys of the cache and the token's own, whose column is the last one that is in use. The
-// text of row b begins at the column starts[b]. A unit is a head of a row and one of P parts of
-// the keys. A thread block takes UNITS at a time, each by TEAM warps; a warp takes 32 keys at a time. Part 0 includes the
-// token's own key, whose row of the cache is written too: no other thread block reads it in this step. With P = 1 the
-// outputs go to heads (B, H D), else to parts (P, B, H, STATE).
+// Attention from qkv (B, QKV) over the keys of the cache and the token's own, which comes to `column` of the cache. The text of
+// row b begins at the column starts[b]. A unit is a head of a row and one of P parts of the keys. A thread block takes UNITS
+// at a time, each by TEAM warps; a warp takes 32 keys at a time. Part 0 includes the token's own key, and writes it to the
+// cache: no other thread block reads it there in this step. With P = 1 the outputs go to heads (B, H D), else to parts
+// (P, B, H, STATE).
 __device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int column, const unsigned* starts,
                        float* parts, T* heads) {
   constexpr int OWN = D / 32;  // columns of a lane
@@ -382,9 +382,9 @@ __device__ void decode(const Layer* layers, const T* given, const float* inverse
   for (int l = 0; l < LAYERS; l++) {
     const Layer& layer = layers[l];
     put_norm(x, layer.attn_norm, layer.attn_norm_bias, row_of_x);
-    auto qkv_matrix = [&](int row, int) -> Rows {
+    auto qkv_matrix = [&](int row, int) -> Row {
       if (row < H * D) return {layer.q, row};
-      return row < (H + KV) * D ? Rows{layer.k, row - H * D} : Rows{layer.v, row - (H + KV) * D};
+      return row < (H + KV) * D ? Row{layer.k, row - H * D} : Row{layer.v, row - (H + KV) * D};
     };
     products<BITS_qkv, GROUP_qkv, 1, 8>(qkv_matrix, QKV, C, row_of_x, sums_of_warps,
                                         [&](int row, int b, const float* sums) { qkv[b * QKV + row] = sums[0]; });
@@ -396,7 +396,7 @@ __device__ void decode(const Layer* layers, const T* given, const float* inverse
     wait_for_all(arrived);
     if (P > 1) put_heads(parts, row_of_x);
     else put<H * D>(heads, row_of_x);
-    products<BITS_out, GROUP_out, 1, 16>([&](int row, int) -> Rows { return {layer.out, row}; }, C, H * D, row_of_x,
+    products<BITS_out, GROUP_out, 1, 16>([&](int row, int) -> Row { return {layer.out, row}; }, C, H * D, row_of_x,
                                          sums_of_warps,
                                          [&](int row, int b, const float* sums) {
                                            x[b * C + row] = __ldcg(x + b * C + row) + RESIDUAL * sums[0];
@@ -405,7 +405,7 @@ __device__ void decode(const Layer* layers, const T* given, const float* inverse
     wait_for_all(arrived);
     put_norm(x, layer.mlp_norm, layer.mlp_norm_bias, row_of_x);
     products<BITS_up, GROUP_up, GATED ? 2 : 1, 8>(
-        [&](int row, int i) -> Rows { return {i ? layer.gate : layer.up, row}; }, F, C, row_of_x, sums_of_warps,
+        [&](int row, int i) -> Row { return {i ? layer.gate : layer.up, row}; }, F, C, row_of_x, sums_of_warps,
         [&](int row, int b, const float* sums) { hidden[b * F + row] = T(activation(sums[0], GATED ? sums[1] : 0)); });
     if (l < LAYERS - 1) {
       prefetch<BITS_qkv>(layers[l + 1].q, H * D, C);
@@ -414,7 +414,7 @@ __device__ void decode(const Layer* layers, const T* given, const float* inverse
     }
     wait_for_all(arrived);
     put<F>(hidden, row_of_x);
-    products<BITS_down, GROUP_down, 1, 16>([&](int row, int) -> Rows { return {layer.down, row}; }, C, F, row_of_x,
+    products<BITS_down, GROUP_down, 1, 16>([&](int row, int) -> Row { return {layer.down, row}; }, C, F, row_of_x,
                                            sums_of_warps,
                                            [&](int row, int b, const float* sums) {
                                              float found = __ldcg(x + b * C + row) + RESIDUAL * sums[0];

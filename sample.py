@@ -46,7 +46,7 @@ from config import UserError, overrides
 from conversations import encode_prompt, ends_of_text, template_of
 from lora import load_adapted
 from lora import merge as merge_adapters
-from model import ON_CPU, compute_dtype, generate
+from model import compute_dtype, generate
 from rows import ENDINGS, open_text, read_rows
 from speculative import check_draft, generate_by_draft
 from tokenizer import Tokenizer
@@ -60,7 +60,7 @@ prompt = ""               # the beginning of the text, or a message; "": ask for
 max_new_tokens = 200      # tokens to generate at most
 prompts = ""              # a file of prompts, which are all continued
 out = ""                  # of --prompts: the file to write; "": standard output
-batch_size = 0            # of --prompts: texts at a time; 0: 1 on a CPU, 16 on a GPU
+batch_size = 16           # of --prompts: texts at a time
 draft = ""                # a small checkpoint that drafts tokens
 n_draft = 4               # tokens that it drafts at a time
 num_samples = 1           # texts for each prompt
@@ -95,8 +95,8 @@ if draft and (prompts or repetition_penalty != 1):
     raise UserError("--draft goes with neither --prompts nor --repetition_penalty: leave one of them out")
 if n_draft < 1:
     raise UserError("n_draft must be 1 or more")
-if batch_size < 0 or num_samples < 1:
-    raise UserError("batch_size must be 0 or more, num_samples 1 or more")
+if batch_size < 1 or num_samples < 1:
+    raise UserError("batch_size and num_samples must be 1 or more")
 
 model, meta = load_adapted(checkpoint, adapter)
 if not meta.get("tokenizer"):
@@ -197,7 +197,7 @@ def write_many(given: list[str], file):
             bar.update()
             while following < len(given) and over[following]:
                 text = texts[following].decode("utf-8", "replace")
-                text = text[:min((text.find(part) for part in stops if part in text), default=len(text))]
+                text = text[:found] if (found := end_of(text)[0]) >= 0 else text
                 print(json.dumps({"prompt": given[following], "text": text}, ensure_ascii=False), file=file, flush=True)
                 following += 1
     seconds = time.perf_counter() - began
@@ -256,7 +256,7 @@ with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() gains a history and editing)
 
 if prompts:
-    check_rows(model, batch_size or (1 if ON_CPU else 16))  # UserError, before any file is made
+    check_rows(model, batch_size)  # UserError, before any file is made
     given = read_prompts(prompts)
     if out:
         part = f"{out}.part"  # what is finished stays there if the run is stopped

@@ -46,6 +46,7 @@ def rest(p: mx.array, q: mx.array) -> mx.array:
 
 def forget(cache: Cache, offset: int):
     """Keep the first `offset` tokens of a cache."""
+    cache.layers = [*cache.layers]  # a new list, by which cpu_decode.py and gpu_decode.py see the change
     for layer in cache.layers:
         layer.length -= max(0, cache.offset - offset)
     cache.offset = min(cache.offset, offset)

@@ -10,11 +10,13 @@ import os
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+import blas  # noqa: E402, F401  (before mlx)
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx.utils import tree_map  # noqa: E402
+from decoding import build, one_by_one, tokens  # noqa: E402
 
 import model as core  # noqa: E402
 from config import UserError, overrides  # noqa: E402
@@ -41,46 +43,13 @@ GPT2 = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, block_size=1024
             mlp="gelu_tanh", bias=True, qk_norm=False)
 
 
-def build(settings: dict, bits: int, dtype: mx.Dtype) -> GPT:
-    model = GPT(GPTConfig(**dict(n_layer=3, n_head=4, n_embd=128, vocab_size=96, block_size=640) | settings))
-    rng = np.random.default_rng(0)
-    model.update(tree_map(lambda p: p + mx.array(rng.normal(0, 0.1, p.shape).astype(np.float32)), model.parameters()))
-    if bits:
-        nn.quantize(model, group_size=32, bits=bits)
-    model.set_dtype(dtype)
-    model.eval()
-    mx.eval(model.parameters())
-    return model
-
-
-def one_by_one(model: GPT, idx: mx.array, prompt: int, fast) -> tuple[np.ndarray, int]:
-    """The logits of the positions after the prompt; and how many of them gpu_decode.py computed."""
-    used, kept = [0], core.gpu_decode
-
-    class Counted:
-        @staticmethod
-        def after_blocks(*arguments):
-            y = kept.after_blocks(*arguments)
-            used[0] += y is not None
-            return y
-
-    core.gpu_decode = Counted if fast else None
-    cache, found = model.make_cache(), []
-    model(idx[:, :prompt], cache=cache)
-    for i in range(prompt, idx.shape[1]):
-        found.append(model(idx[:, i:i + 1], cache=cache))
-    core.gpu_decode = kept
-    return np.array(mx.concatenate(found, axis=1).astype(mx.float32)), used[0]
-
-
 def equal():
     bad = 0
     for n, (name, each) in enumerate(SETTINGS.items()):
         for dtype, bits, rows, prompt in ((mx.float32, 0, 1, 590), (mx.bfloat16, 0, 16, 90),
                                           (mx.float32, 4, 4, 3) if n % 2 else (mx.float16, 8, 5, 240)):
-            model = build(each, bits, dtype)
-            idx = mx.array(np.random.default_rng(rows).integers(0, 96, (rows, prompt + 40)))
-            (a, used), (b, _) = one_by_one(model, idx, prompt, True), one_by_one(model, idx, prompt, False)
+            model, idx = build(dict(n_embd=128, block_size=640) | each, bits, dtype), tokens(rows, prompt + 40)
+            (a, used), (b, _) = (one_by_one(model, idx, prompt, core.gpu_decode, fast) for fast in (True, False))
             error = np.abs(a - b).max() / np.abs(b).max()
             wrong = not error < (2e-4 if dtype == mx.float32 else 0.03) or used < 38
             bad += wrong
@@ -106,10 +75,10 @@ def speed():
                 for _ in range(rounds + 1):
                     for fast in times:
                         core.gpu_decode = kept if fast else None
-                        tokens = generate(model, prompt, 201, temperature, top_k)
-                        next(tokens)
+                        written = generate(model, prompt, 201, temperature, top_k)
+                        next(written)
                         began = time.perf_counter()
-                        for _ in tokens:
+                        for _ in written:
                             pass
                         times[fast].append((time.perf_counter() - began) / 200)
                 core.gpu_decode = kept

@@ -9,14 +9,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
-from mlx.utils import tree_map
+from decoding import build, one_by_one, tokens
 from test_cpu import near
 from test_matvec import needs_a_compiler
 
 import cpu_decode
 import matvec
 import model as core
-from model import GPT, GPTConfig, KVCache, generate
+from model import GPT, KVCache, generate
 
 pytestmark = needs_a_compiler
 
@@ -55,70 +55,37 @@ def on_cpu():
         yield
 
 
-def build(settings: dict, bits: int = 0, dtype: mx.Dtype = mx.float32) -> GPT:
-    """A small model of random weights, norms and biases included."""
-    model = GPT(GPTConfig(**dict(n_layer=3, n_head=4, n_embd=64, vocab_size=96, block_size=64) | settings))
-    rng = np.random.default_rng(0)
-    model.update(tree_map(lambda p: p + mx.array(rng.normal(0, 0.1, p.shape).astype(np.float32)), model.parameters()))
-    if bits:
-        nn.quantize(model, group_size=32, bits=bits)
-    model.set_dtype(dtype)
-    model.eval()
-    return model
-
-
-def tokens(rows: int, length: int) -> mx.array:
-    return mx.array(np.random.default_rng(rows).integers(0, 96, (rows, length)))
-
-
-def one_by_one(model: GPT, idx: mx.array, prompt: int, monkeypatch) -> tuple[np.ndarray, int]:
-    """Logits of the positions after a prompt, read one at a time, and how many of them cpu_decode.py computed."""
-    used, after_blocks = [], cpu_decode.after_blocks
-
-    def counted(*arguments):
-        used.append(after_blocks(*arguments))
-        return used[-1]
-
-    monkeypatch.setattr(cpu_decode, "after_blocks", counted)
-    cache, logits = model.make_cache(), []
-    model(idx[:, :prompt], cache=cache)
-    for i in range(prompt, idx.shape[1]):
-        logits.append(model(idx[:, i:i + 1], cache=cache))
-    assert cache.offset == idx.shape[1] and getattr(cache.layers[0], "length", cache.offset) == cache.offset
-    return np.array(mx.concatenate(logits, axis=1).astype(mx.float32)), sum(y is not None for y in used)
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(name, rows, monkeypatch):
     """Every setting that it knows, in a cache that grows at positions 16, 32 and 48, which model.py does."""
     monkeypatch.setattr(KVCache, "STEP", 16)
     model, idx = build(SETTINGS[name]), tokens(rows, 60)
-    found, used = one_by_one(model, idx, 5, monkeypatch)
+    found, used = one_by_one(model, idx, 5, cpu_decode)
     grows = 3 if model.config.window_pattern != "S" or not model.config.sliding_window else 0
     assert used == 55 - grows
     assert near(found, model(idx)[:, 5:], 2e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_packed(bits, monkeypatch):
+def test_packed(bits):
     model, idx = build(SETTINGS["Qwen2"] | dict(ffn_dim=96), bits), tokens(2, 40)
-    found, used = one_by_one(model, idx, 1, monkeypatch)
+    found, used = one_by_one(model, idx, 1, cpu_decode)
     assert used == 39 and near(found, model(idx)[:, 1:], 2e-5)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_weights_of_16_bits(dtype, monkeypatch):
+def test_weights_of_16_bits(dtype):
     model, idx = build(SETTINGS["Llama 3.1"], dtype=dtype), tokens(1, 30)
     model.compute_dtype = mx.float32
-    found, used = one_by_one(model, idx, 3, monkeypatch)
+    found, used = one_by_one(model, idx, 3, cpu_decode)
     assert used == 27 and near(found, model(idx)[:, 3:], 2e-5)
 
 
 @pytest.mark.parametrize("name", NOT_KNOWN)
-def test_settings_that_it_does_not_know(name, monkeypatch):
+def test_settings_that_it_does_not_know(name):
     model, idx = build(NOT_KNOWN[name]), tokens(1, 20)
-    found, used = one_by_one(model, idx, 5, monkeypatch)
+    found, used = one_by_one(model, idx, 5, cpu_decode)
     assert used == 0 and np.isfinite(found).all()
 
 
@@ -143,8 +110,8 @@ def changed(change: str) -> GPT:
 
 @pytest.mark.parametrize("change", ["training", "bfloat16", "another class of layer", "another class of attention",
                                     "columns in another order", "mxfp4"])
-def test_models_that_it_does_not_know(change, monkeypatch):
-    assert one_by_one(changed(change), tokens(1, 12), 5, monkeypatch)[1] == 0
+def test_models_that_it_does_not_know(change):
+    assert one_by_one(changed(change), tokens(1, 12), 5, cpu_decode)[1] == 0
 
 
 def test_where_it_is_not_used(monkeypatch):
@@ -160,7 +127,7 @@ def test_where_it_is_not_used(monkeypatch):
     model(idx[:, :5], cache=cache), mx.eval(model(idx[:, 5:7], cache=cache))
 
 
-def test_other_ways_between(monkeypatch):
+def test_other_ways_between():
     """Positions that model.py computes between those of cpu_decode.py: with a tap, and several at a time."""
     model, idx, cache, logits = build(SETTINGS["Gemma 3"]), tokens(1, 30), None, []
     cache = model.make_cache()
@@ -176,7 +143,7 @@ def test_long_contexts_and_threads(monkeypatch):
     model = build(SETTINGS["Qwen2"] | dict(block_size=2048, n_layer=2))
     idx = tokens(1, 1500)
     monkeypatch.setattr(matvec, "threads", lambda: 4)
-    found, used = one_by_one(model, idx, 1480, monkeypatch)
+    found, used = one_by_one(model, idx, 1480, cpu_decode)
     assert used == 20 and near(found, model(idx)[:, 1480:], 2e-5)
 
 
@@ -211,7 +178,7 @@ def test_no_memory(monkeypatch):
 
     model, idx = build({}), tokens(1, 20)
     monkeypatch.setattr(matvec, "library", lambda: Failing)
-    found, used = one_by_one(model, idx, 5, monkeypatch)
+    found, used = one_by_one(model, idx, 5, cpu_decode)
     assert used == 14 and near(found, model(idx)[:, 5:], 2e-5)
 
 

@@ -7,21 +7,23 @@ import subprocess
 import sys
 
 import blas  # noqa: F401  (before mlx)
+import decoding
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
-from mlx.utils import tree_flatten, tree_map
+from decoding import one_by_one, tokens
+from mlx.utils import tree_flatten
 
 import gpu_decode
 import matvec
 import model as core
 from batching import generate_many
-from model import GPT, GPTConfig
+from model import GPT
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
-                                reason="no g++, or not Linux")
+compiles = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
+                              reason="no g++, or not Linux")  # where g++ is and the kernels do not compile, tests fail
 BLOCKS = 3
 SETTINGS = {
     "default": {},
@@ -73,36 +75,7 @@ def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
 
 
 def build(settings: dict, bits: int = 0, dtype: mx.Dtype = mx.float32) -> GPT:
-    """A small model of random weights, norms and biases included."""
-    model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=64, vocab_size=96, block_size=640) | settings))
-    rng = np.random.default_rng(0)
-    model.update(tree_map(lambda p: p + mx.array(rng.normal(0, 0.1, p.shape).astype(np.float32)), model.parameters()))
-    if bits:
-        nn.quantize(model, group_size=32, bits=bits)
-    model.set_dtype(dtype)
-    model.eval()
-    return model
-
-
-def tokens(rows: int, length: int) -> mx.array:
-    return mx.array(np.random.default_rng(rows).integers(0, 96, (rows, length)))
-
-
-def one_by_one(model: GPT, idx: mx.array, prompt: int, monkeypatch, fast: bool = True) -> tuple[np.ndarray, int]:
-    """Logits of the positions after a prompt, read one at a time, and how many of them gpu_decode.py computed."""
-    used, after_blocks = [], gpu_decode.after_blocks
-
-    def counted(*arguments):
-        used.append(after_blocks(*arguments) if fast else None)
-        return used[-1]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(gpu_decode, "after_blocks", counted)
-        cache, found = model.make_cache(), []
-        model(idx[:, :prompt], cache=cache)
-        for i in range(prompt, idx.shape[1]):
-            found.append(model(idx[:, i:i + 1], cache=cache))
-    return np.array(mx.concatenate(found, axis=1).astype(mx.float32)), sum(y is not None for y in used)
+    return decoding.build(dict(n_layer=2, n_head=2, block_size=640) | settings, bits, dtype)
 
 
 CASES = [(name, mx.float32, 0, 1, 20) for name in SETTINGS] + [
@@ -110,19 +83,20 @@ CASES = [(name, mx.float32, 0, 1, 20) for name in SETTINGS] + [
     ("Granite", mx.bfloat16, 8, 9, 30), ("default", mx.float32, 4, 4, 300)]
 
 
+@compiles
 @pytest.mark.parametrize("name, dtype, bits, rows, prompt", CASES, ids=str)
-def test_as_model(name, dtype, bits, rows, prompt, monkeypatch):
+def test_as_model(name, dtype, bits, rows, prompt):
     """Architectures, formats, batches; few keys and more than the warps take at a time."""
     model = build(SETTINGS[name], bits, dtype)
     idx = tokens(rows, prompt + 4)
-    plain, none = one_by_one(model, idx, prompt, monkeypatch, fast=False)
-    found, used = one_by_one(model, idx, prompt, monkeypatch)
+    plain, none = one_by_one(model, idx, prompt, gpu_decode, fast=False)
+    found, used = one_by_one(model, idx, prompt, gpu_decode)
     assert used == 4 and none == 0
     if dtype == mx.float32:
         assert np.abs(found - plain).max() < 2e-5 * np.abs(plain).max()
     else:  # as near to what the weights give in float32
         model.set_dtype(mx.float32)
-        exact, _ = one_by_one(model, idx, prompt, monkeypatch, fast=False)
+        exact, _ = one_by_one(model, idx, prompt, gpu_decode, fast=False)
         assert np.abs(found - exact).max() < 1.3 * np.abs(plain - exact).max() < 0.1 * np.abs(exact).max()
 
 
@@ -133,13 +107,13 @@ def test_as_model(name, dtype, bits, rows, prompt, monkeypatch):
     dict(alibi=True), dict(sliding_window=8), dict(diff_attn=True), dict(n_expert=4, ffn_dim=32), dict(mod="topk"),
     dict(yoco=True), dict(value_residual=True), dict(value_embeds=True), dict(sink_logits=True), dict(parallel=True),
     dict(norm_place="both"), dict(qk_norm_width=True), dict(mlp="swiglu_clip"), dict(head_dim=24)], ids=str)
-def test_not_known(settings, monkeypatch):
+def test_not_known(settings):
     """Settings that it does not know, and logits that do not change."""
     model, idx = build(settings), tokens(1, 12)
-    assert one_by_one(model, idx, 8, monkeypatch)[1] == 0
+    assert one_by_one(model, idx, 8, gpu_decode)[1] == 0
 
 
-def test_blocks_that_differ(monkeypatch):
+def test_blocks_that_differ():
     """Matrices of one kind in several formats, weights in another dtype, a layer of another class, training."""
     mixed = build({})
     nn.quantize(mixed.blocks[1], 32, 4)
@@ -149,14 +123,27 @@ def test_blocks_that_differ(monkeypatch):
     other.blocks[1].attn.q = type("Other", (core.Linear,), {})(64, 64, bias=False)
     training = build({}).train()
     for model in (mixed, wide, other, training):
-        assert one_by_one(model, tokens(1, 12), 8, monkeypatch)[1] == 0
-    assert one_by_one(build({}), tokens(5, 12), 8, monkeypatch)[1] == 0  # rows in float32
+        assert one_by_one(model, tokens(1, 12), 8, gpu_decode)[1] == 0
+    assert one_by_one(build({}), tokens(5, 12), 8, gpu_decode)[1] == 0  # rows in float32
+
+
+def test_without_the_kernels(monkeypatch, tmp_path):
+    """Where gpu_decode.cu is missing, or the GPU or the driver is, model.py computes."""
+    def no_driver():
+        raise OSError("no libcuda")
+
+    changes = {"__file__": str(tmp_path / "gpu_decode.py"), "device": no_driver, "on_gpu": lambda: False}
+    for what, value in changes.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu_decode, what, value)
+            assert one_by_one(build({}), tokens(1, 12), 8, gpu_decode)[1] == 0
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 
-def test_between_positions_of_the_model(monkeypatch):
+@compiles
+def test_between_positions_of_the_model():
     """Positions that model.py computes between those of gpu_decode.py: with a tap, several at a time, and where the
     cache must grow; and another cache of the same model in turn."""
     model, idx = build({}), tokens(1, 300)
@@ -174,6 +161,7 @@ def test_between_positions_of_the_model(monkeypatch):
         assert np.abs(np.array(one.keys - two.keys)[:, :, :261]).max() < 1e-5
 
 
+@compiles
 def test_many_texts(monkeypatch):
     """Rows whose texts begin at different columns, and which are refilled: batching.py."""
     model, used, after_blocks = build({}), [], gpu_decode.after_blocks
@@ -192,7 +180,8 @@ def test_many_texts(monkeypatch):
     assert texts == expected and sum(y is not None for y in used) > 6
 
 
-def test_weights_are_what_they_were(monkeypatch):
+@compiles
+def test_weights_are_what_they_were():
     """The weights become parts of one buffer for each block, and keep their names, numbers, shapes and dtypes; a second
     cache has no second buffer; a changed weight counts for the next cache."""
     model, idx = build({}, bits=4), tokens(1, 12)
@@ -207,8 +196,8 @@ def test_weights_are_what_they_were(monkeypatch):
     one, two = (gpu_decode.PLANS[cache].weights for cache in (first, second))
     assert all(a is b for a, b in zip(one, two, strict=True))
     model.blocks[1].attn_norm.weight = model.blocks[1].attn_norm.weight * 2
-    expected, _ = one_by_one(model, idx, 8, monkeypatch, fast=False)
-    found, used = one_by_one(model, idx, 8, monkeypatch)
+    expected, _ = one_by_one(model, idx, 8, gpu_decode, fast=False)
+    found, used = one_by_one(model, idx, 8, gpu_decode)
     assert used == 4 and np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 

@@ -295,7 +295,7 @@ def test_draft(writer, tmp_path):
 # ---- many prompts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 2])
 def test_prompts(writer, tmp_path, batch_size):
     """A row for each prompt of a file, in their order, is what the prompt alone gives; blank lines are left out."""
     prompts = ["once upon", "a", "the end, " * 12, "once upon", "in the"]

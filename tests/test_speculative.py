@@ -7,7 +7,7 @@ from test_batching import build, prompts_of
 
 from config import UserError
 from model import GPT, GPTConfig, generate
-from speculative import check_draft, generate_by_draft, kept_share, rest
+from speculative import check_draft, forget, generate_by_draft, kept_share, rest
 
 SETTINGS = {
     "default": {}, "GPT-2": dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False),
@@ -71,6 +71,24 @@ def test_sampling():
         count = np.bincount(found, minlength=40)
         assert not count[p == 0].any()
         assert np.abs(count / len(found) - p).max() < 4 * np.sqrt(0.25 / len(found))
+
+
+def test_forget():
+    """Positions that are forgotten and read again, by the code for one position and by that for several: both see what
+    the other one has written."""
+    model, ids = build({}), mx.array([prompts_of([20])[0]])
+    cache, changed = model.make_cache(), (ids + 1) % 40
+    model(ids[:, :5], cache=cache)
+    for i in range(5, 9):
+        model(changed[:, i:i + 1], cache=cache)
+    forget(cache, 7)
+    assert cache.offset == 7 and {layer.length for layer in cache.layers} == {7}
+    forget(cache, 12)  # more than there is
+    assert cache.offset == 7
+    model(ids[:, 7:9], cache=cache)
+    found = model(ids[:, 9:10], cache=cache)[0, -1]
+    whole = mx.concatenate([ids[:, :5], changed[:, 5:7], ids[:, 7:10]], axis=1)
+    assert np.abs(np.array(found - model(whole)[0, -1])).max() < 1e-5
 
 
 def test_settings():
