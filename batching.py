@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from config import UserError
-from model import GPT, PADDING, Cache, KVCache, filtered
+from model import GPT, PADDING, Cache, KVCache, sample_token
 
 SPARE = 256  # columns that no text needs, before they are dropped
 
@@ -150,12 +150,9 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
             logits = mx.where(seen, less, logits)
         if n_vocab:
             logits = mx.where(padding, -mx.inf, logits)
-        if temperature == 0:
-            return mx.argmax(logits, axis=-1).tolist()
         both = mx.vmap(mx.random.split)(keys[mx.array(rows)])  # a key for each text
         keys[mx.array(rows)] = both[:, 0]
-        noise = mx.vmap(lambda key: mx.random.gumbel((V,), key=key))(both[:, 1])  # with it, the largest one is a draw
-        return mx.argmax(filtered(logits, temperature, top_k, top_p, min_p) + noise, axis=-1).tolist()
+        return sample_token(logits, both[:, 1], temperature, top_k, top_p, min_p).tolist()
 
     def added(rows: list[int], tokens: list[int]) -> Iterator:
         for row, token in zip(rows, tokens, strict=True):

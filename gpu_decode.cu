@@ -1,13 +1,13 @@
-// One position through the blocks of a model on an NVIDIA GPU: gpu_decode.py compiles it and says what it knows. All blocks
-// are one kernel, in whose steps the thread blocks wait for each other, since a kernel of its own for each of the 20 small
+// The logits of one position on an NVIDIA GPU: gpu_decode.py compiles it and says what it knows. All operations are one
+// kernel, in whose steps the thread blocks wait for each other, since a kernel of its own for each of the 20 small
 // operations of a block costs more time than the arithmetic.
 //
-// Shapes: B rows, C = n_embd, H heads, KV key/value heads, D = head_dim, F = ffn_dim, ROOM positions of the cache, P parts
-// of its keys. Activations between steps are float32, in device memory: other thread blocks read them by __ldcg, since
-// the first-level cache may hold what was there before.
+// Shapes: B rows, C = n_embd, H heads, KV key/value heads, D = head_dim, F = ffn_dim, V = vocab_size, ROOM positions of the
+// cache, P parts of its keys. Activations between steps are float32, in device memory: other thread blocks read them by
+// __ldcg, since the first-level cache may hold what was there before.
 
 constexpr int WARPS = THREADS / 32, WIDEST = C > F ? (C > H * D ? C : H * D) : (F > H * D ? F : H * D);
-constexpr int STRIDE = WIDEST + 16;  // of rows in shared memory, which are not to be in the same banks
+constexpr int STRIDE = WIDEST + (WIDEST % 64 ? 0 : 32);  // of rows in shared memory, which are not to be in the same banks
 constexpr int QKV = (H + 2 * KV) * D, STATE = D + 2;  // STATE: of a part of attention: weighted values, maximum, sum
 constexpr float LOWEST = -1e30f;
 
@@ -26,13 +26,16 @@ struct Layer {  // in the order of of_block() in gpu_decode.py
   T *keys, *values;
 };
 
-// Where a layer's arrays are: in one buffer, at OFFSETS.
-__device__ void find(Layer& layer, const void* weights, const T* cache) {
-  const void** to = (const void**)&layer;
-  for (int i = 0; i < sizeof(OFFSETS) / sizeof(OFFSETS[0]); i++)
-    to[i] = OFFSETS[i] < 0 ? nullptr : (const char*)weights + OFFSETS[i];
-  layer.keys = (T*)cache;
-  layer.values = layer.keys + (size_t)B * KV * ROOM * D;
+struct Ends {  // what comes before and after the blocks, in the order of of_ends()
+  const T *norm, *norm_bias, *positions;
+  Matrix embed, head;
+};
+
+// Where arrays are: in one buffer, at offsets in bytes; -1: there is none.
+template <typename Arrays, int N>
+__device__ void find(Arrays& arrays, const void* buffer, const long long (&offsets)[N]) {
+  for (int i = 0; i < N; i++)
+    ((const void**)&arrays)[i] = offsets[i] < 0 ? nullptr : (const char*)buffer + offsets[i];
 }
 
 __device__ float number(float x) { return x; }
@@ -45,11 +48,11 @@ struct alignas(N * sizeof(U) % 16 == 0 ? 16 : N * sizeof(U) % 8 == 0 ? 8 : N % 2
 };
 
 #ifndef ON_CPU  // a test of these kernels, tests/cuda_on_cpu.h, has its own definitions
-// c (16, 8) += rows of x (16, 16) times rows of a matrix (8, 16): see products_of_16_bits
-#define MULTIPLY(type)                                                                                                   \
+// c (16, 8) += rows of x (16, 16), low and high, times rows w of a matrix (8, 16): see products_of_16_bits
+#define MULTIPLY(type, low0, high0, low1, high1, w0, w1)                                                                 \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "       \
       "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
-      : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(w.x), "r"(w.y))
+      : "r"(low0), "r"(high0), "r"(low1), "r"(high1), "r"(w0), "r"(w1))
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
 #define DYNAMIC_SHARED extern __shared__ float4 shared[]
 #endif
@@ -92,12 +95,13 @@ typedef float Sums[WARPS][16][8];  // of warps: 16 rows of x by 8 of a matrix
 
 __device__ float bias_of(const Matrix& m, int row) { return m.bias ? number(((const T*)m.bias)[row]) : 0; }
 
-// For each row of MATRICES matrices (N, K), found(row, b, sums) with their products with row b of x (B, STRIDE): in float32.
-// A warp takes a row, and the lanes take eight neighbouring columns each. Neighbouring rows are in different thread blocks,
-// since a step may have fewer rows than there are warps.
-template <int BITS, int GROUP, int MATRICES, typename Matrices, typename Found>
-__device__ void products_of_float32(Matrices matrix, int N, int K, const T* x, Found found) {
+// For each row of MATRICES matrices (N, K), found(row, b, sums) with their products with row b of x (B, STRIDE), which
+// input() puts there: in float32. A warp takes a row, and the lanes take eight neighbouring columns each. Neighbouring rows
+// are in different thread blocks, since a step may have fewer rows than there are warps.
+template <int BITS, int GROUP, int MATRICES, int N, int K, typename Matrices, typename Input, typename Found>
+__device__ void products_of_float32(Matrices matrix, const T* x, Input input, Found found) {
   int lane = threadIdx.x % 32;
+  input();
   for (int row = blockIdx.x + gridDim.x * (threadIdx.x / 32); row < N; row += gridDim.x * WARPS) {
     float sums[MATRICES][B] = {}, own[MATRICES];
     for (int i = 0; i < MATRICES; i++) {
@@ -122,59 +126,110 @@ __device__ void products_of_float32(Matrices matrix, int N, int K, const T* x, F
   }
 }
 
+// How many warps share the K columns of a group of 8 rows, so that the warps of all thread blocks have few steps to do.
+__device__ constexpr int warps_of_group(int N, int K) {
+  int best = 1, least = 1 << 30;
+  for (int warps = 1; warps <= WARPS; warps *= 2) {
+    int at_once = BLOCKS * (WARPS / warps), rounds = (N / 8 + at_once - 1) / at_once, steps = (K / 32 + warps - 1) / warps;
+    if (rounds * (steps + 4) < least) least = rounds * (steps + 4), best = warps;
+  }
+  return best;
+}
+
+// Eight neighbouring weights of a row as they are stored.
+template <int BITS>
+struct Stored {
+  Several<uint8_t, BITS> bytes;
+  T scale, bias;
+};
+
+template <int BITS, int GROUP>
+__device__ void fetch(const Matrix& m, size_t at, Stored<BITS>& to) {
+  to.bytes = *(const Several<uint8_t, BITS>*)((const uint8_t*)m.weight + at * BITS / 8);
+  if (BITS < 16) to.scale = ((const T*)m.scales)[at / GROUP], to.bias = ((const T*)m.biases)[at / GROUP];
+}
+
+template <int BITS>
+__device__ uint4 in_16_bits(const Stored<BITS>& stored) {
+  if constexpr (BITS == 16) return *(const uint4*)&stored.bytes;
+  Several<T, 8> all;
+  for (int i = 0; i < 8; i++)
+    all.x[i] = T(number(stored.scale) * (stored.bytes.x[i * BITS / 8 % BITS] >> i * BITS % 8 & ((1 << BITS % 16) - 1)) +
+                 number(stored.bias));
+  return *(const uint4*)&all;
+}
+
 // The same in 16 bits, by tensor cores. A thread block takes WARPS / SPLIT groups of 8 rows at a time, and SPLIT warps share
-// the K columns of a group. A warp multiplies 16 columns at a time: 16 rows of x, of which B are there, by 8 of the matrix. Its
-// lane holds four neighbouring columns of row lane / 4 of the matrix, and of rows lane / 4 and lane / 4 + 8 of x. The
-// instruction has another order of columns, which is no matter for a sum.
-template <int BITS, int GROUP, int MATRICES, int SPLIT, typename Matrices, typename Found>
-__device__ void products_of_16_bits(Matrices matrix, int N, int K, const T* x, Sums* parts, Found found) {
-  constexpr int SLOTS = WARPS / SPLIT;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = lane / 4, k0 = (warp % SPLIT * 4 + lane % 4) * 4;
-  for (int first = blockIdx.x; first < N / 8; first += gridDim.x * SLOTS) {
-    int group = first + gridDim.x * (warp / SPLIT);
-    for (int i = 0; i < MATRICES && group < N / 8; i++) {
-      float c[4] = {};
-      auto [m, r] = matrix(group * 8 + n, i);
-#pragma unroll 4
-      for (int k = k0; k < K; k += SPLIT * 16) {
-        uint2 w, low = *(const uint2*)(x + min(n, B - 1) * STRIDE + k), high = {};
-        if (B > 8) high = *(const uint2*)(x + min(n + 8, B - 1) * STRIDE + k);
-        if constexpr (BITS == 16) {
-          w = *(const uint2*)((const T*)m.weight + (size_t)r * K + k);
-        } else {
-          float four[4];
-          weights<BITS, GROUP>(m, r, k, K, four);
-          Several<T, 4> rounded = {{T(four[0]), T(four[1]), T(four[2]), T(four[3])}};
-          w = *(const uint2*)&rounded;
-        }
-        if constexpr (HALF) MULTIPLY("f16");
-        else MULTIPLY("bf16");
+// the K columns of a group. A warp multiplies 32 columns at a time: 16 rows of x, of which B are there, by 8 of the matrix. Its
+// lane holds eight neighbouring columns of row lane / 4 of the matrix, and of rows lane / 4 and lane / 4 + 8 of x. The
+// instruction has another order of columns, which is no matter for a sum. The first weights are fetched before input(), in
+// which the thread blocks wait for each other.
+template <int BITS, int GROUP, int MATRICES, int N, int K, typename Matrices, typename Input, typename Found>
+__device__ void products_of_16_bits(Matrices matrix, const T* x, Sums* parts, Input input, Found found) {
+  constexpr int SPLIT = warps_of_group(N, K), SLOTS = WARPS / SPLIT, GROUPS = (N + 7) / 8;
+  constexpr int STEPS = (K / 32 + SPLIT - 1) / SPLIT, SOME = STEPS < 8 / MATRICES ? STEPS : 8 / MATRICES;
+  Stored<BITS> stored[MATRICES][SOME];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = lane / 4, k0 = (warp % SPLIT * 4 + lane % 4) * 8;
+  auto fetch_some = [&](int group, int step) {
+    if (group < GROUPS)
+      for (int i = 0; i < MATRICES; i++) {
+        auto [m, r] = matrix(min(group * 8 + n, N - 1), i);
+#pragma unroll
+        for (int s = 0; s < SOME; s++)
+          if (int k = k0 + (step + s) * SPLIT * 32; k < K) fetch<BITS, GROUP>(m, (size_t)r * K + k, stored[i][s]);
       }
+  };
+  fetch_some(blockIdx.x + gridDim.x * (warp / SPLIT), 0);
+  input();
+  for (int first = blockIdx.x; first < GROUPS; first += gridDim.x * SLOTS) {
+    int group = first + gridDim.x * (warp / SPLIT);
+    float sums[MATRICES][4] = {};
+    for (int step = 0; step < STEPS; step += SOME) {
+      if (step || first >= gridDim.x) fetch_some(group, step);
+      for (int i = 0; i < MATRICES; i++) {
+        float(&c)[4] = sums[i];
+#pragma unroll
+        for (int s = 0; s < SOME; s++) {
+          int k = k0 + (step + s) * SPLIT * 32;
+          if (k - lane % 4 * 8 >= K) continue;
+          uint4 w = in_16_bits(stored[i][s]), low = *(const uint4*)(x + min(n, B - 1) * STRIDE + k), high = {};
+          if (B > 8) high = *(const uint4*)(x + min(n + 8, B - 1) * STRIDE + k);
+          if constexpr (HALF) {
+            MULTIPLY("f16", low.x, high.x, low.y, high.y, w.x, w.y);
+            MULTIPLY("f16", low.z, high.z, low.w, high.w, w.z, w.w);
+          } else {
+            MULTIPLY("bf16", low.x, high.x, low.y, high.y, w.x, w.y);
+            MULTIPLY("bf16", low.z, high.z, low.w, high.w, w.z, w.w);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < MATRICES; i++) {
       float2* to = (float2*)&parts[i][warp][n][lane % 4 * 2];
-      to[0] = {c[0], c[1]};
-      to[32] = {c[2], c[3]};  // eight rows of x further on
+      to[0] = {sums[i][0], sums[i][1]};
+      to[32] = {sums[i][2], sums[i][3]};  // eight rows of x further on
     }
     __syncthreads();
     for (int t = threadIdx.x; t < SLOTS * B * 8; t += THREADS) {
       int slot = t / (B * 8), b = t / 8 % B, row = (first + gridDim.x * slot) * 8 + t % 8;
       if (row >= N) continue;
-      float sums[MATRICES];
+      float all[MATRICES];
       for (int i = 0; i < MATRICES; i++) {
         auto [m, r] = matrix(row, i);
-        sums[i] = bias_of(m, r);
+        all[i] = bias_of(m, r);
 #pragma unroll
-        for (int w = 0; w < SPLIT; w++) sums[i] += parts[i][slot * SPLIT + w][b][t % 8];
+        for (int w = 0; w < SPLIT; w++) all[i] += parts[i][slot * SPLIT + w][b][t % 8];
       }
-      found(row, b, sums);
+      found(row, b, all);
     }
     __syncthreads();
   }
 }
 
-template <int BITS, int GROUP, int MATRICES, int SPLIT, typename Matrices, typename Found>
-__device__ void products(Matrices matrix, int N, int K, const T* x, Sums* parts, Found found) {
-  if constexpr (sizeof(T) == 4) products_of_float32<BITS, GROUP, MATRICES>(matrix, N, K, x, found);
-  else products_of_16_bits<BITS, GROUP, MATRICES, SPLIT>(matrix, N, K, x, parts, found);
+template <int BITS, int GROUP, int MATRICES, int N, int K, typename Matrices, typename Input, typename Found>
+__device__ void products(Matrices matrix, const T* x, Sums* parts, Input input, Found found) {
+  if constexpr (sizeof(T) == 4) products_of_float32<BITS, GROUP, MATRICES, N, K>(matrix, x, input, found);
+  else products_of_16_bits<BITS, GROUP, MATRICES, N, K>(matrix, x, parts, input, found);
 }
 
 // Begins to bring a matrix from memory to the second-level cache, while thread blocks wait.
@@ -183,6 +238,17 @@ __device__ void prefetch(const Matrix& m, int N, int K) {
   size_t bytes = (size_t)N * K * BITS / 8;
   for (size_t at = (blockIdx.x * THREADS + threadIdx.x) * (size_t)128; at < bytes; at += gridDim.x * THREADS * (size_t)128)
     PREFETCH((const char*)m.weight + at);
+}
+
+// The same for what all thread blocks read: norms and biases of a layer.
+__device__ void prefetch_vectors(const Layer& layer) {
+  const T* vectors[] = {layer.attn_norm, layer.attn_norm_bias, layer.mlp_norm, layer.mlp_norm_bias, (const T*)layer.q.bias,
+                        (const T*)layer.k.bias, (const T*)layer.v.bias, (const T*)layer.out.bias, (const T*)layer.gate.bias,
+                        (const T*)layer.up.bias, (const T*)layer.down.bias};
+  constexpr int SIZES[] = {C, C, C, C, H * D, KV * D, KV * D, C, F, F, C};
+  for (int i = blockIdx.x; i < sizeof(SIZES) / sizeof(SIZES[0]); i += gridDim.x)
+    for (int at = threadIdx.x * 128 / sizeof(T); vectors[i] && at < SIZES[i]; at += THREADS * 128 / sizeof(T))
+      PREFETCH(vectors[i] + at);
 }
 
 // ---- the input of a product, put into shared memory ---------------------------------------------------------------
@@ -201,9 +267,12 @@ __device__ void put_norm(const float* x, const T* weight, const T* bias, T* y) {
     return sum;
   };
   float numbers[EACH][4], mean = 0, squares = 0;
+  Several<T, 4> w[EACH], more[EACH] = {};
 #pragma unroll
   for (int i = 0; i < EACH; i++)
     if (first + STEP * i < C / 4) {
+      w[i] = ((const Several<T, 4>*)weight)[first + STEP * i];
+      if (bias) more[i] = ((const Several<T, 4>*)bias)[first + STEP * i];
       float4 four = __ldcg((const float4*)(x + b * C) + first + STEP * i);
       numbers[i][0] = four.x, numbers[i][1] = four.y, numbers[i][2] = four.z, numbers[i][3] = four.w;
       mean += four.x + four.y + four.z + four.w;
@@ -216,9 +285,9 @@ __device__ void put_norm(const float* x, const T* weight, const T* bias, T* y) {
 #pragma unroll
   for (int i = 0; i < EACH; i++)
     if (first + STEP * i < C / 4) {
-      Several<T, 4> w = ((const Several<T, 4>*)weight)[first + STEP * i], more = {}, found;
-      if (bias) more = ((const Several<T, 4>*)bias)[first + STEP * i];
-      for (int c = 0; c < 4; c++) found.x[c] = T((numbers[i][c] - mean) * scale * number(w.x[c]) + number(more.x[c]));
+      Several<T, 4> found;
+      for (int c = 0; c < 4; c++)
+        found.x[c] = T((numbers[i][c] - mean) * scale * number(w[i].x[c]) + number(more[i].x[c]));
       ((Several<T, 4>*)(y + b * STRIDE))[first + STEP * i] = found;
     }
   __syncthreads();
@@ -274,7 +343,7 @@ __device__ void put_turned(const float* x, const T* weight, const float* inverse
   __syncwarp();
 }
 
-__device__ float bounded(float score) { return SOFTCAP ? SOFTCAP * tanhf(score / SOFTCAP) : score; }
+__device__ float bounded(float score) { return ATTN_SOFTCAP ? ATTN_SOFTCAP * tanhf(score / ATTN_SOFTCAP) : score; }
 
 // Attention from qkv (B, QKV) over the keys of the cache and the token's own, which comes to `column` of the cache. The text of
 // row b begins at the column starts[b]. A unit is a head of a row and one of P parts of the keys. A thread block takes UNITS
@@ -283,7 +352,7 @@ __device__ float bounded(float score) { return SOFTCAP ? SOFTCAP * tanhf(score /
 // (P, B, H, STATE).
 __device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int column, const unsigned* starts,
                        float* parts, T* heads) {
-  constexpr int OWN = D / 32;  // columns of a lane
+  constexpr int OWN = D / 32, FIT = 4096 / D / sizeof(T), EARLY = FIT < 32 ? FIT : 32;  // columns of a lane; early values
   constexpr int UNITS = B * H * P > 2 * BLOCKS ? 4 : B * H * P > BLOCKS ? 2 : 1, TEAM = WARPS / UNITS;
   __shared__ float queries[UNITS][D], own_keys[UNITS][D], states[WARPS][STATE];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % TEAM, slot = threadIdx.x / 32 / TEAM;
@@ -310,7 +379,12 @@ __device__ void attend(const Layer& layer, const float* qkv, const float* invers
         values[(size_t)column * D + c] = T(__ldcg(v + c));
       }
     }
-    for (int first = start + (p * TEAM + warp) * 32; works && first < column; first += P * TEAM * 32) {
+    for (int first = start + (warp * P + p) * 32; works && first < column; first += P * TEAM * 32) {
+      int count = min(32, column - first);
+      const T* value_row = values + (size_t)first * D + lane * OWN;
+      Several<T, OWN> some[EARLY];  // fetched while scores are computed. Beyond count: the last row, times 0
+#pragma unroll
+      for (int j = 0; j < EARLY; j++) some[j] = *(const Several<T, OWN>*)(value_row + min(j, count - 1) * D);
       float score = LOWEST;
       if (first + lane < column) {
         const T* row = keys + (size_t)(first + lane) * D;
@@ -329,13 +403,16 @@ __device__ void attend(const Layer& layer, const float* qkv, const float* invers
       top = highest;
       sum = sum * shrink + sum_of_warp(weight);
       for (int i = 0; i < OWN; i++) value[i] *= shrink;
-      int count = min(32, column - first);
-      const T* row = values + (size_t)first * D + lane * OWN;
-#pragma unroll 16
-      for (int j = 0; j < 32; j++) {  // beyond count, the last row times 0: a loop of known length has its loads together
+#pragma unroll
+      for (int j = 0; j < EARLY; j++) {
         float w = __shfl_sync(~0u, weight, j);
-        Several<T, OWN> some = *(const Several<T, OWN>*)(row + min(j, count - 1) * D);
-        for (int i = 0; i < OWN; i++) value[i] += w * number(some.x[i]);
+        for (int i = 0; i < OWN; i++) value[i] += w * number(some[j].x[i]);
+      }
+#pragma unroll 16
+      for (int j = EARLY; j < 32; j++) {  // a loop of known length has its loads together
+        float w = __shfl_sync(~0u, weight, j);
+        Several<T, OWN> one = *(const Several<T, OWN>*)(value_row + min(j, count - 1) * D);
+        for (int i = 0; i < OWN; i++) value[i] += w * number(one.x[i]);
       }
     }
     for (int i = 0; i < OWN; i++) states[slot * TEAM + warp][lane * OWN + i] = value[i];
@@ -367,61 +444,86 @@ __device__ float activation(float x, float gate) {
   return ACTIVATION == 2 ? y : x * y;
 }
 
-// given (B, C): the residual stream of one position; y: after all blocks. state: for wait_for_all; the column of
-// the cache, which grows by 1; and the columns at which the rows' texts begin. buffer: the activations between steps.
-__device__ void decode(const Layer* layers, const T* given, const float* inverse, unsigned* state, float* buffer, T* y) {
+// logits (B, V) of the position whose tokens are ids (B,). state: for wait_for_all; the column of the cache, which grows
+// by 1; and the columns at which the rows' texts begin. buffer: the activations between steps.
+__device__ void decode(const Layer* layers, const Ends& ends, const unsigned* ids, const float* inverse, unsigned* state,
+                       float* buffer, T* logits) {
   DYNAMIC_SHARED;
   T* row_of_x = (T*)shared;  // (B, STRIDE)
   float *x = buffer, *qkv = x + B * C, *parts = qkv + B * QKV;
   T *heads = (T*)(parts + (P * B * H * STATE + 3) / 4 * 4), *hidden = heads + B * H * D;
   __shared__ Sums sums_of_warps[GATED ? 2 : 1];
-  unsigned* arrived = state;
+  unsigned *arrived = state, *starts = state + 2;
   int column = __ldcg(state + 1);
-  for (int i = blockIdx.x * THREADS + threadIdx.x; i < B * C; i += gridDim.x * THREADS) x[i] = number(given[i]);
-  wait_for_all(arrived);
+  prefetch_vectors(layers[0]);
+  for (int i = 8 * (blockIdx.x * THREADS + threadIdx.x); i < B * C; i += 8 * gridDim.x * THREADS) {
+    float eight[8];
+    weights<BITS_embed, GROUP_embed>(ends.embed, ids[i / C], i % C, C, eight);
+    for (int c = 0; c < 8; c++) {
+      x[i + c] = eight[c] * EMBED_SCALE;
+      if (ends.positions) x[i + c] += number(ends.positions[(size_t)(column - __ldcg(starts + i / C)) * C + i % C + c]);
+    }
+  }
+  auto added_to_x = [&](int row, int b, const float* sums) {
+    x[b * C + row] = __ldcg(x + b * C + row) + RESIDUAL * sums[0];
+  };
   for (int l = 0; l < LAYERS; l++) {
     const Layer& layer = layers[l];
-    put_norm(x, layer.attn_norm, layer.attn_norm_bias, row_of_x);
-    auto qkv_matrix = [&](int row, int) -> Row {
-      if (row < H * D) return {layer.q, row};
-      return row < (H + KV) * D ? Row{layer.k, row - H * D} : Row{layer.v, row - (H + KV) * D};
-    };
-    products<BITS_qkv, GROUP_qkv, 1, 8>(qkv_matrix, QKV, C, row_of_x, sums_of_warps,
-                                        [&](int row, int b, const float* sums) { qkv[b * QKV + row] = sums[0]; });
+    products<BITS_qkv, GROUP_qkv, 1, QKV, C>(
+        [&](int row, int) -> Row {
+          if (row < H * D) return {layer.q, row};
+          return row < (H + KV) * D ? Row{layer.k, row - H * D} : Row{layer.v, row - (H + KV) * D};
+        },
+        row_of_x, sums_of_warps,
+        [&] {
+          wait_for_all(arrived);
+          put_norm(x, layer.attn_norm, layer.attn_norm_bias, row_of_x);
+        },
+        [&](int row, int b, const float* sums) { qkv[b * QKV + row] = sums[0]; });
     prefetch<BITS_out>(layer.out, C, H * D);
     wait_for_all(arrived);
-    attend(layer, qkv, TURNS[l] ? inverse : nullptr, column, state + 2, parts, heads);
+    attend(layer, qkv, TURNS[l] ? inverse : nullptr, column, starts, parts, heads);
     prefetch<BITS_up>(layer.up, F, C);
     if (GATED) prefetch<BITS_up>(layer.gate, F, C);
-    wait_for_all(arrived);
-    if (P > 1) put_heads(parts, row_of_x);
-    else put<H * D>(heads, row_of_x);
-    products<BITS_out, GROUP_out, 1, 16>([&](int row, int) -> Row { return {layer.out, row}; }, C, H * D, row_of_x,
-                                         sums_of_warps,
-                                         [&](int row, int b, const float* sums) {
-                                           x[b * C + row] = __ldcg(x + b * C + row) + RESIDUAL * sums[0];
-                                         });
+    products<BITS_out, GROUP_out, 1, C, H * D>(
+        [&](int row, int) -> Row { return {layer.out, row}; }, row_of_x, sums_of_warps,
+        [&] {
+          wait_for_all(arrived);
+          if (P > 1) put_heads(parts, row_of_x);
+          else put<H * D>(heads, row_of_x);
+        },
+        added_to_x);
     prefetch<BITS_down>(layer.down, C, F);
-    wait_for_all(arrived);
-    put_norm(x, layer.mlp_norm, layer.mlp_norm_bias, row_of_x);
-    products<BITS_up, GROUP_up, GATED ? 2 : 1, 8>(
-        [&](int row, int i) -> Row { return {i ? layer.gate : layer.up, row}; }, F, C, row_of_x, sums_of_warps,
+    if (l < LAYERS - 1) prefetch_vectors(layers[l + 1]);
+    products<BITS_up, GROUP_up, GATED ? 2 : 1, F, C>(
+        [&](int row, int i) -> Row { return {i ? layer.gate : layer.up, row}; }, row_of_x, sums_of_warps,
+        [&] {
+          wait_for_all(arrived);
+          put_norm(x, layer.mlp_norm, layer.mlp_norm_bias, row_of_x);
+        },
         [&](int row, int b, const float* sums) { hidden[b * F + row] = T(activation(sums[0], GATED ? sums[1] : 0)); });
     if (l < LAYERS - 1) {
       prefetch<BITS_qkv>(layers[l + 1].q, H * D, C);
       prefetch<BITS_qkv>(layers[l + 1].k, KV * D, C);
       prefetch<BITS_qkv>(layers[l + 1].v, KV * D, C);
     }
-    wait_for_all(arrived);
-    put<F>(hidden, row_of_x);
-    products<BITS_down, GROUP_down, 1, 16>([&](int row, int) -> Row { return {layer.down, row}; }, C, F, row_of_x,
-                                           sums_of_warps,
-                                           [&](int row, int b, const float* sums) {
-                                             float found = __ldcg(x + b * C + row) + RESIDUAL * sums[0];
-                                             if (l < LAYERS - 1) x[b * C + row] = found;
-                                             else y[b * C + row] = T(found);
-                                           });
-    wait_for_all(arrived);
+    products<BITS_down, GROUP_down, 1, C, F>(
+        [&](int row, int) -> Row { return {layer.down, row}; }, row_of_x, sums_of_warps,
+        [&] {
+          wait_for_all(arrived);
+          put<F>(hidden, row_of_x);
+        },
+        added_to_x);
   }
+  products<BITS_head, GROUP_head, 1, V, C>(
+      [&](int row, int) -> Row { return {ends.head, row}; }, row_of_x, sums_of_warps,
+      [&] {
+        wait_for_all(arrived);
+        put_norm(x, ends.norm, ends.norm_bias, row_of_x);
+      },
+      [&](int row, int b, const float* sums) {
+        float logit = sums[0] * LOGIT_SCALE;
+        logits[(size_t)b * V + row] = T(SOFTCAP ? SOFTCAP * tanhf(logit / SOFTCAP) : logit);
+      });
   if (blockIdx.x == 0 && threadIdx.x == 0) state[1] = column + 1;
 }

@@ -1,10 +1,10 @@
-"""One position through the blocks of a model on an NVIDIA GPU, for writing: gpu_decode.cu, which MLX compiles.
+"""The logits of one position on an NVIDIA GPU, for writing: gpu_decode.cu, which MLX compiles.
 
 MLX starts a kernel for each operation, some 20 a block, and each start takes about 10 microseconds. For one position of
-a small model that is ten times what it takes to read the weights. gpu_decode.cu computes all blocks in one kernel. It
+a small model that is ten times what it takes to read the weights. gpu_decode.cu computes all of them in one kernel. It
 knows the settings in KNOWN, in bfloat16, float16 and float32, also with layers packed to 4 or 8 bits, and batches of
-up to ROWS; for all else model.py computes the blocks. The keys and values are those of model.py's cache, written in
-place. Deleting this file and gpu_decode.cu costs speed and nothing else.
+up to ROWS; for all else model.py computes. The keys and values are those of model.py's cache, written in place.
+Deleting this file and gpu_decode.cu costs speed and nothing else.
 """
 import ctypes
 import hashlib
@@ -46,65 +46,84 @@ def device() -> tuple[int, int]:
 
 
 class Plan:
-    """What gpu_decode.cu needs to know of a model, compiled for batches of B rows in a dtype."""
+    """What gpu_decode.cu needs to know of a model, compiled for batches of B rows."""
 
-    def __init__(self, model: nn.Module, B: int, dtype: mx.Dtype):
+    def __init__(self, model: nn.Module, B: int):
         """UserError where the model is one that gpu_decode.cu does not know."""
         import model as plain  # not above: it imports this file
-        config, self.dtype = model.config, dtype
+        config, self.dtype = model.config, model.norm.weight.dtype
         plain.check_known(config, KNOWN, "gpu_decode.py")
         H, KV, D, C, F = config.n_head, config.n_kv_head, config.head_dim, config.n_embd, config.ffn_dim
-        self.shared = B * (max(C, F, H * D) + 16) * dtype.size
+        self.shared = B * (max(C, F, H * D) + 32) * self.dtype.size
         self.blocks, room = device()
         room -= 64 * (2 * D + 2) + 17_000 + 320 * config.n_layer  # of other arrays in it
-        if (config.mlp not in ACTIVATIONS or D % 32 or D > 256 or C % 16 or F % 16 or self.shared > room
+        if (B > ROWS.get(self.dtype, 0) or model.compute_dtype not in (None, self.dtype)
+                or config.mlp not in ACTIVATIONS or D % 32 or D > 256 or C % 32 or F % 32 or self.shared > room
                 or config.norm_place != "before" or config.parallel or config.qk_norm_width):
             raise UserError("settings or sizes that are not known")
         self.formats = {}  # of each kind of matrix: bits and group
-        blocks = [self.of_block(plain, block) for block in model.blocks]
+        blocks, ends = [self.of_block(plain, block) for block in model.blocks], self.of_ends(plain, model)
         places = [[None if array is None else (array.shape, array.dtype) for _, _, array in block] for block in blocks]
         if any(each != places[0] for each in places):
             raise UserError("blocks that differ")
-        self.weights = [together(block) for block in blocks]
+        self.weights = [*map(together, [*blocks, ends])]
         inverse = [block.attn._inverse for block in model.blocks if "_inverse" in block.attn]
         self.inverse = inverse[0] if inverse else mx.ones(1)
         self.parts = max(1, min(8, self.blocks // (B * H)))
-        numbers = dict(B=B, C=C, H=H, KV=KV, D=D, F=F, P=self.parts, LAYERS=config.n_layer, THREADS=THREADS,
-                       BLOCKS=self.blocks, ROTARY=2 * self.inverse.size if inverse else 0,
+        numbers = dict(B=B, C=C, H=H, KV=KV, D=D, F=F, V=config.vocab_size, P=self.parts, LAYERS=config.n_layer,
+                       THREADS=THREADS, BLOCKS=self.blocks, ROTARY=2 * self.inverse.size if inverse else 0,
                        ACTIVATION=ACTIVATIONS.index(config.mlp),
                        GATED=int(config.mlp in plain.GATED), LAYER_NORM=int(config.norm == "layer"),
-                       HALF=int(dtype == mx.float16))
+                       HALF=int(self.dtype == mx.float16))
         for name, (bits, group) in self.formats.items():
             numbers[f"BITS_{name}"], numbers[f"GROUP_{name}"] = bits, group
-        floats = dict(NORM_EPS=config.norm_eps, SCALE=config.attn_scale or D**-0.5, SOFTCAP=config.attn_softcap,
-                      RESIDUAL=config.residual_scale)
+        floats = dict(NORM_EPS=config.norm_eps, SCALE=config.attn_scale or D**-0.5, ATTN_SOFTCAP=config.attn_softcap,
+                      RESIDUAL=config.residual_scale, EMBED_SCALE=config.embed_scale, LOGIT_SCALE=config.logit_scale,
+                      SOFTCAP=config.softcap)
         turns = ", ".join(str(int("_inverse" in block.attn)) for block in model.blocks)
-        offsets = ", ".join(map(str, offsets_of(blocks[0])))
         self.header = "".join([
             "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n",
-            f"using T = {TYPES[dtype]};\n",
+            f"using T = {TYPES[self.dtype]};\n",
             *(f"constexpr int {name} = {value};\n" for name, value in numbers.items()),
             *(f"constexpr float {name} = {value!r}f;\n" for name, value in floats.items()),
             f"__device__ const bool TURNS[] = {{{turns}}};\n",
-            f"__device__ const long long OFFSETS[] = {{{offsets}}};\n",
+            *(f"__device__ const long long {name}[] = {{{', '.join(map(str, offsets_of(arrays)))}}};\n"
+              for name, arrays in (("OFFSETS", blocks[0]), ("OFFSETS_OF_ENDS", ends))),
             (Path(__file__).parent / "gpu_decode.cu").read_text(encoding="utf-8")])
         self.size = B * (C + 2 * (H + KV) * D + F) + self.parts * B * H * (D + 2) + 4  # floats between the steps
+        self.shape = B, 1, config.vocab_size
         self.layers, self.position, self.starts, self.kernels = None, -1, [], {}  # of a cache
 
     def of_block(self, plain, block: nn.Module) -> list[tuple]:
-        """A block's arrays in the order of `struct Layer`, without the cache: (owner, name, array); the array is None
-        where there is none."""
+        """A block's arrays in the order of `struct Layer`, without the cache, as arrays_of() gives them."""
         attn, mlp = block.attn, block.mlp
         if (type(block), type(attn), type(mlp)) != (plain.Block, plain.Attention, plain.MLP):
             raise UserError("a block of another class")
         parts = [(block, "attn_norm"), (block, "mlp_norm"), (attn, "q_norm"), (attn, "k_norm"),
                  *((attn, name) for name in ("q", "k", "v", "out")), *((mlp, name) for name in ("gate", "up", "down"))]
+        return self.arrays_of(parts, (plain.Linear, nn.QuantizedLinear))
+
+    def of_ends(self, plain, model: nn.Module) -> list[tuple]:
+        """What comes before and after the blocks, in the order of `struct Ends`."""
+        if type(model) is not plain.GPT:
+            raise UserError("a model of another class")
+        parts = [(model, "norm"), (model, "pos_embed"), (model, "embed")]
+        found = self.arrays_of(parts, (plain.Embedding, nn.QuantizedEmbedding))
+        if model.config.tie:
+            self.formats["head"] = self.formats["embed"]
+            return [*found, *found[3:]]
+        return found + self.arrays_of([(model, "head")], (plain.Linear, nn.QuantizedLinear))
+
+    def arrays_of(self, parts: list[tuple], known: tuple) -> list[tuple]:
+        """The arrays of layers, each (owner, name): (layer, name, array) in a fixed order; the array is None where
+        there is none. known: the classes that linear layers and embeddings may have."""
         found = []
         for owner, part in parts:
-            names = ("weight", "bias") if part.endswith("norm") else ("weight", "scales", "biases", "bias")
+            names = ("weight", "scales", "biases", "bias")
+            names = ("weight", "bias") if part.endswith("norm") else names[:1] if part == "pos_embed" else names
             here = owner[part] if part in owner else {}
             if here and not part.endswith("norm"):
-                self.check_format(part, here, (plain.Linear, nn.QuantizedLinear))
+                self.check_format(part, here, known)
             found += [(here, name, here[name] if name in here else None) for name in names]
         if any(array is not None and array.dtype not in (self.dtype, mx.uint32) for _, _, array in found):
             raise UserError("weights of another dtype than the activations")
@@ -142,49 +161,58 @@ class Plan:
     def kernel(self, room: int):
         """The kernel for a cache with room for so many positions, whose arguments are all arrays, one after another."""
         if room not in self.kernels:
-            n = len(self.weights)
+            n = len(self.weights) - 1  # blocks
             source = "\n".join([
                 "__shared__ Layer layers[LAYERS];",
+                "__shared__ Ends ends;",
                 f"const void* weights[] = {{{', '.join(f'w{i}' for i in range(n))}}};",
                 f"const T* caches[] = {{{', '.join(f'c{i}' for i in range(n))}}};",
-                "if (threadIdx.x == 0)",
-                "  for (int l = 0; l < LAYERS; l++) find(layers[l], weights[l], caches[l]);",
+                "for (int l = threadIdx.x; l < LAYERS; l += THREADS) {",
+                "  find(layers[l], weights[l], OFFSETS);",
+                "  layers[l].keys = (T*)caches[l];",
+                "  layers[l].values = layers[l].keys + (size_t)B * KV * ROOM * D;",
+                "}",
+                f"if (threadIdx.x == THREADS - 1) find(ends, w{n}, OFFSETS_OF_ENDS);",
                 "__syncthreads();",
-                "decode(layers, x, inverse, (unsigned*)state, buffer, y);"])
+                "decode(layers, ends, ids, inverse, (unsigned*)state, buffer, y);"])
             header = f"constexpr int ROOM = {room};\n" + self.header
             name = "decode_" + hashlib.sha256((header + source).encode()).hexdigest()[:16]
             # The declaration bounds the registers of the kernel, which MLX defines without bounds.
-            kinds = ["T", "float", "uint32_t", *["uint32_t"] * n, *["T"] * n]
+            kinds = ["uint32_t", "float", "uint32_t", *["uint32_t"] * (n + 1), *["T"] * n]
             header += (f"namespace mlx::core::cu {{ __global__ void __launch_bounds__(THREADS, 1) custom_kernel_{name}("
                        f"{', '.join(f'const {kind}*' for kind in kinds)}, T*, float*); }}\n")
-            names = ["x", "inverse", "state", *(f"w{i}" for i in range(n)), *(f"c{i}" for i in range(n))]
+            names = ["ids", "inverse", "state", *(f"w{i}" for i in range(n + 1)), *(f"c{i}" for i in range(n))]
             self.kernels[room] = mx.fast.cuda_kernel(name, names, ["y", "buffer"], source, header,
                                                      shared_memory=self.shared)
         return self.kernels[room]
 
-    def __call__(self, x: mx.array, position: int, layers: list, starts: list[int]) -> mx.array:
+    def __call__(self, idx: mx.array, position: int, layers: list, starts: list[int]) -> mx.array:
         self.own(layers, position, starts)
         y, _ = self.kernel(layers[0].keys.shape[2])(
-            inputs=[x, self.inverse, self.state, *self.weights, *self.caches],
+            inputs=[idx.astype(mx.uint32), self.inverse, self.state, *self.weights, *self.caches],
             grid=(self.blocks * THREADS, 1, 1), threadgroup=(THREADS, 1, 1),
-            output_shapes=[x.shape, (self.size,)], output_dtypes=[x.dtype, mx.float32])
+            output_shapes=[self.shape, (self.size,)], output_dtypes=[self.dtype, mx.float32])
         mx.async_eval(y)  # at once: MLX does not know that keys and values change, but runs later work after this
         return y
 
 
 def offsets_of(block: list[tuple]) -> list[int]:
-    """Where the arrays of a block begin in together(block), in bytes, each at a multiple of 16; -1: there is none."""
-    found, end = [], 0
-    for _, _, array in block:
-        found.append(-1 if array is None else end)
-        end += 0 if array is None else -(-array.nbytes // 16) * 16
-    return found
+    """Where the arrays of a block begin in together(block), in bytes, each at a multiple of 16; -1: there is none. An
+    array that comes twice, the embedding that is also the head, is there once."""
+    found, end = {}, 0
+    for owner, name, array in block:
+        if array is not None and (id(owner), name) not in found:
+            found[id(owner), name] = end
+            end += -(-array.nbytes // 16) * 16
+    return [found.get((id(owner), name), -1) for owner, name, _ in block]
 
 
 def together(block: list[tuple]) -> mx.array:
     """The arrays of a block in one buffer of words, of which they become parts: a kernel that is given 30 arrays for
     each block would take longer to start than to run. A buffer that a plan still holds is found again."""
-    arrays = [array for _, _, array in block if array is not None]
+    block = list({(id(owner), name): (owner, name, array) for owner, name, array in block
+                  if array is not None}.values())
+    arrays = [array for _, _, array in block]
     buffer, *parts = (found() for found in getattr(block[0][0], "_together", [lambda: None]))
     if buffer is not None and len(parts) == len(arrays) and all(a is b for a, b in zip(parts, arrays, strict=True)):
         return buffer
@@ -202,9 +230,8 @@ def together(block: list[tuple]) -> mx.array:
         at += n + -n % 4
     mx.eval(buffer, parts)
     left = iter(parts)
-    for owner, name, array in block:
-        if array is not None:
-            owner[name] = next(left)
+    for owner, name, _ in block:
+        owner[name] = next(left)
     block[0][0]._together = [*map(weakref.ref, (buffer, *parts))]  # "_": not a parameter
     return buffer
 
@@ -212,39 +239,43 @@ def together(block: list[tuple]) -> mx.array:
 PLANS = weakref.WeakKeyDictionary()  # of caches: a plan, or None where gpu_decode.cu does not know the model
 
 
-def plan_of(model: nn.Module, cache, x: mx.array) -> Plan | None:
+def plan_of(model: nn.Module, cache, B: int) -> Plan | None:
     """The plan for a cache and its model, made once: a cache goes with the weights that it was first used with."""
     if cache not in PLANS:
         try:
-            PLANS[cache] = Plan(model, len(x), x.dtype) if cache.room is mx.zeros else None
+            PLANS[cache] = Plan(model, B) if cache.room is mx.zeros else None
         except (UserError, OSError, TypeError):
             PLANS[cache] = None
     return PLANS[cache]
 
 
-def after_blocks(model: nn.Module, x: mx.array, position: int, cache) -> mx.array | None:
-    """The residual stream x (B, 1, C) of one position after all blocks, and its keys and values in the cache. None
-    where model.py must do it, with the cache as it was. A cache may have `starts`, the positions in it at which the
-    texts of its rows begin: see batching.py."""
-    known = len(x) <= ROWS.get(x.dtype, 0) and position > 0 and on_gpu() and not model.training
-    plan = plan_of(model, cache, x) if known else None
-    if plan is None or any(layer.length != position for layer in cache.layers):
+def logits(model: nn.Module, idx: mx.array, cache, places: mx.array | None = None) -> mx.array | None:
+    """The logits (B, 1, V) of tokens idx (B, 1) that follow those of the cache. None where model.py must compute them,
+    with the cache as it was. A cache may have `starts`, the positions in it at which the texts of its rows begin, and
+    `column`, the position for this token: see batching.py."""
+    if model.training or not on_gpu() or places is not None and not hasattr(cache, "column"):
         return None
-    starts = getattr(cache, "starts", None) or [0] * len(x)
-    here = plan.left_at(cache.layers, position, starts)
-    if not here and any(layer.keys.shape[0] != len(x) or layer.keys.dtype != x.dtype for layer in cache.layers):
+    if (plan := plan_of(model, cache, len(idx))) is None:
         return None
-    if cache.layers[0].keys.shape[2] == position:  # the cache must grow
+    layers, position = cache.layers, getattr(cache, "column", cache.offset)
+    starts = getattr(cache, "starts", None) or [0] * len(idx)
+    if (position == 0 or plan.shape[0] != len(idx) or any(layer.length != position for layer in layers)
+            or model.config.pos == "learned" and position - min(starts) >= model.config.block_size
+            or layers[0].keys.shape[2] == position):  # the cache must grow
+        return None
+    if not plan.left_at(layers, position, starts) and any(
+            layer.keys.shape[0] != len(idx) or layer.keys.dtype != plan.dtype for layer in layers):
         return None
     try:
-        y = plan(x, position, cache.layers, starts)
-    except ValueError:  # x is being traced
+        y = plan(idx, position, layers, starts)
+    except ValueError:  # idx is being traced
         plan.layers = None
         return None
     except RuntimeError:  # this GPU cannot run it
         PLANS[cache] = None
         return None
-    for layer in cache.layers:
+    cache.offset += 1
+    for layer in layers:
         layer.length += 1
     return y
 

@@ -46,6 +46,10 @@ try:
     import gpu_decode  # and on an NVIDIA GPU
 except ImportError:
     gpu_decode = None
+try:
+    import gpu_sample  # drawing of tokens on an NVIDIA GPU
+except ImportError:
+    gpu_sample = None
 FAST_CPU = ON_CPU and cpu is not None
 if mx.cuda.is_available():  # a smaller queue of work frees memory sooner: a third less memory at 1% less speed
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "500")
@@ -1466,9 +1470,8 @@ class GPT(nn.Module):
             x = dropout(x, carry, -1)  # dropout
         column = offset if places is None else getattr(cache, "column", None)  # of the cache, for this position
         if T == 1 and cache is not None and column is not None and tap is no_tap and not carry:
-            for fast in filter(None, (cpu_decode, gpu_decode)):
-                if (y := fast.after_blocks(self, x, column, cache)) is not None:
-                    return y
+            if cpu_decode and (y := cpu_decode.after_blocks(self, x, column, cache)) is not None:
+                return y
         for layer, block in enumerate(self.blocks):
             memory, x = None if cache is None else cache.layers[layer], tap("resid", layer, x)
             if self.config.yoco and layer == self.config.n_layer // 2:  # yoco
@@ -1511,6 +1514,9 @@ class GPT(nn.Module):
                  places: mx.array | None = None) -> mx.array:
         """(B, T) token ids -> logits (B, T, V); with last=True of the last position alone, (B, 1, V). With a cache, idx
         continues the tokens that the cache holds. places: see residual()."""
+        if gpu_decode and cache is not None and idx.shape[1] == 1 and tap is no_tap:
+            if (logits := gpu_decode.logits(self, idx, cache, places)) is not None:
+                return logits
         return self.unembed(self.residual(idx, cache, tap, last, places))
 
     def make_cache(self, bits: int = 0) -> Cache:
@@ -1632,12 +1638,20 @@ def init_weights(model: GPT, seed: int = 0):
 
 def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                  min_p: float = 0.0) -> mx.array:
-    """Draw one token a row: logits (B, V) -> (B,). temperature 0 takes the most probable one. The filters, in order:
-    top_k (keep the k most probable; 0: all), top_p (the fewest whose probabilities sum to p; Holtzman et al. 2020),
-    min_p (those with at least min_p times the largest probability; Nguyen et al. 2024)."""
+    """Draw one token a row: logits (B, V) -> (B,), with a key, or with keys (B, 2), one a row. temperature 0 takes the
+    most probable one. The filters, in order: top_k (keep the k most probable; 0: all), top_p (the fewest whose
+    probabilities sum to p; Holtzman et al. 2020), min_p (those with at least min_p times the largest probability;
+    Nguyen et al. 2024)."""
+    if gpu_sample and top_p == 1 and (
+            tokens := gpu_sample.draw(logits, key, temperature, top_k, min_p)) is not None:
+        return tokens
     if temperature == 0:
         return mx.argmax(logits, axis=-1)
-    return mx.random.categorical(filtered(logits, temperature, top_k, top_p, min_p), key=key)
+    logits = filtered(logits, temperature, top_k, top_p, min_p)
+    if key.ndim == 1:
+        return mx.random.categorical(logits, key=key)
+    noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[-1:], key=key))(key)  # with it, the largest one is a draw
+    return mx.argmax(logits + noise, axis=-1)
 
 
 def filtered(logits: mx.array, temperature: float, top_k: int, top_p: float, min_p: float) -> mx.array:

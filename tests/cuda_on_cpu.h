@@ -23,6 +23,7 @@
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x; };
 struct __half { uint16_t bits; __half() = default; explicit __half(float) : bits() {} };  // not for use
 inline float __half2float(__half) { std::abort(); }
@@ -42,12 +43,13 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   return found;
 }
 
-constexpr int MOST = 1024, STACK = 1 << 16;
+constexpr int MOST_THREADS = 1024, STACK = 1 << 16;
 struct Block {
-  ucontext_t threads[MOST], begin;
-  bool over[MOST];
-  int size, now, left, arrived, round, warp_arrived[MOST / 32], warp_round[MOST / 32];
-  unsigned words[MOST][6];  // what a thread gives to the others of its warp
+  ucontext_t threads[MOST_THREADS], begin;
+  bool over[MOST_THREADS];
+  int size, now, left, arrived, round, warp_arrived[MOST_THREADS / 32], warp_round[MOST_THREADS / 32];
+  int count;  // of __syncthreads_count
+  unsigned words[MOST_THREADS][6];  // what a thread gives to the others of its warp
   void (*body)(void*);
   void* argument;
 };
@@ -73,13 +75,28 @@ inline void meet(int& arrived, int& round, int size) {
 }
 
 inline void __syncthreads() { meet(block->arrived, block->round, block->size); }
+inline int __syncthreads_count(int predicate) {
+  __syncthreads();
+  block->count += predicate != 0;
+  __syncthreads();
+  int found = block->count;
+  __syncthreads();
+  block->count = 0;
+  return found;
+}
 inline void __syncwarp() { meet(block->warp_arrived[threadIdx.x / 32], block->warp_round[threadIdx.x / 32], 32); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); sched_yield(); }
 inline unsigned atomicAdd(unsigned* to, unsigned x) { return __atomic_fetch_add(to, x, __ATOMIC_SEQ_CST); }
 template <typename T> T __ldcg(const T* x) { return *x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
+using std::max;
 using std::min;
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
 
 inline float __shfl_sync(unsigned, float x, int lane) {
   std::memcpy(&block->words[threadIdx.x][0], &x, 4);
@@ -91,8 +108,8 @@ inline float __shfl_sync(unsigned, float x, int lane) {
 inline float __shfl_xor_sync(unsigned mask, float x, int far) { return __shfl_sync(mask, x, threadIdx.x % 32 ^ far); }
 
 // mma.m16n8k16 by its description: registers a0 to a3 and b0, b1 of a lane hold two columns each.
-inline void multiply(float (&c)[4], uint2 low, uint2 high, uint2 w) {
-  unsigned own[6] = {low.x, high.x, low.y, high.y, w.x, w.y};
+inline void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  unsigned own[6] = {a0, a1, a2, a3, b0, b1};
   std::memcpy(block->words[threadIdx.x], own, sizeof own);
   __syncwarp();
   auto number = [](unsigned word, int half) {
@@ -110,7 +127,7 @@ inline void multiply(float (&c)[4], uint2 low, uint2 high, uint2 w) {
   }
   __syncwarp();
 }
-#define MULTIPLY(type) multiply(c, low, high, w)
+#define MULTIPLY(type, ...) multiply(c, __VA_ARGS__)
 
 inline void thread_begins() {
   block->body(block->argument);

@@ -29,13 +29,14 @@ def tokens(rows: int, length: int) -> mx.array:
 def one_by_one(model: GPT, idx: mx.array, prompt: int, decoder, fast: bool = True) -> tuple[np.ndarray, int]:
     """Logits of the positions after a prompt, read one at a time, and how many of them `decoder` computed, which is
     cpu_decode or gpu_decode; without `fast`, it computes none."""
-    used, after_blocks = [], decoder.after_blocks
+    used, name = [], "logits" if hasattr(decoder, "logits") else "after_blocks"
+    compute = getattr(decoder, name)
 
     def counted(*arguments):
-        used.append(after_blocks(*arguments) if fast else None)
+        used.append(compute(*arguments) if fast else None)
         return used[-1]
 
-    with mock.patch.object(decoder, "after_blocks", counted):
+    with mock.patch.object(decoder, name, counted):
         cache, logits = model.make_cache(), []
         model(idx[:, :prompt], cache=cache)
         for i in range(prompt, idx.shape[1]):

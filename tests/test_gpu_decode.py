@@ -1,7 +1,5 @@
 """gpu_decode.cu, compiled for the processor by tests/cuda_on_cpu.h, against model.py; and where it must not be used.
 On a GPU, python runs/gpu_decode_check.py compares more, with the code that runs there."""
-import ctypes
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -13,17 +11,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
+from cuda_kernels import compiles, cuda_kernel
 from decoding import one_by_one, tokens
 from mlx.utils import tree_flatten
 
 import gpu_decode
-import matvec
 import model as core
 from batching import generate_many
 from model import GPT
 
-compiles = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
-                              reason="no g++, or not Linux")  # where g++ is and the kernels do not compile, tests fail
 BLOCKS = 3
 SETTINGS = {
     "default": {},
@@ -32,42 +28,14 @@ SETTINGS = {
     "Llama 3.1": dict(mlp="swiglu", n_kv_head=1, qk_norm=False, rope_factor=8.0, rope_original=16),
     "SmolLM3": dict(rope_pattern="RN", mlp="swiglu", qkv_bias=True, qk_norm=False, head_dim=64),
     "Granite": dict(residual_scale=0.3, logit_scale=0.2, attn_scale=0.1, embed_scale=3.0, out_bias=True),
+    "own head": dict(tie=False, head_bias=True, vocab_size=99),
     "soft caps": dict(mlp="geglu", attn_softcap=3.0, softcap=5.0, head_dim=96),
 }
 
 
 @pytest.fixture(autouse=True)
-def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
+def as_if_on_a_gpu(monkeypatch):
     """gpu_decode.py believes in a GPU with three multiprocessors, whose kernels g++ compiles."""
-    folder = tmp_path_factory.getbasetemp() / "kernels"
-    folder.mkdir(exist_ok=True)
-
-    def cuda_kernel(name, inputs, outputs, source, header, shared_memory):
-        kinds = header.rsplit(f"custom_kernel_{name}(", 1)[1].split(")")[0].split(", ")
-        names = [*inputs, *outputs]
-        arguments = "".join(f"{kind} {each} = ({kind})arguments[{i}];\n"
-                            for i, (kind, each) in enumerate(zip(kinds, names, strict=True)))
-        code = "\n".join(['#include "cuda_on_cpu.h"', header.replace("#include <cuda_", "// <cuda_"),
-                          "static void body(void* given) {", "void** arguments = (void**)given;", arguments, source,
-                          f'}} extern "C" void run(void** arguments) {{ launch(BLOCKS, THREADS, {shared_memory}, body, '
-                          "arguments); }"])
-        path = folder / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
-        if not path.exists():
-            path.with_suffix(".cpp").write_text(code)
-            subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'tests'}",
-                            path.with_suffix(".cpp"), "-o", path], check=True)
-        library = ctypes.CDLL(str(path))
-
-        def kernel(inputs, grid, threadgroup, output_shapes, output_dtypes):
-            assert grid[0] == BLOCKS * threadgroup[0]
-            made = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
-            arrays = [*inputs, *made]
-            mx.eval(arrays)
-            library.run((ctypes.c_void_p * len(arrays))(*map(matvec.address, arrays)))
-            return made
-
-        return kernel
-
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
     monkeypatch.setattr(gpu_decode, "device", lambda: (BLOCKS, 100_000))
     monkeypatch.setattr(gpu_decode, "on_gpu", lambda: True)
@@ -164,16 +132,16 @@ def test_between_positions_of_the_model():
 @compiles
 def test_many_texts(monkeypatch):
     """Rows whose texts begin at different columns, and which are refilled: batching.py."""
-    model, used, after_blocks = build({}), [], gpu_decode.after_blocks
+    model, used, logits = build({}), [], gpu_decode.logits
 
     def counted(*arguments):
-        used.append(after_blocks(*arguments))
+        used.append(logits(*arguments))
         return used[-1]
 
     prompts = [[5, 9, 2], [1], [7, 7, 30, 4, 4, 8, 1, 2, 3, 3], [6, 6], [9]]
     texts, lengths = [[] for _ in prompts], [4, 9, 2, 6, 3]
     expected = [[*core.generate(model, prompt, n, temperature=0)] for prompt, n in zip(prompts, lengths, strict=True)]
-    monkeypatch.setattr(gpu_decode, "after_blocks", counted)
+    monkeypatch.setattr(gpu_decode, "logits", counted)
     for number, token in generate_many(model, prompts, 9, batch_size=3, temperature=0,
                                        stops=lambda number, token: len(texts[number]) == lengths[number]):
         texts[number] += [] if token is None else [token]
