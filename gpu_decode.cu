@@ -3,8 +3,8 @@
 // operations of a block costs more time than the arithmetic.
 //
 // Shapes: B rows, C = n_embd, H heads, KV key/value heads, D = head_dim, F = ffn_dim, V = vocab_size, ROOM positions of the
-// cache, P parts of its keys. Activations between steps are float32, in device memory: other thread blocks read them by
-// __ldcg, since the first-level cache may hold what was there before.
+// cache, P parts of its keys. Activations between steps are in device memory: other thread blocks read them by __ldcg, since
+// the first-level cache may hold what was there before.
 
 constexpr int WARPS = THREADS / 32, WIDEST = C > F ? (C > H * D ? C : H * D) : (F > H * D ? F : H * D);
 constexpr int STRIDE = WIDEST + (WIDEST % 64 ? 0 : 32);  // of rows in shared memory, which are not to be in the same banks
@@ -253,42 +253,50 @@ __device__ void prefetch_vectors(const Layer& layer) {
 
 // ---- the input of a product, put into shared memory ---------------------------------------------------------------
 
-// y (B, STRIDE) = norm(x), x (B, C): RMSNorm, or LayerNorm. TEAM warps take a row, and a lane four neighbours at a time.
-__device__ void put_norm(const float* x, const T* weight, const T* bias, T* y) {
-  constexpr int TEAM = WARPS / B, STEP = 32 * TEAM, EACH = (C / 4 + STEP - 1) / STEP;
+// y (B, STRIDE) = norm(x), x (B, C): RMSNorm, or LayerNorm. TEAM warps take a row, and a lane 16 bytes at a time. Thread blocks
+// begin with different rows, since one place in memory is slow for all at once.
+__device__ void put_norm(const T* x, const T* weight, const T* bias, T* y) {
+  constexpr int N = 16 / sizeof(T), TEAM = WARPS / B, STEP = 32 * TEAM, EACH = (C / N + STEP - 1) / STEP;
+  using Some = Several<T, N>;
   __shared__ float sums[2][WARPS];
-  int warp = threadIdx.x / 32, b = warp / TEAM, first = b < B ? warp % TEAM * 32 + threadIdx.x % 32 : C;
+  int warp = threadIdx.x / 32, team = warp / TEAM, first = team < B ? warp % TEAM * 32 + threadIdx.x % 32 : C;
+  int b = (team + blockIdx.x) % B;
   auto sum_of_team = [&](float own, float* all) {
     own = sum_of_warp(own);
     if (threadIdx.x % 32 == 0) all[warp] = own;
     __syncthreads();
     float sum = 0;
-    for (int w = 0; w < TEAM; w++) sum += all[min(b * TEAM + w, WARPS - 1)];
+    for (int w = 0; w < TEAM; w++) sum += all[min(team * TEAM + w, WARPS - 1)];
     return sum;
   };
-  float numbers[EACH][4], mean = 0, squares = 0;
-  Several<T, 4> w[EACH], more[EACH] = {};
+  float mean = 0, squares = 0;
+  Some numbers[EACH], w[EACH], more[EACH] = {};
 #pragma unroll
   for (int i = 0; i < EACH; i++)
-    if (first + STEP * i < C / 4) {
-      w[i] = ((const Several<T, 4>*)weight)[first + STEP * i];
-      if (bias) more[i] = ((const Several<T, 4>*)bias)[first + STEP * i];
-      float4 four = __ldcg((const float4*)(x + b * C) + first + STEP * i);
-      numbers[i][0] = four.x, numbers[i][1] = four.y, numbers[i][2] = four.z, numbers[i][3] = four.w;
-      mean += four.x + four.y + four.z + four.w;
+    if (first + STEP * i < C / N) {
+      float4 bytes = __ldcg((const float4*)(x + b * C) + first + STEP * i);
+      numbers[i] = *(Some*)&bytes;
+      w[i] = ((const Some*)weight)[first + STEP * i];
+      if (bias) more[i] = ((const Some*)bias)[first + STEP * i];
     }
-  mean = LAYER_NORM ? sum_of_team(mean, sums[0]) / C : 0;
+  if (LAYER_NORM) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+      for (int c = 0; c < N && first + STEP * i < C / N; c++) mean += number(numbers[i].x[c]);
+    mean = sum_of_team(mean, sums[0]) / C;
+  }
 #pragma unroll
   for (int i = 0; i < EACH; i++)
-    for (int c = 0; c < 4 && first + STEP * i < C / 4; c++) squares += (numbers[i][c] - mean) * (numbers[i][c] - mean);
+    for (int c = 0; c < N && first + STEP * i < C / N; c++)
+      squares += (number(numbers[i].x[c]) - mean) * (number(numbers[i].x[c]) - mean);
   float scale = rsqrtf(sum_of_team(squares, sums[1]) / C + NORM_EPS);
 #pragma unroll
   for (int i = 0; i < EACH; i++)
-    if (first + STEP * i < C / 4) {
-      Several<T, 4> found;
-      for (int c = 0; c < 4; c++)
-        found.x[c] = T((numbers[i][c] - mean) * scale * number(w[i].x[c]) + number(more[i].x[c]));
-      ((Several<T, 4>*)(y + b * STRIDE))[first + STEP * i] = found;
+    if (first + STEP * i < C / N) {
+      Some found;
+      for (int c = 0; c < N; c++)
+        found.x[c] = T((number(numbers[i].x[c]) - mean) * scale * number(w[i].x[c]) + number(more[i].x[c]));
+      ((Some*)(y + b * STRIDE))[first + STEP * i] = found;
     }
   __syncthreads();
 }
@@ -296,10 +304,12 @@ __device__ void put_norm(const float* x, const T* weight, const T* bias, T* y) {
 // y (B, STRIDE) = x (B, N), N a multiple of 8
 template <int N>
 __device__ void put(const T* x, T* y) {
+  constexpr int EACH = 16 / sizeof(T), MANY = B * N / EACH;
 #pragma unroll 4
-  for (int i = 8 * threadIdx.x; i < B * N; i += 8 * THREADS)
-    for (int j = 0; j < 8 * sizeof(T) / 16; j++)
-      ((float4*)(y + i / N * STRIDE + i % N))[j] = __ldcg((const float4*)(x + i) + j);
+  for (int i = threadIdx.x; i < MANY; i += THREADS) {
+    int at = (i + blockIdx.x * (MANY / BLOCKS)) % MANY * EACH;
+    *(float4*)(y + at / N * STRIDE + at % N) = __ldcg((const float4*)(x + at));
+  }
   __syncthreads();
 }
 
@@ -347,76 +357,86 @@ __device__ float bounded(float score) { return ATTN_SOFTCAP ? ATTN_SOFTCAP * tan
 
 // Attention from qkv (B, QKV) over the keys of the cache and the token's own, which comes to `column` of the cache. The text of
 // row b begins at the column starts[b]. A unit is a head of a row and one of P parts of the keys. A thread block takes UNITS
-// at a time, each by TEAM warps; a warp takes 32 keys at a time. Part 0 includes the token's own key, and writes it to the
-// cache: no other thread block reads it there in this step. With P = 1 the outputs go to heads (B, H D), else to parts
+// at a time, each by TEAM warps. A warp takes KEYS keys at a time: LANES lanes share a key, eight columns each, and keep the
+// softmax of their keys, which are put together at the end. Part 0 includes the token's own key, and writes it to the cache:
+// no other thread block reads it there in this step. With P = 1 the outputs go to heads (B, H D), else to parts
 // (P, B, H, STATE).
 __device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int column, const unsigned* starts,
                        float* parts, T* heads) {
-  constexpr int OWN = D / 32, FIT = 4096 / D / sizeof(T), EARLY = FIT < 32 ? FIT : 32;  // columns of a lane; early values
+  constexpr int LANES = D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32, EACH = 16 / sizeof(T), KEYS = EACH * 32 / LANES;
   constexpr int UNITS = B * H * P > 2 * BLOCKS ? 4 : B * H * P > BLOCKS ? 2 : 1, TEAM = WARPS / UNITS;
   __shared__ float queries[UNITS][D], own_keys[UNITS][D], states[WARPS][STATE];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % TEAM, slot = threadIdx.x / 32 / TEAM;
-  float *query = queries[slot], *key = own_keys[slot];
+  int own = lane % LANES * 8;  // columns
+  bool inside = own < D;
   for (int first_unit = blockIdx.x; first_unit < B * H * P; first_unit += gridDim.x * UNITS) {
     int unit = first_unit + gridDim.x * slot, h = unit % H, b = unit / H % B, p = unit / H / B, kv = h / (H / KV);
     bool works = unit < B * H * P;
     int start = works ? __ldcg(starts + b) : 0, position = column - start;
     const float *q = qkv + b * QKV + h * D, *k = qkv + b * QKV + (H + kv) * D, *v = k + KV * D;
-    if (works && warp == 0) put_turned(q, layer.q_norm, inverse, position, query);
-    if (works && warp == 1) put_turned(k, layer.k_norm, inverse, position, key);
+    if (works && warp == 0) put_turned(q, layer.q_norm, inverse, position, queries[slot]);
+    if (works && warp == 1) put_turned(k, layer.k_norm, inverse, position, own_keys[slot]);
     __syncthreads();
-    T* keys = layer.keys + (size_t)(b * KV + kv) * ROOM * D;
-    T* values = layer.values + (size_t)(b * KV + kv) * ROOM * D;
-    float top = LOWEST, sum = 0, value[OWN] = {};
-    if (works && p == 0 && warp == 0) {
+    T* keys = layer.keys + (size_t)(b * KV + kv) * ROOM * D + own;
+    T* values = layer.values + (size_t)(b * KV + kv) * ROOM * D + own;
+    auto score_of = [&](const Several<T, 8>& key) {
       float score = 0;
-      for (int c = lane; c < D; c += 32) score += query[c] * number(T(key[c]));
-      top = bounded(sum_of_warp(score) * SCALE);
-      sum = 1;
-      for (int i = 0; i < OWN; i++) value[i] = number(T(__ldcg(v + lane * OWN + i)));
-      for (int c = lane; h % (H / KV) == 0 && c < D; c += 32) {
-        keys[(size_t)column * D + c] = T(key[c]);
-        values[(size_t)column * D + c] = T(__ldcg(v + c));
-      }
-    }
-    for (int first = start + (warp * P + p) * 32; works && first < column; first += P * TEAM * 32) {
-      int count = min(32, column - first);
-      const T* value_row = values + (size_t)first * D + lane * OWN;
-      Several<T, OWN> some[EARLY];  // fetched while scores are computed. Beyond count: the last row, times 0
-#pragma unroll
-      for (int j = 0; j < EARLY; j++) some[j] = *(const Several<T, OWN>*)(value_row + min(j, count - 1) * D);
-      float score = LOWEST;
-      if (first + lane < column) {
-        const T* row = keys + (size_t)(first + lane) * D;
-        score = 0;
-#pragma unroll
-        for (int c = 0; c < D; c += 8) {
-          Several<T, 8> eight = *(const Several<T, 8>*)(row + c);
-          for (int i = 0; i < 8; i++) score += query[c + i] * number(eight.x[i]);
+      for (int i = 0; inside && i < 8; i++) score += queries[slot][own + i] * number(key.x[i]);
+      for (int far = LANES / 2; far; far /= 2) score += __shfl_xor_sync(~0u, score, far);
+      return bounded(score * SCALE);
+    };
+    float top = LOWEST, sum = 0, value[8] = {};
+    if (works && p == 0 && warp == 0) {
+      Several<T, 8> own_key = {}, own_value = {};
+      for (int i = 0; inside && i < 8; i++) own_key.x[i] = T(own_keys[slot][own + i]), own_value.x[i] = T(__ldcg(v + own + i));
+      float score = score_of(own_key);
+      if (lane < LANES) {
+        top = score, sum = 1;
+        for (int i = 0; i < 8; i++) value[i] = number(own_value.x[i]);
+        if (inside && h % (H / KV) == 0) {
+          *(Several<T, 8>*)(keys + (size_t)column * D) = own_key;
+          *(Several<T, 8>*)(values + (size_t)column * D) = own_value;
         }
-        score = bounded(score * SCALE);
-      }
-      float highest = score;
-      for (int far = 16; far; far /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, far));
-      highest = fmaxf(highest, top);
-      float shrink = __expf(top - highest), weight = first + lane < column ? __expf(score - highest) : 0;
-      top = highest;
-      sum = sum * shrink + sum_of_warp(weight);
-      for (int i = 0; i < OWN; i++) value[i] *= shrink;
-#pragma unroll
-      for (int j = 0; j < EARLY; j++) {
-        float w = __shfl_sync(~0u, weight, j);
-        for (int i = 0; i < OWN; i++) value[i] += w * number(some[j].x[i]);
-      }
-#pragma unroll 16
-      for (int j = EARLY; j < 32; j++) {  // a loop of known length has its loads together
-        float w = __shfl_sync(~0u, weight, j);
-        Several<T, OWN> one = *(const Several<T, OWN>*)(value_row + min(j, count - 1) * D);
-        for (int i = 0; i < OWN; i++) value[i] += w * number(one.x[i]);
       }
     }
-    for (int i = 0; i < OWN; i++) states[slot * TEAM + warp][lane * OWN + i] = value[i];
-    if (lane == 0) states[slot * TEAM + warp][D] = top, states[slot * TEAM + warp][D + 1] = sum;
+    for (int first = start + (warp * P + p) * KEYS; works && first < column; first += P * TEAM * KEYS) {
+      Several<T, 8> some_keys[EACH] = {}, some_values[EACH] = {};
+#pragma unroll
+      for (int j = 0; j < EACH; j++) {
+        size_t at = (size_t)min(first + j * 32 / LANES + lane / LANES, column - 1) * D;
+        if (inside) some_keys[j] = *(const Several<T, 8>*)(keys + at), some_values[j] = *(const Several<T, 8>*)(values + at);
+      }
+      float scores[EACH], highest = top;
+#pragma unroll
+      for (int j = 0; j < EACH; j++) {
+        scores[j] = score_of(some_keys[j]);
+        if (first + j * 32 / LANES + lane / LANES >= column) scores[j] = LOWEST;
+        highest = fmaxf(highest, scores[j]);
+      }
+      float shrink = __expf(top - highest);
+      top = highest;
+      sum *= shrink;
+      for (int i = 0; i < 8; i++) value[i] *= shrink;
+#pragma unroll
+      for (int j = 0; j < EACH; j++) {
+        float weight = scores[j] > LOWEST ? __expf(scores[j] - top) : 0;
+        sum += weight;
+        for (int i = 0; i < 8; i++) value[i] += weight * number(some_values[j].x[i]);
+      }
+    }
+    float all = top;
+    for (int far = LANES; far < 32; far *= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, far));
+    float share = __expf(top - all);
+    auto sum_of_groups = [&](float x) {
+      x *= share;
+      for (int far = LANES; far < 32; far *= 2) x += __shfl_xor_sync(~0u, x, far);
+      return x;
+    };
+    sum = sum_of_groups(sum);
+    for (int i = 0; i < 8; i++) value[i] = sum_of_groups(value[i]);
+    float* state = states[slot * TEAM + warp];
+    for (int i = 0; lane < LANES && inside && i < 8; i++) state[own + i] = value[i];
+    if (lane == 0) state[D] = all, state[D + 1] = sum;
     __syncthreads();
     for (int c = warp * 32 + lane; works && c < (P > 1 ? STATE : D); c += TEAM * 32) {
       float all = LOWEST, found = 0, total = 0;
@@ -450,8 +470,8 @@ __device__ void decode(const Layer* layers, const Ends& ends, const unsigned* id
                        float* buffer, T* logits) {
   DYNAMIC_SHARED;
   T* row_of_x = (T*)shared;  // (B, STRIDE)
-  float *x = buffer, *qkv = x + B * C, *parts = qkv + B * QKV;
-  T *heads = (T*)(parts + (P * B * H * STATE + 3) / 4 * 4), *hidden = heads + B * H * D;
+  float *qkv = buffer, *parts = qkv + B * QKV;
+  T *heads = (T*)(parts + (P * B * H * STATE + 3) / 4 * 4), *hidden = heads + B * H * D, *x = hidden + B * F;
   __shared__ Sums sums_of_warps[GATED ? 2 : 1];
   unsigned *arrived = state, *starts = state + 2;
   int column = __ldcg(state + 1);
@@ -460,12 +480,12 @@ __device__ void decode(const Layer* layers, const Ends& ends, const unsigned* id
     float eight[8];
     weights<BITS_embed, GROUP_embed>(ends.embed, ids[i / C], i % C, C, eight);
     for (int c = 0; c < 8; c++) {
-      x[i + c] = eight[c] * EMBED_SCALE;
-      if (ends.positions) x[i + c] += number(ends.positions[(size_t)(column - __ldcg(starts + i / C)) * C + i % C + c]);
+      float place = ends.positions ? number(ends.positions[(size_t)(column - __ldcg(starts + i / C)) * C + i % C + c]) : 0;
+      x[i + c] = T(eight[c] * EMBED_SCALE + place);
     }
   }
   auto added_to_x = [&](int row, int b, const float* sums) {
-    x[b * C + row] = __ldcg(x + b * C + row) + RESIDUAL * sums[0];
+    x[b * C + row] = T(number(__ldcg(x + b * C + row)) + RESIDUAL * sums[0]);
   };
   for (int l = 0; l < LAYERS; l++) {
     const Layer& layer = layers[l];

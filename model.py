@@ -1755,8 +1755,8 @@ def generate_batch(model: GPT, start: mx.array, rest: list, max_new_tokens: int,
     columns = iter(mx.split(mx.array(given), given.shape[1], axis=1) if given.size else [])
     steps = max_new_tokens + given.shape[1]
     for i, token in enumerate(decode(model, start, steps, lambda x: draw(x, next(columns, None)), cache, tap)):
-        drawn = token[:, 0].tolist()
-        yield [None if i < length else token for token, length in zip(drawn, lengths, strict=True)]
+        drawn = token.tolist()  # no operation, which would wait for the next token
+        yield [None if i < length else token for (token,), length in zip(drawn, lengths, strict=True)]
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------------------
