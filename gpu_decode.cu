@@ -32,10 +32,9 @@ struct Ends {  // what comes before and after the blocks, in the order of of_end
 };
 
 // Where arrays are: in one buffer, at offsets in bytes; -1: there is none.
-template <typename Arrays, int N>
-__device__ void find(Arrays& arrays, const void* buffer, const long long (&offsets)[N]) {
-  for (int i = 0; i < N; i++)
-    ((const void**)&arrays)[i] = offsets[i] < 0 ? nullptr : (const char*)buffer + offsets[i];
+__device__ void find(const void** arrays, const void* buffer, const long long* offsets, int n) {
+  for (int i = threadIdx.x % 32; i < n; i += 32)
+    arrays[i] = offsets[i] < 0 ? nullptr : (const char*)buffer + offsets[i];
 }
 
 __device__ float number(float x) { return x; }
@@ -167,7 +166,7 @@ __device__ uint4 in_16_bits(const Stored<BITS>& stored) {
 template <int BITS, int GROUP, int MATRICES, int N, int K, typename Matrices, typename Input, typename Found>
 __device__ void products_of_16_bits(Matrices matrix, const T* x, Sums* parts, Input input, Found found) {
   constexpr int SPLIT = warps_of_group(N, K), SLOTS = WARPS / SPLIT, GROUPS = (N + 7) / 8;
-  constexpr int STEPS = (K / 32 + SPLIT - 1) / SPLIT, SOME = STEPS < 8 / MATRICES ? STEPS : 8 / MATRICES;
+  constexpr int STEPS = (K / 32 + SPLIT - 1) / SPLIT, SOME = STEPS < 6 / MATRICES ? STEPS : 6 / MATRICES;
   Stored<BITS> stored[MATRICES][SOME];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = lane / 4, k0 = (warp % SPLIT * 4 + lane % 4) * 8;
   auto fetch_some = [&](int group, int step) {
@@ -242,13 +241,15 @@ __device__ void prefetch(const Matrix& m, int N, int K) {
 
 // The same for what all thread blocks read: norms and biases of a layer.
 __device__ void prefetch_vectors(const Layer& layer) {
-  const T* vectors[] = {layer.attn_norm, layer.attn_norm_bias, layer.mlp_norm, layer.mlp_norm_bias, (const T*)layer.q.bias,
-                        (const T*)layer.k.bias, (const T*)layer.v.bias, (const T*)layer.out.bias, (const T*)layer.gate.bias,
-                        (const T*)layer.up.bias, (const T*)layer.down.bias};
-  constexpr int SIZES[] = {C, C, C, C, H * D, KV * D, KV * D, C, F, F, C};
-  for (int i = blockIdx.x; i < sizeof(SIZES) / sizeof(SIZES[0]); i += gridDim.x)
-    for (int at = threadIdx.x * 128 / sizeof(T); vectors[i] && at < SIZES[i]; at += THREADS * 128 / sizeof(T))
-      PREFETCH(vectors[i] + at);
+  auto prefetch = [](int block, const void* vector, int n) {
+    if (vector && blockIdx.x == block % BLOCKS && threadIdx.x * 128 < n * sizeof(T))
+      PREFETCH((const char*)vector + threadIdx.x * 128);
+  };
+  prefetch(0, layer.attn_norm, C), prefetch(1, layer.attn_norm_bias, C);
+  prefetch(2, layer.mlp_norm, C), prefetch(3, layer.mlp_norm_bias, C);
+  prefetch(4, layer.q.bias, H * D), prefetch(5, layer.k.bias, KV * D), prefetch(6, layer.v.bias, KV * D);
+  prefetch(7, layer.out.bias, C), prefetch(8, layer.up.bias, F);
+  prefetch(9, layer.gate.bias, F), prefetch(10, layer.down.bias, C);
 }
 
 // ---- the input of a product, put into shared memory ---------------------------------------------------------------
@@ -270,32 +271,34 @@ __device__ void put_norm(const T* x, const T* weight, const T* bias, T* y) {
     return sum;
   };
   float mean = 0, squares = 0;
-  Some numbers[EACH], w[EACH], more[EACH] = {};
+  Some numbers[EACH] = {};
 #pragma unroll
   for (int i = 0; i < EACH; i++)
     if (first + STEP * i < C / N) {
       float4 bytes = __ldcg((const float4*)(x + b * C) + first + STEP * i);
       numbers[i] = *(Some*)&bytes;
-      w[i] = ((const Some*)weight)[first + STEP * i];
-      if (bias) more[i] = ((const Some*)bias)[first + STEP * i];
     }
   if (LAYER_NORM) {
 #pragma unroll
     for (int i = 0; i < EACH; i++)
-      for (int c = 0; c < N && first + STEP * i < C / N; c++) mean += number(numbers[i].x[c]);
+#pragma unroll
+      for (int c = 0; c < N; c++) mean += number(numbers[i].x[c]);
     mean = sum_of_team(mean, sums[0]) / C;
   }
 #pragma unroll
   for (int i = 0; i < EACH; i++)
-    for (int c = 0; c < N && first + STEP * i < C / N; c++)
-      squares += (number(numbers[i].x[c]) - mean) * (number(numbers[i].x[c]) - mean);
+    if (first + STEP * i < C / N)
+#pragma unroll
+      for (int c = 0; c < N; c++) squares += (number(numbers[i].x[c]) - mean) * (number(numbers[i].x[c]) - mean);
   float scale = rsqrtf(sum_of_team(squares, sums[1]) / C + NORM_EPS);
 #pragma unroll
   for (int i = 0; i < EACH; i++)
     if (first + STEP * i < C / N) {
-      Some found;
+      Some found, w = ((const Some*)weight)[first + STEP * i], more = {};
+      if (bias) more = ((const Some*)bias)[first + STEP * i];
+#pragma unroll
       for (int c = 0; c < N; c++)
-        found.x[c] = T((number(numbers[i].x[c]) - mean) * scale * number(w[i].x[c]) + number(more[i].x[c]));
+        found.x[c] = T((number(numbers[i].x[c]) - mean) * scale * number(w.x[c]) + number(more.x[c]));
       ((Some*)(y + b * STRIDE))[first + STEP * i] = found;
     }
   __syncthreads();
@@ -345,8 +348,9 @@ __device__ void put_turned(const float* x, const T* weight, const float* inverse
   for (int c = lane; c < D; c += 32) y[c] = __ldcg(x + c) * scale * (weight ? number(weight[c]) : 1);
   __syncwarp();
   for (int c = lane; inverse && c < ROTARY / 2; c += 32) {
-    float sine, cosine, a = y[c], b = y[c + ROTARY / 2];
-    sincosf(position / inverse[c], &sine, &cosine);
+    float sine, cosine, a = y[c], b = y[c + ROTARY / 2], angle = position / inverse[c], turns = rintf(angle * 0.15915494f);
+    // less whole turns of 2 pi = 6.2831855 - 1.7484556e-7, since sincosf() of large angles needs many registers
+    __sincosf(fmaf(turns, 1.7484556e-7f, fmaf(turns, -6.2831855f, angle)), &sine, &cosine);
     y[c] = a * cosine - b * sine;
     y[c + ROTARY / 2] = a * sine + b * cosine;
   }
@@ -363,7 +367,7 @@ __device__ float bounded(float score) { return ATTN_SOFTCAP ? ATTN_SOFTCAP * tan
 // (P, B, H, STATE).
 __device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int column, const unsigned* starts,
                        float* parts, T* heads) {
-  constexpr int LANES = D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32, EACH = 16 / sizeof(T), KEYS = EACH * 32 / LANES;
+  constexpr int LANES = D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32, EACH = 12 / sizeof(T), KEYS = EACH * 32 / LANES;
   constexpr int UNITS = B * H * P > 2 * BLOCKS ? 4 : B * H * P > BLOCKS ? 2 : 1, TEAM = WARPS / UNITS;
   __shared__ float queries[UNITS][D], own_keys[UNITS][D], states[WARPS][STATE];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % TEAM, slot = threadIdx.x / 32 / TEAM;
@@ -381,14 +385,19 @@ __device__ void attend(const Layer& layer, const float* qkv, const float* invers
     T* values = layer.values + (size_t)(b * KV + kv) * ROOM * D + own;
     auto score_of = [&](const Several<T, 8>& key) {
       float score = 0;
-      for (int i = 0; inside && i < 8; i++) score += queries[slot][own + i] * number(key.x[i]);
+      if (inside)
+#pragma unroll
+        for (int i = 0; i < 8; i++) score += queries[slot][own + i] * number(key.x[i]);
+#pragma unroll
       for (int far = LANES / 2; far; far /= 2) score += __shfl_xor_sync(~0u, score, far);
       return bounded(score * SCALE);
     };
     float top = LOWEST, sum = 0, value[8] = {};
     if (works && p == 0 && warp == 0) {
       Several<T, 8> own_key = {}, own_value = {};
-      for (int i = 0; inside && i < 8; i++) own_key.x[i] = T(own_keys[slot][own + i]), own_value.x[i] = T(__ldcg(v + own + i));
+      if (inside)
+#pragma unroll
+        for (int i = 0; i < 8; i++) own_key.x[i] = T(own_keys[slot][own + i]), own_value.x[i] = T(__ldcg(v + own + i));
       float score = score_of(own_key);
       if (lane < LANES) {
         top = score, sum = 1;
@@ -433,9 +442,12 @@ __device__ void attend(const Layer& layer, const float* qkv, const float* invers
       return x;
     };
     sum = sum_of_groups(sum);
+#pragma unroll
     for (int i = 0; i < 8; i++) value[i] = sum_of_groups(value[i]);
     float* state = states[slot * TEAM + warp];
-    for (int i = 0; lane < LANES && inside && i < 8; i++) state[own + i] = value[i];
+    if (lane < LANES && inside)
+#pragma unroll
+      for (int i = 0; i < 8; i++) state[own + i] = value[i];
     if (lane == 0) state[D] = all, state[D + 1] = sum;
     __syncthreads();
     for (int c = warp * 32 + lane; works && c < (P > 1 ? STATE : D); c += TEAM * 32) {

@@ -165,14 +165,12 @@ class Plan:
             source = "\n".join([
                 "__shared__ Layer layers[LAYERS];",
                 "__shared__ Ends ends;",
-                f"const void* weights[] = {{{', '.join(f'w{i}' for i in range(n))}}};",
-                f"const T* caches[] = {{{', '.join(f'c{i}' for i in range(n))}}};",
-                "for (int l = threadIdx.x; l < LAYERS; l += THREADS) {",
-                "  find(layers[l], weights[l], OFFSETS);",
-                "  layers[l].keys = (T*)caches[l];",
-                "  layers[l].values = layers[l].keys + (size_t)B * KV * ROOM * D;",
-                "}",
-                f"if (threadIdx.x == THREADS - 1) find(ends, w{n}, OFFSETS_OF_ENDS);",
+                "int warp = threadIdx.x / 32;",
+                *(f"if (warp == {i} % WARPS) find((const void**)&layers[{i}], w{i}, OFFSETS, sizeof(OFFSETS) / 8);"
+                  for i in range(n)),
+                *(f"if (threadIdx.x == {i} % THREADS) layers[{i}].keys = (T*)c{i}, "
+                  f"layers[{i}].values = (T*)c{i} + (size_t)B * KV * ROOM * D;" for i in range(n)),
+                f"if (warp == 0) find((const void**)&ends, w{n}, OFFSETS_OF_ENDS, sizeof(OFFSETS_OF_ENDS) / 8);",
                 "__syncthreads();",
                 "decode(layers, ends, ids, inverse, (unsigned*)state, buffer, y);"])
             header = f"constexpr int ROOM = {room};\n" + self.header

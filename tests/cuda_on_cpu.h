@@ -89,6 +89,7 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); sched_yie
 inline unsigned atomicAdd(unsigned* to, unsigned x) { return __atomic_fetch_add(to, x, __ATOMIC_SEQ_CST); }
 template <typename T> T __ldcg(const T* x) { return *x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline void __sincosf(float x, float* sine, float* cosine) { *sine = std::sin(x), *cosine = std::cos(x); }
 inline float __expf(float x) { return std::exp(x); }
 using std::max;
 using std::min;
