@@ -149,9 +149,9 @@ def pair(what: str, x: str, second: str, unit: float, curves: list[tuple]) -> li
     first = "ms a token" if what == "writing" else "ms a step"
     for i, (label, factor) in enumerate(((first, 1e3), (second, 1 / unit))):
         found.append(dict(name=what, x=x, y=label, curves=[
-            curve(name, xs, [figures[i] * factor for figures in all_figures], [factor * costs[i] for costs in all_costs],
+            curve(name, xs, [factor * each[i] for each in figures], [factor * each[i] for each in costs],
                   scaled=label != "MB of the cache")
-            for name, xs, all_figures, all_costs in curves]))
+            for name, xs, figures, costs in curves]))
     return found
 
 
