@@ -178,7 +178,8 @@ def our_many(model: GPT, task: dict):
             counts[number] += 1
             return counts[number] == task["lengths"][number]
 
-        for _ in generate_many(model, task["prompts"], max(task["lengths"]), task["batch"], stops=ended, temperature=0):
+        most = max(task["lengths"]) + 1  # so that all texts are ended by `ended`
+        for _ in generate_many(model, task["prompts"], most, task["batch"], stops=ended, temperature=0):
             pass
         assert counts == task["lengths"]
 
@@ -226,7 +227,8 @@ def ratio_of(ours: list[float], peer: list[float]) -> str:
 
 def row(what: str, unit: str, work: float, ours: list[float], peer: list[float], memory: str = ""):
     """Print the row of a measurement. ours, peer: the seconds of each round, in which `work` units were done."""
-    speeds = [f"{work / statistics.median(seconds):,.1f}" if seconds else "missing" for seconds in (ours, peer)]
+    speeds = [work / statistics.median(seconds) if seconds else 0 for seconds in (ours, peer)]
+    speeds = [f"{speed:,.{1 if speed > 1 else 3}f}" if speed else "missing" for speed in speeds]
     ms = "/".join(f"{statistics.median(seconds) * 1e3:,.1f}" for seconds in (ours, peer) if seconds)
     show(f"{what}: {unit}", *speeds, ratio_of(ours, peer), ms, memory)
 
