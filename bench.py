@@ -19,8 +19,8 @@ of prefill is the prompt's, and that of many (texts of different lengths, in bat
 bandwidth of a large copy on this device (read and written bytes), which the first line of the section tells. A cache of
 the processor can make it more than 1.
 
-growth takes minutes, and so is not among the default sections: bench_growth.py says what it measures. It is drawn to
---out, with the figures beside it as .json, which --again=FILE.json draws without measuring.
+many and growth take minutes, and so are not among the default sections. bench_growth.py says what growth measures; it
+is drawn to --out, with the figures beside it as .json, which --again=FILE.json draws without measuring.
 """
 import contextlib
 import datetime
@@ -59,14 +59,14 @@ from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, no_tap, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
-only = "train,decode,many,tokenize,variants,adapters,packed,inside,convert,page"  # sections; growth is another
+only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # sections; others: many, growth
 shapes = ""            # 4x4x128 | 6x6x384 | 6x6x384-llama | 124M | 124M-gpt2 | 124M-llama, with commas; "": by device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # tokens to generate in a round of decoding
 batches = ""           # texts at a time, with commas; "": 1,16 in decode, 1,4,16,64 in many
 draws = ""             # of decode: greedy | sampled (temperature 0.8, top_k 50); "": greedy, and on a GPU both
 sides = ""             # ours | ours_4bit | torch | torch_graphs | mlx_lm | mlx_lm_4bit; "": all that suit the device
-panels = "T,layers,vocabulary,experts,writing"  # of growth
+panels = ""            # of growth: T | layers | vocabulary | experts | writing, with commas; "": all
 out = ""               # growth's picture, a .png; its figures are written beside it, as .json
 again = ""             # the .json of an earlier growth, to draw or print again
 compile = True         # compile our training step (train.py's default on a CPU is False)
@@ -105,7 +105,7 @@ kinds_of_draw = chosen("draw", draws, DRAWS, "greedy" if ON_CPU else "greedy,sam
 competitors = chosen("side", sides, SIDES, ",".join(SIDES))
 if "ours" not in competitors:
     raise UserError(f"sides={sides}: the others are compared with ours, so name it too")
-parts = chosen("panel", panels, bench_growth.PANELS)
+parts = chosen("panel", panels, bench_growth.PANELS, ",".join(bench_growth.PANELS))
 if not all(size.isdecimal() and int(size) for size in batches.split(",") if batches):
     raise UserError(f"batches={batches}: give whole numbers with commas")
 if out:
@@ -206,7 +206,7 @@ if task:
         described = None
     if not isinstance(described, dict) or not {"bits", "tasks"} <= {*described}:
         raise UserError("--task is for processes that bench.py itself starts: leave it out")
-    serve(our_works(described), lambda: mx.get_peak_memory() / 2**30)
+    serve(described, our_works(described), lambda: mx.get_peak_memory() / 2**30)
     sys.exit()
 
 # ---- timing, and the table -------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def bench_many(name: str):
     T, V, rng = SHAPES[name][3], SHAPES[name][5], np.random.default_rng(0)
     n = 96 if ON_CPU else 192
     prompts = [rng.integers(0, V, length).tolist() for length in rng.integers(T // 32, T // 4, n, endpoint=True)]
-    lengths = rng.integers(T // 32, T // 4, n, endpoint=True).tolist()
+    lengths = rng.integers(T // 32, T // (8 if ON_CPU else 4), n, endpoint=True).tolist()
     tasks = [dict(kind="many", batch=batch, prompts=prompts, lengths=lengths) for batch in sizes or (1, 4, 16, 64)]
     wanted = [side for side in competitors if not side.startswith("torch")]
     with fields([(name, wanted, tasks)]) as (field,):

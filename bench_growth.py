@@ -5,7 +5,8 @@ vocabulary and over experts (of which a token uses two): ms and peak memory; and
 context, whose keys and values are zeros, and bytes of the cache.
 
 The expected figures are counted from the shapes, and scaled so that the first point of each curve is the measured one:
-a curve that leaves its line grows otherwise than the count. The bytes of the cache are not scaled.
+a curve that leaves its line grows otherwise than the count. The time of writing is scaled by its last point, since a
+token costs more than its bytes where they are few, and the bytes of the cache are not scaled.
 
     a training step  operations, N (6 W + 12 L C K), for N tokens, W weights that a token meets in matmuls, L layers of
                      width C, and K keys that a query sees on average
@@ -27,9 +28,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from model import GPT, LOSS_CHUNK, ON_CPU, Cache, GPTConfig, crosses
+from model import GPT, LOSS_CHUNK, ON_CPU, Cache, GPTConfig
 
-PANELS = "T", "layers", "vocabulary", "experts", "writing"
+PANELS = ["T", "layers", "vocabulary", "writing"]
+PANELS.insert(3, "experts")  # moe
 if ON_CPU:
     BASE, TOKENS, WINDOW = dict(n_layer=2, n_head=2, n_embd=128, block_size=256, vocab_size=512), 2048, 128
     LAYERS, VOCABULARY, CONTEXTS = (1, 2, 4, 8, 16), (512, 2048, 8192, 32768), (512, 2048, 8192, 32768)
@@ -38,24 +40,29 @@ else:
     LAYERS, VOCABULARY, CONTEXTS = (3, 6, 12, 24), (4096, 16384, 65536, 131072), (512, 2048, 8192, 32768)
 T, LONGEST, EXPERTS = (256, 512, 1024, 2048, 4096, 8192), 8192, (2, 4, 8, 16, 32)
 CURVES = {"all keys": {}}  # the variants of the panels T and writing
-CURVES[f"window of {WINDOW}"] = dict(sliding_window=WINDOW)  # window
-CURVES[f"YOCO, window of {WINDOW}"] = dict(yoco=True, sliding_window=WINDOW)  # yoco
+windowed = {}
+windowed = dict(sliding_window=WINDOW)  # window
+CURVES[f"window of {WINDOW}"] = windowed  # window
+CURVES[f"YOCO, window of {WINDOW}"] = dict(yoco=True, **windowed)  # yoco
 CURVES["MoD, 1/8 in every other layer"] = dict(mod="topk")  # mod
-STEPS = 8  # tokens in a round of writing
+STEPS, WARM = 8, 2  # tokens in a round of writing; rounds before those that are timed
 
 # ---- what the shapes tell --------------------------------------------------------------------------------------------
 
 
 def keys_seen(config: GPTConfig) -> float:
     """How many keys a query sees on average, itself included."""
-    n, window = config.block_size, min(config.sliding_window or config.block_size, config.block_size)
+    n = window = config.block_size
+    window = min(config.sliding_window or n, n)  # window
     return (window * (window + 1) / 2 + (n - window) * window) / n
 
 
 def step_cost(config: GPTConfig, tokens: int, size: int) -> tuple[float, float]:
     """The operations and the bytes of a training step with numbers of `size` bytes: see above."""
     L, C, F, K = config.n_layer, config.n_embd, config.ffn_dim, keys_seen(config)
-    used, router = (config.expert_top_k, config.n_expert * C) if config.n_expert else (1, 0)
+    used, router = 1, 0
+    if config.n_expert:  # moe
+        used, router = config.expert_top_k, config.n_expert * C  # moe
     met = L * (4 * C * C + used * 2 * C * F + router) + config.vocab_size * C
     weights = sum(p.size for _, p in tree_flatten(GPT(config, None).parameters()))
     kept = 8 * C + 2 * used * F + (config.n_head * K if ON_CPU else 0)
@@ -66,7 +73,8 @@ def step_cost(config: GPTConfig, tokens: int, size: int) -> tuple[float, float]:
 def cache_cost(config: GPTConfig, context: int, size: int) -> tuple[float, float]:
     """The bytes of keys and values that a token reads at the end of a context, and those that are kept."""
     one = 2 * config.n_kv_head * config.head_dim * size  # of a position in a layer
-    L, window = config.n_layer, min(config.sliding_window or context, context)
+    L, window = config.n_layer, context
+    window = min(config.sliding_window or context, context)  # window
     if config.yoco:  # yoco
         return one * (L // 2 * window + (L - L // 2) * context), one * (L // 2 * window + context)  # yoco
     if config.mod != "none":  # mod
@@ -88,21 +96,21 @@ def step_figures(config: GPTConfig, tokens: int, training: Callable, rounds: int
     """The seconds of a training step and its peak memory in bytes."""
     release()
     step, times = training(GPT(config), dict(batch=tokens // config.block_size, steps=1)), []
-    for i in range(rounds + 1):
-        if i == 1:
+    for i in range(WARM + rounds):
+        if i == WARM:
             mx.reset_peak_memory()
         began = time.perf_counter()
         step()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]), mx.get_peak_memory()
+    return statistics.median(times[WARM:]), mx.get_peak_memory()
 
 
 def filled(model: GPT, length: int) -> Cache:
     """A cache of `length` positions, whose keys and values are zeros."""
     cache, config = model.make_cache(), model.config
-    for block, layer in zip(cache.blocks, cache.layers, strict=True):
-        if block is not cache.blocks[-1] and crosses(config, block.layer):  # yoco
-            continue  # yoco
+    for number, layer in enumerate(cache.layers):
+        if config.yoco and config.n_layer // 2 <= number < config.n_layer:  # yoco
+            continue  # it shares the last one  # yoco
         n = length
         if hasattr(layer, "row"):  # mod
             places = mx.arange(0, length, round(1 / config.mod_capacity))  # mod
@@ -124,9 +132,9 @@ def choose(model: GPT, number: int):  # mod
 def writing_figures(model: GPT, context: int, rounds: int) -> tuple[float, float]:
     """The seconds of a token, of those up to the end of a context, and the bytes of the cache."""
     release()
-    cache, times = filled(model, context - STEPS * (rounds + 1)), []
+    cache, times = filled(model, context - STEPS * (WARM + rounds)), []
     token = mx.array([[1]])
-    for _ in range(rounds + 1):
+    for _ in range(WARM + rounds):
         began = time.perf_counter()
         for number in range(STEPS):
             choose(model, number)  # mod
@@ -134,11 +142,12 @@ def writing_figures(model: GPT, context: int, rounds: int) -> tuple[float, float
             mx.async_eval(token)
         mx.eval(token)
         times.append((time.perf_counter() - began) / STEPS)
-    return statistics.median(times[1:]), cache.nbytes
+    return statistics.median(times[WARM:]), cache.nbytes
 
 
-def curve(name: str, xs: list, measured: list[float], expected: list[float], scaled: bool) -> dict:
-    scale = measured[0] / expected[0] if scaled else 1
+def curve(name: str, xs: list, measured: list[float], expected: list[float], point: int | None) -> dict:
+    """point: the one at which the expected figures are made equal to the measured ones; None: nowhere."""
+    scale = 1 if point is None else measured[point] / expected[point]
     return dict(name=name, x=[*xs], measured=measured, expected=[scale * value for value in expected])
 
 
@@ -150,7 +159,7 @@ def pair(what: str, x: str, second: str, unit: float, curves: list[tuple]) -> li
     for i, (label, factor) in enumerate(((first, 1e3), (second, 1 / unit))):
         found.append(dict(name=what, x=x, y=label, curves=[
             curve(name, xs, [factor * each[i] for each in figures], [factor * each[i] for each in costs],
-                  scaled=label != "MB of the cache")
+                  {"ms a token": -1, "MB of the cache": None}.get(label, 0))
             for name, xs, figures, costs in curves]))
     return found
 
@@ -170,14 +179,15 @@ def measure(names: list[str], training: Callable, dtype: mx.Dtype, rounds: int) 
         model.set_dtype(dtype)
         mx.eval(model.parameters())
         weights = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+        writing_figures(model, CONTEXTS[0], rounds)  # what is compiled once
         figures = [writing_figures(model, n, rounds)
                    for n in tqdm(CONTEXTS, desc=f"growth {label}", leave=False, disable=None)]
         costs = [cache_cost(model.config, n, dtype.size) for n in CONTEXTS]
         return label, CONTEXTS, figures, [(weights + read, kept) for read, kept in costs]
 
     each = {"layers": ("layers", LAYERS, lambda x: dict(n_layer=x)),
-            "vocabulary": ("tokens of the vocabulary", VOCABULARY, lambda x: dict(vocab_size=x)),
-            "experts": ("experts", EXPERTS, lambda x: dict(n_expert=x, ffn_dim=2 * BASE["n_embd"]))}
+            "vocabulary": ("tokens of the vocabulary", VOCABULARY, lambda x: dict(vocab_size=x))}
+    each["experts"] = "experts", EXPERTS, lambda x: dict(n_expert=x, ffn_dim=2 * BASE["n_embd"])  # moe
     for name in names:
         if name == "T":
             curves = [training_curve(label, T, lambda x, own=own: dict(own, block_size=x), max(TOKENS, LONGEST))

@@ -2,12 +2,12 @@
 
     python bench_peers.py torch '{"n_layer": 4, ..., "bits": 0, "tasks": [{"kind": "write", "batch": 16, ...}, ...]}'
 
-It builds the model, does every task twice to warm up, and prints a line. For every line on its standard input, the
-number of a task, it does this task and prints {"seconds": ..., "peak": GiB}. torch: GPT-2 as nanoGPT writes it, or
-Llama; eager float32 on a CPU; torch.compile, bfloat16 and a fused AdamW on a GPU; writing with a preallocated
-key/value cache. torch_graphs: writing with a cache of fixed size, whose step, the draw included, is compiled and
-replayed as a CUDA graph. mlx_lm: mlx-lm's GPT-2 or Llama, generate_step, and BatchGenerator for several texts; "bits":
-4 packs its weights. Exit status 3: the package is not installed.
+It builds the model, does every task once or twice to warm up, and prints a line. For every line on its standard input,
+the number of a task, it does this task and prints {"seconds": ..., "peak": GiB}. torch: GPT-2 as nanoGPT writes it, or
+Llama; eager float32 on a CPU; torch.compile, bfloat16 and a fused AdamW on a GPU; writing with a preallocated key/value
+cache. torch_graphs: writing with a cache of fixed size, whose step, the draw included, is compiled and replayed as a
+CUDA graph. mlx_lm: mlx-lm's GPT-2 or Llama, generate_step, and BatchGenerator for several texts; "bits": 4 packs its
+weights. Exit status 3: the package is not installed.
 """
 import json
 import signal
@@ -16,11 +16,12 @@ import time
 from functools import partial
 
 
-def serve(works: list, peak):
+def serve(task: dict, works: list, peak):
     """Do the tasks that bench.py asks for. works: functions that return the seconds of what is to be timed, or None for
     all of their time. peak: a function that returns GiB."""
-    for work in works:
-        work(), work()
+    for work, each in zip(works, task["tasks"], strict=True):
+        for _ in range(1 if each["kind"] == "many" else 2):
+            work()
     print(json.dumps({"peak": peak()}), flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
@@ -254,7 +255,8 @@ if __name__ == "__main__":
         print(f"{sys.argv[0]} is started by bench.py: run `python bench.py` instead", file=sys.stderr)
         sys.exit(2)
     try:
-        works, peak = peers[sys.argv[1]](json.loads(sys.argv[2]))
+        described = json.loads(sys.argv[2])
+        works, peak = peers[sys.argv[1]](described)
     except ImportError:
         sys.exit(3)  # not installed
-    serve(works, peak)
+    serve(described, works, peak)
