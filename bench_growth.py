@@ -175,7 +175,8 @@ def measure(names: list[str], training: Callable, dtype: mx.Dtype, rounds: int) 
         return label, xs, figures, [step_cost(config, tokens, dtype.size) for config in configs]
 
     def writing_curve(label: str, own: dict) -> tuple:
-        model = GPT(GPTConfig(**BASE | own | dict(block_size=max(CONTEXTS)))).eval()
+        deep = dict(n_layer=max(8, BASE["n_layer"]), block_size=max(CONTEXTS))  # so that YOCO has many layers to share
+        model = GPT(GPTConfig(**BASE | own | deep)).eval()
         model.set_dtype(dtype)
         mx.eval(model.parameters())
         weights = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
