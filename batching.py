@@ -130,7 +130,7 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
     """Continue many prompts, batch_size at a time, in their order; yields (number of the prompt, token), and (number,
     None) when its text is over: before a token in `ends`, after one for which stops(number, token) is true, or after
     max_new_tokens. Sampling is that of model.generate(); a text depends on the seed and the number of its prompt, not
-    on the other texts. A full context is cut to its second half."""
+    on the other texts. A full context is cut to its second half. Where a logit is NaN, the token is V or more."""
     check_rows(model, batch_size)
     if not all(prompts):
         raise UserError("nothing to continue: give each text at least one token")
@@ -152,7 +152,9 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
             logits = mx.where(padding, -mx.inf, logits)
         both = mx.vmap(mx.random.split)(keys[mx.array(rows)])  # a key for each text
         keys[mx.array(rows)] = both[:, 0]
-        return sample_token(logits, both[:, 1], temperature, top_k, top_p, min_p).tolist()
+        tokens = sample_token(logits, both[:, 1], temperature, top_k, top_p, min_p)
+        lost = mx.isnan(mx.take_along_axis(logits, mx.minimum(tokens, V - 1)[:, None], axis=-1)[:, 0])
+        return mx.where(lost, V, tokens).tolist()
 
     def added(rows: list[int], tokens: list[int]) -> Iterator:
         for row, token in zip(rows, tokens, strict=True):

@@ -2,16 +2,29 @@
 
     python bench.py
     python bench.py --only=train --shapes=124M,124M-gpt2      # on a GPU
+    python bench.py --only=decode,many --shapes=124M-gpt2,124M-llama --rounds=3 --new_tokens=128
+    python bench.py --only=growth --out=growth.png
 
-Our code and a peer are timed in turn, A B A B ..., each in a process of its own, after a warm-up. The table shows
-medians over the rounds. `ratio` is the median (and range) over the rounds of the peer's time divided by our time: above
-1 our code is faster. A training step is forward, backward, clipping and AdamW. GiB is the peak memory that MLX and
-torch.cuda allocated. The peers (bench_peers.py) are a GPT-2 in PyTorch, as nanoGPT writes it, with the sizes of our
-shape; mlx-lm's Llama, for the shapes that end in "-llama"; and the tokenizers package with our vocabulary. Where a line
-names two methods ("A; B"), both are ours: B is in the peer's column.
+Our code and its peers are timed in turn, A B C A B C ..., each in a process of its own, after a warm-up. The table
+shows medians over the rounds. `ratio` is the median (and range) over the rounds of the peer's time divided by our time:
+above 1 our code is faster. A training step is forward, backward, clipping and AdamW. GiB is the peak memory that MLX
+and torch.cuda allocated. The peers (bench_peers.py) are GPT-2 and, for shapes that end in "-llama", Llama, with the
+sizes of our shape, in PyTorch and in mlx-lm; and the tokenizers package with our vocabulary. Where a line names two
+methods ("A; B"), both are ours: B is in the peer's column.
+
+decode and many print a line for each side. "torch" is eager, "torch_graphs" compiled and replayed as a CUDA graph; the
+sides with 4 bits pack all matrices. The time of decode begins after the first token, so that it holds no prompt; that
+of prefill is the prompt's, and that of many (texts of different lengths, in batches whose rows are refilled) holds all.
+`share` is the bytes of the weights and of the keys and values that a step must read, divided by its time and by the
+bandwidth of a large copy on this device (read and written bytes), which the first line of the section tells. A cache of
+the processor can make it more than 1.
+
+many and growth take minutes, and so are not among the default sections. bench_growth.py says what growth measures; it
+is drawn to --out, with the figures beside it as .json, which --again=FILE.json draws without measuring.
 """
 import contextlib
 import datetime
+import functools
 import glob
 import io
 import json
@@ -24,25 +37,38 @@ import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import blas  # before mlx
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
+import bench_growth
 import readers
+from batching import generate_many
+from bench_peers import serve
 from config import UserError, overrides
+from draw import check_folder, write_whole
+from draw import growth as draw_growth
 from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, no_tap, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
-only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # sections
+only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # sections; others: many, growth
 shapes = ""            # 4x4x128 | 6x6x384 | 6x6x384-llama | 124M | 124M-gpt2 | 124M-llama, with commas; "": by device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # tokens to generate in a round of decoding
+batches = ""           # texts at a time, with commas; "": 1,16 in decode, 1,4,16,64 in many
+draws = ""             # of decode: greedy | sampled (temperature 0.8, top_k 50); "": greedy, and on a GPU both
+sides = ""             # ours | ours_4bit | torch | torch_graphs | mlx_lm | mlx_lm_4bit; "": all that suit the device
+panels = ""            # of growth: T | layers | vocabulary | experts | writing, with commas; "": all
+out = ""               # growth's picture, a .png; its figures are written beside it, as .json
+again = ""             # the .json of an earlier growth, to draw or print again
 compile = True         # compile our training step (train.py's default on a CPU is False)
 task = ""              # internal: JSON of the task that a process of bench.py's own is to time
 
@@ -61,16 +87,40 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
 names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
 if unknown := set(names) - set(SHAPES):
     raise UserError(f"there is no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
-SECTIONS = "train", "decode", "tokenize", "variants", "adapters", "packed", "inside", "convert", "page"
-if unknown := set(only.split(",")) - set(SECTIONS):
-    raise UserError(f"there is no section {unknown.pop()!r}: choose among {', '.join(SECTIONS)}")
+SIDES = ["ours", "ours_4bit", "torch", *["torch_graphs"] * (not ON_CPU), "mlx_lm", "mlx_lm_4bit"]
+DRAWS = {"greedy": dict(temperature=0, top_k=0), "sampled": dict(temperature=0.8, top_k=50)}
+
+
+def chosen(what: str, text: str, known, default="") -> list[str]:
+    """The names in a setting with commas."""
+    names = (text or default).split(",")
+    if unknown := set(names) - set(known):
+        raise UserError(f"there is no {what} {unknown.pop()!r}: choose among {', '.join(known)}")
+    return names
+
+
+sections = chosen("section", only, ("train", "decode", "many", "tokenize", "variants", "adapters", "packed", "inside",
+                                    "convert", "page", "growth"))
+kinds_of_draw = chosen("draw", draws, DRAWS, "greedy" if ON_CPU else "greedy,sampled")
+competitors = chosen("side", sides, SIDES, ",".join(SIDES))
+if "ours" not in competitors:
+    raise UserError(f"sides={sides}: the others are compared with ours, so name it too")
+parts = chosen("panel", panels, bench_growth.PANELS, ",".join(bench_growth.PANELS))
+if not all(size.isdecimal() and int(size) for size in batches.split(",") if batches):
+    raise UserError(f"batches={batches}: give whole numbers with commas")
+if out:
+    if not out.endswith(".png"):
+        raise UserError(f"out={out!r}: it is a PNG, so let its name end in .png")
+    check_folder(out)
+sizes = [int(size) for size in batches.split(",") if size]
 rounds = rounds or (7 if ON_CPU else 20)
 dtype = compute_dtype("auto")
+format_name = str(dtype)[9:]
 
 # ---- our side: the work of a round -----------------------------------------------------------------------------------
 
 
-def our_training(model: GPT, task: dict):
+def our_training(model: GPT, task: dict, compile: bool = compile):
     """A function that takes task["steps"] training steps as train.py does, with AdamW."""
     model.compute_dtype = dtype
     opt = optim.Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
@@ -103,17 +153,49 @@ def our_training(model: GPT, task: dict):
     return steps
 
 
-def our_decoding(model: GPT, task: dict):
-    """A function that reads a prompt and generates task["new"] tokens."""
+def our_writing(model: GPT, task: dict):
+    """A function that reads prompts and writes task["new"] tokens, the first of them before the time begins."""
+    prompt = mx.random.randint(0, model.config.vocab_size, (task["batch"], task["prompt"])).tolist()
+
+    def write():
+        written = generate(model, prompt, task["new"], task["temperature"], task["top_k"])
+        next(written)
+        began = time.perf_counter()
+        for _ in written:
+            pass
+        return time.perf_counter() - began if task["kind"] == "write" else None
+
+    return write
+
+
+def our_many(model: GPT, task: dict):
+    """A function that continues task["prompts"] by task["lengths"] tokens, task["batch"] texts at a time."""
+
+    def write():
+        counts = [0] * len(task["prompts"])
+
+        def ended(number, token):
+            counts[number] += 1
+            return counts[number] == task["lengths"][number]
+
+        most = max(task["lengths"]) + 1  # so that all texts are ended by `ended`
+        for _ in generate_many(model, task["prompts"], most, task["batch"], stops=ended, temperature=0):
+            pass
+        assert counts == task["lengths"]
+
+    return write
+
+
+def our_works(task: dict) -> list:
+    """The functions that do task["tasks"], all with one model."""
+    model = GPT(GPTConfig(**{name: task[name] for name in task.keys() & vars(GPTConfig()).keys()}))
+    if task["tasks"][0]["kind"] == "train":
+        return [our_training(model, each) for each in task["tasks"]]
     model.eval()
     model.set_dtype(dtype)
-    prompt = mx.random.randint(0, model.config.vocab_size, (task["batch"], task["prompt"])).tolist()
-    return lambda: list(generate(model, prompt, task["new"], temperature=0))
-
-
-def our_round(task: dict):
-    model = GPT(GPTConfig(**{name: task[name] for name in task.keys() & vars(GPTConfig()).keys()}))
-    return (our_training if task["kind"] == "train" else our_decoding)(model, task)
+    if task["bits"]:
+        nn.quantize(model, 64, task["bits"])
+    return [(our_many if each["kind"] == "many" else our_writing)(model, each) for each in task["tasks"]]
 
 
 if task:
@@ -122,18 +204,9 @@ if task:
         described = json.loads(task)
     except ValueError:
         described = None
-    if not isinstance(described, dict) or not {"kind", "batch", "steps", "prompt", "new"} <= {*described}:
+    if not isinstance(described, dict) or not {"bits", "tasks"} <= {*described}:
         raise UserError("--task is for processes that bench.py itself starts: leave it out")
-    work = our_round(described)
-    for _ in range(2):
-        work()
-        mx.reset_peak_memory()
-    work()
-    print(json.dumps({"peak": mx.get_peak_memory() / 2**30}), flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        work()
-        print(json.dumps({"seconds": time.perf_counter() - began, "peak": mx.get_peak_memory() / 2**30}), flush=True)
+    serve(described, our_works(described), lambda: mx.get_peak_memory() / 2**30)
     sys.exit()
 
 # ---- timing, and the table -------------------------------------------------------------------------------------------
@@ -147,47 +220,202 @@ def show(what: str, *cells: str):
     tqdm.write(f"{what}\n{figures}" if what else figures)
 
 
+def ratio_of(ours: list[float], peer: list[float]) -> str:
+    ratios = sorted(b / a for a, b in zip(ours, peer, strict=False))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else ""
+
+
 def row(what: str, unit: str, work: float, ours: list[float], peer: list[float], memory: str = ""):
     """Print the row of a measurement. ours, peer: the seconds of each round, in which `work` units were done."""
-    speeds = [f"{work / statistics.median(seconds):,.1f}" if seconds else "missing" for seconds in (ours, peer)]
+    speeds = [work / statistics.median(seconds) if seconds else 0 for seconds in (ours, peer)]
+    speeds = [f"{speed:,.{1 if speed > 1 else 3}f}" if speed else "missing" for speed in speeds]
     ms = "/".join(f"{statistics.median(seconds) * 1e3:,.1f}" for seconds in (ours, peer) if seconds)
-    ratios = sorted(b / a for a, b in zip(ours, peer, strict=False))
-    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else ""
-    show(f"{what}: {unit}", *speeds, ratio, ms, memory)
+    show(f"{what}: {unit}", *speeds, ratio_of(ours, peer), ms, memory)
 
 
-def start(*command: str):
-    """A process that is ready to do rounds, or None if its packages are not installed."""
-    process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if process.stdout.readline():
-        return process
-    if process.wait() != 3:
-        raise UserError(f"{command[0]} failed with exit status {process.returncode}: see its message above")
-    return None
+class Field:
+    """Processes that do the same tasks with the model of a shape, one for each side. A side whose packages are missing
+    has none. On a GPU all start at once; on a CPU they would hinder each other."""
+
+    def __init__(self, name: str, sides: list[str], tasks: list[dict]):
+        L, H, C, T, _, V, architecture, _ = SHAPES[name]
+        self.config = GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V, **architecture)
+        self.name, self.tasks, here = name, tasks, os.path.dirname(os.path.abspath(__file__))
+        self.processes = {}
+        for side in sides:
+            peer, _, packed = side.partition("_4bit")
+            described = json.dumps(dict(vars(self.config), tasks=tasks, dtype=str(dtype)[9:], bits=4 * bool(packed)))
+            command = ([os.path.abspath(__file__), f"--task={described}", f"--compile={compile}"] if peer == "ours" else
+                       [os.path.join(here, "bench_peers.py"), peer, described])
+            self.processes[side] = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE,
+                                                    stdout=subprocess.PIPE, text=True)
+            if ON_CPU:
+                self.wait(side)
+
+    def wait(self, side: str):
+        """Until it is ready."""
+        process = self.processes[side]
+        if not process.stdout.readline():
+            if process.wait() != 3:
+                raise UserError(f"{side} failed with exit status {process.returncode}: see its message above")
+            self.processes[side] = None
+
+    def race(self, what: str, number: int, rounds: int) -> dict[str, tuple[list[float], float]]:
+        """The seconds of every round of a task, and the peak memory in GiB, of each side: they take turns."""
+        found = {side: ([], 0) for side in self.processes}
+        for _ in tqdm(range(rounds), desc=what, leave=False, disable=None):
+            for side, process in self.processes.items():
+                if process:
+                    time.sleep(0.1 if ON_CPU else 0)  # the other side's threads still spin for a moment
+                    print(number, file=process.stdin, flush=True)
+                    answer = json.loads(process.stdout.readline())
+                    found[side] = [*found[side][0], answer["seconds"]], answer["peak"]
+        return found
+
+    def close(self):
+        for process in filter(None, self.processes.values()):
+            process.stdin.close()
+            process.wait()
 
 
-def race(what: str, kind: str, name: str, batch: int, peer: str, prompt: int = 0, new: int = 0):
-    """Time our code and a peer in turn, in processes. kind: train | decode. prompt, new: tokens to read, to write."""
-    L, H, C, T, B, V, architecture, steps = SHAPES[name]
-    config = GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V, **architecture)
-    task = dict(vars(config), kind=kind, batch=batch, prompt=prompt, new=new, steps=steps, dtype=str(dtype)[9:])
-    here = os.path.dirname(os.path.abspath(__file__))
-    sides = [start(os.path.abspath(__file__), f"--task={json.dumps(task)}", f"--compile={compile}"),
-             start(os.path.join(here, "bench_peers.py"), peer, json.dumps(task))]
-    seconds, peaks = ([], []), ["", ""]
-    for _ in tqdm(range(rounds), desc=what, leave=False, disable=None):
-        for i, process in enumerate(sides):
-            if process:
-                time.sleep(0.1)  # the other side's threads still spin for a moment
-                print(file=process.stdin, flush=True)
-                answer = json.loads(process.stdout.readline())
-                seconds[i].append(answer["seconds"])
-                peaks[i] = f"{answer['peak']:.2f}" if answer["peak"] else ""
-    for process in filter(None, sides):
-        process.stdin.close()
-        process.wait()
-    work = steps * B * T if kind == "train" else batch * new if new > 1 else prompt
-    row(f"{what}, {peer}", "tok/s", work, *seconds, "/".join(filter(None, peaks)))
+@contextlib.contextmanager
+def fields(of_names: list[tuple[str, list[str], list[dict]]]):
+    """The fields of some shapes, ready."""
+    found = []
+    try:
+        for each in of_names:
+            found.append(Field(*each))
+        for field in found if not ON_CPU else ():
+            for side in field.processes:
+                field.wait(side)
+        yield found
+    finally:
+        for field in found:
+            field.close()
+
+
+def bench_training(name: str):
+    """A training step, in turn with PyTorch's."""
+    _, _, _, T, B, _, _, steps = SHAPES[name]
+    with fields([(name, ["ours", "torch"], [dict(kind="train", batch=B, steps=steps)])]) as (field,):
+        what = f"train {name}, {B} x {T}"
+        (ours, a), (peer, b) = field.race(what, 0, rounds).values()
+        row(f"{what}, torch", "tok/s", steps * B * T, ours, peer, "/".join(f"{peak:.2f}" for peak in (a, b) if peak))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+TABLE = 16, 12, 20, 12, 10, 9
+
+
+def lines(cells: list[tuple]):
+    for line in cells:
+        tqdm.write("  " + line[0].ljust(TABLE[0] - 2) + "".join(f"{cell:>{w}}" for cell, w in zip(line[1:], TABLE[1:],
+                                                                                                  strict=True)))
+
+
+def table(what: str, found: dict, first: str, peers: list[str], work: float, steps: int = 0, read=None):
+    """Print a line for each side: its speed, its time over that of `first`, ms a step, the share of the bandwidth.
+    work: tokens in a round. steps: how often the model is run for them. read(side): the bytes that a run must read."""
+    tqdm.write(f"{what}: tok/s")
+    cells = []
+    for side in [first, *peers]:
+        if side not in found:
+            continue
+        seconds, peak = found[side]
+        if not seconds:
+            cells.append((side, "missing", "", "", "", ""))
+            continue
+        median = statistics.median(seconds)
+        cells.append((side, f"{work / median:,.1f}", ratio_of(found[first][0], seconds) if side != first else "",
+                      f"{median / steps * 1e3:,.2f}" if steps else "",
+                      f"{read(side) * steps / median / bandwidth():.3f}" if read else "",
+                      f"{peak:.2f}" if peak else ""))
+    lines(cells)
+
+
+@functools.cache
+def bandwidth() -> float:
+    """Bytes a second, read and written, of a copy that is larger than the caches of the processor: the best of some."""
+    size, best = 2**28 if ON_CPU else 2**31, 0.0
+    if ON_CPU:  # MLX would copy with one core
+        source, target = np.ones(size // 4, np.float32), np.zeros(size // 4, np.float32)
+        n = os.cpu_count()
+        parts = [*zip(np.array_split(source, n), np.array_split(target, n), strict=True)]
+        with ThreadPoolExecutor(n) as pool:
+            for _ in range(10):
+                began = time.perf_counter()
+                [*pool.map(lambda part: np.copyto(part[1], part[0]), parts)]
+                best = max(best, 2 * size / (time.perf_counter() - began))
+        return best
+    source = mx.zeros(size // 4, mx.uint32)
+    mx.eval(source)
+    for _ in range(10):
+        began = time.perf_counter()
+        mx.eval(source + 1)
+        best = max(best, 2 * size / (time.perf_counter() - began))
+    del source
+    mx.clear_cache()
+    return best
+
+
+def bytes_of_step(config: GPTConfig, bits: int, batch: int, length: int) -> int:
+    """What must be read for a token of each text: all matrices, the embedding too if it is the head; and the keys and
+    values of `length` positions."""
+    model = GPT(config, None)
+    model.set_dtype(dtype)
+    if bits:
+        nn.quantize(model, 64, bits)
+    weights = sum(p.nbytes for name, p in tree_flatten(model.parameters())  # not computed: the shapes are enough
+                  if not name.startswith("pos_embed") and (config.tie or not name.startswith("embed")))
+    return weights + batch * length * 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.size
+
+
+def bench_writing(group: list[str]):
+    """A prompt of a quarter of the context is continued, greedily or with draws, by one text or several at a time; then
+    reading a prompt."""
+    tasks, what = {}, {}
+    for name in group:
+        T = SHAPES[name][3]
+        new = min(new_tokens, T // 2)
+        tasks[name] = [dict(kind="write", batch=batch, prompt=T // 4, new=new + 1, **DRAWS[draw])
+                       for batch in sizes or (1, 16) for draw in kinds_of_draw]
+        what[name] = [f"batch {batch}, {draw}" for batch in sizes or (1, 16) for draw in kinds_of_draw]
+        tasks[name].append(dict(kind="read", batch=1, prompt=T - 1, new=1, **DRAWS["greedy"]))
+    with fields([(name, competitors, tasks[name]) for name in group]) as found:
+        for field in found:
+            for number, (each, words) in enumerate(zip(field.tasks, [*what[field.name], ""], strict=True)):
+                title = f"decode {field.name}, {words}" if words else f"prefill {field.name}, {each['prompt']} tokens"
+                times, batch, steps = field.race(title, number, rounds), each["batch"], each["new"] - 1
+                if not words:
+                    table(f"{title}, {format_name}", times, "ours", ["torch", "mlx_lm"], each["prompt"], 1)
+                    continue
+
+                def read(side, config=field.config, batch=batch, length=each["prompt"] + steps // 2):
+                    return bytes_of_step(config, 4 * side.endswith("_4bit"), batch, length)
+
+                table(f"{title}, {format_name}", times, "ours", SIDES[2:-1], batch * steps, steps, read)
+                if "ours_4bit" in times:
+                    peers = ["mlx_lm_4bit", "torch_graphs"]
+                    table(f"{title}, 4 bits", times, "ours_4bit", peers, batch * steps, steps, read)
+
+
+def bench_many(name: str):
+    """Texts of different lengths, after prompts of different lengths, some at a time: a text that ends makes room for
+    the next. Only the tokens that are written count."""
+    T, V, rng = SHAPES[name][3], SHAPES[name][5], np.random.default_rng(0)
+    n = 96 if ON_CPU else 192
+    prompts = [rng.integers(0, V, length).tolist() for length in rng.integers(T // 32, T // 4, n, endpoint=True)]
+    lengths = rng.integers(T // 32, T // (8 if ON_CPU else 4), n, endpoint=True).tolist()
+    tasks = [dict(kind="many", batch=batch, prompts=prompts, lengths=lengths) for batch in sizes or (1, 4, 16, 64)]
+    wanted = [side for side in competitors if not side.startswith("torch")]
+    with fields([(name, wanted, tasks)]) as (field,):
+        for number, each in enumerate(tasks):
+            title = f"many {name}, {n} texts, {each['batch']} at a time"
+            times = field.race(title, number, min(rounds, 3))
+            table(f"{title}, {format_name}", times, "ours", ["mlx_lm"], sum(lengths))
+            if "ours_4bit" in times:
+                table(f"{title}, 4 bits", times, "ours_4bit", ["mlx_lm_4bit"], sum(lengths))
 
 
 # ---- tokenizing ------------------------------------------------------------------------------------------------------
@@ -456,6 +684,38 @@ def bench_convert():
         alternate("convert a Llama of bfloat16, mlx_lm", "GB/s", size, ours, theirs if convert else None)
 
 
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+def bench_growing():
+    """How cost grows with sizes: see bench_growth.py. Its steps are compiled on a GPU only, since the compiler would
+    take longer than all steps."""
+    if again:
+        with open(again, encoding="utf-8") as file:
+            figures = json.load(file)
+    else:
+        title = f"{mx.device_info().get('device_name')}, {format_name}, {datetime.date.today()}"
+        figures = dict(title=f"{title}: measured (dots), and expected from the shapes (wide lines)", panels=[])
+    training = partial(our_training, compile=compile and not ON_CPU)
+    for both in ([figures["panels"]] if again else bench_growth.measure(parts, training, dtype, rounds)):
+        for panel in both:
+            tqdm.write(f"{panel['name']}: {panel['y']}, measured and expected, by {panel['x']}")
+            for curve in panel["curves"]:
+                tqdm.write(f"  {curve['name']}")
+                for x, *values in zip(curve["x"], curve["measured"], curve["expected"], strict=True):
+                    tqdm.write(f"{x:>15,}{values[0]:>13,.2f}{values[1]:>13,.2f}")
+        if not again:
+            figures["panels"] += both
+            if out:  # after each, in case that the next one does not fit into memory
+                write_whole(f"{os.path.splitext(out)[0]}.json", json.dumps(figures, indent=1).encode())
+    if out:
+        try:
+            draw_growth(out, figures["panels"], figures["title"])
+        except ImportError:
+            print("there is no matplotlib to draw with: run bench.py --only=growth --again=FILE.json --out=FILE.png "
+                  "where it is installed", file=sys.stderr)
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -480,30 +740,36 @@ def bench_page():
 print(f"{mx.device_info().get('device_name')}, {os.cpu_count()} cores, mlx {mx.__version__}\n"
       f"{blas.loaded or 'no other BLAS'}, {str(dtype)[9:]}, {datetime.date.today()}")
 show("", "ours", "peer", "ratio (range)", "ms ours/peer", "GiB")
-for name in names:
-    _, _, _, T, B, *_ = SHAPES[name]
-    llama = name.endswith("-llama")
-    if "train" in only and not llama:
-        race(f"train {name}, {B} x {T}", "train", name, B, "torch")
-    if "decode" in only:
-        for batch in (1,) if llama else (1, 16):
-            for peer in ("mlx_lm",) if llama else ("torch",) if ON_CPU else ("torch", "torch_graphs"):
-                race(f"decode {name}, batch {batch}", "decode", name, batch, peer, T // 4, min(new_tokens, T // 2))
-        race(f"prefill {name}, {T - 1} tokens", "decode", name, 1, "mlx_lm" if llama else "torch", T - 1, 1)
-if "tokenize" in only:
+if "train" in sections:
+    for name in names:
+        if not name.endswith("-llama"):
+            bench_training(name)
+if {"decode", "many"} & {*sections}:
+    tqdm.write(f"a copy: {bandwidth() / 1e9:,.1f} GB/s")
+    lines([("", "tok/s", "ratio (range)", "ms a step", "share", "GiB")])
+if "decode" in sections:
+    for group in [[name] for name in names] if ON_CPU else [names]:  # a GPU has room for all at once
+        bench_writing(group)
+if "many" in sections:
+    for name in names:
+        if shapes or name.endswith("-llama"):
+            bench_many(name)
+if "tokenize" in sections:
     bench_tokenizing()
-if "variants" in only:
+if "variants" in sections:
     bench_window()  # window
     bench_moe()  # moe
     bench_mod()  # mod
     bench_yoco()  # yoco
-if "adapters" in only:
+if "adapters" in sections:
     bench_adapters()
-if "packed" in only:
+if "packed" in sections:
     bench_packed()
-if "inside" in only:
+if "inside" in sections:
     bench_inside()
-if "convert" in only:
+if "convert" in sections:
     bench_convert()
-if "page" in only:
+if "page" in sections:
     bench_page()
+if "growth" in sections:
+    bench_growing()

@@ -133,6 +133,62 @@ def curves(path: str, rows: list[dict], panels: dict[str, dict[str, str]], title
     write_figure(path, figure)
 
 
+COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"  # told apart by colour-blind eyes too (Okabe and Ito)
+
+
+def growth(path: str, panels: list[dict], title: str):
+    """A PNG of small multiples with logarithmic axes: panels come in pairs, the second below the first. A panel has a
+    name, labels x and y, and curves: name, x, measured (dots) and expected (a line)."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    def number(value: float, _=None) -> str:
+        for size, letter in ((2**20, "M"), (2**10, "k")):
+            if value >= size and value % size == 0:
+                return f"{value / size:g}{letter}"
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    n = len(panels) // 2
+    figure = Figure(figsize=(0.3 + 2.45 * n, 5.8), layout="constrained")
+    colours = {}
+    columns = figure.subplots(2, n, squeeze=False).T
+    for two, both in zip(columns, zip(panels[::2], panels[1::2], strict=True), strict=True):
+        for i, (axes, panel) in enumerate(zip(two, both, strict=True)):
+            for curve in panel["curves"]:
+                colour = colours.setdefault(curve["name"], COLOURS[len(colours) % len(COLOURS)])
+                axes.plot(curve["x"], curve["expected"], "-", color=colour, lw=5, alpha=0.22, solid_capstyle="round")
+                axes.plot(curve["x"], curve["measured"], "o-", color=colour, ms=4.5, lw=1.1, label=curve["name"])
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            xs = sorted({x for curve in panel["curves"] for x in curve["x"]})
+            axes.xaxis.set_major_locator(FixedLocator(xs))
+            axes.xaxis.set_major_formatter(FuncFormatter(number))
+            values = [v for curve in panel["curves"] for v in (*curve["measured"], *curve["expected"])]
+            low, high = min(values), max(values)
+            if high < 4 * low:  # flat: two decades of nothing would look like growth
+                middle = (low * high) ** 0.5
+                low, high = middle / 2.2, middle * 2.2
+            axes.set_ylim(low / 1.35, high * 1.35)
+            axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 60 * low else (1,)))
+            axes.yaxis.set_major_formatter(FuncFormatter(number))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.tick_params(labelsize=8, color="#999999")
+            axes.grid(color="#000000", alpha=0.08)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.spines[["left", "bottom"]].set_color("#999999")
+            axes.set_ylabel(panel["y"], fontsize=9)
+            if i == 0:
+                axes.set_title(panel["name"], fontsize=10, fontweight="bold", loc="left")
+            else:
+                axes.set_xlabel(panel["x"], fontsize=9)
+    handles = {name: axes for axes in figure.axes for name in axes.get_legend_handles_labels()[1]}
+    shown = [handles[name].get_legend_handles_labels() for name in colours]
+    lines = [found[names.index(name)] for name, (found, names) in zip(colours, shown, strict=True)]
+    figure.legend(lines, colours, loc="outside lower center", ncols=len(colours), fontsize=9, frameon=False)
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
+    write_figure(path, figure)
+
+
 def expert_load(path: str, steps: list[int], load: np.ndarray, title: str):
     """A PNG of how many tokens each expert took, over the mean of its layer: load (steps, layers, experts). Layer 0 is
     at the bottom. The column of a step stands for all steps since the one before it."""

@@ -14,6 +14,8 @@ min_words words, or an answer without a word); repetitive (more than max_repetit
 repetitions of an earlier one); known (the prompt resembles one of the file or of --avoid: the Jaccard index of their
 runs of five characters is above max_similarity).
 
+A batch is made whole: all of its prompts, then the answers to those that pass. --rows texts are written at a time, and
+one that ends makes room for the next one of the batch, so that a batch of several times as many keeps all rows in use.
 The random numbers of a batch depend on --seed, the name of the file and the number of the batch. So a run that is
 stopped and resumed writes the same file as a run without a stop, and two runs that write to files of different names
 make different conversations. Ctrl-C stops after the conversations that are in the file.
@@ -33,12 +35,13 @@ import numpy as np
 from tqdm import tqdm
 
 import run_folder
+from batching import check_rows, generate_many
 from config import UserError, check_output, overrides
 from conversations import encode_prompt, end_of_prompt, ends_of_text, row_length, template_of, turns
 from draw import check_folder
 from lora import chain_of, load_adapted, path_and_weight
 from lora import merge as merge_adapters
-from model import compute_dtype, generate
+from model import compute_dtype
 from records import read_conversations
 from tokenizer import Tokenizer
 
@@ -54,7 +57,8 @@ n = 100                   # conversations in the file at the end
 resume = False            # add to the file
 overwrite = False         # replace the file without asking
 # sampling
-batch_size = 32           # conversations at a time
+batch_size = 128          # conversations of a batch, which is made whole
+rows = 32                 # texts at a time; more are faster and need more memory
 temperature = 0.8         # of the user's turn; the paper takes 1, which suits large models
 top_p = 0.98              # of the user's turn
 answer_temperature = 0.6  # 0: the most probable token, as in the paper; small models then repeat themselves
@@ -66,12 +70,12 @@ min_words = 3             # of a prompt
 max_repetition = 0.3      # share of word triples that repeat an earlier one of the turn
 max_similarity = 0.7      # Jaccard index of the runs of five characters of two prompts
 avoid = ""                # a file with prompts to avoid, such as the file that the model was tuned on
-patience = 20             # batches without a conversation that passes, after which the script gives up
+patience = 5              # batches without a conversation that passes, after which the script gives up
 
 settings = overrides(globals(), "checkpoint", "out")
 
 SCRIPT = os.path.basename(__file__)
-for name in ("n", "batch_size", "patience"):
+for name in ("n", "batch_size", "rows", "patience"):
     if settings[name] < 1:
         raise UserError(f"{name}={settings[name]}: it must be 1 or more")
 if not 0 <= temperature < math.inf or not 0 <= answer_temperature < math.inf:
@@ -206,6 +210,10 @@ if form == "none":
     raise UserError(f"{checkpoint} was not tuned on conversations: give one that sft.py has tuned, or a --template")
 merge_adapters(model)
 model.set_dtype(compute_dtype(dtype))
+try:
+    check_rows(model, rows)
+except UserError:  # its rows cannot be of different texts
+    rows = 1
 opening = [{"role": "system", "content": system}] if system else []
 beginning = encode_prompt(enc, opening, form, "user")
 mark = end_of_prompt(enc, form, opening).encode()
@@ -240,24 +248,19 @@ def seed_of(batch: int, turn: int) -> int:
 
 def continued(prompts: list[list[int]], room: int, seed: int, mark: bytes = b"", **sampling) -> list[str | None]:
     """The continuation of each prompt, up to an end token or the mark; None if neither comes within `room` tokens."""
-    texts, ended, counts = [b""] * len(prompts), [False] * len(prompts), [0] * len(prompts)
-    for tokens in generate(model, prompts, room, seed=seed, n_vocab=enc.n_vocab, **sampling):
+    texts, counts, ended = [b""] * len(prompts), [0] * len(prompts), [False] * len(prompts)
+    for number, token in generate_many(model, prompts, room, rows, ends, lambda i, _: mark and mark in texts[i],
+                                       seed=seed, n_vocab=enc.n_vocab, **sampling):
         if stops():
             raise KeyboardInterrupt
-        for row, token in enumerate(tokens):
-            if ended[row] or token is None or counts[row] == room:
-                continue
-            counts[row] += 1
-            if token >= enc.n_vocab:  # where a logit is NaN
-                raise UserError(f"{checkpoint} has logits that are not finite: give --dtype=float32, or another one")
-            if token in ends:
-                ended[row] = True
-            else:
-                texts[row] += enc.decode_bytes([token])
-                if mark and mark in texts[row]:
-                    texts[row], ended[row] = texts[row][:texts[row].index(mark)], True
-        if all(done or count == room for done, count in zip(ended, counts, strict=True)):
-            break
+        if token is None:
+            ended[number] = counts[number] < room or mark and mark in texts[number]
+            continue
+        if token >= enc.n_vocab:  # where a logit is NaN
+            raise UserError(f"{checkpoint} has logits that are not finite: give --dtype=float32, or another one")
+        texts[number] += enc.decode_bytes([token])
+        counts[number] += 1
+    texts = [text.partition(mark)[0] if mark else text for text in texts]
     return [text.decode("utf-8", "replace").strip() if done else None
             for text, done in zip(texts, ended, strict=True)]
 

@@ -31,7 +31,7 @@ timed out train.py --data="$text" --max_iters=500 --out_dir=out
 timed out-sft sft.py --data=tasks.jsonl --val_data=tasks-val.jsonl --learn_prompts=True \
     --out_dir=out-sft
 timed out-dpo dpo.py --data=pairs.jsonl --val_data=pairs-val.jsonl --learning_rate=1e-3 --out_dir=out-dpo
-"$python" "$root/magpie.py" --n=10 --patience=10 --temperature=0.6 --overwrite=True || echo "magpie.py made fewer"
+"$python" "$root/magpie.py" --n=10 --batch_size=32 --patience=10 --temperature=0.6 --overwrite=True || echo "magpie.py made fewer"
 "$python" "$root/sample.py" out-dpo/dpo.safetensors --prompt="Name three birds."
 "$python" "$root/merge.py" out-dpo/dpo.safetensors merged.safetensors --overwrite=True
 "$python" "$root/eval.py" out/ckpt.safetensors out-sft/sft.safetensors out-dpo/dpo.safetensors merged.safetensors \

@@ -96,6 +96,14 @@ def test_refused(settings, words):
         next(generate_many(build(settings), [[1]], 3, batch_size=2))
 
 
+def test_not_finite():
+    """A token that a caller can tell from all others."""
+    model = build({})
+    model.norm.weight = model.norm.weight * mx.nan
+    for temperature in (0, 1):
+        assert written(model, prompts_of([3, 5]), 2, temperature=temperature, n_vocab=30) == [[40, 40], [40, 40]]
+
+
 def test_empty():
     assert written(build({}), [], 3) == []
     assert written(build({}), [[1], [2, 3]], 0) == [[], []]

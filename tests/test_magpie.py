@@ -24,7 +24,7 @@ import lora
 from config import UserError
 from conversations import encode, encode_prompt, turns
 from lora import load_adapted
-from model import load_checkpoint
+from model import load_checkpoint, save_checkpoint
 from records import read_conversations
 from tokenizer import byte_tokenizer
 
@@ -48,7 +48,7 @@ def tuned(folder, tmp_path_factory):  # noqa: F811
     return out / "sft.safetensors"
 
 
-USUAL = "--batch_size=16", "--n=12", "--min_words=2", "--temperature=1", "--answer_temperature=0"
+USUAL = "--batch_size=16", "--rows=7", "--n=12", "--min_words=2", "--temperature=1", "--answer_temperature=0"
 
 
 def magpie(checkpoint, out, *arguments, status=0, **options):
@@ -90,7 +90,7 @@ def test_answers_are_the_model_s_own(tuned, tmp_path):
         assert enc.decode(ids[start:]).strip() == messages[1]["content"]
 
 
-SMALL = "--batch_size=4", "--max_similarity=1"
+SMALL = "--batch_size=4", "--rows=3", "--max_similarity=1"
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,23 @@ def test_resume_never_shortens(tuned, whole, tmp_path):
     assert f"batch {last} of {part} was made with other settings" in done.stderr + done.stdout
     assert after[:20] == before and len(after) == 24
     assert all(json.loads(line)["batch"] > last for line in after[20:])
+
+
+def test_rows(tuned, whole, tmp_path):
+    """Texts do not depend on how many are written at a time."""
+    for rows in (1, 9):
+        out = tmp_path / str(rows) / "made.jsonl"
+        out.parent.mkdir()
+        magpie(tuned, out, "--n=20", *SMALL, f"--rows={rows}")
+        assert out.read_bytes() == whole.read_bytes()
+
+
+def test_not_finite(tuned, tmp_path):
+    model, meta = load_checkpoint(str(tuned))
+    model.norm.weight = model.norm.weight * 1e38
+    save_checkpoint(str(tmp_path / "nan.safetensors"), model, meta)
+    told = magpie(tmp_path / "nan.safetensors", tmp_path / "made.jsonl", status=2).stderr
+    assert "has logits that are not finite" in told
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
