@@ -379,6 +379,11 @@ def alibi_mask(config: GPTConfig, layer: int, mask, queries: mx.array, keys: mx.
 # tokens to which heads attend when no other token matters to them. The distance to a sink is counted inside the cache,
 # so that it never exceeds S + W - 1, however long the text.
 
+try:
+    import gpu_window  # the same in one kernel, on an NVIDIA GPU
+except ImportError:
+    gpu_window = None
+
 
 def check_window(config: GPTConfig):
     if config.sliding_window < 0:
@@ -432,6 +437,8 @@ def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v:
                      sink: mx.array | None = None) -> mx.array:
     """attend() under the window's mask, for T queries and the keys of these T tokens: q (B, H, T, D), k and v (B, KV,
     T, D) -> (B, H, T, D). Scores are computed for pairs of blocks that the window reaches, and for no others."""
+    if gpu_window is not None and (y := gpu_window.attention(config, q, k, v, offset, sink)) is not None:
+        return y
     B, H, T, _ = q.shape
     size = window_block(config)
     n = -(-T // size)
@@ -597,14 +604,18 @@ class Attention(nn.Module):
 
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         """The output of each head, before the output projection: (B, T, C) -> (B, H, T, D)."""
-        T, config, layer = x.shape[1], self.config, self.layer
+        config, layer = self.config, self.layer
         sink = self.sink.weight if config.sink_logits else None
         q = tap("q", layer, self.turned("q", x, offset))
         k, v, keys = self.keys_values(x, offset, cache, tap, carry)
-        if config.diff_attn:  # diff
-            v = values_of_pairs(config, v)  # diff
         if windowed(config, layer) and config.sinks and rotary(config, layer):  # window
             q, k = rope_to_sinks(config, q, k, self._inverse, offset, keys)  # window
+        return self.attended(q, k, v, offset, keys, sink, carry)
+
+    def attended(self, q: mx.array, k: mx.array, v: mx.array, offset: int, keys: mx.array | None,
+                 sink: mx.array | None, carry: dict) -> mx.array:
+        """attend() with the mask or the method of this layer. keys: the positions of the keys, as keys_values() has them."""
+        config, layer, T = self.config, self.layer, q.shape[2]
         if "dropout" in carry:  # dropout
             return dropout_attention(self, q, k, v, score_mask(config, layer, T, offset, keys), sink, carry)  # dropout
         if windowed(config, layer) and k.shape[2] == T > 2 * window_block(config):  # window
@@ -712,6 +723,13 @@ def values_of_pairs(config: GPTConfig, v: mx.array) -> mx.array:
     return mx.repeat(mx.concatenate([v[:, 0::2], v[:, 1::2]], axis=-1), 2, axis=1)
 
 
+def halves(x: mx.array) -> list[mx.array]:
+    """The first and the second heads of pairs: (B, H, T, D) -> twice (B, H / 2, T, D). The gradient of x[:, 0::2] would
+    be an array of zeros with some numbers in it."""
+    B, H, *shape = x.shape
+    return [part.reshape(B, H // 2, *shape) for part in mx.split(x.reshape(B, H // 2, 2, *shape), 2, axis=2)]
+
+
 class DiffAttention(Attention):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)
@@ -727,14 +745,30 @@ class DiffAttention(Attention):
             if config.sink_logits:
                 self.sink = Sink(2 * config.n_head)
 
+    def attended(self, q: mx.array, k: mx.array, v: mx.array, offset: int, keys: mx.array | None,
+                 sink: mx.array | None, carry: dict) -> tuple[mx.array, mx.array]:
+        """The results for the first and for the second query heads of pairs. They are computed apart where no mask
+        depends on the head, so that nothing needs to be copied."""
+        config = self.config
+        mask, groups = score_mask(config, self.layer, q.shape[2], offset, keys), q.shape[1] // k.shape[1]
+        whole = isinstance(mask, mx.array) or groups > 1 and config.diff_attn_version == 1
+        whole = whole or "dropout" in carry  # dropout
+        if whole:
+            return halves(super().attended(q, k, values_of_pairs(config, v), offset, keys, sink, carry))
+        q, sinks = halves(q), (None, None) if sink is None else (sink[0::2], sink[1::2])
+        if config.diff_attn_version == 2:
+            return [attend(config, q[i], k, v, mask, sinks[i]) for i in (0, 1)]
+        B, KV, S, D = v.shape
+        k, v = halves(k), v.swapaxes(1, 2).reshape(B, S, KV // 2, 2 * D).swapaxes(1, 2)
+        return [attend(config, q[i], k[i], v, mask, sinks[i]) for i in (0, 1)]
+
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
-        y = super().heads(x, offset, cache, tap, carry)
-        first, second = y[:, 0::2], y[:, 1::2]
+        first, second = super().heads(x, offset, cache, tap, carry)
         if self.config.diff_attn_version == 2:
             return first - sigmoid(self.lam(x)).swapaxes(1, 2)[..., None] * second
         q1, k1, q2, k2 = (self[name].astype(mx.float32) for name in DIFF_LAMBDAS)
         lam = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self.lambda_0
-        return self.head_norm(first - lam.astype(y.dtype) * second) * (1 - self.lambda_0)
+        return self.head_norm(first - lam.astype(first.dtype) * second) * (1 - self.lambda_0)
 
 
 # ---- end of diff -----------------------------------------------------------------------------------------------------
