@@ -14,7 +14,8 @@
 constexpr int TILE = 64;
 constexpr int ROW = D + 8;  // numbers between rows in shared memory: eight neighbouring rows are in different banks
 constexpr int STEPS = D / 16;
-constexpr float LOG2E = 1.4426950408889634f, LOWEST = -1e30f;  // powers of 2 are faster than those of e
+constexpr float LOG2E = 1.4426950408889634f, UNIT = SCALE * LOG2E;  // powers of 2 are faster than those of e
+constexpr float LOWEST = -1e30f;
 
 #ifndef ON_CPU  // a test of these kernels, tests/cuda_on_cpu.h, has its own definitions
 #define MULTIPLY(type)                                                                                                   \
@@ -53,16 +54,25 @@ __device__ Rows rows_of(const T* x, const Shape& shape, const Strides& strides, 
   return {first, strides[2], strides[3], (int)shape[2], in_line};
 }
 
-// Copy rows `first` to first + 63 to shared memory. Rows behind the last one are 0.
+// Copy rows `first` to first + 63 to shared memory. Rows behind the last one are 0. Neighbouring threads copy a row together,
+// 16 bytes each.
 __device__ void stage(T* to, const Rows& x, int first) {
-  for (int i = threadIdx.x; i < TILE * D / 8; i += THREADS) {
-    int row = i / (D / 8), column = i % (D / 8) * 8;
-    bool there = first + row < x.length;
-    const T* from = x.first + (there ? first + row : 0) * x.row + column * x.step;
+  constexpr int COPIES = D / 8, TOGETHER = COPIES % 16 == 0 ? 16 : COPIES % 8 == 0 ? 8 : COPIES % 4 == 0 ? 4 : 2;
+  if (x.in_line) {
+    int row = threadIdx.x / TOGETHER, column = threadIdx.x % TOGETHER * 8;
+    const T* from = x.first + (first + row) * x.row + column;
     T* at = to + row * ROW + column;
-    if (x.in_line) COPY_16_BYTES(at, from, there);
-    else
-      for (int c = 0; c < 8; c++) at[c] = there ? from[c * x.step] : T(0.0f);
+#pragma unroll
+    for (int r = 0; r < TILE; r += THREADS / TOGETHER, from += THREADS / TOGETHER * x.row)
+#pragma unroll
+      for (int c = 0; c < D; c += TOGETHER * 8)
+        COPY_16_BYTES(at + r * ROW + c, from + c, first + row + r < x.length);
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < TILE * D; i += THREADS) {
+      int row = i / D, column = i % D;
+      to[row * ROW + column] = first + row < x.length ? x.first[(first + row) * x.row + column * x.step] : T(0.0f);
+    }
   }
 }
 
@@ -219,20 +229,18 @@ __device__ void forward(const T* q, const Shape& q_shape, const Strides& q_strid
       int j = t * TILE + g * 16;
       if (!reached(i, j)) continue;
       rows_times_rows(s[g], query, tiles.first(here) + g * 16 * ROW);
-      bool all = all_reached(i, j);
 #pragma unroll
-      for (int c = 0; c < 8; c++) {
-        float& score = s[g][c / 4][c % 4];
-        score *= SCALE * LOG2E;
-        if (!all && !sees(i + lane / 4 + c % 4 / 2 * 8, j + c / 4 * 8 + lane % 4 * 2 + c % 2)) score = LOWEST;
-        most[c % 4 / 2] = max(most[c % 4 / 2], score);
-      }
+      for (int c = 0; c < 8 && !all_reached(i, j); c++)
+        if (!sees(i + lane / 4 + c % 4 / 2 * 8, j + c / 4 * 8 + lane % 4 * 2 + c % 2)) s[g][c / 4][c % 4] = LOWEST;
+#pragma unroll
+      for (int c = 0; c < 8; c++) most[c % 4 / 2] = max(most[c % 4 / 2], s[g][c / 4][c % 4]);
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       most[r] = max_of_four(most[r]);
-      float factor = power_of_2(highest[r] - most[r]);
+      float factor = power_of_2((highest[r] - most[r]) * UNIT);
       highest[r] = most[r];
+      most[r] = highest[r] == LOWEST ? 0 : highest[r] * UNIT;  // 0 where a row has seen no key yet: its weights are 0
       sum[r] *= factor;
 #pragma unroll
       for (int n = 0; n < D / 8; n++) out[n][2 * r] *= factor, out[n][2 * r + 1] *= factor;
@@ -241,9 +249,9 @@ __device__ void forward(const T* q, const Shape& q_shape, const Strides& q_strid
     for (int g = 0; g < 4; g++) {
       if (!reached(i, t * TILE + g * 16)) continue;
 #pragma unroll
-      for (int c = 0; c < 8; c++) {  // where a row has seen no key yet, these are 1, and the next tile multiplies them by 0
+      for (int c = 0; c < 8; c++) {
         float& weight = s[g][c / 4][c % 4];
-        weight = power_of_2(weight - highest[c % 4 / 2]);
+        weight = power_of_2(weight * UNIT - most[c % 4 / 2]);
         sum[c % 4 / 2] += weight;
       }
       add_weighted(out, s[g], tiles.second(here) + g * 16 * ROW);
@@ -253,13 +261,13 @@ __device__ void forward(const T* q, const Shape& q_shape, const Strides& q_strid
   float factors[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    float total = sum_of_four(sum[r]), most = highest[r];
-    if (SINKS) {
+    float total = sum_of_four(sum[r]), own = highest[r] * UNIT, most = own;
+    if (sinks) {
       float sink = sinks[at.h] * LOG2E;
       most = max(most, sink);
-      total = total * power_of_2(highest[r] - most) + power_of_2(sink - most);
+      total = total * power_of_2(own - most) + power_of_2(sink - most);
     }
-    factors[r] = power_of_2(highest[r] - most) / total;
+    factors[r] = power_of_2(own - most) / total;
     int row = i + lane / 4 + r * 8;
     if (lane % 4 == 0 && row < length) logs[((long long)at.b * H + at.h) * length + row] = most + log2f(total);
   }
@@ -271,7 +279,7 @@ __device__ void forward(const T* q, const Shape& q_shape, const Strides& q_strid
 template <typename Shape, typename Strides>
 __device__ void backward_queries(const T* q, const Shape& q_shape, const Strides& q_strides, const T* k,
                                  const Shape& k_shape, const Strides& k_strides, const T* v, const Strides& v_strides,
-                                 const T* y, const float* logs, const T* dy, const Strides& dy_strides, T* dq,
+                                 const T* y, const float* logs, const T* change, const Strides& change_strides, T* dq,
                                  float* deltas) {
   DYNAMIC_SHARED;
   __shared__ float own_deltas[TILE];
@@ -282,13 +290,13 @@ __device__ void backward_queries(const T* q, const Shape& q_shape, const Strides
   Rows keys = rows_of(k, k_shape, k_strides, at.b, kv), values = rows_of(v, k_shape, v_strides, at.b, kv);
   long long head = ((long long)at.b * H + at.h) * length;
   stage(tiles.first(1), rows_of(q, q_shape, q_strides, at.b, at.h), at.first);
-  stage(tiles.second(1), rows_of(dy, q_shape, dy_strides, at.b, at.h), at.first);
+  stage(tiles.second(1), rows_of(change, q_shape, change_strides, at.b, at.h), at.first);
   stage(tiles.first(0), keys, begin * TILE);
   stage(tiles.second(0), values, begin * TILE);
   arrive();
-  unsigned query[STEPS][4], change[STEPS][4];
+  unsigned query[STEPS][4], dy[STEPS][4];
   load_left(query, tiles.first(1) + warp * 16 * ROW);
-  load_left(change, tiles.second(1) + warp * 16 * ROW);
+  load_left(dy, tiles.second(1) + warp * 16 * ROW);
   {  // two threads a row
     int row = threadIdx.x / 2, half = threadIdx.x % 2 * (D / 2);
     float delta = 0;
@@ -326,14 +334,14 @@ __device__ void backward_queries(const T* q, const Shape& q_shape, const Strides
       if (!reached(i, j)) continue;
       Sums<16> s, ds;
       rows_times_rows(s, query, tiles.first(here) + g * 16 * ROW);
-      rows_times_rows(ds, change, tiles.second(here) + g * 16 * ROW);
-      bool all = all_reached(i, j);
+      rows_times_rows(ds, dy, tiles.second(here) + g * 16 * ROW);
+#pragma unroll
+      for (int c = 0; c < 8 && !all_reached(i, j); c++)
+        if (!sees(i + lane / 4 + c % 4 / 2 * 8, j + c / 4 * 8 + lane % 4 * 2 + c % 2)) s[c / 4][c % 4] = LOWEST;
 #pragma unroll
       for (int c = 0; c < 8; c++) {
         int r = c % 4 / 2;
-        float weight = power_of_2(s[c / 4][c % 4] * (SCALE * LOG2E) - log[r]);
-        if (!all && !sees(i + lane / 4 + r * 8, j + c / 4 * 8 + lane % 4 * 2 + c % 2)) weight = 0;
-        ds[c / 4][c % 4] = weight * (ds[c / 4][c % 4] - delta[r]);
+        ds[c / 4][c % 4] = power_of_2(s[c / 4][c % 4] * UNIT - log[r]) * (ds[c / 4][c % 4] - delta[r]);
       }
       add_weighted(sums, ds, tiles.first(here) + g * 16 * ROW);
     }
@@ -348,7 +356,7 @@ __device__ void backward_queries(const T* q, const Shape& q_shape, const Strides
 template <typename Shape, typename Strides>
 __device__ void backward_keys(const T* q, const Shape& q_shape, const Strides& q_strides, const T* k,
                               const Shape& k_shape, const Strides& k_strides, const T* v, const Strides& v_strides,
-                              const float* logs, const float* deltas, const T* dy, const Strides& dy_strides, T* dk,
+                              const float* logs, const float* deltas, const T* change, const Strides& change_strides, T* dk,
                               T* dv) {
   DYNAMIC_SHARED;
   __shared__ float own_logs[2][TILE], own_deltas[2][TILE];
@@ -361,7 +369,7 @@ __device__ void backward_keys(const T* q, const Shape& q_shape, const Strides& q
   auto stage_queries = [&](int step, int here) {  // a tile of queries of one of the query heads
     int h = at.h * (H / KV) + step / count, first = (at.tile + step % count) * TILE;
     stage(tiles.first(here), rows_of(q, q_shape, q_strides, at.b, h), first);
-    stage(tiles.second(here), rows_of(dy, q_shape, dy_strides, at.b, h), first);
+    stage(tiles.second(here), rows_of(change, q_shape, change_strides, at.b, h), first);
     if (threadIdx.x < TILE) {
       int row = first + threadIdx.x;
       long long place = ((long long)at.b * H + h) * length + row;
@@ -390,14 +398,14 @@ __device__ void backward_keys(const T* q, const Shape& q_shape, const Strides& q
       Sums<16> s, ds;
       rows_times_rows(s, key, tiles.first(here) + g * 16 * ROW);
       rows_times_rows(ds, value, tiles.second(here) + g * 16 * ROW);
-      bool all = all_reached(i, j);
+#pragma unroll
+      for (int c = 0; c < 8 && !all_reached(i, j); c++)
+        if (!sees(i + c / 4 * 8 + lane % 4 * 2 + c % 2, j + lane / 4 + c % 4 / 2 * 8)) s[c / 4][c % 4] = LOWEST;
 #pragma unroll
       for (int c = 0; c < 8; c++) {
         int column = g * 16 + c / 4 * 8 + lane % 4 * 2 + c % 2;
-        float weight = power_of_2(s[c / 4][c % 4] * (SCALE * LOG2E) - own_logs[here][column]);
-        if (!all && !sees(i - g * 16 + column, j + lane / 4 + c % 4 / 2 * 8)) weight = 0;
-        s[c / 4][c % 4] = weight;
-        ds[c / 4][c % 4] = weight * (ds[c / 4][c % 4] - own_deltas[here][column]);
+        s[c / 4][c % 4] = power_of_2(s[c / 4][c % 4] * UNIT - own_logs[here][column]);
+        ds[c / 4][c % 4] = s[c / 4][c % 4] * (ds[c / 4][c % 4] - own_deltas[here][column]);
       }
       add_weighted(value_sums, s, tiles.second(here) + g * 16 * ROW);
       add_weighted(key_sums, ds, tiles.first(here) + g * 16 * ROW);

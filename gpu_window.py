@@ -20,9 +20,9 @@ THREADS = 128  # of a thread block, as in gpu_window.cu
 TILE = 64      # queries or keys of a thread block
 TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}
 INPUTS = {  # of each kernel, with S where it needs the shape and T where it needs the strides; and its outputs
-    "forward": ("q:ST k:ST v:T sinks", "y logs"),
-    "backward_queries": ("q:ST k:ST v:T y logs dy:T", "dq deltas"),
-    "backward_keys": ("q:ST k:ST v:T logs deltas dy:T", "dk dv"),
+    "forward": ("q:ST k:ST v:T sinks", "y logs"),  # without sinks where there are none
+    "backward_queries": ("q:ST k:ST v:T y logs change:T", "dq deltas"),
+    "backward_keys": ("q:ST k:ST v:T logs deltas change:T", "dk dv"),
 }
 FLOATS = "sinks", "logs", "deltas"
 
@@ -41,19 +41,22 @@ def on_gpu() -> bool:
 def kernel(name: str, dtype: mx.Dtype, D: int, window: int, scale: float, has_sink: bool) -> Callable:
     """One of the kernels of gpu_window.cu, for arrays of a dtype with heads of D numbers."""
     inputs, outputs = ([each.partition(":") for each in names.split()] for names in INPUTS[name])
-    numbers = dict(D=D, WINDOW=window, THREADS=THREADS, SINKS=int(has_sink), HALF=int(dtype == mx.float16))
+    numbers = dict(D=D, WINDOW=window, THREADS=THREADS, HALF=int(dtype == mx.float16))
     header = "".join([
         "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n",
         f"using T = {TYPES[dtype]};\n",
         *(f"constexpr int {key} = {value};\n" for key, value in numbers.items()),
         f"constexpr float SCALE = {scale!r}f;\n",
         (Path(__file__).parent / "gpu_window.cu").read_text(encoding="utf-8")])
+    inputs = [each for each in inputs if has_sink or each[0] != "sinks"]
     arguments, kinds = [], []
     for each, _, extra in inputs:
         arguments += [each] + [f"{each}_shape"] * ("S" in extra) + [f"{each}_strides"] * ("T" in extra)
         kinds += [f"const {'float' if each in FLOATS else 'T'}*"]
         kinds += ["const __grid_constant__ Shape"] * ("S" in extra)
         kinds += ["const __grid_constant__ Strides"] * ("T" in extra)
+    if name == "forward" and not has_sink:
+        arguments.append("nullptr")
     arguments += [each for each, *_ in outputs]
     kinds += [f"{'float' if each in FLOATS else 'T'}*" for each, *_ in outputs]
     source = f"{name}({', '.join(arguments)});"
@@ -76,28 +79,27 @@ def kernel(name: str, dtype: mx.Dtype, D: int, window: int, scale: float, has_si
 
 @cache
 def windowed_attention(window: int, scale: float, has_sink: bool) -> Callable:
-    """A function of q (B, H, T, D), k and v (B, KV, T, D) and sinks (H,) with the result (B, T, H, D), and base-2
-    logarithms of each query's sum of exponentials (B, H, T), which have no gradient."""
+    """A function of q (B, H, T, D), k and v (B, KV, T, D) and perhaps sinks (H,), with the result (B, T, H, D), and
+    base-2 logarithms of each query's sum of exponentials (B, H, T), which have no gradient."""
 
     def kernel_of(name, q):
         return kernel(name, q.dtype, q.shape[3], window, scale, has_sink)
 
     @mx.custom_function
-    def forward(q, k, v, sinks):
+    def forward(q, *others):
         B, H, T, D = q.shape
-        return kernel_of("forward", q)([q, k, v, sinks], H, [(B, T, H, D), (B, H, T)], [q.dtype, mx.float32])
+        return kernel_of("forward", q)([q, *others], H, [(B, T, H, D), (B, H, T)], [q.dtype, mx.float32])
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
-        (q, k, v, sinks), (y, logs), dy = primals, outputs, cotangents[0].swapaxes(1, 2)
+        (q, k, v, *sinks), (y, logs), dy = primals, outputs, cotangents[0].swapaxes(1, 2)
         (B, H, T, D), KV = q.shape, k.shape[1]
         dq, deltas = kernel_of("backward_queries", q)([q, k, v, y, logs, dy], H, [(B, T, H, D), (B, H, T)],
                                                       [q.dtype, mx.float32])
         dk, dv = kernel_of("backward_keys", q)([q, k, v, logs, deltas, dy], KV, [(B, T, KV, D)] * 2, [q.dtype] * 2)
-        dsinks = mx.zeros_like(sinks)
-        if has_sink:  # the sink's weight has no value, so that the gradient of its logit is that weight times -delta
-            dsinks = -(mx.exp(sinks[:, None] - math.log(2) * logs) * deltas).sum((0, 2))
-        return *(x.swapaxes(1, 2) for x in (dq, dk, dv)), dsinks
+        # A sink's weight has no value, so that the gradient of its logit is that weight times -delta.
+        dsinks = [-(mx.exp(sink[:, None] - math.log(2) * logs) * deltas).sum((0, 2)) for sink in sinks]
+        return *(x.swapaxes(1, 2) for x in (dq, dk, dv)), *dsinks
 
     return forward
 
@@ -111,9 +113,9 @@ def attention(config, q: mx.array, k: mx.array, v: mx.array, offset: int | mx.ar
         return None
     if any(getattr(config, name, False) for name in UNKNOWN):
         return None
-    sinks = mx.zeros(q.shape[1]) if sink is None else sink.astype(mx.float32)
+    sinks = [] if sink is None else [sink.astype(mx.float32)]
     scale = config.attn_scale or config.head_dim ** -0.5
-    y, _ = windowed_attention(config.sliding_window, scale, sink is not None)(q, k, v, sinks)
+    y, _ = windowed_attention(config.sliding_window, scale, sink is not None)(q, k, v, *sinks)
     return y.swapaxes(1, 2)
 
 

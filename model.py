@@ -604,18 +604,14 @@ class Attention(nn.Module):
 
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         """The output of each head, before the output projection: (B, T, C) -> (B, H, T, D)."""
-        config, layer = self.config, self.layer
+        T, config, layer = x.shape[1], self.config, self.layer
         sink = self.sink.weight if config.sink_logits else None
         q = tap("q", layer, self.turned("q", x, offset))
         k, v, keys = self.keys_values(x, offset, cache, tap, carry)
+        if config.diff_attn:  # diff
+            v = values_of_pairs(config, v)  # diff
         if windowed(config, layer) and config.sinks and rotary(config, layer):  # window
             q, k = rope_to_sinks(config, q, k, self._inverse, offset, keys)  # window
-        return self.attended(q, k, v, offset, keys, sink, carry)
-
-    def attended(self, q: mx.array, k: mx.array, v: mx.array, offset: int, keys: mx.array | None,
-                 sink: mx.array | None, carry: dict) -> mx.array:
-        """attend() with the mask or the method of this layer. keys: the positions of the keys, as keys_values() has them."""
-        config, layer, T = self.config, self.layer, q.shape[2]
         if "dropout" in carry:  # dropout
             return dropout_attention(self, q, k, v, score_mask(config, layer, T, offset, keys), sink, carry)  # dropout
         if windowed(config, layer) and k.shape[2] == T > 2 * window_block(config):  # window
@@ -720,14 +716,15 @@ def values_of_pairs(config: GPTConfig, v: mx.array) -> mx.array:
     """Version 1 joins value heads 2i and 2i + 1, for both key heads 2i and 2i + 1: (B, KV, S, 2 D)."""
     if config.diff_attn_version == 2:
         return v
-    return mx.repeat(mx.concatenate([v[:, 0::2], v[:, 1::2]], axis=-1), 2, axis=1)
+    B, KV, S, D = v.shape
+    return mx.repeat(v.swapaxes(1, 2).reshape(B, S, KV // 2, 2 * D).swapaxes(1, 2), 2, axis=1)
 
 
 def halves(x: mx.array) -> list[mx.array]:
-    """The first and the second heads of pairs: (B, H, T, D) -> twice (B, H / 2, T, D). The gradient of x[:, 0::2] would
-    be an array of zeros with some numbers in it."""
-    B, H, *shape = x.shape
-    return [part.reshape(B, H // 2, *shape) for part in mx.split(x.reshape(B, H // 2, 2, *shape), 2, axis=2)]
+    """The first and the second heads of pairs: (B, 2 P, T, D) -> twice (B, P, T, D). The gradient of mx.split joins two
+    arrays, where that of x[:, 0::2] fills an array with zeros first."""
+    B, H, T, D = x.shape
+    return [part.squeeze(2) for part in mx.split(x.reshape(B, H // 2, 2, T, D), 2, axis=2)]
 
 
 class DiffAttention(Attention):
@@ -745,30 +742,14 @@ class DiffAttention(Attention):
             if config.sink_logits:
                 self.sink = Sink(2 * config.n_head)
 
-    def attended(self, q: mx.array, k: mx.array, v: mx.array, offset: int, keys: mx.array | None,
-                 sink: mx.array | None, carry: dict) -> tuple[mx.array, mx.array]:
-        """The results for the first and for the second query heads of pairs. They are computed apart where no mask
-        depends on the head, so that nothing needs to be copied."""
-        config = self.config
-        mask, groups = score_mask(config, self.layer, q.shape[2], offset, keys), q.shape[1] // k.shape[1]
-        whole = isinstance(mask, mx.array) or groups > 1 and config.diff_attn_version == 1
-        whole = whole or "dropout" in carry  # dropout
-        if whole:
-            return halves(super().attended(q, k, values_of_pairs(config, v), offset, keys, sink, carry))
-        q, sinks = halves(q), (None, None) if sink is None else (sink[0::2], sink[1::2])
-        if config.diff_attn_version == 2:
-            return [attend(config, q[i], k, v, mask, sinks[i]) for i in (0, 1)]
-        B, KV, S, D = v.shape
-        k, v = halves(k), v.swapaxes(1, 2).reshape(B, S, KV // 2, 2 * D).swapaxes(1, 2)
-        return [attend(config, q[i], k[i], v, mask, sinks[i]) for i in (0, 1)]
-
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
-        first, second = super().heads(x, offset, cache, tap, carry)
+        first, second = halves(super().heads(x, offset, cache, tap, carry))
         if self.config.diff_attn_version == 2:
             return first - sigmoid(self.lam(x)).swapaxes(1, 2)[..., None] * second
         q1, k1, q2, k2 = (self[name].astype(mx.float32) for name in DIFF_LAMBDAS)
         lam = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self.lambda_0
-        return self.head_norm(first - lam.astype(first.dtype) * second) * (1 - self.lambda_0)
+        weight = (self.head_norm.weight * (1 - self.lambda_0)).astype(first.dtype)
+        return mx.fast.rms_norm(first - lam.astype(first.dtype) * second, weight, self.head_norm.eps)
 
 
 # ---- end of diff -----------------------------------------------------------------------------------------------------

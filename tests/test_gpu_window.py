@@ -1,5 +1,5 @@
-"""gpu_window.cu, compiled for the processor by tests/cuda_on_cpu.h, against attention in float64 and model.py's blocks;
-and where it must not be used. On a GPU, python runs/gpu_window_check.py compares more, with the code that runs there."""
+"""gpu_window.cu, compiled for the processor by tests/cuda_on_cpu.h, against attention in float64 and model.py; and
+where it must not be used. On a GPU, python runs/gpu_window_check.py compares more, with the code that runs there."""
 import ctypes
 import hashlib
 import re
@@ -9,9 +9,11 @@ import sys
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
+from mlx.utils import tree_flatten
 
 import gpu_window
 import matvec
@@ -31,7 +33,8 @@ def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
     def cuda_kernel(name, inputs, outputs, source, header, ensure_row_contiguous, shared_memory):
         header, declared = header.rsplit("namespace mlx::core::cu", 1)
         kinds = re.search(rf"custom_kernel_{name}\((.*)\); }}", declared)[1].split(", ")
-        arguments = re.search(r"\((.*)\);", source)[1].split(", ")
+        arguments = [argument for each in inputs for argument in (  # as MLX finds out which it must give
+            [each] + [f"{each}{end}" for end in ("_shape", "_strides") if f"{each}{end}" in source])] + outputs
         kinds = [kind.replace("const __grid_constant__ ", "const ") for kind in kinds]
         given = "".join(f"{kind} {each} = {'' if kind[-1] == '*' else '*'}({kind.rstrip('*')}*)arguments[{i}];\n"
                         for i, (kind, each) in enumerate(zip(kinds, arguments, strict=True)))
@@ -54,12 +57,12 @@ def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
             for each in arguments:
                 array = kept[each.split("_")[0]]
                 numbers = array.shape if each.endswith("_shape") else [*np.cumprod((1, *array.shape[:0:-1]))[::-1]]
-                if each.endswith("_strides") and each[0] in "vd":  # as if the positions came before the heads
+                if each.endswith("_strides") and each[0] in "vc":  # as if the positions came before the heads
                     B, H, T, D = array.shape
                     numbers = [T * H * D, D, H * D, 1]
                 kind = ctypes.c_int if each.endswith("_shape") else ctypes.c_longlong
                 pointers.append((kind * 8)(*map(int, numbers)) if "_" in each else each)
-            for each in ("v", "dy"):
+            for each in ("v", "change"):
                 if each in kept:
                     kept[each] = mx.contiguous(kept[each].swapaxes(1, 2))
             mx.eval(list(kept.values()))
@@ -83,7 +86,7 @@ def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
 
 def exact(q, k, v, dy, window: int, scale: float, sink=None):
     """The result and the gradients of windowed attention in float64, each by its formula, one head at a time."""
-    (B, H, T, D), KV = q.shape, k.shape[1]
+    (B, H, T, _), KV = q.shape, k.shape[1]
     y, dq, dk, dv = np.zeros(q.shape), np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     dsink = np.zeros(H)
     seen = np.tri(T, dtype=bool) & ~np.tri(T, k=-window, dtype=bool)
@@ -138,3 +141,63 @@ def test_float64(name, as_if_on_a_gpu):
         assert found.shape == want.shape and np.isfinite(found).all()
         assert np.abs(found - want).max() < 0.01 * np.abs(want).max() + 1e-4
     assert sorted({*as_if_on_a_gpu}) == ["backward_keys", "backward_queries", "forward"]
+
+
+def build(settings: dict, dtype: mx.Dtype = mx.bfloat16, layers: int = 1) -> GPT:
+    model = GPT(GPTConfig(n_layer=layers, n_head=2, n_embd=32, block_size=160, vocab_size=64, sliding_window=30,
+                          **settings), seed=3)
+    model.compute_dtype = dtype
+    return model
+
+
+@compiles
+@pytest.mark.parametrize("settings", [{}, dict(n_kv_head=1, sink_logits=True, window_pattern="SL"),
+                                      dict(diff_attn=True, diff_attn_version=2)], ids=str)
+def test_as_model(settings, as_if_on_a_gpu, monkeypatch):
+    """The loss and the gradients of a model, and its logits from a cache, are those without gpu_window.py; blocks that
+    are computed again in the backward pass have the same gradients."""
+    model = build(settings, layers=2)
+    idx = mx.array(np.random.default_rng(0).integers(0, 64, (1, 160)))
+
+    def results():
+        loss, grads = nn.value_and_grad(model, model.loss)(idx, idx)
+        cache = model.make_cache()
+        parts = [model(idx[:, a:b], cache=cache) for a, b in ((0, 150), (150, 151), (151, 160))]
+        return [np.array(x.astype(mx.float32)) for x in (loss, *parts, *(g for _, g in tree_flatten(grads)))]
+
+    found = results()
+    assert {*as_if_on_a_gpu} == {"forward", "backward_queries", "backward_keys"}
+    model.checkpoint_every = 1
+    again = results()
+    monkeypatch.setattr(core, "gpu_window", None)
+    for a, b, c in zip(found, again, results(), strict=True):
+        assert np.array_equal(a, b) and np.abs(a - c).max() < 0.05 * np.abs(c).max() + 1e-6
+
+
+# ---- where model.py must compute ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings, dtype", [
+    (dict(sinks=1), mx.bfloat16), (dict(alibi=True), mx.bfloat16), (dict(attn_softcap=5.0), mx.bfloat16),
+    (dict(diff_attn=True), mx.bfloat16), (dict(head_dim=24), mx.bfloat16), (dict(head_dim=144), mx.bfloat16),
+    ({}, mx.float32)], ids=str)
+def test_not_known(settings, dtype, as_if_on_a_gpu):
+    mx.eval(build(settings, dtype)(mx.zeros((1, 160), mx.int32)))
+    assert not as_if_on_a_gpu
+
+
+def test_documents_in_a_row(as_if_on_a_gpu):
+    places = mx.arange(160)[None] % 80 + mx.arange(160)[None] // 80 * core.DOCUMENT
+    mx.eval(build({})(mx.zeros((1, 160), mx.int32), places=places))
+    assert not as_if_on_a_gpu
+
+
+def test_deletion(tmp_path):
+    """The other files run without gpu_window.py and gpu_window.cu."""
+    for name in ROOT.glob("*.py"):
+        shutil.copy(name, tmp_path)
+    (tmp_path / "gpu_window.py").unlink()
+    code = ("from model import *; m = GPT(GPTConfig(n_layer=1, n_embd=32, vocab_size=64, sliding_window=30))\n"
+            "print(m(mx.zeros((1, 160), mx.int32)).shape)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "(1, 160, 64)\n", result.stderr
