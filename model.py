@@ -721,8 +721,7 @@ def values_of_pairs(config: GPTConfig, v: mx.array) -> mx.array:
 
 
 def halves(x: mx.array) -> list[mx.array]:
-    """The first and the second heads of pairs: (B, 2 P, T, D) -> twice (B, P, T, D). The gradient of mx.split joins two
-    arrays, where that of x[:, 0::2] fills an array with zeros first."""
+    """The first and second heads of pairs: (B, 2 P, T, D) -> twice (B, P, T, D). x[:, 0::2] has a slower gradient."""
     B, H, T, D = x.shape
     return [part.squeeze(2) for part in mx.split(x.reshape(B, H // 2, 2, T, D), 2, axis=2)]
 
