@@ -362,16 +362,17 @@ __device__ void backward_keys(const T* q, const Shape& q_shape, const Strides& q
   __shared__ float own_logs[2][TILE], own_deltas[2][TILE];
   Tiles tiles = {(T*)shared};
   int H = q_shape[1], KV = k_shape[1], length = q_shape[2], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int n = (length + TILE - 1) / TILE;
+  int n = (length + TILE - 1) / TILE, here = 0;
   Place at(KV, n);
-  int j = at.first + warp * 16, count = min(n - 1, (at.first + TILE + WINDOW - 2) / TILE) - at.tile + 1;
+  int j = at.first + warp * 16, end = min(n, (at.first + TILE + WINDOW - 2) / TILE + 1);
+  int t = at.tile, h = at.h * (H / KV), last_h = h + H / KV - 1;  // of the queries that are staged next
+  Rows queries = rows_of(q, q_shape, q_strides, at.b, h), changes = rows_of(change, q_shape, change_strides, at.b, h);
 
-  auto stage_queries = [&](int step, int here) {  // a tile of queries of one of the query heads
-    int h = at.h * (H / KV) + step / count, first = (at.tile + step % count) * TILE;
-    stage(tiles.first(here), rows_of(q, q_shape, q_strides, at.b, h), first);
-    stage(tiles.second(here), rows_of(change, q_shape, change_strides, at.b, h), first);
+  auto stage_queries = [&](int here) {
+    stage(tiles.first(here), queries, t * TILE);
+    stage(tiles.second(here), changes, t * TILE);
+    int row = t * TILE + threadIdx.x;
     if (threadIdx.x < TILE) {
-      int row = first + threadIdx.x;
       long long place = ((long long)at.b * H + h) * length + row;
       own_logs[here][threadIdx.x] = row < length ? logs[place] : -LOWEST;  // so that weights of no query are 0
       own_deltas[here][threadIdx.x] = row < length ? deltas[place] : 0;
@@ -380,20 +381,23 @@ __device__ void backward_keys(const T* q, const Shape& q_shape, const Strides& q
 
   stage(tiles.first(1), rows_of(k, k_shape, k_strides, at.b, at.h), at.first);
   stage(tiles.second(1), rows_of(v, k_shape, v_strides, at.b, at.h), at.first);
-  stage_queries(0, 0);
+  stage_queries(0);
   arrive();
   unsigned key[STEPS][4], value[STEPS][4];
   load_left(key, tiles.first(1) + warp * 16 * ROW);
   load_left(value, tiles.second(1) + warp * 16 * ROW);
   __syncthreads();
   Sums<D> key_sums = {}, value_sums = {};
-  int steps = count * (H / KV);
-  for (int step = 0; step < steps; step++) {
-    int here = step % 2;
-    if (step + 1 < steps) stage_queries(step + 1, !here);
+  while (t < end) {
+    int now = t++;
+    if (t == end && h < last_h) {  // the next head
+      t = at.tile, h++;
+      queries = rows_of(q, q_shape, q_strides, at.b, h), changes = rows_of(change, q_shape, change_strides, at.b, h);
+    }
+    if (t < end) stage_queries(!here);
 #pragma unroll
     for (int g = 0; g < 4; g++) {
-      int i = (at.tile + step % count) * TILE + g * 16;
+      int i = now * TILE + g * 16;
       if (!reached(i, j)) continue;
       Sums<16> s, ds;
       rows_times_rows(s, key, tiles.first(here) + g * 16 * ROW);
@@ -411,6 +415,7 @@ __device__ void backward_keys(const T* q, const Shape& q_shape, const Strides& q
       add_weighted(key_sums, ds, tiles.first(here) + g * 16 * ROW);
     }
     arrive();
+    here = !here;
   }
   long long to = (((long long)at.b * length + j) * KV + at.h) * D, row = (long long)KV * D;
   put(dk + to, row, length - j, key_sums, SCALE, SCALE, tiles.all + warp * 16 * ROW);
