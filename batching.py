@@ -130,7 +130,7 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
     """Continue many prompts, batch_size at a time, in their order; yields (number of the prompt, token), and (number,
     None) when its text is over: before a token in `ends`, after one for which stops(number, token) is true, or after
     max_new_tokens. Sampling is that of model.generate(); a text depends on the seed and the number of its prompt, not
-    on the other texts. A full context is cut to its second half. Where a logit is NaN, the token is V or more."""
+    on the other texts. A full context is cut to its second half. Where logits are not finite, the token is V or more."""
     check_rows(model, batch_size)
     if not all(prompts):
         raise UserError("nothing to continue: give each text at least one token")
@@ -153,8 +153,8 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
         both = mx.vmap(mx.random.split)(keys[mx.array(rows)])  # a key for each text
         keys[mx.array(rows)] = both[:, 0]
         tokens = sample_token(logits, both[:, 1], temperature, top_k, top_p, min_p)
-        lost = mx.isnan(mx.take_along_axis(logits, mx.minimum(tokens, V - 1)[:, None], axis=-1)[:, 0])
-        return mx.where(lost, V, tokens).tolist()
+        finite = mx.isfinite(mx.take_along_axis(logits, mx.minimum(tokens, V - 1)[:, None], axis=-1)[:, 0])
+        return mx.where(finite, tokens, V).tolist()
 
     def added(rows: list[int], tokens: list[int]) -> Iterator:
         for row, token in zip(rows, tokens, strict=True):

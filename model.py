@@ -383,6 +383,11 @@ def alibi_mask(config: GPTConfig, layer: int, mask, queries: mx.array, keys: mx.
 # tokens to which heads attend when no other token matters to them. The distance to a sink is counted inside the cache,
 # so that it never exceeds S + W - 1, however long the text.
 
+try:
+    import gpu_window  # the same in one kernel, on an NVIDIA GPU
+except ImportError:
+    gpu_window = None
+
 
 def check_window(config: GPTConfig):
     if config.sliding_window < 0:
@@ -436,6 +441,8 @@ def window_attention(config: GPTConfig, layer: int, q: mx.array, k: mx.array, v:
                      sink: mx.array | None = None) -> mx.array:
     """attend() under the window's mask, for T queries and the keys of these T tokens: q (B, H, T, D), k and v (B, KV,
     T, D) -> (B, H, T, D). Scores are computed for pairs of blocks that the window reaches, and for no others."""
+    if gpu_window is not None and (y := gpu_window.attention(config, q, k, v, offset, sink)) is not None:
+        return y
     B, H, T, _ = q.shape
     size = window_block(config)
     n = -(-T // size)
@@ -713,7 +720,14 @@ def values_of_pairs(config: GPTConfig, v: mx.array) -> mx.array:
     """Version 1 joins value heads 2i and 2i + 1, for both key heads 2i and 2i + 1: (B, KV, S, 2 D)."""
     if config.diff_attn_version == 2:
         return v
-    return mx.repeat(mx.concatenate([v[:, 0::2], v[:, 1::2]], axis=-1), 2, axis=1)
+    B, KV, S, D = v.shape
+    return mx.repeat(v.swapaxes(1, 2).reshape(B, S, KV // 2, 2 * D).swapaxes(1, 2), 2, axis=1)
+
+
+def halves(x: mx.array) -> list[mx.array]:
+    """The first and second heads of pairs: (B, 2 P, T, D) -> twice (B, P, T, D). x[:, 0::2] has a slower gradient."""
+    B, H, T, D = x.shape
+    return [part.squeeze(2) for part in mx.split(x.reshape(B, H // 2, 2, T, D), 2, axis=2)]
 
 
 class DiffAttention(Attention):
@@ -732,13 +746,13 @@ class DiffAttention(Attention):
                 self.sink = Sink(2 * config.n_head)
 
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
-        y = super().heads(x, offset, cache, tap, carry)
-        first, second = y[:, 0::2], y[:, 1::2]
+        first, second = halves(super().heads(x, offset, cache, tap, carry))
         if self.config.diff_attn_version == 2:
             return first - sigmoid(self.lam(x)).swapaxes(1, 2)[..., None] * second
         q1, k1, q2, k2 = (self[name].astype(mx.float32) for name in DIFF_LAMBDAS)
         lam = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self.lambda_0
-        return self.head_norm(first - lam.astype(y.dtype) * second) * (1 - self.lambda_0)
+        weight = (self.head_norm.weight * (1 - self.lambda_0)).astype(first.dtype)
+        return mx.fast.rms_norm(first - lam.astype(first.dtype) * second, weight, self.head_norm.eps)
 
 
 # ---- end of diff -----------------------------------------------------------------------------------------------------

@@ -159,3 +159,37 @@ inline void launch(int blocks, int size, int shared_bytes, void (*body)(void*), 
     });
   for (auto& each : all) each.join();
 }
+
+// ---- what gpu_window.cu needs further ------------------------------------------------------------------------------
+
+using std::max;
+using std::memcpy;
+template <typename T> struct Eight { T x[8]; T operator[](int i) const { return x[i]; } };
+using Shape = Eight<int>;
+using Strides = Eight<long long>;
+inline float power_of_2(float x) { return std::exp2(x); }
+inline unsigned pair_of(__nv_bfloat16 x, __nv_bfloat16 y) { return x.bits | (unsigned)y.bits << 16; }
+#define PAIR(type) both = pair_of(__nv_bfloat16(x), __nv_bfloat16(y))
+#define COPY_16_BYTES(to, from, there) (there) ? (void)std::memcpy(to, from, 16) : (void)std::memset(to, 0, 16)
+#define WAIT_FOR_COPIES
+
+// ldmatrix.x4 by its description: lane l has the address of row l % 8 of matrix l / 8. Of each matrix (8, 8) it gets columns
+// l % 4 * 2 and the next one of row l / 4, or, transposed, these rows of column l / 4.
+inline void load_matrices(unsigned (&w)[4], const void* from, bool transposed) {
+  int lane = threadIdx.x % 32, first = threadIdx.x - lane;
+  std::memcpy(block->words[threadIdx.x], &from, sizeof from);
+  __syncwarp();
+  for (int m = 0; m < 4; m++) {
+    uint16_t halves[2];
+    for (int i = 0; i < 2; i++) {
+      int row = lane / 4, column = lane % 4 * 2 + i;
+      if (transposed) std::swap(row, column);
+      const uint16_t* numbers;
+      std::memcpy(&numbers, block->words[first + m * 8 + row], sizeof numbers);
+      halves[i] = numbers[column];
+    }
+    std::memcpy(&w[m], halves, 4);
+  }
+  __syncwarp();
+}
+#define LOAD_MATRICES(transposed) load_matrices(w, from, transposed[0])

@@ -68,8 +68,8 @@ def test_every_section(scripts):
     lines = bench(*arguments, folder=scripts).stdout.splitlines()
     assert "mlx" in lines[0] and "peer" in lines[2] and max(map(len, lines)) <= 80
     sections = ["train 4x4x128", "tokenize",
-                "window 128", "8 experts", "MoD, 1/8", "YOCO, 12 layers, prompt", "YOCO, 12 layers, cache",
-                "LoRA 8; frozen base", "LoRA 8; all", "LoRA 8 on a base of 4 bits",
+                "window 128", "differential attention", "8 experts", "MoD, 1/8", "YOCO, 12 layers, prompt",
+                "YOCO, 12 layers, cache", "LoRA 8; frozen base", "LoRA 8; all", "LoRA 8 on a base of 4 bits",
                 "decode 29M, 8 bits", "memory 29M, 8 bits", "decode 29M, 4 bits", "memory 29M, 4 bits",
                 "patching 124M, 12 x 3 cells", "convert a Llama"]
     assert len(lines) == 3 + 2 * len(sections)
