@@ -130,7 +130,7 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
     """Continue many prompts, batch_size at a time, in their order; yields (number of the prompt, token), and (number,
     None) when its text is over: before a token in `ends`, after one for which stops(number, token) is true, or after
     max_new_tokens. Sampling is that of model.generate(); a text depends on the seed and the number of its prompt, not
-    on the other texts. A full context is cut to its second half. Of logits that are not finite the token is V or more."""
+    on the other texts. A full context is cut to its second half. A token of V or more: logits are not finite."""
     check_rows(model, batch_size)
     if not all(prompts):
         raise UserError("nothing to continue: give each text at least one token")

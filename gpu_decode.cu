@@ -48,10 +48,10 @@ struct alignas(N * sizeof(U) % 16 == 0 ? 16 : N * sizeof(U) % 8 == 0 ? 8 : N % 2
 
 #ifndef ON_CPU  // a test of these kernels, tests/cuda_on_cpu.h, has its own definitions
 // c (16, 8) += rows of x (16, 16), low and high, times rows w of a matrix (8, 16): see products_of_16_bits
-#define MULTIPLY(type, low0, high0, low1, high1, w0, w1)                                                                 \
+#define MULTIPLY(type)                                                                                                   \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "       \
       "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
-      : "r"(low0), "r"(high0), "r"(low1), "r"(high1), "r"(w0), "r"(w1))
+      : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(w.x), "r"(w.y))
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
 #define DYNAMIC_SHARED extern __shared__ float4 shared[]
 #endif
@@ -158,6 +158,11 @@ __device__ uint4 in_16_bits(const Stored<BITS>& stored) {
   return *(const uint4*)&all;
 }
 
+__device__ void multiply_add(float (&c)[4], uint2 low, uint2 high, uint2 w) {
+  if constexpr (HALF) MULTIPLY("f16");
+  else MULTIPLY("bf16");
+}
+
 // The same in 16 bits, by tensor cores. A thread block takes WARPS / SPLIT groups of 8 rows at a time, and SPLIT warps share
 // the K columns of a group. A warp multiplies 32 columns at a time: 16 rows of x, of which B are there, by 8 of the matrix. Its
 // lane holds eight neighbouring columns of row lane / 4 of the matrix, and of rows lane / 4 and lane / 4 + 8 of x. The
@@ -193,13 +198,8 @@ __device__ void products_of_16_bits(Matrices matrix, const T* x, Sums* parts, In
           if (k - lane % 4 * 8 >= K) continue;
           uint4 w = in_16_bits(stored[i][s]), low = *(const uint4*)(x + min(n, B - 1) * STRIDE + k), high = {};
           if (B > 8) high = *(const uint4*)(x + min(n + 8, B - 1) * STRIDE + k);
-          if constexpr (HALF) {
-            MULTIPLY("f16", low.x, high.x, low.y, high.y, w.x, w.y);
-            MULTIPLY("f16", low.z, high.z, low.w, high.w, w.z, w.w);
-          } else {
-            MULTIPLY("bf16", low.x, high.x, low.y, high.y, w.x, w.y);
-            MULTIPLY("bf16", low.z, high.z, low.w, high.w, w.z, w.w);
-          }
+          multiply_add(c, {low.x, low.y}, {high.x, high.y}, {w.x, w.y});
+          multiply_add(c, {low.z, low.w}, {high.z, high.w}, {w.z, w.w});
         }
       }
     }

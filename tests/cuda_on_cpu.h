@@ -109,8 +109,8 @@ inline float __shfl_sync(unsigned, float x, int lane) {
 inline float __shfl_xor_sync(unsigned mask, float x, int far) { return __shfl_sync(mask, x, threadIdx.x % 32 ^ far); }
 
 // mma.m16n8k16 by its description: registers a0 to a3 and b0, b1 of a lane hold two columns each.
-inline void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  unsigned own[6] = {a0, a1, a2, a3, b0, b1};
+inline void multiply(float (&c)[4], uint2 low, uint2 high, uint2 w) {
+  unsigned own[6] = {low.x, high.x, low.y, high.y, w.x, w.y};
   std::memcpy(block->words[threadIdx.x], own, sizeof own);
   __syncwarp();
   auto number = [](unsigned word, int half) {
@@ -128,7 +128,7 @@ inline void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsig
   }
   __syncwarp();
 }
-#define MULTIPLY(type, ...) multiply(c, __VA_ARGS__)
+#define MULTIPLY(type) multiply(c, low, high, w)
 
 inline void thread_begins() {
   block->body(block->argument);
