@@ -54,6 +54,7 @@ struct alignas(N * sizeof(U) % 16 == 0 ? 16 : N * sizeof(U) % 8 == 0 ? 8 : N % 2
       : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(w.x), "r"(w.y))
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
 #define DYNAMIC_SHARED extern __shared__ float4 shared[]
+#define PAUSE
 #endif
 
 // All thread blocks wait until all have come here. The top bit of *arrived flips each time, and its lower bits are 0 again.
@@ -62,8 +63,7 @@ __device__ void wait_for_all(unsigned* arrived) {
   if (threadIdx.x == 0) {
     __threadfence();
     unsigned before = atomicAdd(arrived, blockIdx.x ? 1 : 0x80000001u - gridDim.x);
-    while (((before ^ *(volatile unsigned*)arrived) >> 31) == 0) {
-    }
+    while (((before ^ *(volatile unsigned*)arrived) >> 31) == 0) PAUSE;
     __threadfence();
   }
   __syncthreads();

@@ -58,6 +58,7 @@ inline thread_local Index threadIdx, blockIdx, gridDim;
 inline thread_local std::vector<float4> dynamic_shared;
 #define DYNAMIC_SHARED float4* shared = dynamic_shared.data()
 #define PREFETCH(address) (void)(address)
+#define PAUSE sched_yield()
 
 inline void give_way() {  // to the next thread that is not over
   int before = block->now, next = before;
