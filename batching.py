@@ -130,7 +130,8 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
     """Continue many prompts, batch_size at a time, in their order; yields (number of the prompt, token), and (number,
     None) when its text is over: before a token in `ends`, after one for which stops(number, token) is true, or after
     max_new_tokens. Sampling is that of model.generate(); a text depends on the seed and the number of its prompt, not
-    on the other texts. A full context is cut to its second half. Where a logit is NaN, the token is vocab_size."""
+    on the other texts. A full context is cut to its second half. Where its logit is not finite, the token is
+    vocab_size."""
     check_rows(model, batch_size)
     if not all(prompts):
         raise UserError("nothing to continue: give each text at least one token")
@@ -141,9 +142,9 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
     lengths, counts = [0] * n, [0] * n                                        # in the cache; of new tokens
     keys = mx.zeros((n, 2), dtype=mx.uint32)
 
-    def numbers_or_V(logits: mx.array, tokens: mx.array) -> list[int]:
-        lost = mx.isnan(mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0])
-        return mx.where(lost, V, tokens).tolist()
+    def finite_or_V(logits: mx.array, tokens: mx.array) -> list[int]:
+        known = mx.isfinite(mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0])
+        return mx.where(known, tokens, V).tolist()
 
     def drawn(logits: mx.array, rows: list[int]) -> list[int]:
         if repetition_penalty != 1:
@@ -155,11 +156,11 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
         if n_vocab:
             logits = mx.where(padding, -mx.inf, logits)
         if temperature == 0:
-            return numbers_or_V(logits, mx.argmax(logits, axis=-1))
+            return finite_or_V(logits, mx.argmax(logits, axis=-1))
         both = mx.vmap(mx.random.split)(keys[mx.array(rows)])  # a key for each text
         keys[mx.array(rows)] = both[:, 0]
         noise = mx.vmap(lambda key: mx.random.gumbel((V,), key=key))(both[:, 1])  # with it, the largest one is a draw
-        return numbers_or_V(
+        return finite_or_V(
             logits, mx.argmax(filtered(logits, temperature, top_k, top_p, min_p) + noise, axis=-1))
 
     def added(rows: list[int], tokens: list[int]) -> Iterator:
