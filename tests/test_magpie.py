@@ -149,7 +149,7 @@ def test_rows(tuned, whole, tmp_path):
 
 def test_not_finite(tuned, tmp_path):
     model, meta = load_checkpoint(str(tuned))
-    model.norm.weight = model.norm.weight * 1e38
+    model.norm.weight, model.embed.weight = model.norm.weight * 1e32, model.embed.weight * 1e9
     save_checkpoint(str(tmp_path / "nan.safetensors"), model, meta)
     told = magpie(tmp_path / "nan.safetensors", tmp_path / "made.jsonl", status=2).stderr
     assert "has logits that are not finite" in told
