@@ -1,0 +1,144 @@
+"""gpu_experts.cu, compiled for the processor by tests/cuda_on_cpu.h, against float64 and model.py; and where it must not
+be used. On a GPU, python runs/gpu_experts_check.py compares more, with the code that runs there."""
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import sys
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten
+
+import gpu_experts
+import matvec
+import model as core
+from model import GPT, GPTConfig
+
+compiles = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
+                              reason="no g++, or not Linux")  # where g++ is and the kernels do not compile, tests fail
+
+
+@pytest.fixture(autouse=True)
+def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
+    """gpu_experts.py believes in a GPU with three multiprocessors, whose kernels g++ compiles."""
+    folder = tmp_path_factory.getbasetemp() / "experts"
+    folder.mkdir(exist_ok=True)
+
+    def cuda_kernel(name, inputs, outputs, source, header, shared_memory):
+        kinds = header.rsplit(f"custom_kernel_{name}(", 1)[1].split(")")[0].split(", ")
+        names = [*inputs, *outputs]
+        arguments = "".join(f"{kind} {each} = ({kind})arguments[{i}];\n"
+                            for i, (kind, each) in enumerate(zip(kinds, names, strict=True)))
+        code = "\n".join(['#include "cuda_on_cpu.h"', header.replace("#include <cuda_", "// <cuda_"),
+                          "static void body(void* given) {", "void** arguments = (void**)given;", arguments, source,
+                          '} extern "C" void run(void** arguments, int blocks, int threads) {',
+                          f"launch(blocks, threads, {shared_memory}, body, arguments); }}"])
+        path = folder / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            path.with_suffix(".cpp").write_text(code)
+            subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'tests'}",
+                            path.with_suffix(".cpp"), "-o", path], check=True)
+        library = ctypes.CDLL(str(path))
+
+        def kernel(inputs, grid, threadgroup, output_shapes, output_dtypes):
+            made = [mx.full(shape, 99, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+            arrays = [mx.contiguous(array) for array in inputs] + made
+            mx.eval(arrays)
+            library.run((ctypes.c_void_p * len(arrays))(*map(matvec.address, arrays)), grid[0] // threadgroup[0],
+                        threadgroup[0])
+            return made
+
+        return kernel
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
+    monkeypatch.setattr(gpu_experts, "device", lambda: (3, 232_448, 9))
+    monkeypatch.setattr(gpu_experts, "TILE", (128, 128, 64))
+    monkeypatch.setattr(gpu_experts, "on_gpu", lambda: True)
+    for cached in (gpu_experts.kernel, gpu_experts.functions):
+        cached.cache_clear()
+    yield
+    for cached in (gpu_experts.kernel, gpu_experts.functions):
+        cached.cache_clear()
+
+
+# ---- float64, written out: y_t = sum over its experts of gate * down(activation(up x)) -------------------------------
+
+
+def of_mlp(name, h):
+    """The activation and its slopes: h (n, F) -> value (n, HID), slopes (n, F)."""
+    def gelu(x):
+        erf = np.vectorize(__import__("math").erf)(x / 2**0.5)
+        return x * (1 + erf) / 2, (1 + erf) / 2 + x * np.exp(-x * x / 2) / (2 * np.pi)**0.5
+
+    def gelu_tanh(x):
+        u = (2 / np.pi)**0.5 * (x + 0.044715 * x**3)
+        t = np.tanh(u)
+        return x * (1 + t) / 2, (1 + t) / 2 + x * (1 - t * t) / 2 * (2 / np.pi)**0.5 * (1 + 3 * 0.044715 * x**2)
+
+    def silu(x):
+        s = 1 / (1 + np.exp(-x))
+        return x * s, s * (1 + x * (1 - s))
+
+    f = {"relu2": lambda x: (np.maximum(x, 0)**2, 2 * np.maximum(x, 0)), "gelu": gelu, "gelu_tanh": gelu_tanh,
+         "swiglu": silu, "geglu": gelu_tanh}[name]
+    if name not in gpu_experts.GATED:
+        return f(h)
+    gate, x = h[:, ::2], h[:, 1::2]
+    value, slope = f(gate)
+    return value * x, np.stack([x * slope, value], axis=2).reshape(h.shape)
+
+
+def exact(name, x, gates, up, down, chosen, dy):
+    """y and the gradients of sum(dy * y) by x, gates, up and down, in float64."""
+    y, dx, dgates, dup, ddown = (np.zeros(a.shape) for a in (x, x, gates, up, down))
+    for e in range(len(up)):
+        token, k = np.nonzero(chosen == e)
+        value, slope = of_mlp(name, x[token] @ up[e].T)
+        gate = gates[token, k][:, None]
+        np.add.at(y, token, gate * (value @ down[e].T))
+        dvalue = dy[token] @ down[e]
+        dgates[token, k] = (dvalue * value).sum(1)
+        ddown[e] = (gate * dy[token]).T @ value
+        dh = slope * np.repeat(gate * dvalue, slope.shape[1] // value.shape[1], axis=1)
+        dup[e] = dh.T @ x[token]
+        np.add.at(dx, token, dh @ up[e])
+    return y, dx, dgates, dup, ddown
+
+
+CASES = [("relu2", 3, 2, 70, 128, 64, (128, 128, 64)), ("relu2", 5, 2, 300, 192, 320, (128, 256, 64)),
+         ("gelu", 2, 1, 40, 64, 64, (128, 128, 64)), ("gelu_tanh", 4, 3, 50, 64, 128, (128, 128, 64)),
+         ("swiglu", 3, 2, 60, 128, 64, (128, 256, 64)), ("geglu", 4, 4, 33, 64, 128, (128, 128, 64))]
+
+
+@compiles
+@pytest.mark.parametrize("mlp, E, K, N, C, HID, tile", CASES, ids=str)
+def test_against_float64(mlp, E, K, N, C, HID, tile, monkeypatch):
+    """Values and gradients; experts with few rows, with many, and with none."""
+    monkeypatch.setattr(gpu_experts, "TILE", tile)
+    rng = np.random.default_rng(0)
+    F = 2 * HID if mlp in gpu_experts.GATED else HID
+    x, gates, up, down, dy = (mx.array(rng.standard_normal(shape) * scale).astype(mx.bfloat16) for shape, scale in (
+        ((N, C), 1), ((N, K), 0.5), ((E, F, C), C**-0.5), ((E, C, HID), HID**-0.5), ((N, C), 1)))
+    up, down = up.astype(mx.float32), down.astype(mx.float32)  # as parameters are; exact in bfloat16
+    weights = np.array([1.0] * (E - 1) + [0]) if E > 2 and K < E else np.ones(E)  # the last expert has no rows
+    weights[0] += 3
+    chosen = np.stack([rng.choice(E, K, replace=False, p=weights / weights.sum()) for _ in range(N)])
+    sort, mixture = gpu_experts.functions(mx.bfloat16, mlp, E, K, C, HID)
+    pair, row, begin = sort(mx.array(chosen))
+    assert np.array_equal(np.array(pair), np.argsort(chosen.reshape(-1), kind="stable"))
+    assert np.array_equal(np.array(pair)[np.array(row)], np.arange(N * K))
+    assert np.array_equal(np.array(begin), [(chosen < e).sum() for e in range(E + 1)])
+    y = mixture(x, gates, up, down, pair, row, begin)[0]
+    gradients = mx.grad(lambda *a: (mixture(*a, pair, row, begin)[0].astype(mx.float32) * dy).sum(),
+                        (0, 1, 2, 3))(x, gates, up, down)
+    wide = [np.array(a.astype(mx.float32)).astype(np.float64) for a in (x, gates, up, down)]
+    expected = exact(mlp, *wide, chosen, np.array(dy.astype(mx.float32)).astype(np.float64))
+    for found, right in zip((y, *gradients), expected, strict=True):
+        found = np.array(found.astype(mx.float32))
+        assert np.isfinite(found).all() and np.abs(found - right).max() < 0.015 * np.abs(right).max()
+        assert np.linalg.norm(found - right) < 0.006 * np.linalg.norm(right)
