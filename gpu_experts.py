@@ -65,9 +65,10 @@ def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: in
     """A function (inputs, thread blocks or 0, output shapes, output dtypes) -> outputs. 0: as many blocks as run at
     once, which take tile after tile."""
     inputs, outputs, call = SOURCES[name]
-    blocks, room, _ = device()
+    multiprocessors, room, _ = device()
     BM, BN, BK = TILE
-    stages = min(4, room // ((BM + BN) * BK * 2))
+    at_once = 1 if BN > 128 else 2  # thread blocks of a multiprocessor
+    blocks, stages = at_once * multiprocessors, min(4, room // at_once // ((BM + BN) * BK * 2))
     numbers = dict(E=E, K=K, C=C, HID=HID, GATED=int(mlp in GATED), ACTIVATION=ACTIVATIONS[mlp],
                    HALF=int(dtype == mx.float16), BM=BM, BN=BN, BK=BK, STAGES=stages)
     threads = THREADS.get(name, BM // 64 * (BN // 64) * 32)

@@ -301,6 +301,12 @@ def rope(x: mx.array, inverse: mx.array, offset: int | mx.array) -> mx.array:
         return cpu.rope(x, inverse, offset)
     if isinstance(offset, int):
         return mx.fast.rope(x, 2 * half, traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
+    if not ON_CPU:  # each position is a row of its own, which MLX's kernel turns by the row's offset
+        B, H, T, D = x.shape
+        at = mx.broadcast_to(offset % DOCUMENT, (B, T)).reshape(-1)
+        y = mx.fast.rope(x.swapaxes(1, 2).reshape(B * T, H, 1, D), 2 * half, traditional=False, base=None, scale=1.0,
+                         offset=at, freqs=inverse)
+        return y.reshape(B, T, H, D).swapaxes(1, 2)
     angle = (offset % DOCUMENT)[:, None, :, None] / inverse
     cos, sin = mx.cos(angle).astype(x.dtype), mx.sin(angle).astype(x.dtype)
     a, b, rest = mx.split(x, [half, 2 * half], axis=-1)
@@ -609,11 +615,14 @@ class Attention(nn.Module):
             v = values_of_pairs(config, v)  # diff
         if windowed(config, layer) and config.sinks and rotary(config, layer):  # window
             q, k = rope_to_sinks(config, q, k, self._inverse, offset, keys)  # window
+        mask = score_mask(config, layer, T, offset, keys)
+        if "in_order" in carry and k.shape[2] == T and not config.alibi and not windowed(config, layer):  # mod
+            mask = "causal"  # mod
         if "dropout" in carry:  # dropout
-            return dropout_attention(self, q, k, v, score_mask(config, layer, T, offset, keys), sink, carry)  # dropout
+            return dropout_attention(self, q, k, v, mask, sink, carry)  # dropout
         if windowed(config, layer) and k.shape[2] == T > 2 * window_block(config):  # window
             return window_attention(config, layer, q, k, v, offset, sink)  # window
-        return attend(config, q, k, v, score_mask(config, layer, T, offset, keys), sink)
+        return attend(config, q, k, v, mask, sink)
 
     def turned(self, name: str, x: mx.array, offset: int) -> mx.array:
         """The queries (name "q") or the keys ("k") of x (B, T, C), with their norm and positions: (B, H, T, D)."""
@@ -1052,20 +1061,18 @@ class MoE(nn.Module):
         chosen = mx.argpartition(mx.stop_gradient(-score), k - 1, axis=-1)[:, :k]
         gates = mx.take_along_axis(p, chosen, axis=-1)
         gates = (gates / gates.sum(-1, keepdims=True) if k > 1 else gates).astype(x.dtype)
-        y = None
-        if gpu_experts is not None and chosen.size >= ROWS:
-            y = gpu_experts.mixture(self, flat, gates, chosen)
-        y = (self.weighed(flat, gates, chosen) if y is None else y).reshape(x.shape)
-        if config.n_shared_expert:
-            y = y + self.shared(x, tap)
         if self.training:
-            count = mx.zeros((config.n_expert,)).at[chosen.reshape(-1)].add(1)
+            count = (chosen.reshape(-1, 1) == mx.arange(config.n_expert)).astype(mx.float32).sum(0)
             self._count = self._count + count
             loss = Z_LOSS * mx.logsumexp(logits, axis=-1).square().mean()
             if config.expert_balance == "loss":
                 loss = loss + SWITCH_LOSS * config.n_expert * (count / chosen.size * p.mean(0)).sum()
-            y = with_loss(y, loss)
-        return y
+            gates = with_loss(gates, loss)
+        y = None
+        if gpu_experts is not None and chosen.size >= ROWS:
+            y = gpu_experts.mixture(self, flat, gates, chosen)
+        y = (self.weighed(flat, gates, chosen) if y is None else y).reshape(x.shape)
+        return y + self.shared(x, tap) if config.n_shared_expert else y
 
     def weighed(self, x: mx.array, gates: mx.array, chosen: mx.array) -> mx.array:
         """The sums of the outputs of the chosen experts (N, k), weighed by gates (N, k), for tokens x (N, C): (N, C)."""
@@ -1173,6 +1180,18 @@ def check_mod(config: GPTConfig):
         refuse_sinks(config, "mod=topk: routed blocks skip some of the first tokens")  # window
 
 
+@mx.custom_function
+def chosen_rows(x: mx.array, rows: mx.array, order: mx.array) -> tuple[mx.array, mx.array]:
+    """x[rows, order] and x (B, T, C), whose gradients are added up at the chosen positions alone."""
+    return x[rows, order], x
+
+
+@chosen_rows.vjp
+def chosen_rows_backward(primals, cotangents, _):
+    _, rows, order = primals
+    return cotangents[1].at[rows, order].add(cotangents[0]), mx.zeros_like(rows), mx.zeros_like(order)
+
+
 class RoutedBlock(Block):
     """A block that skips tokens. It calls the tap at the site "depth" with r (B, T)."""
 
@@ -1197,27 +1216,33 @@ class RoutedBlock(Block):
             return self.continued(x, r, likely, offset, cache, tap, carry)
         T, rows = x.shape[1], mx.arange(len(x))[:, None]
         at = mx.broadcast_to(places_of(T, offset), r.shape)
-        if self.training:
-            k = max(1, round(self.config.mod_capacity * T))
-            order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
-            chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
-            at, worked = at[rows, order], mx.ones(order.shape)
-            miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
-            x = with_loss(x, 0.01 * miss.mean())  # small, so that it does not dominate the norm that is clipped
-        else:  # the chosen tokens first; the others follow as padding, to which no chosen token attends
+        if not self.training:  # the chosen tokens first; the others follow as padding, to which no chosen token attends
             chosen, order = self.taken(x)
             worked = chosen[rows, order]
             at = mx.where(worked, at[rows, order], PADDING)
-        change = self.change(x, rows, order, worked, at, cache, tap, carry)
-        return x.at[rows, order].add(change * (worked * r[rows, order]).astype(x.dtype)[..., None])
+            change = self.change(x[rows, order], rows, order, worked, at, cache, tap, carry)
+            return x.at[rows, order].add(change * (worked * r[rows, order]).astype(x.dtype)[..., None])
+        k = max(1, round(self.config.mod_capacity * T))
+        order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
+        chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
+        miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
+        selected, x = chosen_rows(x, rows, order)
+        # the same numbers, of which only the chosen tokens get a gradient
+        factor = self.depth_router(selected)[..., 0] if tap is no_tap else r[rows, order]
+        selected = with_loss(selected, 0.01 * miss.mean())  # small, so that it does not dominate the norm that is clipped
+        change = self.change(selected, rows, order, mx.ones(order.shape), at[rows, order], cache, tap, carry,
+                             isinstance(offset, int))
+        return x.at[rows, order].add(change * factor.astype(x.dtype)[..., None])
 
-    def change(self, x: mx.array, rows: mx.array, order: mx.array, worked: mx.array, at: mx.array, cache,
-               tap: Callable, carry: dict) -> mx.array:
-        """What the block adds to the positions (rows, order), (B, k) each, of x (B, T, C): (B, k, C). It sees these
-        positions of the carry, and changes them where worked (B, k) is not 0."""
+    def change(self, selected: mx.array, rows: mx.array, order: mx.array, worked: mx.array, at: mx.array, cache,
+               tap: Callable, carry: dict, in_order: bool = False) -> mx.array:
+        """What the block adds to the positions (rows, order), (B, k) each: selected (B, k, C) -> (B, k, C). It sees
+        these positions of the carry, and changes them where worked (B, k) is not 0. in_order: they are of one document,
+        and their places grow, so that the mask of their attention to one another is a causal one."""
         before = {name: value[rows, order] if isinstance(value, mx.array) else value for name, value in carry.items()}
-        selected, after = x[rows, order], dict(before)
+        after = before | ({"in_order": ()} if in_order else {})
         y = super().__call__(selected, at, cache, tap, after)
+        after.pop("in_order", None)
         for name, value in after.items():
             if isinstance(value, tuple):
                 carry[name] = value
@@ -1244,7 +1269,8 @@ class RoutedBlock(Block):
             if chosen.any():
                 place = mx.array(np.flatnonzero(chosen))
                 rows, order, of_row = mx.array([[row]]), place[None], cache.row(row, place + offset)
-                change = self.change(x, rows, order, mx.ones(order.shape), order + offset, of_row, tap, carry)
+                ones = mx.ones(order.shape)
+                change = self.change(x[rows, order], rows, order, ones, order + offset, of_row, tap, carry)
                 x = x.at[row, place].add(change[0] * r[row, place, None])
         return x
 
