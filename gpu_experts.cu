@@ -15,10 +15,12 @@ constexpr int SORTED = 1024, SUMMED = 256;  // threads of a block of sort(), and
       "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
       : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(w.x), "r"(w.y))
 
+using Shared = unsigned;  // an address in shared memory, in bytes
+__device__ __forceinline__ Shared address_of(void* x) { return (unsigned)__cvta_generic_to_shared(x); }
+
 // 16 bytes from device memory to shared memory, while the thread goes on; zeros where not `inside`
-__device__ __forceinline__ void copy_16(void* to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
-               "r"(inside ? 16 : 0) : "memory");
+__device__ __forceinline__ void copy_16(Shared to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int MORE>  // wait for the copies of all stages but the last MORE
@@ -27,14 +29,13 @@ __device__ __forceinline__ void wait_for_stages() { asm volatile("cp.async.wait_
 // Four 8 x 8 matrices: lane 8 i + j gives the address of row j of matrix i, and gets two neighbours of a row of each, or of a
 // column where TURNED
 template <bool TURNED>
-__device__ __forceinline__ void load_matrices(const void* row, uint2& first, uint2& second) {
-  unsigned from = (unsigned)__cvta_generic_to_shared(row);
+__device__ __forceinline__ void load_matrices(Shared row, uint2& first, uint2& second) {
   if constexpr (TURNED)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(first.x), "=r"(first.y), "=r"(second.x), "=r"(second.y) : "r"(from) : "memory");
+                 : "=r"(first.x), "=r"(first.y), "=r"(second.x), "=r"(second.y) : "r"(row) : "memory");
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(first.x), "=r"(first.y), "=r"(second.x), "=r"(second.y) : "r"(from) : "memory");
+                 : "=r"(first.x), "=r"(first.y), "=r"(second.x), "=r"(second.y) : "r"(row) : "memory");
 }
 // Bring a number into the cache: the thread does not wait for it
 __device__ __forceinline__ void touch(const int* x) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ void store(U* to, const float* x) {
 
 // ---- tiles of products ------------------------------------------------------------------------------------------------
 //
-// A thread block computes a tile of BM x BN sums over k, BK at a time, a warp 64 x 64 of them by tensor cores. STAGES steps
+// A thread block computes a tile of BM x BN sums over k, BK = 64 at a time, a warp 64 x 64 of them by tensor cores. STAGES steps
 // of k are on their way from device memory at once, also across tiles. In shared memory an operand is stored by its side,
 // (BM or BN, BK), or by k, (BK, BM or BN); pieces of 8 numbers are permuted within a row, so that the 8 rows of a matrix
 // lie in different banks.
@@ -73,24 +74,37 @@ struct Tile {
 
 // SIDE x BK numbers; at(i, k) is the address of 8 of them, from k on, or from i on where BY_K
 template <int SIDE, bool BY_K, typename At>
-__device__ __forceinline__ void put(T* to, int k, int depth, At at) {
-  constexpr int PIECES = (BY_K ? SIDE : BK) / 8;
+__device__ __forceinline__ void put(Shared to, int k, int depth, At at) {
+  constexpr int PIECES = (BY_K ? SIDE : BK) / 8, STEP = THREADS / PIECES;  // of rows; a multiple of 8
+  int first = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+  to += (first * PIECES + (piece ^ first % 8)) * 16;
 #pragma unroll
   for (int j = 0; j < SIDE * BK / 8 / THREADS; j++) {
-    int i = threadIdx.x + j * THREADS, row = i / PIECES, piece = i % PIECES;
-    int own = k + (BY_K ? row : 8 * piece);
-    copy_16(to + (row * PIECES + (piece ^ row % 8)) * 8, at(BY_K ? 8 * piece : row, min(own, depth - 1)), own < depth);
+    int row = first + j * STEP, own = k + (BY_K ? row : 8 * piece);
+    copy_16(to + j * STEP * PIECES * 16, at(BY_K ? 8 * piece : row, min(own, depth - 1)), own < depth);
   }
 }
 
-// 16 x 16 numbers from `side` and k on: first has those of the first 8 of the side, second the others
-template <int SIDE, bool BY_K>
-__device__ __forceinline__ void get(const T* from, int side, int k, uint2& first, uint2& second) {
-  constexpr int PIECES = (BY_K ? SIDE : BK) / 8;
-  int lane = threadIdx.x % 32, low = lane / 8 % 2, high = lane / 16;
-  int row = lane % 8 + (BY_K ? k + 8 * low : side + 8 * high), piece = BY_K ? side / 8 + high : k / 8 + low;
-  load_matrices<BY_K>(from + (row * PIECES + (piece ^ row % 8)) * 8, first, second);
-}
+// A warp's share of an operand, 64 x BK, from `side` on, in pieces of 16 x 16: where a lane finds its row of them
+template <int SIDE, bool BY_K, bool IS_A>
+struct Share {
+  static constexpr int PIECES = (BY_K ? SIDE : BK) / 8;
+  int offsets[4];  // of pieces along the row; the others are at equal distances
+
+  __device__ __forceinline__ Share(int side) {
+    int lane = threadIdx.x % 32, quarter = lane / 8, far = IS_A ? quarter % 2 : quarter / 2;  // in the second 8 of the side
+    int later = IS_A ? quarter / 2 : quarter % 2, row = lane % 8 + 8 * (BY_K ? later : far) + (BY_K ? 0 : side);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int piece = BY_K ? side / 8 + 2 * i + far : 2 * i + later;
+      offsets[i] = (row * PIECES + (piece ^ lane % 8)) * 16;
+    }
+  }
+  // A: the registers are a0, a1 and a2, a3 of mma.m16n8k16; else b0, b1 of the first 8 columns, and of the others
+  __device__ __forceinline__ void get(Shared stage, int i, int part, uint2& first, uint2& second) const {
+    load_matrices<BY_K>(stage + offsets[BY_K ? i : part] + (BY_K ? part : i) * 16 * PIECES * 16, first, second);
+  }
+};
 
 // The sums of a quad of lanes, each with two columns of four 8 x 8 matrices: afterwards each has all columns of its own
 __device__ __forceinline__ void turn(const float (*c)[4], int half, float (&x)[8]) {
@@ -116,9 +130,11 @@ __device__ __forceinline__ void turn(const float (*c)[4], int half, float (&x)[8
 template <bool A_BY_K, bool B_BY_K, typename Problem>
 __device__ __forceinline__ void products(const Problem& problem) {
   DYNAMIC_SHARED;
-  T* stages = (T*)shared;
-  constexpr int STAGE = (BM + BN) * BK;
+  Shared stages = address_of(shared);
+  constexpr int STAGE = (BM + BN) * BK * 2, SECOND = BM * BK * 2;  // bytes; where the second operand begins
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side_a = warp / (BN / 64) * 64, side_b = warp % (BN / 64) * 64;
+  Share<BM, A_BY_K, true> share_a(side_a);
+  Share<BN, B_BY_K, false> share_b(side_b);
   Tile next, tile;
   int coming = blockIdx.x, k = 0, to = 0, from = 0;  // the tile and the step that are loaded next; stages
   bool more = problem.find(coming, next);
@@ -129,9 +145,9 @@ __device__ __forceinline__ void products(const Problem& problem) {
       more = problem.find(coming, next);
     }
     if (more) {
-      T* stage = stages + to * STAGE;
+      Shared stage = stages + to * STAGE;
       put<BM, A_BY_K>(stage, k, next.depth, [&](int i, int k) { return problem.a(next, i, k); });
-      put<BN, B_BY_K>(stage + BM * BK, k, next.depth, [&](int i, int k) { return problem.b(next, i, k); });
+      put<BN, B_BY_K>(stage + SECOND, k, next.depth, [&](int i, int k) { return problem.b(next, i, k); });
       k += BK;
       problem.ahead(next, k);
     }
@@ -142,34 +158,34 @@ __device__ __forceinline__ void products(const Problem& problem) {
   for (int i = 0; i < STAGES - 2; i++) load();
   wait_for_stages<STAGES - 3>();
   __syncthreads();
-  uint2 a[2][4][2], b[2][2];  // for this k and the next one; for these columns and the next ones
-  for (int i = 0; i < 4; i++) get<BM, A_BY_K>(stages, side_a + 16 * i, 0, a[0][i][0], a[0][i][1]);
-  get<BN, B_BY_K>(stages + BM * BK, side_b, 0, b[0][0], b[0][1]);
+  uint2 a[2][4][2], b[2][2];  // for this k and for the next one; for these columns and for the next ones
+#pragma unroll
+  for (int i = 0; i < 4; i++) share_a.get(stages, i, 0, a[0][i][0], a[0][i][1]);
+  share_b.get(stages + SECOND, 0, 0, b[0][0], b[0][1]);
   for (int number = blockIdx.x; problem.find(number, tile); number += gridDim.x) {
     float sums[4][8][4];
 #pragma unroll
     for (int i = 0; i < 4 * 8 * 4; i++) sums[i / 32][i / 4 % 8][i % 4] = 0;
     for (int done = 0; done < tile.depth; done += BK) {
-      const T *stage = stages + from * STAGE, *after = from + 1 == STAGES ? stages : stage + STAGE;
+      Shared stage = stages + from * STAGE, after = from + 1 == STAGES ? stages : stage + STAGE;
 #pragma unroll
-      for (int part = 0; part < BK / 16; part++) {
-        bool last = part == BK / 16 - 1;
-        const T* then = last ? after : stage;
-        int k_then = last ? 0 : 16 * part + 16;
-        if (part == 0) load();  // into the stage before this one, which no warp has read since the last barrier
-        if (last) {
+      for (int part = 0; part < 4; part++) {
+        Shared then = part < 3 ? stage : after;
+        if (part == 0) load();  // into a stage that no warp has read since the last barrier
+        if (part == 3) {
           wait_for_stages<STAGES - 3>();
           __syncthreads();
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          get<BN, B_BY_K>((j < 3 ? stage : then) + BM * BK, side_b + (16 * j + 16) % 64, j < 3 ? 16 * part : k_then,
-                          b[(j + 1) % 2][0], b[(j + 1) % 2][1]);
-          get<BM, A_BY_K>(then, side_a + 16 * j, k_then, a[(part + 1) % 2][j][0], a[(part + 1) % 2][j][1]);
+          share_b.get((j < 3 ? stage : then) + SECOND, (j + 1) % 4, j < 3 ? part : (part + 1) % 4, b[(j + 1) % 2][0],
+                      b[(j + 1) % 2][1]);
+          share_a.get(then, j, (part + 1) % 4, a[(part + 1) % 2][j][0], a[(part + 1) % 2][j][1]);
 #pragma unroll
           for (int i = 0; i < 8; i++) {
             float (&c)[4] = sums[i / 2][2 * j + i % 2];
-            uint2 low = a[part % 2][i / 2][0], high = a[part % 2][i / 2][1], w = b[j % 2][i % 2];
+            uint2 one = a[part % 2][i / 2][0], two = a[part % 2][i / 2][1], w = b[j % 2][i % 2];
+            uint2 low = {one.x, two.x}, high = {one.y, two.y};
             if constexpr (HALF) MULTIPLY("f16");
             else MULTIPLY("bf16");
           }

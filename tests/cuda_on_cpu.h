@@ -157,6 +157,8 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 }
 
 // Copies to shared memory happen when they are waited for, as late as they may on a GPU.
+using Shared = char*;
+inline Shared address_of(void* x) { return (char*)x; }
 struct Copy { void* to; const void* from; };
 inline thread_local std::vector<std::vector<Copy>> copies[MOST];  // of each thread: stages
 inline void copy_16(void* to, const void* from, bool inside) {

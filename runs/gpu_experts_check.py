@@ -1,0 +1,137 @@
+"""Whether gpu_experts.cu computes what model.py computes, on this machine's GPU, and how fast training is with it.
+
+    python runs/gpu_experts_check.py
+
+First the experts of one layer, with MLPs of several kinds and in both formats of 16 bits, against float32: values and
+gradients may be no further from it than 1.3 times the plain form's. Then training steps of GPT-2's size (124M, 16 x 1024
+tokens): dense; 8 experts of half the width, 2 for each token, with and without gpu_experts.py; Mixture of Depths. They
+take turns, and the medians are printed.
+"""
+import os
+import statistics
+import sys
+import time
+from functools import partial
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT]
+import blas  # noqa: E402, F401  (before mlx)
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+from mlx.utils import tree_map  # noqa: E402
+
+import model as core  # noqa: E402
+from config import UserError, overrides  # noqa: E402
+from model import GPT, GPTConfig, MoE  # noqa: E402
+
+only = ""      # equal or speed; "": both
+rounds = 10    # of the speeds
+models = "dense,experts,plain,depths"  # of the speeds
+
+settings = overrides(globals())
+
+CASES = [  # MLP, dtype, experts, of a token, width, hidden width, tokens
+    ("relu2", mx.bfloat16, 8, 2, 768, 1536, 2048), ("relu2", mx.float16, 8, 2, 256, 512, 999),
+    ("gelu", mx.bfloat16, 4, 1, 128, 320, 300), ("gelu_tanh", mx.float16, 32, 4, 192, 128, 500),
+    ("swiglu", mx.bfloat16, 8, 3, 256, 704, 700), ("geglu", mx.float16, 3, 2, 384, 192, 65)]
+SHAPE = dict(n_layer=12, n_embd=768, n_head=12, block_size=1024, vocab_size=50304)
+MODELS = {"dense": {}, "experts": dict(ffn_dim=1536, n_expert=8), "plain": dict(ffn_dim=1536, n_expert=8),
+          "depths": dict(mod="topk")}
+
+
+def gradients(moe: MoE, x: mx.array, dtype: mx.Dtype, fast: bool) -> list:
+    """y and the gradients of its sum times random numbers, by x and all weights, computed in a dtype."""
+    kept, core.gpu_experts = core.gpu_experts, core.gpu_experts if fast else None
+    factors = mx.random.normal(x.shape, key=mx.random.key(1))
+
+    def value(parameters, x):
+        moe.update(parameters)
+        y = moe(x.astype(dtype), core.no_tap).astype(mx.float32)
+        return (y * factors).sum(), y
+
+    parameters = moe.trainable_parameters()
+    (_, y), (of_weights, of_x) = mx.value_and_grad(value, (0, 1))(parameters, x)
+    moe.update(parameters)
+    names = [name for name in ("gate", "up", "down") if name in of_weights]
+    found = [y, of_x, of_weights["router"]["weight"], *(of_weights[name]["weight"] for name in names)]
+    mx.eval(found)
+    core.gpu_experts = kept
+    return found
+
+
+def equal() -> int:
+    bad = 0
+    for mlp, dtype, E, K, C, F, N in CASES:
+        moe = MoE(GPTConfig(mlp=mlp, n_expert=E, expert_top_k=K, n_embd=C, ffn_dim=F, expert_balance="none"), 0)
+        moe.apply(lambda p: mx.random.normal(p.shape).astype(dtype).astype(mx.float32) * (0.25 if p.ndim == 3 else 1) / 4)
+        moe.eval()
+        x = mx.random.normal((1, N, C)).astype(dtype).astype(mx.float32)
+        exact, plain, fast = (gradients(moe, x, *each) for each in ((mx.float32, False), (dtype, False), (dtype, True)))
+        errors = [[(mx.linalg.norm((a - b).reshape(-1)) / mx.linalg.norm(b.reshape(-1))).item()
+                   for a, b in zip(found, exact, strict=True)] for found in (fast, plain)]
+        wrong = not all(a < 1.3 * b + 1e-3 < 0.3 for a, b in zip(*errors, strict=True))
+        bad += wrong
+        print(f"{mlp:9} {str(dtype)[9:]:8} {K} of {E:2}, {C} -> {F}, {N:4} tokens: errors, and the plain form's: "
+              + ", ".join(f"{a:.4f} {b:.4f}" for a, b in zip(*errors, strict=True)) + ("   WRONG" if wrong else ""),
+              flush=True)
+    print("all agree" if not bad else f"{bad} are wrong")
+    return bad
+
+
+def training(name: str):
+    """A function that takes a step of bench.py's kind."""
+    model = GPT(GPTConfig(**SHAPE, **MODELS[name]))
+    model.compute_dtype = mx.bfloat16
+    opt = optim.Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
+    opt.init(model.trainable_parameters())
+    state = [model.state, opt.state]
+    tokens = mx.random.randint(0, model.config.vocab_size, (16, model.config.block_size + 1))
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def gradients(x, y):
+        return nn.value_and_grad(model, model.loss)(x, y)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def update(grads):
+        grads, length = optim.clip_grad_norm(grads, 1.0)
+        decay = 1 - 0.1 * opt.learning_rate
+        model.update(tree_map(lambda p: p * decay if p.ndim > 1 else p, model.trainable_parameters()))
+        opt.update(model, grads)
+        return length
+
+    def step():
+        kept, core.gpu_experts = core.gpu_experts, core.gpu_experts if name != "plain" else None
+        value, grads = gradients(tokens[:, :-1], tokens[:, 1:])
+        length = update(grads)
+        del grads
+        mx.eval(value, length, state)
+        core.gpu_experts = kept
+
+    return step
+
+
+def speed():
+    steps, times = {name: training(name) for name in models.split(",")}, {}
+    for i in range(rounds + 3):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if i > 2:
+                times.setdefault(name, []).append(time.perf_counter() - began)
+    first = next(iter(steps))
+    for name, seconds in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times[first], seconds, strict=True))
+        print(f"{name:8} {1e3 * statistics.median(seconds):6.1f} ms ({1e3 * min(seconds):.1f} to "
+              f"{1e3 * max(seconds):.1f}), {16 * 1024 / statistics.median(seconds):,.0f} tokens/s, {first} takes "
+              f"{ratio:.2f} of its time", flush=True)
+
+
+if __name__ == "__main__":
+    if not mx.cuda.is_available():
+        raise UserError("this machine has no GPU that MLX can use: install mlx[cuda13] on one that has")
+    print(mx.device_info().get("device_name", ""))
+    wrong = equal() if only != "speed" else 0
+    if only != "equal":
+        speed()
+    sys.exit(bool(wrong))
