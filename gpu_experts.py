@@ -3,8 +3,9 @@
 In model.py the (token, expert) pairs are sorted into blocks, copied, multiplied block by block, and copied back. MLX's
 kernels for that run at a third of a matmul's speed. Here each product takes the rows where they are: it reads tokens by
 their numbers, knows where each expert's rows begin, and computes the activation or its slope before it writes. It knows
-MLPs of the kinds in ACTIVATIONS without biases, in bfloat16 and float16; for all else model.py computes. Deleting this
-file and gpu_experts.cu costs speed and nothing else.
+MLPs of the kinds in ACTIVATIONS without biases, in bfloat16 and float16; for all else model.py computes. Before its
+first use it is tried on random tokens, and where the GPU does not compute what float32 gives, model.py computes, too.
+Deleting this file and gpu_experts.cu costs speed and nothing else.
 """
 import ctypes
 import hashlib
@@ -21,6 +22,8 @@ GATED = "swiglu", "geglu"
 TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.int32: "int32_t",
          mx.uint32: "uint32_t"}
 TILE = 128, 256, 64  # rows and columns of a tile, and the step of its sum
+TRIED = 2048         # tokens with which the kernels are tried
+LARGEST = 2**27      # weights of a kind with which they are; a trial with more would take gigabytes
 SOURCES = {  # of each kernel: inputs, outputs, and the call
     "sort": ("chosen size", "pair row begin", "sort<0>(chosen, size[0], pair, row, begin);"),
     "up": ("x weight pair begin", "h hidden", "products<false, false>(Up{{x, weight, pair, begin}, h, hidden});"),
@@ -28,7 +31,8 @@ SOURCES = {  # of each kernel: inputs, outputs, and the call
     "sum": ("rows row gates begin", "y", "sum_of_rows<0>(rows, row, gates, begin, y);"),
     "down_backward": ("dy weight pair begin h gates", "dh weighed parts",
                       "products<false, true>(DownBackward{{dy, weight, pair, begin}, h, gates, dh, weighed, parts});"),
-    "up_backward": ("dh weight begin", "dx", "products<false, true>(Plain<F, true>{{dh, weight, nullptr, begin}, dx});"),
+    "up_backward": ("dh weight begin", "dx",
+                    "products<false, true>(Plain<F, true>{{dh, weight, nullptr, begin}, dx});"),
     "weights": ("x dy dh weighed pair begin", "down up",
                 "products<true, true>(Weights{x, dy, dh, weighed, pair, begin, down, up});"),
     "sum_backward": ("rows row begin", "dx", "sum_of_rows<0>(rows, row, nullptr, begin, dx);"),
@@ -89,17 +93,18 @@ def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: in
                      f"custom_kernel_{full}({arguments}); }}\n")
             made[(kinds, *dtypes)] = mx.fast.cuda_kernel(full, names, outputs.split(), call, header + bound,
                                                          shared_memory=shared)
-        return made[(kinds, *dtypes)](inputs=given, grid=((grid or blocks) * threads, 1, 1), threadgroup=(threads, 1, 1),
-                                      output_shapes=shapes, output_dtypes=dtypes)
+        return made[(kinds, *dtypes)](inputs=given, grid=((grid or blocks) * threads, 1, 1),
+                                      threadgroup=(threads, 1, 1), output_shapes=shapes, output_dtypes=dtypes)
 
     return run
 
 
 @lru_cache(maxsize=64)
 def functions(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int):
-    """sort (chosen (N, K) -> pair, row, begin) and mixture (x (N, C), gates (N, K), up (E, F, C), down (E, C, HID), pair,
-    row, begin -> y (N, C), and what its backward pass needs), with gradients. See gpu_experts.cu for F, pair, row and
-    begin; the matrices may be of another dtype, in which their gradients then are."""
+    """Two functions, of which the second one has gradients:
+    sort (chosen (N, K)) -> pair, row, begin: see gpu_experts.cu, as for F;
+    mixture (x (N, C), gates (N, K), up (E, F, C), down (E, C, HID), pair, row, begin) -> y (N, C), and what its backward
+    pass needs. The matrices may be of another dtype, in which their gradients then are."""
     F = 2 * HID if mlp in GATED else HID
 
     def run(name, *arguments):
@@ -134,16 +139,58 @@ def functions(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int):
     return sort, mixture
 
 
+def by_matmuls(mlp: str, x: mx.array, gates: mx.array, up: mx.array, down: mx.array, chosen: mx.array) -> mx.array:
+    """What mixture() of functions() computes, by all experts for all tokens."""
+    import model as plain  # not above: it imports this file
+    y = mx.zeros_like(x)
+    for e in range(len(up)):
+        h = x @ up[e].T
+        hidden = plain.ACTIVATIONS[mlp](*((h[:, ::2], h[:, 1::2]) if mlp in GATED else (h,)))
+        y = y + mx.where(chosen == e, gates, 0).sum(1, keepdims=True) * (hidden @ down[e].T)
+    return y
+
+
+@cache
+def is_right(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int) -> bool:
+    """Whether this GPU's values and gradients for random tokens are within 2% of those that matmuls in float32 give."""
+    F = 2 * HID if mlp in GATED else HID
+    if E * F * C > LARGEST:
+        return True
+    shapes = dict(x=(TRIED, C), gates=(TRIED, K), up=(E, F, C), down=(E, C, HID), dy=(TRIED, C))
+    scales = dict(x=1, gates=1, up=C**-0.5, down=HID**-0.5, dy=1)
+    *given, dy = (mx.random.normal(shape, scale=scales[name], key=mx.random.key(i)).astype(dtype).astype(mx.float32)
+                  for i, (name, shape) in enumerate(shapes.items()))
+    chosen = mx.argsort(mx.random.uniform(shape=(TRIED, E), key=mx.random.key(len(shapes))), axis=1)[:, :K]
+
+    def fast(x, gates, up, down):
+        sort, of_rows = functions(dtype, mlp, E, K, C, HID)
+        return of_rows(x.astype(dtype), gates.astype(dtype), up, down, *sort(chosen))[0].astype(mx.float32)
+
+    try:
+        found, right = ([f(*given), *mx.grad(lambda *x, f=f: (f(*x) * dy).sum(), (0, 1, 2, 3))(*given)]
+                        for f in (fast, lambda *x: by_matmuls(mlp, *x, chosen)))
+        errors = [(mx.linalg.norm((a - b).reshape(-1)) / mx.linalg.norm(b.reshape(-1))).item()
+                  for a, b in zip(found, right, strict=True)]
+    except RuntimeError as error:  # it does not compile, or this GPU cannot run it
+        errors = [math.inf]
+        print(f"gpu_experts.py: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+    if not max(errors) < 0.02:
+        print("gpu_experts.py does not work on this GPU: model.py computes the experts, more slowly", file=sys.stderr)
+    return max(errors) < 0.02
+
+
 def mixture(moe: nn.Module, x: mx.array, gates: mx.array, chosen: mx.array) -> mx.array | None:
     """What the experts of a model.MoE add for tokens x (N, C), the sums over chosen (N, K) of gates (N, K) times their
     outputs: (N, C). None where model.py must compute it."""
     import model as plain  # not above: it imports this file
-    config, (N, C), K = moe.config, x.shape, chosen.shape[1]
+    config, C, K = moe.config, x.shape[1], chosen.shape[1]
     E, HID = config.n_expert, config.ffn_dim
     layers = [moe[name] for name in ("up", "down", "gate") if name in moe]
     known = (on_gpu() and x.dtype in (mx.bfloat16, mx.float16) and config.mlp in ACTIVATIONS and C % 64 == HID % 64 == 0
              and E <= 32 and all(type(layer) is plain.Experts and "bias" not in layer for layer in layers))
     if not known or device()[2] < 8 or device()[1] < 2 * 2 * (TILE[0] + TILE[1]) * TILE[2] or not source_is_here():
+        return None
+    if not is_right(x.dtype, config.mlp, E, K, C, HID):
         return None
     up, down = moe.up.weight, moe.down.weight
     if config.mlp in GATED:

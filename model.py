@@ -1075,7 +1075,7 @@ class MoE(nn.Module):
         return y + self.shared(x, tap) if config.n_shared_expert else y
 
     def weighed(self, x: mx.array, gates: mx.array, chosen: mx.array) -> mx.array:
-        """The sums of the outputs of the chosen experts (N, k), weighed by gates (N, k), for tokens x (N, C): (N, C)."""
+        """For tokens x (N, C), the sums of the outputs of the chosen experts (N, k) times gates (N, k): (N, C)."""
         config, k = self.config, chosen.shape[1]
         if chosen.size < ROWS:  # too few pairs to sort
             rows, expert, ends = mx.repeat(x, k, axis=0), chosen.reshape(-1), None
@@ -1227,9 +1227,9 @@ class RoutedBlock(Block):
         chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
         miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
         selected, x = chosen_rows(x, rows, order)
-        # the same numbers, of which only the chosen tokens get a gradient
+        # r of the chosen tokens, computed from these: its gradient is then theirs alone, not one of all tokens
         factor = self.depth_router(selected)[..., 0] if tap is no_tap else r[rows, order]
-        selected = with_loss(selected, 0.01 * miss.mean())  # small, so that it does not dominate the norm that is clipped
+        selected = with_loss(selected, 0.01 * miss.mean())  # small: it must not dominate the norm that is clipped
         change = self.change(selected, rows, order, mx.ones(order.shape), at[rows, order], cache, tap, carry,
                              isinstance(offset, int))
         return x.at[rows, order].add(change * factor.astype(x.dtype)[..., None])

@@ -1,5 +1,5 @@
-"""gpu_experts.cu, compiled for the processor by tests/cuda_on_cpu.h, against float64 and model.py; and where it must not
-be used. On a GPU, python runs/gpu_experts_check.py compares more, with the code that runs there."""
+"""gpu_experts.cu, compiled for the processor by tests/cuda_on_cpu.h, against float64 and model.py; and where it must
+not be used. On a GPU, python runs/gpu_experts_check.py compares more, with the code that runs there."""
 import ctypes
 import hashlib
 import shutil
@@ -59,11 +59,12 @@ def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(gpu_experts, "device", lambda: (3, 232_448, 9))
     monkeypatch.setattr(gpu_experts, "TILE", (128, 128, 64))
     monkeypatch.setattr(gpu_experts, "on_gpu", lambda: True)
-    for cached in (gpu_experts.kernel, gpu_experts.functions):
-        cached.cache_clear()
+    caches = gpu_experts.kernel, gpu_experts.functions, gpu_experts.is_right
+    for each in caches:
+        each.cache_clear()
     yield
-    for cached in (gpu_experts.kernel, gpu_experts.functions):
-        cached.cache_clear()
+    for each in caches:
+        each.cache_clear()
 
 
 # ---- float64, written out: y_t = sum over its experts of gate * down(activation(up x)) -------------------------------
@@ -110,9 +111,8 @@ def exact(name, x, gates, up, down, chosen, dy):
     return y, dx, dgates, dup, ddown
 
 
-CASES = [("relu2", 3, 2, 70, 192, 64, (128, 128, 64)), ("relu2", 5, 2, 150, 64, 320, (128, 256, 64)),
-         ("gelu", 2, 1, 40, 64, 64, (128, 128, 64)), ("gelu_tanh", 4, 3, 50, 64, 128, (128, 128, 64)),
-         ("swiglu", 3, 2, 60, 128, 64, (128, 256, 64)), ("geglu", 4, 4, 33, 64, 128, (128, 128, 64))]
+CASES = [("relu2", 5, 2, 150, 64, 320, (128, 256, 64)), ("gelu", 2, 1, 40, 64, 64, (128, 128, 64)),
+         ("gelu_tanh", 4, 3, 50, 128, 64, (128, 128, 64)), ("swiglu", 3, 2, 60, 128, 64, (128, 256, 64))]
 
 
 @compiles
@@ -142,3 +142,100 @@ def test_against_float64(mlp, E, K, N, C, HID, tile, monkeypatch):
         found = np.array(found.astype(mx.float32))
         assert np.isfinite(found).all() and np.abs(found - right).max() < 0.015 * np.abs(right).max()
         assert np.linalg.norm(found - right) < 0.006 * np.linalg.norm(right)
+
+
+# ---- in a model ------------------------------------------------------------------------------------------------------
+
+SMALL = dict(n_layer=1, n_embd=64, n_head=1, vocab_size=96, block_size=48, ffn_dim=64, n_expert=4)
+
+
+def loss_and_gradients(settings, fast, monkeypatch, dtype=mx.bfloat16, every=0):
+    """Of a model in training, for two rows; and how often gpu_experts.py computed its experts."""
+    monkeypatch.setattr(core, "gpu_experts", gpu_experts if fast else None)
+    model, used, mixture = GPT(GPTConfig(**SMALL | settings)), [], gpu_experts.mixture
+    monkeypatch.setattr(gpu_experts, "mixture", lambda *a: used.append(mixture(*a)) or used[-1])
+    model.train()
+    model.compute_dtype, model.checkpoint_every = dtype, every
+    idx = mx.random.randint(0, 96, (2, 49), key=mx.random.key(3))
+    value, gradients = nn.value_and_grad(model, model.loss)(idx[:, :-1], idx[:, 1:])
+    mx.eval(value, gradients)
+    monkeypatch.setattr(gpu_experts, "mixture", mixture)
+    return value.item(), dict(tree_flatten(gradients)), sum(y is not None for y in used)
+
+
+@compiles
+@pytest.mark.parametrize("settings", [dict(), dict(mlp="geglu", n_shared_expert=1, mod="topk", mod_every=1,
+                                                   mod_capacity=0.9)], ids=str)
+def test_as_model(settings, monkeypatch):
+    """The loss and all gradients are as near to float32's as those of the plain form; also with checkpoint_every."""
+    monkeypatch.setattr(gpu_experts, "is_right", lambda *a: True)
+    exact, right, none = loss_and_gradients(settings, False, monkeypatch, mx.float32)
+    _, plain, _ = loss_and_gradients(settings, False, monkeypatch)
+    assert none == 0
+    for every, times in ((0, 1), (1, 2)):
+        value, found, used = loss_and_gradients(settings, True, monkeypatch, every=every)
+        assert used == times and abs(value - exact) < 2e-3
+        for name, gradient in right.items():
+            error, other = (mx.linalg.norm(each[name] - gradient).item() for each in (found, plain))
+            assert error < 1.3 * other + 1e-6, name
+
+
+@compiles
+def test_trial(monkeypatch):
+    """A GPU that computes wrong numbers, or nothing, is found out, and model.py computes; a right one passes."""
+    monkeypatch.setattr(gpu_experts, "TRIED", 40)
+    kind = mx.bfloat16, "relu2", 4, 2, 64, 64
+    gpu_experts.is_right.cache_clear()
+    assert gpu_experts.is_right(*kind)
+    run = gpu_experts.kernel
+
+    def breaks(wrong):
+        def kernel(name, *kind):
+            def more(given, grid, shapes, dtypes):
+                made = run(name, *kind)(given, grid, shapes, dtypes)
+                return [made[0], made[1] * 1.1] if name == wrong else made
+            return more
+        return kernel
+
+    def impossible(*_):
+        raise RuntimeError("no such instruction")
+
+    for kernel in (breaks("up"), breaks("weights"), impossible):
+        monkeypatch.setattr(gpu_experts, "kernel", kernel)
+        gpu_experts.is_right.cache_clear()
+        assert not gpu_experts.is_right(*kind)
+    assert loss_and_gradients({}, True, monkeypatch)[2] == 0
+
+
+@pytest.mark.parametrize("settings, dtype", [
+    (dict(bias=True), mx.bfloat16), (dict(mlp="swiglu_clip"), mx.bfloat16), (dict(ffn_dim=96), mx.bfloat16),
+    (dict(n_expert=33), mx.bfloat16), ({}, mx.float32)], ids=str)
+def test_not_known(settings, dtype, monkeypatch):
+    monkeypatch.setattr(gpu_experts, "functions", None)
+    assert loss_and_gradients(settings, True, monkeypatch, dtype)[2] == 0
+
+
+def test_without_the_kernels(monkeypatch):
+    """Where there is no GPU, an old one, no driver, or no gpu_experts.cu; and for packed experts, model.py computes."""
+    monkeypatch.setattr(gpu_experts, "functions", None)
+    for name, value in (("on_gpu", lambda: False), ("device", lambda: (80, 98_304, 7)), ("device", lambda: (0, 0, 0)),
+                        ("source_is_here", lambda: False)):
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu_experts, name, value)
+            assert loss_and_gradients({}, True, monkeypatch)[2] == 0
+    model = GPT(GPTConfig(**SMALL))
+    nn.quantize(model, 32, 4)
+    x, chosen = mx.zeros((48, 64), mx.bfloat16), mx.zeros((48, 2), mx.uint32)
+    assert gpu_experts.mixture(model.blocks[0].mlp, x, mx.ones((48, 2), mx.bfloat16), chosen) is None
+
+
+def test_deletion(tmp_path):
+    """The other files run without gpu_experts.cu, and without gpu_experts.py."""
+    for name in ROOT.glob("*.py"):
+        shutil.copy(name, tmp_path)
+    for deleted in ("gpu_experts.cu", "gpu_experts.py"):
+        (tmp_path / deleted).unlink(missing_ok=True)
+        code = ("from model import *; m = GPT(GPTConfig(n_layer=1, n_embd=64, vocab_size=96, n_expert=4))\n"
+                "print(m.loss(mx.zeros((2, 40), mx.int32), mx.zeros((2, 40), mx.int32)).item())")
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert 4 < float(result.stdout) < 6, result.stderr
