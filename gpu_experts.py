@@ -103,8 +103,8 @@ def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: in
 def functions(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int):
     """Two functions, of which the second one has gradients:
     sort (chosen (N, K)) -> pair, row, begin: see gpu_experts.cu, as for F;
-    mixture (x (N, C), gates (N, K), up (E, F, C), down (E, C, HID), pair, row, begin) -> y (N, C), and what its backward
-    pass needs. The matrices may be of another dtype, in which their gradients then are."""
+    mixture (x (N, C), gates (N, K), up (E, F, C), down (E, C, HID), pair, row, begin) -> y (N, C), and what its
+    backward pass needs. The matrices may be of another dtype, in which their gradients then are."""
     F = 2 * HID if mlp in GATED else HID
 
     def run(name, *arguments):

@@ -316,12 +316,14 @@ def rope(x: mx.array, inverse: mx.array, offset: int | mx.array) -> mx.array:
 # ---- score: which keys a query may see, and with what bias -----------------------------------------------------------
 
 
-def score_mask(config: GPTConfig, layer: int, T: int, offset: int | mx.array, keys: mx.array | None):
+def score_mask(config: GPTConfig, layer: int, T: int, offset: int | mx.array, keys: mx.array | None,
+               in_order: bool = False):
     """The mask that is added to the scores of T queries: "causal", None (no mask), or an array (B, H, T, S). keys: the
     places of the keys, (S,) or (B, S); None: 0, 1, ..., offset + T - 1, or those of the queries where offset is an
-    array. The baseline builds no array, which keeps MLX on its fused causal kernels."""
+    array. in_order: the keys are those of the queries, of one document, in the order of their places. The baseline
+    builds no array, which keeps MLX on its fused causal kernels."""
     mask = "causal" if T > 1 else None
-    if not isinstance(offset, int):
+    if not isinstance(offset, int) and not in_order:
         mask = seen_mask(*score_places(T, offset, keys))
     if windowed(config, layer) and (T > 1 or not isinstance(offset, int)):  # window
         mask = window_mask(config, *score_places(T, offset, keys))  # window
@@ -615,9 +617,7 @@ class Attention(nn.Module):
             v = values_of_pairs(config, v)  # diff
         if windowed(config, layer) and config.sinks and rotary(config, layer):  # window
             q, k = rope_to_sinks(config, q, k, self._inverse, offset, keys)  # window
-        mask = score_mask(config, layer, T, offset, keys)
-        if "in_order" in carry and k.shape[2] == T and not config.alibi and not windowed(config, layer):  # mod
-            mask = "causal"  # mod
+        mask = score_mask(config, layer, T, offset, keys, "in_order" in carry and k.shape[2] == T)
         if "dropout" in carry:  # dropout
             return dropout_attention(self, q, k, v, mask, sink, carry)  # dropout
         if windowed(config, layer) and k.shape[2] == T > 2 * window_block(config):  # window
