@@ -21,9 +21,9 @@ ACTIVATIONS = {"relu2": 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3, "geglu": 2}  
 GATED = "swiglu", "geglu"
 TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.int32: "int32_t",
          mx.uint32: "uint32_t"}
-TILE = 128, 256, 64  # rows and columns of a tile, and the step of its sum
-TRIED = 2048         # tokens with which the kernels are tried
-LARGEST = 2**27      # weights of a kind with which they are; a trial with more would take gigabytes
+TILES = (128, 256, 64), (128, 128, 64)  # rows and columns of a tile, and the step of its sum: the first that fits
+TRIED = 2048     # tokens with which the kernels are tried
+LARGEST = 2**27  # weights of a kind with which they are; a trial with more would take gigabytes
 SOURCES = {  # of each kernel: inputs, outputs, and the call
     "sort": ("chosen size", "pair row begin", "sort<0>(chosen, size[0], pair, row, begin);"),
     "up": ("x weight pair begin", "h hidden", "products<false, false>(Up{{x, weight, pair, begin}, h, hidden});"),
@@ -64,15 +64,20 @@ def on_gpu() -> bool:
     return mx.default_device() == mx.gpu and mx.cuda.is_available()
 
 
+def fits(tile: tuple[int, int, int]) -> bool:
+    """Whether shared memory has room for three steps of both operands: one is computed, and two are on their way."""
+    BM, BN, BK = tile
+    return device()[1] >= 3 * (BM + BN) * BK * 2
+
+
 @lru_cache(maxsize=64)
 def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int):
-    """A function (inputs, thread blocks or 0, output shapes, output dtypes) -> outputs. 0: as many blocks as run at
-    once, which take tile after tile."""
+    """A function (inputs, thread blocks or 0, output shapes, output dtypes) -> outputs. 0: as many blocks as there are
+    multiprocessors, which take tile after tile."""
     inputs, outputs, call = SOURCES[name]
-    multiprocessors, room, _ = device()
-    BM, BN, BK = TILE
-    at_once = 1 if BN > 128 else 2  # thread blocks of a multiprocessor
-    blocks, stages = at_once * multiprocessors, min(4, room // at_once // ((BM + BN) * BK * 2))
+    blocks, room, _ = device()
+    BM, BN, BK = next(filter(fits, TILES))
+    stages = min(4, room // ((BM + BN) * BK * 2))
     numbers = dict(E=E, K=K, C=C, HID=HID, GATED=int(mlp in GATED), ACTIVATION=ACTIVATIONS[mlp],
                    HALF=int(dtype == mx.float16), BM=BM, BN=BN, BK=BK, STAGES=stages)
     threads = THREADS.get(name, BM // 64 * (BN // 64) * 32)
@@ -188,7 +193,7 @@ def mixture(moe: nn.Module, x: mx.array, gates: mx.array, chosen: mx.array) -> m
     layers = [moe[name] for name in ("up", "down", "gate") if name in moe]
     known = (on_gpu() and x.dtype in (mx.bfloat16, mx.float16) and config.mlp in ACTIVATIONS and C % 64 == HID % 64 == 0
              and E <= 32 and all(type(layer) is plain.Experts and "bias" not in layer for layer in layers))
-    if not known or device()[2] < 8 or device()[1] < 2 * 2 * (TILE[0] + TILE[1]) * TILE[2] or not source_is_here():
+    if not known or device()[2] < 8 or not any(map(fits, TILES)) or not source_is_here():
         return None
     if not is_right(x.dtype, config.mlp, E, K, C, HID):
         return None

@@ -56,8 +56,7 @@ def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
         return kernel
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
-    monkeypatch.setattr(gpu_experts, "device", lambda: (3, 232_448, 9))
-    monkeypatch.setattr(gpu_experts, "TILE", (128, 128, 64))
+    monkeypatch.setattr(gpu_experts, "device", lambda: (3, 101_376, 8))
     monkeypatch.setattr(gpu_experts, "on_gpu", lambda: True)
     caches = gpu_experts.kernel, gpu_experts.functions, gpu_experts.is_right
     for each in caches:
@@ -111,15 +110,15 @@ def exact(name, x, gates, up, down, chosen, dy):
     return y, dx, dgates, dup, ddown
 
 
-CASES = [("relu2", 5, 2, 150, 64, 320, (128, 256, 64)), ("gelu", 2, 1, 40, 64, 64, (128, 128, 64)),
-         ("gelu_tanh", 4, 3, 50, 128, 64, (128, 128, 64)), ("swiglu", 3, 2, 60, 128, 64, (128, 256, 64))]
+CASES = [("relu2", 5, 2, 150, 64, 320, 232_448), ("gelu", 2, 1, 40, 64, 64, 101_376),
+         ("gelu_tanh", 4, 3, 50, 128, 64, 101_376), ("swiglu", 3, 2, 60, 128, 64, 232_448)]
 
 
 @compiles
-@pytest.mark.parametrize("mlp, E, K, N, C, HID, tile", CASES, ids=str)
-def test_against_float64(mlp, E, K, N, C, HID, tile, monkeypatch):
-    """Values and gradients; experts with few rows, with many, and with none."""
-    monkeypatch.setattr(gpu_experts, "TILE", tile)
+@pytest.mark.parametrize("mlp, E, K, N, C, HID, room", CASES, ids=str)
+def test_against_float64(mlp, E, K, N, C, HID, room, monkeypatch):
+    """Values and gradients; experts with few rows, with many, and with none; tiles of both sizes."""
+    monkeypatch.setattr(gpu_experts, "device", lambda: (3, room, 8))
     rng = np.random.default_rng(0)
     F = 2 * HID if mlp in gpu_experts.GATED else HID
     x, gates, up, down, dy = (mx.array(rng.standard_normal(shape) * scale).astype(mx.bfloat16) for shape, scale in (
@@ -218,10 +217,11 @@ def test_not_known(settings, dtype, monkeypatch):
 def test_without_the_kernels(monkeypatch):
     """Where there is no GPU, an old one, no driver, or no gpu_experts.cu; and for packed experts, model.py computes."""
     monkeypatch.setattr(gpu_experts, "functions", None)
-    for name, value in (("on_gpu", lambda: False), ("device", lambda: (80, 98_304, 7)), ("device", lambda: (0, 0, 0)),
-                        ("source_is_here", lambda: False)):
+    old, small, none = ((80, 101_376, 7), (80, 65_536, 8), (0, 0, 0))
+    for name, value in (("on_gpu", False), ("device", old), ("device", small), ("device", none),
+                        ("source_is_here", False)):
         with monkeypatch.context() as patched:
-            patched.setattr(gpu_experts, name, value)
+            patched.setattr(gpu_experts, name, lambda value=value: value)
             assert loss_and_gradients({}, True, monkeypatch)[2] == 0
     model = GPT(GPTConfig(**SMALL))
     nn.quantize(model, 32, 4)
