@@ -877,7 +877,7 @@ class MLP(nn.Module):
 #
 # A token uses only k experts. The (token, expert) pairs are sorted by expert into blocks of 64 rows, so that one matmul
 # of blocks computes all experts. The cost is that of k MLPs of width ffn_dim, of the empty rows in the last block of
-# each expert, and of two copies of the rows.
+# each expert, and of two copies of the rows. gpu_experts.py has kernels without empty rows and without copies.
 #
 # Two ways keep the load of the experts even. "loss" adds E sum_e f_e P_e over the tokens of a pass, where f is the
 # share of pairs and P the mean p (Fedus). "bias" adds a number to p where experts are chosen, which grows while an

@@ -5,7 +5,8 @@
 First the experts of one layer, with MLPs of several kinds and in both formats of 16 bits, against matmuls in float32:
 values and gradients may be no further from them than 1.3 times the plain form's. Then training steps of GPT-2's size
 (124M, 16 x 1024 tokens): dense; 8 experts of half the width, 2 for each token, with and without gpu_experts.py; Mixture
-of Depths. They take turns, and the medians are printed.
+of Depths. They take turns, and the medians are printed. With MLX_ENABLE_TF32=0 the plain form would run without tensor
+cores: leave it unset.
 """
 import os
 import statistics
