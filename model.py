@@ -301,6 +301,12 @@ def rope(x: mx.array, inverse: mx.array, offset: int | mx.array) -> mx.array:
         return cpu.rope(x, inverse, offset)
     if isinstance(offset, int):
         return mx.fast.rope(x, 2 * half, traditional=False, base=None, scale=1.0, offset=offset, freqs=inverse)
+    if not ON_CPU:  # each position is a row of its own, which MLX's kernel turns by the row's offset
+        B, H, T, D = x.shape
+        at = mx.broadcast_to(offset % DOCUMENT, (B, T)).reshape(-1)
+        y = mx.fast.rope(x.swapaxes(1, 2).reshape(B * T, H, 1, D), 2 * half, traditional=False, base=None, scale=1.0,
+                         offset=at, freqs=inverse)
+        return y.reshape(B, T, H, D).swapaxes(1, 2)
     angle = (offset % DOCUMENT)[:, None, :, None] / inverse
     cos, sin = mx.cos(angle).astype(x.dtype), mx.sin(angle).astype(x.dtype)
     a, b, rest = mx.split(x, [half, 2 * half], axis=-1)
@@ -310,12 +316,14 @@ def rope(x: mx.array, inverse: mx.array, offset: int | mx.array) -> mx.array:
 # ---- score: which keys a query may see, and with what bias -----------------------------------------------------------
 
 
-def score_mask(config: GPTConfig, layer: int, T: int, offset: int | mx.array, keys: mx.array | None):
+def score_mask(config: GPTConfig, layer: int, T: int, offset: int | mx.array, keys: mx.array | None,
+               in_order: bool = False):
     """The mask that is added to the scores of T queries: "causal", None (no mask), or an array (B, H, T, S). keys: the
     places of the keys, (S,) or (B, S); None: 0, 1, ..., offset + T - 1, or those of the queries where offset is an
-    array. The baseline builds no array, which keeps MLX on its fused causal kernels."""
+    array. in_order: the keys are those of the queries, of one document, in the order of their places. The baseline
+    builds no array, which keeps MLX on its fused causal kernels."""
     mask = "causal" if T > 1 else None
-    if not isinstance(offset, int):
+    if not isinstance(offset, int) and not in_order:
         mask = seen_mask(*score_places(T, offset, keys))
     if windowed(config, layer) and (T > 1 or not isinstance(offset, int)):  # window
         mask = window_mask(config, *score_places(T, offset, keys))  # window
@@ -616,11 +624,12 @@ class Attention(nn.Module):
             v = values_of_pairs(config, v)  # diff
         if windowed(config, layer) and config.sinks and rotary(config, layer):  # window
             q, k = rope_to_sinks(config, q, k, self._inverse, offset, keys)  # window
+        mask = score_mask(config, layer, T, offset, keys, "in_order" in carry and k.shape[2] == T)
         if "dropout" in carry:  # dropout
-            return dropout_attention(self, q, k, v, score_mask(config, layer, T, offset, keys), sink, carry)  # dropout
+            return dropout_attention(self, q, k, v, mask, sink, carry)  # dropout
         if windowed(config, layer) and k.shape[2] == T > 2 * window_block(config):  # window
             return window_attention(config, layer, q, k, v, offset, sink)  # window
-        return attend(config, q, k, v, score_mask(config, layer, T, offset, keys), sink)
+        return attend(config, q, k, v, mask, sink)
 
     def turned(self, name: str, x: mx.array, offset: int) -> mx.array:
         """The queries (name "q") or the keys ("k") of x (B, T, C), with their norm and positions: (B, H, T, D)."""
@@ -882,7 +891,7 @@ class MLP(nn.Module):
 #
 # A token uses only k experts. The (token, expert) pairs are sorted by expert into blocks of 64 rows, so that one matmul
 # of blocks computes all experts. The cost is that of k MLPs of width ffn_dim, of the empty rows in the last block of
-# each expert, and of two copies of the rows.
+# each expert, and of two copies of the rows. gpu_experts.py has kernels without empty rows and without copies.
 #
 # Two ways keep the load of the experts even. "loss" adds E sum_e f_e P_e over the tokens of a pass, where f is the
 # share of pairs and P the mean p (Fedus). "bias" adds a number to p where experts are chosen, which grows while an
@@ -891,6 +900,11 @@ class MLP(nn.Module):
 
 ROWS = 64  # of a block
 SWITCH_LOSS, Z_LOSS, BIAS_STEP = 0.01, 0.001, 0.001
+
+try:
+    import gpu_experts  # the same in a few kernels, on an NVIDIA GPU
+except ImportError:
+    gpu_experts = None
 
 
 def check_moe(config: GPTConfig):
@@ -1066,25 +1080,31 @@ class MoE(nn.Module):
         chosen = mx.argpartition(mx.stop_gradient(-score), k - 1, axis=-1)[:, :k]
         gates = mx.take_along_axis(p, chosen, axis=-1)
         gates = (gates / gates.sum(-1, keepdims=True) if k > 1 else gates).astype(x.dtype)
-        if chosen.size < ROWS:  # too few pairs to sort
-            rows, expert, ends = mx.repeat(flat, k, axis=0), chosen.reshape(-1), None
-        else:
-            pair, row, expert, ends = dispatch(chosen, config.n_expert)
-            rows = to_rows(flat, pair, row)
-        inputs = (self.gate(rows, expert, ends),) if config.mlp in GATED else ()
-        rows = self.down(ACTIVATIONS[config.mlp](*inputs, self.up(rows, expert, ends)), expert, ends)
-        pairs = rows if ends is None else from_rows(rows, pair, row)
-        y = (gates[:, :, None] * pairs.reshape(len(flat), k, -1)).sum(1).reshape(x.shape)
-        if config.n_shared_expert:
-            y = y + self.shared(x, tap)
         if self.training:
-            count = mx.zeros((config.n_expert,)).at[chosen.reshape(-1)].add(1)
+            count = (chosen.reshape(-1, 1) == mx.arange(config.n_expert)).astype(mx.float32).sum(0)
             self._count = self._count + count
             loss = Z_LOSS * mx.logsumexp(logits, axis=-1).square().mean()
             if config.expert_balance == "loss":
                 loss = loss + SWITCH_LOSS * config.n_expert * (count / chosen.size * p.mean(0)).sum()
-            y = with_loss(y, loss)
-        return y
+            gates = with_loss(gates, loss)
+        y = None
+        if gpu_experts is not None and chosen.size >= ROWS:
+            y = gpu_experts.mixture(self, flat, gates, chosen)
+        y = (self.weighed(flat, gates, chosen) if y is None else y).reshape(x.shape)
+        return y + self.shared(x, tap) if config.n_shared_expert else y
+
+    def weighed(self, x: mx.array, gates: mx.array, chosen: mx.array) -> mx.array:
+        """For tokens x (N, C), the sums of the outputs of the chosen experts (N, k) times gates (N, k): (N, C)."""
+        config, k = self.config, chosen.shape[1]
+        if chosen.size < ROWS:  # too few pairs to sort
+            rows, expert, ends = mx.repeat(x, k, axis=0), chosen.reshape(-1), None
+        else:
+            pair, row, expert, ends = dispatch(chosen, config.n_expert)
+            rows = to_rows(x, pair, row)
+        inputs = (self.gate(rows, expert, ends),) if config.mlp in GATED else ()
+        rows = self.down(ACTIVATIONS[config.mlp](*inputs, self.up(rows, expert, ends)), expert, ends)
+        pairs = rows if ends is None else from_rows(rows, pair, row)
+        return (gates[:, :, None] * pairs.reshape(len(x), k, -1)).sum(1)
 
 
 def rebalance(model) -> mx.array:
@@ -1179,6 +1199,18 @@ def check_mod(config: GPTConfig):
         refuse_sinks(config, "mod=topk: routed blocks skip some of the first tokens")  # window
 
 
+@mx.custom_function
+def chosen_rows(x: mx.array, rows: mx.array, order: mx.array) -> tuple[mx.array, mx.array]:
+    """x[rows, order] and x (B, T, C), whose gradients are added up at the chosen positions alone."""
+    return x[rows, order], x
+
+
+@chosen_rows.vjp
+def chosen_rows_backward(primals, cotangents, _):
+    _, rows, order = primals
+    return cotangents[1].at[rows, order].add(cotangents[0]), mx.zeros_like(rows), mx.zeros_like(order)
+
+
 class RoutedBlock(Block):
     """A block that skips tokens. It calls the tap at the site "depth" with r (B, T)."""
 
@@ -1203,27 +1235,33 @@ class RoutedBlock(Block):
             return self.continued(x, r, likely, offset, cache, tap, carry)
         T, rows = x.shape[1], mx.arange(len(x))[:, None]
         at = mx.broadcast_to(places_of(T, offset), r.shape)
-        if self.training:
-            k = max(1, round(self.config.mod_capacity * T))
-            order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
-            chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
-            at, worked = at[rows, order], mx.ones(order.shape)
-            miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
-            x = with_loss(x, 0.01 * miss.mean())  # small, so that it does not dominate the norm that is clipped
-        else:  # the chosen tokens first; the others follow as padding, to which no chosen token attends
+        if not self.training:  # the chosen tokens first; the others follow as padding, to which no chosen token attends
             chosen, order = self.taken(x)
             worked = chosen[rows, order]
             at = mx.where(worked, at[rows, order], PADDING)
-        change = self.change(x, rows, order, worked, at, cache, tap, carry)
-        return x.at[rows, order].add(change * (worked * r[rows, order]).astype(x.dtype)[..., None])
+            change = self.change(x[rows, order], rows, order, worked, at, cache, tap, carry)
+            return x.at[rows, order].add(change * (worked * r[rows, order]).astype(x.dtype)[..., None])
+        k = max(1, round(self.config.mod_capacity * T))
+        order = mx.sort(mx.argpartition(mx.stop_gradient(-r), k - 1, axis=1)[:, :k], axis=1)
+        chosen = mx.put_along_axis(mx.zeros(r.shape), order, mx.array(1.0), axis=1)
+        miss = mx.logaddexp(likely, 0) - likely * chosen  # the predictor's cross-entropy
+        selected, x = chosen_rows(x, rows, order)
+        # r of the chosen tokens, computed from these: its gradient is then theirs alone, not one of all tokens
+        factor = self.depth_router(selected)[..., 0] if tap is no_tap else r[rows, order]
+        selected = with_loss(selected, 0.01 * miss.mean())  # small: it must not dominate the norm that is clipped
+        change = self.change(selected, rows, order, mx.ones(order.shape), at[rows, order], cache, tap, carry,
+                             isinstance(offset, int))
+        return x.at[rows, order].add(change * factor.astype(x.dtype)[..., None])
 
-    def change(self, x: mx.array, rows: mx.array, order: mx.array, worked: mx.array, at: mx.array, cache,
-               tap: Callable, carry: dict) -> mx.array:
-        """What the block adds to the positions (rows, order), (B, k) each, of x (B, T, C): (B, k, C). It sees these
-        positions of the carry, and changes them where worked (B, k) is not 0."""
+    def change(self, selected: mx.array, rows: mx.array, order: mx.array, worked: mx.array, at: mx.array, cache,
+               tap: Callable, carry: dict, in_order: bool = False) -> mx.array:
+        """What the block adds to the positions (rows, order), (B, k) each: selected (B, k, C) -> (B, k, C). It sees
+        these positions of the carry, and changes them where worked (B, k) is not 0. in_order: they are of one document,
+        and their places grow, so that the mask of their attention to one another is a causal one."""
         before = {name: value[rows, order] if isinstance(value, mx.array) else value for name, value in carry.items()}
-        selected, after = x[rows, order], dict(before)
+        after = before | ({"in_order": ()} if in_order else {})
         y = super().__call__(selected, at, cache, tap, after)
+        after.pop("in_order", None)
         for name, value in after.items():
             if isinstance(value, tuple):
                 carry[name] = value
@@ -1250,7 +1288,8 @@ class RoutedBlock(Block):
             if chosen.any():
                 place = mx.array(np.flatnonzero(chosen))
                 rows, order, of_row = mx.array([[row]]), place[None], cache.row(row, place + offset)
-                change = self.change(x, rows, order, mx.ones(order.shape), order + offset, of_row, tap, carry)
+                ones = mx.ones(order.shape)
+                change = self.change(x[rows, order], rows, order, ones, order + offset, of_row, tap, carry)
                 x = x.at[row, place].add(change[0] * r[row, place, None])
         return x
 

@@ -194,3 +194,61 @@ inline void load_matrices(unsigned (&w)[4], const void* from, bool transposed) {
   __syncwarp();
 }
 #define LOAD_MATRICES(transposed) load_matrices(w, from, transposed[0])
+// ---- for gpu_experts.cu ------------------------------------------------------------------------------------------------
+
+#define __forceinline__ inline
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __ballot_sync(unsigned, bool x) {
+  block->words[threadIdx.x][0] = x;
+  __syncwarp();
+  unsigned found = 0;
+  for (int lane = 0; lane < 32; lane++) found |= block->words[threadIdx.x / 32 * 32 + lane][0] << lane;
+  __syncwarp();
+  return found;
+}
+
+// Copies to shared memory happen when they are waited for, as late as they may on a GPU.
+using Shared = char*;
+inline Shared address_of(void* x) { return (char*)x; }
+struct Copy { void* to; const void* from; };
+inline thread_local std::vector<std::vector<Copy>> copies[MOST_THREADS];  // of each thread: stages
+inline void copy_16(void* to, const void* from, bool inside) {
+  auto& own = copies[threadIdx.x];
+  if (own.empty()) own.emplace_back();
+  own.back().push_back({to, inside ? from : nullptr});
+}
+inline void end_of_stage() {
+  if (copies[threadIdx.x].empty()) copies[threadIdx.x].emplace_back();
+  copies[threadIdx.x].emplace_back();
+}
+template <int MORE> void wait_for_stages() {
+  auto& own = copies[threadIdx.x];
+  while ((int)own.size() - 1 > MORE) {  // the last one is still open
+    for (auto& copy : own.front())
+      if (copy.from) std::memcpy(copy.to, copy.from, 16);
+      else std::memset(copy.to, 0, 16);
+    own.erase(own.begin());
+  }
+}
+
+template <bool TURNED> void load_matrices(const void* row, uint2& first, uint2& second) {
+  std::memcpy(block->words[threadIdx.x], &row, sizeof row);
+  __syncwarp();
+  int lane = threadIdx.x % 32;
+  unsigned found[4];
+  for (int i = 0; i < 4; i++) {
+    uint16_t both[2];
+    for (int j = 0; j < 2; j++) {
+      int r = lane / 4, c = lane % 4 * 2 + j;
+      if (TURNED) std::swap(r, c);
+      const uint16_t* from;
+      std::memcpy(&from, block->words[threadIdx.x - lane + 8 * i + r], sizeof from);
+      both[j] = from[c];
+    }
+    std::memcpy(&found[i], both, 4);
+  }
+  first = {found[0], found[1]}, second = {found[2], found[3]};
+  __syncwarp();
+}
+inline void touch(const int*) {}

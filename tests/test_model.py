@@ -1277,3 +1277,23 @@ def test_rope_scaling_of_transformers(kind, settings):
             n_head=2, n_embd=2 * D, rope_scaling=kind, rope_theta=theta, rope_factor=factor, rope_original=original,
             rope_low_freq=low, rope_high_freq=high))
         assert np.abs(theirs.numpy() / ours - 1).max() < 1e-6
+
+
+@pytest.mark.parametrize("settings", [{}, dict(rotary_dim=6), dict(rope_factor=4.0, rope_scaling="linear")], ids=str)
+def test_rope_by_places_as_on_a_gpu(settings, monkeypatch):
+    """Places that differ from row to row, with documents and padding, turn as they do on a CPU; gradients, too."""
+    config = GPTConfig(n_embd=48, n_head=3, **settings)
+    inverse = mx.array(1 / core.rope_inv_freq(config), mx.float32)
+    places = mx.array([[0, 1, 2, 3, 4], [7, 9, core.DOCUMENT, core.DOCUMENT + 1, core.PADDING]])
+    for at in (places, places[:1]):
+        x, factors = (mx.random.normal((2, 5, 3, 16), key=mx.random.key(i)) for i in range(2))
+
+        def value(x, at=at, factors=factors):
+            y = core.rope(x.swapaxes(1, 2), inverse, at).swapaxes(1, 2)
+            return (y * factors).sum(), y
+
+        (_, right), right_gradient = mx.value_and_grad(value)(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(core, "ON_CPU", False)
+            (_, found), gradient = mx.value_and_grad(value)(x)
+        assert mx.abs(found - right).max() < 1e-5 and mx.abs(gradient - right_gradient).max() < 1e-5

@@ -1,0 +1,214 @@
+"""A mixture of experts on an NVIDIA GPU, forward and backward: gpu_experts.cu, which MLX compiles.
+
+In model.py the (token, expert) pairs are sorted into blocks, copied, multiplied block by block, and copied back. MLX's
+kernels for that run at a third of a matmul's speed. Here each product takes the rows where they are: it reads tokens by
+their numbers, knows where each expert's rows begin, and computes the activation or its slope before it writes. It knows
+MLPs of the kinds in ACTIVATIONS without biases, in bfloat16 and float16; for all else model.py computes. Before its
+first use it is tried on random tokens, and where the GPU does not compute what float32 gives, model.py computes, too.
+Deleting this file and gpu_experts.cu costs speed and nothing else.
+"""
+import ctypes
+import hashlib
+import math
+import sys
+from functools import cache, lru_cache
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+ACTIVATIONS = {"relu2": 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3, "geglu": 2}  # as in gpu_experts.cu
+GATED = "swiglu", "geglu"
+TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.int32: "int32_t",
+         mx.uint32: "uint32_t"}
+TILES = (128, 256, 64), (128, 128, 64)  # rows and columns of a tile, and the step of its sum: the first that fits
+TRIED = 2048     # tokens with which the kernels are tried
+LARGEST = 2**27  # weights of a kind with which they are; a trial with more would take gigabytes
+SOURCES = {  # of each kernel: inputs, outputs, and the call
+    "sort": ("chosen size", "pair row begin", "sort<0>(chosen, size[0], pair, row, begin);"),
+    "up": ("x weight pair begin", "h hidden", "products<false, false>(Up{{x, weight, pair, begin}, h, hidden});"),
+    "down": ("x weight begin", "y", "products<false, false>(Plain<HID, false>{{x, weight, nullptr, begin}, y});"),
+    "sum": ("rows row gates begin", "y", "sum_of_rows<0>(rows, row, gates, begin, y);"),
+    "down_backward": ("dy weight pair begin h gates", "dh weighed parts",
+                      "products<false, true>(DownBackward{{dy, weight, pair, begin}, h, gates, dh, weighed, parts});"),
+    "up_backward": ("dh weight begin", "dx",
+                    "products<false, true>(Plain<F, true>{{dh, weight, nullptr, begin}, dx});"),
+    "weights": ("x dy dh weighed pair begin", "down up",
+                "products<true, true>(Weights{x, dy, dh, weighed, pair, begin, down, up});"),
+    "sum_backward": ("rows row begin", "dx", "sum_of_rows<0>(rows, row, nullptr, begin, dx);"),
+    "gates": ("parts row begin", "dgates", "sum_of_parts<0>(parts, row, begin, dgates);"),
+}
+THREADS = {"sort": 1024, "sum": 256, "sum_backward": 256, "gates": 256}  # of a thread block; of products: 32 a warp
+
+
+@cache
+def device() -> tuple[int, int, int]:
+    """How many multiprocessors the GPU has, the bytes of shared memory that a thread block may have, and the major
+    number of its compute capability; zeros where there is no driver."""
+    number, found = ctypes.c_int(), []
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0, 0, 0
+    driver.cuInit(0)
+    driver.cuDeviceGet(ctypes.byref(number), 0)
+    for attribute in (16, 97, 75):  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, ..._MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        value = ctypes.c_int()      # ..._COMPUTE_CAPABILITY_MAJOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, number):
+            return 0, 0, 0
+        found.append(value.value)
+    return tuple(found)
+
+
+def on_gpu() -> bool:
+    return mx.default_device() == mx.gpu and mx.cuda.is_available()
+
+
+def fits(tile: tuple[int, int, int]) -> bool:
+    """Whether shared memory has room for three steps of both operands: one is computed, and two are on their way."""
+    BM, BN, BK = tile
+    return device()[1] >= 3 * (BM + BN) * BK * 2
+
+
+@lru_cache(maxsize=64)
+def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int):
+    """A function (inputs, thread blocks or 0, output shapes, output dtypes) -> outputs. 0: as many blocks as there are
+    multiprocessors, which take tile after tile."""
+    inputs, outputs, call = SOURCES[name]
+    blocks, room, _ = device()
+    BM, BN, BK = next(filter(fits, TILES))
+    stages = min(4, room // ((BM + BN) * BK * 2))
+    numbers = dict(E=E, K=K, C=C, HID=HID, GATED=int(mlp in GATED), ACTIVATION=ACTIVATIONS[mlp],
+                   HALF=int(dtype == mx.float16), BM=BM, BN=BN, BK=BK, STAGES=stages)
+    threads = THREADS.get(name, BM // 64 * (BN // 64) * 32)
+    shared = 0 if name in THREADS else stages * (BM + BN) * BK * 2
+    header = "".join([
+        "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n",
+        f"using T = {TYPES[dtype]};\n", *(f"constexpr int {key} = {value};\n" for key, value in numbers.items()),
+        (Path(__file__).parent / "gpu_experts.cu").read_text(encoding="utf-8")])
+    names, made = inputs.split(), {}
+
+    def run(given: list, grid: int, shapes: list, dtypes: list) -> list:
+        kinds = tuple(array.dtype for array in given)
+        if (kinds, *dtypes) not in made:
+            full = f"experts_{name}_" + hashlib.sha256((header + call + str((kinds, dtypes))).encode()).hexdigest()[:16]
+            # The declaration bounds the registers of the kernel, which MLX defines without bounds.
+            arguments = ", ".join([f"const {TYPES[kind]}*" for kind in kinds] + [f"{TYPES[kind]}*" for kind in dtypes])
+            bound = (f"namespace mlx::core::cu {{ __global__ void __launch_bounds__({threads}, 1) "
+                     f"custom_kernel_{full}({arguments}); }}\n")
+            made[(kinds, *dtypes)] = mx.fast.cuda_kernel(full, names, outputs.split(), call, header + bound,
+                                                         shared_memory=shared)
+        return made[(kinds, *dtypes)](inputs=given, grid=((grid or blocks) * threads, 1, 1),
+                                      threadgroup=(threads, 1, 1), output_shapes=shapes, output_dtypes=dtypes)
+
+    return run
+
+
+@lru_cache(maxsize=64)
+def functions(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int):
+    """Two functions, of which the second one has gradients:
+    sort (chosen (N, K)) -> pair, row, begin: see gpu_experts.cu, as for F;
+    mixture (x (N, C), gates (N, K), up (E, F, C), down (E, C, HID), pair, row, begin) -> y (N, C), and what its
+    backward pass needs. The matrices may be of another dtype, in which their gradients then are."""
+    F = 2 * HID if mlp in GATED else HID
+
+    def run(name, *arguments):
+        return kernel(name, dtype, mlp, E, K, C, HID)(*arguments)
+
+    def sort(chosen: mx.array) -> list:
+        n = chosen.size
+        return run("sort", [chosen.astype(mx.uint32), mx.array([n] * 4, mx.int32)], math.ceil(n / 1024),
+                   [(n,), (n,), (E + 1,)], [mx.int32] * 3)
+
+    @mx.custom_function
+    def mixture(x, gates, up, down, pair, row, begin):
+        n, up, down = pair.size, up.astype(dtype), down.astype(dtype)
+        h, hidden = run("up", [x, up, pair, begin], 0, [(n, F), (n, HID)], [dtype] * 2)
+        rows, = run("down", [hidden, down, begin], 0, [(n, C)], [dtype])
+        y, = run("sum", [rows, row, gates, begin], math.ceil(x.size / 8 / 256), [x.shape], [dtype])
+        return y, h, up, down
+
+    @mixture.vjp
+    def backward(primals, cotangents, outputs):
+        (x, gates, up, down, pair, row, begin), dy, (_, h, up_rounded, down_rounded) = primals, cotangents[0], outputs
+        n = pair.size
+        dh, weighed, parts = run("down_backward", [dy, down_rounded, pair, begin, h, gates], 0,
+                                 [(n, F), (n, HID), (HID // 64, n)], [dtype, dtype, mx.float32])
+        rows, = run("up_backward", [dh, up_rounded, begin], 0, [(n, C)], [dtype])
+        dx, = run("sum_backward", [rows, row, begin], math.ceil(x.size / 8 / 256), [x.shape], [dtype])
+        dgates, = run("gates", [parts, row, begin], math.ceil(n / 256), [gates.shape], [dtype])
+        ddown, dup = run("weights", [x, dy, dh, weighed, pair, begin], 0, [down.shape, up.shape], [mx.float32] * 2)
+        return (dx, dgates, dup.astype(up.dtype), ddown.astype(down.dtype),
+                *(mx.zeros_like(each) for each in (pair, row, begin)))
+
+    return sort, mixture
+
+
+def by_matmuls(mlp: str, x: mx.array, gates: mx.array, up: mx.array, down: mx.array, chosen: mx.array) -> mx.array:
+    """What mixture() of functions() computes, by all experts for all tokens."""
+    import model as plain  # not above: it imports this file
+    y = mx.zeros_like(x)
+    for e in range(len(up)):
+        h = x @ up[e].T
+        hidden = plain.ACTIVATIONS[mlp](*((h[:, ::2], h[:, 1::2]) if mlp in GATED else (h,)))
+        y = y + mx.where(chosen == e, gates, 0).sum(1, keepdims=True) * (hidden @ down[e].T)
+    return y
+
+
+@cache
+def is_right(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int) -> bool:
+    """Whether this GPU's values and gradients for random tokens are within 2% of those that matmuls in float32 give."""
+    F = 2 * HID if mlp in GATED else HID
+    if E * F * C > LARGEST:
+        return True
+    shapes = dict(x=(TRIED, C), gates=(TRIED, K), up=(E, F, C), down=(E, C, HID), dy=(TRIED, C))
+    scales = dict(x=1, gates=1, up=C**-0.5, down=HID**-0.5, dy=1)
+    *given, dy = (mx.random.normal(shape, scale=scales[name], key=mx.random.key(i)).astype(dtype).astype(mx.float32)
+                  for i, (name, shape) in enumerate(shapes.items()))
+    chosen = mx.argsort(mx.random.uniform(shape=(TRIED, E), key=mx.random.key(len(shapes))), axis=1)[:, :K]
+
+    def fast(x, gates, up, down):
+        sort, of_rows = functions(dtype, mlp, E, K, C, HID)
+        return of_rows(x.astype(dtype), gates.astype(dtype), up, down, *sort(chosen))[0].astype(mx.float32)
+
+    try:
+        found, right = ([f(*given), *mx.grad(lambda *x, f=f: (f(*x) * dy).sum(), (0, 1, 2, 3))(*given)]
+                        for f in (fast, lambda *x: by_matmuls(mlp, *x, chosen)))
+        errors = [(mx.linalg.norm((a - b).reshape(-1)) / mx.linalg.norm(b.reshape(-1))).item()
+                  for a, b in zip(found, right, strict=True)]
+    except RuntimeError as error:  # it does not compile, or this GPU cannot run it
+        errors = [math.inf]
+        print(f"gpu_experts.py: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+    if not max(errors) < 0.02:
+        print("gpu_experts.py does not work on this GPU: model.py computes the experts, more slowly", file=sys.stderr)
+    return max(errors) < 0.02
+
+
+def mixture(moe: nn.Module, x: mx.array, gates: mx.array, chosen: mx.array) -> mx.array | None:
+    """What the experts of a model.MoE add for tokens x (N, C), the sums over chosen (N, K) of gates (N, K) times their
+    outputs: (N, C). None where model.py must compute it."""
+    import model as plain  # not above: it imports this file
+    config, C, K = moe.config, x.shape[1], chosen.shape[1]
+    E, HID = config.n_expert, config.ffn_dim
+    layers = [moe[name] for name in ("up", "down", "gate") if name in moe]
+    known = (on_gpu() and x.dtype in (mx.bfloat16, mx.float16) and config.mlp in ACTIVATIONS and C % 64 == HID % 64 == 0
+             and E <= 32 and all(type(layer) is plain.Experts and "bias" not in layer for layer in layers))
+    if not known or device()[2] < 8 or not any(map(fits, TILES)) or not source_is_here():
+        return None
+    if not is_right(x.dtype, config.mlp, E, K, C, HID):
+        return None
+    up, down = moe.up.weight, moe.down.weight
+    if config.mlp in GATED:
+        up = mx.stack([moe.gate.weight, up], axis=2).reshape(E, 2 * HID, C)
+    sort, of_rows = functions(x.dtype, config.mlp, E, K, C, HID)
+    return of_rows(x, gates, up, down, *sort(chosen))[0]
+
+
+@cache
+def source_is_here() -> bool:
+    return Path(__file__).with_suffix(".cu").exists()
+
+
+if __name__ == "__main__":
+    print("gpu_experts.py has no command of its own: run train.py, which uses it", file=sys.stderr)
+    sys.exit(2)

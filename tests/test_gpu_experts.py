@@ -1,0 +1,241 @@
+"""gpu_experts.cu, compiled for the processor by tests/cuda_on_cpu.h, against float64 and model.py; and where it must
+not be used. On a GPU, python runs/gpu_experts_check.py compares more, with the code that runs there."""
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import sys
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten
+
+import gpu_experts
+import matvec
+import model as core
+from model import GPT, GPTConfig
+
+compiles = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
+                              reason="no g++, or not Linux")  # where g++ is and the kernels do not compile, tests fail
+
+
+@pytest.fixture(autouse=True)
+def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
+    """gpu_experts.py believes in a GPU with three multiprocessors, whose kernels g++ compiles."""
+    folder = tmp_path_factory.getbasetemp() / "experts"
+    folder.mkdir(exist_ok=True)
+
+    def cuda_kernel(name, inputs, outputs, source, header, shared_memory):
+        kinds = header.rsplit(f"custom_kernel_{name}(", 1)[1].split(")")[0].split(", ")
+        names = [*inputs, *outputs]
+        arguments = "".join(f"{kind} {each} = ({kind})arguments[{i}];\n"
+                            for i, (kind, each) in enumerate(zip(kinds, names, strict=True)))
+        code = "\n".join(['#include "cuda_on_cpu.h"', header.replace("#include <cuda_", "// <cuda_"),
+                          "static void body(void* given) {", "void** arguments = (void**)given;", arguments, source,
+                          '} extern "C" void run(void** arguments, int blocks, int threads) {',
+                          f"launch(blocks, threads, {shared_memory}, body, arguments); }}"])
+        path = folder / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            path.with_suffix(".cpp").write_text(code)
+            subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'tests'}",
+                            path.with_suffix(".cpp"), "-o", path], check=True)
+        library = ctypes.CDLL(str(path))
+
+        def kernel(inputs, grid, threadgroup, output_shapes, output_dtypes):
+            made = [mx.full(shape, 99, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+            arrays = [mx.contiguous(array) for array in inputs] + made
+            mx.eval(arrays)
+            library.run((ctypes.c_void_p * len(arrays))(*map(matvec.address, arrays)), grid[0] // threadgroup[0],
+                        threadgroup[0])
+            return made
+
+        return kernel
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
+    monkeypatch.setattr(gpu_experts, "device", lambda: (3, 101_376, 8))
+    monkeypatch.setattr(gpu_experts, "on_gpu", lambda: True)
+    caches = gpu_experts.kernel, gpu_experts.functions, gpu_experts.is_right
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+# ---- float64, written out: y_t = sum over its experts of gate * down(activation(up x)) -------------------------------
+
+
+def of_mlp(name, h):
+    """The activation and its slopes: h (n, F) -> value (n, HID), slopes (n, F)."""
+    def gelu(x):
+        erf = np.vectorize(__import__("math").erf)(x / 2**0.5)
+        return x * (1 + erf) / 2, (1 + erf) / 2 + x * np.exp(-x * x / 2) / (2 * np.pi)**0.5
+
+    def gelu_tanh(x):
+        u = (2 / np.pi)**0.5 * (x + 0.044715 * x**3)
+        t = np.tanh(u)
+        return x * (1 + t) / 2, (1 + t) / 2 + x * (1 - t * t) / 2 * (2 / np.pi)**0.5 * (1 + 3 * 0.044715 * x**2)
+
+    def silu(x):
+        s = 1 / (1 + np.exp(-x))
+        return x * s, s * (1 + x * (1 - s))
+
+    f = {"relu2": lambda x: (np.maximum(x, 0)**2, 2 * np.maximum(x, 0)), "gelu": gelu, "gelu_tanh": gelu_tanh,
+         "swiglu": silu, "geglu": gelu_tanh}[name]
+    if name not in gpu_experts.GATED:
+        return f(h)
+    gate, x = h[:, ::2], h[:, 1::2]
+    value, slope = f(gate)
+    return value * x, np.stack([x * slope, value], axis=2).reshape(h.shape)
+
+
+def exact(name, x, gates, up, down, chosen, dy):
+    """y and the gradients of sum(dy * y) by x, gates, up and down, in float64."""
+    y, dx, dgates, dup, ddown = (np.zeros(a.shape) for a in (x, x, gates, up, down))
+    for e in range(len(up)):
+        token, k = np.nonzero(chosen == e)
+        value, slope = of_mlp(name, x[token] @ up[e].T)
+        gate = gates[token, k][:, None]
+        np.add.at(y, token, gate * (value @ down[e].T))
+        dvalue = dy[token] @ down[e]
+        dgates[token, k] = (dvalue * value).sum(1)
+        ddown[e] = (gate * dy[token]).T @ value
+        dh = slope * np.repeat(gate * dvalue, slope.shape[1] // value.shape[1], axis=1)
+        dup[e] = dh.T @ x[token]
+        np.add.at(dx, token, dh @ up[e])
+    return y, dx, dgates, dup, ddown
+
+
+CASES = [("relu2", 5, 2, 150, 64, 320, 232_448), ("gelu", 2, 1, 40, 64, 64, 101_376),
+         ("gelu_tanh", 4, 3, 50, 128, 64, 101_376), ("swiglu", 3, 2, 60, 128, 64, 232_448)]
+
+
+@compiles
+@pytest.mark.parametrize("mlp, E, K, N, C, HID, room", CASES, ids=str)
+def test_against_float64(mlp, E, K, N, C, HID, room, monkeypatch):
+    """Values and gradients; experts with few rows, with many, and with none; tiles of both sizes."""
+    monkeypatch.setattr(gpu_experts, "device", lambda: (3, room, 8))
+    rng = np.random.default_rng(0)
+    F = 2 * HID if mlp in gpu_experts.GATED else HID
+    x, gates, up, down, dy = (mx.array(rng.standard_normal(shape) * scale).astype(mx.bfloat16) for shape, scale in (
+        ((N, C), 1), ((N, K), 0.5), ((E, F, C), C**-0.5), ((E, C, HID), HID**-0.5), ((N, C), 1)))
+    up, down = up.astype(mx.float32), down.astype(mx.float32)  # as parameters are; exact in bfloat16
+    weights = np.array([1.0] * (E - 1) + [0]) if E > 2 and K < E else np.ones(E)  # the last expert has no rows
+    weights[0] += 3
+    chosen = np.stack([rng.choice(E, K, replace=False, p=weights / weights.sum()) for _ in range(N)])
+    sort, mixture = gpu_experts.functions(mx.bfloat16, mlp, E, K, C, HID)
+    pair, row, begin = sort(mx.array(chosen))
+    assert np.array_equal(np.array(pair), np.argsort(chosen.reshape(-1), kind="stable"))
+    assert np.array_equal(np.array(pair)[np.array(row)], np.arange(N * K))
+    assert np.array_equal(np.array(begin), [(chosen < e).sum() for e in range(E + 1)])
+    y = mixture(x, gates, up, down, pair, row, begin)[0]
+    gradients = mx.grad(lambda *a: (mixture(*a, pair, row, begin)[0].astype(mx.float32) * dy).sum(),
+                        (0, 1, 2, 3))(x, gates, up, down)
+    wide = [np.array(a.astype(mx.float32)).astype(np.float64) for a in (x, gates, up, down)]
+    expected = exact(mlp, *wide, chosen, np.array(dy.astype(mx.float32)).astype(np.float64))
+    for found, right in zip((y, *gradients), expected, strict=True):
+        found = np.array(found.astype(mx.float32))
+        assert np.isfinite(found).all() and np.abs(found - right).max() < 0.015 * np.abs(right).max()
+        assert np.linalg.norm(found - right) < 0.006 * np.linalg.norm(right)
+
+
+# ---- in a model ------------------------------------------------------------------------------------------------------
+
+SMALL = dict(n_layer=1, n_embd=64, n_head=1, vocab_size=96, block_size=48, ffn_dim=64, n_expert=4)
+
+
+def loss_and_gradients(settings, fast, monkeypatch, dtype=mx.bfloat16, every=0):
+    """Of a model in training, for two rows; and how often gpu_experts.py computed its experts."""
+    monkeypatch.setattr(core, "gpu_experts", gpu_experts if fast else None)
+    model, used, mixture = GPT(GPTConfig(**SMALL | settings)), [], gpu_experts.mixture
+    monkeypatch.setattr(gpu_experts, "mixture", lambda *a: used.append(mixture(*a)) or used[-1])
+    model.train()
+    model.compute_dtype, model.checkpoint_every = dtype, every
+    idx = mx.random.randint(0, 96, (2, 49), key=mx.random.key(3))
+    value, gradients = nn.value_and_grad(model, model.loss)(idx[:, :-1], idx[:, 1:])
+    mx.eval(value, gradients)
+    monkeypatch.setattr(gpu_experts, "mixture", mixture)
+    return value.item(), dict(tree_flatten(gradients)), sum(y is not None for y in used)
+
+
+@compiles
+@pytest.mark.parametrize("settings", [dict(), dict(mlp="geglu", n_shared_expert=1, mod="topk", mod_every=1,
+                                                   mod_capacity=0.9)], ids=str)
+def test_as_model(settings, monkeypatch):
+    """The loss and all gradients are as near to float32's as those of the plain form; also with checkpoint_every."""
+    monkeypatch.setattr(gpu_experts, "is_right", lambda *a: True)
+    exact, right, none = loss_and_gradients(settings, False, monkeypatch, mx.float32)
+    _, plain, _ = loss_and_gradients(settings, False, monkeypatch)
+    assert none == 0
+    for every, times in ((0, 1), (1, 2)):
+        value, found, used = loss_and_gradients(settings, True, monkeypatch, every=every)
+        assert used == times and abs(value - exact) < 2e-3
+        for name, gradient in right.items():
+            error, other = (mx.linalg.norm(each[name] - gradient).item() for each in (found, plain))
+            assert error < 1.3 * other + 1e-6, name
+
+
+@compiles
+def test_trial(monkeypatch):
+    """A GPU that computes wrong numbers, or nothing, is found out, and model.py computes; a right one passes."""
+    monkeypatch.setattr(gpu_experts, "TRIED", 40)
+    kind = mx.bfloat16, "relu2", 4, 2, 64, 64
+    gpu_experts.is_right.cache_clear()
+    assert gpu_experts.is_right(*kind)
+    run = gpu_experts.kernel
+
+    def breaks(wrong):
+        def kernel(name, *kind):
+            def more(given, grid, shapes, dtypes):
+                made = run(name, *kind)(given, grid, shapes, dtypes)
+                return [made[0], made[1] * 1.1] if name == wrong else made
+            return more
+        return kernel
+
+    def impossible(*_):
+        raise RuntimeError("no such instruction")
+
+    for kernel in (breaks("up"), breaks("weights"), impossible):
+        monkeypatch.setattr(gpu_experts, "kernel", kernel)
+        gpu_experts.is_right.cache_clear()
+        assert not gpu_experts.is_right(*kind)
+    assert loss_and_gradients({}, True, monkeypatch)[2] == 0
+
+
+@pytest.mark.parametrize("settings, dtype", [
+    (dict(bias=True), mx.bfloat16), (dict(mlp="swiglu_clip"), mx.bfloat16), (dict(ffn_dim=96), mx.bfloat16),
+    (dict(n_expert=33), mx.bfloat16), ({}, mx.float32)], ids=str)
+def test_not_known(settings, dtype, monkeypatch):
+    monkeypatch.setattr(gpu_experts, "functions", None)
+    assert loss_and_gradients(settings, True, monkeypatch, dtype)[2] == 0
+
+
+def test_without_the_kernels(monkeypatch):
+    """Where there is no GPU, an old one, no driver, or no gpu_experts.cu; and for packed experts, model.py computes."""
+    monkeypatch.setattr(gpu_experts, "functions", None)
+    old, small, none = ((80, 101_376, 7), (80, 65_536, 8), (0, 0, 0))
+    for name, value in (("on_gpu", False), ("device", old), ("device", small), ("device", none),
+                        ("source_is_here", False)):
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu_experts, name, lambda value=value: value)
+            assert loss_and_gradients({}, True, monkeypatch)[2] == 0
+    model = GPT(GPTConfig(**SMALL))
+    nn.quantize(model, 32, 4)
+    x, chosen = mx.zeros((48, 64), mx.bfloat16), mx.zeros((48, 2), mx.uint32)
+    assert gpu_experts.mixture(model.blocks[0].mlp, x, mx.ones((48, 2), mx.bfloat16), chosen) is None
+
+
+def test_deletion(tmp_path):
+    """The other files run without gpu_experts.cu, and without gpu_experts.py."""
+    for name in ROOT.glob("*.py"):
+        shutil.copy(name, tmp_path)
+    for deleted in ("gpu_experts.cu", "gpu_experts.py"):
+        (tmp_path / deleted).unlink(missing_ok=True)
+        code = ("from model import *; m = GPT(GPTConfig(n_layer=1, n_embd=64, vocab_size=96, n_expert=4))\n"
+                "print(m.loss(mx.zeros((2, 40), mx.int32), mx.zeros((2, 40), mx.int32)).item())")
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert 4 < float(result.stdout) < 6, result.stderr
