@@ -82,7 +82,7 @@ def test_jsonl(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", some_texts())
     train, val = whole(tmp_path, some_texts(), "a.jsonl", f"--tokenizer={tokenizer}", "--vocab_size=300")
     assert train == [text for text in some_texts() if text not in val], "the order of the file"
-    assert 1 <= len(val) <= 15
+    assert 1 <= len(val) <= 15 and val == [text for text in some_texts() if draw(text, 1337) < 0.1]
     meta, ids, _, _ = load(tmp_path / "out")
     assert meta["dtype"] == "uint16" and (tmp_path / "out" / "train.bin").stat().st_size == 2 * len(ids)
     assert meta["version"] == 2 and meta["source"] == "a.jsonl" and meta["tokenizer"]["kind"] == tokenizer
