@@ -295,6 +295,24 @@ def pieces(wanted=lambda numbers, lengths: True) -> Iterator[tuple[float | None,
         left -= found["size"][start:end].sum()
 
 
+def read_ahead(names: list[str], n: int = 32) -> Iterator[str]:
+    """The names of files. The system begins to read each file when n others come before it: a disk reads several small
+    files at a time two or three times as fast as one."""
+    waiting = deque()
+    for name in names:
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                file = os.open(name, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(file, 0, PIECE, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
+        waiting.append(name)
+        if len(waiting) > n:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
@@ -313,7 +331,7 @@ def survey() -> tuple[list[str], dict[str, np.ndarray]]:
     found = {"draw": array("d"), "size": array("q"), "length": array("q"), "documents": array("q")}
     numbers, sizes, lengths, _ = found.values()
     with progress("reading", max_bytes) as bar:
-        for name in files:
+        for name in read_ahead(files):
             try:
                 for begins, text, size in pieces_of(name, left):
                     if begins:
