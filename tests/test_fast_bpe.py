@@ -13,7 +13,7 @@ from test_tokenizer import CORPUS
 
 import fast_bpe
 from fast_bpe import TIKTOKENS_GPT2, encode_texts, encoder_of, is_simple
-from tokenizer import EOT, GPT2_PATTERN, PATTERN, Tokenizer, byte_tokenizer, train_bpe
+from tokenizer import EOT, GPT2_PATTERN, PATTERN, Tokenizer, byte_tokenizer, open_tokens, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("gigatoken")
@@ -129,4 +129,7 @@ def test_the_memory_does_not_grow_with_the_text(tmp_path):
                               cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) // (2**20 if sys.platform == "darwin" else 2**10))  # MiB
+        meta, ids = open_tokens(tmp_path / f"out{size}")
+        tokens = Tokenizer.from_dict(meta["tokenizer"])
+        assert np.array_equal(ids["val"][:-1], tokens.encode(letters[-meta["val_bytes"]:].tobytes().decode()))
     assert peaks[1] < peaks[0] + 200, peaks
