@@ -54,6 +54,7 @@ import sys
 import sysconfig
 import time
 import urllib.request
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from fast_bpe import encode_texts
 from rows import read_rows
 from text_files import NotText, cut_up, read_text
 from tokenizer import (
@@ -95,6 +97,7 @@ settings = overrides(globals(), "source")
 VERSION = 2  # of the output files, and of how they are made
 PIECE = 4 * 2**20  # bytes; longer documents are read and encoded in pieces, to bound the memory
 BATCH = 2**19      # characters that a thread encodes at a time
+LARGE = 15_000_000  # bytes of text above which gigatoken is faster: it takes half a second to begin
 FEW = 5_000        # validation tokens, below which their loss says little
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -269,42 +272,50 @@ def pieces_of(name: str, most: float) -> Iterator[tuple[bool, str, int]]:
     else:
         parts = read_text(name, PIECE)
     for begins, text in parts:
-        if utf8_size(text) > most:
+        size = utf8_size(text)
+        if size > most:
             text, most = text.encode()[:int(most)].decode(errors="ignore"), 0
-        most -= utf8_size(text)
+            size = utf8_size(text)
+        most -= size
         if text:
-            yield begins, text, utf8_size(text)
+            yield begins, text, size
         if most <= 0:
             return
 
 
-def pieces() -> Iterator[tuple[bool, str, int]]:
-    """The pieces of all documents in order, up to max_bytes."""
-    left = max_bytes or math.inf
-    for name in files:
-        for piece in pieces_of(name, left):
-            yield piece
-            left -= piece[2]
-        if left <= 0:
-            return
+def pieces(wanted=lambda numbers, lengths: True) -> Iterator[tuple[float | None, str, int]]:
+    """The pieces of all documents in order, up to max_bytes: (the document's draw() where one begins, else None; text;
+    bytes). A file is read only if it is wanted(), given the draws and the lengths of its documents."""
+    left, ends = max_bytes or math.inf, np.cumsum(found["documents"])
+    for name, start, end in zip(files, ends - found["documents"], ends, strict=True):
+        numbers = found["draw"][start:end]
+        if wanted(numbers, found["length"][start:end]):
+            drawn = iter(numbers)
+            for begins, text, size in pieces_of(name, left):
+                yield (next(drawn, 1.0) if begins else None), text, size
+        left -= found["size"][start:end].sum()
+
+
+def read_ahead(names: list[str], n: int = 32) -> Iterator[str]:
+    """The names of files. The system begins to read each file when n others come before it: a disk reads several small
+    files at a time two or three times as fast as one."""
+    waiting = deque()
+    for name in names:
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                file = os.open(name, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(file, 0, PIECE, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
+        waiting.append(name)
+        if len(waiting) > n:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-def draws(parts: Iterator[tuple[bool, str, int]], bar: tqdm) -> Iterator[tuple[float, int]]:
-    """For each document (draw(), bytes)."""
-    number, total = 0.0, 0
-    for begins, text, size in parts:
-        if begins:
-            if total:
-                yield number, total
-            number, total = draw(text), 0
-        total += size
-        bar.update(size)
-    if total:
-        yield number, total
 
 
 def draw(text: str) -> float:
@@ -313,35 +324,47 @@ def draw(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def survey() -> tuple[list[str], np.ndarray]:
-    """Read all files once: (those that can be read, the "draw" and "size" of each document). `skipped` gets the reason
-    why another file cannot be read, "" for a binary one."""
-    kinds, good, left = [("draw", "f8"), ("size", "i8")], [], max_bytes or math.inf
-    found = [np.empty(0, kinds)]
+def survey() -> tuple[list[str], dict[str, np.ndarray]]:
+    """Read all files once: (those that can be read; the "draw", the "size" in bytes and the "length" in characters of
+    each document, and the number of "documents" of each file). `skipped` gets the reason why another file cannot be
+    read, "" for a binary one."""
+    good, left, n = [], max_bytes or math.inf, 0
+    found = {"draw": array("d"), "size": array("q"), "length": array("q"), "documents": array("q")}
+    numbers, sizes, lengths, _ = found.values()
     with progress("reading", max_bytes) as bar:
-        for name in files:
+        for name in read_ahead(files):
             try:
-                found.append(np.fromiter(draws(pieces_of(name, left), bar), kinds))
+                for begins, text, size in pieces_of(name, left):
+                    if begins:
+                        numbers.append(draw(text))
+                        sizes.append(0)
+                        lengths.append(0)
+                    sizes[-1] += size
+                    lengths[-1] += len(text)
+                    bar.update(size)
             except (UserError, OSError) as error:
                 if len(files) == 1 and not os.path.isdir(path):
                     raise
                 why = f"{name} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
                 skipped[name] = "" if isinstance(error, NotText) and not error.advice else why
                 bad_rows.pop(name, None)
+                for column in (numbers, sizes, lengths):
+                    del column[n:]
                 continue
             good.append(name)
-            left -= found[-1]["size"].sum()
+            found["documents"].append(len(sizes) - n)
+            left -= sum(sizes[n:])
+            n = len(sizes)
             if left <= 0:
                 break
     reasons = [reason for reason in skipped.values() if reason]
     reasons += [reason for _, reasons in bad_rows.values() for reason in reasons]
     if strict and reasons:
         raise UserError(reasons[0])
-    found = np.concatenate(found)
-    if not len(found):
+    if not n:
         reasons += [f"its {len(skipped)} files are binary"] if skipped else ["name another source"]
         raise UserError(f"{source} holds no text: {reasons[0]}")
-    return good, found
+    return good, {name: np.array(column) for name, column in found.items()}
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -366,17 +389,18 @@ def plan_split() -> tuple[float, float, int, int]:
     for below in (val_fraction, np.nextafter(numbers[last], 1), numbers[last]):
         if fair(sizes[numbers < below].sum()):
             return below, -1, 0, 0
-    if len(numbers) == 1 < len(found):
-        raise UserError(f"the {len(found)} documents of {source} are all equal: add other ones, for validation")
+    if len(numbers) == 1 < documents:
+        raise UserError(f"the {documents} documents of {source} are all equal: add other ones, for validation")
     start, size = (training - (n_bytes - ends[last])) / copies[last], sizes[last] / copies[last]
     return numbers[last], numbers[last], int(start), int(min(2000, start / 2, (size - start) / 2))
 
 
-def split_pieces() -> Iterator[tuple[str, bool, str, int]]:
-    """The pieces() with their split, "train" or "val", before each."""
-    for begins, text, size in pieces():
+def split_pieces(wanted=lambda numbers, lengths: True) -> Iterator[tuple[str, bool, str, int]]:
+    """The pieces() with their split, "train" or "val", and whether a document begins, before each."""
+    for drawn, text, size in pieces(wanted):
+        begins = drawn is not None
         if begins:
-            number, position = draw(text), 0
+            number, position = drawn, 0
             split = "val" if number < val_below else "train"
         if number == cut and position <= val_from < position + size:
             end = max(len(text.encode()[:val_from - position].decode(errors="ignore")), int(begins))
@@ -389,9 +413,19 @@ def split_pieces() -> Iterator[tuple[str, bool, str, int]]:
 
 
 def bpe_sample() -> Iterator[str]:
-    """Texts to train bpe on: about train_bytes, in slices spread evenly over the training documents."""
+    """Texts to train bpe on: about train_bytes, in slices spread evenly over the training documents. A file is not read
+    again if it has only one slice, and that is not due."""
     share, due, left, step = train_bytes / (n_bytes * (1 - val_fraction)), 1.0, train_bytes, min(100_000, train_bytes)
-    for split, _, text, _ in split_pieces():
+
+    def wanted(numbers: np.ndarray, lengths: np.ndarray) -> bool:
+        nonlocal due
+        if len(numbers) != 1 or lengths[0] > step or numbers[0] == cut or due + min(share, 1) * lengths[0] > 0:
+            return True
+        if numbers[0] >= val_below:
+            due += min(share, 1) * lengths[0]
+        return False
+
+    for split, _, text, _ in split_pieces(wanted):
         for start in range(0, len(text) if split == "train" else 0, step):
             part = text[start:start + step]
             due += min(share, 1) * len(part)
@@ -411,7 +445,7 @@ def ready_tokenizer():
     return byte_tokenizer() if tokenizer == "byte" else tiktoken_tokenizer(tokenizer)
 
 
-# ---- encoding, in threads: tiktoken releases Python's lock, and processes were not faster ----------------------------
+# ---- encoding, in threads: gigatoken and tiktoken release Python's lock ----------------------------------------------
 
 
 def batches() -> Iterator[list]:
@@ -426,7 +460,9 @@ def batches() -> Iterator[list]:
 
 
 def encode(batch: list) -> list[np.ndarray]:
-    return [tokens.encode(text).astype(dtype) for _, _, text, _ in batch]
+    texts = [text for _, _, text, _ in batch]
+    made = encode_texts(tokens, texts) if n_bytes > LARGE else map(tokens.encode, texts)
+    return [ids.astype(dtype) for ids in made]
 
 
 def encode_all(bins: dict):
@@ -504,11 +540,20 @@ def remove(names: list[str]):
 def fingerprint() -> str:
     """A hash of the settings that matter and of the source files' names, sizes and times; for a remote dataset, of the
     name."""
-    state = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in listed]
+    state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(listed, map(os.stat, listed), strict=True)]
     used = {name: value for name, value in settings.items() if name not in ("out", "threads")}
     if tokenizer.endswith(".safetensors"):
         used["tokenizer"] = tokenizer_of(tokenizer).fingerprint
     return hashlib.sha256(json.dumps([VERSION, used, sorted(state)]).encode()).hexdigest()
+
+
+def identity(name: str) -> tuple[int, int] | None:
+    """The device and the inode of a file, which all its names have in common; None if there is none."""
+    try:
+        stat = os.stat(name)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def up_to_date() -> bool:
@@ -544,9 +589,9 @@ bad_rows: dict[str, tuple[int, list[str]]] = {}  # for each file of rows: how ma
 files = find_files()
 listed = files or [*filter(os.path.isfile, [path]), *walk(path)]  # a dataset of `datasets` may be files, too
 wanted = fingerprint()
-written = {os.path.realpath(os.path.join(out, name)) for name in OUTPUT + TEMPORARY}
+written = {identity(os.path.join(out, name)) for name in OUTPUT + TEMPORARY} - {None}
 for name in [*listed, tokenizer]:
-    if os.path.realpath(name) in written:
+    if identity(name) in written:
         raise UserError(f"--out={out} would overwrite {name}, which is an input: {again('out', 'FOLDER')}")
 
 with output_folder() as folder:
@@ -559,7 +604,7 @@ with output_folder() as folder:
     elif source.startswith("hf:"):
         files = [fetch_dataset()]
     files, found = survey()
-    n_bytes, documents = int(found["size"].sum()), len(found)
+    n_bytes, documents = int(found["size"].sum()), len(found["size"])
     val_below, cut, val_from, near = plan_split()
     if tokenizer == "bpe":
         tokens = train_bpe(bpe_sample(), vocab_size)
@@ -568,8 +613,8 @@ with output_folder() as folder:
     trained = time.perf_counter()
     dtype = np.dtype("<u2" if tokens.n_vocab <= 2**16 else "<u4")
     count = dict.fromkeys(("train_tokens", "val_tokens", "train_bytes", "val_bytes"), 0)
-    with (open(os.path.join(out, "train.bin.tmp"), "wb") as train_bin,
-          open(os.path.join(out, "val.bin.tmp"), "wb") as val_bin,
+    with (open(os.path.join(out, "train.bin.tmp"), "wb", buffering=BATCH) as train_bin,
+          open(os.path.join(out, "val.bin.tmp"), "wb", buffering=BATCH) as val_bin,
           open(os.path.join(out, "meta.json.tmp"), "w", encoding="utf-8") as meta_json):
         encode_all({"train": train_bin, "val": val_bin})
         if min(count["train_tokens"], count["val_tokens"]) < 2:

@@ -43,7 +43,8 @@ def decoded(path: str, size: int) -> Iterator[str]:
     """The text of a file in pieces that end at a boundary(), and not within an <|endoftext|>."""
     rest, position, last = "", 0, False
     with open(path, "rb") as file:
-        encoding = next((name for bom, name in BOMS.items() if file.peek().startswith(bom)), "utf-8")
+        start = file.peek()
+        encoding = next((name for bom, name in BOMS.items() if start.startswith(bom)), "utf-8")
         decoder = codecs.getincrementaldecoder(encoding)()
         while not last:
             block = file.read(size)

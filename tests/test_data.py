@@ -19,13 +19,13 @@ import pytest
 from conftest import run_here
 from safetensors.numpy import save_file
 
-from tokenizer import EOT, Tokenizer, from_tokenizer_json
+from tokenizer import EOT, Tokenizer, from_tokenizer_json, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def data(folder: Path, *arguments, script=ROOT / "data.py") -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, script, *arguments], cwd=folder, env=environment, capture_output=True,
                           text=True, timeout=100)
 
@@ -82,7 +82,7 @@ def test_jsonl(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", some_texts())
     train, val = whole(tmp_path, some_texts(), "a.jsonl", f"--tokenizer={tokenizer}", "--vocab_size=300")
     assert train == [text for text in some_texts() if text not in val], "the order of the file"
-    assert 1 <= len(val) <= 15
+    assert 1 <= len(val) <= 15 and val == [text for text in some_texts() if draw(text, 1337) < 0.1]
     meta, ids, _, _ = load(tmp_path / "out")
     assert meta["dtype"] == "uint16" and (tmp_path / "out" / "train.bin").stat().st_size == 2 * len(ids)
     assert meta["version"] == 2 and meta["source"] == "a.jsonl" and meta["tokenizer"]["kind"] == tokenizer
@@ -270,6 +270,44 @@ def test_deterministic_whatever_the_threads(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", some_texts())
     splits = [whole(tmp_path, some_texts(), "a.jsonl", "--tokenizer=byte", f"--seed={seed}") for seed in (1, 2, 1)]
     assert splits[0] == splits[2] != splits[1]
+
+
+def test_the_sample_for_bpe_is_spread_evenly(tmp_path):
+    """Of many small files, most of which are not read again, with rows and long files between them. By hand: each
+    character of the training documents adds train_bytes / (their expected bytes) to a debt, which a slice pays."""
+    rng = random.Random(2)
+    (tmp_path / "in").mkdir()
+    for i in range(300):
+        text = "".join(rng.choices(["naïve ", "the ", "of ", "日本 ", "x = 1\n", "return "], k=rng.randrange(1, 400)))
+        (tmp_path / "in" / f"{i}.txt").write_text(f"{i} {text}", newline="")
+    write_jsonl(tmp_path / "in" / "rows.jsonl", some_texts(200))
+    for i in range(2):
+        (tmp_path / "in" / f"long{i}.txt").write_text(f"{i} other words\n" * 30_000)
+    prepare(tmp_path, "in", "--train_bytes=30000", "--vocab_size=330")
+    meta, _, _, made = load(tmp_path / "out")
+    train, _ = documents(tmp_path / "out")  # in the order of the files
+    share, debt, left, sample = 30_000 / ((meta["train_bytes"] + meta["val_bytes"]) * 0.9), 1.0, 30_000, []
+    for text in train:
+        for part in (text[i:i + 30_000] for i in range(0, len(text), 30_000)):
+            debt += share * len(part)
+            if debt > 0 < left:
+                debt, left = debt - len(part), left - len(part)
+                sample.append(part)
+    assert 0.5 < sum(map(len, sample)) / 30_000 < 3 and len(sample) < len(train) / 5
+    assert made.to_dict() == train_bpe(iter(sample), 330).to_dict()
+
+
+def test_each_file_is_read_no_more_often_than_needed(tmp_path):
+    """Small files are read twice, and a few of them a third time, for bpe."""
+    (tmp_path / "in").mkdir()
+    for i in range(100):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"{i} some words\n" * 100)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "sys.addaudithook(lambda event, got: event == 'open' and got[1] and 'in/' in str(got[0]) and print(got[0]))\n")
+    done = data(tmp_path, "in", "--out=out", "--vocab_size=300", "--train_bytes=10000")
+    assert done.returncode == 0, done.stderr
+    assert 205 <= len(re.findall(r"^in/\d+\.txt$", done.stdout, re.MULTILINE)) <= 215
 
 
 @pytest.mark.parametrize("kind", ["prose", "windows", "no blanks"])
