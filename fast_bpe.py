@@ -77,7 +77,10 @@ def is_known(tokens: Tokenizer) -> bool:
     pieces = [token.decode("utf-8", "ignore") for token in tokens.tokens]
     raw = is_simple("".join(pieces) + " ".join(reversed(pieces)) + ".")
     try:
-        return raw is not None and np.array_equal(new_encoder(tokens).encode(raw), tokens.encode(raw.decode()))
+        if raw is None:
+            return False
+        ids = new_encoder(tokens).encode_batch([raw], parallel=False).layout.content.data
+        return np.array_equal(ids, tokens.encode(raw.decode()))
     except (ImportError, ValueError, RuntimeError):  # not installed; ids with gaps
         return False
 
