@@ -39,6 +39,10 @@ try:
 except ImportError:
     cpu = None
 try:
+    import cpu_train  # whole blocks on a CPU, with their gradients
+except ImportError:
+    cpu_train = None
+try:
     import cpu_decode  # one position at a time on a CPU
 except ImportError:
     cpu_decode = None
@@ -1116,6 +1120,8 @@ class Block(nn.Module):
         return self.attn.make_cache(room)
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
+        if cpu_train and (y := cpu_train.block_output(self, x, offset, cache, tap, carry)) is not None:
+            return y
         y = self.attn(self.normed("attn_norm", x), offset, cache, tap, carry)
         y = tap("attn", self.layer, self.scaled(self.normed("attn_post_norm", y)))
         if "dropout" in carry:  # dropout

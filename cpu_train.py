@@ -1,0 +1,149 @@
+"""The blocks of a model on a CPU, forward and backward, for training: cpu_train.c, which matvec.py's compiler compiles.
+
+MLX computes a block by 60 operations and more, each on one core but for large products, and each reads and writes all
+of its numbers. cpu_train.c computes a block in one call, on every core, with OpenBLAS's products (blas.py). It knows
+the settings in KNOWN, in float32; for all else model.py computes the block, as it does where there is no compiler or no
+OpenBLAS, and in compiled functions. Deleting this file and cpu_train.c costs speed and nothing else.
+"""
+import ctypes
+import functools
+import os
+import sys
+
+import blas  # before mlx
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+import matvec
+from config import UserError
+
+KNOWN = """rotary_dim rope_scaling rope_pattern norm_bias out_bias head_bias embed_scale attn_scale residual_scale
+logit_scale softcap"""
+ACTIVATIONS = "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"  # as in cpu_train.c
+PARTS = "attn_norm", "q", "k", "v", "q_norm", "k_norm", "out", "mlp_norm", "gate", "up", "down"
+IN_ATTENTION = "q", "k", "v", "q_norm", "k_norm", "out"
+IN_MLP = "gate", "up", "down"
+SOURCES = [os.path.join(matvec.FOLDER, name) for name in ("matvec.c", "cpu_train.c")]
+
+
+class Part(ctypes.Structure):  # as in cpu_train.c, and so the others
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class Parts(ctypes.Structure):
+    _fields_ = [(name, Part) for name in PARTS]
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_int64) for name in ("batch", "length", "width", "heads", "kv_heads", "head_dim", "hidden",
+                                                      "rotary")),
+                *((name, ctypes.c_int) for name in ("layer_norm", "activation", "threads")),
+                *((name, ctypes.c_float) for name in ("norm_eps", "attn_scale", "residual_scale")),
+                *((name, ctypes.c_void_p) for name in ("cosines", "sines", "gemm"))]
+
+
+@functools.cache
+def library() -> ctypes.PyDLL | None:
+    """cpu_train.c, compiled and loaded; None where that is not possible, or there is no OpenBLAS."""
+    found = matvec.loaded(SOURCES) if blas.loaded and all(map(os.path.exists, SOURCES)) else None
+    if found:
+        found.saved_size.restype = ctypes.c_int64
+    return found
+
+
+@functools.cache
+def knows(settings: tuple) -> bool:
+    """Whether cpu_train.c knows a config: tuple(vars(config).values())."""
+    import model as plain  # not above: it imports this file
+    config = plain.GPTConfig(*settings)
+    try:
+        plain.check_known(config, KNOWN, "cpu_train.py")
+    except UserError:
+        return False
+    known = config.mlp in ACTIVATIONS and config.norm_place == "before" and not config.qk_norm_width
+    return known and not any(size % 8 for size in (config.n_embd, config.head_dim, config.ffn_dim))
+
+
+@functools.lru_cache(maxsize=8)
+def cos_sin(inverse: bytes, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of the positions 0 ... length - 1: (length, R / 2). The angles are rounded as MLX's are."""
+    angle = np.arange(length, dtype=np.float32)[:, None] * (1 / np.frombuffer(inverse, np.float32))
+    return np.cos(angle), np.sin(angle)
+
+
+def modules_of(block: nn.Module) -> dict[str, nn.Module] | None:
+    """The norms and linear layers of a block, by the names of PARTS; None where one of them is of another class."""
+    import model as plain
+    if (type(block), type(block.attn), type(block.mlp)) != (plain.Block, plain.Attention, plain.MLP):
+        return None
+    owners = {name: block.attn if name in IN_ATTENTION else block.mlp if name in IN_MLP else block for name in PARTS}
+    found = {name: owner[name] for name, owner in owners.items() if name in owner}
+    return found if all(type(m) in (plain.Linear, plain.RMSNorm, plain.LayerNorm) for m in found.values()) else None
+
+
+def parts_of(names: list[tuple[str, str]], arrays: list) -> Parts:
+    """The addresses of parameters, or of their gradients. names: of a part, and weight or bias."""
+    parts = Parts()
+    for (name, kind), array in zip(names, arrays, strict=True):
+        setattr(getattr(parts, name), kind, matvec.address(array))
+    return parts
+
+
+def call(function, *arguments):
+    """Call a function of cpu_train.c while OpenBLAS uses one thread: its callers are threads of their own."""
+    before = blas._library.openblas_get_num_threads()
+    blas.threads(1)
+    failed = function(*(ctypes.byref(a) if isinstance(a, ctypes.Structure) else ctypes.c_void_p(matvec.address(a))
+                        for a in arguments))
+    blas.threads(before)
+    if failed:
+        raise MemoryError("no memory for a block")
+
+
+def block_output(block: nn.Module, x: mx.array, offset, cache, tap, carry: dict) -> mx.array | None:
+    """What a block gives for x (B, T, C), of which the tokens are at the positions 0, 1, ... It is computed at once, not
+    lazily, and so are its gradients. None where model.py must do it."""
+    import model as plain
+    config = block.config
+    if (x.dtype != mx.float32 or not (isinstance(offset, int) and offset == 0) or cache is not None or tap is not plain.no_tap or carry
+            or not library() or not knows(tuple(vars(config).values())) or mx.default_device() != mx.cpu):
+        return None
+    modules = modules_of(block)
+    if modules is None:
+        return None
+    names = [(name, kind) for name, module in modules.items() for kind in ("weight", "bias") if kind in module]
+    inverse = block.attn._inverse if "_inverse" in block.attn else None
+    cosines, sines = cos_sin(np.asarray(inverse).tobytes(), x.shape[1]) if inverse is not None else [np.zeros(1)] * 2
+    shape = Shape(
+        batch=x.shape[0], length=x.shape[1], width=config.n_embd, heads=config.n_head, kv_heads=config.n_kv_head,
+        head_dim=config.head_dim, hidden=config.ffn_dim, rotary=0 if inverse is None else 2 * inverse.size,
+        layer_norm=config.norm == "layer", activation=ACTIVATIONS.index(config.mlp), threads=matvec.threads(),
+        norm_eps=config.norm_eps, attn_scale=config.attn_scale or config.head_dim ** -0.5,
+        residual_scale=config.residual_scale, cosines=matvec.address(cosines), sines=matvec.address(sines),
+        gemm=ctypes.cast(blas._library.cblas_sgemm, ctypes.c_void_p))
+    saved = []
+
+    @mx.custom_function
+    def forward(x, *arrays):
+        parts, y = parts_of(names, arrays), np.empty(x.shape, np.float32)
+        saved[:] = np.empty(library().saved_size(ctypes.byref(shape), ctypes.byref(parts)), np.float32),
+        call(library().block_forward, shape, parts, x, y, *saved)
+        return mx.array(y)
+
+    @forward.vjp
+    def backward(primals, dy, _):
+        x, *arrays = primals
+        gradients, dx = [np.empty(array.shape, np.float32) for array in arrays], np.empty(x.shape, np.float32)
+        call(library().block_backward, shape, parts_of(names, arrays), parts_of(names, gradients), x, dy, *saved, dx)
+        return tuple(map(mx.array, [dx, *gradients]))
+
+    try:
+        return forward(x, *(modules[name][kind] for name, kind in names))
+    except (TypeError, ValueError, RuntimeError):  # x is being traced: see matvec.address()
+        return None
+
+
+if __name__ == "__main__":
+    print("cpu_train.py has no command of its own: run train.py, which uses it", file=sys.stderr)
+    sys.exit(2)
