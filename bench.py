@@ -29,7 +29,6 @@ from functools import partial
 import blas  # before mlx
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
@@ -38,6 +37,11 @@ from config import UserError, overrides
 from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, no_tap, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
+
+try:
+    from cpu_train import Adam, clip_grad_norm  # faster on a CPU
+except ImportError:
+    from mlx.optimizers import Adam, clip_grad_norm
 
 only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # sections
 shapes = ""            # 4x4x128 | 6x6x384 | 6x6x384-llama | 124M | 124M-gpt2 | 124M-llama, with commas; "": by device
@@ -73,7 +77,7 @@ dtype = compute_dtype("auto")
 def our_training(model: GPT, task: dict):
     """A function that takes task["steps"] training steps as train.py does, with AdamW."""
     model.compute_dtype = dtype
-    opt = optim.Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
+    opt = Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
     opt.init(model.trainable_parameters())
     state = [model.state, opt.state]
     compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
@@ -84,7 +88,7 @@ def our_training(model: GPT, task: dict):
 
     @compiled
     def update(grads):
-        grads, length = optim.clip_grad_norm(grads, 1.0)
+        grads, length = clip_grad_norm(grads, 1.0)
         decay = 1 - 0.1 * opt.learning_rate
         model.update(tree_map(lambda p: p * decay if p.ndim > 1 else p, model.trainable_parameters()))
         opt.update(model, grads)

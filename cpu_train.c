@@ -474,3 +474,79 @@ int block_backward(const Shape *shape, const Parts *parts, const Parts *gradient
     free(buffer);
     return atomic_load(&now.failed);
 }
+
+// ---- the optimizer ---------------------------------------------------------------------------------------------------
+//
+// Arrays are cut into pieces of so many numbers, which threads share.
+
+enum { NUMBERS = 1 << 15 };
+
+typedef struct {
+    const float *gradient, *parameter;
+    float *mean, *square, *updated;
+    int64_t size;
+} Array;
+
+static struct {
+    const Array *arrays;
+    double *sums;  // of each piece
+    float beta1, beta2, rate, factor, eps;
+} update;
+
+// The array of a piece, and the first and the last of its numbers.
+static const Array *array_of(int64_t piece, int64_t *first, int64_t *end) {
+    const Array *array = update.arrays;
+    for (; piece * NUMBERS >= array->size; array++) piece -= (array->size + NUMBERS - 1) / NUMBERS;
+    *first = piece * NUMBERS;
+    *end = *first + NUMBERS < array->size ? *first + NUMBERS : array->size;
+    return array;
+}
+
+static int64_t pieces_of(const Array *arrays, int n) {
+    int64_t pieces = 0;
+    for (update.arrays = arrays; n; n--, arrays++) pieces += (arrays->size + NUMBERS - 1) / NUMBERS;
+    return pieces;
+}
+
+static void square_piece(int piece) {
+    int64_t first, end;
+    const float *x = array_of(piece, &first, &end)->gradient;
+    floats total = {0};
+    for (; first + 8 <= end; first += 8) total += load(x + first) * load(x + first);
+    double rest = sum(total);
+    for (; first < end; first++) rest += x[first] * x[first];
+    update.sums[piece] = rest;
+}
+
+// The sum of all gradients' squares; less than 0 where there is no memory.
+double sum_of_squares(const Array *arrays, int n, int threads) {
+    const int64_t pieces = pieces_of(arrays, n);
+    double total = 0;
+    update.sums = malloc(pieces * sizeof(double));
+    if (!update.sums) return -1;
+    parallel(square_piece, pieces, threads);
+    for (int64_t i = 0; i < pieces; i++) total += update.sums[i];
+    free(update.sums);
+    return total;
+}
+
+static void adam_piece(int piece) {
+    int64_t first, end;
+    const Array *array = array_of(piece, &first, &end);
+    const float *restrict g = array->gradient, *restrict p = array->parameter;
+    float *restrict m = array->mean, *restrict v = array->square, *restrict y = array->updated;
+    const float b1 = update.beta1, b2 = update.beta2, rate = update.rate, factor = update.factor, eps = update.eps;
+    for (int64_t i = first; i < end; i++) {
+        m[i] = b1 * m[i] + (1 - b1) * g[i];
+        v[i] = b2 * v[i] + (1 - b2) * (g[i] * g[i]);
+        y[i] = p[i] - rate * m[i] / (sqrtf(v[i]) * factor + eps);
+    }
+}
+
+// Adam (Kingma & Ba 2015): the means of gradients and of their squares, in place, and updated = parameter - rate mean /
+// (factor sqrt(square) + eps). rate and factor hold the corrections of the first steps.
+void adam(const Array *arrays, int n, float beta1, float beta2, float rate, float factor, float eps, int threads) {
+    const int64_t pieces = pieces_of(arrays, n);
+    update.beta1 = beta1, update.beta2 = beta2, update.rate = rate, update.factor = factor, update.eps = eps;
+    parallel(adam_piece, pieces, threads);
+}

@@ -13,7 +13,9 @@ import sys
 import blas  # before mlx
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 import matvec
 from config import UserError
@@ -36,8 +38,8 @@ class Parts(ctypes.Structure):
 
 
 class Shape(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int64) for name in ("batch", "length", "width", "heads", "kv_heads", "head_dim", "hidden",
-                                                      "rotary")),
+    _fields_ = [*((name, ctypes.c_int64) for name in ("batch", "length", "width", "heads", "kv_heads", "head_dim",
+                                                      "hidden", "rotary")),
                 *((name, ctypes.c_int) for name in ("layer_norm", "activation", "threads")),
                 *((name, ctypes.c_float) for name in ("norm_eps", "attn_scale", "residual_scale")),
                 *((name, ctypes.c_void_p) for name in ("cosines", "sines", "gemm"))]
@@ -102,12 +104,15 @@ def call(function, *arguments):
 
 
 def block_output(block: nn.Module, x: mx.array, offset, cache, tap, carry: dict) -> mx.array | None:
-    """What a block gives for x (B, T, C), of which the tokens are at the positions 0, 1, ... It is computed at once, not
+    """What a block gives for x (B, T, C), whose tokens are at the positions 0, 1, ... It is computed at once, not
     lazily, and so are its gradients. None where model.py must do it."""
     import model as plain
     config = block.config
-    if (x.dtype != mx.float32 or not (isinstance(offset, int) and offset == 0) or cache is not None or tap is not plain.no_tap or carry
-            or not library() or not knows(tuple(vars(config).values())) or mx.default_device() != mx.cpu):
+    if x.dtype != mx.float32 or mx.default_device() != mx.cpu or not x.size or not library():
+        return None
+    if not isinstance(offset, int) or offset or cache is not None or tap is not plain.no_tap or carry:
+        return None
+    if not knows(tuple(vars(config).values())):
         return None
     modules = modules_of(block)
     if modules is None:
@@ -126,6 +131,7 @@ def block_output(block: nn.Module, x: mx.array, offset, cache, tap, carry: dict)
 
     @mx.custom_function
     def forward(x, *arrays):
+        mx.eval(x, *arrays)  # at once: one by one they take ten times as long
         parts, y = parts_of(names, arrays), np.empty(x.shape, np.float32)
         saved[:] = np.empty(library().saved_size(ctypes.byref(shape), ctypes.byref(parts)), np.float32),
         call(library().block_forward, shape, parts, x, y, *saved)
@@ -133,15 +139,77 @@ def block_output(block: nn.Module, x: mx.array, offset, cache, tap, carry: dict)
 
     @forward.vjp
     def backward(primals, dy, _):
-        x, *arrays = primals
+        (x, *arrays), dy = primals, mx.contiguous(dy)
+        mx.eval(dy, *primals)
         gradients, dx = [np.empty(array.shape, np.float32) for array in arrays], np.empty(x.shape, np.float32)
         call(library().block_backward, shape, parts_of(names, arrays), parts_of(names, gradients), x, dy, *saved, dx)
         return tuple(map(mx.array, [dx, *gradients]))
 
     try:
-        return forward(x, *(modules[name][kind] for name, kind in names))
+        return forward(mx.contiguous(x), *(modules[name][kind] for name, kind in names))
     except (TypeError, ValueError, RuntimeError):  # x is being traced: see matvec.address()
         return None
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+class Array(ctypes.Structure):  # as in cpu_train.c
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("gradient", "parameter", "mean", "square", "updated")),
+                ("size", ctypes.c_int64)]
+
+
+def arrays_of(columns: list[list]) -> ctypes.Array | None:
+    """The arrays of all parameters as cpu_train.c sees them: lists of gradients, parameters, ... of equal length. None
+    where one of them is not float32, or cpu_train.c cannot be used. RuntimeError where they are being traced."""
+    mx.eval(columns[:4])
+    if not library() or mx.default_device() != mx.cpu:
+        return None
+    if any(array.dtype not in (mx.float32, np.float32) or not array.size for column in columns for array in column):
+        return None
+    addresses = [list(map(matvec.address, column)) for column in columns]
+    rows = zip(*addresses, *[[0] * len(columns[0])] * (5 - len(columns)), strict=True)
+    return (Array * len(columns[0]))(*(Array(*row, array.size) for row, array in zip(rows, columns[0], strict=True)))
+
+
+def clip_grad_norm(grads: dict, max_norm: float) -> tuple[dict, mx.array]:
+    """mlx.optimizers.clip_grad_norm(): gradients scaled to a norm of max_norm at most, and their norm."""
+    try:
+        columns = [[mx.contiguous(g) for _, g in tree_flatten(grads)]]
+        arrays = arrays_of(columns)
+    except (TypeError, ValueError, RuntimeError):
+        arrays = None
+    if not arrays:
+        return optim.clip_grad_norm(grads, max_norm)
+    library().sum_of_squares.restype = ctypes.c_double
+    norm = library().sum_of_squares(arrays, len(arrays), matvec.threads()) ** 0.5
+    if norm + 1e-6 > max_norm:
+        grads = tree_map(lambda g: g * (max_norm / (norm + 1e-6)), grads)
+    return grads, mx.array(norm)
+
+
+class Adam(optim.Adam):
+    """mlx.optimizers.Adam with bias correction. cpu_train.c computes it in one pass over all numbers, on every core. It
+    writes the new means in place of the old ones."""
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        found = []
+        tree_map(lambda *leaf: found.append(leaf), gradients, parameters, self.state)
+        columns = [[mx.contiguous(g) for g, _, _ in found], [mx.contiguous(p) for _, p, _ in found],
+                   *([state[name] for _, _, state in found] for name in ("m", "v")),
+                   [np.empty(p.shape, np.float32) for _, p, _ in found]]
+        try:
+            arrays = arrays_of(columns) if found and self.bias_correction and not self._schedulers else None
+        except (TypeError, ValueError, RuntimeError):
+            arrays = None
+        if not arrays:
+            return super().apply_gradients(gradients, parameters)
+        self.state["step"] = self.step + 1
+        (b1, b2), step, rate = self.betas, self.step.item(), self.learning_rate.item()
+        library().adam(arrays, len(arrays), *map(ctypes.c_float, (
+            b1, b2, rate / (1 - b1**step), (1 - b2**step) ** -0.5, self.eps)), matvec.threads())
+        updated = iter(columns[4])
+        return tree_map(lambda _: mx.array(next(updated)), gradients)
 
 
 if __name__ == "__main__":
