@@ -103,30 +103,37 @@ def call(function, *arguments):
         raise MemoryError("no memory for a block")
 
 
+def shape_of(block: nn.Module, x: mx.array) -> Shape:
+    config, cosines, sines, rotary = block.config, np.zeros(1), np.zeros(1), 0
+    if "_inverse" in block.attn:
+        rotary = 2 * block.attn._inverse.size
+        cosines, sines = cos_sin(np.asarray(block.attn._inverse).tobytes(), x.shape[1])
+    shape = Shape(
+        batch=x.shape[0], length=x.shape[1], width=config.n_embd, heads=config.n_head, kv_heads=config.n_kv_head,
+        head_dim=config.head_dim, hidden=config.ffn_dim, rotary=rotary, layer_norm=config.norm == "layer",
+        activation=ACTIVATIONS.index(config.mlp), threads=matvec.threads(), norm_eps=config.norm_eps,
+        attn_scale=config.attn_scale or config.head_dim ** -0.5, residual_scale=config.residual_scale,
+        cosines=matvec.address(cosines), sines=matvec.address(sines),
+        gemm=ctypes.cast(blas._library.cblas_sgemm, ctypes.c_void_p))
+    shape.arrays = cosines, sines  # so that they outlive it
+    return shape
+
+
 def block_output(block: nn.Module, x: mx.array, offset, cache, tap, carry: dict) -> mx.array | None:
-    """What a block gives for x (B, T, C), whose tokens are at the positions 0, 1, ... It is computed at once, not
-    lazily, and so are its gradients. None where model.py must do it."""
+    """What a block gives in training for x (B, T, C), whose tokens are at the positions 0, 1, ... It is computed at
+    once, not lazily, and so are its gradients. None where model.py must do it."""
     import model as plain
-    config = block.config
-    if x.dtype != mx.float32 or mx.default_device() != mx.cpu or not x.size or not library():
+    if not block.training or mx.default_device() != mx.cpu or not x.size or not library():
         return None
     if not isinstance(offset, int) or offset or cache is not None or tap is not plain.no_tap or carry:
         return None
-    if not knows(tuple(vars(config).values())):
-        return None
-    modules = modules_of(block)
+    modules = modules_of(block) if knows(tuple(vars(block.config).values())) else None
     if modules is None:
         return None
     names = [(name, kind) for name, module in modules.items() for kind in ("weight", "bias") if kind in module]
-    inverse = block.attn._inverse if "_inverse" in block.attn else None
-    cosines, sines = cos_sin(np.asarray(inverse).tobytes(), x.shape[1]) if inverse is not None else [np.zeros(1)] * 2
-    shape = Shape(
-        batch=x.shape[0], length=x.shape[1], width=config.n_embd, heads=config.n_head, kv_heads=config.n_kv_head,
-        head_dim=config.head_dim, hidden=config.ffn_dim, rotary=0 if inverse is None else 2 * inverse.size,
-        layer_norm=config.norm == "layer", activation=ACTIVATIONS.index(config.mlp), threads=matvec.threads(),
-        norm_eps=config.norm_eps, attn_scale=config.attn_scale or config.head_dim ** -0.5,
-        residual_scale=config.residual_scale, cosines=matvec.address(cosines), sines=matvec.address(sines),
-        gemm=ctypes.cast(blas._library.cblas_sgemm, ctypes.c_void_p))
+    arrays = [x, *(modules[name][kind] for name, kind in names)]
+    if any(array.dtype != mx.float32 for array in arrays):
+        return None
     saved = []
 
     @mx.custom_function
@@ -146,7 +153,8 @@ def block_output(block: nn.Module, x: mx.array, offset, cache, tap, carry: dict)
         return tuple(map(mx.array, [dx, *gradients]))
 
     try:
-        return forward(mx.contiguous(x), *(modules[name][kind] for name, kind in names))
+        shape = shape_of(block, x)
+        return forward(mx.contiguous(x), *arrays[1:])
     except (TypeError, ValueError, RuntimeError):  # x is being traced: see matvec.address()
         return None
 
