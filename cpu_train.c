@@ -403,8 +403,8 @@ static int64_t arrange(const Shape *shape, const Parts *parts, float *buffer, in
     now.shape = shape, now.parts = parts;
     now.tokens = shape->batch * shape->length, now.C = shape->width, now.D = shape->head_dim, now.F = shape->hidden;
     now.Q = shape->heads * now.D, now.KV = shape->kv_heads * now.D;
-    now.rows = now.tokens / (2 * shape->threads) / 16 * 16;  // two pieces for each thread, of 64 to 512 rows
-    now.rows = now.rows < 64 ? 64 : now.rows > 512 ? 512 : now.rows;
+    now.rows = now.tokens / 8 / 16 * 16;
+    now.rows = now.rows < 64 ? 64 : now.rows > 256 ? 256 : now.rows;
     atomic_store(&now.failed, 0);
     const int64_t N = now.tokens, C = now.C;
     Saved *saved = &now.saved;
