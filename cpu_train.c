@@ -475,6 +475,68 @@ int block_backward(const Shape *shape, const Parts *parts, const Parts *gradient
     return atomic_load(&now.failed);
 }
 
+// ---- the loss --------------------------------------------------------------------------------------------------------
+
+static struct {
+    const float *x, *weight, *weights;  // (N, C), (V, C), (N)
+    const int32_t *targets;             // (N)
+    float *dlogits, *dx;                // (N, V), (N, C)
+    double *losses;                     // (N)
+    float scale;
+    int64_t V;
+} head;
+
+// Rows of x -> their losses, and the gradients of the weighted sum: (softmax - 1 at the target) weight.
+static void loss_piece(int piece) {
+    int64_t first, n = rows_of(piece, &first), C = now.C, V = head.V;
+    float *logits = head.dlogits + first * V;
+    now.shape->gemm(ROW_MAJOR, PLAIN, TRANSPOSED, n, V, C, head.scale, head.x + first * C, C, head.weight, C, 0, logits, V);
+    for (int64_t i = first; i < first + n; i++, logits += V) {
+        floats most = load(logits), total = {0};
+        for (int64_t j = 8; j < V; j += 8) most = choose(load(logits + j) < most, most, load(logits + j));
+        float largest = most[0];
+        for (int j = 1; j < 8; j++) largest = most[j] < largest ? largest : most[j];
+        const float at_target = logits[head.targets[i]];
+        for (int64_t j = 0; j < V; j += 8) {
+            const floats e = exponential(load(logits + j) - largest);
+            store(logits + j, e);
+            total += e;
+        }
+        head.losses[i] = head.weights[i] * (logf(sum(total)) + (largest - at_target));
+        const float factor = head.weights[i] / sum(total);
+        for (int64_t j = 0; j < V; j += 8) store(logits + j, load(logits + j) * factor);
+        logits[head.targets[i]] -= head.weights[i];
+    }
+    now.shape->gemm(ROW_MAJOR, PLAIN, PLAIN, n, C, V, head.scale, head.dlogits + first * V, V, head.weight, C, 0,
+                    head.dx + first * C, C);
+}
+
+// The sum of weights cross_entropy(scale x W^T, targets), and its gradients dx and dW. shape: its batch, length, width,
+// threads and gemm. Returns 1 where there is no memory, or a target is no token.
+int head_loss(const Shape *shape, int64_t V, float scale, const float *x, const float *weight, const int32_t *targets,
+              const float *weights, double *total, float *dx, float *dweight) {
+    static Parts none;
+    int64_t size, pieces = arrange(shape, &none, NULL, &size), N = now.tokens;
+    for (int64_t i = 0; i < N; i++)
+        if (targets[i] < 0 || targets[i] >= V) return 1;
+    head.dlogits = malloc(N * V * sizeof(float));
+    head.losses = malloc(N * sizeof(double));
+    if (head.dlogits && head.losses) {
+        head.x = x, head.weight = weight, head.weights = weights, head.targets = targets, head.dx = dx;
+        head.scale = scale, head.V = V;
+        parallel(loss_piece, pieces, shape->threads);
+        const Part gradient = {dweight, NULL};
+        products[0] = (typeof(*products)){&gradient, head.dlogits, x, V, now.C, scale};
+        parallel(weight_gradient, CUTS, shape->threads);
+        *total = 0;
+        for (int64_t i = 0; i < N; i++) *total += head.losses[i];
+    }
+    const int failed = !head.dlogits || !head.losses;
+    free(head.dlogits);
+    free(head.losses);
+    return failed;
+}
+
 // ---- the optimizer ---------------------------------------------------------------------------------------------------
 //
 // Arrays are cut into pieces of so many numbers, which threads share.

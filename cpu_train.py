@@ -96,11 +96,11 @@ def call(function, *arguments):
     """Call a function of cpu_train.c while OpenBLAS uses one thread: its callers are threads of their own."""
     before = blas._library.openblas_get_num_threads()
     blas.threads(1)
-    failed = function(*(ctypes.byref(a) if isinstance(a, ctypes.Structure) else ctypes.c_void_p(matvec.address(a))
-                        for a in arguments))
+    kinds = {ctypes.c_int64: lambda a: a, ctypes.c_float: lambda a: a, Shape: ctypes.byref, Parts: ctypes.byref}
+    failed = function(*(kinds.get(type(a), lambda a: ctypes.c_void_p(matvec.address(a)))(a) for a in arguments))
     blas.threads(before)
     if failed:
-        raise MemoryError("no memory for a block")
+        raise ValueError("no memory, or a target that is no token")
 
 
 def shape_of(block: nn.Module, x: mx.array) -> Shape:
@@ -155,6 +155,41 @@ def block_output(block: nn.Module, x: mx.array, offset, cache, tap, carry: dict)
     try:
         shape = shape_of(block, x)
         return forward(mx.contiguous(x), *arrays[1:])
+    except (TypeError, ValueError, RuntimeError):  # x is being traced: see matvec.address()
+        return None
+
+
+def head_loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.array) -> mx.array | None:
+    """The sum of weights_i * cross_entropy(model.project(x_i), target_i) in training: x (N, C), the rest (N,). It is
+    computed at once, and so are its gradients. None where model.py must do it."""
+    import model as plain
+    head, config = model.embed if model.config.tie else model.head, model.config
+    N, (V, C) = len(x), head.weight.shape
+    if not model.training or mx.default_device() != mx.cpu or not N or not library():
+        return None
+    if type(head) not in (plain.Linear, plain.Embedding) or "bias" in head or config.softcap or V % 8 or C % 8 or (
+            x.dtype != mx.float32 or head.weight.dtype != mx.float32):
+        return None
+    shape = Shape(batch=1, length=N, width=C, threads=matvec.threads(),
+                  gemm=ctypes.cast(blas._library.cblas_sgemm, ctypes.c_void_p))
+    gradients = []
+
+    @mx.custom_function
+    def loss(x, weight):
+        given = [x, weight, mx.contiguous(targets.astype(mx.int32)), mx.contiguous(weights.astype(mx.float32))]
+        mx.eval(given)
+        total, gradients[:] = np.zeros(1), [np.empty(array.shape, np.float32) for array in (x, weight)]
+        sizes = ctypes.c_int64(V), ctypes.c_float(config.logit_scale)
+        call(library().head_loss, shape, *sizes, *given, total, *gradients)
+        return mx.array(total[0], mx.float32)
+
+    @loss.vjp
+    def backward(primals, cotangent, _):
+        scale = cotangent.item()
+        return tuple(mx.array(g) if scale == 1 else scale * mx.array(g) for g in gradients)
+
+    try:
+        return loss(mx.contiguous(x), head.weight)
     except (TypeError, ValueError, RuntimeError):  # x is being traced: see matvec.address()
         return None
 

@@ -1561,8 +1561,11 @@ def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) 
 
     def chunk_loss(parameters, x, start):
         head.update(parameters)  # MLX differentiates by the arguments of a function, not by variables that it captures
-        losses = cross_entropy(model.project(x), targets[start:start + rows])
-        return (losses * weights[start:start + rows]).sum()
+        part = slice(start, start + rows)
+        if cpu_train and (loss := cpu_train.head_loss(model, x, targets[part], weights[part])) is not None:
+            return loss
+        losses = cross_entropy(model.project(x), targets[part])
+        return (losses * weights[part]).sum()
 
     @mx.custom_function
     def loss_and_gradients(parameters, x):
