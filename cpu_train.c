@@ -368,13 +368,14 @@ static struct {
     float scale;
 } products[7];  // 7 linear layers
 
-enum { CUTS = 4 };  // pieces of a product
+static int cuts;  // pieces of a product
 
 // A share of the outputs of a linear layer: dW = dy^T x, db = the sum of dy.
 static void weight_gradient(int piece) {
-    const typeof(*products) *product = products + piece / CUTS;
-    const int64_t outputs = product->outputs, inputs = product->inputs, size = (outputs / CUTS + 15) / 16 * 16;
-    const int64_t first = piece % CUTS * size, left = outputs - first, n = left < size || piece % CUTS == CUTS - 1 ? left : size;
+    const typeof(*products) *product = products + piece / cuts;
+    const int64_t outputs = product->outputs, inputs = product->inputs, size = (outputs / cuts + 15) / 16 * 16;
+    const int64_t first = piece % cuts * size, left = outputs - first;
+    const int64_t n = left < size || piece % cuts == cuts - 1 ? left : size;
     const Part *gradient = product->gradient;
     if (!gradient->weight || n <= 0) return;
     now.shape->gemm(ROW_MAJOR, TRANSPOSED, PLAIN, n, inputs, now.tokens, product->scale, product->dy + first, outputs,
@@ -403,7 +404,7 @@ static int64_t arrange(const Shape *shape, const Parts *parts, float *buffer, in
     now.shape = shape, now.parts = parts;
     now.tokens = shape->batch * shape->length, now.C = shape->width, now.D = shape->head_dim, now.F = shape->hidden;
     now.Q = shape->heads * now.D, now.KV = shape->kv_heads * now.D;
-    now.rows = now.tokens / 8 / 16 * 16;
+    now.rows = now.tokens / 4 / 16 * 16;  // for each piece BLAS copies the weights into its own order
     now.rows = now.rows < 64 ? 64 : now.rows > 256 ? 256 : now.rows;
     atomic_store(&now.failed, 0);
     const int64_t N = now.tokens, C = now.C;
@@ -466,7 +467,8 @@ int block_backward(const Shape *shape, const Parts *parts, const Parts *gradient
         {&gradients->out, now.dmiddle, s->heads, C, Q, shape->residual_scale},
     };
     memcpy(products, all, sizeof all);
-    parallel(weight_gradient, 7 * CUTS, shape->threads);
+    cuts = 2;
+    parallel(weight_gradient, 7 * cuts, shape->threads);
     norm_gradient(&gradients->q_norm, now.norm_sums, heads, 4 * D, D);
     norm_gradient(&gradients->k_norm, now.norm_sums + 2 * D, heads, 4 * D, D);
     norm_gradient(&gradients->attn_norm, norm_sums(0, 0), pieces, 4 * C, C);
@@ -490,7 +492,8 @@ static struct {
 static void loss_piece(int piece) {
     int64_t first, n = rows_of(piece, &first), C = now.C, V = head.V;
     float *logits = head.dlogits + first * V;
-    now.shape->gemm(ROW_MAJOR, PLAIN, TRANSPOSED, n, V, C, head.scale, head.x + first * C, C, head.weight, C, 0, logits, V);
+    now.shape->gemm(ROW_MAJOR, PLAIN, TRANSPOSED, n, V, C, head.scale, head.x + first * C, C, head.weight, C, 0, logits,
+                    V);
     for (int64_t i = first; i < first + n; i++, logits += V) {
         floats most = load(logits), total = {0};
         for (int64_t j = 8; j < V; j += 8) most = choose(load(logits + j) < most, most, load(logits + j));
@@ -527,7 +530,8 @@ int head_loss(const Shape *shape, int64_t V, float scale, const float *x, const 
         parallel(loss_piece, pieces, shape->threads);
         const Part gradient = {dweight, NULL};
         products[0] = (typeof(*products)){&gradient, head.dlogits, x, V, now.C, scale};
-        parallel(weight_gradient, CUTS, shape->threads);
+        cuts = V < 1024 ? 2 : V < 8192 ? 4 : 16;
+        parallel(weight_gradient, cuts, shape->threads);
         *total = 0;
         for (int64_t i = 0; i < N; i++) *total += head.losses[i];
     }
