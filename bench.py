@@ -47,7 +47,7 @@ only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # s
 shapes = ""            # 4x4x128 | 6x6x384 | 6x6x384-llama | 124M | 124M-gpt2 | 124M-llama, with commas; "": by device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # tokens to generate in a round of decoding
-compile = True         # compile our training step (train.py's default on a CPU is False)
+compile = not ON_CPU   # compile our training step, as train.py does
 task = ""              # internal: JSON of the task that a process of bench.py's own is to time
 
 settings = overrides(globals())

@@ -19,8 +19,8 @@ typedef struct {  // of a block, or their gradients
 enum { RELU2, GELU, GELU_TANH, SWIGLU, GEGLU };
 
 // cblas_sgemm: c (m, n) = alpha a b + beta c, row by row; a or b may be the transpose of what is in memory.
-typedef void Gemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float *a, int lda,
-                  const float *b, int ldb, float beta, float *c, int ldc);
+typedef void Gemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float *a,
+                  int lda, const float *b, int ldb, float beta, float *c, int ldc);
 enum { ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 };
 
 typedef struct {
@@ -69,8 +69,8 @@ static void add_linear(const Part *part, const float *x, int64_t n, int64_t in, 
 }
 
 // dx (n, in) = scale dy (n, out) W, added to dx where it is not the first
-static void linear_backward(const Part *part, const float *dy, int64_t n, int64_t in, int64_t out, float scale, int first,
-                            float *dx) {
+static void linear_backward(const Part *part, const float *dy, int64_t n, int64_t in, int64_t out, float scale,
+                            int first, float *dx) {
     now.shape->gemm(ROW_MAJOR, PLAIN, PLAIN, n, in, out, scale, dy, out, part->weight, in, first ? 0 : 1, dx, in);
 }
 
@@ -344,7 +344,8 @@ static void backward_to_attention(int piece) {
     activate(1, first * F, n * F);
     linear_backward(&parts->up, now.dup + first * F, n, C, F, 1, 1, dnormed);
     if (parts->gate.weight) linear_backward(&parts->gate, now.dgate + first * F, n, C, F, 1, 0, dnormed);
-    norm_backward(&parts->mlp_norm, now.saved.middle + first * C, dnormed, n, C, now.shape->layer_norm, dy, dmiddle, sums);
+    norm_backward(&parts->mlp_norm, now.saved.middle + first * C, dnormed, n, C, now.shape->layer_norm, dy, dmiddle,
+                  sums);
     linear_backward(&parts->out, dmiddle, n, now.Q, C, scale, 1, now.dheads + first * now.Q);
 }
 
@@ -356,7 +357,8 @@ static void backward_from_attention(int piece) {
     linear_backward(&parts->q, now.dq + first * now.Q, n, C, now.Q, 1, 1, dx);
     linear_backward(&parts->k, now.dk + first * now.KV, n, C, now.KV, 1, 0, dx);
     linear_backward(&parts->v, now.dv + first * now.KV, n, C, now.KV, 1, 0, dx);
-    norm_backward(&parts->attn_norm, now.x + first * C, dx, n, C, now.shape->layer_norm, now.dmiddle + first * C, dx, sums);
+    norm_backward(&parts->attn_norm, now.x + first * C, dx, n, C, now.shape->layer_norm, now.dmiddle + first * C, dx,
+                  sums);
 }
 
 // ---- gradients of weights --------------------------------------------------------------------------------------------
@@ -445,8 +447,8 @@ int block_backward(const Shape *shape, const Parts *parts, const Parts *gradient
                    float *saved, float *dx) {
     int64_t size, pieces = arrange(shape, parts, saved, &size), heads = shape->batch * shape->kv_heads;
     const int64_t N = now.tokens, C = now.C, D = now.D, F = now.F, Q = now.Q, KV = now.KV;
-    const int64_t gate = parts->gate.weight ? N * F : 0;
-    float *buffer = malloc((2 * N * F + gate + N * (C + 2 * Q + 2 * KV) + heads * 4 * D + pieces * 4 * C) * sizeof *buffer);
+    const int64_t gate = parts->gate.weight ? N * F : 0, sums = heads * 4 * D + pieces * 4 * C;
+    float *buffer = malloc((2 * N * F + gate + N * (C + 2 * Q + 2 * KV) + sums) * sizeof *buffer);
     if (!buffer) return 1;
     now.x = x, now.dy = dy, now.dx = dx;
     float *end = buffer;
