@@ -3,11 +3,15 @@
 MLX computes a block by 60 operations and more, each on one core but for large products, and each reads and writes all
 of its numbers. cpu_train.c computes a block in one call, on every core, with OpenBLAS's products (blas.py). It knows
 the settings in KNOWN, in float32; for all else model.py computes the block, as it does where there is no compiler or no
-OpenBLAS, and in compiled functions. Deleting this file and cpu_train.c costs speed and nothing else.
+OpenBLAS, and in compiled functions. It also does where one of its own functions that cpu_train.c mirrors is another one
+now: an experiment in model.py is what trains. Deleting this file and cpu_train.c costs speed and nothing else.
 """
 import ctypes
 import functools
+import hashlib
+import inspect
 import os
+import re
 import sys
 
 import blas  # before mlx
@@ -26,6 +30,11 @@ ACTIVATIONS = "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"  # as in cpu_train
 PARTS = "attn_norm", "q", "k", "v", "q_norm", "k_norm", "out", "mlp_norm", "gate", "up", "down"
 IN_ATTENTION = "q", "k", "v", "q_norm", "k_norm", "out"
 IN_MLP = "gate", "up", "down"
+BLOCK = """Block.__call__ Block.normed Block.scaled Attention.__call__ Attention.heads Attention.turned
+Attention.keys_values MLP.__call__ Linear.__call__ RMSNorm.__call__ LayerNorm.__call__ attend score_mask rope rotary
+gelu_tanh"""  # of model.py, that cpu_train.c mirrors
+LOSS = "GPT.project chunked_loss cross_entropy"
+MIRRORED = {BLOCK: "d7b73264b5c7c634", LOSS: "65d1898152e3f783"}  # see source_hash()
 SOURCES = [os.path.join(matvec.FOLDER, name) for name in ("matvec.c", "cpu_train.c")]
 
 
@@ -65,6 +74,28 @@ def knows(settings: tuple) -> bool:
         return False
     known = config.mlp in ACTIVATIONS and config.norm_place == "before" and not config.qk_norm_width
     return known and not any(size % 8 for size in (config.n_embd, config.head_dim, config.ffn_dim))
+
+
+@functools.cache
+def source_hash(functions: tuple) -> str:
+    """A hash of the text of functions, without comments and without the lines of variants, which end in a tag."""
+    lines = [line for function in functions for line in inspect.getsource(function).splitlines()]
+    lines = [line.partition("  #")[0].rstrip() for line in lines if not re.search(r"  # \w+$", line)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def functions_of(names: str) -> tuple:
+    """Functions of model.py as they are at the moment, and with those of a block its activations."""
+    import model as plain
+    found = (functools.reduce(getattr, name.split("."), plain) for name in names.split())
+    return *found, *(plain.ACTIVATIONS[name] for name in ACTIVATIONS if names == BLOCK)
+
+
+def is_mirrored(names: str) -> bool:
+    try:
+        return source_hash(functions_of(names)) == MIRRORED[names]
+    except (OSError, TypeError):  # no text is there, as of what was typed into Python
+        return False
 
 
 @functools.lru_cache(maxsize=8)
@@ -127,7 +158,7 @@ def block_output(block: nn.Module, x: mx.array, offset, cache, tap, carry: dict)
         return None
     if not isinstance(offset, int) or offset or cache is not None or tap is not plain.no_tap or carry:
         return None
-    modules = modules_of(block) if knows(tuple(vars(block.config).values())) else None
+    modules = modules_of(block) if knows(tuple(vars(block.config).values())) and is_mirrored(BLOCK) else None
     if modules is None:
         return None
     names = [(name, kind) for name, module in modules.items() for kind in ("weight", "bias") if kind in module]
@@ -165,7 +196,7 @@ def head_loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.arra
     import model as plain
     head, config = model.embed if model.config.tie else model.head, model.config
     N, (V, C) = len(x), head.weight.shape
-    if not model.training or mx.default_device() != mx.cpu or not N or not library():
+    if not model.training or mx.default_device() != mx.cpu or not N or not library() or not is_mirrored(LOSS):
         return None
     if type(head) not in (plain.Linear, plain.Embedding) or "bias" in head or config.softcap or V % 8 or C % 8 or (
             x.dtype != mx.float32 or head.weight.dtype != mx.float32):

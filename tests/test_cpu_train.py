@@ -203,6 +203,24 @@ def test_where_it_must_not_be_used(change, monkeypatch):
     assert len(used) == 2 and used == [None, None]
 
 
+def test_what_it_mirrors():
+    """If this fails, a function of model.py has changed: change cpu_train.c too, then its hash in cpu_train.py."""
+    for names, known in cpu_train.MIRRORED.items():
+        assert cpu_train.source_hash(cpu_train.functions_of(names)) == known
+
+
+@pytest.mark.parametrize("name", ["score_mask", "attend", "rope", "Attention.turned", "cross_entropy"])
+def test_an_experiment_in_model(name, monkeypatch):
+    """Where a function of model.py is another one, that one is called."""
+    called, owner = [], core
+    for part in name.split(".")[:-1]:
+        owner = getattr(owner, part)
+    function = getattr(owner, name.split(".")[-1])
+    monkeypatch.setattr(owner, name.split(".")[-1], lambda *given: called.append(1) or function(*given))
+    _, _, used = loss_and_gradients(build({}), tokens(2, 20))
+    assert called and used == (2 if name == "cross_entropy" else 1)
+
+
 def test_compiled_functions():
     """They are traced, and nothing can be computed at once: MLX computes the blocks."""
     model, idx = build({}), tokens(2, 20)
