@@ -198,8 +198,9 @@ def head_loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.arra
     N, (V, C) = len(x), head.weight.shape
     if not model.training or mx.default_device() != mx.cpu or not N or not library() or not is_mirrored(LOSS):
         return None
-    if type(head) not in (plain.Linear, plain.Embedding) or "bias" in head or getattr(config, "softcap", 0) or V % 8 or C % 8 or (
-            x.dtype != mx.float32 or head.weight.dtype != mx.float32):
+    if type(head) not in (plain.Linear, plain.Embedding) or "bias" in head or getattr(config, "softcap", 0):
+        return None
+    if V % 8 or C % 8 or x.dtype != mx.float32 or head.weight.dtype != mx.float32:
         return None
     shape = Shape(batch=1, length=N, width=C, threads=matvec.threads(),
                   gemm=ctypes.cast(blas._library.cblas_sgemm, ctypes.c_void_p))
