@@ -43,7 +43,6 @@ from functools import partial
 import blas  # before mlx
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
@@ -59,6 +58,11 @@ from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, no_tap, save_checkpoint
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
+try:
+    from cpu_train import Adam, clip_grad_norm  # faster on a CPU
+except ImportError:
+    from mlx.optimizers import Adam, clip_grad_norm
+
 only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # sections; others: many, growth
 shapes = ""            # 4x4x128 | 6x6x384 | 6x6x384-llama | 124M | 124M-gpt2 | 124M-llama, with commas; "": by device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
@@ -69,7 +73,7 @@ sides = ""             # ours | ours_4bit | torch | torch_graphs | mlx_lm | mlx_
 panels = ""            # of growth: T | layers | vocabulary | experts | writing, with commas; "": all
 out = ""               # growth's picture, a .png; its figures are written beside it, as .json
 again = ""             # the .json of an earlier growth, to draw or print again
-compile = True         # compile our training step (train.py's default on a CPU is False)
+compile = not ON_CPU   # compile our training step, as train.py does
 task = ""              # internal: JSON of the task that a process of bench.py's own is to time
 
 settings = overrides(globals())
@@ -123,7 +127,7 @@ format_name = str(dtype)[9:]
 def our_training(model: GPT, task: dict, compile: bool = compile):
     """A function that takes task["steps"] training steps as train.py does, with AdamW."""
     model.compute_dtype = dtype
-    opt = optim.Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
+    opt = Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
     opt.init(model.trainable_parameters())
     state = [model.state, opt.state]
     compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
@@ -134,7 +138,7 @@ def our_training(model: GPT, task: dict, compile: bool = compile):
 
     @compiled
     def update(grads):
-        grads, length = optim.clip_grad_norm(grads, 1.0)
+        grads, length = clip_grad_norm(grads, 1.0)
         decay = 1 - 0.1 * opt.learning_rate
         model.update(tree_map(lambda p: p * decay if p.ndim > 1 else p, model.trainable_parameters()))
         opt.update(model, grads)

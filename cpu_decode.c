@@ -29,36 +29,6 @@ typedef struct {
     float norm_eps, attn_scale, attn_softcap, residual_scale;
 } Model;
 
-// ---- functions of eight numbers --------------------------------------------------------------------------------------
-
-INLINE void store(float *x, floats value) { memcpy(x, &value, sizeof value); }
-
-INLINE floats choose(ints condition, floats yes, floats no) {
-    return (floats)((condition & (ints)yes) | (~condition & (ints)no));
-}
-
-// e^x = 2^y = 2^n 2^f for a whole n and |f| <= 1/2; 2^f by its Taylor series. x is bounded to +-87.
-INLINE floats exponential(floats x) {
-    const floats limit = {87, 87, 87, 87, 87, 87, 87, 87};
-    const float round = 0x1.8p23f;  // adding it leaves the whole number in the low bits of the mantissa
-    x = choose(x > limit, limit, choose(x < -limit, -limit, x));
-    const floats y = x * 1.44269504f, shifted = y + round, f = y - (shifted - round);
-    floats power = 1.54035304e-4f * f + 1.33335581e-3f;
-    power = ((power * f + 9.61812911e-3f) * f + 5.55041087e-2f) * f + 2.40226507e-1f;
-    power = (power * f + 6.93147181e-1f) * f + 1;
-    return power * (floats)(((ints)shifted + 127) << 23);
-}
-
-INLINE floats sigmoid(floats x) { return 1 / (1 + exponential(-x)); }
-
-INLINE floats gelu_tanh(floats x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); }
-
-INLINE floats gelu(floats x) {
-    floats y;
-    for (int i = 0; i < 8; i++) y[i] = x[i] * (0.5f + 0.5f * erff(x[i] * 0.707106781f));
-    return y;
-}
-
 // ---- parts of a block ------------------------------------------------------------------------------------------------
 
 static int linear(const Model *model, const Linear *linear, const float *x, float *y) {

@@ -57,6 +57,7 @@ class Plan:
         """UserError where the model is one that cpu_decode.c does not know."""
         import model as plain  # not above: it imports this file
         config, self.arrays, rotary = model.config, [], 0
+        windowed = getattr(plain, "windowed", lambda *_: False)  # a variant may have been deleted
         plain.check_known(config, KNOWN, "cpu_decode.py")
         if config.mlp not in ACTIVATIONS:
             raise UserError(f"mlp={config.mlp}")
@@ -75,7 +76,7 @@ class Plan:
                     setattr(given, name, self.linear(owner[name], (plain.Linear, nn.QuantizedLinear)))
             if "_inverse" in attn:
                 rotary, given.inverse = 2 * attn._inverse.size, self.address(attn._inverse)
-            given.window = config.sliding_window if plain.windowed(config, block.layer) else 0
+            given.window = config.sliding_window if windowed(config, block.layer) else 0
         sizes = config.n_embd, config.head_dim, config.ffn_dim
         if any(size % 8 for size in sizes):
             raise UserError(f"widths {sizes} that are no multiples of 8")
@@ -84,7 +85,7 @@ class Plan:
             hidden=config.ffn_dim, rotary=rotary, blocks=config.n_layer, layer_norm=config.norm == "layer",
             parallel=config.parallel, qk_norm_width=config.qk_norm_width, activation=ACTIVATIONS.index(config.mlp),
             norm_eps=config.norm_eps, attn_scale=config.attn_scale or config.head_dim ** -0.5,
-            attn_softcap=config.attn_softcap, residual_scale=config.residual_scale)
+            attn_softcap=getattr(config, "attn_softcap", 0.0), residual_scale=config.residual_scale)
         self.layers = None  # of a cache
 
     def address(self, array: mx.array) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 SOURCES = [path for name in ("matvec.c", "cpu_decode.c") if os.path.exists(path := os.path.join(FOLDER, name))]
-OPTIONS = "-O3", "-march=native", "-shared", "-fPIC", "-pthread"
+OPTIONS = "-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-fno-math-errno"  # errno: sqrtf() by one instruction
 KINDS = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}  # as in matvec.c
 ROWS = 64  # of x; for more it is faster to unpack the weight
 
@@ -37,13 +37,13 @@ def address(array: mx.array | np.ndarray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(array))
 
 
-def _compiled(folder: str) -> str:
+def _compiled(folder: str, sources: list[str]) -> str:
     """Compile the last of the sources, which includes the others, into a folder, unless it is there. The name tells the
     sources, the options and the processor."""
-    if not SOURCES:
+    if not sources:
         raise OSError("no sources")
     facts = " ".join(OPTIONS).encode()
-    for source in SOURCES:
+    for source in sources:
         with open(source, "rb") as file:
             facts += file.read()
     with open("/proc/cpuinfo", "rb") as file:
@@ -56,27 +56,35 @@ def _compiled(folder: str) -> str:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:  # renamed once whole: other processes see no part of it
             new = os.path.join(work, "matvec.so")
-            subprocess.run([compiler, *OPTIONS, SOURCES[-1], "-o", new, "-lm"], check=True, capture_output=True)
+            subprocess.run([compiler, *OPTIONS, sources[-1], "-o", new, "-lm"], check=True, capture_output=True)
             with open(new, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, path)
     return path
 
 
-@functools.cache
-def library() -> ctypes.PyDLL | None:
-    """matvec.c (and cpu_decode.c), compiled and loaded; None where that is not possible, or a product is wrong here."""
+def loaded(sources: list[str]) -> ctypes.PyDLL | None:
+    """C sources, compiled and loaded; None where that is not possible."""
     if not sys.platform.startswith("linux"):
         return None
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinygpt")
     try:
         try:
-            found = ctypes.PyDLL(_compiled(cache))  # Py: it keeps Python's lock, so that calls follow one another
+            return ctypes.PyDLL(_compiled(cache, sources))  # Py: it keeps Python's lock: calls follow one another
         except OSError:  # the home folder is read-only, full, or mounted without permission to execute
             with tempfile.TemporaryDirectory() as folder:  # removed at once: a library that is loaded needs no file
-                found = ctypes.PyDLL(_compiled(folder))
-        return found if _is_right(found) else None
-    except (AttributeError, OSError, subprocess.SubprocessError):
+                return ctypes.PyDLL(_compiled(folder, sources))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def library() -> ctypes.PyDLL | None:
+    """matvec.c (and cpu_decode.c), or None where that is not possible, or a product is wrong here."""
+    try:
+        found = loaded(SOURCES)
+        return found if found and _is_right(found) else None
+    except AttributeError:  # it holds no such function
         return None
 
 

@@ -39,6 +39,10 @@ try:
 except ImportError:
     cpu = None
 try:
+    import cpu_train  # whole blocks on a CPU, with their gradients
+except ImportError:
+    cpu_train = None
+try:
     import cpu_decode  # one position at a time on a CPU
 except ImportError:
     cpu_decode = None
@@ -1154,6 +1158,8 @@ class Block(nn.Module):
         return self.attn.make_cache(room)
 
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
+        if cpu_train and (y := cpu_train.block_output(self, x, offset, cache, tap, carry)) is not None:
+            return y
         y = self.attn(self.normed("attn_norm", x), offset, cache, tap, carry)
         y = tap("attn", self.layer, self.scaled(self.normed("attn_post_norm", y)))
         if "dropout" in carry:  # dropout
@@ -1614,8 +1620,11 @@ def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) 
 
     def chunk_loss(parameters, x, start):
         head.update(parameters)  # MLX differentiates by the arguments of a function, not by variables that it captures
-        losses = cross_entropy(model.project(x), targets[start:start + rows])
-        return (losses * weights[start:start + rows]).sum()
+        part = slice(start, start + rows)
+        if cpu_train and (loss := cpu_train.head_loss(model, x, targets[part], weights[part])) is not None:
+            return loss
+        losses = cross_entropy(model.project(x), targets[part])
+        return (losses * weights[part]).sum()
 
     @mx.custom_function
     def loss_and_gradients(parameters, x):

@@ -68,6 +68,11 @@ from model import (
 from muon import Muon, by_muon
 from tokenizer import Tokenizer, open_tokens, tokens_folder
 
+try:
+    from cpu_train import Adam, clip_grad_norm  # faster on a CPU
+except ImportError:
+    from mlx.optimizers import Adam, clip_grad_norm
+
 # data
 data = "stdlib"         # a folder of data.py, or any source it takes: a text file or folder, shakespeare, hf:NAME
 tokenizer = "bpe"       # for a source that data.py has not read yet: bpe | byte | char | a tiktoken name such as gpt2
@@ -135,7 +140,7 @@ eval_windows = 64       # windows of block_size tokens per evaluation, the same 
 log_interval = 25       # updates between log lines
 dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
-compile = not ON_CPU    # mx.compile the step; on a CPU a tenth faster, but the first time g++ takes half a minute
+compile = not ON_CPU    # mx.compile the step; on a CPU cpu_train.py is faster, which cannot be compiled
 sample_tokens = 200     # tokens of the sample that is printed at the end
 overwrite = False       # replace the results of another run in OUT_DIR without asking
 log = ""                # send the rows of loss.csv also to tensorboard | wandb
@@ -292,7 +297,7 @@ if optimizer not in ("adamw", "muon", "lion"):
 if optimizer == "lion":  # Chen et al. 2023
     opt = rest = optim.Lion(learning_rate, betas=[beta1, beta2], weight_decay=0.0)
 else:                    # Kingma & Ba 2015
-    opt = rest = optim.Adam(learning_rate, betas=[beta1, beta2], bias_correction=True)
+    opt = rest = Adam(learning_rate, betas=[beta1, beta2], bias_correction=True)
 if optimizer == "muon":  # for the matrices of the blocks, and Adam for the rest
     muon = Muon(muon_lr, dtype=working_dtype)
     opt = optim.MultiOptimizer([muon, rest], [by_muon])
@@ -347,7 +352,7 @@ def gradients(x, y):
 @compiled
 def update(grads):
     """Clip, decay, and apply. Returns the gradient's norm before clipping."""
-    grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
+    grads, length = clip_grad_norm(grads, grad_clip or math.inf)
 
     def decay(path: str, p: mx.array) -> mx.array:
         rate = muon.learning_rate if optimizer == "muon" and by_muon(path, p) else rest.learning_rate

@@ -139,8 +139,8 @@ def other_process(**environment) -> str:
 
 
 @pytest.mark.parametrize("compiler", [
-    "", "exit 1", "printf x > $8", "exec GCC -shared -x c /dev/null -o $8",
-    "sed s/0x1p112f/0x1p111f/ $6 > $8.c; exec GCC $1 $2 $3 $4 $5 $8.c -o $8", "exec GCC $@"])
+    "", "exit 1", "printf x > $9", "exec GCC -shared -x c /dev/null -o $9",
+    "sed s/0x1p112f/0x1p111f/ $7 > $9.c; exec GCC $1 $2 $3 $4 $5 $6 $9.c -o $9", "exec GCC $@"])
 def test_compilers(compiler, tmp_path):
     """No compiler; one that fails; whose result is no library, or an empty one, or computes something else: then MLX's
     product is used. The last one is right."""

@@ -258,7 +258,7 @@ def test_expert_load_is_kept_and_drawn(data, tmp_path):
 def test_variants_can_be_deleted(data, whole, tmp_path):
     """Without the sections and the tagged lines of all variants, in model.py and in train.py, the losses are the same.
     """
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.c")):
         shutil.copy(path, tmp_path)
     (tmp_path / "model.py").write_text(without(SOURCE, *VARIANTS))
     source = (ROOT / "train.py").read_text()

@@ -7,6 +7,7 @@ import traceback
 import types
 from dataclasses import dataclass
 from functools import cache
+from unittest import mock
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -64,7 +65,12 @@ def module(source: str) -> types.ModuleType:
 
 
 def logits(made, **settings) -> np.ndarray:
-    """Of a whole pass, and of the same tokens from a cache in chunks, and a gradient."""
+    """Of a whole pass, and of the same tokens from a cache in chunks, and a gradient; by MLX alone."""
+    with mock.patch.object(made, "cpu_train", None):
+        return logits_by_mlx(made, **settings)
+
+
+def logits_by_mlx(made, **settings) -> np.ndarray:
     model = made.GPT(made.GPTConfig(block_size=64, vocab_size=61, n_layer=3, n_head=4, n_embd=32, **settings), seed=5)
     idx, cache = mx.array(np.random.default_rng(0).integers(0, 61, (2, 64))), model.make_cache()
     chunks = [model(idx[:, a:b], cache=cache) for a, b in ((0, 20), (20, 21), (21, 64))]
