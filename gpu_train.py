@@ -1,0 +1,401 @@
+"""Training on an NVIDIA GPU: a block, a norm and the loss, with their gradients, by kernels of gpu_train.cu.
+
+What lies between the matmuls is bound by memory, so each of these is one kernel, forward and backward: a norm, with
+the residual stream's sum before it; QK-norm and rotary positions; an activation, which the backward pass computes again
+with its gradient; the loss, with the gradient of the logits. Queries, keys and values are one matmul, as are the MLP's
+gate and values. For the backward pass a block keeps its input, the queries, keys and values, the output of attention,
+the residual stream after it, and the input of the activation.
+
+The plain form of all this is model.py, which computes where a function here returns None: settings, sizes and layers
+that are not known, another device. Deleting this file and gpu_train.cu costs speed and memory, and nothing else.
+"""
+import contextlib
+import ctypes
+import sys
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from config import UserError
+
+KNOWN = """rope_scaling rope_pattern norm_bias out_bias head_bias embed_scale attn_scale logit_scale softcap
+attn_softcap"""
+ACTIVATIONS = "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"  # as in gpu_train.cu
+TYPES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float"}
+BLOCKS = 264          # thread blocks of a kernel that adds up rows: two for each multiprocessor of an H100
+LOSS_CHUNK = 2**29    # logits in memory at a time, and their gradients
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """NVRTC, CUDA's compiler, which MLX has loaded. A kernel takes it 30 ms; mx.fast.cuda_kernel, which includes MLX's
+    headers, would take 3 s."""
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    raise OSError("no NVRTC")
+
+
+def compiled(source: str) -> bytes:
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    library().nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"gpu_train.cu", 0, None, None)
+    options = [f"--gpu-architecture={mx.device_info()['architecture']}".encode(), b"--std=c++17"]
+    if library().nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
+        library().nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library().nvrtcGetProgramLog(program, log)
+        raise OSError(f"gpu_train.cu: {log.value.decode()}")
+    library().nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    library().nvrtcGetCUBIN(program, code)
+    library().nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+@cache
+def kernel(name: str, part: str, dtype: mx.Dtype, **constants: float) -> bytes:
+    """The kernel `name` of a part of gpu_train.cu, for activations of a dtype."""
+    lines = ["struct bfloat16;", "struct float16;", f"using T = {TYPES[dtype]};", f"#define {name.upper()}",
+             f"#define {part.upper()}"]
+    for constant, value in constants.items():
+        lines.append(f"constexpr float {constant} = {value!r}f;" if isinstance(value, float) else
+                     f"constexpr int {constant} = {int(value)};")
+    return compiled("\n".join([*lines, (Path(__file__).parent / "gpu_train.cu").read_text(encoding="utf-8")]))
+
+
+def run(name: str, dtype: mx.Dtype, constants: dict, inputs: list, outputs: list, scalars: list, blocks: int,
+        threads: int = 256, part: str = "") -> list[mx.array]:
+    """Run a kernel in so many thread blocks. outputs: (shape, dtype) of each."""
+    shapes, dtypes = zip(*outputs, strict=True)
+    code = kernel(name, part or name, dtype, THREADS=threads, **constants)
+    return mx.fast.precompiled_cuda_kernel(
+        name=name, compiled_source=code, inputs=inputs, output_shapes=shapes, output_dtypes=dtypes, scalars=scalars,
+        grid=(blocks * threads, 1, 1), threadgroup=(threads, 1, 1), ensure_row_contiguous=True)
+
+
+@cache
+def ready() -> bool:
+    """Whether MLX computes on an NVIDIA GPU that can run the kernels: of 2020 (Ampere) or later, with NVRTC."""
+    try:
+        return mx.cuda.is_available() and bool(kernel("squares", "squares", mx.bfloat16, THREADS=256))
+    except OSError:
+        return False
+
+
+def usable(x: mx.array) -> bool:
+    return x.dtype in TYPES and mx.default_device() == mx.gpu and ready()
+
+
+def column_sums(x: mx.array) -> mx.array:
+    """(rows, columns) -> (columns,), float32."""
+    return run("column_sums", mx.float32, {}, [x], [(x.shape[1:], mx.float32)], [*x.shape], -(-x.shape[1] // 32))[0]
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+def norm_constants(norm: nn.Module) -> dict | None:
+    """The constants of a norm's kernels, or None where they do not know it."""
+    import model as plain  # not above: it imports this file
+    if type(norm) not in (plain.RMSNorm, plain.LayerNorm) or norm.weight.dtype not in TYPES:
+        return None
+    C, warps = norm.weight.size, 1
+    if C % 8 or C > 8192:
+        return None
+    while C > 1024 * warps:
+        warps *= 2
+    return dict(C=C, LAYER=isinstance(norm, nn.LayerNorm), BIASED="bias" in norm, EPS=float(norm.eps),
+                WARPS_A_ROW=warps, CHUNKS=-(-C // (256 * warps)))
+
+
+def weight_and_bias(p: dict) -> list[mx.array]:
+    return [p[name].astype(mx.float32) for name in ("weight", "bias" if "bias" in p else "weight")]
+
+
+def norm_forward(x: mx.array, p: dict, constants: dict, added: mx.array | None = None) -> list[mx.array]:
+    """norm(x) for rows x (N, C); with `added`, x + added and the norm of this sum."""
+    n = 1 if added is None else 2
+    name, inputs = ("norm_forward", [x]) if added is None else ("add_norm_forward", [x, added])
+    return run(name, x.dtype, constants, [*inputs, *weight_and_bias(p)], [(x.shape, x.dtype)] * n, [len(x)],
+               -(-len(x) * constants["WARPS_A_ROW"] // 8), part="norm")
+
+
+def norm_backward(x: mx.array, dy: mx.array, p: dict, constants: dict, residual: mx.array | None = None,
+                  sums: bool = False) -> tuple:
+    """The gradients of rows x (N, C) and of the norm's parameters. With the gradient `residual` that x has from
+    elsewhere, which is added to that of x, also norm(x), and, if asked for, the sums over the rows of residual and of
+    x's gradient."""
+    kinds = 1 + constants["BIASED"] + 2 * sums
+    threads = max(128, 32 * constants["WARPS_A_ROW"])
+    blocks = min(BLOCKS, -(-len(x) * 32 * constants["WARPS_A_ROW"] // threads))
+    like, partial = (x.shape, x.dtype), ((blocks, kinds * x.shape[1]), mx.float32)
+    if residual is None:
+        dx, partial = run("norm_backward", x.dtype, constants, [x, dy, *weight_and_bias(p)], [like, partial], [len(x)],
+                          blocks, threads, "norm")
+        more = []
+    else:
+        dx, y, partial = run("norm_backward_in_block", x.dtype, dict(constants, SUMS=sums),
+                             [x, dy, residual, *weight_and_bias(p)], [like, like, partial], [len(x)], blocks, threads,
+                             "norm")
+        more = [y]
+    found = mx.split(column_sums(partial), kinds)
+    gradients = {name: found[i].astype(p[name].dtype) for i, name in enumerate(["weight", "bias"]) if name in p}
+    return dx, gradients, *more, *found[1 + constants["BIASED"]:]
+
+
+def norm(module: nn.Module, x: mx.array) -> mx.array | None:
+    """RMSNorm or LayerNorm of x (..., C) in training; None where model.py must compute it."""
+    if not (module.training and x.shape[-1] >= 256 and usable(x)) or (constants := norm_constants(module)) is None:
+        return None
+
+    @mx.custom_function
+    def forward(x, p):
+        return norm_forward(x.reshape(-1, x.shape[-1]), p, constants)[0].reshape(x.shape)
+
+    @forward.vjp
+    def backward(primals, cotangent, _):
+        x, p = primals
+        dx, gradients = norm_backward(*(y.reshape(-1, y.shape[-1]) for y in (x, cotangent)), p, constants)
+        return dx.reshape(x.shape), in_order(p, gradients)
+
+    return forward(x, module.parameters())
+
+
+# ---- linear layers side by side --------------------------------------------------------------------------------------
+
+
+def together(layers: list[dict], name: str, dtype: mx.Dtype) -> mx.array | None:
+    """The weights (or biases) of linear layers with the same input, one below the other; None where there is none."""
+    found = [p[name].astype(dtype) for p in layers if name in p]
+    return mx.concatenate(found) if len(found) > 1 else found[0] if found else None
+
+
+def in_order(p: dict, gradients: dict) -> dict:
+    """Gradients by name in the order of the parameters: MLX goes by it, not by the names."""
+    return {name: in_order(value, gradients[name]) if isinstance(value, dict) else gradients[name]
+            for name, value in p.items()}
+
+
+def linear(x: mx.array, layers: list[dict]) -> mx.array:
+    weight, bias = (together(layers, name, x.dtype) for name in ("weight", "bias"))
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+
+def linear_gradients(x: mx.array, dy: mx.array, layers: list[dict], dbias: mx.array | None) -> list[dict]:
+    """The gradients of the layers of linear() by those of their outputs (N, out), whose sums over N are dbias."""
+    ends, end = [], 0
+    for p in layers:
+        end += len(p["weight"])
+        ends.append(end)
+    dweights = mx.split(dy.T @ x, ends[:-1])
+    found = [{"weight": d.astype(p["weight"].dtype)} for p, d in zip(layers, dweights, strict=True)]
+    if "bias" in layers[0]:
+        for p, gradients, d in zip(layers, found, mx.split(dbias, ends[:-1]), strict=True):
+            gradients["bias"] = d.astype(p["bias"].dtype)
+    return found
+
+
+# ---- a block ---------------------------------------------------------------------------------------------------------
+
+
+def known(block: nn.Module, x: mx.array) -> bool:
+    """Whether this is a block of settings, sizes and layers that the kernels know."""
+    import model as plain
+    config, attn, mlp = block.config, block.attn, block.mlp
+    try:
+        plain.check_known(config, KNOWN, "gpu_train.py")
+    except UserError:
+        return False
+    layers = [attn[name] for name in ("q", "k", "v", "out")]
+    layers += [mlp[name] for name in ("gate", "up", "down") if name in mlp]
+    turns = config.qk_norm or "_inverse" in attn
+    return ((type(block), type(attn), type(mlp)) == (plain.Block, plain.Attention, plain.MLP)
+            and all(type(layer) is plain.Linear and layer.weight.dtype in TYPES for layer in layers)
+            and None not in map(norm_constants, (block.attn_norm, block.mlp_norm))
+            and config.mlp in ACTIVATIONS and config.ffn_dim % 8 == 0 and config.head_dim % 8 == 0
+            and (not turns or config.head_dim in (16, 32, 64, 128, 256))
+            and (config.n_head + 2 * config.n_kv_head) * config.head_dim <= 10240)  # sums fit into shared memory
+
+
+def block(block: nn.Module, x: mx.array, offset: int | mx.array) -> mx.array | None:
+    """A block in training: x (B, T, C) -> (B, T, C); None where model.py must compute it. offset: as there."""
+    import model as plain
+    if not (usable(x) and known(block, x)):
+        return None
+    q, k, v, x = before_attention(block, x, offset)
+    y = plain.attend(block.config, q, k, v, plain.score_mask(block.config, block.attn.layer, q.shape[2], offset, None))
+    B, _, T, _ = y.shape
+    return after_attention(block, x, y.swapaxes(1, 2).reshape(B * T, -1)).reshape(B, T, -1)
+
+
+def before_attention(block: nn.Module, x: mx.array, offset: int | mx.array) -> tuple:
+    """Norm, queries, keys and values: x (B, T, C) -> q (B, H, T, D), k and v (B, KV, T, D), and x as rows (B T, C),
+    whose gradient comes back here, so that it is added where the norm's gradient is."""
+    config, attn, (B, T, C) = block.config, block.attn, x.shape
+    H, KV, D = config.n_head, config.n_kv_head, config.head_dim
+    turns = "_inverse" in attn
+    norm, sizes = norm_constants(block.attn_norm), dict(H=H, KV=KV, D=D)
+    sizes |= dict(QK_NORM=config.qk_norm, TURNS=turns, BIASED="bias" in attn.q, EPS=float(config.norm_eps))
+    inverse = attn._inverse if turns else mx.ones(1)
+    length, first, positions = T, offset, mx.zeros(1, mx.int32)
+    if turns and not isinstance(offset, int):
+        import model as plain
+        length, first = 0, 0
+        positions = mx.broadcast_to(offset % plain.DOCUMENT, (B, T)).reshape(-1).astype(mx.int32)
+    elif not turns:
+        first = 0
+    parameters = {name: attn[name].parameters() for name in ("q", "k", "v", "q_norm", "k_norm") if name in attn}
+    parameters["norm"] = block.attn_norm.parameters()
+
+    def others(p: dict) -> list[mx.array]:
+        """The other inputs of the kernels: weights of QK-norm, rotary wavelengths, positions."""
+        scales = [p[name]["weight"].astype(mx.float32) for name in ("q_norm", "k_norm") if name in p]
+        return [*(scales or [inverse] * 2), inverse, positions]
+
+    @mx.custom_function
+    def forward(x, p):
+        rows = x.reshape(-1, C)
+        products = linear(norm_forward(rows, p["norm"], norm)[0], [p["q"], p["k"], p["v"]])
+        q, k, v = mx.split(products.reshape(B, T, -1, D), [H, H + KV], axis=2)
+        if turns or config.qk_norm:
+            q, k = run("qkv_forward", x.dtype, sizes, [products, *others(p)],
+                       [(q.shape, x.dtype), (k.shape, x.dtype)], [len(rows), length, first], -(-len(rows) // 8),
+                       part="qkv")
+        return *(y.swapaxes(1, 2) for y in (q, k, v)), products, rows
+
+    @forward.vjp
+    def backward(primals, cotangents, outputs):
+        (x, p), products = primals, outputs[3]
+        layers, rows = [p["q"], p["k"], p["v"]], x.reshape(-1, C)
+        dq, dk, dv = (g.swapaxes(1, 2) for g in cotangents[:3])
+        blocks = min(BLOCKS, -(-len(rows) // 8))
+        columns = sizes["BIASED"] * products.shape[1] + sizes["QK_NORM"] * 2 * D
+        dproducts, partial = run(
+            "qkv_backward", x.dtype, sizes, [products, dq, dk, dv, *others(p)],
+            [(products.shape, x.dtype), ((blocks, max(1, columns)), mx.float32)], [len(rows), length, first], blocks,
+            part="qkv")
+        sums = column_sums(partial) if columns else None
+        dnormed = dproducts @ together(layers, "weight", x.dtype)
+        dx, dnorm, normed = norm_backward(rows, dnormed, p["norm"], norm, cotangents[4])
+        found = linear_gradients(normed, dproducts, layers, sums[:products.shape[1]] if sizes["BIASED"] else None)
+        found = {**dict(zip("qkv", found, strict=True)), "norm": dnorm}
+        if config.qk_norm:
+            for name, d in zip(("q_norm", "k_norm"), mx.split(sums[-2 * D:], 2), strict=True):
+                found[name] = {"weight": d.astype(p[name]["weight"].dtype)}
+        return dx.reshape(x.shape), in_order(p, found)
+
+    q, k, v, _, rows = forward(x, parameters)
+    return q, k, v, rows
+
+
+def after_attention(block: nn.Module, x: mx.array, y: mx.array) -> mx.array:
+    """Attention's output projection and the MLP, both added to the residual stream: rows x (N, C), y (N, H D), the
+    output of the heads -> (N, C)."""
+    config, mlp, norm, F = block.config, block.mlp, norm_constants(block.mlp_norm), block.config.ffn_dim
+    parameters = {name: mlp[name].parameters() for name in ("gate", "up", "down") if name in mlp}
+    parameters |= {"norm": block.mlp_norm.parameters(), "out": block.attn.out.parameters()}
+    inner = [name for name in ("gate", "up") if name in mlp]
+    sizes = dict(F=F, ACTIVATION=ACTIVATIONS.index(config.mlp))
+
+    @mx.custom_function
+    def forward(x, y, p):
+        x, normed = norm_forward(x, p["norm"], norm, added=linear(y, [p["out"]]))
+        pre = linear(normed, [p[name] for name in inner])
+        hidden, = run("mlp_forward", x.dtype, sizes, [pre], [((len(x), F), x.dtype)], [len(x)],
+                      -(-len(x) * F // 2048), part="mlp")
+        if "bias" in p["down"]:
+            return x + linear(hidden, [p["down"]]), x, pre
+        return mx.addmm(x, hidden, p["down"]["weight"].astype(x.dtype).T), x, pre
+
+    @forward.vjp
+    def backward(primals, cotangents, outputs):
+        (_, y, p), (_, x, pre), g = primals, outputs, cotangents[0]
+        layers, biased = [p[name] for name in inner], "bias" in p["up"]
+        dhidden = g @ p["down"]["weight"].astype(g.dtype)
+        across = -(-F // 256)
+        parts = max(1, min(2 * BLOCKS // across, -(-len(x) // 8)))
+        hidden, dpre, partial = run(
+            "mlp_backward", x.dtype, dict(sizes, BIASED=biased), [pre, dhidden],
+            [(dhidden.shape, x.dtype), (pre.shape, x.dtype), ((parts, pre.shape[1] if biased else 1), mx.float32)],
+            [len(x)], parts * across, part="mlp")
+        dnormed = dpre @ together(layers, "weight", x.dtype)
+        sums = "bias" in p["down"] or "bias" in p["out"]
+        dx, dnorm, normed, *more = norm_backward(x, dnormed, p["norm"], norm, g, sums)
+        ddown, dout = more or (None, None)
+        found = dict(zip(inner, linear_gradients(normed, dpre, layers, column_sums(partial) if biased else None),
+                         strict=True))
+        found["down"], = linear_gradients(hidden, g, [p["down"]], ddown)
+        found["out"], = linear_gradients(y, dx, [p["out"]], dout)
+        found["norm"] = dnorm
+        return dx, dx @ p["out"]["weight"].astype(dx.dtype), in_order(p, found)
+
+    return forward(x, y, parameters)[0]
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.array) -> mx.array | None:
+    """model.py's chunked_loss() in training; None where it must compute the loss. x (N, C), the rest (N,)."""
+    import model as plain
+    config, head = model.config, model.embed if model.config.tie else model.head
+    if (not usable(x) or config.softcap or config.logit_scale != 1 or config.vocab_size % 8
+            or type(head) not in (plain.Linear, plain.Embedding) or {*head.parameters()} != {"weight"}):
+        return None
+    N, V, dtype = len(x), config.vocab_size, x.dtype
+    chunks = -(-N * V // LOSS_CHUNK)
+    rows = -(-N // (8 * chunks)) * 8
+    targets = targets.astype(mx.int32)
+
+    @mx.custom_function
+    def forward(weight, x):
+        weight, total, dx, dweights = weight.astype(dtype), mx.array(0.0), [], []
+        for start in range(0, N, rows):
+            piece = x[start:start + rows]
+            if dx:  # wait for the chunk before, or the logits of all chunks would be in memory together
+                piece = mx.depends([piece], [dx[-1], dweights[-1]])[0]
+            logits = piece @ weight.T
+            losses, dlogits = run("cross_entropy", dtype, dict(V=V),
+                                  [logits, targets[start:start + rows], weights[start:start + rows]],
+                                  [((len(piece),), mx.float32), (logits.shape, dtype)], [], len(piece), 1024)
+            total = total + (losses * weights[start:start + rows]).sum()
+            dx.append(dlogits @ weight)
+            dweights.append(dlogits.T @ piece)
+        return total, mx.concatenate(dx), dweights
+
+    @forward.vjp
+    def backward(primals, cotangents, outputs):
+        g, (_, dx, dweights) = cotangents[0], outputs
+        dweight = g * sum(d.astype(mx.float32) for d in dweights)
+        return dweight.astype(primals[0].dtype), (g * dx).astype(dx.dtype)
+
+    return forward(head.weight, x)[0]
+
+
+# ---- the norm of the gradients ---------------------------------------------------------------------------------------
+
+
+def sum_of_squares(x: mx.array) -> mx.array:
+    """Parts of the sum of x's squares, float32."""
+    blocks = max(1, min(BLOCKS, x.size // 4096))
+    return run("squares", x.dtype, {}, [x], [((blocks,), mx.float32)], [x.size], blocks)[0]
+
+
+def clip_grad_norm(gradients: dict, largest: float) -> tuple[dict, mx.array] | None:
+    """optim.clip_grad_norm() in one pass over the gradients; None where it must be that one."""
+    flat = tree_flatten(gradients)
+    if not all(usable(g) and 0 < g.size < 2**31 for _, g in flat):
+        return None
+    norm = mx.sqrt(mx.concatenate([sum_of_squares(g) for _, g in flat]).sum())
+    scale = mx.minimum(largest / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: g * scale, gradients), norm
+
+
+if __name__ == "__main__":
+    print("gpu_train.py has no command of its own: run train.py, which uses it", file=sys.stderr)
+    sys.exit(2)
