@@ -126,6 +126,13 @@ __device__ void norm_backward(const T* __restrict__ x, const T* __restrict__ dy,
                               T* __restrict__ y, float* __restrict__ sums, int rows) {
   constexpr int KINDS = 1 + BIASED + 2 * SUMS;
   float dweight[CHUNKS][8] = {}, dbias[CHUNKS][8] = {}, sum_before[CHUNKS][8] = {}, sum_after[CHUNKS][8] = {};
+  float w[CHUNKS][8], b[CHUNKS][8];
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+    for (int i = 0; i < 8; i++) {
+      int col = column(c) < C ? column(c) + i : 0;
+      w[c][i] = weight[col], b[c][i] = BIASED ? bias[col] : 0;
+    }
   for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
     int row = first + threadIdx.x / 32 / WARPS_A_ROW;
     size_t at = (size_t)row * C;
@@ -143,7 +150,7 @@ __device__ void norm_backward(const T* __restrict__ x, const T* __restrict__ dy,
       for (int i = 0; i < 8; i++) {
         if (!here) a[c][i] = g[c][i] = 0;
         totals[0] += a[c][i];
-        if (LAYER && here) totals[1] += g[c][i] * weight[col + i];
+        if (LAYER) totals[1] += g[c][i] * w[c][i];
       }
     }
     if (LAYER) sum_over_row(totals);
@@ -154,7 +161,7 @@ __device__ void norm_backward(const T* __restrict__ x, const T* __restrict__ dy,
         for (int i = 0; i < 8; i++) {
           float centred = a[c][i] - mean;
           products[0] += centred * centred;
-          products[1] += centred * g[c][i] * weight[column(c) + i];
+          products[1] += centred * g[c][i] * w[c][i];
         }
     sum_over_row(products);
     float scale = rsqrtf(products[0] / C + EPS), mean_gx = products[1] * scale / C;
@@ -165,11 +172,11 @@ __device__ void norm_backward(const T* __restrict__ x, const T* __restrict__ dy,
       float before[8], again[8];
       if (IN_BLOCK) numbers(before, rest[c]);
       for (int i = 0; i < 8; i++) {
-        float w = weight[col + i], xhat = (a[c][i] - mean) * scale, own = g[c][i];
+        float xhat = (a[c][i] - mean) * scale, own = g[c][i];
         dweight[c][i] += own * xhat;
         if (BIASED) dbias[c][i] += own;
-        if (IN_BLOCK) again[i] = xhat * w + (BIASED ? bias[col + i] : 0);
-        a[c][i] = scale * (own * w - mean_g - xhat * mean_gx) + (IN_BLOCK ? before[i] : 0);
+        if (IN_BLOCK) again[i] = xhat * w[c][i] + b[c][i];
+        a[c][i] = scale * (own * w[c][i] - mean_g - xhat * mean_gx) + (IN_BLOCK ? before[i] : 0);
         if (SUMS) sum_before[c][i] += before[i], sum_after[c][i] += a[c][i];
       }
       store(dx + at + col, a[c]);
@@ -194,12 +201,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_norm_forward(const T* 
 }
 #endif
 #ifdef NORM_BACKWARD
-extern "C" __global__ void __launch_bounds__(THREADS, 2) norm_backward(const T* x, const T* dy, const float* weight, const float* bias, T* dx, float* sums, int rows) {
+extern "C" __global__ void __launch_bounds__(THREADS) norm_backward(const T* x, const T* dy, const float* weight, const float* bias, T* dx, float* sums, int rows) {
   norm_backward<false, false>(x, dy, nullptr, weight, bias, dx, nullptr, sums, rows);
 }
 #endif
 #ifdef NORM_BACKWARD_IN_BLOCK
-extern "C" __global__ void __launch_bounds__(THREADS, 2) norm_backward_in_block(const T* x, const T* dy, const T* residual, const float* weight, const float* bias, T* dx, T* y, float* sums, int rows) {
+extern "C" __global__ void __launch_bounds__(THREADS) norm_backward_in_block(const T* x, const T* dy, const T* residual, const float* weight, const float* bias, T* dx, T* y, float* sums, int rows) {
   norm_backward<true, SUMS>(x, dy, residual, weight, bias, dx, y, sums, rows);
 }
 #endif
@@ -381,7 +388,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) mlp_backward(const T* __re
   int warp = threadIdx.x / 32, part = blockIdx.x / ACROSS, parts = gridDim.x / ACROSS;
   int col = blockIdx.x % ACROSS * 256 + threadIdx.x % 32 * 8;
   float sum[1 + GATED][8] = {};
-  for (int row = part * WARPS + warp; row < rows && col < F; row += parts * WARPS) {
+#pragma unroll 2
+  for (int row = part * WARPS + warp; row < (col < F ? rows : 0); row += parts * WARPS) {
     size_t from = (size_t)row * WIDE + col, at = (size_t)row * F + col;
     float x[8], g[8], values[8], dvalues[8];
     numbers(x, eight(pre + from));
@@ -420,7 +428,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mlp_backward(const T* __re
 
 #ifdef CROSS_ENTROPY
 // losses (N,): -log softmax(logits)[target], and the gradient of their sum, weighted: weight (softmax - 1 at the target)
-extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy(const T* __restrict__ logits, const int* __restrict__ targets, const float* __restrict__ weights, float* __restrict__ losses, T* __restrict__ dlogits) {
+extern "C" __global__ void __launch_bounds__(THREADS, 3) cross_entropy(const T* __restrict__ logits, const int* __restrict__ targets, const float* __restrict__ weights, float* __restrict__ losses, T* __restrict__ dlogits) {
   const T* x = logits + (size_t)blockIdx.x * V;
   float top = -1e30f, total = 0;
   for (int col = threadIdx.x * 8; col < V; col += THREADS * 8) {
@@ -474,19 +482,83 @@ extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const float* x
 }
 #endif
 
-#ifdef SQUARES
-// The sums of the squares of the numbers of each thread block: x (n,) -> (thread blocks,)
-extern "C" __global__ void __launch_bounds__(THREADS) squares(const T* x, float* y, int n) {
-  __shared__ float all[WARPS];
-  float sum = 0;
-#pragma unroll 8
-  for (long long i = blockIdx.x * THREADS + threadIdx.x; i < n; i += gridDim.x * THREADS) sum += number(x[i]) * number(x[i]);
-  for (int far = 16; far; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
-  if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < WARPS; w++) sum += all[w];
-    y[blockIdx.x] = sum;
+#ifdef TENSORS
+// Kernels of many float32 arrays, which gpu_train.py lists in SIZES and ENDS: how many pieces of PIECE numbers an array and
+// those before it have. work(t, begin, n): the numbers begin to begin + n - 1 of array t.
+template <typename Work> __device__ void for_all_pieces(Work work) {
+  for (int piece = blockIdx.x, t = 0; piece < ENDS[COUNT - 1]; piece += gridDim.x) {
+    while (piece >= ENDS[t]) t++;
+    int begin = (piece - (t ? ENDS[t - 1] : 0)) * PIECE, left = SIZES[t] - begin;
+    work(t, begin, left < PIECE ? left : PIECE);
   }
 }
+
+__device__ float sum_of_block(float x) {
+  __shared__ float all[WARPS];
+  for (int far = 16; far; far /= 2) x += __shfl_xor_sync(~0u, x, far);
+  if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (int w = 0; w < WARPS; w++) x += all[w];
+  return x;
+}
+
+struct Tensor {
+  const float *p, *g, *m, *v;         // parameter, gradient, and the means of the gradient and of its square
+  float *new_p, *new_m, *new_v;
+};
+
+// sums (thread blocks,): of the squares of all gradients. pick(t): the array t.
+template <typename Pick> __device__ void squares(Pick pick, float* sums) {
+  float sum = 0;
+  for_all_pieces([&](int t, int begin, int n) {
+    const float* g = pick(t).g + begin;
+    int whole = (size_t)g % 16 ? 0 : n / 4 * 4;
+#pragma unroll 4
+    for (int i = threadIdx.x * 4; i < whole; i += THREADS * 4) {
+      float4 x = *(const float4*)(g + i);
+      sum += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+    }
+    for (int i = whole + threadIdx.x; i < n; i += THREADS) sum += g[i] * g[i];
+  });
+  sum = sum_of_block(sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+#ifdef ADAM
+// Adam (Kingma & Ba 2015) of gradients clipped to a norm of `largest`, after weight decay (Loshchilov & Hutter 2019). sums
+// (n,): parts of the gradients' squared norm. rates: the factors by which parameters decay, of the mean, of the root.
+template <typename Pick>
+__device__ void adam(Pick pick, const float* sums, const float* rates, int n_sums, float largest) {
+  float total = 0;
+  for (int i = threadIdx.x; i < n_sums; i += THREADS) total += sums[i];
+  float clip = largest / (sqrtf(sum_of_block(total)) + 1e-6f);
+  clip = clip < 1 ? clip : 1;
+  float decay = rates[0], of_mean = rates[1], of_root = rates[2];
+  for_all_pieces([&](int t, int begin, int n) {
+    Tensor x = pick(t);
+    float keep = DECAYS[t] ? decay : 1;
+    auto update = [&](float& p, float g, float& m, float& v) {
+      g *= clip;
+      m = BETA1 * m + (1 - BETA1) * g;
+      v = BETA2 * v + (1 - BETA2) * g * g;
+      p = p * keep - of_mean * m / (sqrtf(v) * of_root + ADAM_EPS);
+    };
+    bool odd = ((size_t)x.p | (size_t)x.g | (size_t)x.m | (size_t)x.v) % 16;
+    int end = begin + n, whole = odd ? begin : begin + n / 4 * 4;
+#pragma unroll 2
+    for (int i = begin + threadIdx.x * 4; i < whole; i += THREADS * 4) {
+      float4 p = *(const float4*)(x.p + i), g = *(const float4*)(x.g + i);
+      float4 m = *(const float4*)(x.m + i), v = *(const float4*)(x.v + i);
+      update(p.x, g.x, m.x, v.x), update(p.y, g.y, m.y, v.y), update(p.z, g.z, m.z, v.z), update(p.w, g.w, m.w, v.w);
+      *(float4*)(x.new_p + i) = p, *(float4*)(x.new_m + i) = m, *(float4*)(x.new_v + i) = v;
+    }
+    for (int i = whole + threadIdx.x; i < end; i += THREADS) {
+      float p = x.p[i], m = x.m[i], v = x.v[i];
+      update(p, x.g[i], m, v);
+      x.new_p[i] = p, x.new_m[i] = m, x.new_v[i] = v;
+    }
+  });
+}
+#endif
 #endif

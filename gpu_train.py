@@ -17,7 +17,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from config import UserError
 
@@ -58,21 +59,25 @@ def compiled(source: str) -> bytes:
 
 
 @cache
-def kernel(name: str, part: str, dtype: mx.Dtype, **constants: float) -> bytes:
-    """The kernel `name` of a part of gpu_train.cu, for activations of a dtype."""
+def kernel(name: str, part: str, dtype: mx.Dtype, ending: str = "", **constants: float | tuple) -> bytes:
+    """The kernel `name` of a part of gpu_train.cu, for activations of a dtype. ending: further source text."""
     lines = ["struct bfloat16;", "struct float16;", f"using T = {TYPES[dtype]};", f"#define {name.upper()}",
              f"#define {part.upper()}"]
     for constant, value in constants.items():
-        lines.append(f"constexpr float {constant} = {value!r}f;" if isinstance(value, float) else
-                     f"constexpr int {constant} = {int(value)};")
-    return compiled("\n".join([*lines, (Path(__file__).parent / "gpu_train.cu").read_text(encoding="utf-8")]))
+        if isinstance(value, tuple):
+            lines.append(f"__device__ const int {constant}[] = {{{', '.join(map(str, map(int, value)))}}};")
+        else:
+            lines.append(f"constexpr float {constant} = {value!r}f;" if isinstance(value, float) else
+                         f"constexpr int {constant} = {int(value)};")
+    text = (Path(__file__).parent / "gpu_train.cu").read_text(encoding="utf-8")
+    return compiled("\n".join([*lines, text, ending]))
 
 
 def run(name: str, dtype: mx.Dtype, constants: dict, inputs: list, outputs: list, scalars: list, blocks: int,
-        threads: int = 256, part: str = "") -> list[mx.array]:
+        threads: int = 256, part: str = "", ending: str = "") -> list[mx.array]:
     """Run a kernel in so many thread blocks. outputs: (shape, dtype) of each."""
     shapes, dtypes = zip(*outputs, strict=True)
-    code = kernel(name, part or name, dtype, THREADS=threads, **constants)
+    code = kernel(name, part or name, dtype, ending, THREADS=threads, **constants)
     return mx.fast.precompiled_cuda_kernel(
         name=name, compiled_source=code, inputs=inputs, output_shapes=shapes, output_dtypes=dtypes, scalars=scalars,
         grid=(blocks * threads, 1, 1), threadgroup=(threads, 1, 1), ensure_row_contiguous=True)
@@ -82,7 +87,7 @@ def run(name: str, dtype: mx.Dtype, constants: dict, inputs: list, outputs: list
 def ready() -> bool:
     """Whether MLX computes on an NVIDIA GPU that can run the kernels: of 2020 (Ampere) or later, with NVRTC."""
     try:
-        return mx.cuda.is_available() and bool(kernel("squares", "squares", mx.bfloat16, THREADS=256))
+        return mx.cuda.is_available() and bool(kernel("column_sums", "column_sums", mx.bfloat16, THREADS=1024))
     except OSError:
         return False
 
@@ -93,7 +98,9 @@ def usable(x: mx.array) -> bool:
 
 def column_sums(x: mx.array) -> mx.array:
     """(rows, columns) -> (columns,), float32."""
-    return run("column_sums", mx.float32, {}, [x], [(x.shape[1:], mx.float32)], [*x.shape], -(-x.shape[1] // 32))[0]
+    rows, columns = x.shape
+    return run("column_sums", mx.float32, {}, [x], [((columns,), mx.float32)], [rows, columns], -(-columns // 32),
+               1024)[0]
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
@@ -104,13 +111,16 @@ def norm_constants(norm: nn.Module) -> dict | None:
     import model as plain  # not above: it imports this file
     if type(norm) not in (plain.RMSNorm, plain.LayerNorm) or norm.weight.dtype not in TYPES:
         return None
-    C, warps = norm.weight.size, 1
+    C = norm.weight.size
     if C % 8 or C > 8192:
         return None
-    while C > 1024 * warps:
-        warps *= 2
-    return dict(C=C, LAYER=isinstance(norm, nn.LayerNorm), BIASED="bias" in norm, EPS=float(norm.eps),
-                WARPS_A_ROW=warps, CHUNKS=-(-C // (256 * warps)))
+    return dict(C=C, LAYER=isinstance(norm, nn.LayerNorm), BIASED="bias" in norm, EPS=float(norm.eps))
+
+
+def warps_of(C: int, columns: int) -> dict:
+    """How a row is divided: at most 8 warps, whose lanes have so many columns each, or more if need be."""
+    warps = min(8, -(-C // (32 * columns)))
+    return dict(WARPS_A_ROW=warps, CHUNKS=-(-C // (256 * warps)))
 
 
 def weight_and_bias(p: dict) -> list[mx.array]:
@@ -121,8 +131,10 @@ def norm_forward(x: mx.array, p: dict, constants: dict, added: mx.array | None =
     """norm(x) for rows x (N, C); with `added`, x + added and the norm of this sum."""
     n = 1 if added is None else 2
     name, inputs = ("norm_forward", [x]) if added is None else ("add_norm_forward", [x, added])
-    return run(name, x.dtype, constants, [*inputs, *weight_and_bias(p)], [(x.shape, x.dtype)] * n, [len(x)],
-               -(-len(x) * constants["WARPS_A_ROW"] // 8), part="norm")
+    row = warps_of(x.shape[1], 32)
+    at_a_time = max(1, 8 // row["WARPS_A_ROW"])
+    return run(name, x.dtype, constants | row, [*inputs, *weight_and_bias(p)], [(x.shape, x.dtype)] * n, [len(x)],
+               -(-len(x) // at_a_time), at_a_time * row["WARPS_A_ROW"] * 32, "norm")
 
 
 def norm_backward(x: mx.array, dy: mx.array, p: dict, constants: dict, residual: mx.array | None = None,
@@ -130,9 +142,10 @@ def norm_backward(x: mx.array, dy: mx.array, p: dict, constants: dict, residual:
     """The gradients of rows x (N, C) and of the norm's parameters. With the gradient `residual` that x has from
     elsewhere, which is added to that of x, also norm(x), and, if asked for, the sums over the rows of residual and of
     x's gradient."""
-    kinds = 1 + constants["BIASED"] + 2 * sums
-    threads = max(128, 32 * constants["WARPS_A_ROW"])
-    blocks = min(BLOCKS, -(-len(x) * 32 * constants["WARPS_A_ROW"] // threads))
+    kinds, row = 1 + constants["BIASED"] + 2 * sums, warps_of(x.shape[1], 8)
+    at_a_time = max(1, 8 // row["WARPS_A_ROW"])
+    threads, blocks = at_a_time * row["WARPS_A_ROW"] * 32, min(2 * BLOCKS, -(-len(x) // at_a_time))
+    constants = constants | row
     like, partial = (x.shape, x.dtype), ((blocks, kinds * x.shape[1]), mx.float32)
     if residual is None:
         dx, partial = run("norm_backward", x.dtype, constants, [x, dy, *weight_and_bias(p)], [like, partial], [len(x)],
@@ -318,7 +331,7 @@ def after_attention(block: nn.Module, x: mx.array, y: mx.array) -> mx.array:
         layers, biased = [p[name] for name in inner], "bias" in p["up"]
         dhidden = g @ p["down"]["weight"].astype(g.dtype)
         across = -(-F // 256)
-        parts = max(1, min(2 * BLOCKS // across, -(-len(x) // 8)))
+        parts = max(1, min(8 * BLOCKS // across, -(-len(x) // 8)))
         hidden, dpre, partial = run(
             "mlp_backward", x.dtype, dict(sizes, BIASED=biased), [pre, dhidden],
             [(dhidden.shape, x.dtype), (pre.shape, x.dtype), ((parts, pre.shape[1] if biased else 1), mx.float32)],
@@ -362,7 +375,7 @@ def loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.array) ->
             logits = piece @ weight.T
             losses, dlogits = run("cross_entropy", dtype, dict(V=V),
                                   [logits, targets[start:start + rows], weights[start:start + rows]],
-                                  [((len(piece),), mx.float32), (logits.shape, dtype)], [], len(piece), 1024)
+                                  [((len(piece),), mx.float32), (logits.shape, dtype)], [], len(piece), 512)
             total = total + (losses * weights[start:start + rows]).sum()
             dx.append(dlogits @ weight)
             dweights.append(dlogits.T @ piece)
@@ -377,23 +390,89 @@ def loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.array) ->
     return forward(head.weight, x)[0]
 
 
-# ---- the norm of the gradients ---------------------------------------------------------------------------------------
+# ---- the update of the parameters ------------------------------------------------------------------------------------
+
+GROUP = 64     # tensors in a kernel: its arguments, 7 arrays each, take 4,096 bytes at most
+PIECE = 16384  # numbers of a tensor that a thread block takes at a time
+FIELDS = dict(p="const float*", g="const float*", m="const float*", v="const float*", new_p="float*", new_m="float*",
+              new_v="float*")  # as in gpu_train.cu
 
 
-def sum_of_squares(x: mx.array) -> mx.array:
-    """Parts of the sum of x's squares, float32."""
-    blocks = max(1, min(BLOCKS, x.size // 4096))
-    return run("squares", x.dtype, {}, [x], [((blocks,), mx.float32)], [x.size], blocks)[0]
+def over_tensors(name: str, constants: dict, fields: list[str], arrays: list[tuple], others: list[mx.array],
+                 outputs: list, scalars: list, call: str) -> list[mx.array]:
+    """Run a kernel over many arrays of float32: for each tensor those of the first `fields` (the rest are outputs), and
+    after them `others`. call: the parameters of the kernel's function in gpu_train.cu, after the tensors."""
+    count, reads = len(arrays), len(arrays[0])
+    sizes = [tensor[0].size for tensor in arrays]
+    pieces = [-(-size // PIECE) for size in sizes]
+    read, written = ([f"{FIELDS[field]} {field}{i}" for i in range(count) for field in part]
+                     for part in (fields[:reads], fields[reads:]))
+    *before, after = [part.strip() for part in call.split("|")]
+    names = ", ".join(parameter.split()[-1].lstrip("*") for parameter in ", ".join([*before, after]).split(", "))
+    cases = "".join(f"case {i}: {' '.join(f'x.{field} = {field}{i};' for field in fields)} break;\n"
+                    for i in range(count))
+    parameters = ", ".join([*read, *before, *written, after])
+    ending = (f'extern "C" __global__ void __launch_bounds__(THREADS) {name}({parameters}) {{\n'
+              f"{name}([&](int t) {{\nTensor x = {{}};\nswitch (t) {{\n{cases}}}\nreturn x;\n}}, {names});\n}}\n")
+    constants = dict(constants, COUNT=count, PIECE=PIECE, SIZES=tuple(sizes),
+                     ENDS=tuple(sum(pieces[:i + 1]) for i in range(count)))
+    blocks = min(4 * BLOCKS, sum(pieces))
+    return run(name, mx.float32, constants, [*(x for tensor in arrays for x in tensor), *others],
+               outputs or [((blocks,), mx.float32)], scalars, blocks, part="tensors", ending=ending)
 
 
-def clip_grad_norm(gradients: dict, largest: float) -> tuple[dict, mx.array] | None:
-    """optim.clip_grad_norm() in one pass over the gradients; None where it must be that one."""
-    flat = tree_flatten(gradients)
-    if not all(usable(g) and 0 < g.size < 2**31 for _, g in flat):
-        return None
-    norm = mx.sqrt(mx.concatenate([sum_of_squares(g) for _, g in flat]).sum())
+def squares(gradients: list[mx.array]) -> mx.array:
+    """Parts of the sum of the squares of all gradients, float32."""
+    groups = ([(g,) for g in gradients[i:i + GROUP]] for i in range(0, len(gradients), GROUP))
+    return mx.concatenate([over_tensors("squares", {}, ["g"], group, [], [], [], "float* sums")[0] for group in groups])
+
+
+def floats(tree) -> list[mx.array] | None:
+    """The arrays of a tree, if the kernels can read all of them."""
+    arrays = [x for _, x in tree_flatten(tree)]
+    known = arrays and all(x.dtype == mx.float32 and 0 < x.size < 2**31 for x in arrays) and usable(arrays[0])
+    return arrays if known else None
+
+
+def clip_grad_norm(gradients: dict, largest: float) -> tuple[dict, mx.array]:
+    """optim.clip_grad_norm() in one pass over the gradients."""
+    if (arrays := floats(gradients)) is None:
+        return optim.clip_grad_norm(gradients, largest)
+    norm = mx.sqrt(squares(arrays).sum())
     scale = mx.minimum(largest / (norm + 1e-6), 1.0)
     return tree_map(lambda g: g * scale, gradients), norm
+
+
+def adamw(model: nn.Module, opt: optim.Optimizer, gradients: dict, largest: float, weight_decay: float):
+    """Clip, decay the matrices, and apply as optim.Adam does, in one pass over parameters, gradients and states. Return
+    the gradient's norm, or None where the caller must do all this."""
+    if type(opt) is not optim.Adam or not opt.bias_correction or (arrays := floats(gradients)) is None:
+        return None
+    names = [name for name, _ in tree_flatten(gradients)]
+    parameters = dict(tree_flatten(model.trainable_parameters()))
+    state = dict(tree_flatten(opt.state))
+    tensors = [(parameters[name], g, state[f"{name}.m"], state[f"{name}.v"])
+               for name, g in zip(names, arrays, strict=True)]
+    if floats([x for tensor in tensors for x in tensor]) is None:
+        return None
+    opt.state["step"] = opt.step + 1
+    (beta1, beta2), rate, step = opt.betas, opt.learning_rate.astype(mx.float32), opt.step
+    rates = mx.stack([1 - weight_decay * rate, rate / (1 - beta1**step), mx.rsqrt(1 - beta2**step), rate])
+    sums, updated = squares(arrays), []
+    for i in range(0, len(tensors), GROUP):
+        group = tensors[i:i + GROUP]
+        constants = dict(BETA1=float(beta1), BETA2=float(beta2), ADAM_EPS=float(opt.eps),
+                         DECAYS=tuple(p.ndim > 1 for p, *_ in group))
+        like = [(p.shape, mx.float32) for p, *_ in group for _ in "pmv"]
+        updated += over_tensors("adam", constants, [*FIELDS], group, [sums, rates], like, [sums.size, float(largest)],
+                                "const float* sums, const float* rates | int n_sums, float largest")
+    model.update(tree_unflatten(list(zip(names, updated[::3], strict=True))))
+    for name, m, v in zip(names, updated[1::3], updated[2::3], strict=True):
+        place = opt.state
+        for part in name.split("."):
+            place = place[int(part) if isinstance(place, list) else part]
+        place["m"], place["v"] = m, v
+    return mx.sqrt(sums.sum())
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ import re
 import subprocess
 
 import blas  # noqa: F401  (before mlx)
-import matvec
 import mlx.core as mx
 import numpy as np
 from conftest import ROOT
 
 import gpu_train
+import matvec
 
 SCALARS = {int: ctypes.c_int, float: ctypes.c_float}
 
