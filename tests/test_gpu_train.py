@@ -406,8 +406,9 @@ def test_deletion(tmp_path):
     for deleted in ("gpu_train.cu", "gpu_train.py"):
         (tmp_path / deleted).unlink(missing_ok=True)
         result = subprocess.run([sys.executable, "train.py", "--data=book.txt", "--tokenizer=byte", "--max_iters=2",
-                                 "--n_layer=1", "--n_embd=32", "--block_size=16", "--sample_tokens=3", "--optimizer=adamw",
-                                 "--overwrite=True", "--eval_windows=2"], cwd=tmp_path, capture_output=True, text=True)
+                                 "--n_layer=1", "--n_embd=32", "--block_size=16", "--sample_tokens=3",
+                                 "--overwrite=True", "--eval_windows=2", "--optimizer=adamw"], cwd=tmp_path,
+                                capture_output=True, text=True)
         assert result.returncode == 0 and "step      2 | val" in result.stdout, result.stderr
     users = [path.name for path in ROOT.glob("*.py") if re.search(r"^\s*import gpu_train\b", path.read_text(), re.M)]
     assert users == ["model.py"]
