@@ -483,8 +483,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const float* x
 #endif
 
 #ifdef TENSORS
-// Kernels of many float32 arrays, which gpu_train.py lists in SIZES and ENDS: how many pieces of PIECE numbers an array and
-// those before it have. work(t, begin, n): the numbers begin to begin + n - 1 of array t.
+// Kernels of many arrays, which gpu_train.py lists in SIZES and ENDS: how many pieces of PIECE numbers an array and those
+// before it have. work(t, begin, n): the numbers begin to begin + n - 1 of array t. pick(t) tells where array t is.
 template <typename Work> __device__ void for_all_pieces(Work work) {
   for (int piece = blockIdx.x, t = 0; piece < ENDS[COUNT - 1]; piece += gridDim.x) {
     while (piece >= ENDS[t]) t++;
@@ -503,12 +503,35 @@ __device__ float sum_of_block(float x) {
   return x;
 }
 
+#ifdef MOVE
+struct Place {
+  const FROM* from;
+  TO* to;
+};
+
+// Arrays from one place and type to others.
+template <typename Pick> __device__ void move(Pick pick) {
+  for_all_pieces([&](int t, int begin, int n) {
+    const FROM* from = pick(t).from + begin;
+    TO* to = pick(t).to + begin;
+    int whole = ((size_t)from | (size_t)to) % 16 ? 0 : n / 8 * 8;
+    for (int i = threadIdx.x * 8; i < whole; i += THREADS * 8) {
+      Eight<FROM> x = eight(from + i);
+      Eight<TO> y;
+      for (int j = 0; j < 8; j++) round_to(y.x[j], number(x.x[j]));
+      *(Eight<TO>*)(to + i) = y;
+    }
+    for (int i = whole + threadIdx.x; i < n; i += THREADS) round_to(to[i], number(from[i]));
+  });
+}
+#endif
+
 struct Tensor {
   const float *p, *g, *m, *v;         // parameter, gradient, and the means of the gradient and of its square
   float *new_p, *new_m, *new_v;
 };
 
-// sums (thread blocks,): of the squares of all gradients. pick(t): the array t.
+// sums (thread blocks,): of the squares of all gradients.
 template <typename Pick> __device__ void squares(Pick pick, float* sums) {
   float sum = 0;
   for_all_pieces([&](int t, int begin, int n) {

@@ -27,6 +27,8 @@ attn_softcap"""
 ACTIVATIONS = "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"  # as in gpu_train.cu
 TYPES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float"}
 BLOCKS = 264          # thread blocks of a kernel that adds up rows: two for each multiprocessor of an H100
+PIECE = 16384         # numbers of an array that a thread block takes at a time
+GROUP = 64            # tensors that a kernel of AdamW takes: its arguments, 7 arrays each, take 4,096 bytes at most
 LOSS_CHUNK = 2**29    # logits in memory at a time, and their gradients
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -64,7 +66,9 @@ def kernel(name: str, part: str, dtype: mx.Dtype, ending: str = "", **constants:
     lines = ["struct bfloat16;", "struct float16;", f"using T = {TYPES[dtype]};", f"#define {name.upper()}",
              f"#define {part.upper()}"]
     for constant, value in constants.items():
-        if isinstance(value, tuple):
+        if isinstance(value, mx.Dtype):
+            lines.append(f"using {constant} = {TYPES[value]};")
+        elif isinstance(value, tuple):
             lines.append(f"__device__ const int {constant}[] = {{{', '.join(map(str, map(int, value)))}}};")
         else:
             lines.append(f"constexpr float {constant} = {value!r}f;" if isinstance(value, float) else
@@ -81,6 +85,21 @@ def run(name: str, dtype: mx.Dtype, constants: dict, inputs: list, outputs: list
     return mx.fast.precompiled_cuda_kernel(
         name=name, compiled_source=code, inputs=inputs, output_shapes=shapes, output_dtypes=dtypes, scalars=scalars,
         grid=(blocks * threads, 1, 1), threadgroup=(threads, 1, 1), ensure_row_contiguous=True)
+
+
+def run_over(name: str, dtype: mx.Dtype, constants: dict, struct: str, cases: list[str], sizes: list[int],
+             parameters: list[str], inputs: list, outputs: list, scalars: list, rest: str = "") -> list[mx.array]:
+    """Run a kernel over many arrays of these sizes. cases: how a `struct` x of gpu_train.cu is set for each of them, by
+    the parameters of the kernel; rest: those that its function there takes after pick()."""
+    pieces = [-(-size // PIECE) for size in sizes]
+    switch = "".join(f"case {i}: {case} break;\n" for i, case in enumerate(cases))
+    ending = (f'extern "C" __global__ void __launch_bounds__(THREADS) {name}({", ".join(parameters)}) {{\n'
+              f"{name}([&](int t) {{\n{struct} x = {{}};\nswitch (t) {{\n{switch}}}\nreturn x;\n}}{rest});\n}}\n")
+    constants = dict(constants, COUNT=len(sizes), PIECE=PIECE, SIZES=tuple(sizes),
+                     ENDS=tuple(sum(pieces[:i + 1]) for i in range(len(sizes))))
+    blocks = min(4 * BLOCKS, sum(pieces))
+    return run(name, dtype, constants, inputs, outputs or [((blocks,), mx.float32)], scalars, blocks, part="tensors",
+               ending=ending)
 
 
 @cache
@@ -179,13 +198,7 @@ def norm(module: nn.Module, x: mx.array) -> mx.array | None:
     return forward(x, module.parameters())
 
 
-# ---- linear layers side by side --------------------------------------------------------------------------------------
-
-
-def together(layers: list[dict], name: str, dtype: mx.Dtype) -> mx.array | None:
-    """The weights (or biases) of linear layers with the same input, one below the other; None where there is none."""
-    found = [p[name].astype(dtype) for p in layers if name in p]
-    return mx.concatenate(found) if len(found) > 1 else found[0] if found else None
+# ---- the weights of a block ------------------------------------------------------------------------------------------
 
 
 def in_order(p: dict, gradients: dict) -> dict:
@@ -194,23 +207,62 @@ def in_order(p: dict, gradients: dict) -> dict:
             for name, value in p.items()}
 
 
-def linear(x: mx.array, layers: list[dict]) -> mx.array:
-    weight, bias = (together(layers, name, x.dtype) for name in ("weight", "bias"))
-    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+def moved(sources: list[mx.array], pieces: list[tuple], shapes: list, dtype: mx.Dtype) -> list[mx.array]:
+    """Arrays of these shapes, put together from pieces of others in one kernel. pieces: (source, its first number,
+    output, its first number, how many)."""
+    parameters = [f"const FROM* source{i}" for i in range(len(sources))] + [f"TO* out{i}" for i in range(len(shapes))]
+    cases = [f"x.from = source{i} + {first}; x.to = out{j} + {to};" for i, first, j, to, _ in pieces]
+    return run_over("move", dtype, dict(FROM=sources[0].dtype, TO=dtype), "Place", cases, [n for *_, n in pieces],
+                    parameters, sources, [(shape, dtype) for shape in shapes], [])
 
 
-def linear_gradients(x: mx.array, dy: mx.array, layers: list[dict], dbias: mx.array | None) -> list[dict]:
-    """The gradients of the layers of linear() by those of their outputs (N, out), whose sums over N are dbias."""
-    ends, end = [], 0
-    for p in layers:
-        end += len(p["weight"])
-        ends.append(end)
-    dweights = mx.split(dy.T @ x, ends[:-1])
-    found = [{"weight": d.astype(p["weight"].dtype)} for p, d in zip(layers, dweights, strict=True)]
-    if "bias" in layers[0]:
-        for p, gradients, d in zip(layers, found, mx.split(dbias, ends[:-1]), strict=True):
-            gradients["bias"] = d.astype(p["bias"].dtype)
-    return found
+def weights_of(block: nn.Module, dtype: mx.Dtype) -> dict:
+    """The linear layers of a block in a dtype, by one kernel, and their gradients by another: {name: {"weight",
+    "bias"}}. "qkv" and "inner" (the MLP's gate and values, or its only layer) are layers of one input, one below the
+    other."""
+    attn, mlp = block.attn, block.mlp
+    groups = {"qkv": [attn.q, attn.k, attn.v], "out": [attn.out], "down": [mlp.down],
+              "inner": [mlp[name] for name in ("gate", "up") if name in mlp]}
+    parts, shapes = [], {}  # (group, layer, kind, its first number in the whole, how many); {(group, kind): shape}
+    for kind in "weight", "bias":
+        for name, layers in groups.items():
+            for i, layer in enumerate(layers):
+                if kind in layer:
+                    rows = shapes.get((name, kind), (0,))[0]
+                    parts.append((name, i, kind, rows * (layer[kind].size // len(layer[kind])), layer[kind].size))
+                    shapes[name, kind] = (rows + len(layer[kind]), *layer[kind].shape[1:])
+    matrices = [part for part in parts if part[2] == "weight"]
+
+    @mx.custom_function
+    def forward(p):
+        wholes, found = [*shapes], {name: {} for name in groups}
+        pieces = [(i, 0, wholes.index((name, kind)), first, n) for i, (name, _, kind, first, n) in enumerate(parts)]
+        arrays = moved([p[name][i][kind] for name, i, kind, *_ in parts], pieces, [*shapes.values()], dtype)
+        for (name, kind), array in zip(wholes, arrays, strict=True):
+            found[name][kind] = array
+        return found
+
+    @forward.vjp
+    def backward(p, cotangents, _):
+        names, found = [*groups], {name: [dict(layer) for layer in p[name]] for name in groups}
+        pieces = [(names.index(name), first, i, 0, n) for i, (name, _, _, first, n) in enumerate(matrices)]
+        like = [p[name][i]["weight"] for name, i, *_ in matrices]
+        arrays = moved([cotangents[name]["weight"] for name in names], pieces, [w.shape for w in like], like[0].dtype)
+        for (name, i, kind, first, n) in parts:
+            found[name][i][kind] = (arrays.pop(0) if kind == "weight" else
+                                    cotangents[name][kind][first:first + n].astype(p[name][i][kind].dtype))
+        return found
+
+    return forward({name: [layer.parameters() for layer in layers] for name, layers in groups.items()})
+
+
+def linear(x: mx.array, p: dict) -> mx.array:
+    return mx.addmm(p["bias"], x, p["weight"].T) if "bias" in p else x @ p["weight"].T
+
+
+def linear_gradients(x: mx.array, dy: mx.array, p: dict, dbias: mx.array | None) -> dict:
+    """The gradients of linear()'s layer by those of its outputs (N, out), whose sums over N are dbias."""
+    return {"weight": dy.T @ x} | ({"bias": dbias} if "bias" in p else {})
 
 
 # ---- a block ---------------------------------------------------------------------------------------------------------
@@ -228,7 +280,8 @@ def known(block: nn.Module, x: mx.array) -> bool:
     layers += [mlp[name] for name in ("gate", "up", "down") if name in mlp]
     turns = config.qk_norm or "_inverse" in attn
     return ((type(block), type(attn), type(mlp)) == (plain.Block, plain.Attention, plain.MLP)
-            and all(type(layer) is plain.Linear and layer.weight.dtype in TYPES for layer in layers)
+            and all(type(layer) is plain.Linear for layer in layers) and layers[0].weight.dtype in TYPES
+            and len({p.dtype for layer in layers for p in layer.parameters().values()}) == 1
             and None not in map(norm_constants, (block.attn_norm, block.mlp_norm))
             and config.mlp in ACTIVATIONS and config.ffn_dim % 8 == 0 and config.head_dim % 8 == 0
             and (not turns or config.head_dim in (16, 32, 64, 128, 256))
@@ -240,13 +293,14 @@ def block(block: nn.Module, x: mx.array, offset: int | mx.array) -> mx.array | N
     import model as plain
     if not (usable(x) and known(block, x)):
         return None
-    q, k, v, x = before_attention(block, x, offset)
+    weights = weights_of(block, x.dtype)
+    q, k, v, x = before_attention(block, weights, x, offset)
     y = plain.attend(block.config, q, k, v, plain.score_mask(block.config, block.attn.layer, q.shape[2], offset, None))
     B, _, T, _ = y.shape
-    return after_attention(block, x, y.swapaxes(1, 2).reshape(B * T, -1)).reshape(B, T, -1)
+    return after_attention(block, weights, x, y.swapaxes(1, 2).reshape(B * T, -1)).reshape(B, T, -1)
 
 
-def before_attention(block: nn.Module, x: mx.array, offset: int | mx.array) -> tuple:
+def before_attention(block: nn.Module, weights: dict, x: mx.array, offset: int | mx.array) -> tuple:
     """Norm, queries, keys and values: x (B, T, C) -> q (B, H, T, D), k and v (B, KV, T, D), and x as rows (B T, C),
     whose gradient comes back here, so that it is added where the norm's gradient is."""
     config, attn, (B, T, C) = block.config, block.attn, x.shape
@@ -262,8 +316,8 @@ def before_attention(block: nn.Module, x: mx.array, offset: int | mx.array) -> t
         positions = mx.broadcast_to(offset % plain.DOCUMENT, (B, T)).reshape(-1).astype(mx.int32)
     elif not turns:
         first = 0
-    parameters = {name: attn[name].parameters() for name in ("q", "k", "v", "q_norm", "k_norm") if name in attn}
-    parameters["norm"] = block.attn_norm.parameters()
+    parameters = {name: attn[name].parameters() for name in ("q_norm", "k_norm") if name in attn}
+    parameters |= {"norm": block.attn_norm.parameters(), "qkv": weights["qkv"]}
 
     def others(p: dict) -> list[mx.array]:
         """The other inputs of the kernels: weights of QK-norm, rotary wavelengths, positions."""
@@ -273,7 +327,7 @@ def before_attention(block: nn.Module, x: mx.array, offset: int | mx.array) -> t
     @mx.custom_function
     def forward(x, p):
         rows = x.reshape(-1, C)
-        products = linear(norm_forward(rows, p["norm"], norm)[0], [p["q"], p["k"], p["v"]])
+        products = linear(norm_forward(rows, p["norm"], norm)[0], p["qkv"])
         q, k, v = mx.split(products.reshape(B, T, -1, D), [H, H + KV], axis=2)
         if turns or config.qk_norm:
             q, k = run("qkv_forward", x.dtype, sizes, [products, *others(p)],
@@ -284,7 +338,7 @@ def before_attention(block: nn.Module, x: mx.array, offset: int | mx.array) -> t
     @forward.vjp
     def backward(primals, cotangents, outputs):
         (x, p), products = primals, outputs[3]
-        layers, rows = [p["q"], p["k"], p["v"]], x.reshape(-1, C)
+        rows = x.reshape(-1, C)
         dq, dk, dv = (g.swapaxes(1, 2) for g in cotangents[:3])
         blocks = min(BLOCKS, -(-len(rows) // 8))
         columns = sizes["BIASED"] * products.shape[1] + sizes["QK_NORM"] * 2 * D
@@ -293,10 +347,9 @@ def before_attention(block: nn.Module, x: mx.array, offset: int | mx.array) -> t
             [(products.shape, x.dtype), ((blocks, max(1, columns)), mx.float32)], [len(rows), length, first], blocks,
             part="qkv")
         sums = column_sums(partial) if columns else None
-        dnormed = dproducts @ together(layers, "weight", x.dtype)
-        dx, dnorm, normed = norm_backward(rows, dnormed, p["norm"], norm, cotangents[4])
-        found = linear_gradients(normed, dproducts, layers, sums[:products.shape[1]] if sizes["BIASED"] else None)
-        found = {**dict(zip("qkv", found, strict=True)), "norm": dnorm}
+        dx, dnorm, normed = norm_backward(rows, dproducts @ p["qkv"]["weight"], p["norm"], norm, cotangents[4])
+        dbias = sums[:products.shape[1]] if sizes["BIASED"] else None
+        found = {"qkv": linear_gradients(normed, dproducts, p["qkv"], dbias), "norm": dnorm}
         if config.qk_norm:
             for name, d in zip(("q_norm", "k_norm"), mx.split(sums[-2 * D:], 2), strict=True):
                 found[name] = {"weight": d.astype(p[name]["weight"].dtype)}
@@ -306,46 +359,40 @@ def before_attention(block: nn.Module, x: mx.array, offset: int | mx.array) -> t
     return q, k, v, rows
 
 
-def after_attention(block: nn.Module, x: mx.array, y: mx.array) -> mx.array:
+def after_attention(block: nn.Module, weights: dict, x: mx.array, y: mx.array) -> mx.array:
     """Attention's output projection and the MLP, both added to the residual stream: rows x (N, C), y (N, H D), the
     output of the heads -> (N, C)."""
-    config, mlp, norm, F = block.config, block.mlp, norm_constants(block.mlp_norm), block.config.ffn_dim
-    parameters = {name: mlp[name].parameters() for name in ("gate", "up", "down") if name in mlp}
-    parameters |= {"norm": block.mlp_norm.parameters(), "out": block.attn.out.parameters()}
-    inner = [name for name in ("gate", "up") if name in mlp]
-    sizes = dict(F=F, ACTIVATION=ACTIVATIONS.index(config.mlp))
+    norm, F = norm_constants(block.mlp_norm), block.config.ffn_dim
+    parameters = {"norm": block.mlp_norm.parameters()} | {name: weights[name] for name in ("out", "inner", "down")}
+    sizes = dict(F=F, ACTIVATION=ACTIVATIONS.index(block.config.mlp))
 
     @mx.custom_function
     def forward(x, y, p):
-        x, normed = norm_forward(x, p["norm"], norm, added=linear(y, [p["out"]]))
-        pre = linear(normed, [p[name] for name in inner])
+        x, normed = norm_forward(x, p["norm"], norm, added=linear(y, p["out"]))
+        pre = linear(normed, p["inner"])
         hidden, = run("mlp_forward", x.dtype, sizes, [pre], [((len(x), F), x.dtype)], [len(x)],
                       -(-len(x) * F // 2048), part="mlp")
         if "bias" in p["down"]:
-            return x + linear(hidden, [p["down"]]), x, pre
-        return mx.addmm(x, hidden, p["down"]["weight"].astype(x.dtype).T), x, pre
+            return x + linear(hidden, p["down"]), x, pre
+        return mx.addmm(x, hidden, p["down"]["weight"].T), x, pre
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
         (_, y, p), (_, x, pre), g = primals, outputs, cotangents[0]
-        layers, biased = [p[name] for name in inner], "bias" in p["up"]
-        dhidden = g @ p["down"]["weight"].astype(g.dtype)
+        biased, dhidden = "bias" in p["inner"], g @ p["down"]["weight"]
         across = -(-F // 256)
         parts = max(1, min(8 * BLOCKS // across, -(-len(x) // 8)))
         hidden, dpre, partial = run(
             "mlp_backward", x.dtype, dict(sizes, BIASED=biased), [pre, dhidden],
             [(dhidden.shape, x.dtype), (pre.shape, x.dtype), ((parts, pre.shape[1] if biased else 1), mx.float32)],
             [len(x)], parts * across, part="mlp")
-        dnormed = dpre @ together(layers, "weight", x.dtype)
         sums = "bias" in p["down"] or "bias" in p["out"]
-        dx, dnorm, normed, *more = norm_backward(x, dnormed, p["norm"], norm, g, sums)
+        dx, dnorm, normed, *more = norm_backward(x, dpre @ p["inner"]["weight"], p["norm"], norm, g, sums)
         ddown, dout = more or (None, None)
-        found = dict(zip(inner, linear_gradients(normed, dpre, layers, column_sums(partial) if biased else None),
-                         strict=True))
-        found["down"], = linear_gradients(hidden, g, [p["down"]], ddown)
-        found["out"], = linear_gradients(y, dx, [p["out"]], dout)
-        found["norm"] = dnorm
-        return dx, dx @ p["out"]["weight"].astype(dx.dtype), in_order(p, found)
+        found = {"norm": dnorm, "down": linear_gradients(hidden, g, p["down"], ddown),
+                 "out": linear_gradients(y, dx, p["out"], dout),
+                 "inner": linear_gradients(normed, dpre, p["inner"], column_sums(partial) if biased else None)}
+        return dx, dx @ p["out"]["weight"], in_order(p, found)
 
     return forward(x, y, parameters)[0]
 
@@ -392,39 +439,14 @@ def loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.array) ->
 
 # ---- the update of the parameters ------------------------------------------------------------------------------------
 
-GROUP = 64     # tensors in a kernel: its arguments, 7 arrays each, take 4,096 bytes at most
-PIECE = 16384  # numbers of a tensor that a thread block takes at a time
-FIELDS = dict(p="const float*", g="const float*", m="const float*", v="const float*", new_p="float*", new_m="float*",
-              new_v="float*")  # as in gpu_train.cu
-
-
-def over_tensors(name: str, constants: dict, fields: list[str], arrays: list[tuple], others: list[mx.array],
-                 outputs: list, scalars: list, call: str) -> list[mx.array]:
-    """Run a kernel over many arrays of float32: for each tensor those of the first `fields` (the rest are outputs), and
-    after them `others`. call: the parameters of the kernel's function in gpu_train.cu, after the tensors."""
-    count, reads = len(arrays), len(arrays[0])
-    sizes = [tensor[0].size for tensor in arrays]
-    pieces = [-(-size // PIECE) for size in sizes]
-    read, written = ([f"{FIELDS[field]} {field}{i}" for i in range(count) for field in part]
-                     for part in (fields[:reads], fields[reads:]))
-    *before, after = [part.strip() for part in call.split("|")]
-    names = ", ".join(parameter.split()[-1].lstrip("*") for parameter in ", ".join([*before, after]).split(", "))
-    cases = "".join(f"case {i}: {' '.join(f'x.{field} = {field}{i};' for field in fields)} break;\n"
-                    for i in range(count))
-    parameters = ", ".join([*read, *before, *written, after])
-    ending = (f'extern "C" __global__ void __launch_bounds__(THREADS) {name}({parameters}) {{\n'
-              f"{name}([&](int t) {{\nTensor x = {{}};\nswitch (t) {{\n{cases}}}\nreturn x;\n}}, {names});\n}}\n")
-    constants = dict(constants, COUNT=count, PIECE=PIECE, SIZES=tuple(sizes),
-                     ENDS=tuple(sum(pieces[:i + 1]) for i in range(count)))
-    blocks = min(4 * BLOCKS, sum(pieces))
-    return run(name, mx.float32, constants, [*(x for tensor in arrays for x in tensor), *others],
-               outputs or [((blocks,), mx.float32)], scalars, blocks, part="tensors", ending=ending)
-
-
 def squares(gradients: list[mx.array]) -> mx.array:
     """Parts of the sum of the squares of all gradients, float32."""
-    groups = ([(g,) for g in gradients[i:i + GROUP]] for i in range(0, len(gradients), GROUP))
-    return mx.concatenate([over_tensors("squares", {}, ["g"], group, [], [], [], "float* sums")[0] for group in groups])
+    found = []
+    for group in (gradients[i:i + GROUP] for i in range(0, len(gradients), GROUP)):
+        parameters = [*(f"const float* g{i}" for i in range(len(group))), "float* sums"]
+        found += run_over("squares", mx.float32, {}, "Tensor", [f"x.g = g{i};" for i in range(len(group))],
+                          [g.size for g in group], parameters, group, [], [], ", sums")
+    return mx.concatenate(found)
 
 
 def floats(tree) -> list[mx.array] | None:
@@ -459,13 +481,18 @@ def adamw(model: nn.Module, opt: optim.Optimizer, gradients: dict, largest: floa
     (beta1, beta2), rate, step = opt.betas, opt.learning_rate.astype(mx.float32), opt.step
     rates = mx.stack([1 - weight_decay * rate, rate / (1 - beta1**step), mx.rsqrt(1 - beta2**step), rate])
     sums, updated = squares(arrays), []
-    for i in range(0, len(tensors), GROUP):
-        group = tensors[i:i + GROUP]
+    for group in (tensors[i:i + GROUP] for i in range(0, len(tensors), GROUP)):
         constants = dict(BETA1=float(beta1), BETA2=float(beta2), ADAM_EPS=float(opt.eps),
                          DECAYS=tuple(p.ndim > 1 for p, *_ in group))
-        like = [(p.shape, mx.float32) for p, *_ in group for _ in "pmv"]
-        updated += over_tensors("adam", constants, [*FIELDS], group, [sums, rates], like, [sums.size, float(largest)],
-                                "const float* sums, const float* rates | int n_sums, float largest")
+        count, fields = range(len(group)), ("p", "g", "m", "v", "new_p", "new_m", "new_v")  # as in gpu_train.cu
+        parameters = [*(f"const float* {field}{i}" for i in count for field in fields[:4]), "const float* sums",
+                      "const float* rates", *(f"float* {field}{i}" for i in count for field in fields[4:]), "int n",
+                      "float largest"]
+        cases = [" ".join(f"x.{field} = {field}{i};" for field in fields) for i in count]
+        updated += run_over("adam", mx.float32, constants, "Tensor", cases, [p.size for p, *_ in group], parameters,
+                            [*(x for tensor in group for x in tensor), sums, rates],
+                            [(p.shape, mx.float32) for p, *_ in group for _ in "pmv"], [sums.size, float(largest)],
+                            ", sums, rates, n, largest")
     model.update(tree_unflatten(list(zip(names, updated[::3], strict=True))))
     for name, m, v in zip(names, updated[1::3], updated[2::3], strict=True):
         place = opt.state
