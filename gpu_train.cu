@@ -549,15 +549,11 @@ template <typename Pick> __device__ void squares(Pick pick, float* sums) {
 }
 
 #ifdef ADAM
-// Adam (Kingma & Ba 2015) of gradients clipped to a norm of `largest`, after weight decay (Loshchilov & Hutter 2019). sums
-// (n,): parts of the gradients' squared norm. rates: the factors by which parameters decay, of the mean, of the root.
-template <typename Pick>
-__device__ void adam(Pick pick, const float* sums, const float* rates, int n_sums, float largest) {
-  float total = 0;
-  for (int i = threadIdx.x; i < n_sums; i += THREADS) total += sums[i];
-  float clip = largest / (sqrtf(sum_of_block(total)) + 1e-6f);
+// Adam (Kingma & Ba 2015) of gradients clipped to a norm of `largest`, after weight decay (Loshchilov & Hutter 2019).
+// rates: the factors by which parameters decay, of the mean, of the root; and the squared norm of all gradients.
+template <typename Pick> __device__ void adam(Pick pick, const float* rates, float largest) {
+  float decay = rates[0], of_mean = rates[1], of_root = rates[2], clip = largest / (sqrtf(rates[3]) + 1e-6f);
   clip = clip < 1 ? clip : 1;
-  float decay = rates[0], of_mean = rates[1], of_root = rates[2];
   for_all_pieces([&](int t, int begin, int n) {
     Tensor x = pick(t);
     float keep = DECAYS[t] ? decay : 1;

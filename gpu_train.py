@@ -28,7 +28,8 @@ ACTIVATIONS = "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"  # as in gpu_train
 TYPES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float"}
 BLOCKS = 264          # thread blocks of a kernel that adds up rows: two for each multiprocessor of an H100
 PIECE = 16384         # numbers of an array that a thread block takes at a time
-GROUP = 64            # tensors that a kernel of AdamW takes: its arguments, 7 arrays each, take 4,096 bytes at most
+GROUP = 8             # tensors that a kernel of AdamW takes; MLX's own work grows with the square of its outputs
+READ = 400            # gradients that a kernel reads: its arguments take 4,096 bytes at most
 LOSS_CHUNK = 2**29    # logits in memory at a time, and their gradients
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -442,7 +443,7 @@ def loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.array) ->
 def squares(gradients: list[mx.array]) -> mx.array:
     """Parts of the sum of the squares of all gradients, float32."""
     found = []
-    for group in (gradients[i:i + GROUP] for i in range(0, len(gradients), GROUP)):
+    for group in (gradients[i:i + READ] for i in range(0, len(gradients), READ)):
         parameters = [*(f"const float* g{i}" for i in range(len(group))), "float* sums"]
         found += run_over("squares", mx.float32, {}, "Tensor", [f"x.g = g{i};" for i in range(len(group))],
                           [g.size for g in group], parameters, group, [], [], ", sums")
@@ -479,27 +480,26 @@ def adamw(model: nn.Module, opt: optim.Optimizer, gradients: dict, largest: floa
         return None
     opt.state["step"] = opt.step + 1
     (beta1, beta2), rate, step = opt.betas, opt.learning_rate.astype(mx.float32), opt.step
-    rates = mx.stack([1 - weight_decay * rate, rate / (1 - beta1**step), mx.rsqrt(1 - beta2**step), rate])
-    sums, updated = squares(arrays), []
+    square, updated = squares(arrays).sum(), []
+    rates = mx.stack([1 - weight_decay * rate, rate / (1 - beta1**step), mx.rsqrt(1 - beta2**step), square])
     for group in (tensors[i:i + GROUP] for i in range(0, len(tensors), GROUP)):
         constants = dict(BETA1=float(beta1), BETA2=float(beta2), ADAM_EPS=float(opt.eps),
                          DECAYS=tuple(p.ndim > 1 for p, *_ in group))
         count, fields = range(len(group)), ("p", "g", "m", "v", "new_p", "new_m", "new_v")  # as in gpu_train.cu
-        parameters = [*(f"const float* {field}{i}" for i in count for field in fields[:4]), "const float* sums",
-                      "const float* rates", *(f"float* {field}{i}" for i in count for field in fields[4:]), "int n",
-                      "float largest"]
+        parameters = [*(f"const float* {field}{i}" for i in count for field in fields[:4]), "const float* rates",
+                      *(f"float* {field}{i}" for i in count for field in fields[4:]), "float largest"]
         cases = [" ".join(f"x.{field} = {field}{i};" for field in fields) for i in count]
         updated += run_over("adam", mx.float32, constants, "Tensor", cases, [p.size for p, *_ in group], parameters,
-                            [*(x for tensor in group for x in tensor), sums, rates],
-                            [(p.shape, mx.float32) for p, *_ in group for _ in "pmv"], [sums.size, float(largest)],
-                            ", sums, rates, n, largest")
+                            [*(x for tensor in group for x in tensor), rates],
+                            [(p.shape, mx.float32) for p, *_ in group for _ in "pmv"], [float(largest)],
+                            ", rates, largest")
     model.update(tree_unflatten(list(zip(names, updated[::3], strict=True))))
     for name, m, v in zip(names, updated[1::3], updated[2::3], strict=True):
         place = opt.state
         for part in name.split("."):
             place = place[int(part) if isinstance(place, list) else part]
         place["m"], place["v"] = m, v
-    return mx.sqrt(sums.sum())
+    return mx.sqrt(square)
 
 
 if __name__ == "__main__":

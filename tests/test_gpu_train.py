@@ -220,7 +220,7 @@ def test_loss(monkeypatch):
 @compiles
 def test_adamw(monkeypatch):
     """Three updates of arrays of odd sizes, in groups: clipped or not; matrices decay; the state is optim.Adam's."""
-    monkeypatch.setattr(gpu_train, "GROUP", 12)
+    monkeypatch.setattr(gpu_train, "READ", 12)
     monkeypatch.setattr(gpu_train, "PIECE", 100)
     gpt = build(dict(n_layer=1, n_head=1, n_embd=17, head_dim=16, ffn_dim=9, vocab_size=23, **GPT2))
     opt = optim.Adam(3e-2, betas=[0.9, 0.95], bias_correction=True)
