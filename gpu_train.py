@@ -7,7 +7,7 @@ gate and values. For the backward pass a block keeps its input, the queries, key
 the residual stream after it, and the input of the activation.
 
 The plain form of all this is model.py, which computes where a function here returns None: settings, sizes and layers
-that are not known, another device. Deleting this file and gpu_train.cu costs speed and memory, and nothing else.
+that are not known, another device. Deleting this file and gpu_train.cu costs speed and nothing else.
 """
 import contextlib
 import ctypes
@@ -440,6 +440,7 @@ def loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.array) ->
 
 # ---- the update of the parameters ------------------------------------------------------------------------------------
 
+
 def squares(gradients: list[mx.array]) -> mx.array:
     """Parts of the sum of the squares of all gradients, float32."""
     found = []
@@ -474,6 +475,8 @@ def adamw(model: nn.Module, opt: optim.Optimizer, gradients: dict, largest: floa
     names = [name for name, _ in tree_flatten(gradients)]
     parameters = dict(tree_flatten(model.trainable_parameters()))
     state = dict(tree_flatten(opt.state))
+    if opt._schedulers or any(f"{name}.m" not in state for name in names):
+        return None
     tensors = [(parameters[name], g, state[f"{name}.m"], state[f"{name}.v"])
                for name, g in zip(names, arrays, strict=True)]
     if floats([x for tensor in tensors for x in tensor]) is None:

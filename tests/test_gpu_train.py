@@ -367,7 +367,8 @@ def test_not_in_training(monkeypatch):
 def test_optimizers_that_are_not_known():
     gpt = build({})
     grads = gpt.trainable_parameters()
-    for opt in (optim.Lion(1e-3), optim.AdamW(1e-3), optim.Adam(1e-3)):
+    for opt in (optim.Lion(1e-3), optim.AdamW(1e-3), optim.Adam(1e-3), optim.Adam(1e-3, bias_correction=True),
+                optim.Adam(lambda step: 1e-3, bias_correction=True)):
         assert gpu_train.adamw(gpt, opt, grads, 1.0, 0.1) is None
     gpt.set_dtype(mx.bfloat16)
     opt = optim.Adam(1e-3, bias_correction=True)
