@@ -34,7 +34,7 @@ BLOCK = """Block.__call__ Block.normed Block.scaled Attention.__call__ Attention
 Attention.keys_values MLP.__call__ Linear.__call__ RMSNorm.__call__ LayerNorm.__call__ attend score_mask rope rotary
 gelu_tanh"""  # of model.py, that cpu_train.c mirrors
 LOSS = "GPT.project chunked_loss cross_entropy"
-MIRRORED = {BLOCK: "d7b73264b5c7c634", LOSS: "65d1898152e3f783"}  # see source_hash()
+MIRRORED = {BLOCK: "1fb8020470b7d6b7", LOSS: "a742812d20b0de07"}  # see source_hash()
 SOURCES = [os.path.join(matvec.FOLDER, name) for name in ("matvec.c", "cpu_train.c")]
 
 
@@ -263,7 +263,7 @@ def clip_grad_norm(grads: dict, max_norm: float) -> tuple[dict, mx.array]:
     return grads, mx.array(norm)
 
 
-class Adam(optim.Adam):
+class AdamOnCPU(optim.Adam):
     """mlx.optimizers.Adam with bias correction. cpu_train.c computes it in one pass over all numbers, on every core. It
     writes the new means in place of the old ones."""
 
@@ -285,6 +285,9 @@ class Adam(optim.Adam):
             b1, b2, rate / (1 - b1**step), (1 - b2**step) ** -0.5, self.eps)), matvec.threads())
         updated = iter(columns[4])
         return tree_map(lambda _: mx.array(next(updated)), gradients)
+
+
+Adam = AdamOnCPU if mx.default_device() == mx.cpu else optim.Adam
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from config import UserError, check_output, overrides
 from conversations import encode, entries_to_keep, row_length, template_for_training, written
 from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
 from lora import merge as merge_adapters
-from model import GPT, LOSS_CHUNK, ON_CPU, VERSION, compute_dtype, cross_entropy, load_arrays, save_arrays
+from model import GPT, LOSS_CHUNK, ON_CPU, VERSION, compute_dtype, cross_entropy, gpu_train, load_arrays, save_arrays
 from records import read_labelled, read_preferences, show, split, without
 from tokenizer import Tokenizer
 
@@ -424,7 +424,9 @@ def gradients(batch, share):
 @compiled
 def update(grads):
     """Clip and apply. Returns the gradient's norm before clipping."""
-    grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
+    if gpu_train and (length := gpu_train.adamw(model, opt, grads, grad_clip or math.inf, 0.0)) is not None:
+        return length
+    grads, length = (gpu_train or optim).clip_grad_norm(grads, grad_clip or math.inf)
     opt.update(model, grads)
     return length
 

@@ -54,6 +54,10 @@ try:
     import gpu_sample  # drawing of tokens on an NVIDIA GPU
 except ImportError:
     gpu_sample = None
+try:
+    import gpu_train  # and training there
+except ImportError:
+    gpu_train = None
 FAST_CPU = ON_CPU and cpu is not None
 if mx.cuda.is_available():  # a smaller queue of work frees memory sooner: a third less memory at 1% less speed
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "500")
@@ -245,11 +249,15 @@ class Embedding(nn.Embedding):
 
 class RMSNorm(nn.RMSNorm):
     def __call__(self, x: mx.array) -> mx.array:
+        if gpu_train and (y := gpu_train.norm(self, x)) is not None:
+            return y
         return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
     def __call__(self, x: mx.array) -> mx.array:
+        if gpu_train and (y := gpu_train.norm(self, x)) is not None:
+            return y
         bias = self.bias.astype(x.dtype) if "bias" in self else None
         return mx.fast.layer_norm(x, self.weight.astype(x.dtype), bias, self.eps)
 
@@ -1160,6 +1168,9 @@ class Block(nn.Module):
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         if cpu_train and (y := cpu_train.block_output(self, x, offset, cache, tap, carry)) is not None:
             return y
+        if gpu_train and self.training and cache is None and tap is no_tap and not carry:
+            if (y := gpu_train.block(self, x, offset)) is not None:
+                return y
         y = self.attn(self.normed("attn_norm", x), offset, cache, tap, carry)
         y = tap("attn", self.layer, self.scaled(self.normed("attn_post_norm", y)))
         if "dropout" in carry:  # dropout
@@ -1614,6 +1625,8 @@ def chunked_loss(model: GPT, x: mx.array, targets: mx.array, weights: mx.array) 
     In training each chunk's gradients are computed while its logits are there, and before the next chunk begins (as in
     Liger kernels, Hsu et al. 2024): the logits are neither stored for the backward pass nor computed twice.
     """
+    if gpu_train and model.training and (total := gpu_train.loss(model, x, targets, weights)) is not None:
+        return total
     rows = max(1, LOSS_CHUNK // model.config.vocab_size)
     starts = range(0, x.shape[0], rows)
     head = model.embed if model.config.tie else model.head

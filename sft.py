@@ -62,7 +62,7 @@ from conversations import (
 )
 from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
 from lora import merge as merge_adapters
-from model import ON_CPU, PADDING, VERSION, compute_dtype, generate, load_arrays, no_tap, save_arrays
+from model import ON_CPU, PADDING, VERSION, compute_dtype, generate, gpu_train, load_arrays, no_tap, save_arrays
 from muon import Muon, by_muon
 from records import read_conversations, show, split, without
 from tokenizer import Tokenizer
@@ -275,7 +275,9 @@ def gradients(batch, share):
 @compiled
 def update(grads):
     """Clip, decay, and apply. Returns the gradient's norm before clipping."""
-    grads, length = optim.clip_grad_norm(grads, grad_clip or math.inf)
+    if gpu_train and (length := gpu_train.adamw(model, opt, grads, grad_clip or math.inf, weight_decay)) is not None:
+        return length
+    grads, length = (gpu_train or optim).clip_grad_norm(grads, grad_clip or math.inf)
 
     def decay(path: str, p: mx.array) -> mx.array:
         rate = muon.learning_rate if optimizer == "muon" and by_muon(path, p) else rest.learning_rate

@@ -59,6 +59,7 @@ from model import (
     GPTConfig,
     compute_dtype,
     generate,
+    gpu_train,
     load_arrays,
     load_checkpoint,
     rebalance,  # moe
@@ -352,7 +353,9 @@ def gradients(x, y):
 @compiled
 def update(grads):
     """Clip, decay, and apply. Returns the gradient's norm before clipping."""
-    grads, length = clip_grad_norm(grads, grad_clip or math.inf)
+    if gpu_train and (length := gpu_train.adamw(model, opt, grads, grad_clip or math.inf, weight_decay)) is not None:
+        return length
+    grads, length = (clip_grad_norm if ON_CPU else (gpu_train or optim).clip_grad_norm)(grads, grad_clip or math.inf)
 
     def decay(path: str, p: mx.array) -> mx.array:
         rate = muon.learning_rate if optimizer == "muon" and by_muon(path, p) else rest.learning_rate

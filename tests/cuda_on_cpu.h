@@ -1,4 +1,4 @@
-// What gpu_decode.cu needs of CUDA, on a processor: for tests. A thread block is a thread of the system, and its threads are
+// What gpu_decode.cu and gpu_train.cu need of CUDA, on a processor: for tests. A thread block is a thread of the system, and its threads are
 // coroutines, which take turns where they wait for each other.
 
 #include <sched.h>
@@ -42,6 +42,13 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   std::memcpy(&found, &all, 4);
   return found;
 }
+
+struct bfloat16 { __nv_bfloat16 x; };
+struct float16 { _Float16 x; };
+inline float number(bfloat16 x) { return __bfloat162float(x.x); }
+inline float number(float16 x) { return x.x; }
+inline void round_to(bfloat16& y, float x) { y.x = __nv_bfloat16(x); }
+inline void round_to(float16& y, float x) { y.x = x; }
 
 constexpr int MOST_THREADS = 1024, STACK = 1 << 16;
 struct Block {
@@ -138,12 +145,15 @@ inline void thread_begins() {
   give_way();
 }
 
-// Run body(argument) in `blocks` thread blocks of `size` threads.
+// Run body(argument) in `blocks` thread blocks of `size` threads. So many run at a time: those of kernels that wait for all
+// must not be more.
+constexpr int AT_A_TIME = 4;
 inline void launch(int blocks, int size, int shared_bytes, void (*body)(void*), void* argument) {
   std::vector<std::thread> all;
-  for (int i = 0; i < blocks; i++)
+  for (int i = 0; i < blocks; i++) {
+    if (i >= AT_A_TIME) all[i - AT_A_TIME].join();
     all.emplace_back([=] {
-      std::vector<char> stacks((size_t)size * STACK);
+      std::unique_ptr<char[]> stacks(new char[(size_t)size * STACK]);
       auto own = std::make_unique<Block>();
       block = own.get();
       *block = {};
@@ -158,7 +168,9 @@ inline void launch(int blocks, int size, int shared_bytes, void (*body)(void*), 
       }
       swapcontext(&block->begin, &block->threads[0]);
     });
-  for (auto& each : all) each.join();
+  }
+  for (auto& each : all)
+    if (each.joinable()) each.join();
 }
 
 // ---- what gpu_window.cu needs further ------------------------------------------------------------------------------
