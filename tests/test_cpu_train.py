@@ -309,7 +309,8 @@ def test_adam_is_that_of_mlx(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(bias_correction=False), dict(learning_rate=optim.linear_schedule(0.1, 0, 9)), "bfloat16"], ids=str)
+    dict(bias_correction=False), dict(learning_rate=optim.linear_schedule(0.1, 0, 9)), "bfloat16"],
+    ids=["no correction", "a schedule", "bfloat16"])
 def test_adam_by_mlx(settings):
     """For all else MLX's own Adam is used."""
     found = []
