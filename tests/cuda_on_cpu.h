@@ -177,9 +177,9 @@ inline void launch(int blocks, int size, int shared_bytes, void (*body)(void*), 
 
 using std::max;
 using std::memcpy;
-template <typename T> struct Eight { T x[8]; T operator[](int i) const { return x[i]; } };
-using Shape = Eight<int>;
-using Strides = Eight<long long>;
+template <typename T> struct EightOf { T x[8]; T operator[](int i) const { return x[i]; } };
+using Shape = EightOf<int>;
+using Strides = EightOf<long long>;
 inline float power_of_2(float x) { return std::exp2(x); }
 inline unsigned pair_of(__nv_bfloat16 x, __nv_bfloat16 y) { return x.bits | (unsigned)y.bits << 16; }
 #define PAIR(type) both = pair_of(__nv_bfloat16(x), __nv_bfloat16(y))

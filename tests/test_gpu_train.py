@@ -76,6 +76,7 @@ def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(gpu_train, "compiled", lambda source: source.encode())
     monkeypatch.setattr(gpu_train, "usable", lambda x: x.dtype in gpu_train.TYPES)
     monkeypatch.setattr(gpu_train, "BLOCKS", 3)
+    monkeypatch.setattr(core, "cpu_train", None)
     yield
     gpu_train.kernel.cache_clear()
 
