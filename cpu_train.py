@@ -195,11 +195,11 @@ def head_loss(model: nn.Module, x: mx.array, targets: mx.array, weights: mx.arra
     computed at once, and so are its gradients. None where model.py must do it."""
     import model as plain
     head, config = model.embed if model.config.tie else model.head, model.config
-    N, (V, C) = len(x), head.weight.shape
-    if not model.training or mx.default_device() != mx.cpu or not N or not library() or not is_mirrored(LOSS):
+    if not model.training or mx.default_device() != mx.cpu or not len(x) or not library() or not is_mirrored(LOSS):
         return None
     if type(head) not in (plain.Linear, plain.Embedding) or "bias" in head or getattr(config, "softcap", 0):
         return None
+    N, (V, C) = len(x), head.weight.shape
     if V % 8 or C % 8 or x.dtype != mx.float32 or head.weight.dtype != mx.float32:
         return None
     shape = Shape(batch=1, length=N, width=C, threads=matvec.threads(),

@@ -46,7 +46,7 @@ def draw(logits: mx.array, keys: mx.array, temperature: float, top_k: int, min_p
     """A token for each row of logits (B, V) -> (B,). keys: (2,), from which mx.random.categorical() would draw all
     rows, or (B, 2), one for each row. None where MLX must draw."""
     B, V = logits.shape
-    known = temperature == 0 or 0 < top_k <= min(THREADS, V)
+    known = keys is not None and (temperature == 0 or 0 < top_k <= min(THREADS, V))
     if not known or logits.dtype not in TYPES or not on_gpu() or (run := kernel(logits.dtype, V)) is None:
         return None
     settings = packed_settings(0 if temperature == 0 else top_k, keys.size // 2, temperature, min_p)

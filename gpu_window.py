@@ -120,5 +120,5 @@ def attention(config, q: mx.array, k: mx.array, v: mx.array, offset: int | mx.ar
 
 
 if __name__ == "__main__":
-    print("gpu_window.py has no command of its own: model.py uses it in layers with a window", file=sys.stderr)
+    print("gpu_window.py has no command of its own: run train.py, which uses it", file=sys.stderr)
     sys.exit(2)

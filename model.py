@@ -1713,17 +1713,17 @@ def init_weights(model: GPT, seed: int = 0):
 
 def sample_token(logits: mx.array, key: mx.array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                  min_p: float = 0.0) -> mx.array:
-    """Draw one token a row: logits (B, V) -> (B,), with a key, or with keys (B, 2), one a row. temperature 0 takes the
-    most probable one. The filters, in order: top_k (keep the k most probable; 0: all), top_p (the fewest whose
-    probabilities sum to p; Holtzman et al. 2020), min_p (those with at least min_p times the largest probability;
-    Nguyen et al. 2024)."""
+    """Draw one token a row: logits (B, V) -> (B,), with a key, with keys (B, 2), one a row, or with None, by MLX's own
+    random state. temperature 0 takes the most probable one. The filters, in order: top_k (keep the k most probable; 0:
+    all), top_p (the fewest whose probabilities sum to p; Holtzman et al. 2020), min_p (those with at least min_p times
+    the largest probability; Nguyen et al. 2024)."""
     if gpu_sample and top_p == 1 and (
             tokens := gpu_sample.draw(logits, key, temperature, top_k, min_p)) is not None:
         return tokens
     if temperature == 0:
         return mx.argmax(logits, axis=-1)
     logits = filtered(logits, temperature, top_k, top_p, min_p)
-    if key.ndim == 1:
+    if key is None or key.ndim == 1:
         return mx.random.categorical(logits, key=key)
     noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[-1:], key=key))(key)  # with it, the largest one is a draw
     return mx.argmax(logits + noise, axis=-1)

@@ -120,7 +120,7 @@ def in_transformers(folder: Path):
 
 
 def logits_here(model: GPT, length: int = LENGTH) -> np.ndarray:
-    return np.array(model(mx.array(tokens(length))).astype(mx.float32))
+    return np.array(model.eval()(mx.array(tokens(length))).astype(mx.float32))
 
 
 def logits_cached(model: GPT, length: int = LENGTH) -> np.ndarray:

@@ -136,6 +136,8 @@ def test_first_update_by_muon(folder, tmp_path, kind):
         if name.startswith("blocks.") and change.ndim > 1:
             assert 0.65 < np.linalg.norm(change, 2) / (0.5 * max(1, len(change) / len(change.T))**0.5) < 1.25, name
         else:
+            if name == "embed.weight":  # bytes that occur: gradients of others are as small as Adam's epsilon
+                change = change[list(b"aeinorst ")]
             moved = np.abs(change[np.abs(change) > 1e-5])
             assert moved.max() < 1.01e-3 and np.median(moved) > 0.9e-3, name
     if kind == "full":  # the decay of a matrix goes by the learning rate of its optimizer
