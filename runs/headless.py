@@ -27,6 +27,14 @@ def installed() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def program_of(browser: str) -> str:
+    """The program of a browser, "": the one that is installed. UserError if there is none."""
+    program = browser or installed()
+    if not program or not shutil.which(program):
+        raise UserError(f"there is no browser {browser}: install chromium, or give --browser=PATH".replace("  ", " "))
+    return program
+
+
 def run_in_browser(module: str, browser: str = "", folder: str = "", software: bool = False, timeout: float = 500.0,
                    say=lambda line: print(line, flush=True)):
     """Run JavaScript on a page whose server has webgpu/, and a folder's files as /files/NAME. say(line) is called with
@@ -34,9 +42,7 @@ def run_in_browser(module: str, browser: str = "", folder: str = "", software: b
     graphics card. timeout: seconds. UserError if the script throws an error."""
     if not 0 < timeout < 1e6:
         raise UserError(f"timeout={timeout:g}: it must be over 0 and below 1,000,000 seconds")
-    program = browser or installed()
-    if not program or not shutil.which(program):
-        raise UserError(f"there is no browser {browser}: install chromium, or give --browser=PATH".replace("  ", " "))
+    program = program_of(browser)
     over, failures = threading.Event(), []
 
     class Handler(SimpleHTTPRequestHandler):

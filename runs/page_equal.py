@@ -19,7 +19,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from config import UserError, overrides  # noqa: E402
-from runs.headless import run_in_browser  # noqa: E402
+from runs.headless import program_of, run_in_browser  # noqa: E402
 
 browser = ""          # a Chromium; "": chromium or google-chrome, where it is installed
 folder = "out-page"   # where the checkpoints and what MLX computes are kept
@@ -133,6 +133,8 @@ def make():
 
 
 if __name__ == "__main__":
+    if browser:
+        program_of(browser)  # UserError, before MLX computes for a minute
     if not os.path.exists(folder):
         make()
     if not os.path.exists(os.path.join(folder, "cases.json")):

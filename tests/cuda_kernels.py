@@ -18,14 +18,25 @@ compiles = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil
                               reason="no g++, or not Linux")  # where g++ is and the kernels do not compile, tests fail
 TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.uint32: "uint32_t",
          mx.int32: "int32_t"}
-FOLDER = Path(tempfile.mkdtemp())
+KEPT = tempfile.TemporaryDirectory()  # until the process ends
+FOLDER = Path(KEPT.name)
+
+
+def library_of(code: str) -> ctypes.CDLL:
+    """C++ source text that includes cuda_on_cpu.h, compiled and loaded, once for all tests of a process."""
+    path = FOLDER / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.with_suffix(".cpp").write_text(code)
+        subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'tests'}",
+                        path.with_suffix(".cpp"), "-o", path], check=True)
+    return ctypes.CDLL(str(path))
 
 
 def cuda_kernel(name, input_names, output_names, source, header="", shared_memory=0):
     """As mx.fast.cuda_kernel(), for kernels without templates, whose arrays are row-contiguous."""
 
     def kernel(inputs, grid, threadgroup, output_shapes, output_dtypes):
-        made = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+        made = [mx.full(shape, 99, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         arrays = [*map(mx.contiguous, inputs), *made]
         mx.eval(arrays)
         kinds = ["const " * (i < len(inputs)) + TYPES[array.dtype] + "*" for i, array in enumerate(arrays)]
@@ -41,13 +52,8 @@ static void body(void* given) {{
 extern "C" void run(int blocks, int threads, void** arguments) {{
   launch(blocks, threads, {shared_memory}, body, arguments);
 }}"""
-        path = FOLDER / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
-        if not path.exists():
-            path.with_suffix(".cpp").write_text(code)
-            subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'tests'}",
-                            path.with_suffix(".cpp"), "-o", path], check=True)
         addresses = (ctypes.c_void_p * len(arrays))(*map(matvec.address, arrays))
-        ctypes.CDLL(str(path)).run(grid[0] // threadgroup[0], threadgroup[0], addresses)
+        library_of(code).run(grid[0] // threadgroup[0], threadgroup[0], addresses)
         return made
 
     return kernel

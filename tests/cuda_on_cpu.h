@@ -1,4 +1,4 @@
-// What gpu_decode.cu and gpu_train.cu need of CUDA, on a processor: for tests. A thread block is a thread of the system, and its threads are
+// What gpu_*.cu need of CUDA, on a processor: for tests. A thread block is a thread of the system, and its threads are
 // coroutines, which take turns where they wait for each other.
 
 #include <sched.h>
@@ -206,6 +206,7 @@ inline void load_matrices(unsigned (&w)[4], const void* from, bool transposed) {
   __syncwarp();
 }
 #define LOAD_MATRICES(transposed) load_matrices(w, from, transposed[0])
+
 // ---- for gpu_experts.cu ------------------------------------------------------------------------------------------------
 
 #define __forceinline__ inline
@@ -245,22 +246,8 @@ template <int MORE> void wait_for_stages() {
 }
 
 template <bool TURNED> void load_matrices(const void* row, uint2& first, uint2& second) {
-  std::memcpy(block->words[threadIdx.x], &row, sizeof row);
-  __syncwarp();
-  int lane = threadIdx.x % 32;
-  unsigned found[4];
-  for (int i = 0; i < 4; i++) {
-    uint16_t both[2];
-    for (int j = 0; j < 2; j++) {
-      int r = lane / 4, c = lane % 4 * 2 + j;
-      if (TURNED) std::swap(r, c);
-      const uint16_t* from;
-      std::memcpy(&from, block->words[threadIdx.x - lane + 8 * i + r], sizeof from);
-      both[j] = from[c];
-    }
-    std::memcpy(&found[i], both, 4);
-  }
-  first = {found[0], found[1]}, second = {found[2], found[3]};
-  __syncwarp();
+  unsigned w[4];
+  load_matrices(w, row, TURNED);
+  first = {w[0], w[1]}, second = {w[2], w[3]};
 }
 inline void touch(const int*) {}

@@ -1,7 +1,5 @@
 """gpu_experts.cu, compiled for the processor by tests/cuda_on_cpu.h, against float64 and model.py; and where it must
 not be used. On a GPU, python runs/gpu_experts_check.py compares more, with the code that runs there."""
-import ctypes
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -12,49 +10,17 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
+from cuda_kernels import compiles, cuda_kernel
 from mlx.utils import tree_flatten
 
 import gpu_experts
-import matvec
 import model as core
 from model import GPT, GPTConfig
 
-compiles = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
-                              reason="no g++, or not Linux")  # where g++ is and the kernels do not compile, tests fail
-
 
 @pytest.fixture(autouse=True)
-def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
+def as_if_on_a_gpu(monkeypatch):
     """gpu_experts.py believes in a GPU with three multiprocessors, whose kernels g++ compiles."""
-    folder = tmp_path_factory.getbasetemp() / "experts"
-    folder.mkdir(exist_ok=True)
-
-    def cuda_kernel(name, inputs, outputs, source, header, shared_memory):
-        kinds = header.rsplit(f"custom_kernel_{name}(", 1)[1].split(")")[0].split(", ")
-        names = [*inputs, *outputs]
-        arguments = "".join(f"{kind} {each} = ({kind})arguments[{i}];\n"
-                            for i, (kind, each) in enumerate(zip(kinds, names, strict=True)))
-        code = "\n".join(['#include "cuda_on_cpu.h"', header.replace("#include <cuda_", "// <cuda_"),
-                          "static void body(void* given) {", "void** arguments = (void**)given;", arguments, source,
-                          '} extern "C" void run(void** arguments, int blocks, int threads) {',
-                          f"launch(blocks, threads, {shared_memory}, body, arguments); }}"])
-        path = folder / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
-        if not path.exists():
-            path.with_suffix(".cpp").write_text(code)
-            subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'tests'}",
-                            path.with_suffix(".cpp"), "-o", path], check=True)
-        library = ctypes.CDLL(str(path))
-
-        def kernel(inputs, grid, threadgroup, output_shapes, output_dtypes):
-            made = [mx.full(shape, 99, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
-            arrays = [mx.contiguous(array) for array in inputs] + made
-            mx.eval(arrays)
-            library.run((ctypes.c_void_p * len(arrays))(*map(matvec.address, arrays)), grid[0] // threadgroup[0],
-                        threadgroup[0])
-            return made
-
-        return kernel
-
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
     monkeypatch.setattr(gpu_experts, "device", lambda: (3, 101_376, 8))
     monkeypatch.setattr(gpu_experts, "on_gpu", lambda: True)

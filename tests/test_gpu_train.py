@@ -1,7 +1,6 @@
 """gpu_train.cu, compiled for the processor by tests/cuda_on_cpu.h, against float64 and model.py; and where it must not
 be used. On a GPU, python runs/gpu_train_check.py compares more, with the code that runs there."""
 import ctypes
-import hashlib
 import math
 import re
 import shutil
@@ -15,6 +14,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import ROOT
+from cuda_kernels import compiles, library_of
 from decoding import build, tokens
 from mlx.utils import tree_flatten, tree_map
 
@@ -24,8 +24,6 @@ import model as core
 from lora import attach
 from model import DOCUMENT, GPTConfig
 
-compiles = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
-                              reason="no g++, or not Linux")  # where g++ is and the kernels do not compile, tests fail
 GPT2 = dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False)
 SETTINGS = {
     "default": {},
@@ -38,11 +36,8 @@ SCALARS = {int: ctypes.c_int, float: ctypes.c_float}
 
 
 @pytest.fixture(autouse=True)
-def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
+def as_if_on_a_gpu(monkeypatch):
     """gpu_train.py believes in a GPU, whose kernels g++ compiles."""
-    folder = tmp_path_factory.getbasetemp() / "kernels"
-    folder.mkdir(exist_ok=True)
-
     def library(source: str, name: str) -> ctypes.CDLL:
         parameters = re.search(rf"__launch_bounds__\([^)]*\) {name}\(([^)]*)\) {{", source).group(1).split(",")
         kinds = [parameter.replace("__restrict__", "").strip().rsplit(" ", 1)[0].strip() for parameter in parameters]
@@ -52,12 +47,7 @@ def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
                           f"void** given = (void**)all; {name}({given}); }}",
                           'extern "C" void launch_it(int blocks, int threads, void** given) {',
                           "launch(blocks, threads, 0, body, given); }"])
-        path = folder / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
-        if not path.exists():
-            path.with_suffix(".cpp").write_text(code)
-            subprocess.run(["g++", "-std=c++17", "-Og", "-w", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'tests'}",
-                            path.with_suffix(".cpp"), "-o", path], check=True)
-        return ctypes.CDLL(str(path))
+        return library_of(code)
 
     def run(name, compiled_source, inputs, output_shapes, output_dtypes, scalars, grid, threadgroup,
             ensure_row_contiguous):

@@ -1,7 +1,6 @@
 """gpu_window.cu, compiled for the processor by tests/cuda_on_cpu.h, against attention in float64 and model.py; and
 where it must not be used. On a GPU, python runs/gpu_window_check.py compares more, with the code that runs there."""
 import ctypes
-import hashlib
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
+from cuda_kernels import compiles, library_of
 from mlx.utils import tree_flatten
 
 import gpu_window
@@ -20,15 +20,11 @@ import matvec
 import model as core
 from model import GPT, GPTConfig
 
-compiles = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
-                              reason="no g++, or not Linux")  # where g++ is and the kernels do not compile, tests fail
-
 
 @pytest.fixture(autouse=True)
-def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
+def as_if_on_a_gpu(monkeypatch):
     """gpu_window.py believes in a GPU, whose kernels g++ compiles. The fixture is the list of kernels that have run."""
-    folder, ran = tmp_path_factory.getbasetemp() / "kernels", []
-    folder.mkdir(exist_ok=True)
+    ran = []
 
     def cuda_kernel(name, inputs, outputs, source, header, ensure_row_contiguous, shared_memory):
         header, declared = header.rsplit("namespace mlx::core::cu", 1)
@@ -42,12 +38,7 @@ def as_if_on_a_gpu(monkeypatch, tmp_path_factory):
                           "static void body(void* all) {", "void** arguments = (void**)all;", given, source,
                           f'}} extern "C" void run(int blocks, void** arguments) {{ launch(blocks, THREADS, '
                           f"{shared_memory}, body, arguments); }}"])
-        path = folder / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
-        if not path.exists():
-            path.with_suffix(".cpp").write_text(code)
-            subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'tests'}",
-                            path.with_suffix(".cpp"), "-o", path], check=True)
-        library = ctypes.CDLL(str(path))
+        library = library_of(code)
 
         def run(inputs_, grid, threadgroup, output_shapes, output_dtypes):
             made = [mx.full(shape, float("nan"), dtype) for shape, dtype in zip(output_shapes, output_dtypes,
