@@ -50,7 +50,7 @@ from tqdm import tqdm
 import bench_growth
 import readers
 from batching import generate_many
-from bench_peers import serve
+from bench_peers import serve, time_of_writing
 from config import UserError, overrides
 from draw import check_folder, write_whole
 from draw import growth as draw_growth
@@ -163,15 +163,7 @@ def our_writing(model: GPT, task: dict):
     """A function that reads prompts and writes task["new"] tokens, the first of them before the time begins."""
     prompt = mx.random.randint(0, model.config.vocab_size, (task["batch"], task["prompt"])).tolist()
 
-    def write():
-        written = generate(model, prompt, task["new"], task["temperature"], task["top_k"])
-        next(written)
-        began = time.perf_counter()
-        for _ in written:
-            pass
-        return time.perf_counter() - began if task["kind"] == "write" else None
-
-    return write
+    return lambda: time_of_writing(task, generate(model, prompt, task["new"], task["temperature"], task["top_k"]))
 
 
 def our_many(model: GPT, task: dict):

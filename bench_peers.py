@@ -16,6 +16,15 @@ import time
 from functools import partial
 
 
+def time_of_writing(task: dict, tokens) -> float | None:
+    """Read an iterator of tokens to its end: the seconds after its first one, or None for a task of all the time."""
+    next(tokens)
+    began = time.perf_counter()
+    for _ in tokens:
+        pass
+    return time.perf_counter() - began if task["kind"] == "write" else None
+
+
 def serve(task: dict, works: list, peak):
     """Do the tasks that bench.py asks for. works: functions that return the seconds of what is to be timed, or None for
     all of their time. peak: a function that returns GiB."""
@@ -221,15 +230,7 @@ def mlx_lm_works(task: dict):
             while found := batch.next_generated():
                 yield found
 
-        def write():
-            written = tokens()
-            next(written)
-            began = time.perf_counter()
-            for _ in written:
-                pass
-            return time.perf_counter() - began if task["kind"] == "write" else None
-
-        return write
+        return lambda: time_of_writing(task, tokens())
 
     def many(task):
         def write():
