@@ -1,6 +1,6 @@
 """Train a GPT on your own text.
 
-    python train.py                          # on Python's own source text: 3 minutes on two CPU cores
+    python train.py                          # on Python's own source text: 2 minutes on two CPU cores
     ...
     step    450 | loss 4.2759 | lr 1.0e-03 5.0e-03 | norm 0.63 |   5,213 tok/s
     step    450 | val  4.2930 | ppl   73.2 | bpb 1.6326 | 0.35 GiB | best
