@@ -35,7 +35,6 @@ In Python:
     >>> logits = swap(model, mx.array([5, 17, 2]), mx.array([5, 18, 2]))   # (n_layer, T, V), of the last position
     >>> logits = ablate(model, mx.array([[5, 17, 2]]), "mlp", 3, "zero")   # (B, T, V)
 """
-import math
 import os
 from collections.abc import Callable, Iterable
 
@@ -45,7 +44,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, check_output, overrides
-from draw import check_finite, grid, heat_map, labels, page, pictures, prompt_ids, short, state_name
+from draw import labels, pictures, prompt_ids
+from inside import SITES as NAMES
+from inside import Table, about, log_p, measured, numbered, one_token, prompt_of, record, routed, rows_of
 from model import GPT, compute_dtype, load_checkpoint, no_tap
 from score import read_tokens, window_length, windows
 from tokenizer import Tokenizer
@@ -77,40 +78,7 @@ settings = overrides(globals(), "checkpoint")
 
 # ---- patching --------------------------------------------------------------------------------------------------------
 
-SITES = {"resid": "residual stream", "attn": "attention", "mlp": "MLP"}
-
-
-def routed(model: GPT, layer: int, stream: mx.array) -> tuple[mx.array, mx.array]:
-    """For the stream (B, T, C) that enters a block: whether the block computes each token, and the token's row in the
-    arrays that the block taps, both (B, T). With mod=topk, skipped tokens come after the others in these arrays."""
-    block, shape = model.blocks[layer], stream.shape[:2]
-    if "predictor" not in block:
-        return mx.ones(shape, mx.bool_), mx.broadcast_to(mx.arange(shape[1]), shape)
-    chosen, order = block.taken(stream)
-    return chosen, mx.argsort(order, axis=1)
-
-
-def record(model: GPT, idx: mx.array, noisy: Callable | None = None) -> dict[tuple[str, int], mx.array]:
-    """The states (B, T, C) of tokens (B, T) at each (site, layer), 0 where a block skips a token. noisy: a function
-    that is applied to the embeddings."""
-    found = {}
-
-    def tap(at, layer, x):
-        if (at, layer) == ("resid", 0) and noisy is not None:
-            x = noisy(x)
-        if at in SITES:
-            found[at, layer] = x
-        return x
-
-    model.residual(idx, tap=tap)
-    if model.config.mod == "topk":
-        for layer in range(model.config.n_layer):
-            chosen, row = routed(model, layer, found["resid", layer])
-            for site in ("attn", "mlp"):
-                x = mx.take_along_axis(found[site, layer], row[..., None], axis=1)
-                found[site, layer] = mx.where(chosen[..., None], x, 0)
-    return found
-
+SITES = "resid", "attn", "mlp"
 
 def last_logits(model: GPT, idx: mx.array, tap: Callable) -> mx.array:
     """Logits (B, V) of the last position."""
@@ -204,7 +172,7 @@ def trace(model: GPT, idx: mx.array, subject: list[int], noise: mx.array, site: 
         return mx.concatenate([low for low, _ in parts]), mx.concatenate([found for _, found in parts], axis=2)
     D, T, n_layer = len(noise), len(idx), model.config.n_layer
     clean, rows = record(model, idx[None]), mx.broadcast_to(idx, (D, T))
-    states = record(model, rows, lambda x: x.at[:, mx.array(subject)].add(noise.astype(x.dtype)))
+    states = record(model, rows, noisy=lambda x: x.at[:, mx.array(subject)].add(noise.astype(x.dtype)))
     found = []
     with tqdm(total=n_layer * T * D, unit=" rows", disable=None, dynamic_ncols=True) as bar:
         for layer in range(n_layer):
@@ -275,48 +243,6 @@ def heads_of(model: GPT) -> int:
 # ---- show ------------------------------------------------------------------------------------------------------------
 
 
-def states_of(site: str, n_layer: int) -> tuple[list[str], str]:
-    """The names of the states that are replaced at a site in each layer, and what they are."""
-    if site == "resid":
-        return [state_name(layer) for layer in range(n_layer)], SITES[site]
-    return [f"layer {layer}'s {SITES[site]}" for layer in range(n_layer)], "output of"
-
-
-def show(values, rows: list[str], axis: str, columns: list[str], title: str, hovers, unit: str, picture: str):
-    """Print values (n_layer, columns) as a table, and draw them as a picture and a page, with layer 0 at the bottom.
-    axis: what the rows are."""
-    check_finite(values)
-    largest = np.abs(values).max()
-    digits = min(5, max(2, 1 - math.floor(math.log10(largest)))) if largest else 2
-
-    def signed(value, digits):
-        text = f"{value:+.{digits}f}"
-        return text if float(text) else "0"
-
-    hovers = [[f"{row}, {column}\n{more}" for column, more in zip(columns, line, strict=True)]
-              for row, line in zip(rows, hovers, strict=True)]
-    values, rows, hovers = values[::-1], rows[::-1], hovers[::-1]
-    margin, width = max(map(len, [axis, *rows])), max(digits + 5, min(11, max(map(len, columns))))
-    print(f"{title}: {unit}" if len(title) + len(unit) < 79 else f"{title}:\n{unit}")
-    step = (80 - margin) // (width + 1)  # columns that fit into 80 characters
-    for first in range(0, len(columns), step):
-        print(f"{axis:{margin}}" + "".join(f" {short(name, width):>{width}}" for name in columns[first:first + step]))
-        for name, line in zip(rows, values, strict=True):
-            texts = [signed(value, digits + 1) for value in line[first:first + step]]
-            print(f"{name:{margin}}" + "".join(f" {text:>{width}}" for text in texts))
-    texts = [[signed(value, digits) for value in line] for line in values]
-    heat_map(picture, values, rows, columns, title, texts, unit, signed=True, axis=axis)
-    picture, html = pictures(picture)
-    page(html, title, f"Colour: {unit}. Hover over a cell, or reach it with the Tab key, to see more.",
-         grid(values, rows, columns, texts, hovers, signed=True, axis=axis))
-    print(f"drawn: {picture}, {html}")
-
-
-def numbered(enc: Tokenizer, ids: list[int]) -> list[str]:
-    """The labels of tokens, with their positions."""
-    return [f"{i} {text}" for i, text in enumerate(labels(enc, ids))]
-
-
 def places(enc: Tokenizer, donor: list[int], recipient: list[int], pairs: list[tuple[int, int]] | None) -> list[str]:
     """The labels of pairs of positions: the position, or both as i:j, and the token, or both where they differ."""
     names = []
@@ -324,16 +250,6 @@ def places(enc: Tokenizer, donor: list[int], recipient: list[int], pairs: list[t
         given, had = labels(enc, [donor[i], recipient[j]])
         names.append(f"{f'{i}:{j}' if pairs else i} {given if given == had else f'{given}→{had}'}")
     return names
-
-
-def one_token(enc: Tokenizer, text: str, name: str) -> int:
-    """The first token of the setting `name`. UserError if it is empty."""
-    ids = enc.encode(text).tolist()
-    if not ids:
-        raise UserError(f"no {name}: give --{name}=TOKEN")
-    if len(ids) > 1:
-        print(f"{name} {text!r} is {len(ids)} tokens: the first, {enc.decode(ids[:1])!r}, is used")
-    return ids[0]
 
 
 def parsed_pairs(pairs: str) -> list[tuple[int, int]] | None:
@@ -356,28 +272,18 @@ def positions_of(enc: Tokenizer, ids: list[int], part: str) -> list[int]:
     return [n for n, piece in enumerate(pieces) if ends[n] > low and ends[n] - len(piece) < high and piece]
 
 
-def log_p(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def run_grid(model: GPT, enc: Tokenizer):
+def run_grid(model: GPT, enc: Tokenizer, known: dict):
     """The modes swap, zero and mean."""
-    ids = prompt_ids(enc, clean, model, "clean")
-    wanted, against = one_token(enc, target, "target"), one_token(enc, foil, "foil") if foil else None
-    if wanted == against:
-        raise UserError(f"target and foil begin with the same token, {enc.decode([wanted])!r}: give another foil")
+    prompt = prompt_of(enc, model, clean, corrupt if mode == "swap" else "", target, foil)
+    if mode == "swap" and not prompt.corrupt:
+        raise UserError("no prompt: give --corrupt=TEXT")
+    ids, of = prompt.clean, measured(enc, prompt)
 
     def measure(logits):
-        if against is None:
-            return np.array(log_p(logits)[..., wanted])
-        return np.array((logits[..., wanted] - logits[..., against]).astype(mx.float32))
+        return np.array(prompt.measure(logits))
 
-    donor, other = mx.array(ids), prompt_ids(enc, corrupt, model, "corrupt") if mode == "swap" else ids
+    donor, other = mx.array(ids), prompt.corrupt or ids
     before = measure(model(mx.array([other]))[0, -1])
-    of = f"log p({enc.decode([wanted])!r})"
-    if against is not None:
-        of = f"logit of {enc.decode([wanted])!r} less that of {enc.decode([against])!r}"
     if mode == "swap":
         at = parsed_pairs(pairs)
         best = measure(model(donor[None])[0, -1])
@@ -386,7 +292,7 @@ def run_grid(model: GPT, enc: Tokenizer):
         logits = swap(model, donor, mx.array(other), site, at, batch_size)
         values = (measure(logits) - before) / (best - before)
         columns = places(enc, ids, other, at)
-        title, unit = f"swap, {SITES[site]}", f"(patched - corrupt) / (clean - corrupt) of {of}"
+        title, unit = f"swap, {NAMES[site]}", f"(patched - corrupt) / (clean - corrupt) of {of}"
         print(f"{of}: clean {best:.4f}, corrupt {before:.4f}")
         if best < before:
             print("the clean prompt has no answer that could come back, as the target is less\n"
@@ -394,15 +300,16 @@ def run_grid(model: GPT, enc: Tokenizer):
     else:
         logits = replaced(model, donor, mode, site, [*range(len(ids))], [*range(len(ids))], batch_size)
         values, columns = measure(logits) - before, numbered(enc, ids)
-        title, unit = f"{SITES[site]} replaced by {mode}", f"change of {of}" + (", nats" if against is None else "")
+        title, unit = f"{NAMES[site]} replaced by {mode}", f"change of {of}" + (", nats" if prompt.foil is None else "")
         print(f"{of}: clean {before:.4f}")
     tops = np.array(mx.argmax(logits[..., :enc.n_vocab], axis=-1))
     hovers = [[f"{value:+.4f}\nmost probable token: {labels(enc, [int(top)])[0]}"
                for value, top in zip(*line, strict=True)] for line in zip(values, tops, strict=True)]
-    show(values, *states_of(site, len(values)), columns, title, hovers, unit, picture)
+    rows, axis = rows_of(site, len(values))
+    Table(values, rows, columns, title, unit, axis, hovers, known | {"clean": clean, "corrupt": corrupt}).show(picture)
 
 
-def run_trace(model: GPT, enc: Tokenizer):
+def run_trace(model: GPT, enc: Tokenizer, known: dict):
     ids, wanted = prompt_ids(enc, clean, model, "clean"), one_token(enc, target, "target")
     at, of = positions_of(enc, ids, subject), f"p({enc.decode([wanted])!r})"
     size = noise * model.config.embed_scale * np.array(model.embed(mx.array(ids)).astype(mx.float32)).std()
@@ -416,9 +323,10 @@ def run_trace(model: GPT, enc: Tokenizer):
     values, columns = p.mean(-1) - low.mean(), numbered(enc, ids)
     columns = [f"{name}*" if n in at else name for n, name in enumerate(columns)]
     hovers = [[f"p {each.mean():.4f}, from {each.min():.4f} to {each.max():.4f}" for each in line] for line in p]
-    title = f"trace, {SITES[site]} restored" + (f", in windows of {window} layers" if window > 1 else "")
-    rows, axis = states_of(site, len(values))
-    show(values, rows, axis, columns, f"{title} (*: has noise)", hovers, f"increase in {of}", picture)
+    title = f"trace, {NAMES[site]} restored" + (f", in windows of {window} layers" if window > 1 else "")
+    rows, axis = rows_of(site, len(values))
+    Table(values, rows, columns, f"{title} (*: has noise)", f"increase in {of}", axis, hovers,
+          known | {"clean": clean}).show(picture)
 
 
 def prompt_picture(path: str) -> str:
@@ -426,7 +334,7 @@ def prompt_picture(path: str) -> str:
     return f"{os.path.splitext(path)[0]}-prompt.png"
 
 
-def run_ablate(model: GPT, enc: Tokenizer):
+def run_ablate(model: GPT, enc: Tokenizer, known: dict):
     config = model.config
     if not data and not clean:
         raise UserError("there is nothing to measure on: give --data=FILE, or --clean and --target")
@@ -461,8 +369,8 @@ def run_ablate(model: GPT, enc: Tokenizer):
                 values[cell] = measure(ablation(model, site, cell[0], how, head)) - whole
                 bar.update()
             bar.clear()
-            show(values, rows, "without", columns, f"{how} ablation ({name} {whole:.4f} without it)",
-                 [[f"{value + whole:.4f}" for value in line] for line in values], f"change of {name}, nats", path)
+            Table(values, rows, columns, f"{how} ablation ({name} {whole:.4f} without it)", f"change of {name}, nats",
+                  "without", [[f"{value + whole:.4f}" for value in line] for line in values], known).show(path)
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -486,5 +394,6 @@ if __name__ == "__main__":
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
     enc = Tokenizer.from_dict(meta["tokenizer"])
+    known = about(checkpoint, model)
     model.set_dtype(compute_dtype("auto"))
-    (run_trace if mode == "trace" else run_ablate if mode == "ablate" else run_grid)(model, enc)
+    (run_trace if mode == "trace" else run_ablate if mode == "ablate" else run_grid)(model, enc, known)

@@ -587,7 +587,7 @@ def test_accessible(opened):
     opened.focus("#tab-lens")
     opened.keyboard.press("ArrowRight")
     assert opened.is_visible("#attention") and not opened.is_visible("#lens")
-    opened.wait_for_selector("#attention progress", state="detached", timeout=LONG)  # maps of an earlier prompt are gone
+    opened.wait_for_selector("#attention progress", state="detached", timeout=LONG)  # older maps are gone
     opened.locator("#attention .maps button[tabindex='0']").focus()
     opened.keyboard.press("ArrowDown")
     opened.keyboard.press("ArrowUp")
