@@ -52,12 +52,12 @@ class Rows(Cache):
     def column(self) -> int:
         return self.columns - 1
 
-    def read(self, model: GPT, tokens: list[list[int]], places: list[list[int]]) -> mx.array:
+    def read(self, model: GPT, tokens: mx.array, places: list[list[int]]) -> mx.array:
         """Append T tokens to each row (B, T): the logits after the last one, (B, V)."""
         self.starts = [self.columns - (place if place < PADDING else 0) for place, *_ in places]  # if T = 1
         places, self.offset = mx.array(places, dtype=mx.int32), 0  # the places tell the positions
         self.places = mx.concatenate([self.places, places], axis=1)
-        return model(mx.array(tokens, dtype=mx.int32), cache=self, places=places, last=True)[:, -1]
+        return model(tokens, cache=self, places=places, last=True)[:, -1]
 
     def shift(self, n: int):
         """Drop n columns at the left; or, with n < 0, put -n empty ones there."""
@@ -77,7 +77,7 @@ class Rows(Cache):
         """Read texts into rows, in place of what these hold: the logits after each text, (len(rows), V)."""
         P = max(map(len, texts))
         new = Rows(self.blocks, len(rows))
-        logits = new.read(model, [[0] * (P - len(ids)) + ids for ids in texts],
+        logits = new.read(model, mx.array([[0] * (P - len(ids)) + ids for ids in texts]),
                           [[PADDING] * (P - len(ids)) + [*range(len(ids))] for ids in texts])
         if self.columns < P:
             self.shift(self.columns - P)
@@ -105,12 +105,12 @@ class OneRow:
     def __init__(self, model: GPT):
         self.cache = model.make_cache()
 
-    def read(self, model: GPT, tokens: list[list[int]], places: list[list[int]]) -> mx.array:
-        return model(mx.array(tokens, dtype=mx.int32), cache=self.cache, last=True)[:, -1]
+    def read(self, model: GPT, tokens: mx.array, places: list[list[int]]) -> mx.array:
+        return model(tokens, cache=self.cache, last=True)[:, -1]
 
     def enter(self, rows: list[int], model: GPT, texts: list[list[int]]) -> mx.array:
         self.cache.clear()
-        return self.read(model, texts, [])
+        return self.read(model, mx.array(texts), [])
 
 
 def check_rows(model: GPT, batch_size: int):
@@ -141,7 +141,12 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
     lengths, counts = [0] * n, [0] * n                                        # in the cache; of new tokens
     keys = mx.zeros((n, 2), dtype=mx.uint32)
 
-    def drawn(logits: mx.array, rows: list[int]) -> list[int]:
+    tokens = mx.zeros(n, dtype=mx.int32)  # the last one of each row, V where its logits were not finite
+    unread = []  # rows, each with its number, whose last token is not in texts yet
+
+    def draw(logits: mx.array, rows: list[int]):
+        """Begin to draw a token for each of the rows."""
+        nonlocal tokens, unread
         if repetition_penalty != 1:
             seen = mx.zeros(logits.shape, dtype=mx.bool_)
             for i, row in enumerate(rows):
@@ -152,48 +157,65 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, bat
             logits = mx.where(padding, -mx.inf, logits)
         both = mx.vmap(mx.random.split)(keys[mx.array(rows)])  # a key for each text
         keys[mx.array(rows)] = both[:, 0]
-        tokens = sample_token(logits, both[:, 1], temperature, top_k, top_p, min_p)
-        finite = mx.isfinite(mx.take_along_axis(logits, mx.minimum(tokens, V - 1)[:, None], axis=-1)[:, 0])
-        return mx.where(finite, tokens, V).tolist()
+        found = sample_token(logits, both[:, 1], temperature, top_k, top_p, min_p)
+        finite = mx.isfinite(mx.take_along_axis(logits, mx.minimum(found, V - 1)[:, None], axis=-1)[:, 0])
+        tokens = mx.array(tokens)
+        tokens[mx.array(rows)] = mx.where(finite, found, V).astype(mx.int32)
+        mx.async_eval(tokens, keys)
+        unread = [(row, numbers[row]) for row in rows]
 
-    def added(rows: list[int], tokens: list[int]) -> Iterator:
-        for row, token in zip(rows, tokens, strict=True):
-            over = token in ends or counts[row] == max_new_tokens
+    def read(tokens: mx.array, unread: list[tuple[int, int]]) -> Iterator:
+        """Wait for tokens, add them to the texts, and find which texts are over."""
+        tokens = tokens.tolist() if unread else []
+        for row, number in unread:
+            if number != numbers[row]:  # this text was over one token earlier
+                continue
+            over = tokens[row] in ends or counts[row] == max_new_tokens
             if not over:
-                texts[row].append(token)
+                texts[row].append(tokens[row])
                 counts[row] += 1
-                yield numbers[row], token
-                over = counts[row] == max_new_tokens or stops(numbers[row], token)
+                yield number, tokens[row]
+                over = counts[row] == max_new_tokens or stops(number, tokens[row])
             if over:
-                yield numbers[row], None
+                yield number, None
                 numbers[row] = -1
 
+    free = True  # whether a prompt may be waiting for a free row
     while True:
-        again = [row for row in range(n) if numbers[row] >= 0 and lengths[row] == block_size]
-        for row in (row for row in range(n) if numbers[row] < 0):
+        begun = {row for row, _ in unread}
+        full = [row for row in range(n) if numbers[row] >= 0 and lengths[row] == block_size]
+        rows = [row for row in range(n) if numbers[row] >= 0 and counts[row] + (row in begun) < max_new_tokens]
+        if unread and (full or not rows or free and min(numbers) < 0 or repetition_penalty != 1):
+            yield from read(tokens, unread)
+            unread = []
+            continue
+        for row in (row for row in range(n) if numbers[row] < 0 and free):
             if (following := next(waiting, None)) is None:
+                free = False
                 break
             numbers[row], prompt = following
             texts[row], counts[row] = [*prompt], 0
             keys[row] = mx.array(np.random.SeedSequence([seed, numbers[row]]).generate_state(2))
-            again.append(row)
-        if again:  # texts that begin, or whose context is full
-            parts = [texts[row][-(block_size if counts[row] == 0 else max(1, block_size // 2)):] for row in again]
-            logits = cache.enter(again, model, parts)
-            for row, part in zip(again, parts, strict=True):
+            full.append(row)
+        if full:  # texts that begin, or whose context is full
+            parts = [texts[row][-(block_size if counts[row] == 0 else max(1, block_size // 2)):] for row in full]
+            logits = cache.enter(full, model, parts)
+            for row, part in zip(full, parts, strict=True):
                 lengths[row] = len(part)
-            yield from added(again, drawn(logits, again))
+            draw(logits, full)
             continue
-        if (spare := cache.columns - max((lengths[row] for row in range(n) if numbers[row] >= 0), default=0)) >= SPARE:
-            cache.shift(spare)
-        rows = [row for row in range(n) if numbers[row] >= 0]
         if not rows:
             return
-        logits = cache.read(model, [[texts[row][-1] if numbers[row] >= 0 else 0] for row in range(n)],
-                            [[lengths[row] if numbers[row] >= 0 else PADDING] for row in range(n)])
+        if (spare := cache.columns - max(lengths[row] for row in rows)) >= SPARE:
+            cache.shift(spare)
+        last = mx.minimum(tokens, V - 1)[:, None]
+        places = [[PADDING] for _ in range(n)]
         for row in rows:
-            lengths[row] += 1
-        yield from added(rows, drawn(logits[mx.array(rows)], rows))
+            places[row], lengths[row] = [lengths[row]], lengths[row] + 1
+        logits = cache.read(model, last, places)
+        before = tokens, unread
+        draw(logits[mx.array(rows)], rows)
+        yield from read(*before)  # while the next tokens are computed
 
 
 if __name__ == "__main__":
