@@ -98,13 +98,18 @@ def _rename(source: str, target: str, folders: str) -> str:
     return target
 
 
+def cache_folder() -> str:
+    """Where libraries and kernels that were made for this machine are kept."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinygpt")
+
+
 def _scipy_openblas() -> ctypes.CDLL:
     """Load the package's OpenBLAS from the renamed copy in the cache, which is made if it is missing."""
     site, version = _installed("scipy_openblas32")
     sources = glob.glob(f"{glob.escape(site)}/scipy_openblas32/lib/libscipy_openblas*.so")
     if not site or not sources:
         raise RuntimeError("no OpenBLAS is installed")
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinygpt")
+    cache = cache_folder()
     cached = os.path.join(cache, f"openblas-{version}-{os.uname().machine}.so")
     try:
         with open(cached, "rb") as file:

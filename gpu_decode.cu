@@ -2,8 +2,7 @@
 // kernel, in whose steps the thread blocks wait for each other, since a kernel of its own for each of the 20 small
 // operations of a block costs more time than the arithmetic.
 //
-// Shapes: B rows, C = n_embd, H heads, KV key/value heads, D = head_dim, F = ffn_dim, V = vocab_size, ROOM positions of the
-// cache, P parts of its keys. Activations between steps are in device memory: other thread blocks read them by __ldcg, since
+// Shapes: B rows, C = n_embd, H heads, KV key/value heads, D = head_dim, F = ffn_dim, V = vocab_size, P parts of the keys. Activations between steps are in device memory: other thread blocks read them by __ldcg, since
 // the first-level cache may hold what was there before.
 
 constexpr int WARPS = THREADS / 32, WIDEST = C > F ? (C > H * D ? C : H * D) : (F > H * D ? F : H * D);
@@ -37,9 +36,6 @@ __device__ void find(const void** arrays, const void* buffer, const long long* o
     arrays[i] = offsets[i] < 0 ? nullptr : (const char*)buffer + offsets[i];
 }
 
-__device__ float number(float x) { return x; }
-__device__ float number(__half x) { return __half2float(x); }
-__device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename U, int N>
 struct alignas(N * sizeof(U) % 16 == 0 ? 16 : N * sizeof(U) % 8 == 0 ? 8 : N % 2 == 0 ? 2 * sizeof(U) : sizeof(U)) Several {
@@ -47,13 +43,7 @@ struct alignas(N * sizeof(U) % 16 == 0 ? 16 : N * sizeof(U) % 8 == 0 ? 8 : N % 2
 };
 
 #ifndef ON_CPU  // a test of these kernels, tests/cuda_on_cpu.h, has its own definitions
-// c (16, 8) += rows of x (16, 16), low and high, times rows w of a matrix (8, 16): see products_of_16_bits
-#define MULTIPLY(type)                                                                                                   \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "       \
-      "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
-      : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(w.x), "r"(w.y))
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
-#define DYNAMIC_SHARED extern __shared__ float4 shared[]
 #define PAUSE
 #endif
 
@@ -365,8 +355,8 @@ __device__ float bounded(float score) { return ATTN_SOFTCAP ? ATTN_SOFTCAP * tan
 // softmax of their keys, which are put together at the end. Part 0 includes the token's own key, and writes it to the cache:
 // no other thread block reads it there in this step. With P = 1 the outputs go to heads (B, H D), else to parts
 // (P, B, H, STATE).
-__device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int column, const unsigned* starts,
-                       float* parts, T* heads) {
+__device__ void attend(const Layer& layer, const float* qkv, const float* inverse, int column, const int& room,
+                       const unsigned* starts, float* parts, T* heads) {
   constexpr int LANES = D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32, EACH = 12 / sizeof(T), KEYS = EACH * 32 / LANES;
   constexpr int UNITS = B * H * P > 2 * BLOCKS ? 4 : B * H * P > BLOCKS ? 2 : 1, TEAM = WARPS / UNITS;
   __shared__ float queries[UNITS][D], own_keys[UNITS][D], states[WARPS][STATE];
@@ -381,8 +371,8 @@ __device__ void attend(const Layer& layer, const float* qkv, const float* invers
     if (works && warp == 0) put_turned(q, layer.q_norm, inverse, position, queries[slot]);
     if (works && warp == 1) put_turned(k, layer.k_norm, inverse, position, own_keys[slot]);
     __syncthreads();
-    T* keys = layer.keys + (size_t)(b * KV + kv) * ROOM * D + own;
-    T* values = layer.values + (size_t)(b * KV + kv) * ROOM * D + own;
+    T* keys = layer.keys + (size_t)(b * KV + kv) * room * D + own;
+    T* values = layer.values + (size_t)(b * KV + kv) * room * D + own;
     auto score_of = [&](const Several<T, 8>& key) {
       float score = 0;
       if (inside)
@@ -477,7 +467,8 @@ __device__ float activation(float x, float gate) {
 }
 
 // logits (B, V) of the position whose tokens are ids (B,). state: for wait_for_all; the column of the cache, which grows
-// by 1; and the columns at which the rows' texts begin. buffer: the activations between steps.
+// by 1; how many columns it has room for; and the columns at which the rows' texts begin. buffer: the activations between
+// steps.
 __device__ void decode(const Layer* layers, const Ends& ends, const unsigned* ids, const float* inverse, unsigned* state,
                        float* buffer, T* logits) {
   DYNAMIC_SHARED;
@@ -485,8 +476,10 @@ __device__ void decode(const Layer* layers, const Ends& ends, const unsigned* id
   float *qkv = buffer, *parts = qkv + B * QKV;
   T *heads = (T*)(parts + (P * B * H * STATE + 3) / 4 * 4), *hidden = heads + B * H * D, *x = hidden + B * F;
   __shared__ Sums sums_of_warps[GATED ? 2 : 1];
-  unsigned *arrived = state, *starts = state + 2;
+  unsigned *arrived = state, *starts = state + 3;
   int column = __ldcg(state + 1);
+  __shared__ int room;  // in shared memory, as there are few registers
+  if (threadIdx.x == 0) room = __ldcg(state + 2);
   prefetch_vectors(layers[0]);
   for (int i = 8 * (blockIdx.x * THREADS + threadIdx.x); i < B * C; i += 8 * gridDim.x * THREADS) {
     float eight[8];
@@ -514,7 +507,7 @@ __device__ void decode(const Layer* layers, const Ends& ends, const unsigned* id
         [&](int row, int b, const float* sums) { qkv[b * QKV + row] = sums[0]; });
     prefetch<BITS_out>(layer.out, C, H * D);
     wait_for_all(arrived);
-    attend(layer, qkv, TURNS[l] ? inverse : nullptr, column, starts, parts, heads);
+    attend(layer, qkv, TURNS[l] ? inverse : nullptr, column, room, starts, parts, heads);
     prefetch<BITS_up>(layer.up, F, C);
     if (GATED) prefetch<BITS_up>(layer.gate, F, C);
     products<BITS_out, GROUP_out, 1, C, H * D>(

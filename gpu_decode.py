@@ -1,4 +1,4 @@
-"""The logits of one position on an NVIDIA GPU, for writing: gpu_decode.cu, which MLX compiles.
+"""The logits of one position on an NVIDIA GPU, for writing: gpu_decode.cu.
 
 MLX starts a kernel for each operation, some 20 a block, and each start takes about 10 microseconds. For one position of
 a small model that is ten times what it takes to read the weights. gpu_decode.cu computes all of them in one kernel. It
@@ -6,16 +6,13 @@ knows the settings in KNOWN, in bfloat16, float16 and float32, also with layers 
 up to ROWS; for all else model.py computes. The keys and values are those of model.py's cache, written in place.
 Deleting this file and gpu_decode.cu costs speed and nothing else.
 """
-import ctypes
-import hashlib
 import sys
 import weakref
-from functools import cache
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
+import gpu_kernels
 from config import UserError
 
 KNOWN = """rotary_dim rope_scaling rope_pattern norm_bias out_bias head_bias embed_scale attn_scale residual_scale
@@ -23,26 +20,10 @@ logit_scale softcap attn_softcap"""
 ACTIVATIONS = "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"  # as in gpu_decode.cu
 ROWS = {mx.bfloat16: 16, mx.float16: 16, mx.float32: 4}  # of a batch; for more, matmuls are the faster ones
 THREADS = 512    # of a thread block, of which each multiprocessor runs one
-TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float"}
 
 
 def on_gpu() -> bool:
     return mx.default_device() == mx.gpu
-
-
-@cache
-def device() -> tuple[int, int]:
-    """How many multiprocessors the GPU has, and the bytes of shared memory that a thread block may have. All thread
-    blocks must run at once, since they wait for each other: there is one for each multiprocessor."""
-    number, found, driver = ctypes.c_int(), [], ctypes.CDLL("libcuda.so.1")
-    driver.cuInit(0)
-    driver.cuDeviceGet(ctypes.byref(number), 0)
-    for attribute in (16, 97):  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, ..._MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        value = ctypes.c_int()
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, number):
-            raise OSError("no CUDA device")
-        found.append(value.value)
-    return tuple(found)
 
 
 class Plan:
@@ -55,7 +36,7 @@ class Plan:
         plain.check_known(config, KNOWN, "gpu_decode.py")
         H, KV, D, C, F = config.n_head, config.n_kv_head, config.head_dim, config.n_embd, config.ffn_dim
         self.shared = B * (max(C, F, H * D) + 32) * self.dtype.size
-        self.blocks, room = device()
+        self.blocks, room, _ = gpu_kernels.device()
         room -= 64 * (2 * D + 2) + 17_000 + 320 * config.n_layer  # of other arrays in it
         if (B > ROWS.get(self.dtype, 0) or model.compute_dtype not in (None, self.dtype)
                 or config.mlp not in ACTIVATIONS or D % 32 or D > 256 or C % 32 or F % 32 or self.shared > room
@@ -73,26 +54,21 @@ class Plan:
         numbers = dict(B=B, C=C, H=H, KV=KV, D=D, F=F, V=config.vocab_size, P=self.parts, LAYERS=config.n_layer,
                        THREADS=THREADS, BLOCKS=self.blocks, ROTARY=2 * self.inverse.size if inverse else 0,
                        ACTIVATION=ACTIVATIONS.index(config.mlp),
-                       GATED=int(config.mlp in plain.GATED), LAYER_NORM=int(config.norm == "layer"),
-                       HALF=int(self.dtype == mx.float16))
+                       GATED=config.mlp in plain.GATED, LAYER_NORM=config.norm == "layer",
+                       HALF=self.dtype == mx.float16, TURNS=tuple("_inverse" in block.attn for block in model.blocks))
         for name, (bits, group) in self.formats.items():
             numbers[f"BITS_{name}"], numbers[f"GROUP_{name}"] = bits, group
         floats = dict(NORM_EPS=config.norm_eps, SCALE=config.attn_scale or D**-0.5, ATTN_SOFTCAP=config.attn_softcap,
                       RESIDUAL=config.residual_scale, EMBED_SCALE=config.embed_scale, LOGIT_SCALE=config.logit_scale,
                       SOFTCAP=config.softcap)
-        turns = ", ".join(str(int("_inverse" in block.attn)) for block in model.blocks)
-        self.header = "".join([
-            "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n",
-            f"using T = {TYPES[self.dtype]};\n",
-            *(f"constexpr int {name} = {value};\n" for name, value in numbers.items()),
-            *(f"constexpr float {name} = {value!r}f;\n" for name, value in floats.items()),
-            f"__device__ const bool TURNS[] = {{{turns}}};\n",
-            *(f"__device__ const long long {name}[] = {{{', '.join(map(str, offsets_of(arrays)))}}};\n"
-              for name, arrays in (("OFFSETS", blocks[0]), ("OFFSETS_OF_ENDS", ends))),
-            (Path(__file__).parent / "gpu_decode.cu").read_text(encoding="utf-8")])
+        offsets = "".join(f"__device__ const long long {name}[] = {{{', '.join(map(str, offsets_of(arrays)))}}};\n"
+                          for name, arrays in (("OFFSETS", blocks[0]), ("OFFSETS_OF_ENDS", ends)))
+        floats = {name: float(value) for name, value in floats.items()}
+        self.code = gpu_kernels.compiled(gpu_kernels.definitions(T=self.dtype, **numbers, **floats) + offsets
+                                         + gpu_kernels.source_of("gpu_decode.cu") + function(config.n_layer))
         self.size = B * (C + 2 * (H + KV) * D + F) + self.parts * B * H * (D + 2) + 4  # floats between the steps
         self.shape = B, 1, config.vocab_size
-        self.layers, self.position, self.starts, self.kernels = None, -1, [], {}  # of a cache
+        self.layers, self.position, self.starts = None, -1, []  # of a cache
 
     def of_block(self, plain, block: nn.Module) -> list[tuple]:
         """A block's arrays in the order of `struct Layer`, without the cache, as arrays_of() gives them."""
@@ -149,49 +125,44 @@ class Plan:
         are copied, since other arrays that MLX has yet to compute, or another cache, may read those that it has."""
         if not self.left_at(layers, position, starts):
             self.caches = [mx.stack([layer.keys, layer.values]) for layer in layers]
-            # How many thread blocks have arrived, the position, and where the rows' texts begin. In a large array that
-            # the GPU has made, as MLX has others on the host, where this kernel would be a hundred times as slow.
-            self.state = mx.concatenate([mx.array([0, position, *starts], mx.uint32), mx.zeros(4096, mx.uint32)])
+            # How many thread blocks have arrived, the position, the room, and where the rows' texts begin. In a large
+            # array that the GPU has made, as MLX has others on the host, where this kernel would be a hundred times as
+            # slow.
+            numbers = mx.array([0, position, layers[0].keys.shape[2], *starts], mx.uint32)
+            self.state = mx.concatenate([numbers, mx.zeros(4096, mx.uint32)])
             mx.eval(self.state, self.caches)
             for layer, both in zip(layers, self.caches, strict=True):  # parts of it, no copies, which both[0] would be
                 layer.keys, layer.values = (part.reshape(both.shape[1:]) for part in mx.split(both, 2))
             mx.eval([[layer.keys, layer.values] for layer in layers])
         self.layers, self.position, self.starts = layers, position, starts
 
-    def kernel(self, room: int):
-        """The kernel for a cache with room for so many positions, whose arguments are all arrays, one after another."""
-        if room not in self.kernels:
-            n = len(self.weights) - 1  # blocks
-            source = "\n".join([
-                "__shared__ Layer layers[LAYERS];",
-                "__shared__ Ends ends;",
-                "int warp = threadIdx.x / 32;",
-                *(f"if (warp == {i} % WARPS) find((const void**)&layers[{i}], w{i}, OFFSETS, sizeof(OFFSETS) / 8);"
-                  for i in range(n)),
-                *(f"if (threadIdx.x == {i} % THREADS) layers[{i}].keys = (T*)c{i}, "
-                  f"layers[{i}].values = (T*)c{i} + (size_t)B * KV * ROOM * D;" for i in range(n)),
-                f"if (warp == 0) find((const void**)&ends, w{n}, OFFSETS_OF_ENDS, sizeof(OFFSETS_OF_ENDS) / 8);",
-                "__syncthreads();",
-                "decode(layers, ends, ids, inverse, (unsigned*)state, buffer, y);"])
-            header = f"constexpr int ROOM = {room};\n" + self.header
-            name = "decode_" + hashlib.sha256((header + source).encode()).hexdigest()[:16]
-            # The declaration bounds the registers of the kernel, which MLX defines without bounds.
-            kinds = ["uint32_t", "float", "uint32_t", *["uint32_t"] * (n + 1), *["T"] * n]
-            header += (f"namespace mlx::core::cu {{ __global__ void __launch_bounds__(THREADS, 1) custom_kernel_{name}("
-                       f"{', '.join(f'const {kind}*' for kind in kinds)}, T*, float*); }}\n")
-            names = ["ids", "inverse", "state", *(f"w{i}" for i in range(n + 1)), *(f"c{i}" for i in range(n))]
-            self.kernels[room] = mx.fast.cuda_kernel(name, names, ["y", "buffer"], source, header,
-                                                     shared_memory=self.shared)
-        return self.kernels[room]
-
     def __call__(self, idx: mx.array, position: int, layers: list, starts: list[int]) -> mx.array:
         self.own(layers, position, starts)
-        y, _ = self.kernel(layers[0].keys.shape[2])(
-            inputs=[idx.astype(mx.uint32), self.inverse, self.state, *self.weights, *self.caches],
-            grid=(self.blocks * THREADS, 1, 1), threadgroup=(THREADS, 1, 1),
-            output_shapes=[self.shape, (self.size,)], output_dtypes=[self.dtype, mx.float32])
+        inputs = [idx.astype(mx.uint32), self.inverse, self.state, *self.weights, *self.caches]
+        outputs = (self.shape, self.dtype), ((self.size,), mx.float32)
+        y, _ = gpu_kernels.run("one_position", self.code, inputs, outputs, self.blocks, THREADS, shared=self.shared)
         mx.async_eval(y)  # at once: MLX does not know that keys and values change, but runs later work after this
         return y
+
+
+def function(n: int) -> str:
+    """The kernel of a model of n blocks, whose arguments are all arrays, one after another."""
+    weights, caches = (", ".join(f"{kind} {name}{i}" for i in range(many))
+                       for kind, name, many in (("const unsigned*", "w", n + 1), ("T*", "c", n)))
+    return "\n".join([
+        'extern "C" __global__ void __launch_bounds__(THREADS, 1)',
+        f"one_position(const unsigned* ids, const float* inverse, unsigned* state, {weights}, {caches}, T* y, "
+        "float* buffer) {",
+        "__shared__ Layer layers[LAYERS];",
+        "__shared__ Ends ends;",
+        "int warp = threadIdx.x / 32;",
+        *(f"if (warp == {i} % WARPS) find((const void**)&layers[{i}], w{i}, OFFSETS, sizeof(OFFSETS) / 8);"
+          for i in range(n)),
+        *(f"if (threadIdx.x == {i} % THREADS) layers[{i}].keys = c{i}, "
+          f"layers[{i}].values = c{i} + (size_t)B * KV * D * __ldcg(state + 2);" for i in range(n)),
+        f"if (warp == 0) find((const void**)&ends, w{n}, OFFSETS_OF_ENDS, sizeof(OFFSETS_OF_ENDS) / 8);",
+        "__syncthreads();",
+        "decode(layers, ends, ids, inverse, state, buffer, y);", "}", ""])
 
 
 def offsets_of(block: list[tuple]) -> list[int]:

@@ -9,12 +9,6 @@ constexpr int F = GATED ? 2 * HID : HID, THREADS = 32 * (BM / 64) * (BN / 64);
 constexpr int SORTED = 1024, SUMMED = 256;  // threads of a block of sort(), and of sum_of_...()
 
 #ifndef ON_CPU  // a test of these kernels, tests/cuda_on_cpu.h, has its own definitions
-#define DYNAMIC_SHARED extern __shared__ float4 shared[]
-#define MULTIPLY(type)                                                                                                  \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "      \
-      "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
-      : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(w.x), "r"(w.y))
-
 using Shared = unsigned;  // an address in shared memory, in bytes
 __device__ __forceinline__ Shared address_of(void* x) { return (unsigned)__cvta_generic_to_shared(x); }
 
@@ -43,10 +37,6 @@ __device__ __forceinline__ void touch(const int* x) {
   asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(unused) : "l"(x));
 }
 #endif
-
-__device__ __forceinline__ float number(float x) { return x; }
-__device__ __forceinline__ float number(__half x) { return __half2float(x); }
-__device__ __forceinline__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename U, int N>
 struct alignas(N * sizeof(U) % 16 == 0 ? 16 : N * sizeof(U)) Several {
@@ -384,7 +374,7 @@ struct Weights {
 // chosen (n,), the expert of each pair -> pair, row, begin: pairs of an expert keep their order. A thread block sorts 1,024
 // pairs, and counts all others too, since these say where its own go.
 template <int>
-__device__ void sort(const uint32_t* chosen, int n, int* pair, int* row, int* begin) {
+__device__ void sort(const unsigned* chosen, int n, int* pair, int* row, int* begin) {
   __shared__ int in_all[32][32], before_all[32][32], here[32][32], starts[33];  // by warps and experts
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, own = blockIdx.x * 1024 + threadIdx.x;
   int all = 0, before = 0, mine = 0, rank = 0, expert = E;

@@ -1,4 +1,4 @@
-"""A mixture of experts on an NVIDIA GPU, forward and backward: gpu_experts.cu, which MLX compiles.
+"""A mixture of experts on an NVIDIA GPU, forward and backward: gpu_experts.cu.
 
 In model.py the (token, expert) pairs are sorted into blocks, copied, multiplied block by block, and copied back. MLX's
 kernels for that run at a third of a matmul's speed. Here each product takes the rows where they are: it reads tokens by
@@ -7,20 +7,17 @@ MLPs of the kinds in ACTIVATIONS without biases, in bfloat16 and float16; for al
 first use it is tried on random tokens, and where the GPU does not compute what float32 gives, model.py computes, too.
 Deleting this file and gpu_experts.cu costs speed and nothing else.
 """
-import ctypes
-import hashlib
 import math
 import sys
 from functools import cache, lru_cache
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
+import gpu_kernels
+
 ACTIVATIONS = {"relu2": 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3, "geglu": 2}  # as in gpu_experts.cu
 GATED = "swiglu", "geglu"
-TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.int32: "int32_t",
-         mx.uint32: "uint32_t"}
 TILES = (128, 256, 64), (128, 128, 64)  # rows and columns of a tile, and the step of its sum: the first that fits
 TRIED = 2048     # tokens with which the kernels are tried
 LARGEST = 2**27  # weights of a kind with which they are; a trial with more would take gigabytes
@@ -41,25 +38,6 @@ SOURCES = {  # of each kernel: inputs, outputs, and the call
 THREADS = {"sort": 1024, "sum": 256, "sum_backward": 256, "gates": 256}  # of a thread block; of products: 32 a warp
 
 
-@cache
-def device() -> tuple[int, int, int]:
-    """How many multiprocessors the GPU has, the bytes of shared memory that a thread block may have, and the major
-    number of its compute capability; zeros where there is no driver."""
-    number, found = ctypes.c_int(), []
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0, 0, 0
-    driver.cuInit(0)
-    driver.cuDeviceGet(ctypes.byref(number), 0)
-    for attribute in (16, 97, 75):  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, ..._MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-        value = ctypes.c_int()      # ..._COMPUTE_CAPABILITY_MAJOR
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, number):
-            return 0, 0, 0
-        found.append(value.value)
-    return tuple(found)
-
-
 def on_gpu() -> bool:
     return mx.default_device() == mx.gpu and mx.cuda.is_available()
 
@@ -67,7 +45,7 @@ def on_gpu() -> bool:
 def fits(tile: tuple[int, int, int]) -> bool:
     """Whether shared memory has room for three steps of both operands: one is computed, and two are on their way."""
     BM, BN, BK = tile
-    return device()[1] >= 3 * (BM + BN) * BK * 2
+    return gpu_kernels.device()[1] >= 3 * (BM + BN) * BK * 2
 
 
 @lru_cache(maxsize=64)
@@ -75,31 +53,28 @@ def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: in
     """A function (inputs, thread blocks or 0, output shapes, output dtypes) -> outputs. 0: as many blocks as there are
     multiprocessors, which take tile after tile."""
     inputs, outputs, call = SOURCES[name]
-    blocks, room, _ = device()
+    blocks, room, _ = gpu_kernels.device()
     BM, BN, BK = next(filter(fits, TILES))
     stages = min(4, room // ((BM + BN) * BK * 2))
-    numbers = dict(E=E, K=K, C=C, HID=HID, GATED=int(mlp in GATED), ACTIVATION=ACTIVATIONS[mlp],
-                   HALF=int(dtype == mx.float16), BM=BM, BN=BN, BK=BK, STAGES=stages)
+    constants = dict(T=dtype, E=E, K=K, C=C, HID=HID, GATED=mlp in GATED, ACTIVATION=ACTIVATIONS[mlp],
+                     HALF=dtype == mx.float16, BM=BM, BN=BN, BK=BK, STAGES=stages)
     threads = THREADS.get(name, BM // 64 * (BN // 64) * 32)
     shared = 0 if name in THREADS else stages * (BM + BN) * BK * 2
-    header = "".join([
-        "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n",
-        f"using T = {TYPES[dtype]};\n", *(f"constexpr int {key} = {value};\n" for key, value in numbers.items()),
-        (Path(__file__).parent / "gpu_experts.cu").read_text(encoding="utf-8")])
-    names, made = inputs.split(), {}
+
+    @cache
+    def code(kinds: tuple[mx.Dtype, ...]) -> bytes:
+        """For inputs and outputs of these dtypes."""
+        names = [*(f"const {{}}* {each}" for each in inputs.split()), *(f"{{}}* {each}" for each in outputs.split())]
+        parameters = ", ".join(name.format(gpu_kernels.TYPES[kind]) for name, kind in zip(names, kinds, strict=True))
+        function = (f'extern "C" __global__ void __launch_bounds__({threads}, 1) kernel_of_experts({parameters}) '
+                    f"{{\n{call}\n}}\n")
+        return gpu_kernels.compiled(
+            gpu_kernels.definitions(**constants) + gpu_kernels.source_of("gpu_experts.cu") + function)
 
     def run(given: list, grid: int, shapes: list, dtypes: list) -> list:
-        kinds = tuple(array.dtype for array in given)
-        if (kinds, *dtypes) not in made:
-            full = f"experts_{name}_" + hashlib.sha256((header + call + str((kinds, dtypes))).encode()).hexdigest()[:16]
-            # The declaration bounds the registers of the kernel, which MLX defines without bounds.
-            arguments = ", ".join([f"const {TYPES[kind]}*" for kind in kinds] + [f"{TYPES[kind]}*" for kind in dtypes])
-            bound = (f"namespace mlx::core::cu {{ __global__ void __launch_bounds__({threads}, 1) "
-                     f"custom_kernel_{full}({arguments}); }}\n")
-            made[(kinds, *dtypes)] = mx.fast.cuda_kernel(full, names, outputs.split(), call, header + bound,
-                                                         shared_memory=shared)
-        return made[(kinds, *dtypes)](inputs=given, grid=((grid or blocks) * threads, 1, 1),
-                                      threadgroup=(threads, 1, 1), output_shapes=shapes, output_dtypes=dtypes)
+        kinds = (*(array.dtype for array in given), *dtypes)
+        return gpu_kernels.run("kernel_of_experts", code(kinds), given, [*zip(shapes, dtypes, strict=True)],
+                               grid or blocks, threads, shared=shared)
 
     return run
 
@@ -176,7 +151,7 @@ def is_right(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int) -> boo
                         for f in (fast, lambda *x: by_matmuls(mlp, *x, chosen)))
         errors = [(mx.linalg.norm((a - b).reshape(-1)) / mx.linalg.norm(b.reshape(-1))).item()
                   for a, b in zip(found, right, strict=True)]
-    except RuntimeError as error:  # it does not compile, or this GPU cannot run it
+    except (OSError, RuntimeError) as error:  # it does not compile, or this GPU cannot run it
         errors = [math.inf]
         print(f"gpu_experts.py: {str(error).splitlines()[0][:200]}", file=sys.stderr)
     if not max(errors) < 0.02:
@@ -193,7 +168,7 @@ def mixture(moe: nn.Module, x: mx.array, gates: mx.array, chosen: mx.array) -> m
     layers = [moe[name] for name in ("up", "down", "gate") if name in moe]
     known = (on_gpu() and x.dtype in (mx.bfloat16, mx.float16) and config.mlp in ACTIVATIONS and C % 64 == HID % 64 == 0
              and E <= 32 and all(type(layer) is plain.Experts and "bias" not in layer for layer in layers))
-    if not known or device()[2] < 8 or not any(map(fits, TILES)) or not source_is_here():
+    if not known or not usable():
         return None
     if not is_right(x.dtype, config.mlp, E, K, C, HID):
         return None
@@ -205,8 +180,12 @@ def mixture(moe: nn.Module, x: mx.array, gates: mx.array, chosen: mx.array) -> m
 
 
 @cache
-def source_is_here() -> bool:
-    return Path(__file__).with_suffix(".cu").exists()
+def usable() -> bool:
+    """Whether the GPU is of 2020 (Ampere) or later, has room for a tile, and gpu_experts.cu is here."""
+    try:
+        return gpu_kernels.device()[2] >= 8 and any(map(fits, TILES)) and bool(gpu_kernels.source_of("gpu_experts.cu"))
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -2,17 +2,6 @@
 
 constexpr int MOST = 4096;  // numbers in the list of candidates
 
-struct Settings {
-  int k;               // of the largest logits that are kept; 0: take the largest one
-  int keys;            // of random numbers: one for each row, or 1 for all
-  float temperature;
-  float log_min_p;     // a logit that lies so far below the largest one is left out
-};
-
-__device__ float number(float x) { return x; }
-__device__ float number(__half x) { return __half2float(x); }
-__device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
-
 // An integer that is larger for a larger float
 __device__ unsigned ordered(float x) {
   unsigned bits = __float_as_uint(x);
@@ -65,10 +54,13 @@ __device__ unsigned best_of_block(float score, unsigned index) {
   return indices[0];
 }
 
-__device__ void draw(const T* logits, const unsigned* keys, const Settings& settings, unsigned* tokens) {
+// k: of the largest logits that are kept; 0: take the largest one. n_keys: of random numbers, one for each row, or 1 for all.
+// log_min_p: a logit that lies so far below the largest one is left out.
+extern "C" __global__ void __launch_bounds__(THREADS) draw(const T* logits, const unsigned* keys, unsigned* tokens, int k,
+                                                           int n_keys, float temperature, float log_min_p) {
   __shared__ unsigned list[MOST], count;
   const T* row = logits + (size_t)blockIdx.x * V;
-  bool own_key = settings.keys > 1;
+  bool own_key = n_keys > 1;
   float largest = -INFINITY, best = -INFINITY;
   unsigned own = 0, index = ~0u;
   bool nan = false;
@@ -82,12 +74,12 @@ __device__ void draw(const T* logits, const unsigned* keys, const Settings& sett
   if (threadIdx.x == 0) count = 0;
   unsigned top = best_of_block(largest, index);  // also a barrier
   bool any_nan = __syncthreads_count(nan);
-  if (any_nan || settings.k == 0 || top == ~0u) {
+  if (any_nan || k == 0 || top == ~0u) {
     if (threadIdx.x == 0) tokens[blockIdx.x] = any_nan ? ~0u : top;  // ~0u: model.py's callers see that it is no token
     return;
   }
   // k threads have a number as large as the kth of their largest ones: a bound by which few candidates are left.
-  unsigned bound = kth(settings.k, [&](unsigned u) { return __syncthreads_count(own >= u); });
+  unsigned bound = kth(k, [&](unsigned u) { return __syncthreads_count(own >= u); });
 #pragma unroll 8
   for (int i = threadIdx.x; i < V; i += THREADS)
     if (ordered(number(row[i])) >= bound) {
@@ -98,19 +90,19 @@ __device__ void draw(const T* logits, const unsigned* keys, const Settings& sett
   bool fits = count <= MOST;  // else many are equal, or the large ones lie side by side
   int n = fits ? count : V;
   auto candidate = [&](int i) { return fits ? list[i] : i; };
-  unsigned lowest = kth(settings.k, [&](unsigned u) {
+  unsigned lowest = kth(k, [&](unsigned u) {
     int reach = 0;
     for (int i = threadIdx.x; i - (int)threadIdx.x < n; i += THREADS)
       reach += __syncthreads_count(i < n && ordered(number(row[candidate(i)])) >= u);
     return reach;
   });
-  float floor = number(row[top]) / settings.temperature + settings.log_min_p;
+  float floor = number(row[top]) / temperature + log_min_p;
   index = ~0u;
   for (int i = threadIdx.x; i < n; i += THREADS) {
     unsigned c = candidate(i), noise = own_key ? c : blockIdx.x * V + c;
     float x = number(row[c]);
-    if (ordered(x) < lowest || x / settings.temperature < floor) continue;
-    x = x / settings.temperature +
+    if (ordered(x) < lowest || x / temperature < floor) continue;
+    x = x / temperature +
         gumbel(random_word(keys + own_key * 2 * blockIdx.x, noise, own_key ? V : gridDim.x * V));
     if (x > best || x == best && c < index) best = x, index = c;
   }

@@ -1,4 +1,4 @@
-"""Drawing tokens on an NVIDIA GPU: gpu_sample.cu, which MLX compiles.
+"""Drawing tokens on an NVIDIA GPU: gpu_sample.cu.
 
 MLX sorts all logits to find the top_k largest ones, which takes as long as half of the blocks of a small model.
 gpu_sample.cu finds them without a sort, and draws with the random numbers that model.py's sample_token() takes, so that
@@ -8,12 +8,13 @@ Deleting this file and gpu_sample.cu costs speed and nothing else.
 import math
 import sys
 from functools import cache
-from pathlib import Path
 
 import mlx.core as mx
 
+import gpu_kernels
+
 THREADS = 1024  # of a thread block, which has a row of logits
-TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float"}
+TYPES = mx.bfloat16, mx.float16, mx.float32
 
 
 def on_gpu() -> bool:
@@ -21,25 +22,13 @@ def on_gpu() -> bool:
 
 
 @cache
-def kernel(dtype: mx.Dtype, V: int):
-    """The kernel for logits of a dtype and a size of the vocabulary; None where gpu_sample.cu is missing."""
-    path = Path(__file__).parent / "gpu_sample.cu"
-    if not path.exists():
+def kernel(dtype: mx.Dtype, V: int) -> bytes | None:
+    """The kernel for logits of a dtype and a size of the vocabulary; None where it cannot be compiled."""
+    try:
+        constants = gpu_kernels.definitions(T=dtype, V=V, THREADS=THREADS)
+        return gpu_kernels.compiled(constants + gpu_kernels.source_of("gpu_sample.cu"))
+    except OSError:
         return None
-    header = (f"#include <cuda_bf16.h>\n#include <cuda_fp16.h>\nusing T = {TYPES[dtype]};\n"
-              f"constexpr int V = {V}, THREADS = {THREADS};\n{path.read_text(encoding='utf-8')}")
-    return mx.fast.cuda_kernel(f"draw_{V}_{str(dtype)[9:]}", ["logits", "keys", "settings"], ["tokens"],
-                               "draw(logits, keys, *(const Settings*)settings, tokens);", header)
-
-
-@cache
-def packed_settings(top_k: int, keys: int, temperature: float, min_p: float) -> mx.array:
-    """`struct Settings` as four words."""
-    whole = mx.array([top_k, keys], dtype=mx.uint32)
-    floats = mx.array([temperature, math.log(min_p) if min_p > 0 else -math.inf], dtype=mx.float32)
-    found = mx.concatenate([whole, floats.view(mx.uint32)])
-    mx.eval(found)
-    return found
 
 
 def draw(logits: mx.array, keys: mx.array, temperature: float, top_k: int, min_p: float) -> mx.array | None:
@@ -47,11 +36,10 @@ def draw(logits: mx.array, keys: mx.array, temperature: float, top_k: int, min_p
     rows, or (B, 2), one for each row. None where MLX must draw."""
     B, V = logits.shape
     known = keys is not None and (temperature == 0 or 0 < top_k <= min(THREADS, V))
-    if not known or logits.dtype not in TYPES or not on_gpu() or (run := kernel(logits.dtype, V)) is None:
+    if not known or logits.dtype not in TYPES or not on_gpu() or (code := kernel(logits.dtype, V)) is None:
         return None
-    settings = packed_settings(0 if temperature == 0 else top_k, keys.size // 2, temperature, min_p)
-    return run(inputs=[logits, keys, settings], grid=(B * THREADS, 1, 1), threadgroup=(THREADS, 1, 1),
-               output_shapes=[(B,)], output_dtypes=[mx.uint32])[0]
+    scalars = 0 if temperature == 0 else top_k, keys.size // 2, temperature, math.log(min_p) if min_p > 0 else -math.inf
+    return gpu_kernels.run("draw", code, [logits, keys], [((B,), mx.uint32)], B, THREADS, scalars)[0]
 
 
 if __name__ == "__main__":

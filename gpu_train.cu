@@ -6,21 +6,6 @@
 // Sums over rows are made in two steps, so that they are the same in every run: each thread block writes those of its own
 // rows, and column_sums adds them up.
 
-#ifndef ON_CPU  // a test of these kernels, tests/cuda_on_cpu.h, has its own definitions
-struct bfloat16 { unsigned short bits; };
-struct float16 { unsigned short bits; };
-__device__ float number(bfloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
-__device__ float number(float16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-}
-__device__ void round_to(bfloat16& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-__device__ void round_to(float16& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-#endif
-__device__ float number(float x) { return x; }
-__device__ void round_to(float& y, float x) { y = x; }
-
 template <typename U> struct alignas(16) Eight { U x[8]; };
 
 template <typename U> __device__ Eight<U> eight(const U* from) { return *(const Eight<U>*)from; }
@@ -29,7 +14,7 @@ template <typename U> __device__ void numbers(float (&y)[8], const Eight<U>& x) 
 }
 __device__ void store(T* to, const float (&x)[8]) {
   Eight<T> y;
-  for (int i = 0; i < 8; i++) round_to(y.x[i], x[i]);
+  for (int i = 0; i < 8; i++) y.x[i] = T(x[i]);
   *(Eight<T>*)to = y;
 }
 
@@ -78,7 +63,7 @@ __device__ void norm_forward(const T* __restrict__ x, const T* __restrict__ adde
       float b[8];
       numbers(b, eight(added + at + col));
       Eight<T> rounded;
-      for (int i = 0; i < 8; i++) round_to(rounded.x[i], a[c][i] + b[i]);
+      for (int i = 0; i < 8; i++) rounded.x[i] = T(a[c][i] + b[i]);
       *(Eight<T>*)(sum + at + col) = rounded;
       numbers(a[c], rounded);
     }
@@ -518,10 +503,10 @@ template <typename Pick> __device__ void move(Pick pick) {
     for (int i = threadIdx.x * 8; i < whole; i += THREADS * 8) {
       Eight<FROM> x = eight(from + i);
       Eight<TO> y;
-      for (int j = 0; j < 8; j++) round_to(y.x[j], number(x.x[j]));
+      for (int j = 0; j < 8; j++) y.x[j] = TO(number(x.x[j]));
       *(Eight<TO>*)(to + i) = y;
     }
-    for (int i = whole + threadIdx.x; i < n; i += THREADS) round_to(to[i], number(from[i]));
+    for (int i = whole + threadIdx.x; i < n; i += THREADS) to[i] = TO(number(from[i]));
   });
 }
 #endif

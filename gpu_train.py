@@ -9,23 +9,21 @@ the residual stream after it, and the input of the activation.
 The plain form of all this is model.py, which computes where a function here returns None: settings, sizes and layers
 that are not known, another device. Deleting this file and gpu_train.cu costs speed and nothing else.
 """
-import contextlib
-import ctypes
 import sys
 from functools import cache
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+import gpu_kernels
 from config import UserError
 
 KNOWN = """rope_scaling rope_pattern norm_bias out_bias head_bias embed_scale attn_scale logit_scale softcap
 attn_softcap"""
 ACTIVATIONS = "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"  # as in gpu_train.cu
-TYPES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float"}
+TYPES = mx.bfloat16, mx.float16, mx.float32
 BLOCKS = 264          # thread blocks of a kernel that adds up rows: two for each multiprocessor of an H100
 PIECE = 16384         # numbers of an array that a thread block takes at a time
 GROUP = 8             # tensors that a kernel of AdamW takes; MLX's own work grows with the square of its outputs
@@ -36,56 +34,17 @@ LOSS_CHUNK = 2**29    # logits in memory at a time, and their gradients
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """NVRTC, CUDA's compiler, which MLX has loaded. A kernel takes it 30 ms; mx.fast.cuda_kernel, which includes MLX's
-    headers, would take 3 s."""
-    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(name)
-    raise OSError("no NVRTC")
-
-
-def compiled(source: str) -> bytes:
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    library().nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"gpu_train.cu", 0, None, None)
-    options = [f"--gpu-architecture={mx.device_info()['architecture']}".encode(), b"--std=c++17"]
-    if library().nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
-        library().nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        library().nvrtcGetProgramLog(program, log)
-        raise OSError(f"gpu_train.cu: {log.value.decode()}")
-    library().nvrtcGetCUBINSize(program, ctypes.byref(size))
-    code = ctypes.create_string_buffer(size.value)
-    library().nvrtcGetCUBIN(program, code)
-    library().nvrtcDestroyProgram(ctypes.byref(program))
-    return code.raw
-
-
-@cache
 def kernel(name: str, part: str, dtype: mx.Dtype, ending: str = "", **constants: float | tuple) -> bytes:
     """The kernel `name` of a part of gpu_train.cu, for activations of a dtype. ending: further source text."""
-    lines = ["struct bfloat16;", "struct float16;", f"using T = {TYPES[dtype]};", f"#define {name.upper()}",
-             f"#define {part.upper()}"]
-    for constant, value in constants.items():
-        if isinstance(value, mx.Dtype):
-            lines.append(f"using {constant} = {TYPES[value]};")
-        elif isinstance(value, tuple):
-            lines.append(f"__device__ const int {constant}[] = {{{', '.join(map(str, map(int, value)))}}};")
-        else:
-            lines.append(f"constexpr float {constant} = {value!r}f;" if isinstance(value, float) else
-                         f"constexpr int {constant} = {int(value)};")
-    text = (Path(__file__).parent / "gpu_train.cu").read_text(encoding="utf-8")
-    return compiled("\n".join([*lines, text, ending]))
+    text = gpu_kernels.definitions(T=dtype, **constants) + f"#define {name.upper()}\n#define {part.upper()}\n"
+    return gpu_kernels.compiled(f"{text}{gpu_kernels.source_of('gpu_train.cu')}\n{ending}")
 
 
 def run(name: str, dtype: mx.Dtype, constants: dict, inputs: list, outputs: list, scalars: list, blocks: int,
         threads: int = 256, part: str = "", ending: str = "") -> list[mx.array]:
     """Run a kernel in so many thread blocks. outputs: (shape, dtype) of each."""
-    shapes, dtypes = zip(*outputs, strict=True)
     code = kernel(name, part or name, dtype, ending, THREADS=threads, **constants)
-    return mx.fast.precompiled_cuda_kernel(
-        name=name, compiled_source=code, inputs=inputs, output_shapes=shapes, output_dtypes=dtypes, scalars=scalars,
-        grid=(blocks * threads, 1, 1), threadgroup=(threads, 1, 1), ensure_row_contiguous=True)
+    return gpu_kernels.run(name, code, inputs, outputs, blocks, threads, scalars)
 
 
 def run_over(name: str, dtype: mx.Dtype, constants: dict, struct: str, cases: list[str], sizes: list[int],

@@ -31,6 +31,8 @@ constexpr float LOWEST = -1e30f;
 #define WAIT_FOR_COPIES asm volatile("cp.async.wait_all;" ::: "memory")
 #define PAIR(type) asm("cvt.rn." type "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x))
 #define DYNAMIC_SHARED extern __shared__ float4 shared[]
+__device__ float number(__half x) { return __half2float(x); }
+__device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float power_of_2(float x) {
   float found;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
@@ -80,9 +82,6 @@ __device__ void arrive() {  // what all threads have staged is there
   WAIT_FOR_COPIES;
   __syncthreads();
 }
-
-__device__ float number(__half x) { return __half2float(x); }
-__device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 // ---- products by tensor cores --------------------------------------------------------------------------------------
 //

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 
-import blas  # noqa: F401  (before mlx)
+import blas  # before mlx
 import mlx.core as mx
 import numpy as np
 
@@ -67,10 +67,10 @@ def loaded(sources: list[str]) -> ctypes.PyDLL | None:
     """C sources, compiled and loaded; None where that is not possible."""
     if not sys.platform.startswith("linux"):
         return None
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinygpt")
     try:
         try:
-            return ctypes.PyDLL(_compiled(cache, sources))  # Py: it keeps Python's lock: calls follow one another
+            # Py: it keeps Python's lock, so that calls follow one another
+            return ctypes.PyDLL(_compiled(blas.cache_folder(), sources))
         except OSError:  # the home folder is read-only, full, or mounted without permission to execute
             with tempfile.TemporaryDirectory() as folder:  # removed at once: a library that is loaded needs no file
                 return ctypes.PyDLL(_compiled(folder, sources))

@@ -1,6 +1,7 @@
-"""CUDA kernels on a processor, for tests: what mx.fast.cuda_kernel makes on a GPU, g++ makes with cuda_on_cpu.h."""
+"""CUDA kernels on a processor, for tests: what NVRTC compiles for a GPU, g++ compiles with cuda_on_cpu.h."""
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -9,15 +10,16 @@ from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import ROOT
 
+import gpu_kernels
 import matvec
 
 compiles = pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("g++"),
                               reason="no g++, or not Linux")  # where g++ is and the kernels do not compile, tests fail
-TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.uint32: "uint32_t",
-         mx.int32: "int32_t"}
+SCALARS = {int: ctypes.c_int, float: ctypes.c_float}
 KEPT = tempfile.TemporaryDirectory()  # until the process ends
 FOLDER = Path(KEPT.name)
 
@@ -32,28 +34,37 @@ def library_of(code: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def cuda_kernel(name, input_names, output_names, source, header="", shared_memory=0):
-    """As mx.fast.cuda_kernel(), for kernels without templates, whose arrays are row-contiguous."""
+def on_cpu(monkeypatch) -> list[str]:
+    """gpu_kernels.py believes in a GPU with three multiprocessors, whose kernels g++ compiles. The names of those that
+    have run."""
+    ran = []
 
-    def kernel(inputs, grid, threadgroup, output_shapes, output_dtypes):
-        made = [mx.full(shape, 99, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+    def library(source: str, name: str, shared: int) -> ctypes.CDLL:
+        parameters = re.search(rf"__launch_bounds__\([^)]*\)\s+{name}\(([^)]*)\) {{", source)[1].split(",")
+        kinds = [parameter.replace("__restrict__", "").strip().rsplit(" ", 1)[0].strip() for parameter in parameters]
+        given = ", ".join(f"({kind})given[{i}]" if "*" in kind else f"*({kind}*)given[{i}]"
+                          for i, kind in enumerate(kinds))
+        return library_of("\n".join([
+            '#include "cuda_on_cpu.h"', source, "static void body(void* all) {",
+            f"void** given = (void**)all; {name}({given}); }}",
+            'extern "C" void launch_it(int blocks, int threads, void** given) {',
+            f"launch(blocks, threads, {shared}, body, given); }}"]))
+
+    def run(name, compiled_source, inputs, output_shapes, output_dtypes, scalars, grid, threadgroup, shared_memory,
+            ensure_row_contiguous):
+        assert ensure_row_contiguous and grid[0] % threadgroup[0] == 0
+        made = [mx.full(shape, 99 if dtype in (mx.uint32, mx.int32) else np.nan, dtype)
+                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         arrays = [*map(mx.contiguous, inputs), *made]
         mx.eval(arrays)
-        kinds = ["const " * (i < len(inputs)) + TYPES[array.dtype] + "*" for i, array in enumerate(arrays)]
-        arguments = "".join(f"{kind} {each} = ({kind})arguments[{i}];\n" for i, (kind, each) in
-                            enumerate(zip(kinds, [*input_names, *output_names], strict=True)))
-        code = f"""#include "cuda_on_cpu.h"
-{header.replace("#include <cuda_", "// <cuda_")}
-static void body(void* given) {{
-  void** arguments = (void**)given;
-  {arguments}
-  {source}
-}}
-extern "C" void run(int blocks, int threads, void** arguments) {{
-  launch(blocks, threads, {shared_memory}, body, arguments);
-}}"""
-        addresses = (ctypes.c_void_p * len(arrays))(*map(matvec.address, arrays))
-        library_of(code).run(grid[0] // threadgroup[0], threadgroup[0], addresses)
+        values = [SCALARS[type(x)](x) for x in scalars]
+        given = [*map(matvec.address, arrays), *map(ctypes.addressof, values)]
+        library(compiled_source.decode(), name, shared_memory).launch_it(
+            grid[0] // threadgroup[0], threadgroup[0], (ctypes.c_void_p * len(given))(*given))
+        ran.append(name)
         return made
 
-    return kernel
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", run, raising=False)
+    monkeypatch.setattr(gpu_kernels, "compiled", lambda source: source.encode())
+    monkeypatch.setattr(gpu_kernels, "device", lambda: (3, 101_376, 8))
+    return ran

@@ -19,36 +19,36 @@
 #define __global__
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
+#define __forceinline__ inline
 
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x; };
-struct __half { uint16_t bits; __half() = default; explicit __half(float) : bits() {} };  // not for use
-inline float __half2float(__half) { std::abort(); }
-struct __nv_bfloat16 {
+struct bfloat16 {
   uint16_t bits;
-  __nv_bfloat16() = default;
-  explicit __nv_bfloat16(float x) {
+  bfloat16() = default;
+  explicit bfloat16(float x) {
     uint32_t all;
     std::memcpy(&all, &x, 4);
     bits = (all + 0x7fff + (all >> 16 & 1)) >> 16;
   }
 };
-inline float __bfloat162float(__nv_bfloat16 x) {
+struct float16 {
+  _Float16 x;
+  float16() = default;
+  explicit float16(float x) : x(x) {}
+};
+inline float number(bfloat16 x) {
   uint32_t all = (uint32_t)x.bits << 16;
   float found;
   std::memcpy(&found, &all, 4);
   return found;
 }
-
-struct bfloat16 { __nv_bfloat16 x; };
-struct float16 { _Float16 x; };
-inline float number(bfloat16 x) { return __bfloat162float(x.x); }
 inline float number(float16 x) { return x.x; }
-inline void round_to(bfloat16& y, float x) { y.x = __nv_bfloat16(x); }
-inline void round_to(float16& y, float x) { y.x = x; }
+using __nv_bfloat16 = bfloat16;  // CUDA's names, for gpu_window.cu
+using __half = float16;
 
 constexpr int MOST_THREADS = 1024, STACK = 1 << 16;
 struct Block {
@@ -122,9 +122,9 @@ inline void multiply(float (&c)[4], uint2 low, uint2 high, uint2 w) {
   std::memcpy(block->words[threadIdx.x], own, sizeof own);
   __syncwarp();
   auto number = [](unsigned word, int half) {
-    __nv_bfloat16 x;
+    bfloat16 x;
     x.bits = word >> 16 * half;
-    return __bfloat162float(x);
+    return ::number(x);
   };
   int lane = threadIdx.x % 32, first = threadIdx.x - lane;
   for (int i = 0; i < 4; i++) {
@@ -181,8 +181,8 @@ template <typename T> struct EightOf { T x[8]; T operator[](int i) const { retur
 using Shape = EightOf<int>;
 using Strides = EightOf<long long>;
 inline float power_of_2(float x) { return std::exp2(x); }
-inline unsigned pair_of(__nv_bfloat16 x, __nv_bfloat16 y) { return x.bits | (unsigned)y.bits << 16; }
-#define PAIR(type) both = pair_of(__nv_bfloat16(x), __nv_bfloat16(y))
+inline unsigned pair_of(bfloat16 x, bfloat16 y) { return x.bits | (unsigned)y.bits << 16; }
+#define PAIR(type) both = pair_of(bfloat16(x), bfloat16(y))
 #define COPY_16_BYTES(to, from, there) (there) ? (void)std::memcpy(to, from, 16) : (void)std::memset(to, 0, 16)
 #define WAIT_FOR_COPIES
 
@@ -208,8 +208,6 @@ inline void load_matrices(unsigned (&w)[4], const void* from, bool transposed) {
 #define LOAD_MATRICES(transposed) load_matrices(w, from, transposed[0])
 
 // ---- for gpu_experts.cu ------------------------------------------------------------------------------------------------
-
-#define __forceinline__ inline
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __ballot_sync(unsigned, bool x) {

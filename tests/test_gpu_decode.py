@@ -11,16 +11,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
-from cuda_kernels import compiles, cuda_kernel
+from cuda_kernels import compiles, on_cpu
 from decoding import one_by_one, tokens
 from mlx.utils import tree_flatten
 
 import gpu_decode
+import gpu_kernels
 import model as core
 from batching import generate_many
 from model import GPT
 
-BLOCKS = 3
 SETTINGS = {
     "default": {},
     "GPT-2": dict(pos="learned", norm="layer", mlp="gelu", bias=True, qk_norm=False),
@@ -35,9 +35,7 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def as_if_on_a_gpu(monkeypatch):
-    """gpu_decode.py believes in a GPU with three multiprocessors, whose kernels g++ compiles."""
-    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
-    monkeypatch.setattr(gpu_decode, "device", lambda: (BLOCKS, 100_000))
+    on_cpu(monkeypatch)
     monkeypatch.setattr(gpu_decode, "on_gpu", lambda: True)
     monkeypatch.setattr(core, "cpu_decode", None)
 
@@ -100,10 +98,10 @@ def test_without_the_kernels(monkeypatch, tmp_path):
     def no_driver():
         raise OSError("no libcuda")
 
-    changes = {"__file__": str(tmp_path / "gpu_decode.py"), "device": no_driver, "on_gpu": lambda: False}
-    for what, value in changes.items():
+    for change in ((gpu_kernels, "FOLDER", tmp_path), (gpu_kernels, "device", no_driver),
+                   (gpu_decode, "on_gpu", lambda: False)):
         with monkeypatch.context() as patched:
-            patched.setattr(gpu_decode, what, value)
+            patched.setattr(*change)
             assert one_by_one(build({}), tokens(1, 12), 8, gpu_decode)[1] == 0
 
 

@@ -10,21 +10,20 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
-from cuda_kernels import compiles, cuda_kernel
+from cuda_kernels import compiles, on_cpu
 from mlx.utils import tree_flatten
 
 import gpu_experts
+import gpu_kernels
 import model as core
 from model import GPT, GPTConfig
 
 
 @pytest.fixture(autouse=True)
 def as_if_on_a_gpu(monkeypatch):
-    """gpu_experts.py believes in a GPU with three multiprocessors, whose kernels g++ compiles."""
-    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
-    monkeypatch.setattr(gpu_experts, "device", lambda: (3, 101_376, 8))
+    on_cpu(monkeypatch)
     monkeypatch.setattr(gpu_experts, "on_gpu", lambda: True)
-    caches = gpu_experts.kernel, gpu_experts.functions, gpu_experts.is_right
+    caches = gpu_experts.kernel, gpu_experts.functions, gpu_experts.is_right, gpu_experts.usable
     for each in caches:
         each.cache_clear()
     yield
@@ -84,7 +83,7 @@ CASES = [("relu2", 5, 2, 150, 64, 320, 232_448), ("gelu", 2, 1, 40, 64, 64, 101_
 @pytest.mark.parametrize("mlp, E, K, N, C, HID, room", CASES, ids=str)
 def test_against_float64(mlp, E, K, N, C, HID, room, monkeypatch):
     """Values and gradients; experts with few rows, with many, and with none; tiles of both sizes."""
-    monkeypatch.setattr(gpu_experts, "device", lambda: (3, room, 8))
+    monkeypatch.setattr(gpu_kernels, "device", lambda: (3, room, 8))
     rng = np.random.default_rng(0)
     F = 2 * HID if mlp in gpu_experts.GATED else HID
     x, gates, up, down, dy = (mx.array(rng.standard_normal(shape) * scale).astype(mx.bfloat16) for shape, scale in (
@@ -180,15 +179,20 @@ def test_not_known(settings, dtype, monkeypatch):
     assert loss_and_gradients(settings, True, monkeypatch, dtype)[2] == 0
 
 
-def test_without_the_kernels(monkeypatch):
+def test_without_the_kernels(monkeypatch, tmp_path):
     """Where there is no GPU, an old one, no driver, or no gpu_experts.cu; and for packed experts, model.py computes."""
     monkeypatch.setattr(gpu_experts, "functions", None)
-    old, small, none = ((80, 101_376, 7), (80, 65_536, 8), (0, 0, 0))
-    for name, value in (("on_gpu", False), ("device", old), ("device", small), ("device", none),
-                        ("source_is_here", False)):
+    def none():
+        raise OSError("no driver")
+
+    for change in ((gpu_experts, "on_gpu", lambda: False), (gpu_kernels, "device", lambda: (80, 101_376, 7)),
+                   (gpu_kernels, "device", lambda: (80, 65_536, 8)), (gpu_kernels, "device", none),
+                   (gpu_kernels, "FOLDER", tmp_path)):
         with monkeypatch.context() as patched:
-            patched.setattr(gpu_experts, name, lambda value=value: value)
+            patched.setattr(*change)
+            gpu_experts.usable.cache_clear()
             assert loss_and_gradients({}, True, monkeypatch)[2] == 0
+    gpu_experts.usable.cache_clear()
     model = GPT(GPTConfig(**SMALL))
     nn.quantize(model, 32, 4)
     x, chosen = mx.zeros((48, 64), mx.bfloat16), mx.zeros((48, 2), mx.uint32)

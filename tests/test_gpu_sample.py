@@ -9,8 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from cuda_kernels import compiles, cuda_kernel
+from cuda_kernels import compiles, on_cpu
 
+import gpu_kernels
 import gpu_sample
 import model as core
 from model import sample_token
@@ -18,8 +19,7 @@ from model import sample_token
 
 @pytest.fixture(autouse=True)
 def as_if_on_a_gpu(monkeypatch):
-    """gpu_sample.py believes in a GPU, whose kernels g++ compiles."""
-    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
+    on_cpu(monkeypatch)
     monkeypatch.setattr(gpu_sample, "on_gpu", lambda: True)
     gpu_sample.kernel.cache_clear()
     yield
@@ -83,7 +83,7 @@ def test_not_known(monkeypatch, tmp_path):
     assert gpu_sample.draw(logits, key, 1.0, 0, 0.0) is None
     assert gpu_sample.draw(logits, key, 1.0, 1025, 0.0) is None
     assert gpu_sample.draw(logits_of("normal", 1, 20), key, 1.0, 40, 0.0) is None
-    monkeypatch.setattr(gpu_sample, "__file__", str(tmp_path / "gpu_sample.py"))
+    monkeypatch.setattr(gpu_kernels, "FOLDER", tmp_path)
     assert gpu_sample.draw(logits, key, 1.0, 5, 0.0) is None
     monkeypatch.setattr(gpu_sample, "on_gpu", lambda: False)
     assert gpu_sample.draw(logits, key, 0.0, 0, 0.0) is None

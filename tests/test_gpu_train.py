@@ -1,6 +1,5 @@
 """gpu_train.cu, compiled for the processor by tests/cuda_on_cpu.h, against float64 and model.py; and where it must not
 be used. On a GPU, python runs/gpu_train_check.py compares more, with the code that runs there."""
-import ctypes
 import math
 import re
 import shutil
@@ -14,12 +13,12 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import ROOT
-from cuda_kernels import compiles, library_of
+from cuda_kernels import compiles, on_cpu
 from decoding import build, tokens
 from mlx.utils import tree_flatten, tree_map
 
+import gpu_kernels
 import gpu_train
-import matvec
 import model as core
 from lora import attach
 from model import DOCUMENT, GPTConfig
@@ -32,38 +31,12 @@ SETTINGS = {
     "biases": dict(mlp="geglu", n_kv_head=1, bias=True),
 }
 SMALL = dict(n_layer=2, n_embd=264, head_dim=16, ffn_dim=72)
-SCALARS = {int: ctypes.c_int, float: ctypes.c_float}
 
 
 @pytest.fixture(autouse=True)
 def as_if_on_a_gpu(monkeypatch):
-    """gpu_train.py believes in a GPU, whose kernels g++ compiles."""
-    def library(source: str, name: str) -> ctypes.CDLL:
-        parameters = re.search(rf"__launch_bounds__\([^)]*\) {name}\(([^)]*)\) {{", source).group(1).split(",")
-        kinds = [parameter.replace("__restrict__", "").strip().rsplit(" ", 1)[0].strip() for parameter in parameters]
-        given = ", ".join(f"({kind})given[{i}]" if "*" in kind else f"*({kind}*)given[{i}]"
-                          for i, kind in enumerate(kinds))
-        code = "\n".join(['#include "cuda_on_cpu.h"', source, "static void body(void* all) {",
-                          f"void** given = (void**)all; {name}({given}); }}",
-                          'extern "C" void launch_it(int blocks, int threads, void** given) {',
-                          "launch(blocks, threads, 0, body, given); }"])
-        return library_of(code)
-
-    def run(name, compiled_source, inputs, output_shapes, output_dtypes, scalars, grid, threadgroup,
-            ensure_row_contiguous):
-        assert ensure_row_contiguous and grid[0] % threadgroup[0] == 0
-        made = [mx.full(shape, np.nan, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
-        arrays = [*map(mx.contiguous, inputs), *made]
-        mx.eval(arrays)
-        values = [SCALARS[type(x)](x) for x in scalars]
-        given = [*map(matvec.address, arrays), *map(ctypes.addressof, values)]
-        library(compiled_source.decode(), name).launch_it(
-            grid[0] // threadgroup[0], threadgroup[0], (ctypes.c_void_p * len(given))(*given))
-        return made
-
+    on_cpu(monkeypatch)
     gpu_train.kernel.cache_clear()
-    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", run, raising=False)
-    monkeypatch.setattr(gpu_train, "compiled", lambda source: source.encode())
     monkeypatch.setattr(gpu_train, "usable", lambda x: x.dtype in gpu_train.TYPES)
     monkeypatch.setattr(gpu_train, "BLOCKS", 3)
     monkeypatch.setattr(core, "cpu_train", None)
@@ -374,10 +347,10 @@ def test_without_a_gpu(monkeypatch, tmp_path):
     def missing(source):
         raise OSError("no NVRTC")
 
-    for changes in (dict(compiled=missing), dict(__file__=str(tmp_path / "gpu_train.py"))):
+    for changes in (dict(compiled=missing), dict(FOLDER=tmp_path)):
         with monkeypatch.context() as patched:
             for what, value in changes.items():
-                patched.setattr(gpu_train, what, value)
+                patched.setattr(gpu_kernels, what, value)
             patched.setattr(mx.cuda, "is_available", lambda: True)
             gpu_train.kernel.cache_clear(), gpu_train.ready.cache_clear()
             assert not gpu_train.ready()
