@@ -2,6 +2,7 @@
 // coroutines, which take turns where they wait for each other.
 
 #include <sched.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -53,7 +54,8 @@ using __half = float16;
 constexpr int MOST_THREADS = 1024, STACK = 1 << 16;
 struct Block {
   ucontext_t threads[MOST_THREADS], begin;
-  bool over[MOST_THREADS];
+  jmp_buf places[MOST_THREADS];  // where a thread waits: unlike swapcontext(), going there calls no system
+  bool begun[MOST_THREADS], over[MOST_THREADS];
   int size, now, left, arrived, round, warp_arrived[MOST_THREADS / 32], warp_round[MOST_THREADS / 32];
   int count;  // of __syncthreads_count
   unsigned words[MOST_THREADS][6];  // what a thread gives to the others of its warp
@@ -72,7 +74,11 @@ inline void give_way() {  // to the next thread that is not over
   do next = (next + 1) % block->size; while (block->over[next] && next != before);
   if (next == before) return;
   block->now = threadIdx.x = next;
-  swapcontext(&block->threads[before], &block->threads[next]);
+  if (_setjmp(block->places[before]) == 0) {
+    if (block->begun[next]) _longjmp(block->places[next], 1);
+    block->begun[next] = true;
+    setcontext(&block->threads[next]);
+  }
   threadIdx.x = block->now;
 }
 
@@ -166,6 +172,7 @@ inline void launch(int blocks, int size, int shared_bytes, void (*body)(void*), 
         block->threads[t].uc_stack.ss_size = STACK;
         makecontext(&block->threads[t], thread_begins, 0);
       }
+      block->begun[0] = true;
       swapcontext(&block->begin, &block->threads[0]);
     });
   }
