@@ -400,6 +400,7 @@ in_first_process(run_folder.start, out_dir, SCRIPT, settings, source, start_step
 if rank == 0:
     rows, add_row = run_folder.open_rows(out_dir, COLUMNS, settings, start_step)
 commit, started = run_folder.git_commit(), run_folder.started(out_dir)
+drawn, stopping = time.perf_counter(), False
 
 
 def record(step: int, **figures):
@@ -410,8 +411,9 @@ def record(step: int, **figures):
 def save(step: int, is_best: bool = False):
     """Write the optimizer's state to a file named after the step, then best.safetensors if this step is the best one,
     then the checkpoint, and delete the optimizer's older files last. So at every moment, also if the process is killed,
-    the checkpoint on disk is whole and the optimizer's state of its step is there."""
-    global saved
+    the checkpoint on disk is whole and the optimizer's state of its step is there. Curves are drawn every ten seconds
+    and at the end."""
+    global saved, drawn
     if rank == 0:
         header = {"script": SCRIPT, "settings": settings, "commit": commit, "started": started, "step": step,
                   "tokens": tokens_before + (step - start_step) * tokens_per_step, "losses": losses,
@@ -426,11 +428,13 @@ def save(step: int, is_best: bool = False):
         for name in os.listdir(out_dir):
             if re.fullmatch(r"ckpt\.optimizer-\d+\.safetensors", name) and name != own:
                 os.remove(os.path.join(out_dir, name))
-        draw.curves(os.path.join(out_dir, "loss.png"), rows, {"nats a token": {
-            "train_loss": "training", "val_loss": "validation"}}, f"{data}, {n_parameters / 1e6:.1f}M parameters",
-            {f"guessing, ln {enc.n_vocab}": math.log(enc.n_vocab)})
-        if load_rows:  # moe
-            draw_load()  # moe
+        if step == max_iters or stopping or time.perf_counter() - drawn > 10:
+            drawn = time.perf_counter()
+            draw.curves(os.path.join(out_dir, "loss.png"), rows, {"nats a token": {
+                "train_loss": "training", "val_loss": "validation"}}, f"{data}, {n_parameters / 1e6:.1f}M parameters",
+                {f"guessing, ln {enc.n_vocab}": math.log(enc.n_vocab)})
+            if load_rows:  # moe
+                draw_load()  # moe
     saved = True
     mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # wait for all: mlx.launch kills the others when one has ended
 
@@ -534,7 +538,6 @@ def evaluate_and_save(step: int):
 
 # Each pass of the loop first evaluates and saves, if it is time. Then it queues one update on the device: learning
 # rates, data, micro-steps, update. While the device works on it, finish() reads the figures of the update before.
-stopping = False
 while True:
     if step == max_iters or stopping or (step % eval_interval == 0 and (step > start_step or not resume)):
         if pending:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import browser
+import prepared
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def pytest_make_collect_report(collector):
 
 def run(script: str, *arguments, status: int = 0) -> subprocess.CompletedProcess:
     """A script from a command line. Where it fails, it tells why in one line."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True)
+    done = prepared.run([sys.executable, ROOT / script, *arguments])
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
     return done

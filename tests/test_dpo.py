@@ -11,6 +11,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT, load_adapter
 from mlx.utils import tree_flatten, tree_map
@@ -125,9 +126,9 @@ def pairs(tmp_path_factory):
 
 
 def dpo(folder, pairs, out, *arguments, status=0):  # noqa: F811
-    done = subprocess.run([sys.executable, ROOT / "dpo.py", folder / "base.safetensors", f"--data={pairs}",
-                           f"--out_dir={out}", "--epochs=20", "--eval_interval=20", "--learning_rate=3e-3",
-                           "--template=plain", *arguments], capture_output=True, text=True)
+    done = prepared.run([sys.executable, ROOT / "dpo.py", folder / "base.safetensors", f"--data={pairs}",
+                         f"--out_dir={out}", "--epochs=20", "--eval_interval=20", "--learning_rate=3e-3",
+                         "--template=plain", *arguments])
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done

@@ -11,6 +11,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT, peak_memory, run, run_here, survives
 from peers import peer
@@ -35,7 +36,7 @@ IDX = np.load(FOLDERS / "idx.npy")
 
 
 def read(*arguments, status=0):
-    done = subprocess.run([sys.executable, ROOT / "hf_reader.py", *map(str, arguments)], capture_output=True, text=True)
+    done = prepared.run([sys.executable, ROOT / "hf_reader.py", *arguments])
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
     return done

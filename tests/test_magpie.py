@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT, run_here
 from test_sft import folder, sft  # noqa: F401  (a checkpoint)
@@ -52,8 +53,8 @@ USUAL = "--batch_size=16", "--rows=7", "--n=12", "--min_words=2", "--temperature
 
 
 def magpie(checkpoint, out, *arguments, status=0, **options):
-    done = subprocess.run([sys.executable, ROOT / "magpie.py", checkpoint, f"--out={out}", *USUAL, *arguments],
-                          capture_output=True, text=True, **options)
+    command = [sys.executable, ROOT / "magpie.py", checkpoint, f"--out={out}", *USUAL, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, **options) if options else prepared.run(command)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done

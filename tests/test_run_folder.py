@@ -17,6 +17,7 @@ import time
 from datetime import datetime
 
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT
 from safetensors.numpy import save_file
@@ -31,7 +32,8 @@ QUICK = [*TINY, "--max_iters=2", "--sample_tokens=0"]
 
 
 def python(*command, status=0, **options) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **options)
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True, **options) if options else prepared.run(command)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
     return done
@@ -170,7 +172,7 @@ def test_lock(data, tmp_path):  # noqa: F811
             if line.startswith("step      3"):
                 break
         for more in ("--overwrite=True", "--resume=True"):
-            told = python(*command, more, status=2).stderr
+            told = python(*command, more, "--max_iters=100000", status=2).stderr
             assert f"train.py (process {first.pid}) is writing to {tmp_path}: " in told
     finally:
         first.kill()

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT, load_adapter
 from mlx.utils import tree_flatten
@@ -68,9 +69,8 @@ OWN = """{% for message in messages %}
 
 
 def sft(folder, out, *arguments, status=0):
-    done = subprocess.run([sys.executable, ROOT / "sft.py", folder / "base.safetensors",
-                           f"--data={folder / 'tasks.jsonl'}", f"--out_dir={out}", *FAST, *arguments],
-                          capture_output=True, text=True)
+    done = prepared.run([sys.executable, ROOT / "sft.py", folder / "base.safetensors",
+                         f"--data={folder / 'tasks.jsonl'}", f"--out_dir={out}", *FAST, *arguments])
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done

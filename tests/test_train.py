@@ -17,6 +17,7 @@ import time
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten, tree_map
@@ -49,8 +50,11 @@ def command(data, out, *arguments):
 
 
 def train(data, out, *arguments, status=0, prefix=(), **options):
-    done = subprocess.run([*prefix, *command(data, out, *arguments)], capture_output=True, text=True, timeout=300,
-                          **options)
+    if prefix or options:
+        done = subprocess.run([*prefix, *command(data, out, *arguments)], capture_output=True, text=True, timeout=300,
+                              **options)
+    else:
+        done = prepared.run(command(data, out, *arguments))
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
