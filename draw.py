@@ -2,9 +2,12 @@
 import contextlib
 import html
 import io
+import math
 import os
 import sys
+import textwrap
 import warnings
+from base64 import b64encode
 
 import blas  # noqa: F401  (before mlx)
 import numpy as np
@@ -16,25 +19,31 @@ from tokenizer import Tokenizer
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
+"""
+TABLES = """
 .scroll { overflow-x: auto; padding: 0 16em 10em 0; }
 table { border-collapse: collapse; font: 12px/1.3 ui-monospace, monospace; margin: 1em 0; }
 th { font-weight: normal; padding: .2em .5em; white-space: pre; }
 th[scope=row] { text-align: right; position: sticky; left: 0; z-index: 1; background: Canvas; }
-td { position: relative; padding: .3em .5em; text-align: center; white-space: pre; border: 1px solid var(--line); }
+td { position: relative; padding: .3em .5em; text-align: center; white-space: pre;
+     border: 1px solid var(--line, #8884); }
 td span { display: none; position: absolute; z-index: 2; left: 0; top: 100%; padding: .4em .6em; text-align: left;
           background: Canvas; color: CanvasText; border: 1px solid; }
+tr.line > * { border-top: 2px solid; }
 td:hover span, td:focus span { display: block; }
 """
 PAGE = '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
 
 
-def prompt_ids(enc: Tokenizer, text: str, model: GPT, name: str = "prompt") -> list[int]:
-    """The tokens of the setting `name`, after those that begin a text. UserError if the context is shorter."""
+def prompt_ids(enc: Tokenizer, text: str, model: GPT, name: str = "prompt", bos: bool = True) -> list[int]:
+    """The tokens of the setting `name`, after those that begin a text, unless bos is False. UserError if the context is
+    shorter."""
     if not text:
         raise UserError(f"no prompt: give --{name}=TEXT")
-    ids = [*enc.start, *enc.encode(text).tolist()]
+    start = enc.start if bos else []
+    ids = [*start, *enc.encode(text).tolist()]
     if len(ids) > model.config.block_size:
-        begins = " with the one that begins a text" * len(enc.start)
+        begins = " with the one that begins a text" * len(start)
         raise UserError(f"--{name}: the prompt has {len(ids)} tokens{begins}, the model's context is "
                         f"{model.config.block_size}: give a shorter one")
     return ids
@@ -189,6 +198,35 @@ def growth(path: str, panels: list[dict], title: str):
     write_figure(path, figure)
 
 
+def lines(path: str, panels: list[dict], title: str, x: str):
+    """A PNG of panels side by side, whose horizontal axes have the label x. A panel has a label y and curves
+    {name: (x, y)}; it may have ticks {x: name}, and levels {name: y}, which are dotted lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 4 * len(panels), 4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for (name, points), colour in zip(panel["curves"].items(), COLOURS, strict=False):
+            axes.plot(*points, "o-", color=colour, ms=4, label=name)
+        for name, height in panel.get("levels", {}).items():
+            axes.axhline(height, color="gray", lw=0.8, ls=":", label=name)
+        if panel.get("ticks"):
+            axes.set_xticks([*panel["ticks"]], [*panel["ticks"].values()])
+        axes.set(xlabel=x)
+        axes.set_ylabel(panel["y"], parse_math=False)
+        axes.grid(alpha=0.3)
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(fontsize=8)
+    figure.suptitle(printable(title), fontsize=10, parse_math=False)
+    write_figure(path, figure)
+
+
+def image(path: str) -> str:
+    """The HTML of a picture, for a page that needs no other file."""
+    with open(path, "rb") as file:
+        content = b64encode(file.read()).decode()
+    return f'<img alt="the curves" style="max-width:100%" src="data:image/png;base64,{content}">'
+
+
 def expert_load(path: str, steps: list[int], load: np.ndarray, title: str):
     """A PNG of how many tokens each expert took, over the mean of its layer: load (steps, layers, experts). Layer 0 is
     at the bottom. The column of a step stands for all steps since the one before it."""
@@ -214,10 +252,15 @@ def short(text: str, width: int = 10) -> str:
     return text if len(text) <= width else f"{text[:width - 1]}…"
 
 
+LARGEST = 40  # inches of a heat map: wider ones, and those of more than TEXTS cells, have no numbers in their cells
+TEXTS = 2500
+
+
 def heat_map(path: str, values, rows: list[str], columns: list[str], title: str, texts, unit: str,
-             signed: bool = False, axis: str = ""):
-    """A PNG of values (rows, columns), with texts (rows, columns) in the cells. signed: values below and above 0 have
-    different colours. unit: what the colours measure. axis: what the rows are."""
+             signed: bool = False, axis: str = "", group: int = 0, notes: list[str] = ()):
+    """A PNG of values (rows, columns), with texts (rows, columns) in the cells, where they can be read. signed: values
+    below and above 0 have different colours. unit: what the colours measure. axis: what the rows are. group: rows
+    between two lines; 0: no lines. notes: lines below the picture."""
     from matplotlib.figure import Figure
 
     values, columns = np.asarray(values, np.float64), [short(name, 14) for name in columns]
@@ -225,49 +268,83 @@ def heat_map(path: str, values, rows: list[str], columns: list[str], title: str,
     low, high = (-1, 1) if signed else (0, 1)
     if values.any():
         low, high = -np.abs(values).max() if signed else min(0, values.min()), np.abs(values).max()
-    width = max(0.35, 0.08 * max(len(text) for line in texts for text in line)) * len(columns)
-    size = max(2.2 + width, 0.5 + 0.075 * max(len(title), len(unit))), 1.8 + 0.3 * len(rows)
-    figure = Figure(figsize=size, layout="constrained")
+    wide, tall = max(0.35, 0.08 * max(len(text) for line in texts for text in line)), 0.3  # of a cell, in inches
+    if with_texts := values.size <= TEXTS and wide * len(columns) <= LARGEST:
+        tall = min(tall, max(0.15, LARGEST / len(rows)))
+    else:
+        wide, tall = (min(size, LARGEST / n) for size, n in ((0.2, len(columns)), (0.3 if len(rows) < 50 else 0.11,
+                                                                                  len(rows))))
+    width, height = wide * len(columns), tall * len(rows)
+    size = max(2.2 + width, 0.5 + 0.075 * max(len(title), len(unit))), 1.8 + height
+    notes = [line for note in notes for line in textwrap.wrap(printable(note), int(14 * size[0]))]
+    figure = Figure(figsize=(size[0], size[1] + 0.14 * len(notes)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu_r" if signed else "Blues", vmin=low, vmax=high, aspect="auto",
                         interpolation="nearest")
-    for i, line in enumerate(texts):
-        for j, text in enumerate(line):
-            dark = abs(values[i, j]) > 0.6 * high if signed else values[i, j] > low + 0.6 * (high - low)
-            axes.text(j, i, text, ha="center", va="center", fontsize=7, family="monospace", parse_math=False,
-                      color="white" if dark else "black")
-    axes.set_xticks(range(len(columns)), columns, fontsize=8, family="monospace", parse_math=False,
+    for (i, j), value in np.ndenumerate(values) if with_texts else ():
+        dark = abs(value) > 0.6 * high if signed else value > low + 0.6 * (high - low)
+        axes.text(j, i, texts[i][j], ha="center", va="center", fontsize=7 if tall > 0.2 else 6, family="monospace",
+                  parse_math=False, color="white" if dark else "black", in_layout=False)
+    every = math.ceil(0.13 / wide)  # a label takes 0.13 inches
+    axes.set_xticks(range(0, len(columns), every), columns[::every], fontsize=8, family="monospace", parse_math=False,
                     rotation=90 if max(map(len, columns)) * len(columns) > 12 * width else 0)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    every = math.ceil(0.1 / tall)
+    axes.set_yticks(range(0, len(rows), every), rows[::every], fontsize=8 if tall > 0.12 else 6)
     axes.set_ylabel(axis, fontsize=8)
+    if group:
+        axes.hlines(np.arange(group, len(rows), group) - 0.5, -0.5, len(columns) - 0.5, color="black", lw=0.8)
     axes.set_title(printable(f"{title}\n{unit}"), fontsize=10, parse_math=False)
+    if notes:
+        figure.supxlabel("\n".join(notes), x=0.01, ha="left", fontsize=7, parse_math=False)
     figure.colorbar(image, ax=axes, fraction=0.5 / size[0], pad=0.1 / size[0])
     write_figure(path, figure)
 
 
-def grid(values, rows: list[str], columns: list[str], texts, hovers, signed: bool = False, axis: str = "") -> str:
+def grid(values, rows: list[str], columns: list[str], texts, hovers, signed: bool = False, axis: str = "",
+         group: int = 0) -> str:
     """The HTML of a table of values (rows, columns), with texts in its cells. A cell's hover text appears while the
-    mouse is over it. signed: values below and above 0 have different colours. axis: what the rows are."""
+    mouse is over it. signed: values below and above 0 have different colours. axis: what the rows are. group: rows
+    between two lines; 0: no lines."""
     values = np.nan_to_num(np.asarray(values, np.float64))
     top = np.abs(values).max() or 1
     lines = [f"<div class=scroll><table><tr><th scope=col>{html.escape(axis)}"
              + "".join(f"<th scope=col>{html.escape(name)}" for name in columns)]
-    for name, line, text, hover in zip(rows, values, texts, hovers, strict=True):
+    for n, (name, line, text, hover) in enumerate(zip(rows, values, texts, hovers, strict=True)):
         cells = []
         for value, inside, above in zip(line, text, hover, strict=True):
-            colour = "235 90 60" if signed and value > 0 else "60 130 235"
-            cells.append(f'<td tabindex=0 style="background:rgb({colour}/{0.75 * abs(value) / top:.2f})">'
+            cells.append(f'<td tabindex=0 style="background:{colour_of(value / top, signed)}">'
                          f"{html.escape(inside)}<span>{html.escape(above)}</span>")
-        lines.append(f"<tr><th scope=row>{html.escape(name)}" + "".join(cells))
+        line = " class=line" if group and n and n % group == 0 else ""
+        lines.append(f"<tr{line}><th scope=row>{html.escape(name)}" + "".join(cells))
     return "\n".join(lines) + "</table></div>"
+
+
+def colour_of(share: float, signed: bool) -> str:
+    """The colour of a cell whose value is this share of the largest one, for CSS."""
+    return f"rgb({'235 90 60' if signed and share > 0 else '60 130 235'}/{0.75 * abs(share):.2f})"
+
+
+def legend(values, unit: str, signed: bool = False) -> str:
+    """The HTML of a legend of grid()'s colours."""
+    top = np.abs(np.nan_to_num(np.asarray(values, np.float64))).max() or 1
+    shares = (-1, -0.5, 0, 0.5, 1) if signed else (0, 0.5, 1)
+    cells = "".join(f'<td style="background:{colour_of(share, signed)}">{share * top:{"+" * signed}.2g}'
+                    for share in shares)
+    return f"<table><tr><th scope=row>{html.escape(unit)}{cells}</table>"
 
 
 def page(path: str, title: str, text: str, *parts: str):
     """Write an HTML page that needs no other file. title and text are escaped, parts are HTML."""
     title = html.escape(title)
     content = "\n".join([
-        f"{PAGE}<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{html.escape(text)}</p>", *parts, ""])
+        f"{PAGE}<title>{title}</title><style>{STYLE}{TABLES}</style><h1>{title}</h1><p>{html.escape(text)}</p>", *parts,
+        ""])
     write_whole(path, printable(content).encode())
+
+
+def for_notebook(*parts: str) -> str:
+    """Parts of a page as a notebook shows them: with the style of tables, which holds for them alone."""
+    return f"<div class=tinygpt><style>.tinygpt {{{TABLES}}}</style>{''.join(parts)}</div>"
 
 
 if __name__ == "__main__":

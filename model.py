@@ -1176,7 +1176,9 @@ class Block(nn.Module):
         if "dropout" in carry:  # dropout
             y = dropout(y, carry, 3 * self.layer + 1)  # dropout
         entered, x = x, x + y
-        y = self.mlp(self.normed("mlp_norm", entered if self.config.parallel else x), tap)
+        if not self.config.parallel:
+            entered = x = tap("mid", self.layer, x)
+        y = self.mlp(self.normed("mlp_norm", entered), tap)
         y = tap("mlp", self.layer, self.scaled(self.normed("mlp_post_norm", y)))
         if "dropout" in carry:  # dropout
             y = dropout(y, carry, 3 * self.layer + 2)  # dropout
@@ -1470,8 +1472,9 @@ def no_tap(site: str, layer: int, x: mx.array) -> mx.array:
 
     Sites in a layer, in order: "resid" (B, T, C) what enters the block; "q" (B, H, T, D), "k" and "v" (B, KV, T, D) as
     attention takes them; "heads" (B, H, T, D) the output of each head; "attn" (B, T, C) what attention adds to the
-    residual stream; "hidden" (B, T, ffn_dim) the neurons of the MLP; "mlp" (B, T, C) what the MLP adds. After the
-    last block comes "resid" once more, with layer = n_layer. With a cache, T counts the new positions only.
+    residual stream; "mid" (B, T, C) the stream with it, which the MLP reads (not with `parallel`, where the MLP reads
+    "resid"); "hidden" (B, T, ffn_dim) the neurons of the MLP; "mlp" (B, T, C) what the MLP adds. After the last block
+    comes "resid" once more, with layer = n_layer. With a cache, T counts the new positions only.
 
         def silence(site, layer, x):  # head 2 of layer 1
             return x * (mx.arange(x.shape[1]) != 2)[:, None, None] if (site, layer) == ("heads", 1) else x
@@ -1903,6 +1906,8 @@ def other_kind(path: str, arrays: dict, header: dict) -> str:
         return f"{path} is a lens of tuned_lens.py, not a checkpoint: give the checkpoint that it was trained on"
     if "direction" in header:
         return f"{path} is a direction of steer.py, not a checkpoint: give the checkpoint that it was made for"
+    if "sae" in header:
+        return f"{path} is a dictionary of sae.py, not a checkpoint: give the checkpoint that it was trained on"
     if any(name.endswith("learning_rate") for name in arrays):  # of an optimizer
         return f"{path} is the state from which a run resumes, not a checkpoint: {give_one_of(os.path.dirname(path))}"
     return f"{path} has no config in its header: copy or train it again"

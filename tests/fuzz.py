@@ -67,6 +67,7 @@ SMALL = dict(max_iters=2, eval_interval=1, eval_windows=2, log_interval=1, sampl
              page="page.md", checkpoint="model.safetensors", data="text.txt", compile="False")
 ARCHITECTURE = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))  # None: not given
 ROWS = dict(block_size=100)  # tokens: a conversation of bytes is longer than SMALL's windows
+NO_TEXT = dict.fromkeys(("data", "samples", "block_size"))
 GO_ON = dict(resume="True", checkpoint=None, data=None, batch_size=None, block_size=None)
 BASES = {
     "train.py": [dict(data="tokens"), dict(),
@@ -94,9 +95,12 @@ BASES = {
     "laser.py": [dict(matrix="mlp.up", rhos=None), dict(search="True", rhos="0.5", samples=1)],
     "tuned_lens.py": [dict(), dict(apply="model.lenses", prompt="def f", checkpoint="./model.safetensors"),
                       dict(apply="model.tgtl", prompt="def f", checkpoint="./model.safetensors")],
-    "patching.py": [dict(clean="def f", corrupt="def g", target="x"), dict(mode="ablate"),
-                    dict(mode="trace", clean="def f", subject="f", target="x")],
+    "patching.py": [dict(NO_TEXT, clean="def f", corrupt="def g", target="x", draws=None),
+                    dict(mode="ablate", draws=None),
+                    dict(NO_TEXT, mode="trace", clean="def f", subject="f", target="x")],
+    "paths.py": [dict(clean="def f", corrupt="def g", target="x")],
     "attention_maps.py": [dict(prompt="def f")],
+    "heads.py": [dict(length=5, confirm="True"), dict(head="1.0", prompt="def f", length=None, draws=None)],
     "playground.py": [dict(folder="run")],
     "runs/architectures.py": [dict(out="architectures")],
     "runs/compress.py": [dict(out="compress", picture="compress/new.png")],

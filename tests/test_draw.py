@@ -93,6 +93,25 @@ def test_heat_map(values, signed, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_heat_map_without_room(drawn, tmp_path):
+    """Where the numbers could not be read, cells have none, labels are left out, and the picture stays small. Lines
+    part groups of rows; notes stand below."""
+    values = np.arange(12 * 1024).reshape(12, 1024)
+    texts = [["+1.23"] * 1024] * 12
+    draw.heat_map(str(tmp_path / "a.png"), values, ["r"] * 12, ["c"] * 1024, "title", texts, "unit", group=4,
+                  notes=["a note " * 100])
+    draw.heat_map(str(tmp_path / "b.png"), values[:, :40], ["r"] * 12, ["c"] * 40, "title", [["+1.23"] * 40] * 12, "u")
+    for figure, cells, columns in zip(drawn, (0, 480), (256, 40), strict=True):
+        axes = figure.axes[0]
+        assert len(axes.texts) == cells and len(axes.get_xticks()) == columns and figure.get_figwidth() < 45
+    lines = drawn[0].axes[0].collections[0].get_segments()
+    assert [line[0][1] for line in lines] == [3.5, 7.5] and "a note a note" in drawn[0].get_supxlabel()
+    table = draw.grid(values[:3, :1], ["a", "b", "c"], ["x"], [["1"]] * 3, [["h"]] * 3, group=2)
+    assert table.count("class=line") == 1 and table.index("class=line") > table.index(">b")
+    legend = draw.legend([[1, -2]], "<u>", True)
+    assert re.findall(r'">([^<]*)', legend) == ["-2", "-1", "+0", "+1", "+2"] and "&lt;u&gt;" in legend
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are written, as Matplotlib holds them; the files are written too."""

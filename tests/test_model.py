@@ -649,7 +649,8 @@ def test_tap_sites():
     B, T, cache = 2, 5, model.make_cache()
     layers = [(site, layer, shape) for layer in (0, 1) for site, shape in [
         ("resid", (B, T, 32)), ("q", (B, 4, T, 12)), ("k", (B, 2, T, 12)), ("v", (B, 2, T, 12)),
-        ("heads", (B, 4, T, 12)), ("attn", (B, T, 32)), ("hidden", (B, T, 128)), ("mlp", (B, T, 32))]]
+        ("heads", (B, 4, T, 12)), ("attn", (B, T, 32)), ("mid", (B, T, 32)), ("hidden", (B, T, 128)),
+        ("mlp", (B, T, 32))]]
     idx = mx.array(tokens(B, T))
     calls = [lambda tap: model(idx, tap=tap), lambda tap: model(idx, cache=cache, tap=tap),
              lambda tap: model(idx, cache=cache, tap=tap), lambda tap: model.loss(idx, idx, tap=tap),
@@ -704,6 +705,23 @@ def test_tap_of_the_residual_stream():
     first = model(idx, tap=lambda site, layer, x: 2 * x if (site, layer) == ("resid", 0) else x)
     model.embed.weight = 2 * model.embed.weight
     assert close(first, model(idx), 1e-6)
+
+
+def test_tap_between_attention_and_the_mlp():
+    """What the tap returns is what the MLP reads and adds to. With `parallel` there is no such state."""
+    model, idx, stream = build("Llama"), mx.array(tokens(2, 20)), {}
+
+    def without_attention(site, layer, x):
+        if site == "resid":
+            stream[layer] = x
+        return stream[1] if (site, layer) == ("mid", 1) else x
+
+    parameters = float64(model.parameters())
+    parameters["blocks.1.attn.out.weight"][:] = 0
+    assert close(model(idx, tap=without_attention), oracle(model.config, parameters, np.array(idx)))
+    seen = []
+    build("Llama", parallel=True)(idx, tap=lambda site, layer, x: seen.append(site) or x)
+    assert "mlp" in seen and "mid" not in seen
 
 
 # ---- init ------------------------------------------------------------------------------------------------------------
