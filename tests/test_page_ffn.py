@@ -170,7 +170,7 @@ def check_inside(opened, path: str, model: GPT):
         expected = [[log_p(patching.ablate(model, mx.array([ids]), site, layer, how, head)[0, -1], target) - clean
                      for site, head in sites] for layer in range(len(exact))]
         np.testing.assert_allclose(found, expected, atol=2e-4)
-    for found, site in zip(swapped, patching.SITES, strict=True):
+    for found, site in zip(swapped, ("resid", "attn", "mlp"), strict=True):
         logits = patching.swap(model, mx.array(ids), mx.array(other), site)
         effects = (np.array(patching.log_p(logits)[..., target]) - corrupt) / (clean - corrupt)
         np.testing.assert_allclose(found, effects, atol=2e-3)

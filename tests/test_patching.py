@@ -1,5 +1,6 @@
 """patching.py: properties of patches and ablations in every variant; each cell against a pass of its own; a model with
 a known circuit; bad input."""
+import json
 import re
 from functools import partial
 
@@ -30,20 +31,21 @@ def small(n_layer=3, **settings):
     return model
 
 
-def in_place(model, layer, stream, x):
+def in_place(model, layer, stream, x, site="mlp"):
     """The row of each position in an array x (T, C) that a block taps, and x by position. With mod=topk, the rows of
-    chosen tokens come first, and the others count as 0."""
+    chosen tokens come first; the others count as 0, and at site mid they are the stream."""
     block = model.blocks[layer]
-    if "predictor" not in block:
-        return np.arange(len(x)), x
+    if "predictor" not in block or model.config.yoco and site in ("k", "v") and layer == model.config.n_layer // 2:
+        return np.arange(x.shape[-2]), x
     chosen = np.array((stream @ block.predictor.weight.T)[:, 0] > block.threshold)
     row = np.empty(len(x), int)
     row[np.concatenate([np.flatnonzero(chosen), np.flatnonzero(~chosen)])] = np.arange(len(x))
-    return row, mx.where(mx.array(chosen)[:, None], x[mx.array(row)], 0)
+    return row, mx.where(mx.array(chosen)[:, None], x[mx.array(row)], stream if site == "mid" else 0)
 
 
-def one_cell(model, donor, recipient, site, layers, i, j):
-    """The recipient's last logits with the donor's state in one cell, by a forward pass for this cell alone."""
+def one_cell(model, donor, recipient, site, layers, i, j, head=None):
+    """The recipient's last logits with the donor's state in one cell, by a forward pass for this cell alone. i, j: a
+    position, or a slice."""
     states, own = {}, {}
 
     def record(name, layer, x):
@@ -53,12 +55,14 @@ def one_cell(model, donor, recipient, site, layers, i, j):
     def put(name, layer, x):
         own[name] = x[0]
         if name == site and layer in layers:
-            value, row = states[name, layer][0, i], j
+            mine, theirs = (y if head is None else y[head] for y in (x[0], states[name, layer][0]))
+            row = np.arange(len(mine))
             if site != "resid":
-                value = in_place(model, layer, states["resid", layer][0], states[name, layer][0])[1][i]
-                row = in_place(model, layer, own["resid"], x[0])[0][j]
+                row = in_place(model, layer, own["resid"], mine, site)[0]
+                theirs = in_place(model, layer, states["resid", layer][0], theirs, site)[1]
+            x = np.array(x)
+            (x[0] if head is None else x[0, head])[row[j]] = np.array(theirs)[i]
             x = mx.array(x)
-            x[0, row] = value
         return x
 
     model(donor[None], tap=record)
@@ -68,7 +72,18 @@ def one_cell(model, donor, recipient, site, layers, i, j):
 # ---- patching --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [*FLAVOURS, dict(mod="topk", mod_every=1)], ids=str)
+def refused(site, settings):
+    return site == "hidden" and "n_expert" in settings or site == "mid" and "parallel" in settings
+
+
+def heads_at(model, site):
+    seen = {}
+    model(DONOR[None], tap=lambda name, layer, x: seen.setdefault(name, x))
+    return seen[site].shape[1]
+
+
+@pytest.mark.parametrize("settings", [*FLAVOURS, dict(mod="topk", mod_every=1), dict(parallel=True),
+                                      dict(mod="topk", mod_every=1, yoco=True), dict(n_kv_head=1)], ids=str)
 def test_swap(settings):
     """A donor that is the recipient changes nothing; each cell equals a pass of its own; with all positions patched at
     once, the logits are the donor's."""
@@ -76,13 +91,25 @@ def test_swap(settings):
     own, theirs = model(RECIPIENT[None])[0], model(DONOR[None])[0]
     tolerance = 1e-4 * mx.abs(own).max()
     for site in patching.SITES:
-        same = swap(model, RECIPIENT, RECIPIENT, site)
-        assert same.shape == (4, 12, 64) and mx.abs(same - own[-1]).max() < tolerance
-        found = swap(model, DONOR, RECIPIENT, site, batch_size=5)
-        for layer in range(4):
-            for i in (0, 5, 11):
-                alone = one_cell(model, DONOR, RECIPIENT, site, [layer], i, i)
-                assert mx.abs(found[layer, i] - alone).max() < tolerance
+        if refused(site, settings):
+            with pytest.raises(UserError, match=f"site={site}"):
+                swap(model, DONOR, RECIPIENT, site)
+            continue
+        n, few = 3 if settings.get("yoco") and site in ("k", "v") else 4, [(0, 0), (5, 5), (11, 11)]
+        heads = range(heads_at(model, site)) if site in patching.BY_HEAD else [None]
+        same = swap(model, RECIPIENT, RECIPIENT, site, few[:2])
+        assert same.shape == (n, len(heads), 2, 64) if heads != [None] else (4, 2, 64)
+        assert mx.abs(same - own[-1]).max() < tolerance
+        if site == "resid":
+            every = swap(model, DONOR, RECIPIENT)
+            assert mx.allclose(every[:, 5], swap(model, DONOR, RECIPIENT, pairs=few)[:, 1], atol=1e-5)
+        found = swap(model, DONOR, RECIPIENT, site, few, 4).reshape(n, len(heads), 3, 64)
+        for layer, head, i in ((0, heads[0], 2), (1, heads[-1], 0), (n - 1, heads[-1], 1)):
+            alone = one_cell(model, DONOR, RECIPIENT, site, [layer], few[i][0], few[i][0], head)
+            assert mx.abs(found[layer, head or 0, i] - alone).max() < tolerance
+        whole = patching.replaced(model, RECIPIENT, patching.record(model, DONOR[None], [site]), site, None, None)
+        alone = one_cell(model, DONOR, RECIPIENT, site, [1], slice(None), slice(None), heads[-1])
+        assert mx.abs(whole.reshape(n, len(heads), 64)[1, -1] - alone).max() < tolerance
     # some keys and values stay the recipient's: in YOCO's second half, value residuals after layer 0, value embeddings
     layers = 3 if settings.get("yoco") else 1 if settings.get("value_residual") else 0 if settings.get(
         "value_embeds") else 4
@@ -151,20 +178,23 @@ def test_zero_and_mean(settings, site, source):
     model, stream = small(**settings), []
     model(RECIPIENT[None], tap=lambda name, layer, x: stream.append(x[0]) or x if name == "resid" else x)
     found = patching.replaced(model, RECIPIENT, source, site, [*range(12)], [*range(12)])
+    head = 1 if site in patching.BY_HEAD else None
     for layer in range(3):
         for p in (0, 7, 11):
             def tap(name, at, x, layer=layer, p=p):
                 if (name, at) == (site, layer):
-                    rows, n = np.arange(12), 12
+                    mine, rows, n = x[0] if head is None else x[0, head], np.arange(12), 12
                     if site != "resid":
-                        rows, placed = in_place(model, layer, stream[layer], x[0])
+                        rows, placed = in_place(model, layer, stream[layer], mine)
                         n = sum(bool(each.any()) for each in placed)
-                    by = x[0, :n].mean(0) if source == "mean" else mx.zeros_like(x[0, 0])
+                    by = mine[:n].mean(0) if source == "mean" else mx.zeros_like(mine[0])
+                    x = np.array(x)
+                    (x[0] if head is None else x[0, head])[rows[p]] = np.array(by)
                     x = mx.array(x)
-                    x[0, rows[p]] = by
                 return x
 
-            assert mx.allclose(found[layer, p], model(RECIPIENT[None], tap=tap)[0, -1], atol=1e-4)
+            cell = found[layer, p] if head is None else found[layer, head, p]
+            assert mx.allclose(cell, model(RECIPIENT[None], tap=tap)[0, -1], atol=1e-4)
 
 
 @pytest.mark.parametrize("site, window", [("resid", 1), ("mlp", 1), ("attn", 2), ("mlp", 3)])
@@ -221,6 +251,57 @@ def copying():
     for name, x in dict(q=q, k=k, v=v, out=out).items():
         model.blocks[1].attn[name].weight = mx.array(x.astype(np.float32))
     return model
+
+
+def induction():
+    """A model with an induction circuit: head 0.0 writes each token's previous one, and head 1.0 looks for the token
+    whose previous one is the last token, and copies it to the answer. Other parts write what nothing reads."""
+    config = GPTConfig(block_size=8, vocab_size=16, n_layer=3, n_head=2, n_embd=96, pos="learned", qk_norm=False,
+                       norm="rms", tie=False, ffn_dim=16)
+    model, rng, token = GPT(config, seed=1).eval(), np.random.default_rng(0), np.arange(16)
+    embed, place, head = np.zeros((16, 96)), np.zeros((8, 96)), np.zeros((16, 96))
+    embed[token, token] = 1                       # dimensions 0 ... 15: the token; 16 ... 31: the one before it
+    place[np.arange(8), 32 + np.arange(8)] = 1    # 32 ... 39: the position
+    head[token, 48 + token] = 1                   # 48 ... 63: the answer; from 64 on: what nothing reads
+    model.embed.weight, model.pos_embed.weight, model.head.weight = (mx.array(x.astype(np.float32))
+                                                                     for x in (embed, place, head))
+    for layer, block in enumerate(model.blocks):
+        q, k, v, out = (rng.standard_normal((96, 96)) * 0.1 for _ in range(4))
+        out[:64] = 0
+        if layer < 2:
+            for x in (q, k, v):
+                x[:48] = 0
+            out[:, :48] = 0
+        if layer == 0:
+            q[np.arange(8), 32 + np.arange(8)] = k[np.arange(1, 8), 32 + np.arange(7)] = 5
+            v[token, token] = out[16 + token, token] = 1
+        if layer == 1:
+            q[token, token] = k[token, 16 + token] = 5
+            v[token, token] = out[48 + token, token] = 1
+        down = rng.standard_normal((96, 16)) * 0.1
+        down[:64] = 0
+        for module, x in ((block.attn.q, q), (block.attn.k, k), (block.attn.v, v), (block.attn.out, out),
+                          (block.mlp.down, down)):
+            module.weight = mx.array(x.astype(np.float32))
+    return model
+
+
+CIRCUIT = [0, 1, 2, 3, 4, 1], [0, 5, 2, 3, 4, 1]  # after the second 1, 2 should follow; without the first one, nothing
+
+
+@pytest.mark.parametrize("site, where", [("heads", {(0, 0, 2), (1, 0, 5)}), ("k", {(1, 0, 2)}), ("q", set()),
+                                         ("v", {(0, 0, 2)})])
+def test_the_induction_circuit_is_found(site, where):
+    """Head 0.0's output and value at the token after the first 1, and there head 1.0's key, and its output at the last
+    position: each brings back the answer, and no other head does. (The value is of the token before, at position 1.)"""
+    model, (donor, recipient) = induction(), map(mx.array, CIRCUIT)
+    clean, corrupt = model(donor[None])[0, -1], model(recipient[None])[0, -1]
+    assert clean.argmax() == 2 and clean[2] > corrupt[2] + 0.3
+    found = swap(model, donor, recipient, site)[..., 2]
+    expected = np.zeros((3, 2, 6))
+    for layer, head, position in where:
+        expected[layer, head, position - (site == "v")] = 1
+    np.testing.assert_allclose((found - corrupt[2]) / (clean[2] - corrupt[2]), expected, atol=0.1)
 
 
 def test_a_known_circuit_is_found():
@@ -438,10 +519,10 @@ def test_figures(tmp_path):
     ([CLEAN, CORRUPT, TARGET, "--pairs=5"], "write pairs of positions"),
     ([CLEAN, "--corrupt=" + "x" * 40, TARGET], "--corrupt: the prompt has 41 tokens"),
     ([CLEAN, "--mode=patch"], "mode='patch'"), ([CLEAN, CORRUPT, TARGET, "--foil= "], "the same token"),
-    ([CLEAN, CORRUPT, TARGET, "--site=heads"], "site='heads'"), ([CLEAN, "--corrupt=the cat sat", TARGET], "no effect"),
+    ([CLEAN, CORRUPT, TARGET, "--site=head"], "site='head'"), ([CLEAN, "--corrupt=the cat sat", TARGET], "no effect"),
     (["--mode=trace", CLEAN, TARGET, "--subject=dog"], "is not in the prompt"),
     (["--mode=trace", CLEAN, TARGET], "give --subject"), (["--mode=trace", "--noise=-1"], "noise from 0 to 1e6"),
-    (["--mode=trace", "--noise=1e300"], "noise from 0 to 1e6"), ([CLEAN, CORRUPT, TARGET, "--seed=-1"], "seed=-1"),
+    (["--mode=trace", "--noise=1e300"], "noise from 0 to 1e6"), (["--mode=trace", "--seed=-1"], "seed=-1"),
     (["--mode=ablate"], "there is nothing to measure on"), ([CLEAN, "--picture=none/x.png"], "there is no folder none"),
     (["--mode=ablate", CLEAN, TARGET, "--how=noise"], "how='noise'"), ([CLEAN, "--batch_size=0"], "batch_size"),
 ])
@@ -490,3 +571,173 @@ def test_the_subject():
 def test_a_longer_target(tmp_path):
     path, _ = checkpoint(tmp_path)
     assert "target 'mat' is 3 tokens: the first, 'm', is used" in run(path, CLEAN, CORRUPT, "--target=mat").stdout
+
+
+# ---- prompt sets -----------------------------------------------------------------------------------------------------
+
+SET = [("the cat sat", "the dog sat", " ", "x"), ("the dog ran", "the cow ran", "a", "b"),
+       ("the pig was", "the owl was", "c", "d"), ("the cat sat", "the dog sat", "x", " ")]
+
+
+def write_set(folder, rows):
+    names = "clean", "corrupt", "target", "foil", "subject"
+    (folder / "set.jsonl").write_text("".join(json.dumps(dict(zip(names, each, strict=False))) + "\n" for each in rows))
+    return f"--prompts={folder / 'set.jsonl'}"
+
+
+def ids_of(text, bos=True):
+    return mx.array([*[256] * bos, *text.encode()])
+
+
+def difference(logits, target, foil):
+    return np.array(logits[..., ord(target)] - logits[..., ord(foil)], np.float64)
+
+
+def test_a_set_of_prompts(tmp_path):
+    """Each cell is a ratio of means, with the standard error of the delta method; weak prompts are told."""
+    path, model = checkpoint(tmp_path)
+    model.eval()
+    saved = tmp_path / "a.npz"
+    done = run(path, write_set(tmp_path, SET), "--site=heads", f"--save={saved}", "--bos=False")
+    changes, wholes = [], []
+    for clean, corrupt, target, foil in SET:
+        donor, recipient = ids_of(clean, False), ids_of(corrupt, False)
+        low, high = (difference(model(ids[None])[0, -1], target, foil) for ids in (recipient, donor))
+        changes.append(difference(swap(model, donor, recipient, "heads"), target, foil) - low)
+        wholes.append(high - low)
+    changes, wholes, table = np.array(changes), np.array(wholes), np.load(saved)
+    ratio = changes.mean(0) / wholes.mean()
+    np.testing.assert_allclose(table["values"], ratio.reshape(4, 11), atol=2e-3 * abs(ratio).max())
+    left = changes - ratio * wholes[:, None, None, None]
+    error = np.sqrt((left ** 2).sum(0) / 3 / 4) / abs(wholes.mean())
+    np.testing.assert_allclose(table["standard_error"], error.reshape(4, 11), atol=2e-3 * error.max())
+    assert table["rows"].tolist() == ["0.0", "0.1", "1.0", "1.1"] and table["count"] == 4
+    assert table["each"].shape == (4, 4, 11) and table["columns"][1] == "1 h" and table["columns"][4] == "4 c…"
+    weak = [str(i + 1) for i in range(4) if wholes[i] * wholes.mean() < 0]
+    assert weak and f"in {len(weak)} of 4 prompts, which count all the same: {', '.join(weak)}" in done.stdout
+    page = (tmp_path / "ckpt-swap.html").read_text()
+    for part in ("set.jsonl, 4", "the cat sat", "the dog sat", "<dt>target", "<dt>foil", "class=line", "corrupt "):
+        assert part in page
+    (tmp_path / "b.npz").write_bytes(b"mine")
+    done = run(path, CLEAN, CORRUPT, TARGET, f"--save={tmp_path / 'b.npz'}", status=2)
+    assert "was not written by patching.py" in done.stderr
+    assert "an earlier result" in run(path, CLEAN, CORRUPT, TARGET, f"--save={saved}", "--positions=last").stdout
+    assert np.load(saved)["columns"].tolist() == ["last position"]
+
+
+def test_positions_and_lengths(tmp_path):
+    """Columns of prompts that are not equally long count from the end; heads at one column stand side by side."""
+    path, model = checkpoint(tmp_path)
+    model.eval()
+    rows = [SET[0], ("a cat", "a dog", " ", "x")]
+    saved = tmp_path / "a.npz"
+    done = run(path, write_set(tmp_path, rows), "--site=mlp", f"--save={saved}")
+    assert "the prompts have 6 to 12 tokens: columns count from the end" in done.stdout
+    table, changes, wholes = np.load(saved), [], []
+    for clean, corrupt, target, foil in rows:
+        donor, recipient = ids_of(clean), ids_of(corrupt)
+        low, high = (difference(model(ids[None])[0, -1], target, foil) for ids in (recipient, donor))
+        changes.append(difference(swap(model, donor, recipient, "mlp"), target, foil)[:, -6:] - low)
+        wholes.append(high - low)
+    expected = np.mean(changes, 0) / np.mean(wholes)
+    np.testing.assert_allclose(table["values"], expected, atol=2e-3 * abs(expected).max())
+    assert table["columns"][-1].startswith("-1 ")
+    run(path, write_set(tmp_path, rows), "--mode=zero", "--site=heads", "--positions=all", f"--save={saved}")
+    table, changes = np.load(saved), []
+    for clean, _, target, foil in rows:
+        whole = difference(model(ids_of(clean)[None])[0, -1], target, foil)
+        changes.append([[difference(ablate(model, ids_of(clean)[None], "head", layer, head=head)[0, -1], target, foil)
+                         - whole for head in range(2)] for layer in range(2)])
+    np.testing.assert_allclose(table["values"], np.mean(changes, 0), atol=1e-4)
+    assert table["columns"].tolist() == ["head 0", "head 1"] and table["rows"].tolist() == ["layer 0", "layer 1"]
+
+
+@pytest.mark.parametrize("mode", ["mean", "resample", "data"])
+def test_means_and_resampling(mode, tmp_path):
+    """States are replaced by their mean over the prompts at each position, over a text, or by another prompt's; and
+    whole heads too, with --mode=ablate."""
+    path, model = checkpoint(tmp_path)
+    model.eval()
+    rows, saved, text = SET[:3], tmp_path / "a.npz", (ROOT / "ruff.toml").read_bytes() * 5
+    (tmp_path / "text.txt").write_bytes(text)
+    how = "resample" if mode == "resample" else "mean"
+    more = [f"--data={tmp_path / 'text.txt'}", "--samples=3"] if mode == "data" else []
+    prompts = write_set(tmp_path, rows)
+    run(path, prompts, f"--mode={how}", "--site=heads", f"--save={saved}", *more)
+    by_hand, grid = [], np.load(saved)["each"]
+    states = [patching.record(model, ids_of(row[0])[None], ["heads"]) for row in rows]
+    windows = patching.windows(np.frombuffer(text, np.uint8).astype(np.int32), 3, 33, 1337)[:, :-1]
+    of_text = patching.record(model, windows, ["heads"])
+    source = {"mean": lambda n, layer: sum(each["heads", layer] for each in states) / 3,
+              "resample": lambda n, layer: states[patching.others(3, 1337)[n]]["heads", layer],
+              "data": lambda n, layer: of_text["heads", layer].mean((0, 2))[None, :, None]}[mode]
+    for n, (clean, _, target, foil) in enumerate(rows):
+        whole = difference(model(ids_of(clean)[None])[0, -1], target, foil)
+        for layer, head, at in ((0, 1, 11), (1, 0, 11), (0, 0, 6), (1, 1, slice(None))):
+            def tap(site, one, x, n=n, layer=layer, head=head, at=at):
+                if (site, one) == ("heads", layer):
+                    by = mx.broadcast_to(source(n, layer), x.shape)
+                    x = mx.array(x)
+                    x[0, head, at] = by[0, head, at]
+                return x
+
+            change = difference(model(ids_of(clean)[None], tap=tap)[0, -1], target, foil) - whole
+            if at == slice(None):
+                by_hand.append(change)
+            else:
+                assert grid[n, 2 * layer + head, at] == pytest.approx(change, abs=1e-4)
+    assert all(other != n for seed in range(20) for n, other in enumerate(patching.others(3, seed)))
+    run(path, prompts, "--mode=ablate", f"--how={how}", f"--save={saved}", *more)
+    table = np.load(saved if mode != "data" else tmp_path / "a-prompt.npz")
+    np.testing.assert_allclose(table["each"][:, 1, 4], by_hand, atol=1e-4)
+    if mode == "data":  # the loss, with means over the same text
+        tap = patching.ablation(model, "head", 1, "mean", 1, {key: x.mean((0, 2))[None, :, None] for key, x in
+                                                              of_text.items() if key[0] == "heads"})
+        text = patching.windows(np.frombuffer(text, np.uint8).astype(np.int32), 3, 33, 1337)
+        change = model.loss(text[:, :-1], text[:, 1:], tap=tap) - model.loss(text[:, :-1], text[:, 1:])
+        assert np.load(saved)["values"][1, 4] == pytest.approx(float(change), abs=1e-4)
+
+
+def test_trace_of_a_set(tmp_path):
+    """Each row has its own subject, and noise of its own from the same seed."""
+    path, model = checkpoint(tmp_path)
+    model.eval()
+    rows = [(*SET[0], "cat"), ("a dog", "", "a", "", "dog")]
+    run(path, write_set(tmp_path, rows), "--mode=trace", "--site=v", "--positions=last", "--draws=2",
+        f"--save={tmp_path / 'a.npz'}")
+    rng, table = np.random.default_rng(1337), np.load(tmp_path / "a.npz")
+    for n, (text, target, at) in enumerate((("the cat sat", " ", [5, 6, 7]), ("a dog", "a", [3, 4, 5]))):
+        ids = ids_of(text)
+        noise = (rng.standard_normal((2, 3, 64)) * 3 * np.array(model.embed(ids)).std()).astype(np.float32)
+        low, found = patching.trace(model, ids, at, mx.array(noise), "v")
+        low, found = (np.array(mx.softmax(x, axis=-1)[..., ord(target)]) for x in (low, found))
+        np.testing.assert_allclose(table["each"][n], found[:, :, -1].mean(-1) - low.mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ([CLEAN, CORRUPT, TARGET, "--subject=cat"], "mode=swap does not use --subject: leave it out, or give --mode=trace"),
+    (["--mode=zero", CLEAN, CORRUPT], "does not use --corrupt"),
+    (["--mode=ablate", "--site=mlp"], "does not use --site"),
+    (["--mode=trace", "--foil=x"], "does not use --foil"), ([CLEAN, "--prompts=a.jsonl"], "leave one of the two out"),
+    (["--mode=mean", CLEAN, TARGET, "--samples=3"], "give --data=FILE"), (["--mode=resample"], "give --prompts=FILE"),
+    (["--mode=trace", CLEAN, TARGET, "--window=2", "--site=q"], "heads have nothing in common"),
+    ([CLEAN, CORRUPT, TARGET, "--positions=first"], "positions='first'"),
+    ([CLEAN, CORRUPT, TARGET, "--save=none/a.npz"], "there is no folder none"),
+])
+def test_settings_that_do_not_fit(arguments, says, tmp_path):
+    path, _ = checkpoint(tmp_path)
+    assert says in run(path, *arguments, status=2).stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
+
+
+@pytest.mark.parametrize("rows, arguments, says", [
+    ([("the cat", "", "a", "")], [], "prompt 1 has no corrupt one"),
+    ([SET[0], (*SET[1][:3], "")], [], "some prompts have a foil"),
+    ([SET[0]], ["--mode=mean"], "needs several"),
+    ([("a", "b", "", "")], [], "line 1: it needs the texts clean and target"),
+    ([SET[0], ("a", "b", "c", "d")], ["--mode=resample", "--positions=all"], "needs prompts of equally many tokens"),
+    ([SET[0], ("a cat", "b", "c", "d")], ["--positions=all"], "prompt 2 has 6 and 2 tokens"),
+])
+def test_bad_sets(rows, arguments, says, tmp_path):
+    path, _ = checkpoint(tmp_path)
+    assert says in run(path, write_set(tmp_path, rows), *arguments, status=2).stderr
