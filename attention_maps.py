@@ -9,7 +9,8 @@ its weight goes to the start of the text, to the token itself, to the token befo
 distance; and the entropy in bits. It draws all maps, layer by head, and writes a page on which a map can be enlarged,
 with the tokens and the weight under the pointer. For differential attention it shows both maps and their difference
 A1 - lambda A2, before the norm. Windows, ALiBi, sinks and YOCO's shared keys are part of the maps. With experts, it
-prints the experts of each token; with Mixture of Depths, the tokens that a block skipped. In Python:
+prints the experts of each token; with Mixture of Depths, the tokens that a block skipped. --save writes the maps of the
+shown layers, "map.3" (H, T, T) for layer 3, and the tokens. In Python:
 
     >>> from model import load_checkpoint; from attention_maps import attention_maps; import mlx.core as mx
     >>> model, meta = load_checkpoint("out/ckpt.safetensors")
@@ -26,165 +27,19 @@ import numpy as np
 
 from config import UserError, check_output, overrides
 from draw import check_finite, grid, labels, page, pictures, prompt_ids, short, write_figure
-from model import (
-    DIFF_LAMBDAS,
-    GPT,
-    attention_weights,
-    check_known,
-    compute_dtype,
-    crosses,
-    load_checkpoint,
-    rope_to_sinks,
-    rotary,
-    score_mask,
-    windowed,
-)
+from habits import HABITS, attention_maps, far, habits, order_of, record, stands_out, visible_keys
+from inside import about, check_saved, chosen_layers, listed, save_arrays
+from model import GPT, compute_dtype, load_checkpoint
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
 prompt = ""    # the text to read
 layers = ""    # the layers to show, as in 0,3-5; "": all
+bos = True     # the prompt begins with the token that begins a text, if the tokenizer has one
+save = ""      # write the maps to this .npz file; "": do not
 picture = ""   # a PNG; "": the name of the checkpoint with -attention.png; a page .html is written beside it
 
 settings = overrides(globals(), "checkpoint")
-
-# ---- maps ------------------------------------------------------------------------------------------------------------
-
-# Settings of the variants that attention_maps() was written for
-KNOWN = ("alibi sliding_window window_pattern sinks diff_attn diff_attn_version n_expert expert_top_k n_shared_expert "
-         "expert_balance mod mod_capacity mod_every yoco value_residual value_embeds softcap attn_softcap attn_scale "
-         "rotary_dim rope_scaling rope_pattern window_theta parallel norm_place norm_bias out_bias head_bias "
-         "qk_norm_width embed_scale residual_scale logit_scale sink_logits router_bias")
-
-
-def record(model: GPT, idx: mx.array) -> dict[tuple[str, int], mx.array]:
-    """The arrays that the model taps for tokens (T,), by (site, layer): see no_tap in model.py."""
-    states = {}
-
-    def tap(site, layer, x):
-        states[site, layer] = x
-        return x
-
-    model.residual(idx[None], tap=tap)
-    return states
-
-
-def order_of(model: GPT, layer: int, x: mx.array) -> tuple[mx.array, mx.array]:
-    """The order (T,) in which a routed block (mod=topk) holds the tokens of the stream x (1, T, C), the computed tokens
-    first, and how many tokens it computes."""
-    chosen, order = model.blocks[layer].taken(x)
-    return order[0], chosen.sum()
-
-
-def places(model: GPT, layer: int, x: mx.array) -> tuple[mx.array, int, int | mx.array, mx.array | None]:
-    """The order (T,) in which a layer holds the tokens of the stream x (1, T, C), how many tokens it computes, and the
-    arguments offset and keys of score_mask()."""
-    T = x.shape[1]
-    keys = mx.arange(T) if crosses(model.config, layer) else None
-    if "predictor" not in model.blocks[layer]:
-        return mx.arange(T), T, 0, keys
-    order, n = order_of(model, layer, x)
-    return order, n.item(), mx.where(mx.arange(T) < n, order, 2 * T)[None], keys
-
-
-def attention_maps(model: GPT, idx: mx.array, states: dict | None = None,
-                   layers: list[int] | None = None) -> list[dict[str, np.ndarray]]:
-    """For each layer {"map": (H, T, T)}, queries by keys, for tokens (T,); with differential attention "first",
-    "second" and "difference". Rows of tokens that a routed block skips are nan. states: from record(), if known.
-    layers: None: all."""
-    check_known(model.config, KNOWN, "attention_maps.py")
-    config, T, found = model.config, len(idx), []
-    states = states or record(model, idx)
-    for layer in range(config.n_layer) if layers is None else layers:
-        block, crossing, x = model.blocks[layer], crosses(config, layer), states["resid", layer]
-        q, k = states["q", layer], states["k", config.n_layer // 2 if crossing else layer]
-        order, n, offset, keys = places(model, layer, x)
-        if windowed(config, layer) and config.sinks and rotary(config, layer):
-            q, k = rope_to_sinks(config, q, k, block.attn._inverse, offset, keys)
-        mask = score_mask(config, layer, T, offset, keys)
-        sink = block.attn.sink.weight if config.sink_logits else None
-        maps = {"map": attention_weights(config, q, k, mask, sink)[0]}
-        if config.diff_attn:
-            maps = differential(config, block.attn, block.normed("attn_norm", x)[:, order], maps["map"])
-        rows = np.array(order)[:n]
-        columns = np.arange(T) if crossing else rows
-        found.append({})
-        for name, each in maps.items():
-            whole = np.full((len(each), T, T), np.nan if n < T else 0, np.float32)
-            whole[:, rows[:, None], columns] = np.array(each)[:, :n, :T if crossing else n]
-            found[-1][name] = whole
-    return found
-
-
-def visible_keys(model: GPT, states: dict, layer: int) -> np.ndarray:
-    """Whether a layer's queries see its keys, (T, T); a token that the layer skips sees none."""
-    x = states["resid", layer]
-    (order, n, offset, keys), T = places(model, layer, x), x.shape[1]
-    mask = score_mask(model.config, layer, T, offset, keys)
-    seen = np.tri(T, dtype=bool)
-    if isinstance(mask, mx.array):
-        seen = np.array(mask if mask.dtype == mx.bool_ else mask > -mx.inf)[0, 0]
-    rows = np.array(order)[:n]
-    columns = rows if keys is None else np.arange(T)
-    found = np.zeros((T, T), bool)
-    found[rows[:, None], columns] = seen[:n, :len(columns)]
-    return found
-
-
-def differential(config, attn, x: mx.array, maps: mx.array) -> dict[str, mx.array]:
-    """Split maps (2 pairs, T, T) into the first and the second of each pair, and add the difference A1 - lambda A2.
-    x (1, T, C): the output of the norm before attention."""
-    first, second = maps[0::2], maps[1::2]
-    if config.diff_attn_version == 2:
-        weight = mx.sigmoid(attn.lam(x))[0].T[..., None].astype(mx.float32)
-    else:
-        q1, k1, q2, k2 = (attn[name].astype(mx.float32) for name in DIFF_LAMBDAS)
-        weight = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + attn.lambda_0
-    return {"first": first, "second": second, "difference": first - weight * second}
-
-
-# ---- what heads do ---------------------------------------------------------------------------------------------------
-
-# docs/inside.md has the formulas; webgpu/habits.js computes the same numbers.
-HABITS = {"start": "attends to the start of the text", "itself": "attends to the token itself",
-          "previous": "attends to the previous token",
-          "induction": "attends to the token after an earlier copy of the current one (induction)",
-          "same token": "attends to earlier copies of the current token"}
-
-
-def habits(weights: np.ndarray, ids: list[int], visible: np.ndarray) -> dict[str, tuple[float, float, int]]:
-    """For each of HABITS the mean share of a head's weights (T, T) that it gets over the rows where it is possible, the
-    share by chance, which is that of even weights on the visible keys of these rows, and the number of these rows.
-    Without such rows, both shares are nan. ids (T,): the tokens; visible (T, T): see visible_keys()."""
-    ids, T = np.asarray(ids), len(ids)
-    same, earlier = ids[:, None] == ids, np.tri(T, k=-1, dtype=bool) & (np.arange(T) > 0)
-    keys_of = {"start": np.tile(np.arange(T) == 0, (T, 1)), "itself": np.eye(T, dtype=bool),
-               "previous": np.eye(T, k=-1, dtype=bool) & earlier,  # not key 0, the start
-               "induction": np.roll(same, 1, axis=1) & earlier, "same token": same & earlier}
-    n_visible, found = visible.sum(-1), {}
-    for name, keys in keys_of.items():
-        keys = keys & visible
-        rows = keys.any(-1) & (n_visible > 1)  # a row with one key says nothing about the head
-        if not rows.any():
-            found[name] = float("nan"), float("nan"), 0
-            continue
-        share = np.where(keys, weights, 0)[rows].sum(-1, dtype=np.float64).mean()
-        found[name] = float(share), float((keys.sum(-1)[rows] / n_visible[rows]).mean()), int(rows.sum())
-    return found
-
-
-def far(share: float, chance: float, rows: int) -> bool:
-    """Whether a habit is far above chance."""
-    return rows > 1 and share >= 2 * chance and share >= chance + 0.1
-
-
-def stands_out(found: list[dict]) -> tuple[int, str] | None:
-    """Of the habits of several heads, the head and the habit with the largest share above chance: (index, name). Most
-    heads give weight to the start, so that counts only where no head has another habit. None: no head has one."""
-    pairs = [(name != "start", share - chance, i, name) for i, each in enumerate(found)
-             for name, (share, chance, rows) in each.items() if far(share, chance, rows)]
-    return max(pairs)[2:] if pairs else None
-
 
 # ---- routing ---------------------------------------------------------------------------------------------------------
 
@@ -227,17 +82,6 @@ def depth(model: GPT, states: dict) -> list[np.ndarray | None]:
 
 
 # ---- show ------------------------------------------------------------------------------------------------------------
-
-
-def chosen_layers(text: str, n_layer: int) -> list[int]:
-    """The layers of the setting: "0,3-5" is [0, 3, 4, 5], "" all. UserError if the model has not all of them."""
-    found = set()
-    for part in text.split(",") if text else [f"0-{n_layer - 1}"]:
-        first, _, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) < n_layer):
-            raise UserError(f"layers={text!r}: write layers from 0 to {n_layer - 1}, as in --layers=0,3-5")
-        found |= {*range(int(first), int(last or first) + 1)}
-    return sorted(found)
 
 
 def habits_of(maps: list[dict[str, np.ndarray]], layers: list[int], ids: list[int], seen: list[np.ndarray]) -> dict:
@@ -390,12 +234,13 @@ if __name__ == "__main__":
     picture, html = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-attention.png")
     for name in (picture, html):
         check_output(name, checkpoint)
+    check_saved(save, checkpoint)
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
     shown = chosen_layers(layers, model.config.n_layer)
     enc = Tokenizer.from_dict(meta["tokenizer"])
-    ids = prompt_ids(enc, prompt, model)
+    ids, known = prompt_ids(enc, prompt, model, bos=bos), about(checkpoint, model, prompt=prompt)
     model.set_dtype(compute_dtype("auto"))
     states = record(model, mx.array(ids))
     check_finite(np.array(states["resid", model.config.n_layer].astype(mx.float32)))
@@ -404,7 +249,11 @@ if __name__ == "__main__":
     table(maps, shown, found)
     parts = routing(model, states, tokens)
     draw(picture, maps, shown, tokens)
-    write_page(html, maps, shown, tokens, found, parts)
+    write_page(html, maps, shown, tokens, found, [*parts, listed(known)])
     size = os.path.getsize(html) / 1e6
     print(f"drawn: {picture}, {html}"
           + (f"\nThe page has {size:.0f} MB; --layers=0,3-5 shows only these layers" if size > 20 else ""))
+    if save:
+        arrays = {f"{name}.{layer}": each for layer, named in zip(shown, maps, strict=True)
+                  for name, each in named.items()}
+        save_arrays(save, tokens=np.array(ids), texts=np.array(tokens), about=np.array(json.dumps(known)), **arrays)

@@ -4,6 +4,7 @@ import json
 import re
 import zlib
 from functools import partial
+from html import escape
 
 import blas  # noqa: F401  (before mlx)
 import conftest
@@ -13,6 +14,7 @@ import pytest
 from test_gptq import FLAVOURS, checkpoint
 
 import attention_maps
+from lora import base_fingerprint
 from model import GPT, GPTConfig, save_checkpoint
 from tokenizer import byte_tokenizer
 
@@ -166,6 +168,26 @@ def test_packed():
         kept = np.nan_to_num(each)
         assert np.abs(roots ** 2 * np.sign(roots) - kept).max() < 1 / (127 if signed else 255)
         assert np.array_equal(np.sign(roots), np.sign(kept)) and roots[9, 2] > 0 == roots[9, 3]
+
+
+def test_saved(tmp_path):
+    """The file holds the maps and tokens, without the one that begins a text if --bos=False; the page tells what the
+    maps were computed from."""
+    path, model = checkpoint(tmp_path, n_layer=3)
+    run(path, "--prompt=a b <b>", "--layers=1-2", f"--save={tmp_path / 'maps.npz'}", "--bos=False")
+    maps = attention_maps.attention_maps(model.eval(), mx.array([*b"a b <b>"]))
+    with np.load(tmp_path / "maps.npz") as saved:
+        assert {*saved.files} == {"map.1", "map.2", "tokens", "texts", "about"}
+        assert saved["tokens"].tolist() == [*b"a b <b>"] and "".join(saved["texts"]) == "a·b·<b>"
+        about = json.loads(str(saved["about"]))
+        for layer in (1, 2):
+            np.testing.assert_allclose(saved[f"map.{layer}"], maps[layer]["map"], atol=1e-6)
+    assert about["sha256"] == base_fingerprint(model) and about["prompt"] == "a b <b>"
+    page = (tmp_path / "ckpt-attention.html").read_text()
+    for value in about.values():
+        assert f"<code>{escape(value)}</code>" in page
+    (tmp_path / "mine.npz").write_text("mine")
+    assert "mine.npz exists" in run(path, "--prompt=a", f"--save={tmp_path / 'mine.npz'}", status=2).stderr
 
 
 def test_layers(tmp_path):

@@ -159,7 +159,7 @@ DOCS = (ROOT / "docs" / "variants.md").read_text()
 
 
 def test_code_outside_refuses_what_it_does_not_know():
-    """awq.py and attention_maps.py repeat formulas of model.py: a new variant's setting, when it is on, is refused."""
+    """awq.py and habits.py repeat formulas of model.py: a new variant's setting, when it is on, is refused."""
 
     @dataclass
     class Newer(GPTConfig):

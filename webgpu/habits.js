@@ -1,5 +1,5 @@
 // What a head attends to: for each habit, the share of the head's weights and the share by chance. docs/inside.md has the
-// formulas; attention_maps.py computes the same numbers.
+// formulas; habits.py computes the same numbers.
 
 /** Each habit, and what a head that has it does. */
 export const HABITS = {
