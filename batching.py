@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from config import UserError
-from model import GPT, PADDING, Cache, KVCache, sample_token
+from model import GPT, PADDING, Cache, KVCache, no_tap, sample_token
 
 SPARE = 256  # columns that no text needs, before they are dropped
 
@@ -34,10 +34,10 @@ class RowsLayer(KVCache):
 
 class Rows(Cache):
     """A cache whose rows are of different texts. places (B, S): the position in its text of each key, or PADDING where
-    a row has none. blocks: those of model.make_cache()."""
+    a row has none. blocks: those of model.make_cache(). tap: of the model."""
 
-    def __init__(self, blocks: list, n: int):
-        self.n = n
+    def __init__(self, blocks: list, n: int, tap: Callable = no_tap):
+        self.n, self.tap = n, tap
         super().__init__(blocks)
 
     def clear(self):
@@ -57,7 +57,7 @@ class Rows(Cache):
         self.starts = [self.columns - (place if place < PADDING else 0) for place, *_ in places]  # if T = 1
         places, self.offset = mx.array(places, dtype=mx.int32), 0  # the places tell the positions
         self.places = mx.concatenate([self.places, places], axis=1)
-        return model(tokens, cache=self, places=places, last=True)[:, -1]
+        return model(tokens, cache=self, tap=self.tap, places=places, last=True)[:, -1]
 
     def shift(self, n: int):
         """Drop n columns at the left; or, with n < 0, put -n empty ones there."""
@@ -76,7 +76,7 @@ class Rows(Cache):
     def enter(self, rows: list[int], model: GPT, texts: list[list[int]]) -> mx.array:
         """Read texts into rows, in place of what these hold: the logits after each text, (len(rows), V)."""
         P = max(map(len, texts))
-        new = Rows(self.blocks, len(rows))
+        new = Rows(self.blocks, len(rows), self.tap)
         logits = new.read(model, mx.array([[0] * (P - len(ids)) + ids for ids in texts]),
                           [[PADDING] * (P - len(ids)) + [*range(len(ids))] for ids in texts])
         if self.columns < P:
@@ -102,11 +102,11 @@ class OneRow:
     """The same for a batch of one text: the usual cache, for which model.py has the fastest code."""
     columns = 0
 
-    def __init__(self, model: GPT):
-        self.cache = model.make_cache()
+    def __init__(self, model: GPT, tap: Callable = no_tap):
+        self.cache, self.tap = model.make_cache(), tap
 
     def read(self, model: GPT, tokens: mx.array, places: list[list[int]]) -> mx.array:
-        return model(tokens, cache=self.cache, last=True)[:, -1]
+        return model(tokens, cache=self.cache, tap=self.tap, last=True)[:, -1]
 
     def enter(self, rows: list[int], model: GPT, texts: list[list[int]]) -> mx.array:
         self.cache.clear()
@@ -126,17 +126,18 @@ def check_rows(model: GPT, batch_size: int):
 def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 16, ends=frozenset(),
                   stops: Callable = lambda number, token: False, temperature: float = 1.0, top_k: int = 0,
                   top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
-                  n_vocab: int = 0) -> Iterator:
+                  n_vocab: int = 0, tap: Callable = no_tap) -> Iterator:
     """Continue many prompts, batch_size at a time, in their order; yields (number of the prompt, token), and (number,
     None) when its text is over: before a token in `ends`, after one for which stops(number, token) is true, or after
     max_new_tokens. Sampling is that of model.generate(); a text depends on the seed and the number of its prompt, not
-    on the other texts. A full context is cut to its second half. A token of V or more: logits are not finite."""
+    on the other texts. A full context is cut to its second half. A token of V or more: logits are not finite. tap: what
+    it does must not depend on which tokens are read at a time."""
     check_rows(model, batch_size)
     if not all(prompts):
         raise UserError("nothing to continue: give each text at least one token")
     V, block_size = model.config.vocab_size, model.config.block_size
     padding, n = mx.arange(V) >= (n_vocab or V), min(batch_size, len(prompts))
-    cache = Rows(model.make_cache().blocks, n) if batch_size > 1 else OneRow(model)
+    cache = Rows(model.make_cache().blocks, n, tap) if batch_size > 1 else OneRow(model, tap)
     waiting, texts, numbers = iter(enumerate(prompts)), [None] * n, [-1] * n   # of each row; number -1: it is free
     lengths, counts = [0] * n, [0] * n                                        # in the cache; of new tokens
     keys = mx.zeros((n, 2), dtype=mx.uint32)

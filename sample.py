@@ -24,6 +24,9 @@ the file.
 --draft=CKPT names a small checkpoint with the same tokenizer, which drafts n_draft tokens that the large one then reads
 at once. The text is the large model's own, sooner where the drafts are often right.
 
+--steer=FILE:STRENGTH adds a direction that steer.py or probe.py wrote, times the strength, to the model's states at all
+positions; FILE:remove takes it out of them. It can be given several times.
+
 Text is printed as it is generated. A line after each text tells how many tokens were generated; tokens a second; the
 bytes of weights and key/value cache that were read a second, which bounds the speed; the time until the first token;
 the peak of all memory; and the size of the key/value cache, which in a layer without a window has room for a multiple
@@ -44,17 +47,19 @@ from tqdm import tqdm
 from batching import check_rows, generate_many
 from config import UserError, overrides
 from conversations import encode_prompt, ends_of_text, template_of
-from lora import load_adapted
+from lora import base_fingerprint, load_adapted
 from lora import merge as merge_adapters
-from model import compute_dtype, generate
+from model import compute_dtype, generate, no_tap
 from rows import ENDINGS, open_text, read_rows
 from speculative import check_draft, generate_by_draft
+from steering import steered
 from tokenizer import Tokenizer
 
 # model
 checkpoint = "out/ckpt.safetensors"  # from train.py; or a checkpoint or an adapter of sft.py or dpo.py
 adapter = ()              # an adapter for it, PATH or PATH:WEIGHT; can be given several times
 merge = False             # fold the adapters into the weights
+steer = ()                # FILE:STRENGTH or FILE:remove: change states by a direction; can be given several times
 # text
 prompt = ""               # the beginning of the text, or a message; "": ask for it on a terminal, else a new document
 max_new_tokens = 200      # tokens to generate at most
@@ -102,6 +107,7 @@ model, meta = load_adapted(checkpoint, adapter)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
 enc = Tokenizer.from_dict(meta["tokenizer"])
+tap = steered(model, steer, base_fingerprint(model)) if steer else no_tap
 if merge:
     merge_adapters(model)
 form = template_of(meta, enc, template)
@@ -186,7 +192,7 @@ def write_many(given: list[str], file):
     with tqdm(total=len(given), unit=" texts", disable=None, dynamic_ncols=True) as bar:
         for number, token in generate_many(
                 model, ids, max_new_tokens, batch_size, ends, stopped,
-                temperature, top_k, top_p, min_p, repetition_penalty, seed, enc.n_vocab):
+                temperature, top_k, top_p, min_p, repetition_penalty, seed, enc.n_vocab, tap):
             if token is not None:
                 if token >= enc.n_vocab:  # where a logit is NaN
                     raise UserError(f"the logits of {checkpoint} are not finite: give --dtype=float32")
@@ -216,7 +222,7 @@ def write(prompt: str, seed: int, before: list[dict]) -> str:
         print(prompt, end="", flush=True)
     text, new, count, cache, began = "", "", 0, model.make_cache(kv_bits), time.perf_counter()
     kept, sampling = {}, dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
-                              n_vocab=enc.n_vocab, cache=cache)
+                              n_vocab=enc.n_vocab, cache=cache, tap=tap)
     if draft:
         tokens = generate_by_draft(model, drafting, ids, max_new_tokens, n_draft, count=kept, **sampling)
     else:

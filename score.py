@@ -5,6 +5,7 @@
 """
 import os
 import sys
+from collections.abc import Callable
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -12,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
-from model import GPT, LOSS_CHUNK, GPTConfig, cross_entropy
+from model import GPT, LOSS_CHUNK, GPTConfig, cross_entropy, no_tap
 from text_files import NotText, decoded
 from tokenizer import Tokenizer, open_tokens
 
@@ -81,13 +82,13 @@ def rated(model: GPT, x: mx.array, targets: mx.array) -> tuple[mx.array, mx.arra
 
 
 def score(model: GPT, tokens: np.ndarray, start: list[int], block_size: int = 0, stride: int = 0,
-          batch_size: int = 16, kv_bits: int = 0) -> tuple[float, float]:
+          batch_size: int = 16, kv_bits: int = 0, tap: Callable = no_tap) -> tuple[float, float]:
     """The mean loss of tokens (N,), in nats, and the accuracy: the share of tokens that the model held most probable.
 
     Every token is predicted once, from at least block_size - stride tokens before it, or from all where there are
     fewer: a window of block_size tokens (0: see window_length()) moves by stride tokens (0: half of block_size). The
     text follows `start`, from Tokenizer.start; if that is empty, nothing predicts the first token, which is left out.
-    kv_bits: keys and values go through a cache of that many bits; 0: no cache.
+    kv_bits: keys and values go through a cache of that many bits; 0: no cache. tap: of the model.
     """
     stream = np.concatenate([start, tokens]).astype(np.int32)
     n, block_size = len(stream) - 1, window_length(model.config, block_size)  # n tokens are predicted
@@ -102,7 +103,7 @@ def score(model: GPT, tokens: np.ndarray, start: list[int], block_size: int = 0,
             batch = starts[i:i + batch_size]
             rows = np.stack([stream[w:w + T + 1] for w in batch])
             x, y = mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
-            x = model.residual(x, cache=model.make_cache(kv_bits) if kv_bits else None)
+            x = model.residual(x, cache=model.make_cache(kv_bits) if kv_bits else None, tap=tap)
             losses, right = map(np.array, rated(model, x, y))
             for w, loss, hit in zip(batch, losses, right, strict=True):
                 new = w + T - scored  # the window's last tokens, which earlier windows have not scored

@@ -12,13 +12,13 @@ If all are kept, one more token is drawn by p. Reading several tokens takes the 
 one, where the time goes into reading its weights.
 """
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
 from config import UserError
-from model import GPT, Cache, KVCache, filtered
+from model import GPT, Cache, KVCache, filtered, no_tap
 
 
 def check_draft(model: GPT, draft: GPT):
@@ -54,9 +54,11 @@ def forget(cache: Cache, offset: int):
 
 def generate_by_draft(model: GPT, draft: GPT, ids: list[int], max_new_tokens: int, n_draft: int = 4,
                       temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
-                      n_vocab: int = 0, cache: Cache | None = None, count: dict | None = None) -> Iterator[int]:
+                      n_vocab: int = 0, cache: Cache | None = None, count: dict | None = None,
+                      tap: Callable = no_tap) -> Iterator[int]:
     """Continue token ids (T,), as model.generate() does, with n_draft tokens of `draft` at a time. cache: an empty one
-    of model.make_cache(). count: gets how many tokens were "drafted" and "kept"."""
+    of model.make_cache(). count: gets how many tokens were "drafted" and "kept". tap: of the model, not of its draft;
+    what it does must not depend on which tokens are read at a time."""
     check_draft(model, draft)
     if not len(ids):
         raise UserError("nothing to continue: give at least one token")
@@ -68,7 +70,7 @@ def generate_by_draft(model: GPT, draft: GPT, ids: list[int], max_new_tokens: in
 
     def read(which: int, tokens: mx.array, n: int) -> mx.array:
         """The last n logits (n, V) after tokens (T,), which continue a model's cache."""
-        logits = (model, draft)[which](tokens[None], cache=caches[which])[0, -n:]
+        logits = (model, draft)[which](tokens[None], cache=caches[which], tap=(tap, no_tap)[which])[0, -n:]
         return mx.where(padding, -mx.inf, logits) if n_vocab else logits
 
     def draws(logits: mx.array) -> mx.array:

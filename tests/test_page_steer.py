@@ -14,6 +14,7 @@ from test_page_model import flavour, in_page
 
 import patching
 import steer
+import steering
 from model import generate, load_checkpoint, no_tap, save_checkpoint
 from tokenizer import Tokenizer
 
@@ -42,15 +43,15 @@ CHANGES = [
     ("[off(model, 0, 'attn'), off(model, 2, 'block')]", lambda model, state, direction: together(
         patching.ablation(model, "attn", 0), patching.ablation(model, "block", 2))),
     ("[paste(state, { after: 1, first: 5, last: 6 })]", lambda model, state, direction:
-        steer.pasting(state, 1, 5, 6)),
+        steering.pasting(state, 1, 5, 6)),
     ("[paste(state, { after: 1, first: ids.length })]", lambda model, state, direction:
-        steer.pasting(state, 1, len(IDS))),
+        steering.pasting(state, 1, len(IDS))),
     ("[add(direction, { after: -1, strength: -0.7, first: ids.length - 1 })]", lambda model, state, direction:
-        steer.steering(direction, -1, -0.7, len(IDS) - 1)),
+        steering.steering(direction, -1, -0.7, len(IDS) - 1)),
     ("[add(direction, { after: 0, strength: 0.7 }), off(model, 1, 'head 0'), paste(state, { after: 2, first: 20, "
      "last: 29 })]", lambda model, state, direction: together(
-        steer.steering(direction, 0, 0.7), patching.ablation(model, "head", 1, head=0),
-        steer.pasting(state, 2, 20, 29))),
+        steering.steering(direction, 0, 0.7), patching.ablation(model, "head", 1, head=0),
+        steering.pasting(state, 2, 20, 29))),
     ("[add(direction, { after: 1, strength: 0 })]", lambda model, state, direction: no_tap),
 ]
 
@@ -76,7 +77,8 @@ def test_changed_text(name, opened, server):
         }
         return texts;""".replace("LISTS", ", ".join(lists for lists, _ in CHANGES)).replace("AT", str(AT)),
         IDS, OTHER, parameters="ids, other")
-    state, direction = steer.states_of(model, OTHER, 1)[AT], steer.direction_of(model, IDS, OTHER, 0, "mean", 1)
+    state = steering.states_of(model, OTHER, 1)[AT]
+    direction = steering.direction_of(model, [IDS], [OTHER], 0, "mean", 1)
     n = model.config.block_size - len(IDS) + 1  # tokens before the context is full
     for text, (lists, tap) in zip(found, CHANGES, strict=True):
         tokens, divergences, unchanged = zip(*text, strict=True)
@@ -154,8 +156,8 @@ def test_panel(panel, files, tmp_path):  # noqa: F811
         panel.fill(f"#steer-{name}", right)
     panel.click("#steer-add")
     panel.wait_for_function("document.querySelectorAll('#steer-list li').length === 2", timeout=LONG)
-    state = steer.states_of(model, other, 0)[4]
-    assert texts(panel, 20)[1] == expected(head(), steer.pasting(state, 0, len(ids)))
+    state = steering.states_of(model, other, 0)[4]
+    assert texts(panel, 20)[1] == expected(head(), steering.pasting(state, 0, len(ids)))
     clear(panel)
     assert panel.inner_text("#steer-list") == "none yet: the change that is described below acts alone"
 

@@ -16,8 +16,9 @@ from conftest import ROOT, load_adapter
 from mlx.utils import tree_flatten
 
 from conversations import encode_prompt
-from lora import attach, linear_layers, save_adapter
-from model import GPT, GPTConfig, generate, load_arrays, load_checkpoint, save_arrays, save_checkpoint
+from lora import attach, base_fingerprint, linear_layers, save_adapter
+from model import GPT, GPTConfig, generate, load_arrays, load_checkpoint, no_tap, save_arrays, save_checkpoint
+from steering import load_direction, removing, save_direction
 from tokenizer import EOT, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer
 
 BYTES = byte_tokenizer()
@@ -143,6 +144,60 @@ def test_speed(tmp_path, window, kv_bits):
     read = 4 * weights + number * (whole + 3 * (window or whole)) * 2 * 4 * 128
     assert cache == pytest.approx(number * (256 + 3 * (window or 256)) * 2 * 4 * 128 / 1e6, abs=0.01)
     assert count == 100 and bandwidth == pytest.approx(speed * read / 1e9, abs=0.06)
+
+
+@pytest.fixture(scope="module")
+def steerable(tmp_path_factory):
+    """A checkpoint, two directions as arguments, and the checkpoint whose biases have the sum instead."""
+    folder, rng = tmp_path_factory.mktemp("steer"), np.random.default_rng(2)
+    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=32, tie=False, bias=True), seed=1)
+    model.head.weight = model.head.weight * 10
+    path, base, given = save(folder / "ckpt.safetensors", model, BYTES), base_fingerprint(model), []
+    for layer, strength in ((0, 0.5), (1, -2)):
+        direction, name = mx.array(rng.normal(size=32).astype(np.float32)), folder / f"{layer}:a.safetensors"
+        save_direction(str(name), direction, layer, "last", base, "steer.py", {})
+        given.append(f"--steer={name}:{strength}")
+        bias = model.blocks[layer].mlp.down.bias
+        model.blocks[layer].mlp.down.bias = bias + strength * direction
+        if layer == 0:
+            save(folder / "one.safetensors", model, BYTES)
+    return path, given, folder / "one.safetensors", save(folder / "both.safetensors", model, BYTES)
+
+
+def test_steer(steerable, tmp_path):
+    """The text of a steered model is that of the model with other biases: of one prompt, of a file of prompts, in a
+    conversation, and with a draft."""
+    path, given, one, both = steerable
+    options = ["--max_new_tokens=30", "--temperature=0.7"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(["a", "once upon", "the end", "b c d", "x"]))
+    for mode in (["abc"], [f"--prompts={prompts}", "--batch_size=2"], ["abc", "--template=chatml"],
+                 ["abc", f"--draft={path}", "--temperature=0"]):
+        assert sample(path, *given, *options, *mode)[0] == sample(both, *options, *mode)[0], mode
+    texts = [sample(*each, "abc", *options)[0] for each in ((path,), (path, given[0]), (path, *given), (one,))]
+    assert texts[1] == texts[3] and len({*texts}) == 3
+
+
+def test_removed(steerable, tmp_path):
+    """FILE:remove acts as a tap of steering.py, in batches and with a draft too."""
+    path, given, *_ = steerable
+    model, _ = load_checkpoint(str(path))
+    name = given[0].removeprefix("--steer=").removesuffix(":0.5")
+    tap = removing(load_direction(name, model, base_fingerprint(model))[0])
+    expected = [BYTES.decode(list(generate(model, [BYTES.eot, *b"abc"], 30, 0, n_vocab=BYTES.n_vocab, tap=each)))
+                for each in (tap, no_tap)]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc\nthe end of it\nabc\n")
+    options = path, f"--steer={name}:remove", "--max_new_tokens=30", "--temperature=0"
+    assert sample(*options, "abc")[0] == f"abc{expected[0]}\n" != f"abc{expected[1]}\n"
+    assert sample(*options, "abc", f"--draft={path}")[0] == f"abc{expected[0]}\n"
+    rows = [json.loads(line) for line in sample(*options, f"--prompts={prompts}", "--batch_size=2")[0].splitlines()]
+    assert rows[0]["text"] == rows[2]["text"] == expected[0]
+
+
+def test_steer_of_another(steerable, writer):
+    assert "another checkpoint" in sample(writer, "a", steerable[1][0], status=2)[1]
+    assert "no checkpoint at" in sample(writer, "a", "--steer=none.safetensors:2", status=2)[1]
 
 
 # ---- streaming -------------------------------------------------------------------------------------------------------
