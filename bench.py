@@ -220,7 +220,10 @@ def show(what: str, *cells: str):
 
 def ratio_of(ours: list[float], peer: list[float]) -> str:
     ratios = sorted(b / a for a, b in zip(ours, peer, strict=False))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else ""
+    if not ratios:
+        return ""
+    shown = [f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in (statistics.median(ratios), ratios[0], ratios[-1])]
+    return "{} ({}-{})".format(*shown)
 
 
 def row(what: str, unit: str, work: float, ours: list[float], peer: list[float], memory: str = ""):
