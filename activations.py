@@ -42,7 +42,7 @@ from safetensors.numpy import safe_open
 from tqdm import tqdm
 
 from config import UserError, check_output, check_replaced, given, overrides
-from draw import check_finite, check_folder, prompt_ids, state_name
+from draw import check_finite, check_folder, prompt_ids, state_name, whole_file
 from inside import SITES, about, check_saved, chosen_layers, numpy_of, record, save_arrays
 from model import GPT, VERSION, compute_dtype, load_checkpoint
 from score import read_tokens, window_length
@@ -124,24 +124,14 @@ def in_pieces(path: str, shapes: dict[str, tuple], header: dict) -> Iterator[Cal
     head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8)
     place = {name: 8 + len(head) + entries[name]["data_offsets"][0] for name in shapes}
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
+    with whole_file(path) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
 
-            def append(name, rows):
-                file.seek(place[name])
-                place[name] += file.write(np.ascontiguousarray(rows).data)
+        def append(name, rows):
+            file.seek(place[name])
+            place[name] += file.write(np.ascontiguousarray(rows).data)
 
-            yield append
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        yield append
 
 
 def read_states(path: str) -> tuple[dict[str, np.ndarray], dict]:

@@ -94,12 +94,14 @@ def check_finite(values):
         raise UserError("the model's numbers are not finite: its weights are damaged; take another checkpoint")
 
 
-def write_whole(path: str, content: bytes):
-    """Write a file so that the path holds either the old content or all of the new one, never a part."""
+@contextlib.contextmanager
+def whole_file(path: str):
+    """A file to write bytes to. The path holds either the old content or all of the new one, never a part; an error
+    leaves the old content. UserError if it cannot be written."""
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -108,6 +110,12 @@ def write_whole(path: str, content: bytes):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def write_whole(path: str, content: bytes):
+    """Write a file as whole_file() does."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def write_figure(path: str, figure, dpi: int = 150):

@@ -68,7 +68,7 @@ from draw import check_finite, check_folder, curves, page, pictures
 from inside import about, listed
 from lora import base_fingerprint
 from model import GPT, VERSION, compute_dtype, load_checkpoint, save_arrays
-from score import rated, read_tokens, window_length, windows
+from score import rated, read_splits, window_length, windows
 from sparse import (
     SITES,
     Dictionary,
@@ -202,11 +202,7 @@ def unit_rows(x: mx.array) -> mx.array:
 
 def texts(enc: Tokenizer, T: int) -> tuple[mx.array, mx.array]:
     """Windows (n, T) to train on, in random order, and held-out windows."""
-    if os.path.isdir(data):
-        parts = read_tokens(data, enc, "train"), read_tokens(data, enc, "val")
-    else:
-        found = read_tokens(data, enc)
-        parts = found[:len(found) * 9 // 10], found[len(found) * 9 // 10:]
+    parts = read_splits(data, enc)
     return tuple(windows(np.concatenate([enc.start, part]).astype(np.int32), most, T, seed)
                  for part, most in zip(parts, (len(parts[0]) // T + 1, -(-eval_tokens // T)), strict=True))
 

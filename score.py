@@ -42,6 +42,15 @@ def read_tokens(path: str, enc: Tokenizer, split: str = "val", max_tokens: int =
 LONGEST = 1024  # tokens of a window where no length is asked for
 
 
+def read_splits(path: str, enc: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids to train on and held-out ones: the splits of a folder that data.py made; of a text, its last tenth is
+    held out."""
+    if os.path.isdir(path):
+        return read_tokens(path, enc, "train"), read_tokens(path, enc, "val")
+    tokens = read_tokens(path, enc)
+    return tokens[:len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10:]
+
+
 def window_length(config: GPTConfig, block_size: int = 0) -> int:
     """The tokens of a window of a text: block_size; where that is 0, the model's context, but LONGEST at most, because
     memory and time grow with a window, and contexts may be of 131,072 tokens. UserError if it is negative, or more than

@@ -58,7 +58,7 @@ from model import (
     softmax,
 )
 from quantized import dense_weight
-from score import in_windows, read_tokens, window_length
+from score import in_windows, read_splits, window_length
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
@@ -262,13 +262,8 @@ def windows_of(tokens: np.ndarray, start: list[int], T: int) -> np.ndarray:
 
 def texts(enc: Tokenizer, T: int) -> tuple[np.ndarray, np.ndarray]:
     """Windows to train on, and held-out windows."""
-    if os.path.isdir(data):
-        parts = read_tokens(data, enc, "train"), read_tokens(data, enc, "val")
-    else:
-        tokens = read_tokens(data, enc)
-        parts = tokens[:len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10:]
     start = enc.start if bos else []
-    return windows_of(parts[0], start, T), windows_of(parts[1], start, T)
+    return tuple(windows_of(part, start, T) for part in read_splits(data, enc))
 
 
 def train(model: GPT, rows: np.ndarray) -> dict[str, mx.array]:
