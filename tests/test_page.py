@@ -288,6 +288,31 @@ def test_wrong_fields(opened):
     write(opened, 5)
 
 
+def test_message_stays(opened):
+    """What the page computes by itself, the logits of a token looked at, leaves the message of a wrong field."""
+    write(opened, 5)
+    before = opened.input_value("#temperature")
+    opened.fill("#temperature", "-1")
+    opened.click("#write")
+    says(opened, "write-wrong", "Temperature must be")
+    js(opened, """async () => {
+        const { model } = (await import("/page_common.js")).page, { once } = model;
+        model.once = async function (...all) {
+            const found = await once.apply(this, all);
+            window.computed = true;
+            return found;
+        };
+        document.getElementById("scrub").value = 2;
+        document.getElementById("scrub").dispatchEvent(new Event("input"));
+    }""")
+    opened.wait_for_function("window.computed", timeout=LONG)
+    says(opened, "doing", "Ready")
+    assert "Temperature must be" in opened.inner_text("#write-wrong")
+    opened.fill("#temperature", before)
+    js(opened, "async () => { delete (await import('/page_common.js')).page.model.once; }")
+    write(opened, 5)
+
+
 def test_chat(opened, files):
     """A model with a chat template gets the prompt as a message, or as a plain text where that is chosen; others have
     no choice."""

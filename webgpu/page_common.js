@@ -112,9 +112,10 @@ export function wordsOf(error) {
   return `The page has a bug: ${error?.message ?? error}. You can go on with the model that is open.`;
 }
 
-/** Run work(). An error is shown at `place`, the id of an element. True if there was none. */
-export async function attempt(place, work) {
-  say(place, "");
+/** Run work(). An error is shown at `place`, the id of an element. True if there was none. asked: a user did something that
+ *  begins the work, so that an older message goes; work that begins by itself leaves it there. */
+export async function attempt(place, work, { asked = true } = {}) {
+  if (asked) say(place, "");
   try {
     await work();
     return true;

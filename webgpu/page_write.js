@@ -220,7 +220,7 @@ async function computeLogits(entry) {
   await attempt("write-wrong", async () => {
     const logits = await queueWith(model, () => known.entry === entry ? logitsAfter(model, ids) : null);
     if (known.entry === entry) known.logits = logits;
-  });
+  }, { asked: false });
   draw();
 }
 
