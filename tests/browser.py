@@ -64,8 +64,8 @@ def page(browser, server: Server, first_text: int | None = None, **options):
     has none: route() would not see its requests."""
     context = browser.new_context(**{"service_workers": "block"} | options)
     if first_text:
-        kept = json.dumps({"fields": {"length": str(first_text)}})
-        context.add_init_script(f"try {{ localStorage.tinygpt ??= '{kept}' }} catch {{}}")
+        kept = json.dumps({"length": str(first_text)})
+        context.add_init_script(f"try {{ localStorage['tinygpt.fields'] ??= '{kept}' }} catch {{}}")
     opened, problems = context.new_page(), []
     opened.server, opened.problems = server, problems
     opened.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import blas  # noqa: F401  (before mlx)
 import browser
 import prepared
 import pytest

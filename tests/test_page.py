@@ -58,9 +58,11 @@ def files(tmp_path_factory):
 
 
 def begin(page, files=None):
-    """Open the playground, and wait for a token. With files, the tiny checkpoint replaces the page's own."""
+    """Open the playground, and wait for a token. With files, the tiny checkpoint replaces the page's own, and the
+    device has no subgroups, so that the page does not try faster kernels, which takes seconds in software."""
     if files is not None:
-        page.add_init_script("""localStorage.tinygpt ??= '{"fields": {"length": "30", "seed": "1"}}'""")
+        page.add_init_script("Object.defineProperty(GPUAdapter.prototype, 'features', { value: new Set() })")
+        page.add_init_script("""localStorage["tinygpt.fields"] ??= '{"length": "30", "seed": "1"}'""")
         page.route("**/demo.safetensors", lambda route: route.fulfill(path=files / "tiny.safetensors"))
     page.goto(page.server.url)
     page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
@@ -188,6 +190,19 @@ def test_kept(page, files):
     assert [page.input_value(f"#{name}") for name in ("prompt", "top_k", "recipient")] == ["import ", "7", "mine"]
     page.wait_for_function("document.querySelector('#text').value === 'my own text'")
     assert page.get_attribute("html", "data-theme") == "dark" and page.inner_text("#sheet").startswith("import")
+
+
+def test_stored_by_two_pages(page):
+    """A page that has not heard yet what another one has stored, as a reload may begin in another process, keeps it."""
+    found = js(page, """async () => {
+        const { recall, remember } = await import("/page_store.js"), { getItem } = Storage.prototype;
+        remember("text", "typed");
+        Storage.prototype.getItem = () => null;
+        remember("fields", { seed: "3" });
+        Storage.prototype.getItem = getItem;
+        return [recall("text"), recall("fields").seed, recall("nothing") === undefined];
+    }""")
+    assert found == ["typed", "3", True]
 
 
 def test_a_model_of_conversations(page, files):

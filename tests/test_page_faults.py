@@ -425,7 +425,7 @@ def test_opens_without_server(chromium, files, tmp_path):
     with contextlib.ExitStack() as until:
         server = until.enter_context(browser.serve(tmp_path, script=copy / "playground.py"))
         page = until.enter_context(browser.page(chromium, server, service_workers="allow"))
-        page.add_init_script("""localStorage.tinygpt ??= '{"fields": {"length": "20"}}'""")
+        page.add_init_script("""localStorage["tinygpt.fields"] ??= '{"length": "20"}'""")
         begin(page)
         page.wait_for_function("navigator.serviceWorker.controller", timeout=LONG)
         kernel.write_text(kernel.read_text() + "// changed\n")

@@ -31,8 +31,8 @@ def page(chromium, server):
 def playground(chromium, server, files):  # noqa: F811
     """The playground with the tiny checkpoint, opened through a link."""
     with browser.page(chromium, server) as page:
-        kept = '{"fields": {"length": "30", "how": "mean", "target": "old"}}'
-        page.add_init_script(f"localStorage.tinygpt ??= '{kept}'")
+        kept = '{"length": "30", "how": "mean", "target": "old"}'
+        page.add_init_script(f"localStorage['tinygpt.fields'] ??= '{kept}'")
         page.route("**/demo.safetensors", lambda route: route.fulfill(path=files / "tiny.safetensors"))
         page.goto(page.server.url + "#panel=patching&prompt=ab%0Ac+%2B&seed=7"
                   "&look-prompt=a=b:&recipient=a%3Dc:&target=x")

@@ -3,23 +3,23 @@
 
 import { $ } from "./page_common.js";
 
-const KEY = "tinygpt";
-
-function kept() {
-  try {
-    return JSON.parse(localStorage.getItem(KEY)) ?? {};
-  } catch {
-    return {};
-  }
-}
+// Each value has a key of its own: when the page is opened again, or in two tabs, two processes may write at the same time, and
+// each of them may not have heard yet what the other one has written.
+const keyOf = (name) => `tinygpt.${name}`;
 
 export function remember(name, value) {
   try {
-    localStorage.setItem(KEY, JSON.stringify({ ...kept(), [name]: value }));
+    localStorage.setItem(keyOf(name), JSON.stringify(value));
   } catch {}  // the storage is full or forbidden: the page works without it
 }
 
-export const recall = (name) => kept()[name];
+export function recall(name) {
+  try {
+    return JSON.parse(localStorage.getItem(keyOf(name))) ?? undefined;
+  } catch {
+    return undefined;
+  }
+}
 
 export const valueOf = (field) => field.type === "checkbox" ? field.checked : field.value;
 
@@ -38,7 +38,7 @@ export const isChanged = (field) => valueOf(field) !== defaultOf(field);
 
 /** Restore the fields with data-keep, and store them when they change; not those with data-keep="link", which only links carry. */
 export function keepFields() {
-  const values = kept().fields ?? {};
+  const values = recall("fields") ?? {};
   let timer = 0;
   const fields = [...document.querySelectorAll('[data-keep=""]')];
   for (const field of fields) {
