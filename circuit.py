@@ -64,11 +64,9 @@ In Python:
     >>> [graph.nodes[i] for i in np.argsort(-influence(normal(graph.rows), graph.column))[:10]]
 """
 import glob
-import html
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -77,22 +75,12 @@ import mlx.core as mx
 import numpy as np
 
 import sparse
+from circuit_page import drawn, page_of
 from config import UserError, check_output, given, overrides
-from draw import check_finite, check_folder, labels, page, pictures, printable, short, write_figure, write_whole
-from inside import about, listed, log_p, measured, numbered, prompt_of, record
-from model import (
-    ACTIVATIONS,
-    GATED,
-    GPT,
-    LayerNorm,
-    attention_weights,
-    check_known,
-    load_checkpoint,
-    no_tap,
-    rope,
-    rotary,
-    score_mask,
-)
+from draw import check_finite, check_folder, labels, pictures, short, write_whole
+from frozen import Answer, Frozen, freeze, linear
+from inside import about, log_p, measured, numbered, prompt_of
+from model import ACTIVATIONS, GATED, GPT, LayerNorm, attention_weights, load_checkpoint, no_tap
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
@@ -113,186 +101,6 @@ picture = ""            # a PNG; "": the name of the checkpoint with -circuit.pn
 save = ""               # write the graph to this .json file; "": do not
 
 settings = overrides(globals(), "checkpoint")
-
-# Settings of the variants for which the frozen model was written
-KNOWN = ("alibi sliding_window window_pattern window_theta attn_scale rotary_dim rope_factor rope_low_freq "
-         "rope_high_freq rope_original rope_scaling rope_pattern parallel norm_place norm_bias out_bias head_bias "
-         "qk_norm_width embed_scale residual_scale logit_scale qkv_bias")
-
-# ---- the frozen model ------------------------------------------------------------------------------------------------
-#
-# With the attention weights and the scales of the norms frozen at the values that they have for the prompt, all of the
-# model but its MLPs is an affine map of the residual stream, whose vector-Jacobian products give the edges.
-
-
-class Frozen(NamedTuple):
-    """A model and its states for a prompt of T tokens: states from record(), and for each layer the attention weights
-    (H, T, T) and the mask that is added to the scores, (H or 1, T, T)."""
-    model: GPT
-    ids: mx.array
-    states: dict
-    weights: list[mx.array]
-    masks: list[mx.array]
-
-    def middle(self, layer: int) -> mx.array:
-        """The stream (T, C) that an MLP reads, before its norm."""
-        entered = self.states["resid", layer][0]
-        return entered if self.model.config.parallel else entered + self.states["attn", layer][0]
-
-
-def freeze(model: GPT, ids: mx.array) -> Frozen:
-    """The frozen model for tokens (T,)."""
-    check_known(model.config, KNOWN, "circuit.py")
-    states, weights, masks = record(model, ids[None], ("attn", "heads", "hidden", "mlp", "q", "k", "v")), [], []
-    for layer in range(model.config.n_layer):
-        mask, T = score_mask(model.config, layer, len(ids), 0, None), len(ids)
-        weights.append(attention_weights(model.config, states["q", layer], states["k", layer], mask)[0])
-        if not isinstance(mask, mx.array):
-            mask = mx.where(mx.tri(T, dtype=mx.bool_), 0.0, -mx.inf)[None, None]
-        masks.append(mask[0])
-    mx.eval(states, weights)
-    return Frozen(model, ids, states, weights, masks)
-
-
-def norm_at(norm, x: mx.array, at: mx.array, biased: bool = True) -> mx.array:
-    """A norm of x (..., T, C) with the scale that it has for the states `at` (T, C). biased: with its bias."""
-    at = at.astype(mx.float32)
-    if isinstance(norm, LayerNorm):
-        at, x = at - at.mean(-1, keepdims=True), x - x.mean(-1, keepdims=True)
-    y = x * mx.rsqrt(mx.square(at).mean(-1, keepdims=True) + norm.eps) * norm.weight
-    return y + norm.bias if biased and "bias" in norm else y
-
-
-def linear(layer, x: mx.array, biased: bool = True) -> mx.array:
-    """A linear layer, without its bias if biased is False."""
-    y = layer(x)
-    return y if biased or "bias" not in layer else y - layer.bias
-
-
-def normed_at(f: Frozen, layer: int, name: str, x: mx.array, at: mx.array, biased: bool = True) -> mx.array:
-    block = f.model.blocks[layer]
-    return norm_at(block[name], x, at, biased) if name in block else x
-
-
-def values(f: Frozen, layer: int, x: mx.array, biased: bool = True) -> mx.array:
-    """The values (N, KV, T, D) of streams x (N, T, C) that enter a block."""
-    x = normed_at(f, layer, "attn_norm", x, f.states["resid", layer][0], biased)
-    return split(f, linear(f.model.blocks[layer].attn.v, x, biased))
-
-
-def split(f: Frozen, x: mx.array) -> mx.array:
-    """(N, T, heads D) -> (N, heads, T, D)."""
-    return x.reshape(*x.shape[:2], -1, f.model.config.head_dim).swapaxes(1, 2)
-
-
-def turned(f: Frozen, layer: int, name: str, x: mx.array, biased: bool = True) -> mx.array:
-    """The queries (name "q") or the keys ("k"), (N, heads, T, D), of streams x (N, T, C) that enter a block, with the
-    scales of QK-norm frozen too."""
-    config, attn, entered = f.model.config, f.model.blocks[layer].attn, f.states["resid", layer][0]
-    x = linear(attn[name], normed_at(f, layer, "attn_norm", x, entered, biased), biased)
-    if config.qk_norm:
-        at = attn[name](f.model.blocks[layer].normed("attn_norm", entered))
-        wide, norm = config.qk_norm_width, attn[f"{name}_norm"]
-        if wide:
-            x = norm_at(norm, x, at)
-        x = split(f, x)
-        if not wide:
-            x = norm_at(norm, x, split(f, at[None])[0])
-    else:
-        x = split(f, x)
-    return rope(x, attn._inverse, 0) if rotary(config, layer) else x
-
-
-def joined(f: Frozen, layer: int, heads: mx.array, biased: bool = True) -> mx.array:
-    """What attention adds to the stream (N, T, C), given its heads' outputs (N, H, T, D)."""
-    block = f.model.blocks[layer]
-
-    def projected(z, biased):
-        return linear(block.attn.out, z.swapaxes(1, 2).reshape(len(z), z.shape[2], -1), biased)
-
-    at = projected(f.states["heads", layer], True)[0]
-    return block.scaled(normed_at(f, layer, "attn_post_norm", projected(heads, biased), at, biased))
-
-
-def attention(f: Frozen, layer: int, x: mx.array) -> mx.array:
-    """What attention adds to streams x (N, T, C), with frozen weights: (N, T, C)."""
-    return joined(f, layer, f.weights[layer] @ for_heads(f, values(f, layer, x)))
-
-
-def for_heads(f: Frozen, x: mx.array) -> mx.array:
-    """Keys or values (..., KV, T, D), repeated for the heads that share them: (..., H, T, D)."""
-    return mx.repeat(x, f.model.config.n_head // f.model.config.n_kv_head, axis=-3)
-
-
-def added(f: Frozen, layer: int, y: mx.array, biased: bool = True, positions: mx.array | slice = slice(None)):
-    """What an MLP adds to the stream, given its output y (..., T, C): after a norm, if there is one. positions: those
-    of y, if it has not all."""
-    block, hidden = f.model.blocks[layer], f.states["hidden", layer][0, positions]
-    return block.scaled(normed_at(f, layer, "mlp_post_norm", y, block.mlp.down(hidden), biased))
-
-
-def mlp_input(f: Frozen, layer: int, x: mx.array, biased: bool = True) -> mx.array:
-    return normed_at(f, layer, "mlp_norm", x, f.middle(layer), biased)
-
-
-def slopes(f: Frozen, layer: int) -> mx.array:
-    """The neurons (T, F) of an MLP over its inputs, with which the MLP is a linear map for the prompt. With a gate: the
-    gate's factor."""
-    mlp, x = f.model.blocks[layer].mlp, f.model.blocks[layer].normed("mlp_norm", f.middle(layer))
-    up = mlp.up(x)
-    if f.model.config.mlp in GATED:  # the factor by which the gate multiplies `up`, which would be clipped in GPT-OSS
-        gate = mlp.gate(x)
-        return ACTIVATIONS[f.model.config.mlp](gate, mx.ones_like(up))
-    return mx.where(up == 0, 0, ACTIVATIONS[f.model.config.mlp](up) / mx.where(up == 0, 1, up))
-
-
-def straight_mlp(f: Frozen, layer: int, x: mx.array, slope: mx.array, biased: bool = True) -> mx.array:
-    """What an MLP adds for streams x (N, T, C), with each neuron a multiple of its input; without the biases that stand
-    after the neurons."""
-    mlp = f.model.blocks[layer].mlp
-    return added(f, layer, linear(mlp.down, slope * linear(mlp.up, mlp_input(f, layer, x, biased), biased), False),
-                 False)
-
-
-class Answer(NamedTuple):
-    """What the graph explains: the logit of a token less that of another one, or (foil None) than the mean of the
-    first n_vocab."""
-    target: int
-    foil: int | None
-    n_vocab: int
-
-    def __call__(self, logits: mx.array) -> mx.array:
-        """(..., V) -> (...)."""
-        other = logits[..., :self.n_vocab].mean(-1) if self.foil is None else logits[..., self.foil]
-        return logits[..., self.target] - other
-
-
-def read(f: Frozen, x: mx.array) -> mx.array:
-    """Logits (..., V) of final streams x (..., C) at the last position, with the final norm's scale frozen."""
-    return f.model.project(norm_at(f.model.norm, x, f.states["resid", f.model.config.n_layer][0, -1:]))
-
-
-def answer_gradient(f: Frozen, answer: Answer) -> mx.array:
-    """The gradient (1, T, C) of the answer with respect to the final stream."""
-    last = mx.grad(lambda x: answer(read(f, x)).sum())(mx.zeros((1, f.model.config.n_embd)))
-    return mx.concatenate([mx.zeros((len(f.ids) - 1, len(last[0]))), last])[None]
-
-
-def through(f: Frozen, layer: int, gradient: mx.array) -> mx.array:
-    """The gradients (N, T, C) with respect to the stream after attention, taken to before it."""
-    return gradient + mx.vjp(lambda x: attention(f, layer, x), [mx.zeros(gradient.shape)], [gradient])[1][0]
-
-
-def down_the_stream(f: Frozen, layer: int, gradient: mx.array) -> Iterator[tuple[int, mx.array]]:
-    """Of gradients (N, T, C) with respect to the stream that the MLP of a layer reads (n_layer: to the final one),
-    those with respect to what earlier MLPs add, by layer; -1: the embedding. They do not pass through MLPs."""
-    if layer < f.model.config.n_layer and not f.model.config.parallel:
-        gradient = through(f, layer, gradient)
-    for earlier in range(layer - 1, -1, -1):
-        yield earlier, gradient
-        gradient = through(f, earlier, gradient)
-    yield -1, gradient
-
 
 # ---- graph -----------------------------------------------------------------------------------------------------------
 
@@ -414,7 +222,7 @@ def neurons(f: Frozen, layer: int) -> Features:
     config, mlp, activations = f.model.config, f.model.blocks[layer].mlp, f.states["hidden", layer][0]
     inputs = mlp.up(f.model.blocks[layer].normed("mlp_norm", f.middle(layer)))
     if config.mlp in GATED:
-        slope = slopes(f, layer)
+        slope = f.slopes(layer)
     else:
         slope = mx.grad(lambda x: ACTIVATIONS[config.mlp](x).sum())(inputs)
     (F, C), zeros = (config.ffn_dim, config.n_embd), mx.zeros
@@ -466,10 +274,10 @@ def constants(f: Frozen, features: list[Features]) -> tuple[list[mx.array], mx.a
     final stream."""
     x, found = mx.zeros((1, len(f.ids), f.model.config.n_embd)), []
     for layer, each in enumerate(features):
-        entered, x = x, x + attention(f, layer, x)
+        entered, x = x, x + f.attention(layer, x)
         found.append((entered if f.model.config.parallel else x)[0])
         constant = mx.broadcast_to(each.constant, x.shape)
-        x = x + (added(f, layer, constant) if each.normed else constant)
+        x = x + (f.added(layer, constant) if each.normed else constant)
     return found, x[0]
 
 
@@ -478,7 +286,7 @@ def receiver_gradient(f: Frozen, layer: int, encoder: mx.array, positions: np.nd
     encoder (N, C)."""
     onto = mx.zeros((len(encoder), len(f.ids), encoder.shape[1]))
     onto[mx.arange(len(encoder)), mx.array(positions)] = encoder
-    return mx.vjp(lambda x: mlp_input(f, layer, x), [mx.zeros(onto.shape)], [onto])[1][0]
+    return mx.vjp(lambda x: f.mlp_input(layer, x), [mx.zeros(onto.shape)], [onto])[1][0]
 
 
 class Sources(NamedTuple):
@@ -492,7 +300,7 @@ def edges_to(f: Frozen, layer: int, gradient: mx.array, sources: Sources) -> np.
     """The edges (N, S) into N receivers whose gradients (N, T, C) are with respect to the stream that a layer's MLP
     reads: the products with what each node writes."""
     found, T = [], len(f.ids)
-    for at, g in down_the_stream(f, layer, gradient):
+    for at, g in f.down_the_stream(layer, gradient):
         begin, end = np.searchsorted(sources.layer, [at, at + 1])
         places = sources.position[begin:end]
         ends = begin + np.searchsorted(places, np.arange(T + 1))
@@ -526,7 +334,7 @@ def feature_graph(f: Frozen, answer: Answer, features: list[Features], kind: str
                 slope.append(np.zeros(1))
             if parts:
                 y = mx.concatenate(parts)
-                vectors.append(added(f, layer, y, False, mx.full((len(y),), t)) if each.normed else y)
+                vectors.append(f.added(layer, y, False, mx.full((len(y),), t)) if each.normed else y)
         mx.eval(vectors)
     sources = Sources(np.array([node.layer for node in nodes]), np.array([node.position for node in nodes]),
                       mx.concatenate(vectors))
@@ -536,9 +344,9 @@ def feature_graph(f: Frozen, answer: Answer, features: list[Features], kind: str
     most = min(most, max(1, 2**28 // S))
 
     whole = answer(model.unembed(f.states["resid", L][0, -1]))
-    row = edges_to(f, L, answer_gradient(f, answer), sources)
+    row = edges_to(f, L, f.answer_gradient(answer), sources)
     column, rows = [S - 1], [np.pad(row, ((0, 0), (0, 1)))]
-    wanted, constant = [float(whole)], [float(answer(read(f, final[-1:]))[0])]
+    wanted, constant = [float(whole)], [float(answer(f.read(final[-1:]))[0])]
     can = np.array([node.kind == kind for node in nodes])
     while len(column) <= most:
         of = influence(normal(np.concatenate(rows)), np.array(column))[:-1]
@@ -554,7 +362,7 @@ def feature_graph(f: Frozen, answer: Answer, features: list[Features], kind: str
                 at, which = sources.position[some], mx.array(index[some])
                 gradient = receiver_gradient(f, int(layer), each.encoder[which], at)
                 rows.append(np.pad(edges_to(f, int(layer), gradient, sources), ((0, 0), (0, 1))))
-                base = mlp_input(f, int(layer), rest[layer][None])[0]
+                base = f.mlp_input(int(layer), rest[layer][None])[0]
                 constant += np.array((base[mx.array(at)] * each.encoder[which]).sum(1) + each.bias[which]).tolist()
                 column += some.tolist()
                 wanted += inputs[some].tolist()
@@ -578,7 +386,7 @@ def heads_between(f: Frozen, graph: Graph, answer: Answer, features: list[Featur
         for row, (source, to) in enumerate(some):
             node, other = graph.nodes[to], graph.nodes[source]
             if node.kind == "answer":
-                gradient = answer_gradient(f, answer)[0]
+                gradient = f.answer_gradient(answer)[0]
             else:
                 encoder = features[node.layer].encoder[node.index][None]
                 gradient = receiver_gradient(f, node.layer, encoder, np.array([node.position]))[0]
@@ -588,14 +396,14 @@ def heads_between(f: Frozen, graph: Graph, answer: Answer, features: list[Featur
         for layer in range(L - 1, -1, -1):
             early, late = (0, onto.get(layer, 0))[::-1 if f.model.config.parallel else 1]
             gradients[layer] = G + late
-            G = through(f, layer, gradients[layer]) + early
+            G = f.through(layer, gradients[layer]) + early
         x = mx.zeros(shape)
         for layer in range(L):
             x = x + carried.get(layer, 0)
-            z = f.weights[layer] @ for_heads(f, values(f, layer, x, False))
-            g = mx.vjp(lambda z, layer=layer: joined(f, layer, z), [z], [gradients[layer]])[1][0]
+            z = f.weights[layer] @ f.for_heads(f.values(layer, x, False))
+            g = mx.vjp(lambda z, layer=layer: f.joined(layer, z), [z], [gradients[layer]])[1][0]
             found[first:first + step, layer] = np.array((g * z).sum((2, 3)))
-            x = x + joined(f, layer, z, False)
+            x = x + f.joined(layer, z, False)
     return found
 
 
@@ -627,11 +435,11 @@ def part_vectors(f: Frozen) -> tuple[mx.array, mx.array]:
     for layer in range(config.n_layer):
         heads = f.states["heads", layer][0]
         alone = mx.eye(config.n_head)[:, :, None, None] * heads
-        own += [joined(f, layer, alone, False)]
-        middles.append(rest[-1] + joined(f, layer, mx.zeros(heads.shape)[None])[0])
+        own += [f.joined(layer, alone, False)]
+        middles.append(rest[-1] + f.joined(layer, mx.zeros(heads.shape)[None])[0])
         down, hidden = f.model.blocks[layer].mlp.down, f.states["hidden", layer]
-        own.append(added(f, layer, linear(down, hidden, False), False))
-        rest.append(middles[-1] + added(f, layer, down(mx.zeros(hidden.shape)))[0])
+        own.append(f.added(layer, linear(down, hidden, False), False))
+        rest.append(middles[-1] + f.added(layer, down(mx.zeros(hidden.shape)))[0])
     return mx.concatenate(own), mx.stack(rest), mx.stack(middles)
 
 
@@ -648,7 +456,7 @@ def pattern_of(f: Frozen, layer: int, gradient: mx.array) -> tuple[Pattern, mx.a
     q, k, v = (f.states[name, layer][0] for name in "qkv")
     seen = f.masks[layer] > -mx.inf
     more = f.weights[layer] - seen / seen.sum(-1, keepdims=True)
-    P = (more * (gradient @ for_heads(f, v).swapaxes(1, 2))).sum(-1)
+    P = (more * (gradient @ f.for_heads(v).swapaxes(1, 2))).sum(-1)
     C = (more * scores_of(f, layer, q, k)).sum(-1)
     return Pattern(more, q, k, mx.where(C < 1e-6, 0, P / mx.where(C < 1e-6, 1, C))), P
 
@@ -663,16 +471,16 @@ def scores_of(f: Frozen, layer: int, q: mx.array, k: mx.array) -> mx.array:
 
 def product(f: Frozen, q: mx.array, k: mx.array) -> mx.array:
     """q k^T of each head: (..., H, T, D), (..., KV, T, D) -> (..., H, T, T)."""
-    return q @ for_heads(f, k).swapaxes(-1, -2)
+    return q @ f.for_heads(k).swapaxes(-1, -2)
 
 
 def into_mlp(f: Frozen, layer: int, own: mx.array, low: mx.array, G: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The edges (P, T) into an MLP at each position from parts at the same position, own (P, T, C); the constants (T,);
     and the gradient (T, C) with respect to what it reads. low (T, C): what is left of that without parts."""
-    slope = slopes(f, layer)
-    edges = (G * straight_mlp(f, layer, own, slope, False)).sum(-1)
-    constant = (G * straight_mlp(f, layer, low[None], slope)[0]).sum(-1)
-    back = mx.vjp(lambda x: straight_mlp(f, layer, x, slope), [mx.zeros((1, *G.shape))], [G[None]])[1][0][0]
+    slope = f.slopes(layer)
+    edges = (G * f.straight_mlp(layer, own, slope, False)).sum(-1)
+    constant = (G * f.straight_mlp(layer, low[None], slope)[0]).sum(-1)
+    back = mx.vjp(lambda x: f.straight_mlp(layer, x, slope), [mx.zeros((1, *G.shape))], [G[None]])[1][0][0]
     return edges, constant, back
 
 
@@ -682,25 +490,25 @@ def into_heads(f: Frozen, layer: int, own: mx.array, low: mx.array, G: mx.array)
     read. low (T, C): what is left of the stream without parts."""
     config, T, heads = f.model.config, len(f.ids), f.states["heads", layer]
     scale = config.attn_scale or config.head_dim ** -0.5
-    g = mx.vjp(lambda z: joined(f, layer, z), [heads], [G[None]])[1][0][0]  # (H, T, D)
-    v = for_heads(f, values(f, layer, own, False))
+    g = mx.vjp(lambda z: f.joined(layer, z), [heads], [G[None]])[1][0][0]  # (H, T, D)
+    v = f.for_heads(f.values(layer, own, False))
     by_value = f.weights[layer][:, :, None] * mx.einsum("htd,phsd->htps", g, v)
-    rest_v = f.weights[layer] @ for_heads(f, values(f, layer, low[None])[0])
+    rest_v = f.weights[layer] @ f.for_heads(f.values(layer, low[None])[0])
     F = (g * heads[0]).sum(-1)
 
     pattern, P = pattern_of(f, layer, g)
     half = pattern.ratio[..., None] * 0.5 * scale
-    q, k = turned(f, layer, "q", own, False), for_heads(f, turned(f, layer, "k", own, False))
-    rest_q, rest_k = (turned(f, layer, name, low[None])[0] for name in "qk")
+    q, k = f.turned(layer, "q", own, False), f.for_heads(f.turned(layer, "k", own, False))
+    rest_q, rest_k = (f.turned(layer, name, low[None])[0] for name in "qk")
     by_key = (half * pattern.more)[:, :, None] * mx.einsum("htd,phsd->htps", pattern.q, k)
-    by_query = half * mx.einsum("phtd,htd->htp", q, pattern.more @ for_heads(f, pattern.k))
+    by_query = half * mx.einsum("phtd,htd->htp", q, pattern.more @ f.for_heads(pattern.k))
     bias = mx.where(f.masks[layer] > -mx.inf, f.masks[layer], 0)
     rest_scores = product(f, rest_q, pattern.k) + product(f, pattern.q, rest_k) + 2 / scale * bias
     constant = half[..., 0] * (pattern.more * rest_scores).sum(-1)
     sums = by_value.sum((2, 3)) + (g * rest_v).sum(-1), by_key.sum((2, 3)) + by_query.sum(2) + constant
 
     def both_halves(x):  # of P, as functions of what keys and queries read
-        scores = product(f, turned(f, layer, "q", x), pattern.k) + product(f, pattern.q, turned(f, layer, "k", x))
+        scores = product(f, f.turned(layer, "q", x), pattern.k) + product(f, pattern.q, f.turned(layer, "k", x))
         return (half * pattern.more * scores).sum()
 
     edges = {"value": by_value, "key": by_key, "query": by_query[..., None] * mx.eye(T)[:, None]}
@@ -718,10 +526,10 @@ def part_graph(f: Frozen, answer: Answer) -> Graph:
     kinds = {kind: np.zeros((S - T, S), np.float32) for kind in ("value", "key", "query", "input")}
     wanted, found = np.zeros((S - T, 2)), np.zeros((S - T, 2))
 
-    whole, G = float(answer(model.unembed(f.states["resid", L][0, -1]))), answer_gradient(f, answer)[0]
+    whole, G = float(answer(model.unembed(f.states["resid", L][0, -1]))), f.answer_gradient(answer)[0]
     kinds["value"][-1, :-1] = np.array((own * G).sum(-1)).reshape(-1)
     wanted[-1, 0] = whole
-    found[-1, 0] = kinds["value"][-1].sum(dtype=np.float64) + float(answer(read(f, rest[-1][-1:]))[0])
+    found[-1, 0] = kinds["value"][-1].sum(dtype=np.float64) + float(answer(f.read(rest[-1][-1:]))[0])
     for layer in range(L - 1, -1, -1):
         heads = 1 + layer * (H + 1)  # the first head among the parts, and the number of parts before it
         n = heads if config.parallel else heads + H
@@ -738,7 +546,7 @@ def part_graph(f: Frozen, answer: Answer) -> Graph:
             kinds[kind][rows, :heads * T] = np.array(each).reshape(H * T, -1)
         wanted[rows], found[rows] = (np.stack([np.array(x).reshape(-1) for x in two], 1)
                                      for two in (contributions, sums))
-        G = through(f, layer, G[None])[0] + pattern_back + (back if config.parallel else 0)
+        G = f.through(layer, G[None])[0] + pattern_back + (back if config.parallel else 0)
     value = [*np.array((G * own[0]).sum(-1)), *wanted[:-1, 0], whole]
     nodes = [Node(kind, layer, t, h, 0.0) for kind, layer, h in names for t in range(T)]
     nodes = [node._replace(value=float(x)) for node, x in zip([*nodes, Node("answer", L, T - 1, -1, 0)], value,
@@ -1000,278 +808,6 @@ def printed(result: dict, most: int = 12):
         heads = [f"layer {layer}, head {head}: {part:+.3f}" for layer, head, part in edge.get("heads", [])[:1]]
         more = "".join([edge["kind"], *heads])
         print(f"{edge['weight']:+9.3f}  {edge['score']:5.3f}  {pair:{width}}  {more}".rstrip())
-
-
-# ---- picture and page ------------------------------------------------------------------------------------------------
-
-CHIP = 38, 20  # pixels of a node
-
-
-def placed(result: dict) -> tuple[list[tuple[float, float]], list[float], float, float]:
-    """Where nodes stand, in pixels: a column for each position, a row for each layer (with heads, two), the embedding
-    below; then the middles of the columns, the width and the height."""
-    nodes, layers = result["nodes"], result["layers"]
-    two = any(node["kind"] in ("head", "MLP") for node in nodes)
-
-    def row(node):
-        if node["layer"] < 0 or node["kind"] == "answer":
-            return 0 if node["layer"] < 0 else 1 + layers * (1 + two)
-        return 1 + node["layer"] * (1 + two) + (two and node["kind"] == "MLP")
-
-    cells = {}
-    for node in nodes:
-        cells.setdefault((row(node), node["position"]), []).append(node["id"])
-    n, T = 2 + layers * (1 + two), len(result["tokens"])
-    across = [max([math.ceil(math.sqrt(len(ids))) for (_, t), ids in cells.items() if t == at], default=1)
-              for at in range(T)]
-    down = [max([math.ceil(len(ids) / across[t]) for (r, t), ids in cells.items() if r == at], default=0)
-            for at in range(n)]
-    widths = [max(58, 14 + count * (CHIP[0] + 4)) for count in across]
-    heights = [max(30, 22 + count * (CHIP[1] + 4)) for count in down]
-    middles = [60 + sum(widths[:t]) + widths[t] / 2 for t in range(T)]
-    height = sum(heights) + 4
-    at = [None] * len(nodes)
-    for (r, t), ids in cells.items():
-        middle = height - sum(heights[:r]) - heights[r] / 2
-        lines = math.ceil(len(ids) / across[t])
-        for i, node in enumerate(sorted(ids, key=lambda i: nodes[i]["index"])):
-            line, place = divmod(i, across[t])
-            here = min(across[t], len(ids) - line * across[t])
-            at[node] = (middles[t] + (place - (here - 1) / 2) * (CHIP[0] + 4),
-                        middle + (line - (lines - 1) / 2) * (CHIP[1] + 4))
-    rows = [height - sum(heights[:r]) - heights[r] / 2 for r in range(n)]
-    names = ["tokens", *(f"layer {layer}" + (f" {part}" if part else "") for layer in range(layers)
-                         for part in (("heads", "MLP") if two else ("",))), "answer"]
-    return at, list(zip(names, rows, strict=True)), 60 + sum(widths) + 16, height
-
-
-def chip(result: dict, node: dict) -> str:
-    """What stands in a node."""
-    kind, index = node["kind"], node["index"]
-    if kind == "embedding":
-        return short(result["tokens"][node["position"]].partition(" ")[2], 8)
-    return {"head": f"h{index}", "MLP": "MLP", "error": "error", "answer": "answer"}.get(kind, str(index))
-
-
-COLOUR = {"embedding": (140, 140, 140), "head": (0, 114, 178), "MLP": (0, 158, 115), "neuron": (0, 158, 115),
-          "feature": (0, 158, 115), "error": (204, 121, 167), "answer": (230, 159, 0)}
-FOR, AGAINST = (235, 90, 60), (60, 130, 235)  # as in the cells of draw.grid()
-
-
-def shade(result: dict, node: dict) -> float:
-    most = max([each["influence"] for each in result["nodes"][1:]], default=1)
-    return 0.7 if node["kind"] == "answer" else 0.12 + 0.5 * math.sqrt(node["influence"] / max(most, 1e-9))
-
-
-def drawn(path: str, result: dict, title: str, most: int = 60):
-    """A PNG of the graph with its strongest edges."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import FancyBboxPatch, PathPatch
-    from matplotlib.path import Path
-
-    at, rows, width, height = placed(result)
-    figure = Figure(figsize=(width / 90, height / 90 + 0.3), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
-    axes.axis("off")
-    axes.set_title(printable(title), fontsize=9, parse_math=False)
-    for name, y in rows:
-        axes.axhline(y, color="#999999", lw=0.3, zorder=0)
-        axes.text(2, y, name, fontsize=6.5, va="center", color="#555555", backgroundcolor="white")
-    largest = max([edge["score"] for edge in result["edges"]], default=1)
-    for edge in result["edges"][:most]:
-        (x0, y0), (x1, y1) = at[edge["from"]], at[edge["to"]]
-        bend, side = (y0 - y1) / 2, min(45, (y0 - y1) * 0.15) if abs(x0 - x1) < CHIP[0] else 0
-        path_of = Path([(x0, y0 - 10), (x0 + side, y0 - bend), (x1 + side, y1 + bend), (x1, y1 + 10)], [1, 4, 4, 4])
-        strong = math.sqrt(edge["score"] / largest)
-        colour = [c / 255 for c in (FOR if edge["weight"] > 0 else AGAINST)]
-        axes.add_patch(PathPatch(path_of, fc="none", ec=colour, lw=0.4 + 3 * strong, alpha=0.25 + 0.6 * strong,
-                                 ls={"key": "--", "query": ":"}.get(edge["kind"], "-"), zorder=1))
-    for node, (x, y) in zip(result["nodes"], at, strict=True):
-        colour, share = COLOUR[node["kind"]], shade(result, node)
-        axes.add_patch(FancyBboxPatch((x - CHIP[0] / 2 + 3, y - CHIP[1] / 2 + 3), CHIP[0] - 6, CHIP[1] - 6, zorder=2,
-                                      boxstyle="round,pad=3", ec=[c / 255 for c in colour], lw=0.7,
-                                      fc=[1 - share * (1 - c / 255) for c in colour]))
-        axes.text(x, y, chip(result, node), fontsize=6, ha="center", va="center", zorder=3, parse_math=False)
-    write_figure(path, figure, dpi=110)
-
-
-STYLE = """
-body { max-width: 110em; margin: 1em auto; }
-h1 { font-size: 1.3em; } dl { font-size: 13px; } dd { overflow-wrap: anywhere; }
-.circuit { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1em; align-items: start; }
-.view { overflow: auto; border: 1px solid var(--line); max-height: 82vh; }
-.circuit aside { border: 1px solid var(--line); padding: .6em .8em; overflow: auto; font-size: 14px; min-width: 0; }
-.circuit aside h2 { font-size: 1.05em; margin: 0 0 .3em; overflow-wrap: anywhere; }
-.circuit aside p { margin: .3em 0; overflow-wrap: anywhere; }
-.circuit aside table { margin: .3em 0 .8em; width: 100%; }
-.circuit aside td { border-width: 0 0 1px; text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.circuit aside td.n { text-align: right; white-space: pre; } .circuit aside td.k { white-space: nowrap; }
-.circuit aside button { all: unset; cursor: pointer; text-decoration: underline; text-underline-offset: 2px; }
-.circuit aside button:focus-visible { outline: 2px solid; }
-svg { display: block; } svg text { font: 11px ui-monospace, monospace; fill: CanvasText; }
-svg .row { stroke: var(--line); } svg .rows text { font-size: 10px; opacity: .8; }
-svg g[role=button] { cursor: pointer; } svg g[role=button] text { text-anchor: middle; dominant-baseline: central; }
-svg g[role=button]:focus { outline: none; } svg g:focus-visible rect, svg g.chosen rect { stroke-width: 3; }
-svg path { fill: none; } svg .dim { opacity: .25; }
-@media (min-width: 1000px) { .circuit { grid-template-columns: minmax(0, 1fr) 25em; }
-    .circuit aside { max-height: 82vh; position: sticky; top: 1em; box-sizing: border-box; } }
-"""
-
-SCRIPT = """
-const { nodes, edges, tokens, interventions } = graph, svg = document.querySelector(".view svg");
-const groups = nodes.map(({ id }) => svg.querySelector(`[data-node="${id}"]`));
-const aside = document.querySelector(".circuit aside"), lines = svg.querySelector(".edges"), first = aside.innerHTML;
-const signed = (x) => (x < 0 ? "\u2212" : "+") + Math.abs(x).toPrecision(3);
-const make = (name, text = "", attributes = {}) => {
-    const element = document.createElement(name);
-    element.textContent = text;
-    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-    return element;
-};
-
-function draw(shown) {
-    const largest = Math.sqrt(Math.max(...shown.map((edge) => edge.score), 1e-9));
-    lines.replaceChildren(...shown.map((edge) => {
-        const [x0, y0] = at[edge.from], [x1, y1] = at[edge.to], bend = (y0 - y1) / 2;
-        const side = Math.abs(x0 - x1) < 38 ? Math.min(45, (y0 - y1) * 0.15) : 0;  // not over others of the column
-        const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-        const strong = Math.sqrt(edge.score) / largest;
-        const bows = `${x0 + side} ${y0 - bend} ${x1 + side} ${y1 + bend}`;
-        path.setAttribute("d", `M${x0} ${y0 - 10}C${bows} ${x1} ${y1 + 10}`);
-        path.setAttribute("stroke", `rgb(${edge.weight > 0 ? "235 90 60" : "60 130 235"} / ${0.25 + 0.65 * strong})`);
-        path.setAttribute("stroke-width", 0.6 + 4 * strong);
-        path.setAttribute("stroke-dasharray", { key: "6 3", query: "2 3" }[edge.kind] ?? "none");
-        return path;
-    }));
-}
-
-function table(title, rows, headers) {
-    const found = make("table"), caption = make("caption", title, { style: "text-align: left; font-weight: bold" });
-    const head = make("tr");
-    head.append(...headers.map((text) => make("th", text, { scope: "col", style: "text-align: left" })));
-    found.append(caption, head, ...rows.map((cells) => {
-        const row = make("tr");
-        row.append(...cells.map((cell) => {
-            const td = make("td");
-            if (typeof cell === "string") {
-                td.textContent = cell;
-                td.className = /\\d/.test(cell) ? "n" : "k";
-            } else {
-                const button = make("button", nodes[cell].name, { type: "button" });
-                button.addEventListener("click", () => { choose(cell); groups[cell].focus(); });
-                td.append(button);
-            }
-            return td;
-        }));
-        return row;
-    }));
-    return found;
-}
-
-function choose(id) {
-    const [into, from] = ["to", "from"].map((end) => edges.filter((edge) => edge[end] === id)), node = nodes[id];
-    draw([...into, ...from]);
-    const near = new Set([id, ...into.map((edge) => edge.from), ...from.map((edge) => edge.to)]);
-    groups.forEach((group, i) => {
-        group.classList.toggle("chosen", i === id);
-        group.classList.toggle("dim", !near.has(i));
-        group.setAttribute("tabindex", i === id ? 0 : -1);
-        group.setAttribute("aria-pressed", i === id);
-    });
-    const told = [make("h2", node.name), make("p", words.value.replace("X", signed(node.value)) +
-        (id ? `; influence ${node.influence.toPrecision(3)}` : ""))];
-    if ("input" in node)
-        told.push(make("p", `input ${signed(node.input)}, of which ${signed(node.constant)} from biases`));
-    if (node.writes.length) told.push(make("p", `raises ${node.writes.join("  ")}`));
-    if (node.reads?.length) told.push(make("p", `reads most from ${node.reads.join("  ")}`));
-    const kind = edges.some((edge) => edge.kind) ? (edge) => [edge.kind] : () => [], kinds = kind({}).map(() => "kind");
-    const strongest = (list) => [...list].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight)).slice(0, 25);
-    for (const [title, list, end] of [["Edges in", into, "from"], ["Edges out", from, "to"]]) {
-        const heads = list.some((edge) => edge.heads?.length), through = ({ heads }) => (heads ?? []).slice(0, 2).map(
-            ([layer, head, part]) => `${layer}.${head}: ${signed(part)}`).join("\\n");
-        if (list.length) told.push(table(title, strongest(list).map((edge) =>
-            [signed(edge.weight), ...kind(edge), edge[end], ...heads ? [through(edge)] : []]),
-            ["weight", ...kinds, end, ...heads ? ["through head"] : []]));
-    }
-    const tried = interventions.filter((each) => each.from === id || kinds.length && each.to === id);
-    if (tried.length && kinds.length) told.push(table("Edges cut in the real model: change of the answer", tried.map(
-        (each) => [signed(each.predicted), signed(each.measured), each.kind, each.from === id ? each.to : each.from]),
-        ["predicted", "measured", "kind", "other end"]));
-    else for (const each of tried) told.push(table(words.changed, [
-        [signed(each.predicted), signed(each.measured), each.to],
-        ...each.inputs.map((one) => [signed(one.predicted), signed(one.measured), one.to])],
-        ["predicted", "measured", "change of"]));
-    aside.replaceChildren(...told);
-    aside.scrollTop = 0;
-}
-
-function clear() {
-    draw(edges.slice(0, 60));
-    groups.forEach((group, i) => {
-        group.classList.remove("dim", "chosen");
-        group.setAttribute("aria-pressed", false);
-        group.setAttribute("tabindex", i ? -1 : 0);
-    });
-    aside.innerHTML = first;
-}
-
-groups.forEach((group, id) => {
-    group.addEventListener("click", (event) => { event.stopPropagation(); choose(id); });
-    group.addEventListener("keydown", (event) => {
-        const towards = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-        if (event.key === "Escape") clear();
-        else if (event.key === "Enter" || event.key === " ") choose(id);
-        else if (towards) {
-            const cost = (i) => {
-                const dx = at[i][0] - at[id][0], dy = at[i][1] - at[id][1];
-                const ahead = dx * towards[0] + dy * towards[1];
-                return ahead > 1 ? ahead + 3 * Math.abs(dx * towards[1] - dy * towards[0]) : Infinity;
-            };
-            const best = nodes.map((_, i) => i).reduce((a, b) => cost(b) < cost(a) ? b : a, id);
-            choose(best);
-            groups[best].focus();
-        } else return;
-        event.preventDefault();
-    });
-});
-svg.addEventListener("click", clear);
-clear();
-const view = svg.parentElement, names = svg.querySelectorAll(".rows text");
-view.addEventListener("scroll", () => names.forEach((name) => name.setAttribute("x", 4 + view.scrollLeft)));
-view.scrollLeft = view.scrollWidth;  // to the answer
-"""
-
-
-def page_of(path: str, result: dict, title: str, text: str, changed: str):
-    """A page that walks the graph."""
-    at, rows, width, height = placed(result)
-    lines = [f'<line class=row x1=0 x2={width:.0f} y1={y:.0f} y2={y:.0f} /><text x=4 y={y - 3:.0f}>{name}</text>'
-             for name, y in rows]
-    groups = []
-    for node, (x, y) in zip(result["nodes"], at, strict=True):
-        colour, share = " ".join(map(str, COLOUR[node["kind"]])), shade(result, node)
-        wide = CHIP[0] + (16 if node["kind"] in ("embedding", "answer") else 0)
-        groups.append(
-            f'<g role=button tabindex=-1 data-node={node["id"]} aria-label="{html.escape(node["name"])}">'
-            f'<rect x={x - wide / 2:.1f} y={y - CHIP[1] / 2:.1f} width={wide} height={CHIP[1]} rx=5 fill="Canvas" />'
-            f'<rect x={x - wide / 2:.1f} y={y - CHIP[1] / 2:.1f} width={wide} height={CHIP[1]} rx=5 '
-            f'fill="rgb({colour} / {share:.2f})" stroke="rgb({colour})" />'
-            f'<text x={x:.1f} y={y:.1f}>{html.escape(chip(result, node))}</text></g>')
-    parts = any(node["kind"] in ("head", "MLP") for node in result["nodes"])
-    value = "contributes X to the answer" if parts else "activation X"
-    data = {"graph": result, "at": [[round(x), round(y)] for x, y in at], "words": {"value": value, "changed": changed}}
-    consts = "".join(f"const {name} = {json.dumps(each)};" for name, each in data.items()).replace("<", "\\u003c")
-    raised = "the answer" if parts else "the input of the node that they lead to"
-    dashes = "; they are dashed through keys and dotted through queries" if parts else ""
-    help_text = ("Choose a node, by mouse or by Tab and the arrow keys, to see its edges with their weights. Escape "
-                 f"shows the strongest edges of the graph again. Edges are red where they raise {raised}, and blue "
-                 f"where they lower it{dashes}.")
-    page(path, title, text, f"<style>{STYLE}</style>",
-         f'<div class=circuit><div class=view><svg width={width:.0f} height={height:.0f} role=group '
-         f'aria-label="attribution graph"><g class=rows>{"".join(lines)}</g><g class=edges></g>{"".join(groups)}</svg>'
-         f"</div><aside aria-live=polite><p>{help_text}</p></aside></div>", listed(result["about"]),
-         f"<script type=module>{consts}{SCRIPT}</script>")
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------

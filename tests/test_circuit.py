@@ -57,7 +57,7 @@ def test_sums(settings, foil):
         to, source = place[graph.column][:, None], place[None]
         wrong = (source[..., 0] > to[..., 0]) | (source[..., 1] > to[..., 1])
         assert np.abs(graph.rows)[wrong].max() == 0
-    direct = np.array((parts.extra["vectors"] * circuit.answer_gradient(f, answer)[0, -1]).sum(-1))
+    direct = np.array((parts.extra["vectors"] * f.answer_gradient(answer)[0, -1]).sum(-1))
     last = np.array([node.position == 8 for node in parts.nodes[:-1]])
     np.testing.assert_allclose(parts.kinds["value"][-1, :-1], direct * last, atol=1e-5)  # direct logit attribution
     out = sum(rows.sum(0, dtype=np.float64) for rows in parts.kinds.values())[:-1]
@@ -321,7 +321,7 @@ def test_edges_by_heads(settings):
     silent[layer] = mx.where((mx.arange(4) == head)[:, None, None], 0, silent[layer])
     node, end, part = graph.nodes[source], graph.nodes[to], found[pairs.index((source, to)), layer, head]
     other = circuit.Sources(np.array([node.layer]), np.array([node.position]), graph.extra["vectors"][source][None])
-    gradient = circuit.answer_gradient(f, answer) if end.kind == "answer" else circuit.receiver_gradient(
+    gradient = f.answer_gradient(answer) if end.kind == "answer" else circuit.receiver_gradient(
         f, end.layer, features[end.layer].encoder[end.index][None], np.array([end.position]))
     with_it, without = (circuit.edges_to(each, end.layer, gradient, other)[0, 0]
                         for each in (f, f._replace(weights=silent)))
