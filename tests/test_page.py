@@ -183,6 +183,7 @@ def test_kept(page, files):
     page.fill("#recipient", "mine")
     page.click("#theme")
     page.click("#tab-train")
+    page.wait_for_function("document.querySelector('#text').value", timeout=LONG)  # the text to begin with
     page.fill("#text", "my own text")
     page.reload()
     page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
@@ -190,6 +191,25 @@ def test_kept(page, files):
     assert [page.input_value(f"#{name}") for name in ("prompt", "top_k", "recipient")] == ["import ", "7", "mine"]
     page.wait_for_function("document.querySelector('#text').value === 'my own text'")
     assert page.get_attribute("html", "data-theme") == "dark" and page.inner_text("#sheet").startswith("import")
+
+
+def test_typed_at_once(page, files):
+    """What is typed before the text to begin with has come is kept, even if that text can no longer come."""
+    held = []
+    page.route("**/inside.js", lambda route: held.append(route) if route.request.resource_type == "fetch" else
+               route.continue_())
+    begin(page, files)
+    page.click("#tab-train")
+    page.fill("#text", "my own text")
+    for route in held:
+        route.abort()
+    says(page, "train-wrong", "lost the connection")
+    page.unroute("**/inside.js")
+    page.problems.clear()  # the console tells of the lost file
+    page.reload()
+    page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
+    page.click("#tab-train")
+    page.wait_for_function("document.querySelector('#text').value === 'my own text'", timeout=LONG)
 
 
 def test_stored_by_two_pages(page):

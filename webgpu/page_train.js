@@ -491,7 +491,7 @@ export function setUpTraining() {
   document.addEventListener("panel", async ({ detail }) => {
     if (detail !== "train" || seen) return;
     showEmpty();
-    seen = Boolean($("text").value) || await attempt("train-wrong", recallText);
+    if ($("text").value || await attempt("train-wrong", recallText)) seen = true;  // typing meanwhile has set it already
   });
   const hide = () => {
     if (seen) typed();
