@@ -22,10 +22,18 @@ waiting = threading.Lock()
 server = None  # (process, socket, its environment)
 
 
-def run(command: list, cwd=None, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run a Python script, and capture what it prints. A script of another folder than this checkout's, one with
-    another environment than the tests', or one that runs beside another one, has its own process from the start."""
-    command, env = [*map(str, command)], without_pytest(os.environ if env is None else env)
+def run(command: list, check: bool = False, **options) -> subprocess.CompletedProcess:
+    """Run a Python script, and capture what it prints, as text. options: cwd, env, timeout. A script of another folder
+    than this checkout's, one with another environment than the tests', or one that runs beside another one, has its own
+    process from the start."""
+    done = finished([*map(str, command)], **options)
+    if check and done.returncode:
+        raise AssertionError(f"exit status {done.returncode}: {done.stdout}{done.stderr}")
+    return done
+
+
+def finished(command: list[str], cwd=None, env=None, timeout: float = 300) -> subprocess.CompletedProcess:
+    env = without_pytest(os.environ if env is None else env)
     ours = command[0] == sys.executable and Path(command[1]).parent in (ROOT, ROOT / "runs")
     if not hasattr(os, "fork") or not ours or not waiting.acquire(blocking=False):
         return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=timeout)

@@ -2,13 +2,13 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT, OneLayer, peak_memory, run_here, survives
 
@@ -139,7 +139,7 @@ def folder_of(tmp_path, version="gemm", group_size=32, n_expert=0, **more):
 
 def read(*arguments, status=0):
     command = [sys.executable, ROOT / "awq_reader.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = prepared.run(command)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
     return done

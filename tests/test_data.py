@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import prepared
 import pytest
 from conftest import run_here
 from safetensors.numpy import save_file
@@ -587,8 +588,7 @@ def test_hints_are_right_for_train_py(tmp_path):
     small = "--max_iters=1", "--n_layer=1", "--n_embd=32", "--block_size=32", "--eval_windows=2", "--out_dir=run"
 
     def train(*arguments):
-        return subprocess.run([sys.executable, ROOT / "train.py", *small, *arguments], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=100)
+        return prepared.run([sys.executable, ROOT / "train.py", *small, *arguments], cwd=tmp_path, timeout=100)
 
     def pasted(told: str, *words: str) -> str:
         """Run the command that an error names, with the words that a user fills in, and train.py on the folder."""

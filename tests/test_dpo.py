@@ -238,8 +238,7 @@ def test_resume_is_exact(folder, pairs, tmp_path):  # noqa: F811
                    f"--data={pairs}", f"--out_dir={out}", "--template=plain", "--learning_rate=3e-3", *settings]
         done = subprocess.run(command, capture_output=True, text=True, env=ON_PATH)
         assert done.returncode == 130 and "--resume=True" in done.stdout, done.stderr
-        again = subprocess.run([sys.executable, ROOT / "dpo.py", f"--out_dir={out}", "--resume=True"],
-                               capture_output=True, text=True)
+        again = prepared.run([sys.executable, ROOT / "dpo.py", f"--out_dir={out}", "--resume=True"])
         assert again.returncode == 0, again.stderr
         assert_equal(tmp_path / "whole", out)
 

@@ -3,7 +3,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import peers
+import prepared
 import pytest
 from conftest import ROOT, peak_memory, run, run_here, survives
 from mlx.utils import tree_flatten
@@ -290,7 +290,7 @@ def rounded(model: GPT, kind: str, quantize=gguf.quants.quantize) -> GPT:
 
 def read(*arguments, status=0):
     command = [sys.executable, ROOT / "gguf_reader.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = prepared.run(command)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
     return done

@@ -1,13 +1,13 @@
 """gptq_reader.py: layers that GPTQModel packed (fixtures/make_gptq.py), an independent packer, folders, bad input."""
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT, OneLayer, run_here, survives
 
@@ -139,7 +139,7 @@ def folder_of(tmp_path, bits=4, group_size=32, act_order=False, version=1, symme
 
 def read(*arguments, status=0):
     command = [sys.executable, ROOT / "gptq_reader.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = prepared.run(command)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and (not status or done.stderr.count("\n") == 1), done.stderr
     return done

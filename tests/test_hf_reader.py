@@ -327,8 +327,8 @@ def test_the_tokenizer_travels(tmp_path):
     assert found["script"] == "hf_reader.py"
     assert Tokenizer.from_dict(found["tokenizer"]).encode("ab").tolist() == [97, 98]
     assert found["template"] == "own" and found["chat_template"] == "{{ '<|im_start|>' }}"
-    done = subprocess.run([sys.executable, ROOT / "sample.py", out, "--prompt=ab",
-                           "--max_new_tokens=5", "--template=none"], capture_output=True, text=True)
+    done = prepared.run([sys.executable, ROOT / "sample.py", out, "--prompt=ab",
+                         "--max_new_tokens=5", "--template=none"])
     assert done.returncode == 0 and done.stdout.startswith("ab") and raw["model_type"] == "llama"
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
@@ -255,8 +256,7 @@ def test_perplexity(tmp_path):
             before, found[method] = map(float, re.findall(r"perplexity ([\d.]+)", done.stdout))
         assert before < found["hqq"] < 0.995 * found["rtn"], bits
     for name, told in (("ckpt", before), ("ckpt-hqq-2", found["hqq"])):
-        score = subprocess.run([sys.executable, ROOT / "eval.py", tmp_path / f"{name}.safetensors", *settings],
-                               capture_output=True, text=True).stdout
+        score = prepared.run([sys.executable, ROOT / "eval.py", tmp_path / f"{name}.safetensors", *settings]).stdout
         assert float(re.search(r"perplexity ([\d.]+)", score)[1]) == pytest.approx(told, abs=0.01)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import prepared
 import pytest
 from conftest import ROOT
 from test_dpo import pairs  # noqa: F401  (preferences)
@@ -46,14 +47,14 @@ def kill_and_resume(begin: list, go_on: list, begun, written, n: int, seed: int)
 
 
 @pytest.mark.parametrize("script, arguments, kills", [
-    ("sft", ["--kind=lora", "--epochs=60"], 5), ("dpo", ["--kind=full", "--epochs=40", "--learning_rate=1e-4"], 4)],
+    ("sft", ["--kind=lora", "--epochs=40"], 4), ("dpo", ["--kind=full", "--epochs=25", "--learning_rate=1e-4"], 3)],
     ids=["sft", "dpo"])
 def test_training(folder, pairs, tmp_path, script, arguments, kills):  # noqa: F811
     data = folder / "tasks.jsonl" if script == "sft" else pairs
     begin = [ROOT / f"{script}.py", folder / "base.safetensors", f"--data={data}", "--template=plain", *arguments,
              "--eval_interval=5", "--log_interval=3", "--dropout=0.1", "--batch_size=2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([sys.executable, *begin, f"--out_dir={whole}"], check=True, capture_output=True)
+    prepared.run([sys.executable, *begin, f"--out_dir={whole}"], check=True)
     go_on = [ROOT / f"{script}.py", f"--out_dir={killed}", "--resume=True"]
     kill_and_resume([*begin, f"--out_dir={killed}"], go_on, (killed / "resume.safetensors").exists, killed / "loss.csv",
                     kills, seed=1)
@@ -70,8 +71,8 @@ def test_magpie(tuned, tmp_path):  # noqa: F811
     for path in (whole, killed):
         path.parent.mkdir()
     begin = [ROOT / "magpie.py", tuned, *settings]
-    subprocess.run(list(map(str, [sys.executable, *begin, f"--out={whole}"])), check=True, capture_output=True)
+    prepared.run(list(map(str, [sys.executable, *begin, f"--out={whole}"])), check=True)
     begun = lambda: killed.exists() and killed.stat().st_size > 0  # noqa: E731
-    kill_and_resume([*begin, f"--out={killed}"], [*begin, f"--out={killed}", "--resume=True"], begun, killed, 6, seed=2)
+    kill_and_resume([*begin, f"--out={killed}"], [*begin, f"--out={killed}", "--resume=True"], begun, killed, 4, seed=2)
     assert killed.read_bytes() == whole.read_bytes()
     assert len({json.dumps(json.loads(line)["messages"]) for line in whole.read_text().splitlines()}) == 150

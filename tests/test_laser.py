@@ -8,6 +8,7 @@ import blas  # noqa: F401  (before mlx)
 import conftest
 import mlx.core as mx
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT
 from test_gptq import FLAVOURS, checkpoint
@@ -135,8 +136,8 @@ def test_factored(settings, tmp_path):
     assert not isinstance(load_checkpoint(str(tmp_path / "larger.safetensors"))[0].blocks[0].mlp.down, Factored)
     saved = path.stat().st_size - (tmp_path / "ckpt-laser.safetensors").stat().st_size
     assert abs(saved - 4 * (64 * 256 - 32 * (64 + 256))) < 1000 and "0.066" in done.stdout and "0.041" in done.stdout
-    hqq = subprocess.run([sys.executable, ROOT / "hqq.py", tmp_path / "ckpt-laser.safetensors", "--bits=8",
-                          "--group_size=32"], capture_output=True, text=True)
+    hqq = prepared.run([sys.executable, ROOT / "hqq.py", tmp_path / "ckpt-laser.safetensors", "--bits=8",
+                        "--group_size=32"])
     assert hqq.returncode == 0, hqq.stderr
     packed, _ = load_checkpoint(str(tmp_path / "ckpt-laser-hqq-8.safetensors"))
     assert packed.blocks[1].mlp.down.v.bits == 8

@@ -11,6 +11,7 @@ import termios
 
 import mlx.core as mx
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT, load_adapter
 from mlx.utils import tree_flatten
@@ -121,8 +122,7 @@ def test_prompt_longer_than_the_context(writer):
 def test_heads_that_cannot_be_quantized(tmp_path):
     """The error comes before the prompt is printed."""
     path = save(tmp_path / "ckpt.safetensors", GPT(GPTConfig(vocab_size=320, n_layer=1, n_head=4, n_embd=64)), BYTES)
-    done = subprocess.run([sys.executable, ROOT / "sample.py", path, "--prompt=x", "--kv_bits=8"], capture_output=True,
-                          text=True)
+    done = prepared.run([sys.executable, ROOT / "sample.py", path, "--prompt=x", "--kv_bits=8"])
     assert done.returncode == 2 and done.stdout == "" and "head_dim=16 is not a multiple of 32" in done.stderr
 
 

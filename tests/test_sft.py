@@ -200,9 +200,8 @@ def test_an_adapter_is_small_and_names_its_base(folder, tmp_path):
 def test_full_continues_from_full(folder, tmp_path):
     """What kind=full wrote is a checkpoint like any other, and keeps its template."""
     sft(folder, tmp_path / "a", "--kind=full", "--epochs=1", "--template=alpaca")
-    done = subprocess.run([sys.executable, ROOT / "sft.py", tmp_path / "a" / "sft.safetensors",
-                           f"--data={folder / 'tasks.jsonl'}", f"--out_dir={tmp_path / 'b'}", *FAST, "--epochs=1"],
-                          capture_output=True, text=True)
+    done = prepared.run([sys.executable, ROOT / "sft.py", tmp_path / "a" / "sft.safetensors",
+                         f"--data={folder / 'tasks.jsonl'}", f"--out_dir={tmp_path / 'b'}", *FAST, "--epochs=1"])
     assert done.returncode == 0
     _, meta = load_checkpoint(str(tmp_path / "a" / "sft.safetensors"))
     adapter = json.loads(mx.load(str(tmp_path / "b" / "sft.safetensors"), return_metadata=True)[1]["tinygpt"])
@@ -274,9 +273,9 @@ def test_own_template(foreign, folder, tmp_path):
     meta = load_checkpoint(str(tmp_path / "b" / "sft.safetensors"))[1]
     assert meta["template"] == "alpaca" and meta["ends"] == [256, 259] and "chat_template" not in meta
     resumed = [sys.executable, ROOT / "sft.py", f"--out_dir={tmp_path / 'b'}", "--resume=True", "--epochs=2"]
-    done = subprocess.run([*resumed, "--block_size=128"], capture_output=True, text=True)
+    done = prepared.run([*resumed, "--block_size=128"])
     assert done.returncode == 2 and "block_size is 96" in done.stderr
-    assert "rows of 96 tokens" in subprocess.run(resumed, capture_output=True, text=True, check=True).stdout
+    assert "rows of 96 tokens" in prepared.run(resumed, check=True).stdout
 
 
 def test_mistakes_with_an_own_template(foreign, folder, tmp_path):
@@ -353,8 +352,7 @@ def test_resume_is_exact(folder, tmp_path, arguments):
         assert done.returncode == 130, done.stderr
         step = int(re.search(r"stopped at step (\d+) of \d+", done.stdout)[1])
         assert stop <= step <= stop + 1 and "--resume=True" in done.stdout
-        again = subprocess.run([sys.executable, ROOT / "sft.py", f"--out_dir={out}", "--resume=True"],
-                               capture_output=True, text=True)
+        again = prepared.run([sys.executable, ROOT / "sft.py", f"--out_dir={out}", "--resume=True"])
         assert again.returncode == 0, again.stderr
         assert_equal(tmp_path / "whole", out)
 
@@ -362,8 +360,8 @@ def test_resume_is_exact(folder, tmp_path, arguments):
 def test_more_epochs(folder, tmp_path):
     """A finished run goes on with more epochs; what the state depends on cannot change."""
     def again(*arguments):
-        return subprocess.run([sys.executable, ROOT / "sft.py", f"--out_dir={tmp_path / 'a'}", "--resume=True",
-                               *arguments], capture_output=True, text=True)
+        return prepared.run([sys.executable, ROOT / "sft.py", f"--out_dir={tmp_path / 'a'}", "--resume=True",
+                             *arguments])
 
     data = tmp_path / "tasks.jsonl"
     data.write_bytes((folder / "tasks.jsonl").read_bytes())
@@ -385,11 +383,11 @@ def test_a_state_of_the_run_before_is_not_resumed(folder, tmp_path):
     facts = json.loads((tmp_path / "a" / "run.json").read_text())
     (tmp_path / "a" / "run.json").write_text(json.dumps({**facts, "started": "2026-01-01T00:00:00+00:00"}))
     command = [sys.executable, ROOT / "sft.py", f"--out_dir={tmp_path / 'a'}", "--resume=True", "--epochs=2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = prepared.run(command)
     assert done.returncode == 2 and "another one began" in done.stderr and "--overwrite=True" in done.stderr
     (tmp_path / "a" / "run.json").write_text(json.dumps(facts))
     for epochs in (2, 3):
-        subprocess.run([*command[:-1], f"--epochs={epochs}"], check=True, capture_output=True)
+        prepared.run([*command[:-1], f"--epochs={epochs}"], check=True)
     assert json.loads((tmp_path / "a" / "run.json").read_text())["started"] == facts["started"]
 
 

@@ -40,8 +40,8 @@ def data(tmp_path_factory):
     folder, texts = tmp_path_factory.mktemp("data") / "scripts", tmp_path_factory.mktemp("texts")
     for path in ROOT.glob("*.py"):
         (texts / path.name).write_text(re.sub("-{9,}", "", path.read_text(encoding="utf-8")), encoding="utf-8")
-    subprocess.run([sys.executable, ROOT / "data.py", f"--source={texts}/*.py", "--tokenizer=byte", f"--out={folder}"],
-                   check=True, capture_output=True)
+    prepared.run([sys.executable, ROOT / "data.py", f"--source={texts}/*.py", "--tokenizer=byte", f"--out={folder}"],
+                   check=True)
     return folder
 
 
@@ -308,7 +308,7 @@ def test_interrupted_equals_uninterrupted(data, whole, tmp_path, arguments):
     stopped = load_checkpoint(str(tmp_path / "b" / "ckpt.safetensors"))[1]["step"]
     assert 6 <= stopped < 40
     resume = [sys.executable, ROOT / "train.py", f"--out_dir={tmp_path / 'b'}", "--resume=True"]
-    subprocess.run(resume, check=True, capture_output=True)
+    prepared.run(resume, check=True)
     assert_same(tmp_path / "a", tmp_path / "b")
     for name in ("step", "train_loss", "val_loss", "grad_norm", "learning_rate"):
         assert column(tmp_path / "a", name) == column(tmp_path / "b", name)
@@ -501,8 +501,8 @@ def test_init(data, whole, tmp_path):
     flags = [flag for flag in TINY if not re.match("--(block_size|n_)", flag)]  # of the architecture
     for out, stop in (("a", 8), ("b", 4)):
         last = ["--decay_iters=8", f"--max_iters={stop}"]
-        subprocess.run([sys.executable, ROOT / "train.py", f"--data={data}", f"--out_dir={tmp_path / out}", *flags,
-                        *more, *last], check=True, capture_output=True)
+        prepared.run([sys.executable, ROOT / "train.py", f"--data={data}", f"--out_dir={tmp_path / out}", *flags,
+                      *more, *last], check=True)
     model, meta = load_checkpoint(str(tmp_path / "a" / "ckpt.safetensors"))
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {mx.float32}
     assert (model.config.n_embd, model.config.block_size) == (64, 32)
@@ -514,7 +514,7 @@ def test_init(data, whole, tmp_path):
     assert losses[0] == pytest.approx(nats_of(base, data), rel=1e-5) and losses[-1] < losses[0]
     base.unlink()
     resume = [sys.executable, ROOT / "train.py", f"--out_dir={tmp_path / 'b'}", "--resume=True", "--max_iters=8"]
-    subprocess.run(resume, check=True, capture_output=True)
+    prepared.run(resume, check=True)
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
@@ -548,8 +548,8 @@ def test_init_takes_the_tokenizer(whole, tmp_path):
     ids = np.fromfile(folder / "train.bin", dtype=np.uint16)
     assert bytes(ids[:44].astype(np.uint8)) == b"the quick brown fox jumps over the lazy dog\n"
     assert load_checkpoint(str(tmp_path / "out" / "ckpt.safetensors"))[1]["settings"]["data"] == "book.txt"
-    subprocess.run([sys.executable, ROOT / "data.py", "--source=book.txt", "--tokenizer=char", "--out=chars"],
-                   cwd=tmp_path, check=True, capture_output=True)
+    prepared.run([sys.executable, ROOT / "data.py", "--source=book.txt", "--tokenizer=char", "--out=chars"],
+                   cwd=tmp_path, check=True)
     told = one_line(train("chars", "no", f"--init={base}", status=2, cwd=tmp_path))
     assert "chars has another tokenizer than" in told and f"--tokenizer={base}" in told
     assert not (tmp_path / "no").exists()
@@ -812,7 +812,7 @@ def test_edited_curves(data, whole, tmp_path):
 def test_stopped_at_any_moment(data, tmp_path):
     """Ctrl-C, as a terminal sends it, after random times: status 130 and at most one line, and the run goes on to the
     end that it would have come to."""
-    busy = ["--max_iters=300", "--eval_interval=5"]
+    busy = ["--max_iters=200", "--eval_interval=5"]
     train(data, tmp_path / "a", *busy)
     out, rng, stops = tmp_path / "b", random.Random(1), 0
     while True:

@@ -2,7 +2,6 @@
 files; bad input."""
 import re
 import struct
-import subprocess
 import sys
 from functools import partial
 
@@ -12,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+import prepared
 import pytest
 from conftest import ROOT
 from test_gptq import FLAVOURS, checkpoint
@@ -62,8 +62,8 @@ def test_the_start(settings, packed):
 def test_the_package(name, tmp_path):
     """KL at each layer and position equals that of tuned-lens 0.2.0 (tests/fixtures/make_tuned_lens.py)."""
     fixtures = ROOT / "tests" / "fixtures"
-    subprocess.run([sys.executable, ROOT / "hf_reader.py", fixtures / "hf" / name, tmp_path / "m.safetensors"],
-                   check=True, capture_output=True)
+    prepared.run([sys.executable, ROOT / "hf_reader.py", fixtures / "hf" / name, tmp_path / "m.safetensors"],
+                   check=True)
     model, _ = load_checkpoint(str(tmp_path / "m.safetensors"))
     with np.load(fixtures / "tuned_lens.npz") as file:
         lens, kl = {part: mx.array(file[f"{name}.{part}"]) for part in "Ab"}, file[f"{name}.kl"]
