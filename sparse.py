@@ -73,10 +73,10 @@ def kth_largest(x: mx.array, k: int) -> mx.array:
 
 def active(kind: str, p: mx.array, k: int, threshold: mx.array | None) -> mx.array:
     """f of the module's docstring: (..., F) -> (..., F)."""
-    p = mx.maximum(p, 0)
     if kind == "topk":
         bound = mx.stop_gradient(kth_largest(p.reshape(-1, p.shape[-1]), k)).reshape(*p.shape[:-1], 1)
-        return mx.where(p >= bound, p, 0)
+        return mx.where((p >= bound) & (p > 0), p, 0)  # without max(0, p), which would be one more pass over p
+    p = mx.maximum(p, 0)
     return p if kind == "relu" else mx.where(p > threshold, p, 0)
 
 
