@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import zipfile
 from collections.abc import Callable, Iterable
@@ -433,7 +434,7 @@ def rows_of(site: str, n_layer: int, n_head: int = 0) -> tuple[list[str], str]:
 def about(checkpoint: str, model: GPT, **more) -> dict:
     """What a result was computed from: the checkpoint's name and hash, the command, and more of it by name. Call it
     before set_dtype(), which changes the weights."""
-    command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {"checkpoint": os.path.basename(checkpoint), "sha256": base_fingerprint(model), "command": command, **more}
 
 
