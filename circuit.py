@@ -87,6 +87,7 @@ checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
 prompt = ""             # the text to read
 target = ""             # the token that should follow it
 foil = ""               # a token to compare the target with; "": the mean of all tokens' logits
+bos = True              # begin the prompt with the token that begins every text, where the tokenizer has one
 # graph
 nodes = ""              # parts (heads and MLPs) | neurons | features; "": features with transcoders, else parts
 transcoders = ""        # features: a file of sae.py for every layer, as in "out/layer-*.sae"
@@ -862,7 +863,7 @@ if __name__ == "__main__":
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
     enc = Tokenizer.from_dict(meta["tokenizer"])
-    asked = prompt_of(enc, model, prompt, "", target, foil)
+    asked = prompt_of(enc, model, prompt, "", target, foil, bos)
     known = about(checkpoint, model, prompt=prompt, target=target, foil=foil or "the mean of all logits")
     coders = read_transcoders(paths, model, known["sha256"]) if kind == "features" else []
     if coders:

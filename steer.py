@@ -80,6 +80,7 @@ from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
 prompt = ""               # the beginning of the texts
+bos = True                # begin each prompt with the token that begins every text, where the tokenizer has one
 # direction
 positive = ""             # a prompt whose state the direction leads to
 negative = ""             # a prompt whose state it leads away from
@@ -264,11 +265,13 @@ def found_direction(model: GPT, enc: Tokenizer) -> mx.array:
     if not -1 <= layer < model.config.n_layer:
         raise UserError(f"layer={layer}: the model has layers 0 to {model.config.n_layer - 1}, and -1 is the embedding")
     if positive:
-        both = [[prompt_ids(enc, positive, model, "positive")], [prompt_ids(enc, negative, model, "negative")]]
+        texts = ("positive", positive), ("negative", negative)
+        both = [[prompt_ids(enc, text, model, name, bos)] for name, text in texts]
     else:
-        both = [read_texts(positives, enc, model, "positives"), read_texts(negatives, enc, model, "negatives")]
+        files = ("positives", positives), ("negatives", negatives)
+        both = [read_texts(path, enc, model, name, bos) for name, path in files]
         print(f"direction: from {len(both[1])} negative to {len(both[0])} positive texts")
-    return direction_of(model, *both, layer, over, len(enc.start))
+    return direction_of(model, *both, layer, over, len(enc.start) * bos)
 
 
 def check_settings():
@@ -327,7 +330,7 @@ if __name__ == "__main__":
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
     enc = Tokenizer.from_dict(meta["tokenizer"])
-    ids = [] if not prompt and (out or data and not words) else prompt_ids(enc, prompt, model)
+    ids = [] if not prompt and (out or data and not words) else prompt_ids(enc, prompt, model, bos=bos)
     known = about(checkpoint, model)
     fingerprint = known["sha256"]
     model.set_dtype(compute_dtype("auto"))
@@ -336,7 +339,7 @@ if __name__ == "__main__":
     check_finite([size])
     beside = ""
     if ids:
-        states = states_of(model, ids, layer)[len(enc.start):]
+        states = states_of(model, ids, layer)[len(enc.start) * bos:]
         check_finite([states.sum().item()])
         beside = f", of the prompt's states {mx.linalg.norm(states, axis=-1).mean().item():.2f} on average"
     print(f"state: {state_name(layer + 1)}; norm of the direction {size:.2f}{beside}")

@@ -88,9 +88,9 @@ def direction_of(model: GPT, positive: Sequence[list[int]], negative: Sequence[l
     return mx.array((means[0] - means[1]).astype(np.float32))
 
 
-def read_texts(path: str, enc: Tokenizer, model: GPT, name: str) -> list[list[int]]:
+def read_texts(path: str, enc: Tokenizer, model: GPT, name: str, bos: bool = True) -> list[list[int]]:
     """The tokens of the texts in a file: its lines, or the field `text` of its rows (.jsonl, .json, .csv and others).
-    name: of the setting, for an error message. UserError tells which text is wrong."""
+    name: of the setting, for an error message; bos: see prompt_ids(). UserError tells which text is wrong."""
     if path.lower().endswith(ENDINGS):
         texts = [(where, row if isinstance(row, ValueError) else row.get("text")) for where, row in read_rows(path)]
     else:
@@ -105,7 +105,7 @@ def read_texts(path: str, enc: Tokenizer, model: GPT, name: str) -> list[list[in
         if not isinstance(text, str) or not text:
             raise UserError(f"{where}: {text if isinstance(text, ValueError) else 'it has no text named text'}")
         try:
-            found.append(prompt_ids(enc, text, model, name))
+            found.append(prompt_ids(enc, text, model, name, bos))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     if not found:

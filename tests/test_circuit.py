@@ -657,6 +657,12 @@ def test_command_line(tmp_path):
         assert {"from", "to", "kind", "weight", "score"} == {*saved["edges"][0]} - {"heads"}
         assert ("kl" in saved["scores"]) == ("KL(model" in printed) == any("trans" in name for name in more)
         assert saved["about"]["checkpoint"] == "ckpt.safetensors" and len(saved["interventions"]) == int(more[-1][-1])
+    tokens = []
+    for bos in "True", "False":
+        run("circuit.py", *asked, "--interventions=0", f"--bos={bos}")
+        tokens.append(json.loads((tmp_path / "c.json").read_text())["tokens"])
+    assert len(tokens[0]) == 6 and [each.partition(" ")[2] for each in tokens[0][1:]] == [
+        each.partition(" ")[2] for each in tokens[1]]
     for wrong, told in [
             (["--nodes=heads"], "is not one of parts, neurons, features"), (["--factor=2"], "--factor has no effect"),
             (["--max_nodes=9"], "--max_nodes has no effect"), (["--nodes=features"], "give --transcoders"),

@@ -86,6 +86,26 @@ def test_command(path):
     assert "is a direction of steer.py" in run(out, *options, *both, status=2).stderr
 
 
+def test_without_bos(path, tmp_path):
+    """--bos=False: prompts, those of the direction and that of the text, without the token that begins a text."""
+    (tmp_path / "a.txt").write_text("the end\n")
+    (tmp_path / "b.txt").write_text("cat\n")
+    model, found = small(vocab_size=320), []
+    expected = stream(model, [*b"the end"], 1).mean(0) - stream(model, [*b"cat"], 1).mean(0)
+    for i, both in enumerate((["--positive=the end", "--negative=cat"],
+                              [f"--positives={tmp_path}/a.txt", f"--negatives={tmp_path}/b.txt"])):
+        out = tmp_path / f"{i}.safetensors"
+        run(path, *both, "--layer=1", "--over=mean", "--bos=False", f"--out={out}")
+        np.testing.assert_allclose(np.array(load_arrays(str(out))[0]["direction"]), expected, atol=1e-4)
+    for bos in "True", "False":
+        said = run(path, "--prompt=abc", f"--direction={out}", "--max_new_tokens=1", f"--bos={bos}").stdout
+        own = stream(model, [256, *b"abc"], 1)[1:] if bos == "True" else stream(model, [*b"abc"], 1)
+        norms = np.linalg.norm(own, axis=1)
+        found.append(re.search(r"states ([\d.]+) on average", said)[1])
+        assert found[-1] == f"{norms.mean():.2f}"
+    assert found[0] != found[1]
+
+
 def test_sets(path, tmp_path, capsys):
     """A direction between two files of texts, without a prompt."""
     (tmp_path / "a.txt").write_text("the end\nan ox\n")
