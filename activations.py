@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from config import UserError, check_output, check_replaced, given, overrides
 from draw import check_finite, check_folder, prompt_ids, state_name, whole_file
-from inside import SITES, about, check_saved, chosen_layers, numpy_of, record, save_arrays
+from inside import SITES, about, check_saved, check_site, chosen_layers, numpy_of, record, save_arrays
 from model import GPT, VERSION, compute_dtype, load_checkpoint
 from score import read_tokens, window_length
 from tokenizer import Tokenizer
@@ -223,6 +223,8 @@ if __name__ == "__main__":
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer to encode a text with: give another checkpoint")
+    for name in site_names:
+        check_site(model, name)
     enc, n_layer = Tokenizer.from_dict(meta["tokenizer"]), model.config.n_layer
     numbers = chosen_layers(layers, n_layer + ("resid" in site_names))
     wanted = site_names, numbers, positions

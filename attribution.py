@@ -13,14 +13,14 @@ gives all of these effects at once:
 
 The measure is the log-probability of the target, or, with --foil, the target's logit less the foil's. As in patching.py
 an effect is divided by (clean - corrupt), so that 1 is the whole answer. --site chooses the state: resid, mid, attn or
-mlp; of a single head heads (what it has read), q, k, v; or hidden, single neurons, of which the --top with the largest
-estimates are shown. --positions and --pairs are those of patching.py.
+mlp; of a single head heads (its output before the output projection), q, k, v; or hidden, single neurons, of which the
+--top with the largest estimates are shown. --positions and --pairs are those of patching.py.
 
 integrated (Sundararajan et al. 2017): the derivative is the mean over --steps points of the straight line from the
-corrupted run's state to the clean run's. --line=states moves the states of one layer's site, at all positions, and
-needs a pass for each layer; their effects then sum to the effect of patching them all, and the largest error of these
-sums is printed. --line=embeddings moves the embeddings and takes the derivatives at every state (EAP-IG, Hanna et al.
-2024), in one pass a step.
+corrupted run's state to the clean run's. --line=states moves the states of one layer's site at the positions of the
+table, and needs a pass for each layer; their effects then sum to the effect of patching them together, and the largest
+error of these sums is printed. --line=embeddings moves the embeddings and takes the derivatives at every state (EAP-IG,
+Hanna et al. 2024), in one pass a step.
 
 --check=SHARE also patches this share of the cells one by one, and prints the correlation of both and the slope, the
 real effect for each unit of the estimate. Where attention or an answer is saturated, a derivative tells little (Kramár
@@ -56,21 +56,20 @@ from inside import (
     BY_HEAD,
     POSITIONS,
     SITES,
-    Prompt,
     Table,
     about,
     answers,
     by_row,
     check_saved,
     check_site,
+    check_turned,
     check_wholes,
     checked_pairs,
+    chosen_prompts,
     effects,
     mean_and_error,
     measured,
     parsed_pairs,
-    prompt_of,
-    read_prompts,
     record,
     routed,
     rows_of,
@@ -158,7 +157,14 @@ def both_states(model: GPT, clean: mx.array, corrupt: mx.array, sites: Iterable[
                 pairs: list[tuple[int, int]] | None) -> tuple[dict, dict]:
     """The states of the corrupted prompt, tokens (T,), by record(); and these with the clean prompt's states in place
     of their own at the second one of each pair of positions. pairs None: (i, i) for each."""
-    froms, tos = (mx.array(side) for side in zip(*checked_pairs(clean, corrupt, pairs), strict=True))
+    pairs = checked_pairs(clean, corrupt, pairs)
+    for site in sites:
+        check_turned(model, site, pairs)
+    froms, tos = zip(*pairs, strict=True)
+    if len({*tos}) < len(tos):
+        raise UserError("--pairs: two pairs have the same corrupt position, which can hold one state: leave one of "
+                        "them out, or run patching.py")
+    froms, tos = mx.array(froms), mx.array(tos)
     donor, own = record(model, clean[None], sites), record(model, corrupt[None], sites)
     theirs = {place: mx.array(x) for place, x in own.items()}
     for place, x in theirs.items():
@@ -204,8 +210,9 @@ def attribute(model: GPT, clean: mx.array, corrupt: mx.array, measure: Measure, 
                 bar.update()
     else:
         low, found = own["resid", 0], {}
+        ends = record(model, clean[None], []) if len(clean) == len(corrupt) else theirs  # all embeddings move
         for step in range(max(1, steps)):
-            start = low + (step + 0.5) / steps * (theirs["resid", 0] - low) if steps else None
+            start = low + (step + 0.5) / steps * (ends["resid", 0] - low) if steps else None
             more = gradients(model, idx, measure, at, start)
             found = {place: found.get(place, 0) + x / max(1, steps) for place, x in more.items()}
             mx.eval(found)
@@ -318,17 +325,6 @@ def direct(model: GPT, idx: mx.array, answer: Measure, frozen: bool = True) -> D
 # ---- show ------------------------------------------------------------------------------------------------------------
 
 
-def chosen_prompts(model: GPT, enc: Tokenizer) -> list[Prompt]:
-    """The prompts of the settings: one, or those of the file."""
-    found = read_prompts(prompts, enc, model, bos) if prompts else [
-        prompt_of(enc, model, clean, corrupt, target, foil, bos)]
-    for number, prompt in enumerate(found, 1):
-        if mode != "direct" and not prompt.corrupt:
-            raise UserError(f"{prompts}: prompt {number} has no corrupt one, which mode={mode} needs" if prompts else
-                            "no prompt: give --corrupt=TEXT")
-    return found
-
-
 def agreement(estimate: np.ndarray, real: np.ndarray) -> str:
     """How well estimates (...) agree with real effects (...): their correlation, and the slope of the line through 0
     that leads from an estimate to the real effect."""
@@ -341,7 +337,8 @@ def agreement(estimate: np.ndarray, real: np.ndarray) -> str:
 
 def run_attribution(model: GPT, enc: Tokenizer, known: dict):
     """The modes patching and integrated."""
-    found, of_pairs = chosen_prompts(model, enc), parsed_pairs(pairs)
+    found = chosen_prompts(enc, model, prompts, (clean, corrupt, target, foil), bos, True)
+    of_pairs = parsed_pairs(pairs)
     if of_pairs:
         checked_pairs(*found[0][:2], of_pairs)
     of, (columns, at) = measured(enc, *found), spots(enc, found, positions, of_pairs)
@@ -379,7 +376,8 @@ def run_attribution(model: GPT, enc: Tokenizer, known: dict):
     n_layer, n_unit = every.shape[1:3]
     if mode == "integrated" and line == "states":
         sums = every.sum((2, 3)) - patched(layers, [-1] * n_layer, [-1] * n_layer)
-        print(f"the effects in a layer sum to that of patching it as a whole, within {np.abs(sums.mean(0)).max():.4f}")
+        print("the effects in a layer sum to that of patching these states together, within "
+              f"{np.abs(sums.mean(0)).max():.4f}")
     layer, unit = np.indices((n_layer, n_unit)).reshape(2, -1)  # of the table's rows
     if site == "hidden":
         largest = np.argsort(-np.abs(every.mean(0)).max(-1).ravel(), kind="stable")[:top][::-1]
@@ -413,16 +411,16 @@ def run_attribution(model: GPT, enc: Tokenizer, known: dict):
     more["more"]["patched"] = real
     more["hovers"] = [[text + f"\npatched: {value:+.4f}" * (not np.isnan(value)) for text, value in
                        zip(*two, strict=True)] for two in zip(more["hovers"], real, strict=True)]
-    finish(Table(mean, rows, columns, title, f"estimated (patched - corrupt) / (clean - corrupt) of {of}", axis,
-                 about=known, group=n_head, **more), len(found))
+    Table(mean, rows, columns, title, f"estimated (patched - corrupt) / (clean - corrupt) of {of}", axis,
+          about=known, group=n_head, **more).finish(picture, save)
 
 
 def run_direct(model: GPT, enc: Tokenizer, known: dict):
     """The mode direct."""
-    found, shares = [prompt._replace(corrupt=[]) for prompt in chosen_prompts(model, enc)], []
+    found, shares = chosen_prompts(enc, model, prompts, (clean, "", target, foil), bos, False), []
     of = measured(enc, *found)
     if found[0].foil is None:
-        of = of.replace("log p(", "logit of ", 1).replace(")", "", 1) + " less the mean logit"
+        of = f"logit of {of.removeprefix('log p(').removesuffix(')')} less the mean logit"
     for prompt in tqdm(found, unit=" prompts", disable=None, dynamic_ncols=True, leave=False):
         def answer(logits, prompt=prompt):
             return logits[..., prompt.target] - (logits[..., :enc.n_vocab].mean(-1) if prompt.foil is None else
@@ -452,16 +450,8 @@ def run_direct(model: GPT, enc: Tokenizer, known: dict):
     mean, error = mean_and_error(values)
     title, unit = ("direct logit attribution", f"share of {of}") if frozen else (
         "direct effects", f"what {of} loses without the part")
-    finish(Table(mean, rows, columns, title, unit, about=known | told(enc, found, prompts) | {"answer": text},
-                 **effects(mean, error, values)), len(found))
-
-
-def finish(table: Table, n: int):
-    if n > 1:
-        print(f"means over {n} prompts, with standard errors of up to {table.more['standard_error'].max():.4f}")
-    table.show(picture)
-    if save:
-        table.save(save)
+    Table(mean, rows, columns, title, unit, about=known | told(enc, found, prompts) | {"answer": text},
+          **effects(mean, error, values)).finish(picture, save)
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------

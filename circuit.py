@@ -24,13 +24,13 @@ features: of a transcoder for each layer (Dunefsky et al. 2024; sae.py trains th
     embedding, or an error: what the MLP writes and the transcoder does not. The edges into a feature and a constant,
     from biases, sum to its input, and those into the answer to the answer.
 neurons: the MLPs' own neurons as features, without errors. A gate's factor is frozen, like attention's weights. There
-    are many of them, so that it takes small models and short prompts.
+    are many of them, so use it for small models and short prompts.
 parts: heads and MLPs at each position, where each neuron is a multiple of its input for this prompt. The edges into a
     part (value: into a head; input: into an MLP) and a constant sum to what the part contributes to the answer,
     directly and through later parts. Edges of kinds key and query divide what a head's attention weights add to its
     contribution, beside even weights, by the parts that its keys and its query are made of: half each, in proportion
-    to the scores. That is an approximation, since a softmax is not linear. What parts contribute in different layers
-    must not be added up: a later one has it from an earlier one.
+    to the scores. That is an approximation, since a softmax is not linear. Do not add up the contributions of parts in
+    different layers: that of a later part includes what it got from earlier parts.
 
 The sums are checked, and the largest difference is printed. The influence of a node is the sum over all paths from it
 to the answer of the products of their edges' shares; a share is an edge's absolute weight over the sum of all edges
@@ -227,8 +227,8 @@ def neurons(f: Frozen, layer: int) -> Features:
     else:
         slope = mx.grad(lambda x: ACTIVATIONS[config.mlp](x).sum())(inputs)
     (F, C), zeros = (config.ffn_dim, config.n_embd), mx.zeros
-    return Features(True, linear(mlp.up, mx.eye(C), False).T, mlp.up.get("bias", zeros(F)),
-                    linear(mlp.down, mx.eye(F), False), mlp.down.get("bias", zeros(C)), inputs, activations, slope,
+    return Features(True, linear(mlp.up, mx.eye(C), False).T, mlp.up(zeros((1, C)))[0],
+                    linear(mlp.down, mx.eye(F), False), mlp.down(zeros((1, F)))[0], inputs, activations, slope,
                     zeros((len(f.ids), C)))
 
 
@@ -785,7 +785,7 @@ def summary(result: dict, graph: Graph) -> list[str]:
         lines.append(f"KL(model || model of transcoders): {scores['kl'][0]:.3f} nats at the last token, "
                      f"{scores['kl'][1]:.3f} on average.")
     if result["interventions"]:
-        what = "nodes were changed" if agreed["inputs"] else "edges were cut"
+        what = "edges were cut" if result["interventions"][0]["kind"] else "nodes were changed"
         more = f", and of inputs of nodes {agreed['inputs']:.3f}" if agreed["inputs"] else ""
         most = f" {agreed['answer']:.3f}" if agreed["answer"] is not None else ": too few"
         lines.append(f"{len(result['interventions'])} {what} in the real model: the correlation of predicted and "
@@ -863,7 +863,7 @@ if __name__ == "__main__":
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
     enc = Tokenizer.from_dict(meta["tokenizer"])
-    asked = prompt_of(enc, model, prompt, "", target, foil, bos)
+    asked = prompt_of(enc, model, prompt, "", target, foil, bos, name="prompt")
     known = about(checkpoint, model, prompt=prompt, target=target, foil=foil or "the mean of all logits")
     coders = read_transcoders(paths, model, known["sha256"]) if kind == "features" else []
     if coders:

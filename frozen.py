@@ -1,7 +1,7 @@
 """A model that is linear for one prompt but for its MLPs, and the gradients through it: for circuit.py's graphs.
 
     f = freeze(model, ids)                                    # the attention weights and states for the tokens (T,)
-    for layer, g in down_the_stream(f, n_layer, answer_gradient(f, Answer(9, 3, 4096))):
+    for layer, g in f.down_the_stream(n_layer, f.answer_gradient(Answer(9, 3, 4096))):
         ...                                                   # the gradient (1, T, C) at what this layer's MLP adds
 
 With the attention weights and the scales of the norms frozen at the values that they have for the prompt, all of the
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
+from config import UserError
 from inside import record
 from model import ACTIVATIONS, GATED, GPT, LayerNorm, attention_weights, check_known, rope, rotary, score_mask
 
@@ -116,7 +117,7 @@ class Frozen(NamedTuple):
         block, activation = self.model.blocks[layer], ACTIVATIONS[self.model.config.mlp]
         x = block.normed("mlp_norm", self.middle(layer))
         up = block.mlp.up(x)
-        if self.model.config.mlp in GATED:  # the factor of `up`, which GPT-OSS would clip
+        if self.model.config.mlp in GATED:
             return activation(block.mlp.gate(x), mx.ones_like(up))
         return mx.where(up == 0, 0, activation(up) / mx.where(up == 0, 1, up))
 
@@ -154,6 +155,8 @@ class Frozen(NamedTuple):
 def freeze(model: GPT, ids: mx.array) -> Frozen:
     """The frozen model for tokens (T,)."""
     check_known(model.config, KNOWN, "circuit.py")
+    if model.config.mlp == "swiglu_clip":  # up to 7, its neurons are g (up + 1), which is no multiple of up
+        raise UserError("circuit.py does not know mlp='swiglu_clip': give another model")
     states, weights, masks = record(model, ids[None], ("attn", "heads", "hidden", "mlp", "q", "k", "v")), [], []
     for layer in range(model.config.n_layer):
         mask, T = score_mask(model.config, layer, len(ids), 0, None), len(ids)
@@ -176,8 +179,7 @@ def norm_at(norm, x: mx.array, at: mx.array, biased: bool = True) -> mx.array:
 
 def linear(layer, x: mx.array, biased: bool = True) -> mx.array:
     """A linear layer, without its bias if biased is False."""
-    y = layer(x)
-    return y if biased or "bias" not in layer else y - layer.bias
+    return layer(x) if biased else layer(x) - layer(mx.zeros((1, x.shape[-1])))
 
 
 if __name__ == "__main__":

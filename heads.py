@@ -249,10 +249,11 @@ def ov(model: GPT, layer: int, ids: mx.array | None = None) -> tuple[mx.array, m
             logits_of(model, writes(model, layer)))
 
 
-def through_tokens(model: GPT) -> mx.array:
+def through_tokens(model: GPT, n_vocab: int = 0) -> mx.array:
     """The sum over all tokens of what they add to each number of a layer's input, for what each number of the stream
     adds to their logits: (C, C). All that the copying scores need of the vocabulary."""
-    return logits_of(model, mx.eye(model.config.n_embd)) @ divided(model, mx.arange(model.config.vocab_size))
+    n = n_vocab or model.config.vocab_size
+    return logits_of(model, mx.eye(model.config.n_embd))[:, :n] @ divided(model, mx.arange(n))
 
 
 def copying(model: GPT, layer: int, through: mx.array | None = None) -> np.ndarray:
@@ -425,7 +426,7 @@ def run_scores(model: GPT, enc: Tokenizer | None, known: dict):
     found, copies = scores(model, texts), None
     try:
         check_known(config, KNOWN, "the OV circuit")
-        through = through_tokens(model)
+        through = through_tokens(model, min(enc.n_vocab, config.vocab_size) if enc else 0)
         copies = np.array([copying(model, layer, through) for layer in range(config.n_layer)])
     except UserError as error:
         print(f"no copying scores: {error}")
@@ -553,7 +554,7 @@ def run_circuits(model: GPT, enc: Tokenizer, known: dict):
     rng = np.random.default_rng(seed)
     ids = [*dict.fromkeys(enc.encode(prompt).tolist())] if prompt else rng.choice(n_vocab, min(8, n_vocab),
                                                                                   replace=False).tolist()
-    score = copying(model, layer)[h]
+    score = copying(model, layer, through_tokens(model, n_vocab))[h]
     some = np.arange(n_vocab) if sample == 0 or sample >= n_vocab else np.sort(rng.choice(n_vocab, sample, False))
     k = min(top, n_vocab)
     rank = own_rank(model, layer, h, some, n_vocab)

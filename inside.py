@@ -43,7 +43,7 @@ from draw import (
     write_whole,
 )
 from lora import base_fingerprint
-from model import GPT, no_tap
+from model import GPT, no_tap, rotary
 from rows import read_rows
 from tokenizer import Tokenizer
 
@@ -186,7 +186,8 @@ class Prompt(NamedTuple):
         """Of logits (..., V): the target's less the foil's, or without a foil the target's log-probability, (...)."""
         if self.foil is None:
             return log_p(logits)[..., self.target]
-        return (logits[..., self.target] - logits[..., self.foil]).astype(mx.float32)
+        logits = logits.astype(mx.float32)
+        return logits[..., self.target] - logits[..., self.foil]
 
 
 def one_token(enc: Tokenizer, text: str, name: str) -> int:
@@ -200,10 +201,11 @@ def one_token(enc: Tokenizer, text: str, name: str) -> int:
 
 
 def prompt_of(enc: Tokenizer, model: GPT, clean: str, corrupt: str, target: str, foil: str, bos: bool = True,
-              subject: str = "") -> Prompt:
-    """The prompts and answers of a script's settings, of which corrupt and foil may be "". bos: see prompt_ids().
+              subject: str = "", name: str = "clean") -> Prompt:
+    """The prompts and answers of a script's settings, of which corrupt and foil may be "". bos: see prompt_ids(); name:
+    the setting of the clean prompt.
     UserError if they do not fit the model, or target and foil begin with the same token."""
-    ids = prompt_ids(enc, clean, model, "clean", bos)
+    ids = prompt_ids(enc, clean, model, name, bos)
     found = Prompt(ids, prompt_ids(enc, corrupt, model, "corrupt", bos) if corrupt else [],
                    one_token(enc, target, "target"), one_token(enc, foil, "foil") if foil else None, subject)
     if found.target == found.foil:
@@ -313,13 +315,22 @@ def checked_pairs(donor: mx.array, recipient: mx.array, pairs: list[tuple[int, i
     if pairs is None:
         if len(donor) != len(recipient):
             raise UserError(f"the prompts have {len(donor)} and {len(recipient)} tokens: say which positions "
-                            'correspond, as in --pairs="4:5, 6:7"')
+                            'correspond, as in --pairs="4:5, 6:7", or give --positions=last')
         return [(i, i) for i in range(len(recipient))]
     for i, j in pairs:
         if not (0 <= i < len(donor) and 0 <= j < len(recipient)):
             raise UserError(f"pair {i}:{j}: the prompts have positions 0 to {len(donor) - 1} and 0 to "
                             f"{len(recipient) - 1}")
     return pairs
+
+
+def check_turned(model: GPT, site: str, pairs: Iterable[tuple[int, int]]):
+    """UserError if queries or keys would go from one position to another: they are turned by the position that they
+    had."""
+    turned = site in ("q", "k") and any(rotary(model.config, layer) for layer in range(model.config.n_layer))
+    if turned and any(i != j for i, j in pairs):
+        raise UserError(f"site={site}: these states are turned by their position, and mean something else at another "
+                        "one: give prompts of equally many tokens and equal positions, or another site")
 
 
 def spots(enc: Tokenizer, prompts: list[Prompt], positions: str = "each",
@@ -387,7 +398,7 @@ def check_wholes(wholes: np.ndarray):
             numbers = [str(i + 1) for i in np.flatnonzero(found)]
             shown = ", ".join(numbers[:8]) + ", ..." * (len(numbers) > 8)
             print(f"the difference of clean and corrupt is {what}\n"
-                  f"in {len(numbers)} of {n} prompts, which count all the same: {shown}")
+                  f"in {len(numbers)} of {n} prompts, which are still part of the means: {shown}")
 
 
 def answers(before: np.ndarray, best: np.ndarray | None, of: str) -> str:
@@ -516,6 +527,17 @@ class Table:
         page(written, self.title, "Hover over a cell, or reach it with the Tab key, to see more.", self.legend(),
              self.grid(), listed(self.about))
         print(f"drawn: {picture}, {written}")
+
+    def finish(self, picture: str, save: str = ""):
+        """Tell how many prompts the numbers are means over, save them, if `save` is a path, and show them. `more` is
+        from effects()."""
+        check_finite(self.values)
+        if self.more["count"] > 1:
+            error = self.more["standard_error"].max()
+            print(f"means over {self.more['count']} prompts, with standard errors of up to {error:.4f}")
+        if save:
+            self.save(save)
+        self.show(picture)
 
     def save(self, path: str):
         """Write the table to an .npz file: values, rows, columns, `more`, and the rest as JSON in `about`."""

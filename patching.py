@@ -18,17 +18,17 @@ measure, in nats or logits. zero: by zeros. mean: by a mean over the tokens of -
 --prompts, at each position; else over the prompt's positions. resample: by the state of another prompt of --prompts,
 which --seed draws (Chan et al. 2022).
 
---site chooses the state: resid, the residual stream that enters a layer; mid, the stream between attention and the
-MLP; attn or mlp, the output of attention or of the MLP; hidden, all neurons of the MLP; heads, what one head has read,
-before the output projection; q, k, v, the queries, keys and values of one head (keys and values: of one key/value
-head). For these four, a row of the table is a head, "layer.head". --positions=last patches the last position alone,
---positions=all patches all of them at once; a head is then a cell in the row of its layer.
+--site chooses the state: resid, the residual stream that enters a layer; mid, the stream between attention and the MLP;
+attn or mlp, the output of attention or of the MLP; hidden, all neurons of the MLP; heads, the output of one head before
+the output projection; q, k, v, the queries, keys and values of one head (keys and values: of one key/value head), after
+the rotation by their positions. For these four, a row of the table is a head, "layer.head". --positions=last patches
+the last position alone, --positions=all patches all of them at once; a head is then a cell in the row of its layer.
 
 --prompts: a file with the fields clean, corrupt, target and foil, one prompt a row (see inside.py). Cells are means
 over the prompts, with the standard error and the count; the effect of swap is a ratio of means, the mean of (patched -
-corrupt) over the mean of (clean - corrupt), so that a prompt with a small difference cannot rule it. A line tells in
-which prompts that difference is small or has the other sign. Prompts of equally many tokens have columns by position;
-else columns count from the end of each prompt.
+corrupt) over the mean of (clean - corrupt), so that a prompt with a small difference cannot dominate it. A line tells
+in which prompts that difference is small or has the other sign. Prompts of equally many tokens have columns by
+position; else columns count from the end of each prompt.
 
 trace (Meng et al. 2022): noise is added to the embeddings of the subject's tokens, --noise times the standard deviation
 of the embeddings. Then one clean state at a time is restored, or those of --window layers around it. The effect is the
@@ -44,9 +44,9 @@ It prints a table, and draws a picture and a page with more about each cell; --s
 standard_error, count, and each, the values of each prompt. Rows go up from layer 0. At site resid, the row of layer l
 is the state that enters the layer: "embedding" for layer 0, else "after layer l-1". The state after the last layer has
 no row: at the last position it is the answer itself, and elsewhere nothing reads it. The cells of a layer run in
-batches, and earlier layers are not computed again. A patch does not change what a layer takes from before it: the
-shared keys and values in YOCO's second half, the values of layer 0 for value residuals, and value embeddings.
-In Python:
+batches, and earlier layers are not computed again. Some inputs of a layer do not come from its stream, and a patch
+there does not change them: the shared keys and values in YOCO's second half, the values of layer 0 for value residuals,
+and value embeddings. In Python:
 
     >>> from model import load_checkpoint; from patching import swap, ablate; import mlx.core as mx
     >>> model, meta = load_checkpoint("out/ckpt.safetensors")
@@ -75,6 +75,7 @@ from inside import (
     by_row,
     check_saved,
     check_site,
+    check_turned,
     check_wholes,
     checked_pairs,
     chosen_prompts,
@@ -96,7 +97,7 @@ from inside import (
     told,
     with_changes,
 )
-from model import GPT, compute_dtype, load_checkpoint, no_tap
+from model import GPT, load_checkpoint, no_tap
 from score import read_tokens, window_length, windows
 from tokenizer import Tokenizer
 
@@ -181,6 +182,7 @@ def swap(model: GPT, donor: mx.array, recipient: mx.array, site: str = "resid",
     the sites of heads, (n_layer, H, P, V)."""
     pairs = checked_pairs(donor, recipient, pairs)
     check_site(model, site)
+    check_turned(model, site, pairs)
     return replaced(model, recipient, record(model, donor[None], [site]), site, [i for i, _ in pairs],
                     [j for _, j in pairs], batch_size)
 
@@ -377,10 +379,16 @@ def sources(model: GPT, enc: Tokenizer, found: list[Prompt], at: list, sites: li
         equally_long(found, "a mean" if how == "mean" else "resampling")
         froms = [[*range(len(prompt.clean))] for prompt in found]
     if how == "mean":
+        for site in sites:
+            check_turned(model, site, [pair for rows in froms for pair in zip(rows, froms[0], strict=True)])
         return [mean_states(model, ids, sites, froms)] * len(found)
+    drawn = others(len(found), seed)
+    for site in sites:
+        for rows, other in zip(froms, drawn, strict=True):
+            check_turned(model, site, zip(froms[other], rows, strict=True))
     states = [with_changes(record(model, x, set(sites) - {"block"})) for x in ids]
     return [{key: x[..., mx.array(froms[other]), :] for key, x in states[other].items() if key[0] in sites}
-            for other in others(len(found), seed)]
+            for other in drawn]
 
 
 def together(states: list[dict | str | None]) -> dict | str | None:
@@ -407,12 +415,7 @@ def show(values: np.ndarray, columns: list[str], title: str, unit: str, known: d
     if hovers is not None:
         more["hovers"] = [[f"{text}\n{more}" for text, more in zip(*line, strict=True)] for line in
                           zip(more["hovers"], np.reshape(hovers, shape).tolist(), strict=True)]
-    if len(values) > 1:
-        print(f"means over {len(values)} prompts, with standard errors of up to {error.max():.4f}")
-    table = Table(mean, rows, columns, title, unit, axis, about=known, group=n_head, **more)
-    table.show(picture)
-    if save:
-        table.save(save)
+    Table(mean, rows, columns, title, unit, axis, about=known, group=n_head, **more).finish(picture, save)
 
 
 def run_grid(model: GPT, enc: Tokenizer, known: dict):
@@ -422,6 +425,7 @@ def run_grid(model: GPT, enc: Tokenizer, known: dict):
     if at:
         checked_pairs(found[0].clean, found[0].corrupt, at)
     columns, at = spots(enc, found, positions, at)
+    check_turned(model, site, [pair for pairs_of in at for pair in pairs_of or ()])
     source, best = [mode] * len(found), None
     if mode == "resample" or mode == "mean" and (data or prompts):
         source = sources(model, enc, found, at, [site], mode)
@@ -554,13 +558,9 @@ def run_ablate(model: GPT, enc: Tokenizer, known: dict):
                 bar.update()
             bar.clear()
             mean, error = mean_and_error(values)
-            table = Table(mean, rows, columns, f"{how} ablation ({name} {whole.mean():.4f} without it)",
+            table = Table(mean, rows, columns, f"{how} ablation ({name} {whole.mean():.4f} before)",
                           f"change of {name}{unit}", "without", about=known | more, **effects(mean, error, values))
-            if len(whole) > 1:
-                print(f"means over {len(whole)} prompts, with standard errors of up to {error.max():.4f}")
-            table.show(prompt_file(picture) if second else picture)
-            if save:
-                table.save(prompt_file(save) if second else save)
+            table.finish(*((path and prompt_file(path)) if second else path for path in (picture, save)))
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -608,7 +608,8 @@ def check_settings():
 
 if __name__ == "__main__":
     check_settings()
-    picture, html = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png")
+    named = mode if site == "resid" or mode == "ablate" else f"{mode}-{site}"
+    picture, html = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{named}.png")
     second = mode == "ablate" and (clean or prompts) and data
     for name in (picture, html, *(pictures(prompt_file(picture)) if second else ())):
         check_output(name, checkpoint, data, prompts)
@@ -620,5 +621,5 @@ if __name__ == "__main__":
     check_site(model, site)
     enc = Tokenizer.from_dict(meta["tokenizer"])
     known = about(checkpoint, model)
-    model.set_dtype(compute_dtype("auto"))
+    model.set_dtype(mx.float32)  # on a GPU too: effects are small differences of logits
     (run_trace if mode == "trace" else run_ablate if mode == "ablate" else run_grid)(model, enc, known)

@@ -4,14 +4,14 @@
     python paths.py CKPT --prompts=ioi.jsonl --receiver=9.1.q,9.2.q         # and which through these heads' queries
     python paths.py CKPT --clean="A B C A" --corrupt="D B C A" --target=" B" --receiver=1.0.k --positions=each
 
-Activation patching tells that a head matters, by whatever way. Path patching tells the way: from a sender, a head or an
-MLP, to receivers, the queries (q), keys (k) or values (v) of given heads, "layer.head.q", or the final residual stream
-("logits"). Keys and values have the number of their key/value head. Two passes give a cell:
+Activation patching tells that a head matters, but not through which later parts. Path patching tells that: from a
+sender, a head or an MLP, to receivers, the queries (q), keys (k) or values (v) of given heads, "layer.head.q", or the
+final residual stream ("logits"). Keys and values have the number of their key/value head. Two passes give a cell:
 
 1. The model reads the clean prompt, but the sender's output is that of the corrupted prompt, and all other heads are
    held at their outputs for the clean one. The receivers' inputs change only by paths that meet no other head. MLPs on
-   the way are computed again, as in the paper, and are part of the path; --mlps=frozen holds them too, which leaves the
-   direct path alone.
+   the way are computed again, as in the paper, and are part of the path; --mlps=frozen holds them too, so that only
+   the direct path is left.
 2. The model reads the clean prompt, with the receivers' queries, keys or values as they were in the first pass. All
    that follows them is computed. For the final residual stream, the first pass gives the answer.
 
@@ -54,7 +54,7 @@ from inside import (
     spots,
     told,
 )
-from model import GPT, compute_dtype, load_checkpoint
+from model import GPT, load_checkpoint
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
@@ -162,7 +162,8 @@ def check_receivers(model: GPT, receivers: list[Receiver]):
     for layer, head, site in receivers:
         name = f"receiver {layer}.{head}.{site}"
         if not 1 <= layer < model.config.n_layer:
-            raise UserError(f"{name}: give a layer from 1, which something comes before, to {model.config.n_layer - 1}")
+            raise UserError(f"{name}: give a layer from 1 to {model.config.n_layer - 1}; before layer 0 there is no "
+                            "head and no MLP")
         if (site, layer) not in counts:
             raise UserError(f"{name}: this layer has no keys and values of its own")
         if not 0 <= head < counts[site, layer][1]:
@@ -223,14 +224,10 @@ def run(model: GPT, enc: Tokenizer, receivers: list[Receiver], known: dict):
         rows, axis, group, columns = [f"layer {layer}" for layer in range(layers)], "", 0, names
     shape, away = (len(rows), len(columns)), "corrupt" if base == "clean" else "clean"
     mean, error = mean.reshape(shape), error.reshape(shape)
-    if len(found) > 1:
-        print(f"means over {len(found)} prompts, with standard errors of up to {error.max():.4f}")
     table = Table(mean, rows, columns, title, f"(patched - {base}) / ({away} - {base}) of {of}", axis,
                   about=known | told(enc, found, prompts) | {"answer": line, "MLPs": mlps}, group=group,
                   **effects(mean, error, (values / wholes.mean()).reshape(-1, *shape)))
-    table.show(picture)
-    if save:
-        table.save(save)
+    table.finish(picture, save)
 
 
 if __name__ == "__main__":
@@ -252,5 +249,5 @@ if __name__ == "__main__":
         raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
     check_receivers(model, receivers)
     known = about(checkpoint, model)
-    model.set_dtype(compute_dtype("auto"))
+    model.set_dtype(mx.float32)  # on a GPU too: effects are small differences of logits
     run(model, Tokenizer.from_dict(meta["tokenizer"]), receivers, known)

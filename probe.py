@@ -19,12 +19,12 @@
 --data has rows with the fields `text` and `label` (.jsonl, .csv, .parquet and others; a label is any text or number). A
 probe is a logistic regression (with more than two labels a softmax) from the state of one token to the label: of the
 text's last token; with --over=mean from the mean over all tokens; with --over=word from the last token of the last
-occurrence of the row's `word`; with --over=position from the token at the row's `position`, which counts from 0 and
-includes a token that begins every text. States are standardized by the mean and the standard deviation of the training
-rows; the loss is the mean cross-entropy plus l2 / 2 times the squares of the weights. It is minimized by L-BFGS in
-float64 until the gradient is below 1e-6, so that the result depends on --seed alone. A share --held_out of the rows of
-each label is not trained on; rows with the same `group`, a field that they may have, stay together. Rows that repeat
-another one, up to the token that is read, are left out.
+occurrence of the row's `word` (as a word of its own, if there is one); with --over=position from the token at the row's
+`position`, which counts from 0 and includes a token that begins every text. States are standardized by the mean and the
+standard deviation of the training rows; the loss is the mean cross-entropy plus l2 / 2 times the squares of the
+weights. It is minimized by L-BFGS in float64 until the gradient is below 1e-6, so that the result depends on --seed
+alone. A share --held_out of the rows of each label is not trained on; rows with the same `group`, a field that they may
+have, stay together. Rows that repeat another one, up to the token that is read, are left out.
 
 For each state it prints accuracies, the shares of rows whose label the probe tells:
 
@@ -51,6 +51,7 @@ A picture and a page show the accuracies over the layers; --save writes them to 
     True
 """
 import os
+import re
 from collections import Counter, deque
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ from tqdm import tqdm
 
 from config import UserError, check_output, check_replaced, given, overrides
 from draw import check_finite, check_folder, grid, image, lines, page, pictures, prompt_ids, state_name
-from inside import Table, about, listed
+from inside import Table, about, check_saved, listed
 from model import GPT, compute_dtype, load_checkpoint
 from rows import read_rows
 from steering import mean_states, save_direction
@@ -164,7 +165,10 @@ def place_of(enc: Tokenizer, ids: list[int], row: dict) -> tuple[int, int, objec
             raise UserError(f"its position is {at!r}, and not a number from 0 to {len(ids) - 1}")
         return at, at + 1, ids[at]
     word, pieces = row.get("word"), [b""] * start + [enc.decode_bytes([i]) for i in ids[start:]]
-    low = b"".join(pieces).rfind(word.encode()) if isinstance(word, str) and word else -1
+    text, low = b"".join(pieces), -1
+    if isinstance(word, str) and word:
+        whole = [*re.finditer(rb"(?<!\w)" + re.escape(word.encode()) + rb"(?!\w)", text)]
+        low = whole[-1].start() if whole else text.rfind(word.encode())  # else a part of a longer word
     if low < 0:
         raise UserError(f"its word is {word!r}, which is not in its text")
     end = int(np.searchsorted(np.cumsum([len(piece) for piece in pieces]), low + len(word.encode()))) + 1
@@ -357,9 +361,10 @@ def run(model: GPT, enc: Tokenizer, known: dict):
 if __name__ == "__main__":
     check_settings()
     picture, written = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-probe.png")
-    for name in filter(None, (picture, written, out, save)):
+    for name in filter(None, (picture, written, out)):
         check_output(name, checkpoint, data)
         check_folder(name)
+    check_saved(save, checkpoint, data)
     if out:
         check_replaced(out, os.path.basename(__file__))
     model, meta = load_checkpoint(checkpoint)

@@ -28,8 +28,9 @@ autoencoder), of mean 0 and mean squared length 1:
                sparsity (L0 / k - 1)^2, where L0 is the number of active features of a token, and
                d L0 / d t = -1 / e K((p - t) / e)
 
-A feature that was not active in the last `dead_after` tokens is dead. The auxiliary loss (AuxK, Gao et al. 2024) lets
-the dead features that were silent longest approximate what is left, e = y - y':  1/32 |e - e'|^2 / |e|^2.
+A feature that was not active in the last `dead_after` tokens is dead. While a layer has dead features,
+the auxiliary loss (AuxK, Gao et al. 2024) lets the features that were silent longest, about half as many as a state has
+numbers, approximate what is left, e = y - y':  1/32 |e - e'|^2 / |e|^2.
 
 Texts are read in windows, through the model, once for all layers. The first token of each window is left out, since
 its states are unlike all others. So are outliers: those that differ from the mean by 10 times the usual length, which
@@ -46,9 +47,9 @@ the last update. After training, held-out text gives, for each layer:
 --show writes a page: for each feature, how often it is active, the texts in which it is most active, the tokens that it
 raises and lowers, and the model's prediction with the feature removed or made stronger.
 
-Departures from the papers: the bias that Gao et al. subtract from x is part of b; dead features that approximate e are
-the same for a whole batch, which costs little; the thresholds begin where k features of a token are active.
-"""
+Departures from the papers: the bias that Gao et al. subtract from x is part of b; the features that approximate e are
+the same for a whole batch, which costs little, and may include some that are not dead; the thresholds begin where k
+features of a token are active."""
 import html
 import math
 import os
@@ -65,9 +66,9 @@ from tqdm import tqdm
 
 from config import UserError, check_output, check_replaced, given, overrides
 from draw import check_finite, check_folder, curves, page, pictures
-from inside import about, listed
+from inside import about, last_logits, listed
 from lora import base_fingerprint
-from model import GPT, VERSION, compute_dtype, load_checkpoint, save_arrays
+from model import GPT, compute_dtype, load_checkpoint
 from score import rated, read_splits, window_length, windows
 from sparse import (
     SITES,
@@ -83,6 +84,7 @@ from sparse import (
     states,
     watching,
 )
+from steering import save_direction
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
@@ -108,7 +110,7 @@ seed = 1337               # of the weights and the order of texts
 picture = ""              # a PNG; "": the name of the .sae file, with -curves.png, or with .png and .html for --show
 # look
 show = ""                 # a .sae file: write a page of its features
-feature = ""              # features to show, as 17,40; "": those that write most
+feature = ""              # features to show, as 17,40; "": those that write most, of those at 2% of the tokens or less
 top = 16                  # how many features to show without --feature
 # steer
 direction = ""            # write the direction of one --feature of --show to this file, for steer.py and the page
@@ -464,7 +466,7 @@ def turned(model: GPT, d: Dictionary, number: int, ids: mx.array, n_vocab: int) 
         return x + (factor * z)[..., None] * d.decoder[number]
 
     idx = mx.broadcast_to(ids, (len(STRENGTHS), len(ids)))
-    logits = model(idx, tap=watching(model, [d.reads, d.writes], found), last=True)[:, 0, :n_vocab]
+    logits = last_logits(model, idx, watching(model, [d.reads, d.writes], found))[:, :n_vocab]
     return np.array(mx.softmax(logits.astype(mx.float32), axis=-1))
 
 
@@ -545,8 +547,7 @@ def section(model: GPT, enc: Tokenizer, d: Dictionary, number: int, rows: np.nda
     parts.append(bars(np.histogram(on, 40, (0, on.max()))[0], "activations over 0", "0", f"{on.max():.2f}"))
     places = best_places(z, 8)
     row, at = places[0]
-    first = max(0, at + 1 - 4 * AROUND)
-    p = turned(model, d, number, mx.array(rows[row, first:at + 1]), enc.n_vocab)
+    p = turned(model, d, number, mx.array(rows[row, :at + 1]), enc.n_vocab)
     parts.append(f"</div><div><p><label>The token after the framed one of the first text, with this activation: "
                  f"<input type=range min=0 max={len(STRENGTHS) - 1} value={STRENGTHS.index(1)}></label></p>")
     for i, factor in enumerate(STRENGTHS):
@@ -591,10 +592,9 @@ def write_direction(path: str, d: Dictionary, number: int, fingerprint: str):
         raise UserError(f"--direction: features of the site {d.writes[0]} are no directions of the residual stream "
                         "after a layer; those of resid, mlp and mlp_in are")
     at = d.writes[1] - (d.writes[0] == "resid")
-    save_arrays(path, {"direction": d.decoder[number] * strength}, {
-        "version": VERSION, "direction": f"feature {number}", "layer": at, "base": fingerprint,
-        "script": os.path.basename(__file__), "settings": settings})
-    print(f"written: {path}\nnext: " + shlex.join(["python", "steer.py", checkpoint, f"--direction={path}",
+    save_direction(path, d.decoder[number] * strength, at, f"feature {number}", fingerprint, os.path.basename(__file__),
+                   settings)
+    print("next: " + shlex.join(["python", "steer.py", checkpoint, f"--direction={path}",
                                                    "--prompt=TEXT"]))
 
 
@@ -619,6 +619,8 @@ def check_settings():
     if min(k, tokens, batch_size, eval_tokens, dead_after, top) < 1 or features < 0 or seed < 0:
         raise UserError("k, tokens, batch_size, eval_tokens, dead_after and top must be 1 or more, features and seed 0 "
                         "or more")
+    if 0 < block_size < 3:
+        raise UserError("block_size must be 0, or 3 or more: the first token of a window is left out")
     if min(learning_rate, bandwidth) <= 0 or sparsity < 0:
         raise UserError("learning_rate and bandwidth must be over 0, sparsity 0 or more")
     if skip and site != "mlp_in":

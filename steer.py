@@ -72,7 +72,7 @@ import numpy as np
 from config import UserError, check_output, check_replaced, given, overrides
 from conversations import ends_of_text
 from draw import check_finite, check_folder, grid, image, labels, lines, page, pictures, prompt_ids, short, state_name
-from inside import Table, about, listed, log_p
+from inside import Table, about, check_saved, listed, log_p
 from model import GPT, compute_dtype, generate, load_checkpoint, no_tap
 from score import in_windows, read_tokens, score, window_length
 from steering import adding, direction_of, load_direction, read_texts, removing, save_direction, states_of, steering
@@ -295,7 +295,7 @@ def check_settings():
                         "--negatives=FILE")
     texts = "max_new_tokens", "temperature", "top_k", "seed"
     if direction:
-        refuse("with --direction, whose file tells it", "layer", "over")
+        refuse("with --direction, whose file tells it", "layer", "over", "out")
     if how == "remove":
         refuse("with --how=remove", "strength", "strengths", "start", "picture")
     if strengths:
@@ -320,17 +320,18 @@ if __name__ == "__main__":
     if table and how == "add":
         picture, written = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-steer.png")
     inputs = checkpoint, direction, positives, negatives, data
-    for name in (out, save, *((picture, written) if table and how == "add" else ())):
+    for name in (out, *((picture, written) if table and how == "add" else ())):
         if name:
             check_output(name, *inputs)
             check_folder(name)
+    check_saved(save, *inputs)
     if out:
         check_replaced(out, os.path.basename(__file__))
     model, meta = load_checkpoint(checkpoint)
     if not meta.get("tokenizer"):
         raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
     enc = Tokenizer.from_dict(meta["tokenizer"])
-    ids = [] if not prompt and (out or data and not words) else prompt_ids(enc, prompt, model, bos=bos)
+    ids = [] if not prompt and not words and (out or data) else prompt_ids(enc, prompt, model, bos=bos)
     known = about(checkpoint, model)
     fingerprint = known["sha256"]
     model.set_dtype(compute_dtype("auto"))

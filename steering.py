@@ -200,7 +200,7 @@ def pasting(state: mx.array, layer: int, start: int, end: int | None = None) -> 
 
 def save_direction(path: str, direction: mx.array, layer: int, how: str, base: str, script: str, settings: dict,
                    arrays: dict | None = None, **more):
-    """Write a direction (C,) to a file, as above. how: a word. arrays and more: for the header, what else to keep."""
+    """Write a direction (C,) to a file, as above. how: how it was found. arrays, more: what else to keep."""
     header = {"version": VERSION, "direction": how, "layer": layer, "base": base, "script": script,
               "settings": settings}
     save_arrays(path, {**(arrays or {}), "direction": direction.astype(mx.float32)}, {**more, **header})

@@ -145,7 +145,7 @@ if __name__ == "__main__":
     print(f"P: {name_of(first)}. I: {name_of(second)}. Loss on the second copy: {whole:.3f} nats.\n")
     print(f"{'':36}{'largest':>9}{'':8}{'P':>8}  {'rank':10}{'I':>8}  rank")
     print("\n".join(told(panel["name"], panel["values"], pair) for panel in panels))
-    notes = [f"P: {name_of(first)}, the largest share of attention to the previous token, below",
+    notes = [f"P: {name_of(first)}, the largest share of attention to the previous token in a layer below I's.",
              f"I: {name_of(second)}, the largest share of attention to what followed an earlier copy.",
              "Above: which head tells I where to look. Below: which head gives the answer. Grey: layers after I."]
     small_maps(picture, panels, f"The induction pair of {os.path.basename(checkpoint)}, by five methods", notes)

@@ -202,7 +202,9 @@ def test_bad_input(arguments, says, tmp_path):
 
 def test_a_site_that_is_missing(tmp_path):
     path, _ = checkpoint(tmp_path, parallel=True)
-    assert "the model has no mid in layers 0, 1" in run(path, PROMPT, "--sites=mid", status=2).stderr
+    assert "attention and MLP read the same state" in run(path, PROMPT, "--sites=mid", status=2).stderr
+    path, _ = checkpoint(tmp_path, n_expert=3, n_shared_expert=1)
+    assert "experts, whose neurons are not read" in run(path, PROMPT, "--sites=hidden", status=2).stderr
 
 
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])

@@ -496,3 +496,24 @@ def test_weights_that_are_not_finite(arguments, tmp_path):
     save_checkpoint(str(path), model, {"tokenizer": byte_tokenizer().to_dict()})
     assert "are not finite" in run(path, CLEAN, TARGET, *arguments, status=2).stderr
     assert [file.name for file in tmp_path.iterdir()] == ["ckpt.safetensors"]
+
+
+def test_columns_do_not_matter(tmp_path):
+    """On the line of the embeddings all of them move, whichever positions the table shows."""
+    model, a, b = small(3), mx.array([5, 9, 2, 7, 3]), mx.array([5, 8, 2, 7, 3])
+    whole = attribute(model, a, b, answer, ["heads"], 4, "embeddings")
+    last = attribute(model, a, b, answer, ["heads"], 4, "embeddings", [(4, 4)])
+    plain = attribute(model, a, b, answer, ["heads"], 0)
+    for place, x in whole.items():
+        np.testing.assert_allclose(np.array(last[place])[:, 4], np.array(x)[:, 4], atol=1e-6)
+    assert max(float(mx.abs(x - plain[place])[:, 4].max()) for place, x in whole.items()) > 1e-5
+    with pytest.raises(UserError, match="two pairs have the same corrupt position"):
+        attribute(model, a, b, answer, ["heads"], 0, pairs=[(1, 2), (3, 2)])
+    with pytest.raises(UserError, match="turned by their position"):
+        attribute(model, a, b, answer, ["q"], 0, pairs=[(1, 2)])
+
+
+def test_name_of_the_answer(tmp_path):
+    path, _ = checkpoint(tmp_path)
+    said = run(path, "--mode=direct", "--clean=f(x", "--target=)", f"--picture={tmp_path / 'a.png'}").stdout
+    assert "logit of ')' less the mean logit" in said

@@ -667,6 +667,7 @@ def test_command_line(tmp_path):
             (["--nodes=heads"], "is not one of parts, neurons, features"), (["--factor=2"], "--factor has no effect"),
             (["--max_nodes=9"], "--max_nodes has no effect"), (["--nodes=features"], "give --transcoders"),
             (["--transcoders=x", "--nodes=parts"], "--transcoders has no effect"), (["--foil=c"], "the same token"),
+            (["--prompt="], "give --prompt=TEXT"),
             (["--node_threshold=0"], "must be over 0"), (["--save=" + str(path)], "would overwrite the input"),
             (["--save=c.txt"], "end in .json")]:
         assert told in run("circuit.py", *asked, *wrong, status=2).stderr
@@ -700,3 +701,21 @@ def test_page(kind, chromium, tmp_path):
     assert "Choose a node" in opened.inner_text("aside")
     opened.close()
     assert not problems
+
+
+def test_factored_biases():
+    """A bias that a layer of low rank holds is no part of what passes through the layer."""
+    model = small(bias=True, norm="layer", mlp="gelu")
+    for block in model.blocks:
+        for name in "v", "out":
+            block.attn[name] = quantized.Factored(block.attn[name], 30)
+        block.mlp.up = quantized.Factored(block.mlp.up, 30)
+        block.mlp.down = quantized.Factored(block.mlp.down, 30)
+    f = freeze(model.eval(), IDS)
+    for graph in part_graph(f, Answer(3, 5, 64)), neurons_of(f, Answer(3, 5, 64), 40):
+        assert graph.error() < 1e-5
+
+
+def test_neurons_that_are_no_multiples():
+    with pytest.raises(UserError, match="does not know mlp='swiglu_clip'"):
+        freeze(small(mlp="swiglu_clip"), IDS)

@@ -345,7 +345,8 @@ def test_scores_script(settings, tmp_path, capsys):
         np.testing.assert_allclose(held["without"], without, rtol=1e-5)
         assert held["loss"] == pytest.approx(whole, rel=1e-5)
         if not settings:
-            np.testing.assert_allclose(held["copying"][1], heads.copying(model, 1), atol=1e-5)
+            copying = heads.copying(model, 1, heads.through_tokens(model, 257))
+            np.testing.assert_allclose(held["copying"][1], copying, atol=1e-5)
     assert f"{whole:.3f}" in out and (tmp_path / "ckpt-heads.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "ckpt-heads.html").read_text()
     assert "http" not in page and page.count("<h2>") == (6 if settings else 7)
@@ -367,7 +368,8 @@ def test_circuits_script(tmp_path, capsys):
         assert held["tokens"].tolist() == [97, 98]
         assert np.array_equal(held["raised"][0], raised) and np.array_equal(held["attended"][0], attended)
         np.testing.assert_allclose(held["K-composition"], heads.composition(model, 1, 1, 4)["K"])
-    assert "4 positions back" in out and f"copying score {heads.copying(model, 1)[1]:+.3f}" in out
+    score = heads.copying(model, 1, heads.through_tokens(model, enc.n_vocab))[1]
+    assert "4 positions back" in out and f"copying score {score:+.3f}" in out
     assert (tmp_path / "ckpt-head-1.1.png").exists() and (tmp_path / "ckpt-head-1.1.html").exists()
     run(path, "--head=0.0")  # no earlier heads, and tokens drawn at random
     assert "composition" not in capsys.readouterr().out
@@ -387,3 +389,16 @@ def test_docstring(tmp_path):
     _, model = checkpoint(tmp_path)
     names = conftest.docstring_use(heads, tmp_path)
     assert names["score"].shape == (1, 2) and heads.copying(model.eval(), 1).shape == (2,)
+
+
+def test_copying_of_tokens_alone():
+    """Rows of the embedding without a token, which fill the vocabulary up, count for nothing."""
+    model, n = made(dict(tie=False)), 40
+    through = np.array(heads.through_tokens(model, n), np.float64)
+    logits = np.array(heads.logits_of(model, mx.eye(model.config.n_embd)), np.float64)
+    entering = np.array(heads.divided(model, mx.arange(n)), np.float64)
+    np.testing.assert_allclose(through, logits[:, :n] @ entering, atol=1e-3)
+    eigenvalues = np.linalg.eigvals(whole_ov(model, 1, 0)[:n, :n])
+    score = heads.copying(model, 1, mx.array(through.astype(np.float32)))[0]
+    assert score == pytest.approx(eigenvalues.sum().real / np.abs(eigenvalues).sum(), abs=1e-3)
+    assert abs(score - heads.copying(model, 1)[0]) > 1e-3

@@ -454,8 +454,9 @@ def test_scripts(arguments, tmp_path):
     assert [len(row(done.stdout, name)) for name in names] == [columns] * 2
     assert re.findall(f"^{names[0]} |^{names[1]} ", done.stdout, re.M)[:2] == [f"{name} " for name in names]
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith("drawn"))
-    assert (tmp_path / f"ckpt-{mode}.png").read_bytes().startswith(b"\x89PNG")
-    assert "http" not in (tmp_path / f"ckpt-{mode}.html").read_text()
+    name = f"ckpt-{mode}" if site == "resid" else f"ckpt-{mode}-{site}"
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "http" not in (tmp_path / f"{name}.html").read_text()
     if "--pairs=5:3, 6:4" in arguments:  # the donor's positions first, and its tokens
         assert done.stdout.splitlines()[-4].split() == ["residual", "stream", "5:3", "c→d", "6:4", "a→o"]
     if mode == "trace":
@@ -508,7 +509,7 @@ def test_figures(tmp_path):
     rows = patching.windows(np.frombuffer(text, np.uint8), 3, 33, 1337).astype(mx.int32)
     for tap in (lambda name, layer, x: x, patching.ablation(model, "mlp", 0)):
         whole.append(model.loss(rows[:, :-1], rows[:, 1:], tap=tap).item())
-    assert f"loss {whole[0]:.4f} without it" in done.stdout
+    assert f"loss {whole[0]:.4f} before" in done.stdout
     assert row(done.stdout, "layer 0")[1] == pytest.approx(whole[1] - whole[0], abs=1e-3)
 
 
@@ -614,8 +615,8 @@ def test_a_set_of_prompts(tmp_path):
     assert table["rows"].tolist() == ["0.0", "0.1", "1.0", "1.1"] and table["count"] == 4
     assert table["each"].shape == (4, 4, 11) and table["columns"][1] == "1 h" and table["columns"][4] == "4 c…"
     weak = [str(i + 1) for i in range(4) if wholes[i] * wholes.mean() < 0]
-    assert weak and f"in {len(weak)} of 4 prompts, which count all the same: {', '.join(weak)}" in done.stdout
-    page = (tmp_path / "ckpt-swap.html").read_text()
+    assert weak and f"in {len(weak)} of 4 prompts, which are still part of the means: {', '.join(weak)}" in done.stdout
+    page = (tmp_path / "ckpt-swap-heads.html").read_text()
     for part in ("set.jsonl, 4", "the cat sat", "the dog sat", "<dt>target", "<dt>foil", "class=line", "corrupt "):
         assert part in page
     (tmp_path / "b.npz").write_bytes(b"mine")
@@ -741,3 +742,24 @@ def test_settings_that_do_not_fit(arguments, says, tmp_path):
 def test_bad_sets(rows, arguments, says, tmp_path):
     path, _ = checkpoint(tmp_path)
     assert says in run(path, write_set(tmp_path, rows), *arguments, status=2).stderr
+
+
+def test_turned_states(tmp_path):
+    """Queries and keys, which are turned by their positions, do not go to another one; without such turns they do."""
+    a, b = mx.array([5, 9, 2, 7]), mx.array([5, 8, 2])
+    for settings, refused in (dict(), True), (dict(pos="learned"), False):
+        model = GPT(GPTConfig(**dict(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=32) | settings), seed=1)
+        for site in "q", "k", "v":
+            if refused and site != "v":
+                with pytest.raises(UserError, match="turned by their position"):
+                    swap(model, a, b, site, [(3, 2)])
+            else:
+                swap(model, a, b, site, [(3, 2)])
+            swap(model, a, b, site, [(2, 2)])
+    path, _ = checkpoint(tmp_path)
+    rows = [{"clean": "abc", "corrupt": "abd", "target": "x"}, {"clean": "abcd", "corrupt": "abxd", "target": "y"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = partial(conftest.run, "patching.py", path, f"--prompts={tmp_path / 'rows.jsonl'}", "--site=k")
+    run()  # columns count from the end, at equal positions of both prompts
+    for mode in "resample", "mean":
+        assert "turned by their position" in run(f"--mode={mode}", status=2).stderr

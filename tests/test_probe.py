@@ -148,6 +148,9 @@ def test_places(planted, tmp_path):
     ids = [*byte.start, *byte.encode("né ô né!").tolist()]
     first, end, word = probe.place_of(byte, ids, {"word": "né"})
     assert ids[first] == "é".encode()[-1] and end == len(ids) - 1 and word == "né"
+    ids = [*byte.start, *b"The one near the stones"]
+    assert probe.place_of(byte, ids, {"word": "one"}) == (len(byte.start) + 6, len(byte.start) + 7, "one")
+    assert probe.place_of(byte, ids, {"word": "ton"}) == (len(byte.start) + 20, len(byte.start) + 21, "ton")
     probe.over = "last"
 
 
@@ -264,7 +267,7 @@ def test_texts_are_read_together(path):
     (None, ["--l2=0"], "l2 over 0"), (None, ["--layer=1"], "--layer has no effect without --out"),
     (None, ["--toward=low"], "--toward has no effect without --out"), (None, ["--data="], "there are no rows"),
     (None, ["--out=d", "--layer=4"], "layers 0 to 3"), (None, ["--out=d", "--toward=lower"], "choose one of high, low"),
-    (None, ["--out=CKPT"], "overwrite"), (None, ["--save=DATA"], "overwrite"), (None, ["--picture=a.jpg"], ".png"),
+    (None, ["--out=CKPT"], "overwrite"), (None, ["--save=DATA"], "end in .npz"), (None, ["--picture=a.jpg"], ".png"),
     ("".join(f'{{"text": "{x}", "label": "{x[0]}"}}\n' for x in ("a", "ab", "b", "ba", "c", "cd")), ["--out=d"],
      "the rows have 3 labels: choose one by --toward"),
     ("".join(f'{{"text": "{x}", "label": "{x[0]}", "group": "{x[0]}"}}\n' for x in ("a", "ab", "b", "ba")), [],

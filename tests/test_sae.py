@@ -341,7 +341,9 @@ def test_sae_lens(kind):
 
 @pytest.mark.parametrize("arguments, says", [
     (["--kind=gated"], "kind='gated' is not one of"), (["--site=q"], "site='q' is not one of"),
-    (["--k=0"], "k, tokens"), (["--layer=x"], "layer='x': give a number"), (["--layer=9"], "layers 0 to 3"),
+    (["--k=0"], "k, tokens"),
+    (["--block_size=2"], "block_size must be 0, or 3"),
+    (["--layer=x"], "layer='x': give a number"), (["--layer=9"], "layers 0 to 3"),
     (["--k=99", "--features=64"], "k=99 is more than the 64 features"),
     (["--skip=True"], "only a transcoder"), (["--bandwidth=0.1"], "jumprelu alone"), (["--strength=2"], "in training"),
     (["--show=d-0.sae", "--k=3"], "--k is not used with --show"), (["--out=x.safetensors"], "must end in .sae"),
@@ -369,3 +371,17 @@ def test_other_checkpoint(trained, tmp_path):
         load_checkpoint(str(folder / "d-0.sae"))
     with pytest.raises(UserError, match="no dictionary of features"):
         sparse.load(str(other), model)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(yoco=True, sliding_window=9)], ids=str)
+def test_slider(settings):
+    """At its own activation a feature leaves the model's prediction, at others it changes it, also in YOCO's second
+    half, which computes only the last position where no more is asked for."""
+    model, ids = small(4, **settings), IDX[0]
+    for place in (("mlp", 3), ("resid", 3), ("attn", 2)):
+        C = model.config.n_embd
+        d = Dictionary("relu", 0, place, place, array(8, C), mx.full(8, 50.0), array(8, C), mx.zeros(C))
+        p = sae.turned(model, d, 2, ids, 64)
+        own = np.array(mx.softmax(model(ids[None])[0, -1], axis=-1))
+        np.testing.assert_allclose(p[sae.STRENGTHS.index(1)], own, atol=1e-5)
+        assert all(np.abs(p[i] - own).max() > 1e-4 for i, factor in enumerate(sae.STRENGTHS) if factor != 1)
