@@ -75,6 +75,7 @@ from inside import (
     rows_of,
     spots,
     told,
+    unpack,
 )
 from model import GPT, load_checkpoint, sigmoid
 from tokenizer import Tokenizer
@@ -495,4 +496,5 @@ if __name__ == "__main__":
     enc = Tokenizer.from_dict(meta["tokenizer"])
     known = about(checkpoint, model)
     model.set_dtype(mx.float32)  # on a GPU too: derivatives and sums of many parts need it
+    unpack(model)
     (run_direct if mode == "direct" else run_attribution)(model, enc, known)

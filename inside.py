@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from config import UserError, check_output
@@ -43,7 +44,8 @@ from draw import (
     write_whole,
 )
 from lora import base_fingerprint
-from model import GPT, no_tap, rotary
+from model import GPT, Embedding, Linear, no_tap, rotary
+from quantized import dense_weight, replace_module
 from rows import read_rows
 from tokenizer import Tokenizer
 
@@ -104,6 +106,23 @@ def record(model: GPT, idx: mx.array, sites: Iterable[str] = ("resid", "attn", "
             x = mx.take_along_axis(x, row[..., None], axis=-2)
             found[site, layer] = mx.where(chosen[..., None], x, found["resid", layer] if site == "mid" else 0)
     return found
+
+
+def unpack(model: GPT, most: int = 2**32):
+    """Make the packed linear layers and embeddings of a model dense, in float32, for scripts that run it many times:
+    each pass over many tokens would unpack them again. They stay packed if they would need more than `most` bytes."""
+    packed = [(path, module) for path, module in model.named_modules()
+              if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))]
+    if sum(4 * module.weight.size * 32 // module.bits for _, module in packed) > most:
+        return
+    for path, module in packed:
+        dense = Linear(1, 1, bias=False) if isinstance(module, nn.QuantizedLinear) else Embedding(1, 1)
+        dense.weight = dense_weight(module)
+        if "bias" in module:
+            dense.bias = module.bias
+        replace_module(model, path, dense)
+    model.eval()
+    mx.eval(model.parameters())
 
 
 def numpy_of(x: mx.array) -> np.ndarray:

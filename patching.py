@@ -95,6 +95,7 @@ from inside import (
     rows_of,
     spots,
     told,
+    unpack,
     with_changes,
 )
 from model import GPT, load_checkpoint, no_tap
@@ -622,4 +623,5 @@ if __name__ == "__main__":
     enc = Tokenizer.from_dict(meta["tokenizer"])
     known = about(checkpoint, model)
     model.set_dtype(mx.float32)  # on a GPU too: effects are small differences of logits
+    unpack(model)
     (run_trace if mode == "trace" else run_ablate if mode == "ablate" else run_grid)(model, enc, known)

@@ -53,6 +53,7 @@ from inside import (
     record,
     spots,
     told,
+    unpack,
 )
 from model import GPT, load_checkpoint
 from tokenizer import Tokenizer
@@ -250,4 +251,5 @@ if __name__ == "__main__":
     check_receivers(model, receivers)
     known = about(checkpoint, model)
     model.set_dtype(mx.float32)  # on a GPU too: effects are small differences of logits
+    unpack(model)
     run(model, Tokenizer.from_dict(meta["tokenizer"]), receivers, known)

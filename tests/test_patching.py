@@ -7,6 +7,7 @@ from functools import partial
 import blas  # noqa: F401  (before mlx)
 import conftest
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -14,6 +15,7 @@ from test_gptq import FLAVOURS, checkpoint
 
 import patching
 from config import UserError
+from inside import unpack
 from model import GPT, GPTConfig, save_checkpoint
 from patching import ablate, swap
 from tokenizer import byte_tokenizer
@@ -763,3 +765,19 @@ def test_turned_states(tmp_path):
     run()  # columns count from the end, at equal positions of both prompts
     for mode in "resample", "mean":
         assert "turned by their position" in run(f"--mode={mode}", status=2).stderr
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(tie=False, bias=True, norm="layer"), dict(n_expert=3)], ids=str)
+def test_unpacked(settings):
+    """A packed model and its dense form have the same logits; one that would need too much memory stays packed."""
+    model = GPT(GPTConfig(**dict(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=64) | settings), seed=1)
+    nn.quantize(model, group_size=32, bits=4, class_predicate=lambda path, layer: type(layer).__name__ in (
+        "Linear", "Embedding"))
+    model.eval()
+    idx, packed = mx.array([[5, 9, 2, 7]]), [type(each) for _, each in model.named_modules()]
+    before = model(idx)
+    unpack(model, most=1000)
+    assert [type(each) for _, each in model.named_modules()] == packed
+    unpack(model)
+    assert not any(isinstance(each, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for _, each in model.named_modules())
+    np.testing.assert_allclose(np.array(model(idx)), np.array(before), atol=1e-5)
