@@ -309,8 +309,9 @@ def train(model: GPT, rows: mx.array, reads: list, writes: list) -> tuple[list[D
         errors, fired, bounds = ([each[j] for each in found] for j in range(3))
         bounds, old = mx.stack(bounds), run["bounds"]
         run["bounds"] = mx.where(old == 0, bounds, 0.99 * old + 0.01 * bounds)
-        run["silent"] = mx.where(mx.stack([(z > 0).any(0) for z in fired]), 0, silent + len(xs[0]))
-        return mx.stack(errors), mx.stack([(z > 0).sum() / len(z) for z in fired]), (run["silent"] > dead_after).mean(1)
+        counts = mx.stack([(z > 0).sum(0) for z in fired])  # of tokens, for each feature
+        run["silent"] = mx.where(counts > 0, 0, silent + len(xs[0]))
+        return mx.stack(errors), counts.sum(1) / len(xs[0]), (run["silent"] > dead_after).mean(1)
 
     curve, shares, seconds, dead = [], [], {"states": 0.0, "updates": 0.0}, mx.zeros(len(reads))
     bar = tqdm(total=steps * batch_size, unit="tok", unit_scale=True, disable=None, dynamic_ncols=True)
