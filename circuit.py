@@ -51,8 +51,9 @@ features, an edge between positions has the heads that it passes through. --save
 
     answer, value; scores, agreement   what is explained; how exact, complete and confirmed the graph is
     tokens, layers, about              the prompt's tokens, the number of layers, what the graph was computed from
-    nodes          id, kind, layer (-1: embedding), position, index (of a head or feature, or -1), value (activation, or
-                   contribution of a part), influence, name, writes; of features also input, constant and reads
+    nodes          id, kind, layer (-1: embedding), position, index (of a head or feature, or -1), value (activation; of
+                   a part, the contribution; of an error, the length), influence, name, writes; of features also input,
+                   constant and reads
     edges          from, to (ids), kind, weight, score (influence that passes through it), heads: [layer, head, part]
     interventions  from, to, kind, predicted and measured change; inputs: changes of other nodes' inputs
 

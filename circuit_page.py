@@ -186,7 +186,8 @@ function choose(id) {
         group.setAttribute("tabindex", i === id ? 0 : -1);
         group.setAttribute("aria-pressed", i === id);
     });
-    const told = [make("h2", node.name), make("p", words.value.replace("X", signed(node.value)) +
+    const value = (words.values[node.kind] ?? words.value).replace("X", signed(node.value));
+    const told = [make("h2", node.name), make("p", value +
         (id ? `; influence ${node.influence.toPrecision(3)}` : ""))];
     if ("input" in node)
         told.push(make("p", `input ${signed(node.input)}, of which ${signed(node.constant)} from biases`));
@@ -267,7 +268,9 @@ def page_of(path: str, result: dict, title: str, text: str, changed: str):
             f'<text x={x:.1f} y={y:.1f}>{html.escape(chip(result, node))}</text></g>')
     parts = any(node["kind"] in ("head", "MLP") for node in result["nodes"])
     value = "contributes X to the answer" if parts else "activation X"
-    data = {"graph": result, "at": [[round(x), round(y)] for x, y in at], "words": {"value": value, "changed": changed}}
+    values = {"answer": "value X"} | ({} if parts else {"error": "length X", "embedding": "a token"})
+    data = {"graph": result, "at": [[round(x), round(y)] for x, y in at],
+            "words": {"value": value, "values": values, "changed": changed}}
     consts = "".join(f"const {name} = {json.dumps(each)};" for name, each in data.items()).replace("<", "\\u003c")
     raised = "the answer" if parts else "the input of the node that they lead to"
     dashes = "; they are dashed through keys and dotted through queries" if parts else ""
