@@ -102,6 +102,7 @@ def opened(chromium, server, files):
         begin(page, files)
         page.click("#write")
         page.wait_for_selector("#lens .heat", timeout=LONG)
+        says(page, "next-says", "emperature")  # the newest token's logits, computed by themselves, are there
         yield page
 
 

@@ -155,6 +155,7 @@ def test_outdated_looks(page, files):
 
 def test_ready_only_when_idle(opened):
     """Work in the queue that has no words of its own is told, too; of two activities with one name, both count."""
+    says(opened, "next-says", "emperature")  # the newest token's logits, computed by themselves, are there
     says(opened, "doing", "Ready")
     found = js(opened, """async () => {
         const { queue, during } = await import("/page_common.js");
