@@ -57,7 +57,6 @@ from inside import (
     POSITIONS,
     SITES,
     Table,
-    about,
     answers,
     by_row,
     check_saved,
@@ -69,15 +68,15 @@ from inside import (
     effects,
     mean_and_error,
     measured,
+    opened,
     parsed_pairs,
     record,
     routed,
     rows_of,
     spots,
     told,
-    unpack,
 )
-from model import GPT, load_checkpoint, sigmoid
+from model import GPT, sigmoid
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
@@ -485,16 +484,11 @@ def check_settings():
 
 if __name__ == "__main__":
     check_settings()
-    picture, html = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{mode}.png")
+    named = mode if site == "resid" or mode == "direct" else f"{mode}-{site}"
+    picture, html = pictures(picture or f"{checkpoint.removesuffix('.safetensors')}-{named}.png")
     for path in (picture, html):
         check_output(path, checkpoint, prompts)
     check_saved(save, checkpoint, prompts)
-    model, meta = load_checkpoint(checkpoint)
-    if not meta.get("tokenizer"):
-        raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
+    model, enc, known = opened(checkpoint)
     check_site(model, site)
-    enc = Tokenizer.from_dict(meta["tokenizer"])
-    known = about(checkpoint, model)
-    model.set_dtype(mx.float32)  # on a GPU too: derivatives and sums of many parts need it
-    unpack(model)
     (run_direct if mode == "direct" else run_attribution)(model, enc, known)

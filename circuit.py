@@ -80,8 +80,8 @@ from circuit_page import drawn, page_of
 from config import UserError, check_output, given, overrides
 from draw import check_finite, check_folder, labels, pictures, short, write_whole
 from frozen import Answer, Frozen, freeze, linear
-from inside import about, log_p, measured, numbered, prompt_of
-from model import ACTIVATIONS, GATED, GPT, LayerNorm, attention_weights, load_checkpoint, no_tap
+from inside import log_p, measured, numbered, opened, prompt_of
+from model import ACTIVATIONS, GATED, GPT, LayerNorm, attention_weights, no_tap
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
@@ -860,16 +860,12 @@ if __name__ == "__main__":
         check_output(name, checkpoint, *paths)
     if save:
         check_json(save)
-    model, meta = load_checkpoint(checkpoint)
-    if not meta.get("tokenizer"):
-        raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
-    enc = Tokenizer.from_dict(meta["tokenizer"])
+    model, enc, known = opened(checkpoint)
     asked = prompt_of(enc, model, prompt, "", target, foil, bos, name="prompt")
-    known = about(checkpoint, model, prompt=prompt, target=target, foil=foil or "the mean of all logits")
+    known |= {"prompt": prompt, "target": target, "foil": foil or "the mean of all logits"}
     coders = read_transcoders(paths, model, known["sha256"]) if kind == "features" else []
     if coders:
         known["transcoders"] = ", ".join(map(os.path.basename, paths))
-    model.set_dtype(mx.float32)  # sums are compared, and the products of bfloat16 are too coarse for that
     f, answer = freeze(model, mx.array(asked.clean)), Answer(asked.target, asked.foil, enc.n_vocab)
     of = measured(enc, asked) if foil else f"logit of {enc.decode([asked.target])!r} less the mean logit"
     features = []

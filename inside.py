@@ -44,7 +44,7 @@ from draw import (
     write_whole,
 )
 from lora import base_fingerprint
-from model import GPT, Embedding, Linear, no_tap, rotary
+from model import GPT, Embedding, Linear, load_checkpoint, no_tap, rotary
 from quantized import dense_weight, replace_module
 from rows import read_rows
 from tokenizer import Tokenizer
@@ -106,6 +106,18 @@ def record(model: GPT, idx: mx.array, sites: Iterable[str] = ("resid", "attn", "
             x = mx.take_along_axis(x, row[..., None], axis=-2)
             found[site, layer] = mx.where(chosen[..., None], x, found["resid", layer] if site == "mid" else 0)
     return found
+
+
+def opened(checkpoint: str) -> tuple[GPT, Tokenizer, dict]:
+    """A checkpoint's model, for scripts that compare many runs of it, its tokenizer, and about(). The model is in
+    float32, on a GPU too, since effects are small differences of logits. UserError if there is no tokenizer."""
+    model, meta = load_checkpoint(checkpoint)
+    if not meta.get("tokenizer"):
+        raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
+    known = about(checkpoint, model)
+    model.set_dtype(mx.float32)
+    unpack(model)
+    return model, Tokenizer.from_dict(meta["tokenizer"]), known
 
 
 def unpack(model: GPT, most: int = 2**32):

@@ -70,7 +70,6 @@ from inside import (
     SITES,
     Prompt,
     Table,
-    about,
     answers,
     by_row,
     check_saved,
@@ -89,16 +88,16 @@ from inside import (
     measured,
     measures,
     on_prompts,
+    opened,
     parsed_pairs,
     record,
     routed,
     rows_of,
     spots,
     told,
-    unpack,
     with_changes,
 )
-from model import GPT, load_checkpoint, no_tap
+from model import GPT, no_tap
 from score import read_tokens, window_length, windows
 from tokenizer import Tokenizer
 
@@ -616,12 +615,6 @@ if __name__ == "__main__":
         check_output(name, checkpoint, data, prompts)
     for name in (save, prompt_file(save) if second and save else ""):
         check_saved(name, checkpoint, data, prompts)
-    model, meta = load_checkpoint(checkpoint)
-    if not meta.get("tokenizer"):
-        raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
+    model, enc, known = opened(checkpoint)
     check_site(model, site)
-    enc = Tokenizer.from_dict(meta["tokenizer"])
-    known = about(checkpoint, model)
-    model.set_dtype(mx.float32)  # on a GPU too: effects are small differences of logits
-    unpack(model)
     (run_trace if mode == "trace" else run_ablate if mode == "ablate" else run_grid)(model, enc, known)

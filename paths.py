@@ -39,7 +39,6 @@ from draw import pictures
 from inside import (
     POSITIONS,
     Table,
-    about,
     answers,
     check_saved,
     check_wholes,
@@ -50,12 +49,12 @@ from inside import (
     measured,
     measures,
     on_prompts,
+    opened,
     record,
     spots,
     told,
-    unpack,
 )
-from model import GPT, load_checkpoint
+from model import GPT
 from tokenizer import Tokenizer
 
 checkpoint = "out/ckpt.safetensors"  # any checkpoint, quantized or not
@@ -245,11 +244,6 @@ if __name__ == "__main__":
     for name in (picture, html):
         check_output(name, checkpoint, prompts)
     check_saved(save, checkpoint, prompts)
-    model, meta = load_checkpoint(checkpoint)
-    if not meta.get("tokenizer"):
-        raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
+    model, enc, known = opened(checkpoint)
     check_receivers(model, receivers)
-    known = about(checkpoint, model)
-    model.set_dtype(mx.float32)  # on a GPU too: effects are small differences of logits
-    unpack(model)
-    run(model, Tokenizer.from_dict(meta["tokenizer"]), receivers, known)
+    run(model, enc, receivers, known)

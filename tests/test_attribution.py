@@ -368,8 +368,9 @@ def test_grids(arguments, rows, columns, tmp_path, capsys):
     held = np.load(saved)
     assert held["values"].shape == (rows, columns) == (len(held["rows"]), len(held["columns"]))
     mode = "integrated" if "--mode=integrated" in arguments else "patching"
-    page = (tmp_path / f"ckpt-{mode}.html").read_text()
-    assert (tmp_path / f"ckpt-{mode}.png").exists() and "estimated (patched - corrupt)" in page
+    site = next((f"-{argument[7:]}" for argument in arguments if argument.startswith("--site")), "")
+    page = (tmp_path / f"ckpt-{mode}{site}.html").read_text()
+    assert (tmp_path / f"ckpt-{mode}{site}.png").exists() and "estimated (patched - corrupt)" in page
     assert "the dog sat" in page and "the cat sat" in page
     known = json.loads(str(held["about"]))
     assert known["foil"] == "'x'" and re.search(r"clean [-\d.]+, corrupt [-\d.]+", known["answer"])
