@@ -3,7 +3,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from test_heads import planted
 
 from model import GPT, GPTConfig, save_checkpoint
@@ -31,6 +31,15 @@ def test_planted_pair(path):
     assert {name: lines[name][0] for name in FIRST} == FIRST
     assert " ".join(lines["ablation: loss without it"][7:]) == "2 of 6"
     assert (path.parent / "planted-induction.png").stat().st_size > 20_000
+
+
+def test_the_page_s_model(tmp_path):
+    """The pair of docs/inside.md: each method puts heads 2.0 and 3.0 where it puts the planted pair."""
+    printed = run("runs/induction.py", ROOT / "webgpu" / "demo.safetensors", "--draws=4",
+                  f"--picture={tmp_path / 'a.png'}").stdout
+    lines = {line[:36].strip(): line[36:].split() for line in printed.splitlines()}
+    pair = {"0.1": "2.0", "2.0": "3.0"}
+    assert {name: lines[name][0] for name in FIRST} == {name: pair[head] for name, head in FIRST.items()}
 
 
 def test_texts():
