@@ -26,8 +26,8 @@ struct Layer {  // in the order of of_block() in gpu_decode.py
 };
 
 struct Ends {  // what comes before and after the blocks, in the order of of_ends()
-  const T *norm, *norm_bias, *positions;
-  Matrix embed, head;
+  const T *norm, *norm_bias;
+  Matrix positions, embed, head;
 };
 
 // Where arrays are: in one buffer, at offsets in bytes; -1: there is none.
@@ -482,12 +482,11 @@ __device__ void decode(const Layer* layers, const Ends& ends, const unsigned* id
   if (threadIdx.x == 0) room = __ldcg(state + 2);
   prefetch_vectors(layers[0]);
   for (int i = 8 * (blockIdx.x * THREADS + threadIdx.x); i < B * C; i += 8 * gridDim.x * THREADS) {
-    float eight[8];
+    float eight[8], place[8] = {};
     weights<BITS_embed, GROUP_embed>(ends.embed, ids[i / C], i % C, C, eight);
-    for (int c = 0; c < 8; c++) {
-      float place = ends.positions ? number(ends.positions[(size_t)(column - __ldcg(starts + i / C)) * C + i % C + c]) : 0;
-      x[i + c] = T(eight[c] * EMBED_SCALE + place);
-    }
+    if (ends.positions.weight)
+      weights<BITS_pos_embed, GROUP_pos_embed>(ends.positions, column - __ldcg(starts + i / C), i % C, C, place);
+    for (int c = 0; c < 8; c++) x[i + c] = T(eight[c] * EMBED_SCALE + place[c]);
   }
   auto added_to_x = [&](int row, int b, const float* sums) {
     x[b * C + row] = T(number(__ldcg(x + b * C + row)) + RESIDUAL * sums[0]);

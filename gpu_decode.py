@@ -85,9 +85,10 @@ class Plan:
             raise UserError("a model of another class")
         parts = [(model, "norm"), (model, "pos_embed"), (model, "embed")]
         found = self.arrays_of(parts, (plain.Embedding, nn.QuantizedEmbedding))
+        self.formats.setdefault("pos_embed", (16, 1))  # where there is none
         if model.config.tie:
             self.formats["head"] = self.formats["embed"]
-            return [*found, *found[3:]]
+            return [*found, *found[-4:]]
         return found + self.arrays_of([(model, "head")], (plain.Linear, nn.QuantizedLinear))
 
     def arrays_of(self, parts: list[tuple], known: tuple) -> list[tuple]:
@@ -96,7 +97,7 @@ class Plan:
         found = []
         for owner, part in parts:
             names = ("weight", "scales", "biases", "bias")
-            names = ("weight", "bias") if part.endswith("norm") else names[:1] if part == "pos_embed" else names
+            names = ("weight", "bias") if part.endswith("norm") else names
             here = owner[part] if part in owner else {}
             if here and not part.endswith("norm"):
                 self.check_format(part, here, known)
@@ -187,16 +188,15 @@ def together(block: list[tuple]) -> mx.array:
         return buffer
     words = []
     for array in arrays:
-        flat = array.reshape(-1).view(mx.uint32) if array.nbytes % 4 == 0 else None
-        if flat is None:
-            raise UserError("an array of an odd number of halves")
-        words += [flat, mx.zeros(-flat.size % 4, mx.uint32)]
+        flat = array.reshape(-1)
+        flat = mx.concatenate([flat, mx.zeros(-array.nbytes % 16 // array.itemsize, array.dtype)])
+        words.append(flat.view(mx.uint32))
     buffer, at = mx.concatenate(words), 0
     parts = []
     for array in arrays:
-        n = array.nbytes // 4
-        parts.append(buffer[at:at + n].view(array.dtype).reshape(array.shape))
-        at += n + -n % 4
+        n = -(-array.nbytes // 16) * 4
+        parts.append(buffer[at:at + n].view(array.dtype)[:array.size].reshape(array.shape))
+        at += n
     mx.eval(buffer, parts)
     left = iter(parts)
     for owner, name, _ in block:

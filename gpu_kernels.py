@@ -108,9 +108,11 @@ def run(name: str, code: bytes, inputs: list, outputs: list, blocks: int, thread
     """Run the function `name` of code in so many thread blocks. Its arguments are inputs, outputs, scalars. outputs:
     (shape, dtype) of each. shared: bytes of shared memory beside what the code declares."""
     shapes, dtypes = zip(*outputs, strict=True)
+    # MLX refuses a float that float32 does not hold exactly, as 0.8
+    scalars = [ctypes.c_float(x).value if isinstance(x, float) else x for x in scalars]
     return mx.fast.precompiled_cuda_kernel(
         name=name, compiled_source=code, inputs=inputs, output_shapes=shapes, output_dtypes=dtypes,
-        scalars=[*scalars], grid=(blocks * threads, 1, 1), threadgroup=(threads, 1, 1), shared_memory=shared,
+        scalars=scalars, grid=(blocks * threads, 1, 1), threadgroup=(threads, 1, 1), shared_memory=shared,
         ensure_row_contiguous=True)
 
 

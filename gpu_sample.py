@@ -38,7 +38,8 @@ def draw(logits: mx.array, keys: mx.array, temperature: float, top_k: int, min_p
     known = keys is not None and (temperature == 0 or 0 < top_k <= min(THREADS, V))
     if not known or logits.dtype not in TYPES or not on_gpu() or (code := kernel(logits.dtype, V)) is None:
         return None
-    scalars = 0 if temperature == 0 else top_k, keys.size // 2, temperature, math.log(min_p) if min_p > 0 else -math.inf
+    least = math.log(min_p) if min_p > 0 else -math.inf
+    scalars = 0 if temperature == 0 else top_k, keys.size // 2, float(temperature), least
     return gpu_kernels.run("draw", code, [logits, keys], [((B,), mx.uint32)], B, THREADS, scalars)[0]
 
 

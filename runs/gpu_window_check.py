@@ -63,7 +63,7 @@ def equal() -> int:
             mx.eval(y, gradients)
             found.append([y, *gradients])
         errors = [(mx.abs(a - b).max() / mx.abs(b).max()).item() for a, b in zip(found[0], found[2], strict=True)]
-        again = all(mx.array_equal(a, b).item() for a, b in zip(found[0], found[1], strict=True))
+        again = all(mx.array_equal(a, b).item() for a, b in zip(found[0][:4], found[1][:4], strict=True))
         bad = not max(errors) < 0.01 or not again
         wrong += bad
         print(f"B {B}, {H} heads, {KV} of keys, {T} positions, width {D}, window {window}{', sinks' * has_sink}, "

@@ -57,6 +57,7 @@ def on_cpu(monkeypatch) -> list[str]:
     def run(name, compiled_source, inputs, output_shapes, output_dtypes, scalars, grid, threadgroup, shared_memory,
             ensure_row_contiguous):
         assert ensure_row_contiguous and grid[0] % threadgroup[0] == 0
+        assert all(x == ctypes.c_float(x).value for x in scalars if isinstance(x, float))  # MLX refuses others
         made = [mx.full(shape, 99 if dtype in (mx.uint32, mx.int32) else np.nan, dtype)
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         arrays = [*map(mx.contiguous, inputs), *made]

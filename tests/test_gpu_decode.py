@@ -46,7 +46,8 @@ def build(settings: dict, bits: int = 0, dtype: mx.Dtype = mx.float32) -> GPT:
 
 CASES = [(name, mx.float32, 0, 1, 20) for name in SETTINGS] + [
     ("default", mx.bfloat16, 0, 16, 5), ("GPT-2", mx.bfloat16, 0, 3, 300), ("Llama 3.1", mx.bfloat16, 4, 2, 40),
-    ("Granite", mx.bfloat16, 8, 9, 30), ("default", mx.float32, 4, 4, 300)]
+    ("Granite", mx.bfloat16, 8, 9, 30), ("default", mx.float32, 4, 4, 300), ("GPT-2", mx.float32, 4, 4, 3),
+    ("own head", mx.bfloat16, 0, 2, 20)]
 
 
 @compiles
