@@ -21,7 +21,8 @@ import gpu_kernels
 from config import UserError
 
 KNOWN = """rope_scaling rope_pattern norm_bias out_bias head_bias embed_scale attn_scale logit_scale softcap
-attn_softcap"""
+attn_softcap sink_logits alibi sliding_window window_pattern sinks window_theta diff_attn diff_attn_version n_expert
+expert_top_k n_shared_expert expert_balance router_bias mod mod_capacity mod_every"""
 ACTIVATIONS = "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"  # as in gpu_train.cu
 TYPES = mx.bfloat16, mx.float16, mx.float32
 BLOCKS = 264          # thread blocks of a kernel that adds up rows: two for each multiprocessor of an H100
@@ -181,8 +182,9 @@ def weights_of(block: nn.Module, dtype: mx.Dtype) -> dict:
     "bias"}}. "qkv" and "inner" (the MLP's gate and values, or its only layer) are layers of one input, one below the
     other."""
     attn, mlp = block.attn, block.mlp
-    groups = {"qkv": [attn.q, attn.k, attn.v], "out": [attn.out], "down": [mlp.down],
-              "inner": [mlp[name] for name in ("gate", "up") if name in mlp]}
+    groups = {"qkv": [attn.q, attn.k, attn.v], "out": [attn.out]}
+    if has_mlp(block):
+        groups |= {"down": [mlp.down], "inner": [mlp[name] for name in ("gate", "up") if name in mlp]}
     parts, shapes = [], {}  # (group, layer, kind, its first number in the whole, how many); {(group, kind): shape}
     for kind in "weight", "bias":
         for name, layers in groups.items():
@@ -228,36 +230,48 @@ def linear_gradients(x: mx.array, dy: mx.array, p: dict, dbias: mx.array | None)
 # ---- a block ---------------------------------------------------------------------------------------------------------
 
 
+def has_mlp(block: nn.Module) -> bool:
+    """Whether the kernels compute the MLP of a block; else model.py does, as the experts'."""
+    import model as plain
+    return type(block.mlp) is plain.MLP
+
+
 def known(block: nn.Module, x: mx.array) -> bool:
     """Whether this is a block of settings, sizes and layers that the kernels know."""
     import model as plain
     config, attn, mlp = block.config, block.attn, block.mlp
+    variants = [getattr(plain, name, plain.Block) for name in ("RoutedBlock", "DiffAttention", "MoE")]
+    kinds = [(plain.Block, variants[0]), (plain.Attention, variants[1]), (plain.MLP, variants[2])]
     try:
         plain.check_known(config, KNOWN, "gpu_train.py")
     except UserError:
         return False
+    if not all(type(x) in classes for x, classes in zip((block, attn, mlp), kinds, strict=True)) or "lam" in attn:
+        return False
     layers = [attn[name] for name in ("q", "k", "v", "out")]
-    layers += [mlp[name] for name in ("gate", "up", "down") if name in mlp]
+    layers += [mlp[name] for name in ("gate", "up", "down") if name in mlp] if has_mlp(block) else []
     turns = config.qk_norm or "_inverse" in attn
-    return ((type(block), type(attn), type(mlp)) == (plain.Block, plain.Attention, plain.MLP)
-            and all(type(layer) is plain.Linear for layer in layers) and layers[0].weight.dtype in TYPES
+    return (all(type(layer) is plain.Linear for layer in layers) and layers[0].weight.dtype in TYPES
             and len({p.dtype for layer in layers for p in layer.parameters().values()}) == 1
             and None not in map(norm_constants, (block.attn_norm, block.mlp_norm))
-            and config.mlp in ACTIVATIONS and config.ffn_dim % 8 == 0 and config.head_dim % 8 == 0
+            and (not has_mlp(block) or config.mlp in ACTIVATIONS and config.ffn_dim % 8 == 0)
+            and config.head_dim % 8 == 0
             and (not turns or config.head_dim in (16, 32, 64, 128, 256))
             and (config.n_head + 2 * config.n_kv_head) * config.head_dim <= 10240)  # sums fit into shared memory
 
 
-def block(block: nn.Module, x: mx.array, offset: int | mx.array) -> mx.array | None:
-    """A block in training: x (B, T, C) -> (B, T, C); None where model.py must compute it. offset: as there."""
+def block(block: nn.Module, x: mx.array, offset: int | mx.array, carry: dict) -> mx.array | None:
+    """A block in training: x (B, T, C) -> (B, T, C); None where model.py must compute it. offset, carry: as there."""
     import model as plain
     if not (usable(x) and known(block, x)):
         return None
     weights = weights_of(block, x.dtype)
-    q, k, v, x = before_attention(block, weights, x, offset)
-    y = plain.attend(block.config, q, k, v, plain.score_mask(block.config, block.attn.layer, q.shape[2], offset, None))
-    B, _, T, _ = y.shape
-    return after_attention(block, weights, x, y.swapaxes(1, 2).reshape(B * T, -1)).reshape(B, T, -1)
+    q, k, v, rows = before_attention(block, weights, x, offset)
+    heads = block.attn.attended(q, k, v, None, offset, carry).swapaxes(1, 2).reshape(len(rows), -1)
+    if has_mlp(block):
+        return mlp(block, weights, rows, heads).reshape(x.shape)
+    rows, normed = before_mlp(block, weights, rows, heads)
+    return rows.reshape(x.shape) + block.mlp(normed.reshape(x.shape), plain.no_tap)
 
 
 def before_attention(block: nn.Module, weights: dict, x: mx.array, offset: int | mx.array) -> tuple:
@@ -319,9 +333,27 @@ def before_attention(block: nn.Module, weights: dict, x: mx.array, offset: int |
     return q, k, v, rows
 
 
-def after_attention(block: nn.Module, weights: dict, x: mx.array, y: mx.array) -> mx.array:
-    """Attention's output projection and the MLP, both added to the residual stream: rows x (N, C), y (N, H D), the
-    output of the heads -> (N, C)."""
+def before_mlp(block: nn.Module, weights: dict, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+    """Attention's output projection, added to the residual stream, and the norm of the sum: rows x (N, C), y (N, H D),
+    the output of the heads -> (N, C) each."""
+    norm, parameters = norm_constants(block.mlp_norm), {"norm": block.mlp_norm.parameters(), "out": weights["out"]}
+
+    @mx.custom_function
+    def forward(x, y, p):
+        return tuple(norm_forward(x, p["norm"], norm, added=linear(y, p["out"])))
+
+    @forward.vjp
+    def backward(primals, cotangents, outputs):
+        (_, y, p), (residual, dnormed) = primals, cotangents
+        dx, dnorm, _, *more = norm_backward(outputs[0], dnormed, p["norm"], norm, residual, "bias" in p["out"])
+        found = {"norm": dnorm, "out": linear_gradients(y, dx, p["out"], more[1] if more else None)}
+        return dx, dx @ p["out"]["weight"], in_order(p, found)
+
+    return forward(x, y, parameters)
+
+
+def mlp(block: nn.Module, weights: dict, x: mx.array, y: mx.array) -> mx.array:
+    """before_mlp() and the MLP, added to the residual stream: (N, C)."""
     norm, F = norm_constants(block.mlp_norm), block.config.ffn_dim
     parameters = {"norm": block.mlp_norm.parameters()} | {name: weights[name] for name in ("out", "inner", "down")}
     sizes = dict(F=F, ACTIVATION=ACTIVATIONS.index(block.config.mlp))

@@ -628,10 +628,14 @@ class Attention(nn.Module):
 
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         """The output of each head, before the output projection: (B, T, C) -> (B, H, T, D)."""
-        T, config, layer = x.shape[1], self.config, self.layer
-        sink = self.sink.weight if config.sink_logits else None
-        q = tap("q", layer, self.turned("q", x, offset))
+        q = tap("q", self.layer, self.turned("q", x, offset))
         k, v, keys = self.keys_values(x, offset, cache, tap, carry)
+        return self.attended(q, k, v, keys, offset, carry)
+
+    def attended(self, q: mx.array, k: mx.array, v: mx.array, keys: mx.array | None, offset: int, carry: dict):
+        """heads() from the queries (B, H, T, D), the keys and values (B, KV, S, D), and the places of the keys."""
+        T, config, layer = q.shape[2], self.config, self.layer
+        sink = self.sink.weight if config.sink_logits else None
         if config.diff_attn:  # diff
             v = values_of_pairs(config, v)  # diff
         if windowed(config, layer) and config.sinks and rotary(config, layer):  # window
@@ -767,9 +771,17 @@ class DiffAttention(Attention):
                 self.sink = Sink(2 * config.n_head)
 
     def heads(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
-        first, second = halves(super().heads(x, offset, cache, tap, carry))
+        y = super().heads(x, offset, cache, tap, carry)
+        if self.config.diff_attn_version == 1:
+            return y
+        first, second = halves(y)
+        return first - sigmoid(self.lam(x)).swapaxes(1, 2)[..., None] * second
+
+    def attended(self, *arguments) -> mx.array:
+        y = super().attended(*arguments)
         if self.config.diff_attn_version == 2:
-            return first - sigmoid(self.lam(x)).swapaxes(1, 2)[..., None] * second
+            return y
+        first, second = halves(y)
         q1, k1, q2, k2 = (self[name].astype(mx.float32) for name in DIFF_LAMBDAS)
         lam = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self.lambda_0
         weight = (self.head_norm.weight * (1 - self.lambda_0)).astype(first.dtype)
@@ -1168,8 +1180,8 @@ class Block(nn.Module):
     def __call__(self, x: mx.array, offset: int, cache, tap: Callable, carry: dict) -> mx.array:
         if cpu_train and (y := cpu_train.block_output(self, x, offset, cache, tap, carry)) is not None:
             return y
-        if gpu_train and self.training and cache is None and tap is no_tap and not carry:
-            if (y := gpu_train.block(self, x, offset)) is not None:
+        if gpu_train and self.training and cache is None and tap is no_tap and carry.keys() <= {"in_order"}:
+            if (y := gpu_train.block(self, x, offset, carry)) is not None:
                 return y
         y = self.attn(self.normed("attn_norm", x), offset, cache, tap, carry)
         y = tap("attn", self.layer, self.scaled(self.normed("attn_post_norm", y)))

@@ -38,6 +38,9 @@ SETTINGS = {
     "Llama": dict(mlp="swiglu", n_kv_head=4, qk_norm=False),
     "biases": dict(mlp="geglu", n_kv_head=2, bias=True, head_dim=128),
     "wide": dict(n_embd=2304, n_head=18, mlp="gelu_tanh", norm="layer"),
+    "diff": dict(diff_attn=True),
+    "window": dict(sliding_window=64),
+    "depths": dict(mod="soft"),
     "not known": dict(parallel=True),
 }
 SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)

@@ -146,9 +146,9 @@ def test_block(name):
 
     def loss(x, parameters):
         block.update(parameters)
-        return (gpu_train.block(block, x, offset) * mx.array(g.astype(np.float32))).sum()
+        return (gpu_train.block(block, x, offset, {}) * mx.array(g.astype(np.float32))).sum()
 
-    y = gpu_train.block(block, mx.array(x.astype(np.float32)), offset)
+    y = gpu_train.block(block, mx.array(x.astype(np.float32)), offset, {})
     check(y, exact_block(config, x, p, places))
     dx, dp = mx.grad(loss, (0, 1))(mx.array(x.astype(np.float32)), block.parameters())
     rng, flat = np.random.default_rng(0), dict(tree_flatten(p))
@@ -272,6 +272,21 @@ def test_model(monkeypatch, what):
 
 
 @compiles
+@pytest.mark.parametrize("settings", [
+    dict(alibi=True), dict(sliding_window=3), dict(sliding_window=4, sinks=1), dict(sink_logits=True),
+    dict(diff_attn=True), dict(n_expert=4, ffn_dim=32), dict(n_expert=4, n_shared_expert=1, bias=True, mlp="swiglu", norm="layer"),
+    dict(mod="soft"), dict(mod="topk", mod_capacity=0.5)], ids=str)
+def test_variants(monkeypatch, settings):
+    """Blocks of which model.py computes a part: attention from the queries, keys and values, experts, routing."""
+    gpt, found = build(SMALL | dict(n_head=4) | settings).train(), used(monkeypatch)
+    value, ours = gradients(gpt, monkeypatch)
+    assert found.count("block") == 2
+    plain, theirs = gradients(gpt, monkeypatch, plain=True)
+    assert math.isclose(value, plain, rel_tol=1e-5)
+    same(ours, theirs)
+
+
+@compiles
 @pytest.mark.parametrize("name, dtype", [("default", mx.bfloat16), ("GPT-2", mx.float16)], ids=str)
 def test_16_bits(monkeypatch, name, dtype):
     """As near to the gradients in float32 as model.py's."""
@@ -303,8 +318,8 @@ def test_adapters(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(alibi=True), dict(sliding_window=8), dict(diff_attn=True), dict(n_expert=4, ffn_dim=32), dict(mod="soft"),
-    dict(yoco=True), dict(value_residual=True), dict(value_embeds=True), dict(sink_logits=True), dict(parallel=True),
+    dict(diff_attn=True, diff_attn_version=2), dict(yoco=True), dict(value_residual=True), dict(value_embeds=True),
+    dict(parallel=True),
     dict(norm_place="both"), dict(qk_norm_width=True), dict(mlp="swiglu_clip"), dict(head_dim=24),
     dict(residual_scale=0.5), dict(n_embd=60, n_head=2, qk_norm=False, pos="none")], ids=str)
 def test_not_known(monkeypatch, settings):
