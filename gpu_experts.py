@@ -65,15 +65,15 @@ def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: in
     def code(kinds: tuple[mx.Dtype, ...]) -> bytes:
         """For inputs and outputs of these dtypes."""
         names = [*(f"const {{}}* {each}" for each in inputs.split()), *(f"{{}}* {each}" for each in outputs.split())]
-        parameters = ", ".join(name.format(gpu_kernels.TYPES[kind]) for name, kind in zip(names, kinds, strict=True))
-        function = (f'extern "C" __global__ void __launch_bounds__({threads}, 1) kernel_of_experts({parameters}) '
+        parameters = ", ".join(each.format(gpu_kernels.TYPES[kind]) for each, kind in zip(names, kinds, strict=True))
+        function = (f'extern "C" __global__ void __launch_bounds__({threads}, 1) experts_{name}({parameters}) '
                     f"{{\n{call}\n}}\n")
         return gpu_kernels.compiled(
             gpu_kernels.definitions(**constants) + gpu_kernels.source_of("gpu_experts.cu") + function)
 
     def run(given: list, grid: int, shapes: list, dtypes: list) -> list:
         kinds = (*(array.dtype for array in given), *dtypes)
-        return gpu_kernels.run("kernel_of_experts", code(kinds), given, [*zip(shapes, dtypes, strict=True)],
+        return gpu_kernels.run(f"experts_{name}", code(kinds), given, [*zip(shapes, dtypes, strict=True)],
                                grid or blocks, threads, shared=shared)
 
     return run

@@ -326,6 +326,65 @@ extern "C" __global__ void __launch_bounds__(THREADS) qkv_backward(const T* __re
 }
 #endif
 
+// ---- differential attention: y = norm(first - lambda second) weight, of pairs of heads with W numbers each -------------
+
+#ifdef PAIRS
+constexpr int LANES = W / 8, AT_ONCE = THREADS / LANES;  // that hold a pair; pairs of a thread block at a time
+
+__device__ float sum_over_pair(float x) {
+  for (int far = 1; far < LANES; far *= 2) x += __shfl_xor_sync(~0u, x, far);
+  return x;
+}
+
+// x = first - lambda second, second, and 1 / sqrt(mean of squares) of the pair: heads (pairs, 2, W)
+__device__ float difference(float (&x)[8], float (&second)[8], const T* heads, float lambda, int pair, int pairs) {
+  const T* from = heads + (size_t)pair * 2 * W + threadIdx.x % LANES * 8;
+  float squares = 0;
+  if (pair < pairs) numbers(x, eight(from)), numbers(second, eight(from + W));
+  for (int i = 0; i < 8; i++) x[i] -= lambda * second[i], squares += x[i] * x[i];
+  return rsqrtf(sum_over_pair(squares) / W + EPS);
+}
+#endif
+#ifdef PAIRS_FORWARD
+extern "C" __global__ void __launch_bounds__(THREADS) pairs_forward(const T* heads, const float* lambda, const float* weight, T* y, int pairs) {
+  int pair = blockIdx.x * AT_ONCE + threadIdx.x / LANES, first = threadIdx.x % LANES * 8;
+  float x[8] = {}, second[8] = {}, scale = difference(x, second, heads, *lambda, pair, pairs);
+  for (int i = 0; i < 8; i++) x[i] *= scale * weight[first + i];
+  if (pair < pairs) store(y + (size_t)pair * W + first, x);
+}
+#endif
+#ifdef PAIRS_BACKWARD
+// sums (thread blocks, W + 1): of the gradients of the weight and of lambda
+extern "C" __global__ void __launch_bounds__(THREADS) pairs_backward(const T* heads, const T* dy, const float* lambda, const float* weight, T* dheads, float* sums, int pairs) {
+  __shared__ float all[THREADS][9];
+  int first = threadIdx.x % LANES * 8;
+  float dweight[8] = {}, dlambda = 0;
+  for (int base = blockIdx.x * AT_ONCE; base < pairs; base += gridDim.x * AT_ONCE) {
+    int pair = base + threadIdx.x / LANES;
+    float x[8] = {}, second[8] = {}, g[8] = {}, product = 0;
+    float scale = difference(x, second, heads, *lambda, pair, pairs);
+    if (pair < pairs) numbers(g, eight(dy + (size_t)pair * W + first));
+    for (int i = 0; i < 8; i++) dweight[i] += g[i] * x[i] * scale, g[i] *= weight[first + i], product += g[i] * x[i];
+    float mean = sum_over_pair(product) * scale * scale / W;
+    for (int i = 0; i < 8; i++) {
+      g[i] = scale * (g[i] - x[i] * mean);
+      dlambda -= g[i] * second[i];
+      second[i] = -*lambda * g[i];
+    }
+    T* to = dheads + (size_t)pair * 2 * W + first;
+    if (pair < pairs) store(to, g), store(to + W, second);
+  }
+  for (int i = 0; i < 8; i++) all[threadIdx.x][i] = dweight[i];
+  all[threadIdx.x][8] = dlambda;
+  __syncthreads();
+  for (int i = threadIdx.x; i <= W; i += THREADS) {
+    float sum = 0;
+    for (int t = i < W ? i / 8 : 0; t < THREADS; t += i < W ? LANES : 1) sum += all[t][i < W ? i % 8 : 8];
+    sums[blockIdx.x * (W + 1) + i] = sum;
+  }
+}
+#endif
+
 // ---- the MLP's activation: pre (N, F), or (N, 2 F) with the gate before the values -> hidden (N, F) --------------------
 
 #ifdef MLP

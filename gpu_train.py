@@ -29,7 +29,7 @@ BLOCKS = 264          # thread blocks of a kernel that adds up rows: two for eac
 PIECE = 16384         # numbers of an array that a thread block takes at a time
 GROUP = 8             # tensors that a kernel of AdamW takes; MLX's own work grows with the square of its outputs
 READ = 400            # gradients that a kernel reads: its arguments take 4,096 bytes at most
-LOSS_CHUNK = 2**29    # logits in memory at a time, and their gradients
+LOSS_CHUNK = 2**28    # logits in memory at a time, and their gradients
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -387,6 +387,33 @@ def mlp(block: nn.Module, weights: dict, x: mx.array, y: mx.array) -> mx.array:
         return dx, dx @ p["out"]["weight"], in_order(p, found)
 
     return forward(x, y, parameters)[0]
+
+
+def difference(y: mx.array, lam: mx.array, weight: mx.array, eps: float) -> mx.array | None:
+    """Differential attention's RMSNorm of first - lam second times weight (W,), for pairs of heads y (B, 2 P, T, W) ->
+    (B, P, T, W). None where model.py must compute it."""
+    B, P, T, W = y.shape[0], y.shape[1] // 2, y.shape[2], y.shape[3]
+    if W not in (32, 64, 128, 256) or not usable(y):
+        return None
+    sizes, pairs, dtype = dict(W=W, EPS=float(eps)), B * T * P, y.dtype
+
+    @mx.custom_function
+    def forward(heads, lam, weight):
+        blocks = -(-pairs * W // 2048)
+        return run("pairs_forward", dtype, sizes, [heads, lam, weight], [((B, T, P, W), dtype)], [pairs], blocks,
+                   part="pairs")[0]
+
+    @forward.vjp
+    def backward(primals, cotangent, _):
+        heads, lam, weight = primals
+        blocks = min(4 * BLOCKS, -(-pairs * W // 2048))
+        dheads, sums = run("pairs_backward", dtype, sizes, [heads, cotangent, lam, weight],
+                           [(heads.shape, dtype), ((blocks, W + 1), mx.float32)], [pairs], blocks, part="pairs")
+        sums = column_sums(sums)
+        return dheads, sums[W:], sums[:W]
+
+    lam, weight = (x.reshape(-1).astype(mx.float32) for x in (lam, weight))
+    return forward(y.swapaxes(1, 2), lam, weight).swapaxes(1, 2)  # each head's rows lie as attention writes them
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

@@ -107,6 +107,8 @@ def training(name: str):
 
     @partial(mx.compile, inputs=state, outputs=state)
     def update(grads):
+        if core.gpu_train and (length := core.gpu_train.adamw(model, opt, grads, 1.0, 0.1)) is not None:
+            return length
         grads, length = optim.clip_grad_norm(grads, 1.0)
         decay = 1 - 0.1 * opt.learning_rate
         model.update(tree_map(lambda p: p * decay if p.ndim > 1 else p, model.trainable_parameters()))

@@ -110,7 +110,8 @@ def test_sample(reports):
     check(reports, 3)
 
 
-@pytest.mark.parametrize("settings, dtype", [(GPT2, mx.bfloat16), (LLAMA, mx.float16)])
+@pytest.mark.parametrize("settings, dtype", [(GPT2, mx.bfloat16), (LLAMA, mx.float16),
+                                             (dict(diff_attn=True, n_expert=4), mx.bfloat16)])
 def test_train(reports, settings, dtype):
     gpt = GPT(GPTConfig(**SIZES, **settings)).train()
     gpt.compute_dtype, idx = dtype, mx.zeros((1, 64), mx.int32)

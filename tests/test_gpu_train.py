@@ -160,6 +160,29 @@ def test_block(name):
 
 
 @compiles
+@pytest.mark.parametrize("B, P, T, W", [(2, 3, 5, 32), (1, 2, 70, 64), (2, 1, 4, 256)])
+def test_difference(B, P, T, W):
+    """Differential attention's norm of pairs, and all gradients."""
+    y, g, lam = random(B, 2 * P, T, W), random(B, P, T, W), np.array([0.6])
+    weight = 1 + 0.3 * random(W)
+
+    def exact():
+        x = y[:, 0::2] - lam * y[:, 1::2]
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+
+    def loss(*arrays):
+        return (gpu_train.difference(*arrays, 1e-5) * mx.array(g.astype(np.float32))).sum()
+
+    arrays = [mx.array(x.astype(np.float32)) for x in (y, lam, weight)]
+    check(gpu_train.difference(*arrays, 1e-5), exact())
+    some = np.random.default_rng(0).choice(y.size, 200, replace=False)
+    dy, dlam, dweight = mx.grad(loss, (0, 1, 2))(*arrays)
+    check(dy.reshape(-1)[mx.array(some)], slopes(lambda: (exact() * g).sum(), y, some))
+    check(dlam, slopes(lambda: (exact() * g).sum(), lam))
+    check(dweight, slopes(lambda: (exact() * g).sum(), weight))
+
+
+@compiles
 def test_loss(monkeypatch):
     """The weighted cross-entropy, its gradients, and chunks of which the last is shorter."""
     gpt = build(dict(n_embd=64, vocab_size=1096)).train()
@@ -274,8 +297,8 @@ def test_model(monkeypatch, what):
 @compiles
 @pytest.mark.parametrize("settings", [
     dict(alibi=True), dict(sliding_window=3), dict(sliding_window=4, sinks=1), dict(sink_logits=True),
-    dict(diff_attn=True), dict(n_expert=4, ffn_dim=32), dict(n_expert=4, n_shared_expert=1, bias=True, mlp="swiglu", norm="layer"),
-    dict(mod="soft"), dict(mod="topk", mod_capacity=0.5)], ids=str)
+    dict(diff_attn=True), dict(mod="soft"), dict(mod="topk", mod_capacity=0.5), dict(n_expert=4, ffn_dim=32),
+    dict(n_expert=4, n_shared_expert=1, bias=True, mlp="swiglu", norm="layer")], ids=str)
 def test_variants(monkeypatch, settings):
     """Blocks of which model.py computes a part: attention from the queries, keys and values, experts, routing."""
     gpt, found = build(SMALL | dict(n_head=4) | settings).train(), used(monkeypatch)
