@@ -53,10 +53,17 @@ __device__ __forceinline__ void store(U* to, const float* x) {
 
 // ---- tiles of products ------------------------------------------------------------------------------------------------
 //
-// A thread block computes a tile of BM x BN sums over k, BK = 64 at a time, a warp 64 x 64 of them by tensor cores. STAGES steps
-// of k are on their way from device memory at once, also across tiles. In shared memory an operand is stored by its side,
-// (BM or BN, BK), or by k, (BK, BM or BN); pieces of 8 numbers are permuted within a row, so that the 8 rows of a matrix
-// lie in different banks.
+// A thread block computes a tile of BM x BN sums over k, BK = 64 at a time, by tensor cores. STAGES steps of k are on their way
+// from device memory at once, also across tiles. In shared memory an operand is stored by its side, (BM or BN, BK), or by k,
+// (BK, BM or BN); pieces of 8 numbers are permuted within a row, so that the 8 rows of a matrix lie in different banks. For
+// gpu_experts_hopper.cu rows have 64 numbers: those by k are cut.
+
+#ifdef HOPPER
+constexpr bool CUT = true;
+#else
+constexpr bool CUT = false;
+#endif
+constexpr int STAGE = (BM + BN) * BK * 2, SECOND = BM * BK * 2;  // bytes; where the second operand begins
 
 struct Tile {
   int expert, first, rows, m, n, depth, which;  // first: row of all rows; depth: of the sum
@@ -66,14 +73,42 @@ struct Tile {
 template <int SIDE, bool BY_K, typename At>
 __device__ __forceinline__ void put(Shared to, int k, int depth, At at) {
   constexpr int PIECES = (BY_K ? SIDE : BK) / 8, STEP = THREADS / PIECES;  // of rows; a multiple of 8
-  int first = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
-  to += (first * PIECES + (piece ^ first % 8)) * 16;
+  constexpr int ROW = CUT ? 128 : PIECES * 16;                             // bytes
+  int first = threadIdx.x / PIECES, piece = threadIdx.x % PIECES, cut = CUT ? piece / 8 : 0;
+  to += cut * BK * ROW + first * ROW + ((piece - 8 * cut) ^ first % 8) * 16;
 #pragma unroll
   for (int j = 0; j < SIDE * BK / 8 / THREADS; j++) {
     int row = first + j * STEP, own = k + (BY_K ? row : 8 * piece);
-    copy_16(to + j * STEP * PIECES * 16, at(BY_K ? 8 * piece : row, min(own, depth - 1)), own < depth);
+    copy_16(to + j * STEP * ROW, at(BY_K ? 8 * piece : row, min(own, depth - 1)), own < depth);
   }
 }
+
+// Brings the operands of tile after tile, step after step, to the stages
+template <bool A_BY_K, bool B_BY_K, typename Problem>
+struct Loader {
+  const Problem& problem;
+  Shared stages;
+  Tile tile;
+  int number = blockIdx.x, k = 0, to = 0;  // the tile and the step that come next, and their stage
+  bool more = problem.find(number, tile);
+
+  __device__ __forceinline__ Loader(const Problem& problem, Shared stages) : problem(problem), stages(stages) {}
+  __device__ __forceinline__ void step() {
+    while (more && k >= tile.depth) {
+      number += gridDim.x, k = 0;
+      more = problem.find(number, tile);
+    }
+    if (more) {
+      Shared stage = stages + to * STAGE;
+      put<BM, A_BY_K>(stage, k, tile.depth, [&](int i, int k) { return problem.a(tile, i, k); });
+      put<BN, B_BY_K>(stage + SECOND, k, tile.depth, [&](int i, int k) { return problem.b(tile, i, k); });
+      k += BK;
+      problem.ahead(tile, k);
+    }
+    to = to + 1 == STAGES ? 0 : to + 1;
+    end_of_stage();
+  }
+};
 
 // A warp's share of an operand, 64 x BK, from `side` on, in pieces of 16 x 16: where a lane finds its row of them
 template <int SIDE, bool BY_K, bool IS_A>
@@ -117,35 +152,19 @@ __device__ __forceinline__ void turn(const float (*c)[4], int half, float (&x)[8
   }
 }
 
+// A warp computes 64 x 64 sums of a tile.
+#ifndef HOPPER
 template <bool A_BY_K, bool B_BY_K, typename Problem>
 __device__ __forceinline__ void products(const Problem& problem) {
   DYNAMIC_SHARED;
   Shared stages = address_of(shared);
-  constexpr int STAGE = (BM + BN) * BK * 2, SECOND = BM * BK * 2;  // bytes; where the second operand begins
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side_a = warp / (BN / 64) * 64, side_b = warp % (BN / 64) * 64;
   Share<BM, A_BY_K, true> share_a(side_a);
   Share<BN, B_BY_K, false> share_b(side_b);
-  Tile next, tile;
-  int coming = blockIdx.x, k = 0, to = 0, from = 0;  // the tile and the step that are loaded next; stages
-  bool more = problem.find(coming, next);
-
-  auto load = [&] {
-    while (more && k >= next.depth) {
-      coming += gridDim.x, k = 0;
-      more = problem.find(coming, next);
-    }
-    if (more) {
-      Shared stage = stages + to * STAGE;
-      put<BM, A_BY_K>(stage, k, next.depth, [&](int i, int k) { return problem.a(next, i, k); });
-      put<BN, B_BY_K>(stage + SECOND, k, next.depth, [&](int i, int k) { return problem.b(next, i, k); });
-      k += BK;
-      problem.ahead(next, k);
-    }
-    to = to + 1 == STAGES ? 0 : to + 1;
-    end_of_stage();
-  };
-
-  for (int i = 0; i < STAGES - 2; i++) load();
+  Loader<A_BY_K, B_BY_K, Problem> loader(problem, stages);
+  Tile tile;
+  int from = 0;  // the stage that is computed
+  for (int i = 0; i < STAGES - 2; i++) loader.step();
   wait_for_stages<STAGES - 3>();
   __syncthreads();
   uint2 a[2][4][2], b[2][2];  // for this k and for the next one; for these columns and for the next ones
@@ -161,7 +180,7 @@ __device__ __forceinline__ void products(const Problem& problem) {
 #pragma unroll
       for (int part = 0; part < 4; part++) {
         Shared then = part < 3 ? stage : after;
-        if (part == 0) load();  // into a stage that no warp has read since the last barrier
+        if (part == 0) loader.step();  // into a stage that no warp has read since the last barrier
         if (part == 3) {
           wait_for_stages<STAGES - 3>();
           __syncthreads();
@@ -203,6 +222,7 @@ __device__ __forceinline__ void products(const Problem& problem) {
     }
   }
 }
+#endif
 
 // ---- rows times the matrices of their experts -----------------------------------------------------------------------
 

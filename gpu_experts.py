@@ -5,7 +5,8 @@ kernels for that run at a third of a matmul's speed. Here each product takes the
 their numbers, knows where each expert's rows begin, and computes the activation or its slope before it writes. It knows
 MLPs of the kinds in ACTIVATIONS without biases, in bfloat16 and float16; for all else model.py computes. Before its
 first use it is tried on random tokens, and where the GPU does not compute what float32 gives, model.py computes, too.
-Deleting this file and gpu_experts.cu costs speed and nothing else.
+On an H100 or H200 gpu_experts_hopper.cu computes the products, with the tensor cores' larger instructions.
+Deleting this file, gpu_experts.cu and gpu_experts_hopper.cu, or the last one alone, costs speed and nothing else.
 """
 import math
 import sys
@@ -45,7 +46,12 @@ def on_gpu() -> bool:
 def fits(tile: tuple[int, int, int]) -> bool:
     """Whether shared memory has room for three steps of both operands: one is computed, and two are on their way."""
     BM, BN, BK = tile
-    return gpu_kernels.device()[1] >= 3 * (BM + BN) * BK * 2
+    return gpu_kernels.device()[1] >= 3 * (BM + BN) * BK * 2 + 1024
+
+
+def on_hopper() -> bool:
+    """Whether gpu_experts_hopper.cu computes the products, which only GPUs of one generation can run (H100, H200)."""
+    return gpu_kernels.device()[2] == 9 and (gpu_kernels.FOLDER / "gpu_experts_hopper.cu").exists()
 
 
 @lru_cache(maxsize=64)
@@ -55,11 +61,16 @@ def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: in
     inputs, outputs, call = SOURCES[name]
     blocks, room, _ = gpu_kernels.device()
     BM, BN, BK = next(filter(fits, TILES))
-    stages = min(4, room // ((BM + BN) * BK * 2))
+    stages = min(4, (room - 1024) // ((BM + BN) * BK * 2))
     constants = dict(T=dtype, E=E, K=K, C=C, HID=HID, GATED=mlp in GATED, ACTIVATION=ACTIVATIONS[mlp],
                      HALF=dtype == mx.float16, BM=BM, BN=BN, BK=BK, STAGES=stages)
     threads = THREADS.get(name, BM // 64 * (BN // 64) * 32)
-    shared = 0 if name in THREADS else stages * (BM + BN) * BK * 2
+    shared = 0 if name in THREADS else stages * (BM + BN) * BK * 2 + 1024
+    files, macros = ["gpu_experts.cu"], ""
+    if on_hopper():
+        files.append("gpu_experts_hopper.cu")
+        macros = (f"#define HOPPER\n#define REGISTERS \"{{{', '.join(f'%{i}' for i in range(128))}}}\"\n#define SUMS "
+                  + ", ".join(f'"+f"(c[{i // 4}][{i % 4}])' for i in range(128)) + "\n")
 
     @cache
     def code(kinds: tuple[mx.Dtype, ...]) -> bytes:
@@ -69,7 +80,7 @@ def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: in
         function = (f'extern "C" __global__ void __launch_bounds__({threads}, 1) experts_{name}({parameters}) '
                     f"{{\n{call}\n}}\n")
         return gpu_kernels.compiled(
-            gpu_kernels.definitions(**constants) + gpu_kernels.source_of("gpu_experts.cu") + function)
+            macros + gpu_kernels.definitions(**constants) + gpu_kernels.source_of(*files) + function)
 
     def run(given: list, grid: int, shapes: list, dtypes: list) -> list:
         kinds = (*(array.dtype for array in given), *dtypes)

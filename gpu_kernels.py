@@ -44,9 +44,9 @@ def library() -> ctypes.CDLL:
     raise OSError("no NVRTC")
 
 
-def source_of(name: str) -> str:
-    """The text of gpu_kernels.cuh and of another file beside this one. OSError where one is missing."""
-    return "".join((FOLDER / each).read_text(encoding="utf-8") for each in ("gpu_kernels.cuh", name))
+def source_of(*names: str) -> str:
+    """The text of gpu_kernels.cuh and of other files beside this one. OSError where one is missing."""
+    return "".join((FOLDER / each).read_text(encoding="utf-8") for each in ("gpu_kernels.cuh", *names))
 
 
 def definitions(**constants: int | float | bool | tuple | mx.Dtype) -> str:

@@ -226,7 +226,8 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   return found;
 }
 
-// Copies to shared memory happen when they are waited for, as late as they may on a GPU.
+// Copies to shared memory happen when they are waited for, as late as they may on a GPU; or at once, with COPIES_AT_ONCE in the
+// environment.
 using Shared = char*;
 inline Shared address_of(void* x) { return (char*)x; }
 struct Copy { void* to; const void* from; };
@@ -235,6 +236,11 @@ inline void copy_16(void* to, const void* from, bool inside) {
   auto& own = copies[threadIdx.x];
   if (own.empty()) own.emplace_back();
   own.back().push_back({to, inside ? from : nullptr});
+  if (std::getenv("COPIES_AT_ONCE")) {
+    if (inside) std::memcpy(to, from, 16);
+    else std::memset(to, 0, 16);
+    own.back().pop_back();
+  }
 }
 inline void end_of_stage() {
   if (copies[threadIdx.x].empty()) copies[threadIdx.x].emplace_back();
@@ -256,3 +262,45 @@ template <bool TURNED> void load_matrices(const void* row, uint2& first, uint2& 
   first = {w[0], w[1]}, second = {w[2], w[3]};
 }
 inline void touch(const int*) {}
+
+// ---- for gpu_experts_hopper.cu -----------------------------------------------------------------------------------------
+
+// wgmma with operands in shared memory, whose addresses have their bits 4 to 6 changed by bits 7 to 9. Its products happen when
+// they are waited for, as late as they may on a GPU.
+struct Operand {
+  Shared at;
+  int leading, stride;
+  float number(int side, int k, bool by_k) const {
+    Shared x = by_k ? at + side / 64 * leading + side % 64 * 2 + k / 8 * stride + k % 8 * 128
+                    : at + side / 8 * stride + side % 8 * 128 + k * 2;
+    return ::number(*(const bfloat16*)((size_t)x ^ ((size_t)x >> 7 & 7) << 4));
+  }
+};
+inline Operand operand(Shared at, int leading, int stride) { return {at, leading, stride}; }
+struct Products {
+  float (*c)[4];
+  Operand a, b;
+  bool a_by_k, b_by_k;
+};
+inline thread_local std::vector<std::vector<Products>> groups[MOST_THREADS];  // of each thread
+inline thread_local std::vector<Products> open_group[MOST_THREADS];
+#define GROUP_MULTIPLY(type) open_group[threadIdx.x].push_back({c, a, b, A_BY_K, B_BY_K})
+inline void group_begins() {}
+inline void group_ends() {
+  groups[threadIdx.x].push_back(open_group[threadIdx.x]);
+  open_group[threadIdx.x].clear();
+}
+template <int MORE> void wait_for_groups() {
+  auto& own = groups[threadIdx.x];
+  int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16 + lane / 4;
+  while ((int)own.size() > MORE) {
+    for (auto& [c, a, b, a_by_k, b_by_k] : own.front())
+      for (int half = 0; half < 2; half++)
+        for (int k = 0; k < 16; k++) {
+          float x = a.number(first + 8 * half, k, a_by_k);
+          for (int j = 0; j < 64; j++) c[j / 2][2 * half + j % 2] += x * b.number(j / 2 * 8 + lane % 4 * 2 + j % 2, k, b_by_k);
+        }
+    own.erase(own.begin());
+  }
+}
+inline void publish() {}

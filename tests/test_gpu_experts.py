@@ -75,15 +75,19 @@ def exact(name, x, gates, up, down, chosen, dy):
     return y, dx, dgates, dup, ddown
 
 
-CASES = [("relu2", 5, 2, 150, 64, 320, 232_448), ("gelu", 2, 1, 40, 64, 64, 101_376),
-         ("gelu_tanh", 4, 3, 50, 128, 64, 101_376), ("swiglu", 3, 2, 60, 128, 64, 232_448)]
+CASES = [("relu2", 5, 2, 150, 64, 320, 8), ("gelu", 2, 1, 40, 64, 64, 8), ("gelu_tanh", 4, 3, 50, 128, 64, 8),
+         ("swiglu", 3, 2, 60, 128, 64, 8), ("relu2", 5, 2, 150, 192, 320, 9), ("swiglu", 3, 2, 60, 128, 192, 9)]
 
 
 @compiles
-@pytest.mark.parametrize("mlp, E, K, N, C, HID, room", CASES, ids=str)
-def test_against_float64(mlp, E, K, N, C, HID, room, monkeypatch):
-    """Values and gradients; experts with few rows, with many, and with none; tiles of both sizes."""
-    monkeypatch.setattr(gpu_kernels, "device", lambda: (3, room, 8))
+@pytest.mark.parametrize("mlp, E, K, N, C, HID, generation", CASES, ids=str)
+def test_against_float64(mlp, E, K, N, C, HID, generation, monkeypatch):
+    """Values and gradients; experts with few rows, with many, and with none; tiles of both sizes; by warps, and by the
+    larger instructions of generation 9 (Hopper)."""
+    room = 101_376 if mlp.startswith("gelu") else 232_448
+    if mlp == "swiglu":
+        monkeypatch.setenv("COPIES_AT_ONCE", "1")
+    monkeypatch.setattr(gpu_kernels, "device", lambda: (3, room, generation))
     rng = np.random.default_rng(0)
     F = 2 * HID if mlp in gpu_experts.GATED else HID
     x, gates, up, down, dy = (mx.array(rng.standard_normal(shape) * scale).astype(mx.bfloat16) for shape, scale in (
