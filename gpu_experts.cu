@@ -35,6 +35,7 @@ __device__ __forceinline__ void load_matrices(Shared row, uint2& first, uint2& s
 __device__ __forceinline__ void touch(const int* x) {
   int unused;
   asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(unused) : "l"(x));
+  (void)unused;
 }
 #endif
 

@@ -164,7 +164,8 @@ def is_right(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int) -> boo
                   for a, b in zip(found, right, strict=True)]
     except (OSError, RuntimeError) as error:  # it does not compile, or this GPU cannot run it
         errors = [math.inf]
-        print(f"gpu_experts.py: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        lines = str(error).splitlines() or [""]
+        print(f"gpu_experts.py: {next((x for x in lines if 'error' in x), lines[0])[:200]}", file=sys.stderr)
     if not max(errors) < 0.02:
         print("gpu_experts.py does not work on this GPU: model.py computes the experts, more slowly", file=sys.stderr)
     return max(errors) < 0.02
