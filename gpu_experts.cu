@@ -390,6 +390,79 @@ struct Weights {
   __device__ __forceinline__ void found_row(const Tile&, int, int, float) const {}
 };
 
+// ---- the router: p = softmax(logits); the K experts of largest p + balance, with gates p, over their sum where K > 1 ----------
+
+// p (E,) of a token; returns the logarithm of the sum of exponentials
+__device__ __forceinline__ float softmax(const T* logits, float (&p)[E]) {
+  float top = -INFINITY, sum = 0;
+#pragma unroll
+  for (int e = 0; e < E; e++) p[e] = number(logits[e]), top = fmaxf(top, p[e]);
+#pragma unroll
+  for (int e = 0; e < E; e++) p[e] = __expf(p[e] - top), sum += p[e];
+#pragma unroll
+  for (int e = 0; e < E; e++) p[e] /= sum;
+  return top + logf(sum);
+}
+
+// logits (N, E) -> gates and chosen (N, K), counts (thread blocks, E) of the chosen experts
+template <int>
+__device__ void route(const T* logits, const float* balance, int n, T* gates, unsigned* chosen, float* counts) {
+  __shared__ unsigned all[E];
+  int token = blockIdx.x * SUMMED + threadIdx.x;
+  if (threadIdx.x < E) all[threadIdx.x] = 0;
+  __syncthreads();
+  if (token < n) {
+    float p[E], found[K], sum = 0;
+    unsigned taken = 0;
+    softmax(logits + (size_t)token * E, p);
+    for (int k = 0; k < K; k++) {
+      int best = -1;
+      float most = 0, own = 0;
+#pragma unroll
+      for (int e = 0; e < E; e++)
+        if (float score = p[e] + balance[e]; !(taken >> e & 1) && (best < 0 || score > most)) best = e, most = score, own = p[e];
+      taken |= 1u << best;
+      chosen[(size_t)token * K + k] = best;
+      atomicAdd(&all[best], 1);
+      found[k] = own, sum += own;
+    }
+    for (int k = 0; k < K; k++) gates[(size_t)token * K + k] = T(K > 1 ? found[k] / sum : found[k]);
+  }
+  __syncthreads();
+  if (threadIdx.x < E) counts[blockIdx.x * E + threadIdx.x] = all[threadIdx.x];
+}
+
+// The gradient of the logits (N, E) by those of the gates; and, with the model's loss, of SWITCH times the sum over experts of
+// their share of the pairs times their mean p, and of Z_LOSS times the mean square of the logarithm that softmax() returns
+template <int>
+__device__ void route_backward(const T* logits, const unsigned* chosen, const float* count, const T* dgates, int n, T* dlogits) {
+  int token = blockIdx.x * SUMMED + threadIdx.x;
+  if (token >= n) return;
+  float p[E], dp[E], top = softmax(logits + (size_t)token * E, p), sum = 0, mean = 0;
+  unsigned taken = 0;
+  for (int k = 0; k < K; k++) taken |= 1u << chosen[(size_t)token * K + k];
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    dp[e] = 0;
+    if (taken >> e & 1) sum += p[e];
+  }
+  for (int k = 0; k < K; k++) {
+    int own = chosen[(size_t)token * K + k];
+#pragma unroll
+    for (int e = 0; e < E; e++)
+      if (e == own) dp[e] = number(dgates[(size_t)token * K + k]), mean += dp[e] * p[e] / sum;
+  }
+  float all = 0;
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    if (K > 1 && taken >> e & 1) dp[e] = (dp[e] - mean) / sum;
+    dp[e] += SWITCH * count[e] / K / n / n;
+    all += dp[e] * p[e];
+  }
+#pragma unroll
+  for (int e = 0; e < E; e++) dlogits[(size_t)token * E + e] = T(p[e] * (dp[e] - all + 2 * Z_LOSS * top / n));
+}
+
 // ---- tokens and rows ---------------------------------------------------------------------------------------------------
 
 // chosen (n,), the expert of each pair -> pair, row, begin: pairs of an expert keep their order. A thread block sorts 1,024

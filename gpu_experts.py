@@ -23,6 +23,10 @@ TILES = (128, 256, 64), (128, 128, 64)  # rows and columns of a tile, and the st
 TRIED = 2048     # tokens with which the kernels are tried
 LARGEST = 2**27  # weights of a kind with which they are; a trial with more would take gigabytes
 SOURCES = {  # of each kernel: inputs, outputs, and the call
+    "route": ("logits balance size", "gates chosen counts",
+              "route<0>(logits, balance, size[0], gates, chosen, counts);"),
+    "route_backward": ("logits chosen count dgates size", "dlogits",
+                       "route_backward<0>(logits, chosen, count, dgates, size[0], dlogits);"),
     "sort": ("chosen size", "pair row begin", "sort<0>(chosen, size[0], pair, row, begin);"),
     "up": ("x weight pair begin", "h hidden", "products<false, false>(Up{{x, weight, pair, begin}, h, hidden});"),
     "down": ("x weight begin", "y", "products<false, false>(Plain<HID, false>{{x, weight, nullptr, begin}, y});"),
@@ -36,7 +40,7 @@ SOURCES = {  # of each kernel: inputs, outputs, and the call
     "sum_backward": ("rows row begin", "dx", "sum_of_rows<0>(rows, row, nullptr, begin, dx);"),
     "gates": ("parts row begin", "dgates", "sum_of_parts<0>(parts, row, begin, dgates);"),
 }
-THREADS = {"sort": 1024, "sum": 256, "sum_backward": 256, "gates": 256}  # of a thread block; of products: 32 a warp
+THREADS = {"sort": 1024} | dict.fromkeys(("sum", "sum_backward", "gates", "route", "route_backward"), 256)
 
 
 def on_gpu() -> bool:
@@ -55,7 +59,8 @@ def on_hopper() -> bool:
 
 
 @lru_cache(maxsize=64)
-def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int):
+def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int, switch: float = 0.0,
+           z_loss: float = 0.0):
     """A function (inputs, thread blocks or 0, output shapes, output dtypes) -> outputs. 0: as many blocks as there are
     multiprocessors, which take tile after tile."""
     inputs, outputs, call = SOURCES[name]
@@ -63,8 +68,8 @@ def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: in
     BM, BN, BK = next(filter(fits, TILES))
     stages = min(4, (room - 1024) // ((BM + BN) * BK * 2))
     constants = dict(T=dtype, E=E, K=K, C=C, HID=HID, GATED=mlp in GATED, ACTIVATION=ACTIVATIONS[mlp],
-                     HALF=dtype == mx.float16, BM=BM, BN=BN, BK=BK, STAGES=stages)
-    threads = THREADS.get(name, BM // 64 * (BN // 64) * 32)
+                     HALF=dtype == mx.float16, BM=BM, BN=BN, BK=BK, STAGES=stages, SWITCH=switch, Z_LOSS=z_loss)
+    threads = THREADS.get(name, BM // 64 * (BN // 64) * 32)  # of a thread block
     shared = 0 if name in THREADS else stages * (BM + BN) * BK * 2 + 1024
     files, macros = ["gpu_experts.cu"], ""
     if on_hopper():
@@ -130,6 +135,43 @@ def functions(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int):
     return sort, mixture
 
 
+def known(moe: nn.Module, dtype: mx.Dtype) -> bool:
+    """Whether the kernels can compute a model.MoE for tokens of a dtype, and have been tried."""
+    import model as plain  # not above: it imports this file
+    config, layers = moe.config, [moe[name] for name in ("up", "down", "gate") if name in moe]
+    C, HID, E = config.n_embd, config.ffn_dim, config.n_expert
+    return (on_gpu() and dtype in (mx.bfloat16, mx.float16) and config.mlp in ACTIVATIONS and C % 64 == HID % 64 == 0
+            and E <= 32 and all(type(layer) is plain.Experts and "bias" not in layer for layer in layers)
+            and usable() and is_right(dtype, config.mlp, E, config.expert_top_k, C, HID))
+
+
+def routed(moe: nn.Module, logits: mx.array) -> tuple[mx.array, mx.array, mx.array] | None:
+    """The choice of a model.MoE in training, with the losses that keep the experts even: the router's logits (N, E) ->
+    gates and chosen (N, K), and how many pairs each expert has (E,). None where model.py must compute it."""
+    import model as plain  # not above: it imports this file
+    config, (N, E), K = moe.config, logits.shape, moe.config.expert_top_k
+    if not moe.training or not known(moe, logits.dtype):
+        return None
+    switch = plain.SWITCH_LOSS * E if config.expert_balance == "loss" else 0.0
+    blocks, balance = math.ceil(N / 256), moe.balance if "balance" in moe else mx.zeros(E)
+    size = mx.array([N] * 4, mx.int32)
+
+    def run(name, *arguments):
+        return kernel(name, logits.dtype, "relu2", E, K, 64, 64, switch, plain.Z_LOSS)(*arguments)
+
+    @mx.custom_function
+    def forward(logits):
+        gates, chosen, counts = run("route", [logits, balance, size], blocks, [(N, K), (N, K), (blocks, E)],
+                                    [logits.dtype, mx.uint32, mx.float32])
+        return gates, chosen, counts.sum(0)
+
+    @forward.vjp
+    def backward(logits, cotangents, outputs):
+        return run("route_backward", [logits, *outputs[1:], cotangents[0], size], blocks, [(N, E)], [logits.dtype])[0]
+
+    return forward(logits)
+
+
 def by_matmuls(mlp: str, x: mx.array, gates: mx.array, up: mx.array, down: mx.array, chosen: mx.array) -> mx.array:
     """What mixture() of functions() computes, by all experts for all tokens."""
     import model as plain  # not above: it imports this file
@@ -174,17 +216,10 @@ def is_right(dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: int) -> boo
 def mixture(moe: nn.Module, x: mx.array, gates: mx.array, chosen: mx.array) -> mx.array | None:
     """What the experts of a model.MoE add for tokens x (N, C), the sums over chosen (N, K) of gates (N, K) times their
     outputs: (N, C). None where model.py must compute it."""
-    import model as plain  # not above: it imports this file
-    config, C, K = moe.config, x.shape[1], chosen.shape[1]
+    if not known(moe, x.dtype):
+        return None
+    config, C, K, up, down = moe.config, x.shape[1], chosen.shape[1], moe.up.weight, moe.down.weight
     E, HID = config.n_expert, config.ffn_dim
-    layers = [moe[name] for name in ("up", "down", "gate") if name in moe]
-    known = (on_gpu() and x.dtype in (mx.bfloat16, mx.float16) and config.mlp in ACTIVATIONS and C % 64 == HID % 64 == 0
-             and E <= 32 and all(type(layer) is plain.Experts and "bias" not in layer for layer in layers))
-    if not known or not usable():
-        return None
-    if not is_right(x.dtype, config.mlp, E, K, C, HID):
-        return None
-    up, down = moe.up.weight, moe.down.weight
     if config.mlp in GATED:
         up = mx.stack([moe.gate.weight, up], axis=2).reshape(E, 2 * HID, C)
     sort, of_rows = functions(x.dtype, config.mlp, E, K, C, HID)

@@ -67,7 +67,7 @@ def definitions(**constants: int | float | bool | tuple | mx.Dtype) -> str:
 def compiled(source: str) -> bytes:
     """Machine code for this GPU. It is kept, and found again. OSError tells why there is none."""
     architecture, version = mx.device_info(mx.gpu)["architecture"], (ctypes.c_int(), ctypes.c_int())
-    architecture += "a" * (int(architecture.removeprefix("sm_")) >= 90)  # with the instructions of this generation alone
+    architecture += "a" * (int(architecture.removeprefix("sm_")) >= 90)  # with what this generation alone has
     library().nvrtcVersion(*map(ctypes.byref, version))
     facts = f"{architecture} {version[0].value}.{version[1].value}\n{source}"
     path = os.path.join(blas.cache_folder(), f"cuda-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.cubin")

@@ -112,6 +112,58 @@ def test_against_float64(mlp, E, K, N, C, HID, generation, monkeypatch):
         assert np.linalg.norm(found - right) < 0.006 * np.linalg.norm(right)
 
 
+@compiles
+@pytest.mark.parametrize("E, K, balance", [(8, 2, "loss"), (5, 1, "bias"), (32, 4, "none")], ids=str)
+def test_router(E, K, balance, monkeypatch):
+    """The choice, the gates and the counts; and the gradient of the logits, which has that of both losses."""
+    monkeypatch.setattr(gpu_experts, "is_right", lambda *_: True)
+    rng, N = np.random.default_rng(1), 300
+    moe = core.MoE(GPTConfig(n_embd=64, n_expert=E, expert_top_k=K, expert_balance=balance, ffn_dim=64), 0).train()
+    bias = rng.normal(0, 0.2, E) if balance == "bias" else np.zeros(E)
+    if balance == "bias":
+        moe.balance = mx.array(bias.astype(np.float32))
+    logits = mx.array(2 * rng.standard_normal((N, E))).astype(mx.bfloat16)
+    dgates = rng.standard_normal((N, K)).astype(np.float32)
+    gates, chosen, count = gpu_experts.routed(moe, logits)
+    chosen = np.array(chosen)
+    x = np.array(logits.astype(mx.float32)).astype(np.float64)
+
+    def softmax(x):
+        p = np.exp(x - x.max(1, keepdims=True))
+        return p / p.sum(1, keepdims=True)
+
+    def gates_of(x):
+        found = np.take_along_axis(softmax(x), chosen, 1)
+        return found / found.sum(1, keepdims=True) if K > 1 else found
+
+    assert all(len({*row}) == K for row in chosen)
+    scores = softmax(x) + bias  # of the experts that are not chosen, none is larger; some are equal
+    assert np.abs(np.sort(np.take_along_axis(scores, chosen, 1)) - np.sort(scores)[:, -K:]).max() < 1e-6
+    assert np.array_equal(np.array(count), np.bincount(chosen.reshape(-1), minlength=E))
+    assert np.abs(np.array(gates.astype(mx.float32)) - gates_of(x)).max() < 0.004
+    share = np.bincount(chosen.reshape(-1), minlength=E) / chosen.size
+
+    def loss(x):
+        p, sums = softmax(x), np.log(np.exp(x).sum(1))
+        switch = core.SWITCH_LOSS * E * (share * p.mean(0)).sum() if balance == "loss" else 0
+        return (gates_of(x) * dgates).sum() + core.Z_LOSS * (sums**2).mean() + switch
+
+    found = np.array(mx.grad(lambda x: (gpu_experts.routed(moe, x)[0].astype(mx.float32) * mx.array(dgates)).sum())(
+        logits).astype(mx.float32))
+    for token, e in zip(rng.integers(0, N, 40), rng.integers(0, E, 40), strict=True):
+        step = np.zeros_like(x)
+        step[token, e] = 1e-5
+        slope = (loss(x + step) - loss(x - step)) / 2e-5
+        assert abs(found[token, e] - slope) < 0.01 * max(abs(slope), 0.3)
+    zero = mx.grad(lambda x: 0 * gpu_experts.routed(moe, x)[0].astype(mx.float32).sum())(logits)
+    zero, dgates = np.array(zero.astype(mx.float32)), 0 * dgates  # the losses alone, whose gradients are small
+    for token, e in zip(rng.integers(0, N, 20), rng.integers(0, E, 20), strict=True):
+        step = np.zeros_like(x)
+        step[token, e] = 1e-3
+        slope = (loss(x + step) - loss(x - step)) / 2e-3
+        assert abs(zero[token, e] - slope) < 0.01 * np.abs(zero).max()
+
+
 # ---- in a model ------------------------------------------------------------------------------------------------------
 
 SMALL = dict(n_layer=1, n_embd=64, n_head=1, vocab_size=96, block_size=48, ffn_dim=64, n_expert=4)

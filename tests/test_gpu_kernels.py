@@ -123,13 +123,16 @@ def test_train(reports, settings, dtype):
 
 
 @pytest.mark.parametrize("mlp, dtype", [("relu2", mx.bfloat16), ("swiglu", mx.float16)])
-def test_experts(reports, mlp, dtype):
+def test_experts(reports, monkeypatch, mlp, dtype):
     rows = 2 * 256 if mlp == "swiglu" else 256
     sort, mixture = gpu_experts.functions(dtype, mlp, 4, 2, 128, 256)
     places = sort(mx.zeros((64, 2), mx.int32))
     given = [mx.zeros((64, 128), dtype), mx.zeros((64, 2), dtype), mx.zeros((4, rows, 128)), mx.zeros((4, 128, 256))]
     mx.grad(lambda *x: mixture(*x, *places)[0].sum(), (0, 1, 2, 3))(*given)
-    check(reports, 9)
+    monkeypatch.setattr(gpu_experts, "is_right", lambda *_: True)
+    moe = core.MoE(GPTConfig(n_embd=128, n_head=2, n_expert=4, mlp=mlp, ffn_dim=256), 0).train()
+    mx.grad(lambda logits: gpu_experts.routed(moe, logits)[0].sum())(mx.zeros((300, 4), dtype))
+    check(reports, 11)
 
 
 def test_kept(monkeypatch, tmp_path):
