@@ -26,7 +26,8 @@ FOLDER = Path(KEPT.name)
 
 def library_of(code: str) -> ctypes.CDLL:
     """C++ source text that includes cuda_on_cpu.h, compiled and loaded, once for all tests of a process."""
-    options = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-pthread"]
+    # Without -fno-gnu-unique, variables of templates would be shared by libraries in which they have other sizes.
+    options = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-pthread", "-fno-gnu-unique"]
     header = FOLDER / "cuda_on_cpu.h"
     if not header.exists():  # compiled once for all kernels, which halves their time
         shutil.copy(ROOT / "tests" / header.name, header)
