@@ -207,12 +207,15 @@ __device__ __forceinline__ void products(const Problem& problem) {
     for (int i = 0; i < 8; i++) {
       int row = side_a + i * 8 + lane / 4;  // of the tile
       float of_row = 0;
+      typename Problem::Before before[2];
+#pragma unroll
+      for (int j = 0; j < 2; j++) before[j] = problem.before(tile, row, tile.n + side_b + 32 * j + lane % 4 * 8);
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         float x[8];
         turn(sums[i / 2] + 4 * j, i % 2, x);
         int column = tile.n + side_b + 32 * j + lane % 4 * 8;
-        if (row < tile.rows && column < problem.columns(tile)) of_row += problem.found(tile, row, column, x);
+        if (row < tile.rows && column < problem.columns(tile)) of_row += problem.found(tile, row, column, x, before[j]);
       }
       if constexpr (Problem::SUMS_OF_ROWS) {
         of_row += __shfl_xor_sync(~0u, of_row, 1);
@@ -226,6 +229,8 @@ __device__ __forceinline__ void products(const Problem& problem) {
 #endif
 
 // ---- rows times the matrices of their experts -----------------------------------------------------------------------
+
+struct Nothing {};
 
 // x (n, DEPTH), or tokens (N, DEPTH) where GATHER, times weights (E, COLUMNS, DEPTH), or (E, DEPTH, COLUMNS) where BY_K
 template <int COLUMNS, int DEPTH, bool GATHER, bool BY_K>
@@ -257,6 +262,8 @@ struct Rows {
                           : ((size_t)tile.expert * COLUMNS + column) * DEPTH + k);
   }
   __device__ __forceinline__ void ahead(const Tile&, int) const {}
+  using Before = Nothing;  // what found() needs from device memory, which is asked for early
+  __device__ __forceinline__ Before before(const Tile&, int, int) const { return {}; }
   __device__ __forceinline__ int columns(const Tile&) const { return COLUMNS; }
   __device__ __forceinline__ void found_row(const Tile&, int, int, float) const {}
 };
@@ -282,7 +289,7 @@ __device__ __forceinline__ float activation(float x, float& slope) {
 // x (N, C) -> h (n, F) before the activation, and hidden (n, HID) after it
 struct Up : Rows<F, C, true, false> {
   T *h, *hidden;
-  __device__ __forceinline__ float found(const Tile& tile, int row, int column, const float (&x)[8]) const {
+  __device__ __forceinline__ float found(const Tile& tile, int row, int column, const float (&x)[8], Nothing) const {
     size_t at = (size_t)(tile.first + row) * F + column;
     float y[8], slope;
 #pragma unroll
@@ -304,7 +311,7 @@ struct Up : Rows<F, C, true, false> {
 template <int DEPTH, bool BY_K>
 struct Plain : Rows<C, DEPTH, false, BY_K> {
   T* y;
-  __device__ __forceinline__ float found(const Tile& tile, int row, int column, const float (&x)[8]) const {
+  __device__ __forceinline__ float found(const Tile& tile, int row, int column, const float (&x)[8], Nothing) const {
     store<8>(y + (size_t)(tile.first + row) * C + column, x);
     return 0;
   }
@@ -317,25 +324,35 @@ struct DownBackward : Rows<HID, C, true, true> {
   const T *h, *gates;
   T *dh, *weighed;
   float* parts;
-  __device__ __forceinline__ float found(const Tile& tile, int row, int column, const float (&x)[8]) const {
-    constexpr int WIDE = GATED ? 16 : 8;
-    int r = tile.first + row;
-    float gate = number(gates[this->pair[r]]), sum = 0, d[WIDE], w[8];
-    const T* from = h + (size_t)r * F + WIDE / 8 * column;
-    T* to = dh + (size_t)r * F + WIDE / 8 * column;
-    Several<T, 8> before[WIDE / 8];
+  static constexpr int WIDE = GATED ? 16 : 8;
+  struct Before {
+    Several<T, 8> h[WIDE / 8];
+    float gate;
+  };
+  __device__ __forceinline__ Before before(const Tile& tile, int row, int column) const {
+    Before found = {};
+    if (row >= tile.rows || column >= HID) return found;
+    const Several<T, 8>* from = (const Several<T, 8>*)(h + (size_t)(tile.first + row) * F + WIDE / 8 * column);
 #pragma unroll
-    for (int i = 0; i < WIDE / 8; i++) before[i] = ((const Several<T, 8>*)from)[i];
+    for (int i = 0; i < WIDE / 8; i++) found.h[i] = from[i];
+    found.gate = number(gates[this->pair[tile.first + row]]);
+    return found;
+  }
+  __device__ __forceinline__ float found(const Tile& tile, int row, int column, const float (&x)[8],
+                                         const Before& before) const {
+    int r = tile.first + row;
+    float gate = before.gate, sum = 0, d[WIDE], w[8];
+    T* to = dh + (size_t)r * F + WIDE / 8 * column;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       float slope, value, dx = gate * x[i];
       if constexpr (GATED) {
-        float y = number(before[i / 4].x[2 * i % 8 + 1]);
-        value = activation(number(before[i / 4].x[2 * i % 8]), slope);
+        float y = number(before.h[i / 4].x[2 * i % 8 + 1]);
+        value = activation(number(before.h[i / 4].x[2 * i % 8]), slope);
         d[2 * i] = dx * y * slope, d[2 * i + 1] = dx * value;
         value *= y;
       } else {
-        value = activation(number(before[0].x[i]), slope);
+        value = activation(number(before.h[0].x[i]), slope);
         d[i] = dx * slope;
       }
       sum += x[i] * value;
@@ -379,8 +396,10 @@ struct Weights {
   __device__ __forceinline__ void ahead(const Tile& tile, int k) const {
     if (threadIdx.x < BK && k + threadIdx.x < tile.depth) touch(pair + tile.first + k + threadIdx.x);
   }
+  using Before = Nothing;
+  __device__ __forceinline__ Before before(const Tile&, int, int) const { return {}; }
   __device__ __forceinline__ int columns(const Tile& tile) const { return tile.which ? C : HID; }
-  __device__ __forceinline__ float found(const Tile& tile, int row, int column, const float (&x)[8]) const {
+  __device__ __forceinline__ float found(const Tile& tile, int row, int column, const float (&x)[8], Nothing) const {
     int M = tile.which ? F : C, N = columns(tile);
     float* to = (tile.which ? up : down) + ((size_t)tile.expert * M + tile.m + row) * N + column;
     store<4>(to, x);

@@ -70,6 +70,9 @@ __device__ __forceinline__ void products(const Problem& problem) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int row = warp * 16 + half * 8 + lane / 4;  // of the tile
+      typename Problem::Before before[BN / 32];
+#pragma unroll
+      for (int j = 0; j < BN / 32; j++) before[j] = problem.before(tile, row, tile.n + 32 * j + lane % 4 * 8);
 #pragma unroll
       for (int part = 0; part < BN / 64; part++) {
         float of_row = 0;
@@ -78,7 +81,8 @@ __device__ __forceinline__ void products(const Problem& problem) {
           float x[8];
           turn(sums + 8 * part + 4 * j, half, x);
           int column = tile.n + 64 * part + 32 * j + lane % 4 * 8;
-          if (row < tile.rows && column < problem.columns(tile)) of_row += problem.found(tile, row, column, x);
+          if (row < tile.rows && column < problem.columns(tile))
+            of_row += problem.found(tile, row, column, x, before[2 * part + j]);
         }
         if constexpr (Problem::SUMS_OF_ROWS) {
           of_row += __shfl_xor_sync(~0u, of_row, 1);

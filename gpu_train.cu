@@ -326,7 +326,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) qkv_backward(const T* __re
 }
 #endif
 
-// ---- differential attention: y = norm(first - lambda second) weight, of pairs of heads with W numbers each -------------
+// ---- differential attention: y = norm(first - lambda second) weight (1 - lambda_0), of pairs of heads with W numbers each,
+// lambda = exp(q1 k1) - exp(q2 k2) + lambda_0 ------------------------------------------------------------------------------
 
 #ifdef PAIRS
 constexpr int LANES = W / 8, AT_ONCE = THREADS / LANES;  // that hold a pair; pairs of a thread block at a time
@@ -346,30 +347,43 @@ __device__ float difference(float (&x)[8], float (&second)[8], const T* heads, f
 }
 #endif
 #ifdef PAIRS_FORWARD
-extern "C" __global__ void __launch_bounds__(THREADS) pairs_forward(const T* heads, const float* lambda, const float* weight, T* y, int pairs) {
+// lambdas (3,): lambda and both exponentials
+extern "C" __global__ void __launch_bounds__(THREADS) pairs_forward(const T* heads, const float* q1, const float* k1, const float* q2, const float* k2, const float* weight, T* y, float* lambdas, int pairs, float lambda_0) {
+  __shared__ float powers[2];
+  int warp = threadIdx.x / 32;
+  if (warp < 2) {
+    float sum = 0;
+    for (int i = threadIdx.x % 32; i < W / 2; i += 32) sum += warp ? q2[i] * k2[i] : q1[i] * k1[i];
+    for (int far = 16; far; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
+    powers[warp] = __expf(sum);
+  }
+  __syncthreads();
+  float lambda = powers[0] - powers[1] + lambda_0;
+  if (blockIdx.x == 0 && threadIdx.x < 3) lambdas[threadIdx.x] = threadIdx.x ? powers[threadIdx.x - 1] : lambda;
   int pair = blockIdx.x * AT_ONCE + threadIdx.x / LANES, first = threadIdx.x % LANES * 8;
-  float x[8] = {}, second[8] = {}, scale = difference(x, second, heads, *lambda, pair, pairs);
+  float x[8] = {}, second[8] = {}, scale = difference(x, second, heads, lambda, pair, pairs) * (1 - lambda_0);
   for (int i = 0; i < 8; i++) x[i] *= scale * weight[first + i];
   if (pair < pairs) store(y + (size_t)pair * W + first, x);
 }
 #endif
 #ifdef PAIRS_BACKWARD
 // sums (thread blocks, W + 1): of the gradients of the weight and of lambda
-extern "C" __global__ void __launch_bounds__(THREADS) pairs_backward(const T* heads, const T* dy, const float* lambda, const float* weight, T* dheads, float* sums, int pairs) {
+extern "C" __global__ void __launch_bounds__(THREADS) pairs_backward(const T* heads, const T* dy, const float* lambdas, const float* weight, T* dheads, float* sums, int pairs, float lambda_0) {
   __shared__ float all[THREADS][9];
   int first = threadIdx.x % LANES * 8;
-  float dweight[8] = {}, dlambda = 0;
+  float dweight[8] = {}, dlambda = 0, lambda = lambdas[0];
   for (int base = blockIdx.x * AT_ONCE; base < pairs; base += gridDim.x * AT_ONCE) {
     int pair = base + threadIdx.x / LANES;
     float x[8] = {}, second[8] = {}, g[8] = {}, product = 0;
-    float scale = difference(x, second, heads, *lambda, pair, pairs);
+    float scale = difference(x, second, heads, lambda, pair, pairs);
     if (pair < pairs) numbers(g, eight(dy + (size_t)pair * W + first));
+    for (int i = 0; i < 8; i++) g[i] *= 1 - lambda_0;
     for (int i = 0; i < 8; i++) dweight[i] += g[i] * x[i] * scale, g[i] *= weight[first + i], product += g[i] * x[i];
     float mean = sum_over_pair(product) * scale * scale / W;
     for (int i = 0; i < 8; i++) {
       g[i] = scale * (g[i] - x[i] * mean);
       dlambda -= g[i] * second[i];
-      second[i] = -*lambda * g[i];
+      second[i] = -lambda * g[i];
     }
     T* to = dheads + (size_t)pair * 2 * W + first;
     if (pair < pairs) store(to, g), store(to + W, second);
@@ -515,7 +529,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const float* x
   __shared__ float all[WARPS][32];
   int col = blockIdx.x * 32 + threadIdx.x % 32;
   float sum = 0;
-#pragma unroll 4
+#pragma unroll 16
   for (int row = threadIdx.x / 32; row < rows; row += WARPS) sum += col < columns ? x[(size_t)row * columns + col] : 0;
   all[threadIdx.x / 32][threadIdx.x % 32] = sum;
   __syncthreads();

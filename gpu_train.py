@@ -389,31 +389,34 @@ def mlp(block: nn.Module, weights: dict, x: mx.array, y: mx.array) -> mx.array:
     return forward(x, y, parameters)[0]
 
 
-def difference(y: mx.array, lam: mx.array, weight: mx.array, eps: float) -> mx.array | None:
-    """Differential attention's RMSNorm of first - lam second times weight (W,), for pairs of heads y (B, 2 P, T, W) ->
-    (B, P, T, W). None where model.py must compute it."""
+def difference(attn: nn.Module, y: mx.array) -> mx.array | None:
+    """What a model.DiffAttention makes of pairs of heads y (B, 2 P, T, W): (B, P, T, W). None where model.py must
+    compute it."""
+    import model as plain
     B, P, T, W = y.shape[0], y.shape[1] // 2, y.shape[2], y.shape[3]
-    if W not in (32, 64, 128, 256) or not usable(y):
+    if not attn.training or W not in (32, 64, 128, 256) or not usable(y):
         return None
-    sizes, pairs, dtype = dict(W=W, EPS=float(eps)), B * T * P, y.dtype
+    sizes, dtype, scalars = dict(W=W, EPS=float(attn.head_norm.eps)), y.dtype, [B * T * P, float(attn.lambda_0)]
+    blocks = -(-B * T * P * W // 2048)
 
     @mx.custom_function
-    def forward(heads, lam, weight):
-        blocks = -(-pairs * W // 2048)
-        return run("pairs_forward", dtype, sizes, [heads, lam, weight], [((B, T, P, W), dtype)], [pairs], blocks,
-                   part="pairs")[0]
+    def forward(heads, *vectors):
+        return run("pairs_forward", dtype, sizes, [heads, *vectors], [((B, T, P, W), dtype), ((3,), mx.float32)],
+                   scalars, blocks, part="pairs")
 
     @forward.vjp
-    def backward(primals, cotangent, _):
-        heads, lam, weight = primals
-        blocks = min(4 * BLOCKS, -(-pairs * W // 2048))
-        dheads, sums = run("pairs_backward", dtype, sizes, [heads, cotangent, lam, weight],
-                           [(heads.shape, dtype), ((blocks, W + 1), mx.float32)], [pairs], blocks, part="pairs")
+    def backward(primals, cotangents, outputs):
+        (heads, *vectors, weight), (_, lambdas) = primals, outputs
+        some = min(4 * BLOCKS, blocks)
+        dheads, sums = run("pairs_backward", dtype, sizes, [heads, cotangents[0], lambdas, weight],
+                           [(heads.shape, dtype), ((some, W + 1), mx.float32)], scalars, some, part="pairs")
         sums = column_sums(sums)
-        return dheads, sums[W:], sums[:W]
+        dq1, dk1, dq2, dk2 = (sums[W] * lambdas[1 + i // 2] * (1 - 2 * (i // 2)) * vectors[i ^ 1] for i in range(4))
+        return dheads, dq1, dk1, dq2, dk2, sums[:W]
 
-    lam, weight = (x.reshape(-1).astype(mx.float32) for x in (lam, weight))
-    return forward(y.swapaxes(1, 2), lam, weight).swapaxes(1, 2)  # each head's rows lie as attention writes them
+    vectors = [attn[name].astype(mx.float32) for name in plain.DIFF_LAMBDAS]
+    rows = y.swapaxes(1, 2)  # each position's heads lie as attention writes them
+    return forward(rows, *vectors, attn.head_norm.weight.astype(mx.float32))[0].swapaxes(1, 2)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

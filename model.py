@@ -781,13 +781,13 @@ class DiffAttention(Attention):
         y = super().attended(*arguments)
         if self.config.diff_attn_version == 2:
             return y
-        q1, k1, q2, k2 = (self[name].astype(mx.float32) for name in DIFF_LAMBDAS)
-        lam = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self.lambda_0
-        weight, eps = self.head_norm.weight * (1 - self.lambda_0), self.head_norm.eps
-        if gpu_train and self.training and (found := gpu_train.difference(y, lam, weight, eps)) is not None:
+        if gpu_train and (found := gpu_train.difference(self, y)) is not None:
             return found
         first, second = halves(y)
-        return mx.fast.rms_norm(first - lam.astype(y.dtype) * second, weight.astype(y.dtype), eps)
+        q1, k1, q2, k2 = (self[name].astype(mx.float32) for name in DIFF_LAMBDAS)
+        lam = mx.exp((q1 * k1).sum()) - mx.exp((q2 * k2).sum()) + self.lambda_0
+        weight = (self.head_norm.weight * (1 - self.lambda_0)).astype(first.dtype)
+        return mx.fast.rms_norm(first - lam.astype(first.dtype) * second, weight, self.head_norm.eps)
 
 
 # ---- end of diff -----------------------------------------------------------------------------------------------------

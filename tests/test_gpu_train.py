@@ -163,23 +163,28 @@ def test_block(name):
 @pytest.mark.parametrize("B, P, T, W", [(2, 3, 5, 32), (1, 2, 70, 64), (2, 1, 4, 256)])
 def test_difference(B, P, T, W):
     """Differential attention's norm of pairs, and all gradients."""
-    y, g, lam = random(B, 2 * P, T, W), random(B, P, T, W), np.array([0.6])
-    weight = 1 + 0.3 * random(W)
+    y, g = random(B, 2 * P, T, W), random(B, P, T, W)
+    attn = core.DiffAttention(GPTConfig(n_head=2 * P, n_embd=P * W, diff_attn=True), 3).train()
+    p = {name: 0.2 * random(W // 2, seed=i) for i, name in enumerate(core.DIFF_LAMBDAS)}
+    p["weight"] = 1 + 0.3 * random(W)
 
     def exact():
-        x = y[:, 0::2] - lam * y[:, 1::2]
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+        q1, k1, q2, k2, weight = p.values()
+        x = y[:, 0::2] - (np.exp(q1 @ k1) - np.exp(q2 @ k2) + attn.lambda_0) * y[:, 1::2]
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight * (1 - attn.lambda_0)
 
-    def loss(*arrays):
-        return (gpu_train.difference(*arrays, 1e-5) * mx.array(g.astype(np.float32))).sum()
+    def loss(y, p):
+        attn.update({name: x for name, x in p.items() if name != "weight"} | {"head_norm": {"weight": p["weight"]}})
+        return (gpu_train.difference(attn, y) * mx.array(g.astype(np.float32))).sum()
 
-    arrays = [mx.array(x.astype(np.float32)) for x in (y, lam, weight)]
-    check(gpu_train.difference(*arrays, 1e-5), exact())
+    arrays = [mx.array(y.astype(np.float32)), {name: mx.array(x.astype(np.float32)) for name, x in p.items()}]
+    dy, dp = mx.grad(loss, (0, 1))(*arrays)
+    loss(*arrays)
+    check(gpu_train.difference(attn, arrays[0]), exact())
     some = np.random.default_rng(0).choice(y.size, 200, replace=False)
-    dy, dlam, dweight = mx.grad(loss, (0, 1, 2))(*arrays)
     check(dy.reshape(-1)[mx.array(some)], slopes(lambda: (exact() * g).sum(), y, some))
-    check(dlam, slopes(lambda: (exact() * g).sum(), lam))
-    check(dweight, slopes(lambda: (exact() * g).sum(), weight))
+    for name, x in p.items():
+        check(dp[name], slopes(lambda: (exact() * g).sum(), x))
 
 
 @compiles
