@@ -111,13 +111,10 @@ __device__ void norm_backward(const T* __restrict__ x, const T* __restrict__ dy,
                               T* __restrict__ y, float* __restrict__ sums, int rows) {
   constexpr int KINDS = 1 + BIASED + 2 * SUMS;
   float dweight[CHUNKS][8] = {}, dbias[CHUNKS][8] = {}, sum_before[CHUNKS][8] = {}, sum_after[CHUNKS][8] = {};
-  float w[CHUNKS][8], b[CHUNKS][8];
+  float w[CHUNKS][8];
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
-    for (int i = 0; i < 8; i++) {
-      int col = column(c) < C ? column(c) + i : 0;
-      w[c][i] = weight[col], b[c][i] = BIASED ? bias[col] : 0;
-    }
+    for (int i = 0; i < 8; i++) w[c][i] = weight[column(c) < C ? column(c) + i : 0];
   for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
     int row = first + threadIdx.x / 32 / WARPS_A_ROW;
     size_t at = (size_t)row * C;
@@ -160,7 +157,7 @@ __device__ void norm_backward(const T* __restrict__ x, const T* __restrict__ dy,
         float xhat = (a[c][i] - mean) * scale, own = g[c][i];
         dweight[c][i] += own * xhat;
         if (BIASED) dbias[c][i] += own;
-        if (IN_BLOCK) again[i] = xhat * w[c][i] + b[c][i];
+        if (IN_BLOCK) again[i] = xhat * w[c][i] + (BIASED ? bias[col + i] : 0);
         a[c][i] = scale * (own * w[c][i] - mean_g - xhat * mean_gx) + (IN_BLOCK ? before[i] : 0);
         if (SUMS) sum_before[c][i] += before[i], sum_after[c][i] += a[c][i];
       }

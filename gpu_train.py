@@ -124,7 +124,8 @@ def norm_backward(x: mx.array, dy: mx.array, p: dict, constants: dict, residual:
     x's gradient."""
     kinds, row = 1 + constants["BIASED"] + 2 * sums, warps_of(x.shape[1], 8)
     at_a_time = max(1, 8 // row["WARPS_A_ROW"])
-    threads, blocks = at_a_time * row["WARPS_A_ROW"] * 32, min(2 * BLOCKS, -(-len(x) // at_a_time))
+    threads = at_a_time * row["WARPS_A_ROW"] * 32
+    blocks = min((3 if constants["LAYER"] else 4) * BLOCKS // 2, -(-len(x) // at_a_time))  # as many as run at a time
     constants = constants | row
     like, partial = (x.shape, x.dtype), ((blocks, kinds * x.shape[1]), mx.float32)
     if residual is None:
