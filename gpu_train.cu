@@ -151,18 +151,19 @@ __device__ void norm_backward(const T* __restrict__ x, const T* __restrict__ dy,
     for (int c = 0; c < CHUNKS; c++) {
       int col = column(c);
       if (row >= rows || col >= C) continue;
-      float before[8], again[8];
-      if (IN_BLOCK) numbers(before, rest[c]);
+      float other[8];
       for (int i = 0; i < 8; i++) {
-        float xhat = (a[c][i] - mean) * scale, own = g[c][i];
-        dweight[c][i] += own * xhat;
-        if (BIASED) dbias[c][i] += own;
-        if (IN_BLOCK) again[i] = xhat * w[c][i] + (BIASED ? bias[col + i] : 0);
-        a[c][i] = scale * (own * w[c][i] - mean_g - xhat * mean_gx) + (IN_BLOCK ? before[i] : 0);
-        if (SUMS) sum_before[c][i] += before[i], sum_after[c][i] += a[c][i];
+        a[c][i] = (a[c][i] - mean) * scale;
+        dweight[c][i] += g[c][i] * a[c][i];
+        if (BIASED) dbias[c][i] += g[c][i];
+        if (IN_BLOCK) other[i] = a[c][i] * w[c][i] + (BIASED ? bias[col + i] : 0);
+      }
+      if (IN_BLOCK) store(y + at + col, other), numbers(other, rest[c]);
+      for (int i = 0; i < 8; i++) {
+        a[c][i] = scale * (g[c][i] * w[c][i] - mean_g - a[c][i] * mean_gx) + (IN_BLOCK ? other[i] : 0);
+        if (SUMS) sum_before[c][i] += other[i], sum_after[c][i] += a[c][i];
       }
       store(dx + at + col, a[c]);
-      if (IN_BLOCK) store(y + at + col, again);
     }
   }
   sums += (size_t)blockIdx.x * KINDS * C;
