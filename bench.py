@@ -4,6 +4,7 @@
     python bench.py --only=train --shapes=124M,124M-gpt2      # on a GPU
     python bench.py --only=decode,many --shapes=124M-gpt2,124M-llama --rounds=3 --new_tokens=128
     python bench.py --only=growth --out=growth.png
+    mlx.launch -n 2 -- python bench.py --only=devices
 
 Our code and its peers are timed in turn, A B C A B C ..., each in a process of its own, after a warm-up. The table
 shows medians over the rounds. `ratio` is the median (and range) over the rounds of the peer's time divided by our time:
@@ -19,8 +20,8 @@ of prefill is the prompt's, and that of many (texts of different lengths, in bat
 bandwidth of a large copy on this device (read and written bytes), which the first line of the section tells. A cache of
 the processor can make it more than 1.
 
-many and growth take minutes, and so are not among the default sections. bench_growth.py says what growth measures; it
-is drawn to --out, with the figures beside it as .json, which --again=FILE.json draws without measuring.
+many, growth and devices are not among the default sections. bench_devices.py and bench_growth.py say what the last two
+measure. Growth is drawn to --out, with the figures beside it as .json, which --again=FILE.json draws without measuring.
 """
 import contextlib
 import datetime
@@ -47,6 +48,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
+import bench_devices
 import bench_growth
 import readers
 from batching import generate_many
@@ -63,7 +65,7 @@ try:
 except ImportError:
     from mlx.optimizers import Adam, clip_grad_norm
 
-only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # sections; others: many, growth
+only = "train,decode,tokenize,variants,adapters,packed,inside,convert,page"  # sections; others: many, growth, devices
 shapes = ""            # 4x4x128 | 6x6x384 | 6x6x384-llama | 124M | 124M-gpt2 | 124M-llama, with commas; "": by device
 rounds = 0             # timed rounds; 0: 7 on a CPU, 20 on a GPU
 new_tokens = 64        # tokens to generate in a round of decoding
@@ -104,7 +106,7 @@ def chosen(what: str, text: str, known, default="") -> list[str]:
 
 
 sections = chosen("section", only, ("train", "decode", "many", "tokenize", "variants", "adapters", "packed", "inside",
-                                    "convert", "page", "growth"))
+                                    "convert", "page", "growth", "devices"))
 kinds_of_draw = chosen("draw", draws, DRAWS, "greedy" if ON_CPU else "greedy,sampled")
 competitors = chosen("side", sides, SIDES, ",".join(SIDES))
 if "ours" not in competitors:
@@ -730,6 +732,21 @@ def bench_growing():
                   "where it is installed", file=sys.stderr)
 
 
+# ---- several devices -------------------------------------------------------------------------------------------------
+
+
+def bench_several():
+    """The processes of mlx.launch, of which the first one prints: see bench_devices.py."""
+    n = mx.distributed.init().size()
+    tqdm.write(f"{n} processes" if n > 1 else "1 process: start several with mlx.launch -n 2 -- python bench.py ...")
+    tqdm.write(f"{'':32}{'ms':>12}{'GB/s':>12}")
+    for what, seconds, speed in bench_devices.collectives(dtype, rounds):
+        tqdm.write(f"{what:32}{seconds * 1e3:12,.2f}{speed / 1e9:12,.2f}")
+    tqdm.write(f"{'':32}{'ms a step':>12}{'tok/s':>12}{'times one':>11}{'loss':>8}{'GiB':>5}")
+    for what, speed, times, ms, change, peak in bench_devices.measure(dtype, rounds):
+        tqdm.write(f"{what:32}{ms:12,.2f}{speed:12,.0f}{times:11.2f}{change:8.0e}{peak:5.1f}")
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -751,6 +768,8 @@ def bench_page():
 
 # ---- run -------------------------------------------------------------------------------------------------------------
 
+if mx.distributed.init().rank():
+    sys.stdout = io.StringIO()  # the first process prints
 print(f"{mx.device_info().get('device_name')}, {os.cpu_count()} cores, mlx {mx.__version__}\n"
       f"{blas.loaded or 'no other BLAS'}, {str(dtype)[9:]}, {datetime.date.today()}")
 show("", "ours", "peer", "ratio (range)", "ms ours/peer", "GiB")
@@ -788,3 +807,5 @@ if "page" in sections:
     bench_page()
 if "growth" in sections:
     bench_growing()
+if "devices" in sections:
+    bench_several()

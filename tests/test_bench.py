@@ -1,5 +1,6 @@
 """bench.py with tiny settings: every section prints its rows, also where a peer is missing."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +32,9 @@ SMALLER = {  # sizes on a CPU
         "block_size=256, vocab_size=512), 2048, 128": "block_size=16, vocab_size=64), 64, 16",
         "(1, 2, 4, 8, 16), (512, 2048, 8192, 32768), (512, 2048, 8192, 32768)": "(1, 2), (64, 512), (128, 2048)",
         "(256, 512, 1024, 2048, 4096, 8192), 8192, (2, 4, 8, 16, 32)": "(16, 64), 64, (2, 4)"},
+    "bench_devices.py": {
+        "(2**26, 2**23, 2**20)": "(2**16, 2**12)", "(16, 10) if": "(4, 3) if",
+        "n_layer=4, n_head=4, n_embd=128, block_size=64": "n_layer=1, n_head=2, n_embd=32, block_size=16"},
     "bench_page.py": {"512 if software": "128 if software", "(1024, 1024)": "(256, 256)"},
     "webgpu/bench.js": {"LEAST = 50": "LEAST = 5"},
 }
@@ -133,6 +137,22 @@ def test_growth(scripts, tmp_path):
     picture.unlink()
     again = bench("--only=growth", f"--again={picture.with_suffix('.json')}", f"--out={picture}", folder=scripts)
     assert again.stdout.splitlines()[3:] == lines and picture.read_bytes() == first
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_devices(scripts, n):
+    """Sums and gathers, and training; the losses of two processes are those of one."""
+    launch = [os.path.join(os.path.dirname(sys.executable), "mlx.launch"), "-n", "2", "--"] if n > 1 else []
+    done = subprocess.run([*launch, sys.executable, scripts / "bench.py", "--only=devices", "--rounds=1"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[3:]
+    assert lines[0].startswith(f"{n} process") and max(map(len, lines)) <= 80
+    sums = [line for line in lines if "MiB" in line]
+    assert [line.split()[0] for line in sums][:2] == ["all_sum", "all_gather"] and len(sums) >= 4
+    rows = [line.split() for line in lines if line.startswith(("adamw", "muon"))]
+    assert [row[1] for row in rows] == ["alone", "weak", "strong"] * 2
+    assert all(abs(float(row[5])) < 1e-5 for row in rows)
 
 
 @pytest.mark.parametrize("own", [{}, dict(sliding_window=5), dict(n_expert=4, ffn_dim=48)])
