@@ -69,7 +69,7 @@ def training(batch: int, optimizer: str, dtype: mx.Dtype, averaged: bool) -> Cal
     model.compute_dtype = dtype
     opt = rest = optim.Adam(1e-3, betas=[0.9, 0.95], bias_correction=True)
     if optimizer == "muon":
-        opt = optim.MultiOptimizer([Muon(0.02, dtype=dtype), rest], [by_muon])
+        opt = optim.MultiOptimizer([Muon(0.02, dtype=dtype, group=world if averaged else None), rest], [by_muon])
     opt.init(model.trainable_parameters())
     state = [model.state, opt.state]
     compiled = (lambda f: f) if ON_CPU else lambda f: mx.compile(f, inputs=state, outputs=state)
@@ -95,7 +95,9 @@ def training(batch: int, optimizer: str, dtype: mx.Dtype, averaged: bool) -> Cal
         for _ in range(n):
             loss, grads = gradients(tokens)
             if averaged:
-                grads, loss = nn.average_gradients(grads), mx.distributed.all_sum(loss) / world.size()
+                grads = nn.average_gradients(tree_map(lambda g: g.astype(dtype), grads))
+                grads = tree_map(lambda g: g.astype(mx.float32), grads)
+                loss = mx.distributed.all_sum(loss) / world.size()
             length = update(grads)
             del grads
             mx.async_eval(loss, length, state)

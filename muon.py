@@ -6,6 +6,7 @@ values set to about 1, so that it moves a matrix by the same length in every dir
 """
 import re
 import sys
+from collections.abc import Callable
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -30,13 +31,14 @@ class Muon(optim.Optimizer):
     decay of the gradient's mean, with Nesterov's look ahead. dtype: of the iteration that sets the singular values.
 
     All matrices of one shape go through that iteration as one batch. One by one and in float32, they would take as long
-    as the rest of the step on a GPU.
+    as the rest of the step on a GPU. The processes of `group` share them out, and gather the results.
     """
 
-    def __init__(self, learning_rate: float, momentum: float = 0.95, dtype: mx.Dtype = mx.float32):
+    def __init__(self, learning_rate: float, momentum: float = 0.95, dtype: mx.Dtype = mx.float32,
+                 group: mx.distributed.Group | None = None):
         super().__init__()
         self._maybe_schedule("learning_rate", learning_rate)
-        self.momentum, self.dtype = momentum, dtype
+        self.momentum, self.dtype, self.group = momentum, dtype, group
 
     def init_single(self, parameter: mx.array, state: dict):
         state["v"] = mx.zeros_like(parameter)
@@ -55,12 +57,21 @@ class Muon(optim.Optimizer):
             by_shape.setdefault(update.shape[-2:], []).append(name)
         for (rows, columns), names in by_shape.items():
             parts = [updates[name].reshape(-1, rows, columns) for name in names]  # experts are many matrices each
-            X = orthogonalized(mx.concatenate(parts).astype(self.dtype))
+            X = shared_out(orthogonalized, mx.concatenate(parts).astype(self.dtype), self.group)
             X = X * (max(1, rows / columns) ** 0.5 * self.learning_rate)
             ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
             for name, part in zip(names, mx.split(X, ends) if ends else [X], strict=True):
                 updates[name] = part.reshape(updates[name].shape)
         return tree_map(lambda update, p: p - update, tree_unflatten(list(updates.items())), parameters)
+
+
+def shared_out(f: Callable, X: mx.array, group: mx.distributed.Group | None) -> mx.array:
+    """f(X) for a function of each of the N rows of X by itself: every process computes a part of them."""
+    if group is None or group.size() == 1:
+        return f(X)
+    N, own = len(X), -(-len(X) // group.size())
+    X = mx.pad(X, [(0, own * group.size() - N), *[(0, 0)] * (X.ndim - 1)])
+    return mx.distributed.all_gather(f(X[group.rank() * own:(group.rank() + 1) * own]), group=group)[:N]
 
 
 def orthogonalized(X: mx.array, steps: int = 5) -> mx.array:

@@ -300,7 +300,7 @@ if optimizer == "lion":  # Chen et al. 2023
 else:                    # Kingma & Ba 2015
     opt = rest = Adam(learning_rate, betas=[beta1, beta2], bias_correction=True)
 if optimizer == "muon":  # for the matrices of the blocks, and Adam for the rest
-    muon = Muon(muon_lr, dtype=working_dtype)
+    muon = Muon(muon_lr, dtype=working_dtype, group=world)
     opt = optim.MultiOptimizer([muon, rest], [by_muon])
 opt.init(model.trainable_parameters())
 if resume:
@@ -571,7 +571,8 @@ while True:
         grads = tree_map(lambda g: g / grad_accum, grads)
     figures = {"loss": loss, "stops": mx.array(float(stops()))}  # what finish() reads and logs
     if n_ranks > 1:  # means over the processes
-        grads = nn.average_gradients(grads)
+        grads = nn.average_gradients(tree_map(lambda g: g.astype(working_dtype), grads))
+        grads = tree_map(lambda g, p: g.astype(p.dtype), grads, model.trainable_parameters())
         means = mx.distributed.all_sum(mx.stack([*figures.values()])) / n_ranks
         figures = dict(zip(figures, means, strict=True))
     figures["norm"] = update(grads)

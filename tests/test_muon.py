@@ -1,4 +1,6 @@
 """muon.py against NumPy's singular value decomposition in float64, one matrix at a time; which parameters it takes."""
+from types import SimpleNamespace
+
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -8,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from lora import attach
 from model import GPT, GPTConfig
-from muon import Muon, by_muon, orthogonalized
+from muon import Muon, by_muon, orthogonalized, shared_out
 
 
 def svd_update(g: np.ndarray) -> np.ndarray:
@@ -48,6 +50,26 @@ def test_three_updates():
             parameters[name] = parameters[name] - rate * max(1, g.shape[-2] / g.shape[-1])**0.5 * update
     for name, p in parameters.items():
         np.testing.assert_allclose(np.array(found[name]), p, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_shared_out(monkeypatch, n):
+    """Every process computes its part of five matrices, and none more than its share."""
+    X = mx.array(np.random.default_rng(0).standard_normal((5, 6, 4)).astype(np.float32))
+    sizes, parts = [], []
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda part, group: parts.append(part) or mx.zeros((8, 6, 4)))
+
+    def counted(X):
+        sizes.append(len(X))
+        return orthogonalized(X)
+
+    for rank in range(n):
+        group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: n)
+        found = shared_out(counted, X, group)
+        assert found.shape == X.shape
+    together = np.concatenate([np.array(part) for part in parts])[:5] if n > 1 else np.array(found)
+    np.testing.assert_allclose(together, np.array(orthogonalized(X)), atol=1e-5)
+    assert sizes == [-(-5 // n)] * n
 
 
 def test_dtype():
