@@ -73,6 +73,14 @@ try:
     from cpu_train import Adam, clip_grad_norm  # faster on a CPU
 except ImportError:
     from mlx.optimizers import Adam, clip_grad_norm
+try:
+    import precision as low  # products of 8 or 4 bits
+except ImportError:
+    low = None
+try:
+    import packed_states  # optimizers' states of 8 or 4 bits
+except ImportError:
+    packed_states = None
 
 # data
 data = "stdlib"         # a folder of data.py, or any source it takes: a text file or folder, shakespeare, hf:NAME
@@ -140,6 +148,9 @@ eval_interval = 100     # updates between evaluations; each one also saves
 eval_windows = 64       # windows of block_size tokens per evaluation, the same ones in every run
 log_interval = 25       # updates between log lines
 dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
+precision = ""          # fp8 | mxfp8 | nvfp4: the blocks multiply such numbers, simulated; "": those of dtype
+precision_off = ""      # choices of nvfp4 to leave out, with commas: stochastic, hadamard, square, last
+optimizer_bits = 32     # 8 | 4: keep the states of adamw and muon as integers of so many bits
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
 compile = not ON_CPU    # mx.compile the step; on a CPU cpu_train.py is faster, which cannot be compiled
 sample_tokens = 200     # tokens of the sample that is printed at the end
@@ -190,7 +201,7 @@ if origin:
             raise UserError(f"{name} is {value}, but {before[name]} in {origin}: leave it out or train anew")
 if resume:
     parts = ["settings", "step", "losses", "tokenizer", *{"tokens"} & meta.keys()]
-    settings.update(run_folder.old_settings(ckpt_path, meta, settings, ["optimizer"], parts))
+    settings.update(run_folder.old_settings(ckpt_path, meta, settings, ["optimizer", "optimizer_bits"], parts))
     start_step, end = meta["step"], settings["max_iters"]
     if start_step >= end:
         raise UserError(f"{ckpt_path} is at step {start_step} of {end} already: give a larger --max_iters")
@@ -278,6 +289,10 @@ if not model:
     model = GPT(GPTConfig(**architecture), seed=seed)
 model.checkpoint_every, model.compute_dtype = checkpoint_every, working_dtype
 model.dropout = dropout  # dropout
+if precision or precision_off:
+    if not low:
+        raise UserError(f"precision={precision!r} needs precision.py, which is missing: leave it out")
+    low.convert(model, precision, low.parse(precision, precision_off))
 config = model.config
 n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
 n_active = n_parameters  # weights that compute with a token
@@ -295,12 +310,17 @@ if config.mod == "topk":  # mod
 # No optimizer here has a weight decay of its own: update() decays the matrices, which makes AdamW of Adam.
 if optimizer not in ("adamw", "muon", "lion"):
     raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon, lion")
+if optimizer_bits not in (32, 8, 4) or optimizer_bits < 32 and (optimizer == "lion" or not packed_states):
+    raise UserError(f"optimizer_bits={optimizer_bits}: it must be 32, or with adamw and muon, and packed_states.py at "
+                    "hand, 8 or 4")
 if optimizer == "lion":  # Chen et al. 2023
     opt = rest = optim.Lion(learning_rate, betas=[beta1, beta2], weight_decay=0.0)
 else:                    # Kingma & Ba 2015
-    opt = rest = Adam(learning_rate, betas=[beta1, beta2], bias_correction=True)
+    make = Adam if optimizer_bits == 32 else partial(packed_states.PackedAdam, bits=optimizer_bits)
+    opt = rest = make(learning_rate, betas=[beta1, beta2], bias_correction=True)
 if optimizer == "muon":  # for the matrices of the blocks, and Adam for the rest
-    muon = Muon(muon_lr, dtype=working_dtype, group=world)
+    make = Muon if optimizer_bits == 32 else partial(packed_states.PackedMuon, bits=optimizer_bits)
+    muon = make(muon_lr, dtype=working_dtype, group=world)
     opt = optim.MultiOptimizer([muon, rest], [by_muon])
 opt.init(model.trainable_parameters())
 if resume:
@@ -339,8 +359,10 @@ if jumps:
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 state = [model.state, opt.state]
-if dropout:  # dropout
-    state.append(mx.random.state)  # dropout
+draws = bool(precision)  # whether a step draws random numbers
+draws = draws or dropout > 0  # dropout
+if draws:
+    state.append(mx.random.state)
 compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
 
 
@@ -557,8 +579,8 @@ while True:
     rest.learning_rate = rates["learning_rate"]
     if optimizer == "muon":
         muon.learning_rate = rates["muon_lr"]
-    if dropout:  # a resumed run draws the numbers that an uninterrupted one would have drawn  # dropout
-        mx.random.seed(((seed * 2**32 + step) * n_ranks + rank) % 2**64)  # dropout
+    if draws:  # a resumed run draws the numbers that an uninterrupted one would have drawn
+        mx.random.seed(((seed * 2**32 + step) * n_ranks + rank) % 2**64)
     x, y = windows("train", grad_accum * batch_size, block_size, [seed, step])
     loss, grads, own = 0.0, None, batch_size // n_ranks
     for micro in range(grad_accum):
