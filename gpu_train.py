@@ -6,8 +6,10 @@ with its gradient; the loss, with the gradient of the logits. Queries, keys and 
 gate and values. For the backward pass a block keeps its input, the queries, keys and values, the output of attention,
 the residual stream after it, and the input of the activation.
 
-The plain form of all this is model.py, which computes where a function here returns None: settings, sizes and layers
-that are not known, another device. Deleting this file and gpu_train.cu costs speed and nothing else.
+Attention itself, from queries, keys and values, is model.py's, with its windows and biases; so are experts, and which
+tokens a block gets. The plain form of all this is model.py, which computes where a function here returns None:
+settings, sizes and layers that are not known, another device. Deleting this file and gpu_train.cu costs speed and
+nothing else.
 """
 import sys
 from functools import cache

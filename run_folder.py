@@ -319,9 +319,10 @@ def read_start(out_dir: str) -> dict:
 def read_source(script: str) -> dict[str, bytes]:
     """The files of a script and of all modules that it has imported from its own folder or from ours, by name."""
     folders = {os.path.dirname(os.path.abspath(path)) for path in (script, __file__)}
-    files = [getattr(module, "__file__", None) for module in [*sys.modules.values()]]  # None: built into Python
+    # None: a module is built into Python. Some name a file that there is not, as torch.classes does.
+    files = [getattr(module, "__file__", None) for module in [*sys.modules.values()]]
     paths = {os.path.abspath(path) for path in (*files, script) if path}
-    paths = {path for path in paths if os.path.dirname(path) in folders}
+    paths = {path for path in paths if os.path.dirname(path) in folders and os.path.isfile(path)}
     return {os.path.basename(path): Path(path).read_bytes() for path in sorted(paths)}
 
 

@@ -29,6 +29,7 @@ ppl, the perplexity exp(val); bpb, bits per byte of text, which can be compared 
 mfu, the share of the device's peak FLOPS that training uses (Chowdhery et al. 2022), for devices whose peak is known.
 """
 import contextlib
+import hashlib
 import math
 import os
 import re
@@ -81,6 +82,10 @@ try:
     import packed_states  # optimizers' states of 8 or 4 bits
 except ImportError:
     packed_states = None
+try:
+    import parallel as shared  # what several devices share out
+except ImportError:
+    shared = None
 
 # data
 data = "stdlib"         # a folder of data.py, or any source it takes: a text file or folder, shakespeare, hf:NAME
@@ -150,6 +155,7 @@ log_interval = 25       # updates between log lines
 dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
 precision = ""          # fp8 | mxfp8 | nvfp4: the blocks multiply such numbers, simulated; "": those of dtype
 precision_off = ""      # choices of nvfp4 to leave out, with commas: stochastic, hadamard, square, last
+parallel = ""           # zero1: each device keeps a part of Adam's states; "": all keep everything
 optimizer_bits = 32     # 8 | 4: keep the states of adamw and muon as integers of so many bits
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
 compile = not ON_CPU    # mx.compile the step; on a CPU cpu_train.py is faster, which cannot be compiled
@@ -161,6 +167,7 @@ settings = overrides(globals())
 
 SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 HERE = os.path.dirname(os.path.abspath(run_folder.__file__))  # where the other scripts are
+OTHERS = {"vocab_size", "parallel"}  # settings named as those of GPTConfig, which are others
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}  # dense bfloat16
 ckpt_path, best_path = os.path.join(out_dir, "ckpt.safetensors"), os.path.join(out_dir, "best.safetensors")
 world = mx.distributed.init()
@@ -185,6 +192,15 @@ def in_first_process(function, *arguments):
         raise error or SystemExit(2)
 
 
+def check_same(what: dict):
+    """All processes end where a value of `what` differs between them."""
+    codes = [int(hashlib.sha256(repr(value).encode()).hexdigest()[:7], 16) for value in what.values()]
+    low, high = (f(mx.array(codes)).tolist() for f in (mx.distributed.all_min, mx.distributed.all_max))
+    if different := [name for name, a, b in zip(what, low, high, strict=True) if a != b]:
+        raise UserError(f"{different[0]} differs between the processes: give all of them the same settings and "
+                        "files") if rank == 0 else SystemExit(2)
+
+
 # ---- resume: the checkpoint's settings apply, except those on the command line; init: its architecture alone ---------
 
 start_step, meta, model, origin = 0, {}, None, ckpt_path if resume else init
@@ -195,7 +211,7 @@ if resume:
 if origin:
     model, meta = load_checkpoint(origin)
     before = asdict(model.config)
-    asked = {name: settings[name] for name in given & before.keys() - {"vocab_size"}}
+    asked = {name: settings[name] for name in given & before.keys() - OTHERS}
     for name, value in asdict(GPTConfig(**{**before, **asked})).items():
         if value != before[name] and (resume or name != "block_size"):
             raise UserError(f"{name} is {value}, but {before[name]} in {origin}: leave it out or train anew")
@@ -222,7 +238,7 @@ elif init:
         raise UserError(f"{init} has quantized or low-rank layers, which do not train: give the file it was made from")
     model.load_weights(list(weights.items()))
     model.set_dtype(mx.float32)
-    settings.update({name: value for name, value in before.items() if name in settings.keys() - {"vocab_size"}},
+    settings.update({name: value for name, value in before.items() if name in settings.keys() - OTHERS},
                     block_size=T, tokenizer=init)
     meta = {"tokenizer": meta["tokenizer"]}
 globals().update(settings)
@@ -235,6 +251,7 @@ if batch_size % n_ranks:
 if schedule not in ("cosine", "wsd"):
     raise UserError(f"schedule={schedule!r} is not one of cosine, wsd")
 working_dtype = compute_dtype(dtype)
+check_same({name: value for name, value in settings.items() if name not in ("data", "init", "out_dir")})
 in_first_process(run_folder.check, out_dir, SCRIPT, overwrite, resume, [data] if resume else [data, init])
 
 # ---- data: random windows of a flat file of tokens -------------------------------------------------------------------
@@ -266,6 +283,8 @@ if origin and meta["tokenizer"] != data_meta["tokenizer"]:
                     f"tokens of python data.py --tokenizer={shlex.quote(origin)}")
 if model:
     block_size = model.config.block_size
+check_same({f"data, its {split} tokens,": [len(part), *part[:1000].tolist(), *part[-1000:].tolist()]
+            for split, part in tokens.items()})
 if len(tokens["train"]) <= block_size:
     raise UserError(f"{data} has {len(tokens['train'])} training tokens, fewer than block_size={block_size} and one: "
                     "give more text or a smaller block_size")
@@ -284,7 +303,8 @@ def windows(split: str, n: int, T: int, key: list[int]) -> tuple[mx.array, mx.ar
 # ---- model, optimizer ------------------------------------------------------------------------------------------------
 
 if not model:
-    architecture = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
+    names = {field.name for field in fields(GPTConfig)} & settings.keys() - OTHERS
+    architecture = {name: settings[name] for name in names}
     architecture["vocab_size"] = -(-enc.n_vocab // 64) * 64  # a round number suits the matrix units
     model = GPT(GPTConfig(**architecture), seed=seed)
 model.checkpoint_every, model.compute_dtype = checkpoint_every, working_dtype
@@ -313,10 +333,15 @@ if optimizer not in ("adamw", "muon", "lion"):
 if optimizer_bits not in (32, 8, 4) or optimizer_bits < 32 and (optimizer == "lion" or not packed_states):
     raise UserError(f"optimizer_bits={optimizer_bits}: it must be 32, or with adamw and muon, and packed_states.py at "
                     "hand, 8 or 4")
+if parallel:
+    if not shared:
+        raise UserError(f"parallel={parallel!r} needs parallel.py, which is missing: leave it out")
+    shared.check(parallel, optimizer, optimizer_bits)
 if optimizer == "lion":  # Chen et al. 2023
     opt = rest = optim.Lion(learning_rate, betas=[beta1, beta2], weight_decay=0.0)
 else:                    # Kingma & Ba 2015
     make = Adam if optimizer_bits == 32 else partial(packed_states.PackedAdam, bits=optimizer_bits)
+    make = partial(shared.ShardedAdam, group=world) if parallel else make
     opt = rest = make(learning_rate, betas=[beta1, beta2], bias_correction=True)
 if optimizer == "muon":  # for the matrices of the blocks, and Adam for the rest
     make = Muon if optimizer_bits == 32 else partial(packed_states.PackedMuon, bits=optimizer_bits)
@@ -325,13 +350,16 @@ if optimizer == "muon":  # for the matrices of the blocks, and Adam for the rest
 opt.init(model.trainable_parameters())
 if resume:
     path = os.path.join(out_dir, f"ckpt.optimizer-{start_step}.safetensors")
-    wanted, arrays = {name: array.shape for name, array in tree_flatten(opt.state)}, {}
+    fresh, arrays = dict(tree_flatten(opt.state)), {}
+    wanted = {name: array.shape for name, array in fresh.items()}
+    if parallel:
+        wanted = shared.shapes_of(fresh, dict(tree_flatten(model.trainable_parameters())))
     with contextlib.suppress(UserError):
         arrays, _ = load_arrays(path)
     if {name: array.shape for name, array in arrays.items()} != wanted:
         raise UserError(f"{path} is missing or spoilt: begin a new run from the weights, with --init="
                         f"{shlex.quote(ckpt_path)} --out_dir={shlex.quote(run_folder.free_name(out_dir))}")
-    opt.state = tree_unflatten(list(arrays.items()))
+    opt.state = tree_unflatten(list((shared.own_state(arrays, fresh, world) if parallel else arrays).items()))
 
 
 def schedule_at(step: int, settings: dict = settings) -> float:
@@ -436,12 +464,16 @@ def save(step: int, is_best: bool = False):
     the checkpoint on disk is whole and the optimizer's state of its step is there. Curves are drawn every ten seconds
     and at the end."""
     global saved, drawn
+    states = dict(tree_flatten(opt.state))
+    if parallel:
+        states = shared.whole_state(states, dict(tree_flatten(model.trainable_parameters())), world)
+        mx.eval(states)
     if rank == 0:
         header = {"script": SCRIPT, "settings": settings, "commit": commit, "started": started, "step": step,
                   "tokens": tokens_before + (step - start_step) * tokens_per_step, "losses": losses,
                   "tokenizer": data_meta["tokenizer"]}
         own = f"ckpt.optimizer-{step}.safetensors"
-        save_arrays(os.path.join(out_dir, own), dict(tree_flatten(opt.state)), {"version": VERSION, "step": step})
+        save_arrays(os.path.join(out_dir, own), states, {"version": VERSION, "step": step})
         if is_best:
             save_checkpoint(best_path, model, header)
         elif not saved and os.path.exists(best_path):  # of another run

@@ -113,6 +113,18 @@ def test_against_float64(mlp, E, K, N, C, HID, generation, monkeypatch):
 
 
 @compiles
+def test_without_the_larger_instructions(monkeypatch, tmp_path):
+    """Where gpu_experts_hopper.cu is missing, such a GPU computes as others do."""
+    for name in ("gpu_kernels.cuh", "gpu_experts.cu"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(gpu_kernels, "device", lambda: (3, 232_448, 9))
+    assert gpu_experts.on_hopper()
+    monkeypatch.setattr(gpu_kernels, "FOLDER", tmp_path)
+    monkeypatch.setattr(gpu_experts, "TRIED", 40)
+    assert not gpu_experts.on_hopper() and gpu_experts.is_right(mx.bfloat16, "relu2", 4, 2, 64, 64)
+
+
+@compiles
 @pytest.mark.parametrize("E, K, balance", [(8, 2, "loss"), (5, 1, "bias"), (32, 4, "none")], ids=str)
 def test_router(E, K, balance, monkeypatch):
     """The choice, the gates and the counts; and the gradient of the logits, which has that of both losses."""

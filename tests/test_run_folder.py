@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import prepared
@@ -381,6 +382,7 @@ def test_source_from_a_folder_below(tmp_path, monkeypatch):
     (tmp_path / "below").mkdir()
     (tmp_path / "mine.py").write_text("x = 1")
     monkeypatch.chdir(tmp_path / "below")
+    monkeypatch.setitem(sys.modules, "nowhere", SimpleNamespace(__file__="../nowhere.py"))  # like torch.classes
     source = run_folder.read_source("../mine.py")
     assert source["mine.py"] == b"x = 1" and "model.py" in source and all(name.endswith(".py") for name in source)
 

@@ -222,24 +222,41 @@ def test_split_of_a_batch_does_not_matter(data, whole, tmp_path):
             np.testing.assert_allclose(column(tmp_path / str(i), name), column(whole, name), rtol=5e-5)
 
 
-@pytest.mark.parametrize("settings", [[], ["--n_expert=4", "--expert_balance=bias"]], ids=["dense", "experts"])
+LAUNCH = [os.path.join(os.path.dirname(sys.executable), "mlx.launch"), "-n", "2", "--"]
+
+
+@pytest.mark.parametrize("settings", [[], ["--optimizer=muon"], ["--n_expert=4", "--expert_balance=bias"]],
+                         ids=["dense", "muon", "experts"])
 def test_two_processes_equal_one(data, whole, tmp_path, settings):
-    launch = [os.path.join(os.path.dirname(sys.executable), "mlx.launch"), "-n", "2", "--"]
-    done = train(data, tmp_path / "two", *settings, prefix=launch)
+    done, experts = train(data, tmp_path / "two", *settings, prefix=LAUNCH), "--n_expert=4" in settings
     if settings:
         whole = tmp_path / "one"
         train(data, whole, *settings)
+    if experts:
         loads = [np.loadtxt(out / "experts.csv", delimiter=",", skiprows=1) for out in (tmp_path / "two", whole)]
         np.testing.assert_allclose(*loads, atol=0.02)  # a token of 128 may fall the other way where two experts tie
     assert done.stdout.count("step     12 | loss") == 1  # rank 0 alone speaks
     for name in ("train_loss", "grad_norm", "val_loss"):  # such a token moves them, too
-        np.testing.assert_allclose(column(tmp_path / "two", name), column(whole, name), rtol=1e-3 if settings else 2e-5)
+        np.testing.assert_allclose(column(tmp_path / "two", name), column(whole, name), rtol=1e-3 if experts else 2e-5)
     a, b = ({name: np.array(array, dtype=np.float64) for name, array in arrays(out).items()}
             for out in (tmp_path / "two", whole))
     for name in a:  # Adam's first update is a sign: where a gradient is rounding error alone, the sign is too
-        off = np.abs(a[name] - b[name]) > (1e-3 if settings else 1e-5)
+        off = np.abs(a[name] - b[name]) > (1e-3 if experts else 1e-5)
         sure = np.sqrt(b[f"{name}.v"]) > 1e-6 if f"{name}.v" in b else np.ones_like(off)
         assert off[sure].mean() < 1e-3 and np.abs(a[name] - b[name])[sure].max() < 2e-3, name
+
+
+@pytest.mark.parametrize("change, told", [("--seed=$MLX_RANK", "seed differs"), ("--data={}$MLX_RANK", "data, its train")])
+def test_processes_that_differ(data, tmp_path, change, told):
+    """Other settings, or one token that is another one: all end, and one of them tells why."""
+    for rank in "01":
+        shutil.copytree(data, tmp_path / f"data{rank}")
+    with open(tmp_path / "data1" / "train.bin", "r+b") as file:
+        file.write(b"\0")
+    line = shlex.join(command(tmp_path / "data0", tmp_path / "out")) + " " + change.format(tmp_path / "data")
+    done = subprocess.run([*LAUNCH, "sh", "-c", f"exec {line}"], capture_output=True, text=True, timeout=60)
+    assert done.returncode and done.stderr.count("differs between the processes") == 1 and told in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out" / "ckpt.safetensors").exists()
 
 
 def test_expert_load_is_kept_and_drawn(data, tmp_path):
@@ -348,9 +365,8 @@ def test_killed_at_any_moment(data, tmp_path):
 
 def test_interrupted_in_two_processes(data, tmp_path):
     """Both stop after the same update, and the checkpoint is there though mlx.launch ends the one that is left."""
-    launch = [os.path.join(os.path.dirname(sys.executable), "mlx.launch"), "-n", "2", "--"]
     endless = command(data, tmp_path, "--max_iters=2000", "--eval_interval=2000")
-    process = subprocess.Popen([*launch, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([*LAUNCH, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     for line in process.stdout:
         if line.startswith("step      6"):
