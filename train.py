@@ -189,7 +189,14 @@ def in_first_process(function, *arguments):
         except (UserError, SystemExit) as reason:
             error = reason
     if mx.distributed.all_sum(mx.array(float(error is not None))).item():
-        raise error or SystemExit(2)
+        end_with(error)
+
+
+def end_with(error: Exception | None):
+    """End all processes with the error that the first one has. The others end a second later, since mlx.launch kills
+    all as soon as one has ended."""
+    time.sleep(rank and 1)
+    raise error or SystemExit(2)
 
 
 def check_same(what: dict):
@@ -197,8 +204,8 @@ def check_same(what: dict):
     codes = [int(hashlib.sha256(repr(value).encode()).hexdigest()[:7], 16) for value in what.values()]
     low, high = (f(mx.array(codes)).tolist() for f in (mx.distributed.all_min, mx.distributed.all_max))
     if different := [name for name, a, b in zip(what, low, high, strict=True) if a != b]:
-        raise UserError(f"{different[0]} differs between the processes: give all of them the same settings and "
-                        "files") if rank == 0 else SystemExit(2)
+        end_with(None if rank else UserError(f"{different[0]} differs between the processes: give all of them the same "
+                                             "settings and files"))
 
 
 # ---- resume: the checkpoint's settings apply, except those on the command line; init: its architecture alone ---------
