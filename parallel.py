@@ -4,11 +4,16 @@ zero1 (Rajbhandari et al. 2020, stage 1): every process computes gradients for i
 means of all, as without it. But it keeps Adam's two states, which are twice the size of the parameters, for 1/n of the
 numbers of each parameter. It updates these, and all gather what they updated. The losses are those of one process.
 
-A checkpoint holds whole states, so that a run may go on with another number of processes, or with one. Deleting this
-file costs --parallel and nothing else.
+A checkpoint holds whole states, so that a run may go on with another number of processes, or with one. watch() ends
+all processes of a machine when one of them is killed. Deleting this file costs both and nothing else.
 """
+import hashlib
 import math
+import os
+import socket
 import sys
+import threading
+import time
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -95,6 +100,40 @@ def whole_state(state: dict, parameters: dict, group: mx.distributed.Group) -> d
 def own_state(arrays: dict, state: dict, group: mx.distributed.Group) -> dict:
     """The arrays of a checkpoint, cut where those of the state are."""
     return {name: own(x, group) if is_cut(state[name], x.shape, group) else x for name, x in arrays.items()}
+
+
+# ---- processes that are killed ---------------------------------------------------------------------------------------
+
+
+def watch(group: mx.distributed.Group, seconds: float = 1.0) -> threading.Event:
+    """End this process, with status 2, when another one of this machine has ended: a sum would wait for that one for
+    ever. The first one that is left says so. It looks every so many seconds until the event is set."""
+    host = int(hashlib.sha256(socket.gethostname().encode()).hexdigest()[:7], 16)
+    everyone = mx.distributed.all_gather(mx.array([[host, os.getpid()]]), group=group).tolist()
+    here, over = [pid for machine, pid in everyone if machine == host], threading.Event()
+
+    def is_there(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # of another user
+            pass
+        return True
+
+    def look():
+        while not over.wait(seconds):
+            left = [pid for pid in here if is_there(pid)]
+            if len(left) < len(here) and not over.wait(seconds):  # it may be the end of training for all
+                if os.getpid() != left[0]:
+                    time.sleep(1)  # a launcher ends the first one, too, as soon as this one has ended
+                else:
+                    print("train.py: another process has ended: go on from the last checkpoint with --resume=True",
+                          file=sys.stderr, flush=True)
+                os._exit(2)
+
+    threading.Thread(target=look, daemon=True).start()
+    return over
 
 
 if __name__ == "__main__":

@@ -597,6 +597,8 @@ def evaluate_and_save(step: int):
         save(step, is_best)
 
 
+watching = shared.watch(world) if shared and n_ranks > 1 else None
+
 # Each pass of the loop first evaluates and saves, if it is time. Then it queues one update on the device: learning
 # rates, data, micro-steps, update. While the device works on it, finish() reads the figures of the update before.
 while True:
@@ -647,6 +649,8 @@ while True:
     lap_time, lap_steps = lap_time + time.perf_counter() - lap_began, lap_steps + 1
     bar.update(1)
 bar.close()
+if watching:
+    watching.set()
 
 # ---- look at it ------------------------------------------------------------------------------------------------------
 

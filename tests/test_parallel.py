@@ -1,6 +1,8 @@
 """parallel.py: the losses, weights and states of several processes that share out the optimizer are those of one."""
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten, tree_map
-from test_train import LAUNCH, arrays, column, data, train  # noqa: F401
+from test_train import LAUNCH, arrays, column, command, data, train  # noqa: F401
 
 import parallel
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_checkpoint
 
 
 def ranks(monkeypatch, n: int) -> list:
@@ -106,6 +108,23 @@ def test_resumed_on_another_number(data, tmp_path):  # noqa: F811
         prefix = [LAUNCH[0], "-n", str(n), "--"] if n > 1 else []
         train(data, out, f"--max_iters={end}", f"--parallel={mode}", *resume, prefix=prefix)
     close(out, tmp_path / "one", 1e-5)
+
+
+def test_a_process_is_killed(data, tmp_path):  # noqa: F811
+    """The other one says so and ends; a run goes on from the checkpoint."""
+    out = tmp_path / "out"
+    process = subprocess.Popen([*LAUNCH, *command(data, out, "--max_iters=20000", "--eval_interval=20")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     41"):
+            break
+    own = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(own[-1]), signal.SIGKILL)
+    error = process.communicate(timeout=30)[1]
+    assert error.count("another process has ended") == 1 and "exited with code 2" in error, error
+    step = load_checkpoint(str(out / "ckpt.safetensors"))[1]["step"]
+    assert step >= 40
+    train(data, out, "--resume=True", f"--max_iters={step + 2}")
 
 
 @pytest.mark.parametrize("arguments, told", [
