@@ -1,6 +1,5 @@
 """bench.py with tiny settings: every section prints its rows, also where a peer is missing."""
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch
 from mlx.utils import tree_flatten
 
 import bench_growth
@@ -142,8 +141,7 @@ def test_growth(scripts, tmp_path):
 @pytest.mark.parametrize("n", [1, 2])
 def test_devices(scripts, n):
     """Sums and gathers, and training; the losses of two processes are those of one."""
-    launch = [os.path.join(os.path.dirname(sys.executable), "mlx.launch"), "-n", "2", "--"] if n > 1 else []
-    done = subprocess.run([*launch, sys.executable, scripts / "bench.py", "--only=devices", "--rounds=1"],
+    done = subprocess.run([*launch(n), sys.executable, scripts / "bench.py", "--only=devices", "--rounds=1"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()[3:]

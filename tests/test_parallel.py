@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch
 from mlx.utils import tree_flatten, tree_map
-from test_train import LAUNCH, arrays, column, command, data, train  # noqa: F401
+from test_train import arrays, column, command, data, train  # noqa: F401
 
 import parallel
 from model import GPT, GPTConfig, load_checkpoint
@@ -94,8 +94,7 @@ def test_as_one_process(data, tmp_path, name):  # noqa: F811
     settings, numbers = SETTINGS[name]
     train(data, tmp_path / "one", "--max_iters=20", *settings)
     for n in numbers:
-        launch = [LAUNCH[0], "-n", str(n), "--"] if n > 1 else []
-        train(data, tmp_path / str(n), "--max_iters=20", "--parallel=zero1", *settings, prefix=launch)
+        train(data, tmp_path / str(n), "--max_iters=20", "--parallel=zero1", *settings, prefix=launch(n))
         close(tmp_path / str(n), tmp_path / "one", 1e-3 if name == "experts" else 1e-5)
 
 
@@ -105,15 +104,14 @@ def test_resumed_on_another_number(data, tmp_path):  # noqa: F811
     out = tmp_path / "many"
     for n, end, mode in ((4, 4, "zero1"), (2, 12, "zero1"), (1, 20, "")):
         resume = ["--resume=True"] if n < 4 else ["--decay_iters=20"]
-        prefix = [LAUNCH[0], "-n", str(n), "--"] if n > 1 else []
-        train(data, out, f"--max_iters={end}", f"--parallel={mode}", *resume, prefix=prefix)
+        train(data, out, f"--max_iters={end}", f"--parallel={mode}", *resume, prefix=launch(n))
     close(out, tmp_path / "one", 1e-5)
 
 
 def test_a_process_is_killed(data, tmp_path):  # noqa: F811
     """The other one says so and ends; a run goes on from the checkpoint."""
     out = tmp_path / "out"
-    process = subprocess.Popen([*LAUNCH, *command(data, out, "--max_iters=20000", "--eval_interval=20")],
+    process = subprocess.Popen([*launch(2), *command(data, out, "--max_iters=20000", "--eval_interval=20")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step     41"):

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 import prepared
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch
 from mlx.utils import tree_flatten, tree_map
 from safetensors import safe_open
 from test_variants import SOURCE, VARIANTS, without
@@ -222,13 +222,10 @@ def test_split_of_a_batch_does_not_matter(data, whole, tmp_path):
             np.testing.assert_allclose(column(tmp_path / str(i), name), column(whole, name), rtol=5e-5)
 
 
-LAUNCH = [os.path.join(os.path.dirname(sys.executable), "mlx.launch"), "-n", "2", "--"]
-
-
 @pytest.mark.parametrize("settings", [[], ["--optimizer=muon"], ["--n_expert=4", "--expert_balance=bias"]],
                          ids=["dense", "muon", "experts"])
 def test_two_processes_equal_one(data, whole, tmp_path, settings):
-    done, experts = train(data, tmp_path / "two", *settings, prefix=LAUNCH), "--n_expert=4" in settings
+    done, experts = train(data, tmp_path / "two", *settings, prefix=launch(2)), "--n_expert=4" in settings
     if settings:
         whole = tmp_path / "one"
         train(data, whole, *settings)
@@ -255,7 +252,7 @@ def test_processes_that_differ(data, tmp_path, change, told):
     with open(tmp_path / "data1" / "train.bin", "r+b") as file:
         file.write(b"\0")
     line = shlex.join(command(tmp_path / "data0", tmp_path / "out")) + " " + change.format(tmp_path / "data")
-    done = subprocess.run([*LAUNCH, "sh", "-c", f"exec {line}"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*launch(2), "sh", "-c", f"exec {line}"], capture_output=True, text=True, timeout=60)
     assert "rank 0 exited with code 2" in done.stderr, done.stderr  # mlx.launch itself returns 0
     assert done.stderr.count("differs between the processes") == 1 and told in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out" / "ckpt.safetensors").exists()
@@ -368,7 +365,7 @@ def test_killed_at_any_moment(data, tmp_path):
 def test_interrupted_in_two_processes(data, tmp_path):
     """Both stop after the same update, and the checkpoint is there though mlx.launch ends the one that is left."""
     endless = command(data, tmp_path, "--max_iters=2000", "--eval_interval=2000")
-    process = subprocess.Popen([*LAUNCH, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([*launch(2), *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     for line in process.stdout:
         if line.startswith("step      6"):
