@@ -44,6 +44,7 @@ from functools import partial
 import blas  # before mlx
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
@@ -58,6 +59,7 @@ from draw import check_folder, write_whole
 from draw import growth as draw_growth
 from lora import attach, dense_shape, linear_layers, quantize_base
 from model import GPT, ON_CPU, GPTConfig, attend, compute_dtype, generate, gpu_train, no_tap, save_checkpoint
+from muon import Muon, by_muon
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
 try:
@@ -126,10 +128,13 @@ format_name = str(dtype)[9:]
 # ---- our side: the work of a round -----------------------------------------------------------------------------------
 
 
-def our_training(model: GPT, task: dict, compile: bool = compile):
-    """A function that takes task["steps"] training steps as train.py does, with AdamW."""
+def our_training(model: GPT, task: dict, compile: bool = compile, muon: bool = False, group=None):
+    """A function that takes task["steps"] training steps as train.py does, with AdamW or Muon; its
+    attribute `loss` is then their last loss. With a group of processes each of them has its share of the batch."""
     model.compute_dtype = dtype
-    opt = Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
+    opt = rest = Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
+    if muon:
+        opt = optim.MultiOptimizer([Muon(0.02, dtype=dtype, group=group), rest], [by_muon])
     opt.init(model.trainable_parameters())
     state = [model.state, opt.state]
     compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
@@ -143,20 +148,28 @@ def our_training(model: GPT, task: dict, compile: bool = compile):
         if gpu_train and (length := gpu_train.adamw(model, opt, grads, 1.0, 0.1)) is not None:
             return length
         grads, length = clip_grad_norm(grads, 1.0)
-        decay = 1 - 0.1 * opt.learning_rate
+        decay = 1 - 0.1 * rest.learning_rate
         model.update(tree_map(lambda p: p * decay if p.ndim > 1 else p, model.trainable_parameters()))
         opt.update(model, grads)
         return length
 
-    tokens = mx.random.randint(0, model.config.vocab_size, (task["batch"], model.config.block_size + 1))
+    shape = task["batch"], model.config.block_size + 1
+    tokens = mx.random.randint(0, model.config.vocab_size, shape, key=mx.random.key(0))  # those of all processes
+    if group:
+        tokens = tokens[group.rank()::group.size()]
 
     def steps():
         for _ in range(task["steps"]):
             value, grads = gradients(tokens[:, :-1], tokens[:, 1:])
+            if group:
+                grads = nn.average_gradients(tree_map(lambda g: g.astype(dtype), grads), group)
+                grads = tree_map(lambda g: g.astype(mx.float32), grads)
+                value = mx.distributed.all_sum(value, group=group) / group.size()
             length = update(grads)
             del grads
             mx.async_eval(value, length, state)
         mx.eval(state)
+        steps.loss = value
 
     return steps
 
@@ -743,7 +756,7 @@ def bench_several():
     for what, seconds, speed in bench_devices.collectives(dtype, rounds):
         tqdm.write(f"{what:32}{seconds * 1e3:12,.2f}{speed / 1e9:12,.2f}")
     tqdm.write(f"{'':32}{'ms a step':>12}{'tok/s':>12}{'times one':>11}{'loss':>8}{'GiB':>5}")
-    for what, speed, times, ms, change, peak in bench_devices.measure(dtype, rounds):
+    for what, speed, times, ms, change, peak in bench_devices.measure(our_training, rounds):
         tqdm.write(f"{what:32}{ms:12,.2f}{speed:12,.0f}{times:11.2f}{change:8.0e}{peak:5.1f}")
 
 

@@ -13,18 +13,14 @@ from collections.abc import Callable, Iterator
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-from mlx.utils import tree_map
 from tqdm import tqdm
 
-from model import GPT, ON_CPU, GPTConfig, gpu_train
-from muon import Muon, by_muon
+from model import GPT, ON_CPU, GPTConfig
 
 SIZES = (2**26, 2**23, 2**20) if ON_CPU else (2**30, 2**25, 2**20)  # bytes
 SHAPE = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=128) if ON_CPU else dict(
     n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
-BATCH, STEPS = (16, 10) if ON_CPU else (16, 20)  # sequences of a whole batch; steps before losses are compared
+BATCH, STEPS = 16, 10  # sequences of a whole batch; steps before losses are compared
 
 # ---- sums and gathers ------------------------------------------------------------------------------------------------
 
@@ -44,7 +40,7 @@ def collectives(dtype: mx.Dtype, rounds: int) -> Iterator[tuple[str, float, floa
     """What, its seconds, and the bytes a second on the bus. What the backend does not have is left out."""
     n, share = mx.distributed.init().size(), 1 - 1 / mx.distributed.init().size()
     for size in SIZES:
-        for kind in {mx.float32, dtype}:
+        for kind in dict.fromkeys((mx.float32, dtype)):  # in one order: a set's may differ between processes
             x = mx.ones(size // kind.size, kind)
             mx.eval(x)
             for name, f, given, sent in (
@@ -61,55 +57,9 @@ def collectives(dtype: mx.Dtype, rounds: int) -> Iterator[tuple[str, float, floa
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def training(batch: int, optimizer: str, dtype: mx.Dtype, averaged: bool) -> Callable:
-    """A function that takes a number of steps and returns their last loss; each process has its share of `batch`
-    sequences if averaged, else all of them and nothing from others."""
-    world, model = mx.distributed.init(), GPT(GPTConfig(**SHAPE))
-    model.train()
-    model.compute_dtype = dtype
-    opt = rest = optim.Adam(1e-3, betas=[0.9, 0.95], bias_correction=True)
-    if optimizer == "muon":
-        opt = optim.MultiOptimizer([Muon(0.02, dtype=dtype, group=world if averaged else None), rest], [by_muon])
-    opt.init(model.trainable_parameters())
-    state = [model.state, opt.state]
-    compiled = (lambda f: f) if ON_CPU else lambda f: mx.compile(f, inputs=state, outputs=state)
-    tokens = mx.random.randint(0, SHAPE["vocab_size"], (batch, SHAPE["block_size"] + 1), key=mx.random.key(0))
-    if averaged:
-        tokens = tokens[world.rank()::world.size()]
-
-    @compiled
-    def gradients(idx):
-        return nn.value_and_grad(model, model.loss)(idx[:, :-1], idx[:, 1:])
-
-    @compiled
-    def update(grads):
-        if gpu_train and (length := gpu_train.adamw(model, opt, grads, 1.0, 0.1)) is not None:
-            return length
-        grads, length = (gpu_train or optim).clip_grad_norm(grads, 1.0)
-        decay = 1 - 0.1 * rest.learning_rate
-        model.update(tree_map(lambda p: p * decay if p.ndim > 1 else p, model.trainable_parameters()))
-        opt.update(model, grads)
-        return length
-
-    def steps(n: int) -> float:
-        for _ in range(n):
-            loss, grads = gradients(tokens)
-            if averaged:
-                grads = nn.average_gradients(tree_map(lambda g: g.astype(dtype), grads))
-                grads = tree_map(lambda g: g.astype(mx.float32), grads)
-                loss = mx.distributed.all_sum(loss) / world.size()
-            length = update(grads)
-            del grads
-            mx.async_eval(loss, length, state)
-        mx.eval(loss, state)
-        return loss.item()
-
-    return steps
-
-
-def measure(dtype: mx.Dtype, rounds: int) -> Iterator[tuple[str, float, float, float, float, float]]:
+def measure(training: Callable, rounds: int) -> Iterator[tuple[str, float, float, float, float, float]]:
     """What, tokens a second of all processes together, those over one process's, ms a step, the loss after STEPS less
-    that of one process which computes the whole batch, and the peak GiB of a process."""
+    that of one process which computes the whole batch, and the peak GiB of a process. training: bench.py's."""
     world = mx.distributed.init()
     n, quiet = world.size(), True if world.rank() else None
     for optimizer in ("adamw", "muon"):
@@ -117,8 +67,11 @@ def measure(dtype: mx.Dtype, rounds: int) -> Iterator[tuple[str, float, float, f
         for what, batch, averaged in (("alone", BATCH, False), ("alone", BATCH * n, False), ("weak", BATCH * n, True),
                                       ("strong", BATCH, True)):
             mx.clear_cache()
-            steps = training(batch, optimizer, dtype, averaged)
-            loss = steps(STEPS)
+            model, group = GPT(GPTConfig(**SHAPE)), world if averaged else None
+            steps = training(model, dict(batch=batch, steps=5), muon=optimizer == "muon", group=group)
+            for _ in range(STEPS // 5):
+                steps()
+            loss = steps.loss.item()
             first.setdefault(batch, loss)
             if what == "alone" and alone:  # only for its loss
                 continue
@@ -127,13 +80,13 @@ def measure(dtype: mx.Dtype, rounds: int) -> Iterator[tuple[str, float, float, f
             for _ in tqdm(range(rounds), desc=f"{optimizer}, {what}", leave=False, disable=quiet):
                 mx.eval(mx.distributed.all_sum(mx.array(1.0)))
                 began = time.perf_counter()
-                steps(5)
+                steps()
                 times.append((time.perf_counter() - began) / 5)
             seconds, peak = statistics.median(times), mx.get_peak_memory() / 2**30
             speed = batch * SHAPE["block_size"] / seconds
             alone = alone or speed
             yield f"{optimizer}, {what}", speed, speed / alone, seconds * 1e3, loss - first[batch], peak
-            del steps
+            del steps, model
 
 
 if __name__ == "__main__":

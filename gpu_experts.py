@@ -20,6 +20,7 @@ import gpu_kernels
 ACTIVATIONS = {"relu2": 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3, "geglu": 2}  # as in gpu_experts.cu
 GATED = "swiglu", "geglu"
 TILES = (128, 256, 64), (128, 128, 64)  # rows and columns of a tile, and the step of its sum: the first that fits
+ALIGNED = 1024   # shared memory for the first stage to begin at a multiple of so many bytes, as wgmma wants
 TRIED = 2048     # tokens with which the kernels are tried
 LARGEST = 2**27  # weights of a kind with which they are; a trial with more would take gigabytes
 SOURCES = {  # of each kernel: inputs, outputs, and the call
@@ -50,7 +51,7 @@ def on_gpu() -> bool:
 def fits(tile: tuple[int, int, int]) -> bool:
     """Whether shared memory has room for three steps of both operands: one is computed, and two are on their way."""
     BM, BN, BK = tile
-    return gpu_kernels.device()[1] >= 3 * (BM + BN) * BK * 2 + 1024
+    return gpu_kernels.device()[1] >= 3 * (BM + BN) * BK * 2 + ALIGNED
 
 
 def on_hopper() -> bool:
@@ -66,11 +67,11 @@ def kernel(name: str, dtype: mx.Dtype, mlp: str, E: int, K: int, C: int, HID: in
     inputs, outputs, call = SOURCES[name]
     blocks, room, _ = gpu_kernels.device()
     BM, BN, BK = next(filter(fits, TILES))
-    stages = min(4, (room - 1024) // ((BM + BN) * BK * 2))
+    stages = min(4, (room - ALIGNED) // ((BM + BN) * BK * 2))
     constants = dict(T=dtype, E=E, K=K, C=C, HID=HID, GATED=mlp in GATED, ACTIVATION=ACTIVATIONS[mlp],
                      HALF=dtype == mx.float16, BM=BM, BN=BN, BK=BK, STAGES=stages, SWITCH=switch, Z_LOSS=z_loss)
     threads = THREADS.get(name, BM // 64 * (BN // 64) * 32)  # of a thread block
-    shared = 0 if name in THREADS else stages * (BM + BN) * BK * 2 + 1024
+    shared = 0 if name in THREADS else stages * (BM + BN) * BK * 2 + ALIGNED
     files, macros = ["gpu_experts.cu"], ""
     if on_hopper():
         files.append("gpu_experts_hopper.cu")

@@ -111,8 +111,8 @@ def unpack_all(state: dict, bits: int, signed: dict[str, bool], shape: tuple) ->
 # ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
-class PackedAdam(optim.Adam):
-    SIGNED = {"m": True, "v": False}
+class Packed:
+    """What follows shares this: an optimizer that packs each parameter's state as it begins."""
 
     def __init__(self, learning_rate: float, bits: int, **others):
         super().__init__(learning_rate, **others)
@@ -121,6 +121,10 @@ class PackedAdam(optim.Adam):
     def init_single(self, parameter: mx.array, state: dict):
         super().init_single(parameter, state)
         state.update(pack_all(state, self.bits, self.SIGNED))
+
+
+class PackedAdam(Packed, optim.Adam):
+    SIGNED = {"m": True, "v": False}
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         whole = unpack_all(state, self.bits, self.SIGNED, parameter.shape)
@@ -129,16 +133,8 @@ class PackedAdam(optim.Adam):
         return updated
 
 
-class PackedMuon(Muon):
+class PackedMuon(Packed, Muon):
     SIGNED = {"v": True}
-
-    def __init__(self, learning_rate: float, bits: int, **others):
-        super().__init__(learning_rate, **others)
-        self.bits = bits
-
-    def init_single(self, parameter: mx.array, state: dict):
-        super().init_single(parameter, state)
-        state.update(pack_all(state, self.bits, self.SIGNED))
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         if not self._initialized:

@@ -128,8 +128,8 @@ def watch(group: mx.distributed.Group, seconds: float = 1.0) -> threading.Event:
                 if os.getpid() != left[0]:
                     time.sleep(1)  # a launcher ends the first one, too, as soon as this one has ended
                 else:
-                    print("train.py: another process has ended: go on from the last checkpoint with --resume=True",
-                          file=sys.stderr, flush=True)
+                    print(f"{os.path.basename(sys.argv[0])}: another process has ended: go on from the last checkpoint "
+                          "with --resume=True", file=sys.stderr, flush=True)
                 os._exit(2)
 
     threading.Thread(target=look, daemon=True).start()

@@ -167,7 +167,7 @@ settings = overrides(globals())
 
 SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 HERE = os.path.dirname(os.path.abspath(run_folder.__file__))  # where the other scripts are
-OTHERS = {"vocab_size", "parallel"}  # settings named as those of GPTConfig, which are others
+OTHERS = {"vocab_size", "parallel"}  # have names of GPTConfig's fields, but mean something else
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}  # dense bfloat16
 ckpt_path, best_path = os.path.join(out_dir, "ckpt.safetensors"), os.path.join(out_dir, "best.safetensors")
 world = mx.distributed.init()

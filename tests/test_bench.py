@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, launch
 from mlx.utils import tree_flatten
 
+import bench_devices
 import bench_growth
 import draw
 from model import GPT, GPTConfig, save_checkpoint
@@ -32,7 +33,7 @@ SMALLER = {  # sizes on a CPU
         "(1, 2, 4, 8, 16), (512, 2048, 8192, 32768), (512, 2048, 8192, 32768)": "(1, 2), (64, 512), (128, 2048)",
         "(256, 512, 1024, 2048, 4096, 8192), 8192, (2, 4, 8, 16, 32)": "(16, 64), 64, (2, 4)"},
     "bench_devices.py": {
-        "(2**26, 2**23, 2**20)": "(2**16, 2**12)", "(16, 10) if": "(4, 3) if",
+        "(2**26, 2**23, 2**20)": "(2**16, 2**12)", "BATCH, STEPS = 16, 10": "BATCH, STEPS = 4, 5",
         "n_layer=4, n_head=4, n_embd=128, block_size=64": "n_layer=1, n_head=2, n_embd=32, block_size=16"},
     "bench_page.py": {"512 if software": "128 if software", "(1024, 1024)": "(256, 256)"},
     "webgpu/bench.js": {"LEAST = 50": "LEAST = 5"},
@@ -151,6 +152,14 @@ def test_devices(scripts, n):
     rows = [line.split() for line in lines if line.startswith(("adamw", "muon"))]
     assert [row[1] for row in rows] == ["alone", "weak", "strong"] * 2
     assert all(abs(float(row[5])) < 1e-5 for row in rows)
+
+
+def test_collectives_in_one_order(monkeypatch):
+    """All processes must ask for the same sums in the same order, of whatever dtypes."""
+    monkeypatch.setattr(bench_devices, "SIZES", (64,))
+    asked = [[what for what, *_ in bench_devices.collectives(dtype, 1)] for dtype in (mx.bfloat16, mx.float32)]
+    assert [what.split(", ")[1] for what in asked[0] if "all_sum" in what] == ["float32", "bfloat16"]
+    assert [what.split(", ")[1] for what in asked[1] if "all_sum" in what] == ["float32"]
 
 
 @pytest.mark.parametrize("own", [{}, dict(sliding_window=5), dict(n_expert=4, ffn_dim=48)])
