@@ -224,6 +224,8 @@ if origin:
             raise UserError(f"{name} is {value}, but {before[name]} in {origin}: leave it out or train anew")
 if resume:
     parts = ["settings", "step", "losses", "tokenizer", *{"tokens"} & meta.keys()]
+    if isinstance(meta.get("settings"), dict) and meta["settings"].get("parallel") is False:
+        del meta["settings"]["parallel"]  # GPTConfig's field, which the page lists among the settings
     settings.update(run_folder.old_settings(ckpt_path, meta, settings, ["optimizer", "optimizer_bits"], parts))
     start_step, end = meta["step"], settings["max_iters"]
     if start_step >= end:
