@@ -164,13 +164,15 @@ def routed(moe: nn.Module, logits: mx.array) -> tuple[mx.array, mx.array, mx.arr
     def forward(logits):
         gates, chosen, counts = run("route", [logits, balance, size], blocks, [(N, K), (N, K), (blocks, E)],
                                     [logits.dtype, mx.uint32, mx.float32])
-        return gates, chosen, counts.sum(0)
+        count = counts.sum(0)
+        return gates, chosen, count, moe.over_processes(count)
 
     @forward.vjp
     def backward(logits, cotangents, outputs):
-        return run("route_backward", [logits, *outputs[1:], cotangents[0], size], blocks, [(N, E)], [logits.dtype])[0]
+        _, chosen, _, count = outputs
+        return run("route_backward", [logits, chosen, count, cotangents[0], size], blocks, [(N, E)], [logits.dtype])[0]
 
-    return forward(logits)
+    return forward(logits)[:3]
 
 
 def by_matmuls(mlp: str, x: mx.array, gates: mx.array, up: mx.array, down: mx.array, chosen: mx.array) -> mx.array:

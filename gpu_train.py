@@ -491,9 +491,10 @@ def clip_grad_norm(gradients: dict, largest: float) -> tuple[dict, mx.array]:
     return tree_map(lambda g: g * scale, gradients), norm
 
 
-def adamw(model: nn.Module, opt: optim.Optimizer, gradients: dict, largest: float, weight_decay: float):
+def adamw(model: nn.Module, opt: optim.Optimizer, gradients: dict, largest: float, weight_decay: float,
+          norm: mx.array | None = None) -> mx.array | None:
     """Clip, decay the matrices, and apply as optim.Adam does, in one pass over parameters, gradients and states. Return
-    the gradient's norm, or None where the caller must do all this."""
+    the gradient's norm, or None where the caller must do all this. norm: of all gradients, if these are a part."""
     if type(opt) is not optim.Adam or not opt.bias_correction or (arrays := floats(gradients)) is None:
         return None
     names = [name for name, _ in tree_flatten(gradients)]
@@ -507,7 +508,7 @@ def adamw(model: nn.Module, opt: optim.Optimizer, gradients: dict, largest: floa
         return None
     opt.state["step"] = opt.step + 1
     (beta1, beta2), rate, step = opt.betas, opt.learning_rate.astype(mx.float32), opt.step
-    square, updated = squares(arrays).sum(), []
+    square, updated = squares(arrays).sum() if norm is None else norm.square(), []
     rates = mx.stack([1 - weight_decay * rate, rate / (1 - beta1**step), mx.rsqrt(1 - beta2**step), square])
     for group in (tensors[i:i + GROUP] for i in range(0, len(tensors), GROUP)):
         constants = dict(BETA1=float(beta1), BETA2=float(beta2), ADAM_EPS=float(opt.eps),

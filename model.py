@@ -1096,14 +1096,12 @@ class MoE(nn.Module):
             self.balance = mx.zeros((E,))
             self.freeze(keys=["balance"], recurse=False)  # set by rebalance(), not by gradients
         self._count = mx.zeros((E,))  # pairs of each expert since the last rebalance()
+        self.over_processes = lambda count: count  # the mean over those that compute other rows: see parallel.py
 
     def __call__(self, x: mx.array, tap: Callable) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])
         gates, chosen = self.choose(tap("router", self.layer, self.router(x)).reshape(len(flat), -1))
-        gates, y = gates.astype(x.dtype), None
-        if gpu_experts is not None and chosen.size >= ROWS:
-            y = gpu_experts.mixture(self, flat, gates, chosen)
-        y = (self.weighed(flat, gates, chosen) if y is None else y).reshape(x.shape)
+        y = self.weighed(flat, gates.astype(x.dtype), chosen).reshape(x.shape)
         return y + self.shared(x, tap) if self.config.n_shared_expert else y
 
     def choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
@@ -1124,13 +1122,17 @@ class MoE(nn.Module):
             self._count = self._count + count
             loss = Z_LOSS * mx.logsumexp(logits, axis=-1).square().mean()
             if config.expert_balance == "loss":
-                loss = loss + SWITCH_LOSS * config.n_expert * (count / chosen.size * p.mean(0)).sum()
+                load = self.over_processes(count) / chosen.size
+                loss = loss + SWITCH_LOSS * config.n_expert * (load * p.mean(0)).sum()
             gates = with_loss(gates, loss)
         return gates, chosen
 
     def weighed(self, x: mx.array, gates: mx.array, chosen: mx.array) -> mx.array:
         """For tokens x (N, C), the sums of the outputs of the chosen experts (N, k) times gates (N, k): (N, C)."""
         config, k = self.config, chosen.shape[1]
+        if gpu_experts is not None and chosen.size >= ROWS:
+            if (y := gpu_experts.mixture(self, x, gates, chosen)) is not None:
+                return y
         if chosen.size < ROWS:  # too few pairs to sort
             rows, expert, ends = mx.repeat(x, k, axis=0), chosen.reshape(-1), None
         else:
@@ -1145,9 +1147,8 @@ class MoE(nn.Module):
 def rebalance(model) -> mx.array:
     """Call it after an update. Returns the load of each expert over the mean load of its layer, (layers, E), where 1 is
     balanced, summed over processes. With expert_balance=bias it also changes the biases by one step."""
-    loads = []
-    for moe in (block.mlp for block in model.blocks):
-        count = mx.distributed.all_sum(moe._count)
+    loads, moes = [], [block.mlp for block in model.blocks]
+    for moe, count in zip(moes, mx.distributed.all_sum(mx.stack([moe._count for moe in moes])), strict=True):
         moe._count = mx.zeros_like(count)
         loads.append(count / mx.maximum(count.mean(), 1e-9))
         if "balance" in moe:
@@ -1548,14 +1549,7 @@ class GPT(nn.Module):
             cache.offset += T
         if places is not None:  # window
             refuse_sinks(self.config, "packing: a row has one set of first tokens")  # window
-        x = self.embed(idx)
-        if self.config.embed_scale != 1:
-            x = x * self.config.embed_scale
-        if self.config.pos == "learned":
-            if offset + T > self.config.block_size:
-                raise UserError(f"{offset + T} tokens, but positions are learned up to {self.config.block_size}")
-            x = x + self.pos_embed(places_of(T, offset if places is None else places) % DOCUMENT)
-        x = x.astype(self.compute_dtype or mx.result_type(x, self.norm.weight))
+        x = self.embedded(idx, offset, places)
         offset, carry = offset if places is None else places, {}
         if self.config.value_residual:  # resformer
             carry["first_values"] = no_values(self.config, x)  # resformer
@@ -1579,6 +1573,17 @@ class GPT(nn.Module):
             x, carry = self.run(block, x, offset, memory, tap, carry)
         x = tap("resid", self.config.n_layer, x)
         return x[:, -1:] if last else x
+
+    def embedded(self, idx: mx.array, offset: int, places: mx.array | None = None) -> mx.array:
+        """What enters the first block: (B, T) token ids -> (B, T, C)."""
+        T, x = idx.shape[1], self.embed(idx)
+        if self.config.embed_scale != 1:
+            x = x * self.config.embed_scale
+        if self.config.pos == "learned":
+            if offset + T > self.config.block_size:
+                raise UserError(f"{offset + T} tokens, but positions are learned up to {self.config.block_size}")
+            x = x + self.pos_embed(places_of(T, offset if places is None else places) % DOCUMENT)
+        return x.astype(self.compute_dtype or mx.result_type(x, self.norm.weight))
 
     def run(self, block: Block, x: mx.array, offset: int | mx.array, cache, tap: Callable, carry: dict):
         """Run a block; return x and the carry after it. In training with checkpoint_every=k, every k-th block stores

@@ -31,7 +31,8 @@ class Muon(optim.Optimizer):
     decay of the gradient's mean, with Nesterov's look ahead. dtype: of the iteration that sets the singular values.
 
     All matrices of one shape go through that iteration as one batch. One by one and in float32, they would take as long
-    as the rest of the step on a GPU. The processes of `group` share them out, and gather the results.
+    as the rest of the step on a GPU. The processes of `group` share them out, and gather the results. Where a process
+    has parts of the parameters, whole(tree) gives whole arrays from these parts, and own(tree) the parts.
     """
 
     def __init__(self, learning_rate: float, momentum: float = 0.95, dtype: mx.Dtype = mx.float32,
@@ -39,6 +40,7 @@ class Muon(optim.Optimizer):
         super().__init__()
         self._maybe_schedule("learning_rate", learning_rate)
         self.momentum, self.dtype, self.group = momentum, dtype, group
+        self.whole = self.own = lambda tree: tree
 
     def init_single(self, parameter: mx.array, state: dict):
         state["v"] = mx.zeros_like(parameter)
@@ -52,7 +54,8 @@ class Muon(optim.Optimizer):
             state["v"] = self.momentum * state["v"] + (1 - self.momentum) * g
             return (1 - self.momentum) * g + self.momentum * state["v"]
 
-        updates, by_shape = dict(tree_flatten(tree_map(with_momentum, gradients, self.state))), {}
+        updates, by_shape = self.whole(tree_map(with_momentum, gradients, self.state)), {}
+        updates = dict(tree_flatten(updates))
         for name, update in updates.items():
             by_shape.setdefault(update.shape[-2:], []).append(name)
         for (rows, columns), names in by_shape.items():
@@ -62,7 +65,7 @@ class Muon(optim.Optimizer):
             ends = np.cumsum([len(part) for part in parts])[:-1].tolist()
             for name, part in zip(names, mx.split(X, ends) if ends else [X], strict=True):
                 updates[name] = part.reshape(updates[name].shape)
-        return tree_map(lambda update, p: p - update, tree_unflatten(list(updates.items())), parameters)
+        return tree_map(lambda update, p: p - update, self.own(tree_unflatten(list(updates.items()))), parameters)
 
 
 def shared_out(f: Callable, X: mx.array, group: mx.distributed.Group | None) -> mx.array:

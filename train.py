@@ -155,7 +155,8 @@ log_interval = 25       # updates between log lines
 dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
 precision = ""          # fp8 | mxfp8 | nvfp4: the blocks multiply such numbers, simulated; "": those of dtype
 precision_off = ""      # choices of nvfp4 to leave out, with commas: stochastic, hadamard, square, last
-parallel = ""           # zero1: each device keeps a part of Adam's states; "": all keep everything
+parallel = ""           # zero1 | fsdp | tensor | pipeline: what several devices share out, see parallel.py
+slices = 0              # devices that share each matrix under tensor, the others take other rows; 0: all share
 optimizer_bits = 32     # 8 | 4: keep the states of adamw and muon as integers of so many bits
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
 compile = not ON_CPU    # mx.compile the step; on a CPU cpu_train.py is faster, which cannot be compiled
@@ -255,8 +256,6 @@ globals().update(settings)
 run_folder.check_settings(settings, resume)
 if not out_dir:
     raise UserError("out_dir is empty: name a folder, or . for this one")
-if batch_size % n_ranks:
-    raise UserError(f"batch_size={batch_size} is not divisible by the {n_ranks} processes: change it")
 if schedule not in ("cosine", "wsd"):
     raise UserError(f"schedule={schedule!r} is not one of cosine, wsd")
 working_dtype = compute_dtype(dtype)
@@ -342,15 +341,14 @@ if optimizer not in ("adamw", "muon", "lion"):
 if optimizer_bits not in (32, 8, 4) or optimizer_bits < 32 and (optimizer == "lion" or not packed_states):
     raise UserError(f"optimizer_bits={optimizer_bits}: it must be 32, or with adamw and muon, and packed_states.py at "
                     "hand, 8 or 4")
-if parallel:
-    if not shared:
-        raise UserError(f"parallel={parallel!r} needs parallel.py, which is missing: leave it out")
-    shared.check(parallel, optimizer, optimizer_bits)
+if parallel and not shared:
+    raise UserError(f"parallel={parallel!r} needs parallel.py, which is missing: leave it out")
+if parallel and (optimizer_bits < 32 or precision):
+    raise UserError(f"parallel={parallel} shares out float32: leave out --precision and --optimizer_bits")
 if optimizer == "lion":  # Chen et al. 2023
     opt = rest = optim.Lion(learning_rate, betas=[beta1, beta2], weight_decay=0.0)
 else:                    # Kingma & Ba 2015
     make = Adam if optimizer_bits == 32 else partial(packed_states.PackedAdam, bits=optimizer_bits)
-    make = partial(shared.ShardedAdam, group=world) if parallel else make
     opt = rest = make(learning_rate, betas=[beta1, beta2], bias_correction=True)
 if optimizer == "muon":  # for the matrices of the blocks, and Adam for the rest
     make = Muon if optimizer_bits == 32 else partial(packed_states.PackedMuon, bits=optimizer_bits)
@@ -359,16 +357,21 @@ if optimizer == "muon":  # for the matrices of the blocks, and Adam for the rest
 opt.init(model.trainable_parameters())
 if resume:
     path = os.path.join(out_dir, f"ckpt.optimizer-{start_step}.safetensors")
-    fresh, arrays = dict(tree_flatten(opt.state)), {}
-    wanted = {name: array.shape for name, array in fresh.items()}
-    if parallel:
-        wanted = shared.shapes_of(fresh, dict(tree_flatten(model.trainable_parameters())))
+    arrays, wanted = {}, {name: array.shape for name, array in tree_flatten(opt.state)}
     with contextlib.suppress(UserError):
         arrays, _ = load_arrays(path)
     if {name: array.shape for name, array in arrays.items()} != wanted:
         raise UserError(f"{path} is missing or spoilt: begin a new run from the weights, with --init="
                         f"{shlex.quote(ckpt_path)} --out_dir={shlex.quote(run_folder.free_name(out_dir))}")
-    opt.state = tree_unflatten(list((shared.own_state(arrays, fresh, world) if parallel else arrays).items()))
+    opt.state = tree_unflatten(list(arrays.items()))
+part, parts = rank, n_ranks  # of the rows of a batch: this process's, and their number
+if shared and (parallel or n_ranks > 1):
+    shares = shared.share(parallel, model, opt, world, slices, working_dtype, overlap=grad_accum == 1)
+    part, parts = shares.others.rank(), shares.others.size()
+elif slices:
+    raise UserError(f"slices={slices} needs --parallel=tensor: leave it out")
+if batch_size % parts:
+    raise UserError(f"batch_size={batch_size} is not divisible by the {parts} processes that share it out: change it")
 
 
 def schedule_at(step: int, settings: dict = settings) -> float:
@@ -412,34 +415,47 @@ def gradients(x, y):
 @compiled
 def update(grads):
     """Clip, decay, and apply. Returns the gradient's norm before clipping."""
-    if gpu_train and (length := gpu_train.adamw(model, opt, grads, grad_clip or math.inf, weight_decay)) is not None:
-        return length
-    grads, length = (clip_grad_norm if ON_CPU else (gpu_train or optim).clip_grad_norm)(grads, grad_clip or math.inf)
+    most, changed, length = grad_clip or math.inf, model, None
+    if parallel:  # the process updates parts of the arrays
+        changed, grads = shared.updated_parts(shares, grads)
+        length = shared.norm(shares, grads)
+    done = gpu_train.adamw(changed, opt, grads, most, weight_decay, length) if gpu_train else None
+    if done is None:
+        if parallel:
+            grads, done = tree_map(lambda g: g * mx.minimum(most / (length + 1e-6), 1), grads), length
+        else:
+            grads, done = (clip_grad_norm if ON_CPU else (gpu_train or optim).clip_grad_norm)(grads, most)
 
-    def decay(path: str, p: mx.array) -> mx.array:
-        rate = muon.learning_rate if optimizer == "muon" and by_muon(path, p) else rest.learning_rate
-        return p * (1 - weight_decay * rate) if p.ndim > 1 else p
+        def decay(path: str, p: mx.array) -> mx.array:
+            rate = muon.learning_rate if optimizer == "muon" and by_muon(path, p) else rest.learning_rate
+            return p * (1 - weight_decay * rate) if p.ndim > 1 else p
 
-    model.update(tree_map_with_path(decay, model.trainable_parameters()))
-    opt.update(model, grads)
-    return length
+        changed.update(tree_map_with_path(decay, changed.trainable_parameters()))
+        opt.update(changed, grads)
+    if parallel:
+        shared.join_updated(shares, changed)
+    return done
 
 
 validation_loss = compiled(lambda x, y: model.loss(x, y))
+if parallel == "pipeline":  # it computes stage by stage
+    def validation_loss(x, y):
+        return shared.run_stage(shares, x, y, 1, False)[0]
 
 
 def evaluate() -> tuple[float, float]:
     """Nats per token and bits per byte, on the same windows of the validation split each time."""
     T = min(block_size, len(tokens["val"]) - 1)
     x, y = windows("val", eval_windows, T, [0])
-    total, own = mx.array(0.0), batch_size // n_ranks
+    total, own = mx.array(0.0), batch_size // parts
     model.eval()
-    for start in range(rank * own, eval_windows, batch_size):
-        part = slice(start, start + own)
-        total = total + validation_loss(x[part], y[part]) * len(x[part])
+    for start in range(0, eval_windows, batch_size):
+        rows = slice(start + part * own, start + (part + 1) * own)
+        n = len(x[rows])  # may be 0 at the end, but all processes call the loss equally often
+        total = total + validation_loss(x[rows] if n else x[:1], y[rows] if n else y[:1]) * n
         mx.eval(total)
     model.train()
-    nats = mx.distributed.all_sum(total).item() / eval_windows
+    nats = mx.distributed.all_sum(total).item() / eval_windows / (n_ranks // parts)
     n_bytes = int(enc.token_bytes[np.array(y)].sum())
     return nats, nats * eval_windows * T / max(n_bytes, 1) / math.log(2)
 
@@ -473,10 +489,10 @@ def save(step: int, is_best: bool = False):
     the checkpoint on disk is whole and the optimizer's state of its step is there. Curves are drawn every ten seconds
     and at the end."""
     global saved, drawn
-    states = dict(tree_flatten(opt.state))
+    states, whole = dict(tree_flatten(opt.state)), model
     if parallel:
-        states = shared.whole_state(states, dict(tree_flatten(model.trainable_parameters())), world)
-        mx.eval(states)
+        states, whole = shared.whole_state(shares, opt.state), shared.whole_model(shares)
+        mx.eval(states, whole.parameters())
     if rank == 0:
         header = {"script": SCRIPT, "settings": settings, "commit": commit, "started": started, "step": step,
                   "tokens": tokens_before + (step - start_step) * tokens_per_step, "losses": losses,
@@ -484,10 +500,10 @@ def save(step: int, is_best: bool = False):
         own = f"ckpt.optimizer-{step}.safetensors"
         save_arrays(os.path.join(out_dir, own), states, {"version": VERSION, "step": step})
         if is_best:
-            save_checkpoint(best_path, model, header)
+            save_checkpoint(best_path, whole, header)
         elif not saved and os.path.exists(best_path):  # of another run
             os.remove(best_path)
-        save_checkpoint(ckpt_path, model, header)
+        save_checkpoint(ckpt_path, whole, header)
         for name in os.listdir(out_dir):
             if re.fullmatch(r"ckpt\.optimizer-\d+\.safetensors", name) and name != own:
                 os.remove(os.path.join(out_dir, name))
@@ -625,19 +641,25 @@ while True:
     if draws:  # a resumed run draws the numbers that an uninterrupted one would have drawn
         mx.random.seed(((seed * 2**32 + step) * n_ranks + rank) % 2**64)
     x, y = windows("train", grad_accum * batch_size, block_size, [seed, step])
-    loss, grads, own = 0.0, None, batch_size // n_ranks
-    for micro in range(grad_accum):
-        share = slice((micro * n_ranks + rank) * own, (micro * n_ranks + rank + 1) * own)
-        part, new = gradients(x[share], y[share])
-        loss, grads = loss + part / grad_accum, new if grads is None else tree_map(mx.add, grads, new)
+    loss, grads, own = 0.0, None, batch_size // parts
+    if parallel == "pipeline":
+        loss, grads = shared.run_stage(shares, x, y, grad_accum, True)
+    for micro in range(grad_accum if parallel != "pipeline" else 0):
+        share = slice((micro * parts + part) * own, (micro * parts + part + 1) * own)
+        now, new = gradients(x[share], y[share])
+        loss, grads = loss + now / grad_accum, new if grads is None else tree_map(mx.add, grads, new)
         if micro + 1 < grad_accum:
             mx.async_eval(loss, grads)  # so that the activations of one micro-step at a time are in memory
-    if grad_accum > 1:
+    if grad_accum > 1 and parallel != "pipeline":
         grads = tree_map(lambda g: g / grad_accum, grads)
     figures = {"loss": loss, "stops": mx.array(float(stops()))}  # what finish() reads and logs
-    if n_ranks > 1:  # means over the processes
+    if shared and (parallel or n_ranks > 1):
+        grads = shared.average(shares, grads)
+        mx.async_eval(grads)  # so that all processes come to their sums in one order, though they have other parts
+    elif n_ranks > 1:
         grads = nn.average_gradients(tree_map(lambda g: g.astype(working_dtype), grads))
         grads = tree_map(lambda g, p: g.astype(p.dtype), grads, model.trainable_parameters())
+    if n_ranks > 1:  # means over the processes
         means = mx.distributed.all_sum(mx.stack([*figures.values()])) / n_ranks
         figures = dict(zip(figures, means, strict=True))
     figures["norm"] = update(grads)
@@ -653,6 +675,9 @@ while True:
 bar.close()
 if watching:
     watching.set()
+if parallel:
+    model = shared.whole_model(shares)
+    mx.eval(model.parameters())
 
 # ---- look at it ------------------------------------------------------------------------------------------------------
 

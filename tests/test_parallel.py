@@ -1,73 +1,215 @@
-"""parallel.py: the losses, weights and states of several processes that share out the optimizer are those of one."""
-import os
+"""parallel.py: the losses, gradients, weights and states of several processes are those of one."""
+import functools
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import ROOT, launch
-from mlx.utils import tree_flatten, tree_map
-from test_train import arrays, column, command, data, train  # noqa: F401
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from ranks import together
+from test_train import arrays, column, data, train  # noqa: F401
 
 import parallel
-from model import GPT, GPTConfig, load_checkpoint
+from config import UserError
+from model import GPT, GPTConfig
+from muon import Muon, by_muon
+
+SHAPE = dict(n_layer=4, n_head=4, n_embd=32, vocab_size=64, block_size=16)
 
 
-def ranks(monkeypatch, n: int) -> list:
-    """Groups of n processes, one after the other in this one: what a process gathers is made of what all have given to
-    this call, which the last one knows."""
-    given = {}
+def training(group, mode: str, steps: int, config: dict, muon: bool = False, accumulate: int = 1, slices: int = 0,
+             state: dict | None = None, start: int = 0) -> dict:
+    """Train as train.py does: the losses, the whole gradients of the first step, the whole weights and states at the
+    end. group None: one process. state: of a run that has taken `start` steps."""
+    rng, losses, part, parts, shares = np.random.default_rng(0), [], 0, 1, None
+    model = GPT(GPTConfig(**SHAPE | config))
+    opt = rest = optim.Adam(1e-3, bias_correction=True)
+    if muon:
+        opt = optim.MultiOptimizer([Muon(0.01, group=group), rest], [by_muon])
+    opt.init(model.trainable_parameters())
+    if state:
+        model.update(tree_unflatten(list(state["weights"].items())))
+        opt.state = tree_unflatten(list(state["states"].items()))
+    if group:
+        shares = parallel.share(mode, model, opt, group, slices, overlap=accumulate == 1)
+        part, parts = shares.others.rank(), shares.others.size()
+    model.train()
+    for step in range(start + steps):
+        tokens = mx.array(rng.integers(0, 64, (4 * accumulate, 17)).astype(np.int32))
+        if step < start:
+            continue
+        x, y, own, loss, gradients = tokens[:, :-1], tokens[:, 1:], 4 // parts, 0.0, None
+        if mode == "pipeline":
+            loss, gradients = parallel.run_stage(shares, x, y, accumulate, True)
+        for micro in range(accumulate if mode != "pipeline" else 0):
+            rows = slice((micro * parts + part) * own, (micro * parts + part + 1) * own)
+            now, new = nn.value_and_grad(model, model.loss)(x[rows], y[rows])
+            loss = loss + now / accumulate
+            gradients = tree_map(lambda g, n: g + n / accumulate, gradients or tree_map(mx.zeros_like, new), new)
+        changed, norm = model, mx.sqrt(sum(g.square().sum() for _, g in tree_flatten(gradients)))
+        if group:
+            gradients = parallel.average(shares, gradients)
+            loss = mx.distributed.all_sum(loss) / group.size()
+        if step == start:
+            first = gradients
+            if mode == "pipeline":
+                like = dict(tree_flatten(GPT(shares.config).trainable_parameters()))
+                first = parallel.of_stages(shares, dict(tree_flatten(gradients)), like)
+            elif group and mode not in ("", "zero1"):
+                first = parallel.whole(shares, gradients)
+        if group:
+            changed, gradients = parallel.updated_parts(shares, gradients)
+            norm = parallel.norm(shares, gradients)
+        opt.update(changed, tree_map(lambda g, norm=norm: g * mx.minimum(0.5 / norm, 1), gradients))
+        if group:
+            parallel.join_updated(shares, changed)
+        mx.eval(loss, norm, first, model.parameters(), opt.state)
+        losses.append([loss.item(), norm.item()])
+    states = parallel.whole_state(shares, opt.state) if group else dict(tree_flatten(opt.state))
+    weights = dict(tree_flatten((parallel.whole_model(shares) if group else model).parameters()))
+    mx.eval(weights, states)
+    return {"losses": np.array(losses), "first": dict(tree_flatten(first)), "weights": weights, "states": states}
 
-    def all_gather(x, group):
-        call = given.setdefault(group.calls, {})
-        call[group.rank()] = x
-        group.calls += 1
-        return mx.concatenate([call.get(rank, mx.zeros_like(x)) for rank in range(n)])
 
-    monkeypatch.setattr(mx.distributed, "all_gather", all_gather)
-    return [SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: n, calls=0) for rank in range(n)]
+@functools.cache
+def one_process(steps: int, config: tuple, muon: bool, accumulate: int) -> dict:
+    return training(None, "", steps, dict(config), muon, accumulate)
+
+
+def same_arrays(found: dict, expected: dict, most: float):
+    """most: the largest difference, over the largest number of an array, and 1e-8 for what is rounding alone, as in
+    gradients of the keys' biases."""
+    assert {name: (x.shape, x.dtype) for name, x in found.items()} == \
+        {name: (x.shape, x.dtype) for name, x in expected.items()}
+    for name, x in expected.items():
+        x, y = (np.array(a, dtype=np.float64) for a in (x, found[name]))
+        largest, off = np.abs(x).max(initial=0), np.abs(x - y).max(initial=0)
+        assert off <= most * largest + 1e-8, (name, off, largest)
+
+
+RUNS = [(mode, n, 0) for mode in ("", "zero1", "fsdp", "tensor", "pipeline") for n in (2, 4)] + [("tensor", 4, 2)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "muon, 2 micro-steps"])
+@pytest.mark.parametrize("mode, n, slices", RUNS)
+def test_twenty_steps(mode, n, slices, optimizer):
+    """20 clipped steps of 2 and 4 processes beside one process: losses to 1e-6, norms, and what a checkpoint has."""
+    muon, accumulate = "muon" in optimizer, 2 if "micro" in optimizer else 1
+    expected = one_process(20, (), muon, accumulate)
+    for found in together(n, lambda group: training(group, mode, 20, {}, muon, accumulate, slices)):
+        np.testing.assert_allclose(found["losses"][:, 0], expected["losses"][:, 0], rtol=1e-6)
+        np.testing.assert_allclose(found["losses"][:, 1], expected["losses"][:, 1], rtol=1e-4)
+        same_arrays(found["first"], expected["first"], 1e-5)
+        same_arrays(found["weights"], expected["weights"], 1e-3)
+        same_arrays(found["states"], expected["states"], 1e-3)
+
+
+VARIANTS = {
+    "swiglu, grouped heads, head": dict(mlp="swiglu", n_kv_head=4, n_head=8, tie=False, ffn_dim=64, head_bias=True),
+    "GPT-2": dict(bias=True, norm="layer", pos="learned", mlp="gelu", qk_norm=False),
+    "experts": dict(n_expert=4, ffn_dim=32), "biased experts": dict(n_expert=4, ffn_dim=32, expert_balance="bias",
+                                                                    n_shared_expert=1),
+    "MoD": dict(mod="topk", mod_capacity=0.25), "soft MoD": dict(mod="soft"), "YOCO": dict(yoco=True),
+    "YOCO, window": dict(yoco=True, sliding_window=4), "window, sinks": dict(sliding_window=4, sinks=1),
+    "resformer": dict(value_residual=True), "value embeddings": dict(value_embeds=True),
+    "soft caps": dict(softcap=5.0, attn_softcap=5.0), "differential": dict(diff_attn=True),
+    "ALiBi": dict(alibi=True, pos="none"), "sink logits": dict(sink_logits=True), "parallel": dict(parallel=True),
+    "norms, factors": dict(norm_place="both", residual_scale=0.5, embed_scale=2.0, logit_scale=0.5),
+    "wide QK-norm": dict(qk_norm_width=True),
+}
+REFUSED = {"tensor": ("value embeddings", "differential", "ALiBi", "wide QK-norm"),
+           "pipeline": ("YOCO", "YOCO, window", "resformer")}
+
+
+@pytest.mark.parametrize("mode, n, slices", [("fsdp", 2, 0), ("tensor", 4, 2), ("pipeline", 2, 0)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(mode, n, slices, name):
+    """The gradients of each variant, and the loss after an update, or a refusal by its name."""
+    config = VARIANTS[name]
+    if name in REFUSED.get(mode, ()):
+        with pytest.raises(UserError, match="|".join(f"{key}={value}" for key, value in config.items())):
+            together(n, lambda group: training(group, mode, 1, config, slices=slices))
+        return
+    expected = one_process(2, tuple(config.items()), False, 1)
+    for found in together(n, lambda group: training(group, mode, 2, config, slices=slices)):
+        same_arrays(found["first"], expected["first"], 1e-5)
+        np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-4)
+
+
+def test_fsdp_recomputes(monkeypatch):
+    """With checkpoint_every=1 a block's parameters are gathered a second time, in the backward pass."""
+    gathers, before = [], parallel.gathered
+    monkeypatch.setattr(parallel, "gathered", lambda *a: gathers.append(1) or before(*a))
+    make, found = GPT.__init__, {}
+    for every in (0, 1):
+        def init(self, *arguments, every=every, **named):
+            make(self, *arguments, **named)
+            self.checkpoint_every = every
+        monkeypatch.setattr(GPT, "__init__", init)
+        gathers.clear()
+        found[every] = together(2, lambda group: training(group, "fsdp", 1, {}))[0]
+        found[every]["gathers"] = len(gathers)
+    same_arrays(found[1]["first"], found[0]["first"], 1e-6)
+    assert found[1]["gathers"] - found[0]["gathers"] == 2 * SHAPE["n_layer"]  # on both processes
+
+
+def test_what_a_process_keeps():
+    """Bytes of parameters and of the optimizer's states beside those of one process."""
+    def sizes(group, mode):
+        model, opt = GPT(GPTConfig(**SHAPE)), optim.Adam(1e-3)
+        opt.init(model.trainable_parameters())
+        if mode != "one":
+            parallel.share(mode, model, opt, group)
+        return [sum(x.nbytes for _, x in tree_flatten(tree)) for tree in (model.parameters(), opt.state)]
+
+    one = together(1, lambda group: sizes(group, "one"))[0]
+    for mode, shares in {"": (1, 1), "zero1": (1, 0.25), "fsdp": (0.25, 0.25), "tensor": (0.25, 0.25)}.items():
+        for found in together(4, lambda group, mode=mode: sizes(group, mode)):
+            np.testing.assert_allclose(np.array(found) / one, shares, atol=0.02)
+    kept = np.array(together(4, lambda group: sizes(group, "pipeline")))[:, 0] / one[0]
+    assert kept.max() < 0.3 and kept.sum() == pytest.approx(1, abs=0.05)  # the embedding is at both ends
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_other_processes_go_on(muon):
+    """Steps of 4 processes under fsdp, 2 under zero1, 2 under tensor, 4 in a pipeline, and one: those of one."""
+    expected, state, losses = one_process(10, (), muon, 1), None, []
+    for i, (mode, n) in enumerate((("fsdp", 4), ("zero1", 2), ("tensor", 2), ("pipeline", 4))):
+        state = together(n, lambda group, mode=mode, state=state, i=i: training(
+            group, mode, 2, {}, muon, state=state, start=2 * i))[-1]
+        losses.append(state["losses"])
+    state = training(None, "", 2, {}, muon, state=state, start=8)
+    losses = np.concatenate([*losses, state["losses"]])
+    np.testing.assert_allclose(losses[:, 0], expected["losses"][:, 0], rtol=1e-6)
+    same_arrays(state["weights"], expected["weights"], 1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_adam(monkeypatch, n):
-    """Three updates of arrays of odd sizes; the states together are Adam's, and are cut again from a checkpoint."""
-    rng, shapes = np.random.default_rng(0), {"a": (3, 5), "b": {"c": (7,), "d": (1,)}, "e": (2, 3, 2)}
-    start = tree_map(lambda shape: mx.array(rng.standard_normal(shape).astype(np.float32)), shapes,
-                     is_leaf=lambda x: isinstance(x, tuple))
-    gradients = [tree_map(lambda p: mx.array(rng.standard_normal(p.shape).astype(np.float32)), start) for _ in range(3)]
-    plain, groups = optim.Adam(0.1, bias_correction=True), ranks(monkeypatch, n)
-    sharded = [parallel.ShardedAdam(0.1, group, bias_correction=True) for group in groups]
-    p, found = start, start
-    for opt in (plain, *sharded):
-        opt.init(start)
-    for g in gradients:
-        p = plain.apply_gradients(g, p)
-        for opt in sharded:
-            new = opt.apply_gradients(g, found)  # whole on the last process
-        found = new
-    for (name, a), (_, b) in zip(tree_flatten(p), tree_flatten(found), strict=True):
-        np.testing.assert_array_equal(np.array(a), np.array(b), err_msg=name)
-    parameters = dict(tree_flatten(start))
-    for opt, group in zip(sharded, groups, strict=True):
-        state = dict(tree_flatten(opt.state))
-        whole = parallel.whole_state(state, parameters, group)
-        assert n == 1 or sum(x.size for x in state.values()) < sum(x.size for x in whole.values())
-    expected = dict(tree_flatten(plain.state))
-    assert {name: x.shape for name, x in whole.items()} == {name: x.shape for name, x in expected.items()}
-    for name, x in expected.items():
-        np.testing.assert_array_equal(np.array(whole[name]), np.array(x), err_msg=name)
-    for opt, group in zip(sharded, groups, strict=True):
-        state = dict(tree_flatten(opt.state))
-        again = parallel.own_state(whole, state, group)
-        assert all(again[name].shape == x.shape for name, x in state.items())
-        assert all(mx.array_equal(again[name], x) for name, x in state.items())
+def test_parts(n):
+    """Arrays of odd sizes are cut and joined, along an axis where it divides."""
+    rng = np.random.default_rng(0)
+    shapes = [(3, 5), (7,), (1,), (2, 3, 2), (2 * n, 3)]
+    arrays = [mx.array(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+    axes = [parallel.FLAT, parallel.FLAT, parallel.FLAT, None, 0]
+
+    def joined(group):
+        parts = [parallel.own_part(x, axis, group) for x, axis in zip(arrays, axes, strict=True)]
+        assert [part.ndim for part in parts] == [x.ndim for x in arrays]  # what decays has two axes or more
+        assert parts[0].size == -(-15 // n) and parts[4].shape == (2, 3)
+        return parallel.joined_all(parts, axes, shapes, group)
+
+    for found in together(n, joined):
+        assert all(mx.array_equal(x, y) for x, y in zip(arrays, found, strict=True))
+
+
+# ---- real processes --------------------------------------------------------------------------------------------------
 
 
 def close(a, b, most: float = 1e-6):
@@ -80,56 +222,50 @@ def close(a, b, most: float = 1e-6):
         assert (off > 1e-4).mean() < 1e-2, name  # Adam's first updates are signs, of rounding errors too
 
 
-SETTINGS = {
-    "plain": (["--grad_accum=2", "--batch_size=4"], (1, 2, 4)),
-    "muon": (["--optimizer=muon"], (2,)),
-    "experts": (["--n_expert=4", "--ffn_dim=64", "--expert_balance=bias"], (2,)),
-    "MoD": (["--mod=soft"], (2,)),
-    "YOCO, window": (["--yoco=True", "--sliding_window=8"], (2,)),
-}
+@pytest.fixture(scope="module")
+def one(data, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("one")
+    train(data, out, "--max_iters=12", "--decay_iters=12", "--grad_accum=2", "--batch_size=4")
+    return out
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_as_one_process(data, tmp_path, name):  # noqa: F811
-    settings, numbers = SETTINGS[name]
-    train(data, tmp_path / "one", "--max_iters=20", *settings)
-    for n in numbers:
-        train(data, tmp_path / str(n), "--max_iters=20", "--parallel=zero1", *settings, prefix=launch(n))
-        close(tmp_path / str(n), tmp_path / "one", 1e-3 if name == "experts" else 1e-5)
+@pytest.mark.parametrize("mode", ["", "zero1", "fsdp", "tensor", "pipeline"])
+def test_train(data, tmp_path, one, mode):  # noqa: F811
+    """Two processes of train.py, which evaluate the collectives of each mode in one order."""
+    train(data, tmp_path, "--max_iters=12", "--decay_iters=12", "--grad_accum=2", "--batch_size=4",
+          f"--parallel={mode}", prefix=launch(2))
+    close(tmp_path, one)
 
 
-def test_resumed_on_another_number(data, tmp_path):  # noqa: F811
-    """Four updates on four processes, eight on two, and eight on one without it: the windows and losses of one."""
-    train(data, tmp_path / "one", "--max_iters=20", "--decay_iters=20")
-    out = tmp_path / "many"
-    for n, end, mode in ((4, 4, "zero1"), (2, 12, "zero1"), (1, 20, "")):
-        resume = ["--resume=True"] if n < 4 else ["--decay_iters=20"]
-        train(data, out, f"--max_iters={end}", f"--parallel={mode}", *resume, prefix=launch(n))
-    close(out, tmp_path / "one", 1e-5)
-
-
-def test_a_process_is_killed(data, tmp_path):  # noqa: F811
-    """The other one says so and ends; a run goes on from the checkpoint."""
-    out = tmp_path / "out"
-    process = subprocess.Popen([*launch(2), *command(data, out, "--max_iters=20000", "--eval_interval=20")],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step     41"):
-            break
-    own = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(own[-1]), signal.SIGKILL)
-    error = process.communicate(timeout=30)[1]
-    assert error.count("another process has ended") == 1 and "exited with code 2" in error, error
-    step = load_checkpoint(str(out / "ckpt.safetensors"))[1]["step"]
-    assert step >= 40
-    train(data, out, "--resume=True", f"--max_iters={step + 2}")
+def test_train_goes_on(data, tmp_path, one):  # noqa: F811
+    """Updates of four processes, then of two in other modes, then of one: the windows and losses of one."""
+    same = ["--decay_iters=12", "--grad_accum=2", "--batch_size=4"]
+    for n, end, mode in ((4, 3, "zero1"), (2, 6, "pipeline"), (2, 9, "tensor"), (1, 12, "")):
+        train(data, tmp_path, f"--max_iters={end}", f"--parallel={mode}", *same, *["--resume=True"] * (n < 4),
+              prefix=launch(n))
+    np.testing.assert_allclose(column(tmp_path, "train_loss"), column(one, "train_loss"), rtol=1e-6)
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (["--parallel=zero9"], "is not one of zero1"), (["--parallel=zero1", "--optimizer=lion"], "leave out --optimizer"),
-    (["--parallel=zero1", "--optimizer_bits=8"], "leave out --optimizer_bits=8")])
+    (["--parallel=zero9"], "is not one of zero1"), (["--parallel=zero1", "--optimizer_bits=8"], "leave out --precision"),
+    (["--slices=2"], "needs --parallel=tensor"), (["--parallel=tensor", "--slices=2"], "must divide the 1 processes"),
+    (["--parallel=tensor", "--dropout=0.1"], "leave out --dropout"),
+    (["--parallel=pipeline", "--dropout=0.1"], "leave out --dropout")])
 def test_bad_input(data, tmp_path, arguments, told):  # noqa: F811
     assert told in train(data, tmp_path, *arguments, status=2).stderr
+
+
+@pytest.mark.parametrize("config, told", [
+    (dict(n_head=2), "n_head=2 is not divisible"), (dict(ffn_dim=66), "ffn_dim=66 is not divisible"),
+    (dict(n_expert=4, bias=True), "experts with biases")])
+def test_tensor_refuses(config, told):
+    with pytest.raises(UserError, match=told):
+        together(4, lambda group: training(group, "tensor", 1, config))
+
+
+def test_pipeline_refuses_few_blocks():
+    with pytest.raises(UserError, match="a block for each of the 5 processes"):
+        together(5, lambda group: training(group, "pipeline", 1, {}))
 
 
 def test_deletion(data, tmp_path):  # noqa: F811
@@ -145,14 +281,3 @@ def test_deletion(data, tmp_path):  # noqa: F811
         done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
     assert "parallel.py, which is missing" in done.stderr
-
-
-def test_shapes():
-    """Every array of a state is that of a parameter, under Adam alone and beside another optimizer."""
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, vocab_size=24))
-    parameters = dict(tree_flatten(model.parameters()))
-    for opt in (optim.Adam(1e-3), optim.MultiOptimizer([optim.SGD(1e-3, momentum=0.9), optim.Adam(1e-3)],
-                                                       [lambda path, p: p.ndim > 1])):
-        opt.init(model.parameters())
-        state = dict(tree_flatten(opt.state))
-        assert parallel.shapes_of(state, parameters) == {name: x.shape for name, x in state.items()}
