@@ -1576,10 +1576,11 @@ class GPT(nn.Module):
 
     def embedded(self, idx: mx.array, offset: int, places: mx.array | None = None) -> mx.array:
         """What enters the first block: (B, T) token ids -> (B, T, C)."""
-        T, x = idx.shape[1], self.embed(idx)
+        x = self.embed(idx)
         if self.config.embed_scale != 1:
             x = x * self.config.embed_scale
         if self.config.pos == "learned":
+            T = idx.shape[1]
             if offset + T > self.config.block_size:
                 raise UserError(f"{offset + T} tokens, but positions are learned up to {self.config.block_size}")
             x = x + self.pos_embed(places_of(T, offset if places is None else places) % DOCUMENT)

@@ -247,8 +247,9 @@ def test_train_goes_on(data, tmp_path, one):  # noqa: F811
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (["--parallel=zero9"], "is not one of zero1"), (["--parallel=zero1", "--optimizer_bits=8"], "leave out --precision"),
-    (["--slices=2"], "needs --parallel=tensor"), (["--parallel=tensor", "--slices=2"], "must divide the 1 processes"),
+    (["--parallel=zero9"], "is not one of zero1"),
+    (["--parallel=zero1", "--optimizer_bits=8"], "leave out --precision"), (["--slices=2"], "needs --parallel=tensor"),
+    (["--parallel=tensor", "--slices=2"], "must divide the 1 processes"),
     (["--parallel=tensor", "--dropout=0.1"], "leave out --dropout"),
     (["--parallel=pipeline", "--dropout=0.1"], "leave out --dropout")])
 def test_bad_input(data, tmp_path, arguments, told):  # noqa: F811
