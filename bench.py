@@ -63,6 +63,10 @@ from muon import Muon, by_muon
 from tokenizer import Tokenizer, byte_tokenizer, letters_of_bytes, train_bpe
 
 try:
+    import parallel
+except ImportError:
+    parallel = None
+try:
     from cpu_train import Adam, clip_grad_norm  # faster on a CPU
 except ImportError:
     from mlx.optimizers import Adam, clip_grad_norm
@@ -74,6 +78,8 @@ new_tokens = 64        # tokens to generate in a round of decoding
 batches = ""           # texts at a time, with commas; "": 1,16 in decode, 1,4,16,64 in many
 draws = ""             # of decode: greedy | sampled (temperature 0.8, top_k 50); "": greedy, and on a GPU both
 sides = ""             # ours | ours_4bit | torch | torch_graphs | mlx_lm | mlx_lm_4bit; "": all that suit the device
+modes = ""             # of devices: data | zero1 | fsdp | tensor | pipeline, with commas; "": all
+optimizers = "adamw,muon"  # of devices
 panels = ""            # of growth: T | layers | vocabulary | experts | writing, with commas; "": all
 out = ""               # growth's picture, a .png; its figures are written beside it, as .json
 again = ""             # the .json of an earlier growth, to draw or print again
@@ -91,8 +97,9 @@ SHAPES = {  # layers, heads, width, context, batch, vocabulary, our architecture
     "124M": (12, 12, 768, 1024, 16, 50304, {}, 5),
     "124M-gpt2": (12, 12, 768, 1024, 16, 50304, GPT2, 5),
     "124M-llama": (12, 12, 768, 1024, 16, 50304, LLAMA, 5),
+    "1.3B": (24, 16, 2048, 1024, 16, 50304, {}, 1),
 }
-names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:]
+names = shapes.split(",") if shapes else list(SHAPES)[:3] if ON_CPU else list(SHAPES)[3:6]
 if unknown := set(names) - set(SHAPES):
     raise UserError(f"there is no shape {unknown.pop()}: choose among {', '.join(SHAPES)}")
 SIDES = ["ours", "ours_4bit", "torch", *["torch_graphs"] * (not ON_CPU), "mlx_lm", "mlx_lm_4bit"]
@@ -114,6 +121,10 @@ competitors = chosen("side", sides, SIDES, ",".join(SIDES))
 if "ours" not in competitors:
     raise UserError(f"sides={sides}: the others are compared with ours, so name it too")
 parts = chosen("panel", panels, bench_growth.PANELS, ",".join(bench_growth.PANELS))
+ways = chosen("mode", modes, ("data", "zero1", "fsdp", "tensor", "pipeline"), "data,zero1,fsdp,tensor,pipeline")
+kinds = chosen("optimizer", optimizers, ("adamw", "muon"))
+if "devices" in sections and not parallel:
+    raise UserError("only=devices needs parallel.py, which is missing")
 if not all(size.isdecimal() and int(size) for size in batches.split(",") if batches):
     raise UserError(f"batches={batches}: give whole numbers with commas")
 if out:
@@ -128,14 +139,16 @@ format_name = str(dtype)[9:]
 # ---- our side: the work of a round -----------------------------------------------------------------------------------
 
 
-def our_training(model: GPT, task: dict, compile: bool = compile, muon: bool = False, group=None):
-    """A function that takes task["steps"] training steps as train.py does, with AdamW or Muon; its
-    attribute `loss` is then their last loss. With a group of processes each of them has its share of the batch."""
+def our_training(model: GPT, task: dict, compile: bool = compile, muon: bool = False, group=None, mode: str = ""):
+    """A function that takes task["steps"] training steps as train.py does, with AdamW or Muon; its attribute `loss` is
+    then their last loss. The processes of a group share out the work as this mode of parallel.py says, in a pipeline as
+    task["micro"] micro-batches."""
     model.compute_dtype = dtype
     opt = rest = Adam(1e-4, betas=[0.9, 0.95], bias_correction=True)
     if muon:
         opt = optim.MultiOptimizer([Muon(0.02, dtype=dtype, group=group), rest], [by_muon])
     opt.init(model.trainable_parameters())
+    shares = parallel.share(mode, model, opt, group, dtype=dtype) if group else None
     state = [model.state, opt.state]
     compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
 
@@ -145,25 +158,36 @@ def our_training(model: GPT, task: dict, compile: bool = compile, muon: bool = F
 
     @compiled
     def update(grads):
-        if gpu_train and (length := gpu_train.adamw(model, opt, grads, 1.0, 0.1)) is not None:
-            return length
-        grads, length = clip_grad_norm(grads, 1.0)
-        decay = 1 - 0.1 * rest.learning_rate
-        model.update(tree_map(lambda p: p * decay if p.ndim > 1 else p, model.trainable_parameters()))
-        opt.update(model, grads)
-        return length
+        changed, length = model, None
+        if mode:
+            changed, grads = parallel.updated_parts(shares, grads)
+            length = parallel.norm(shares, grads)
+        done = gpu_train.adamw(changed, opt, grads, 1.0, 0.1, length) if gpu_train else None
+        if done is None:
+            grads, done = clip_grad_norm(grads, 1.0) if not mode else (
+                tree_map(lambda g: g * mx.minimum(1 / (length + 1e-6), 1), grads), length)
+            decay = 1 - 0.1 * rest.learning_rate
+            changed.update(tree_map(lambda p: p * decay if p.ndim > 1 else p, changed.trainable_parameters()))
+            opt.update(changed, grads)
+        if mode:
+            parallel.join_updated(shares, changed)
+        return done
 
     shape = task["batch"], model.config.block_size + 1
     tokens = mx.random.randint(0, model.config.vocab_size, shape, key=mx.random.key(0))  # those of all processes
     if group:
-        tokens = tokens[group.rank()::group.size()]
+        tokens = tokens[shares.others.rank()::shares.others.size()]
 
     def steps():
         for _ in range(task["steps"]):
-            value, grads = gradients(tokens[:, :-1], tokens[:, 1:])
+            x, y = tokens[:, :-1], tokens[:, 1:]
+            if mode == "pipeline":
+                value, grads = parallel.run_stage(shares, x, y, task["micro"], True)
+            else:
+                value, grads = gradients(x, y)
             if group:
-                grads = nn.average_gradients(tree_map(lambda g: g.astype(dtype), grads), group)
-                grads = tree_map(lambda g: g.astype(mx.float32), grads)
+                grads = parallel.average(shares, grads)
+                mx.async_eval(grads)
                 value = mx.distributed.all_sum(value, group=group) / group.size()
             length = update(grads)
             del grads
@@ -756,7 +780,9 @@ def bench_several():
     for what, seconds, speed in bench_devices.collectives(dtype, rounds):
         tqdm.write(f"{what:32}{seconds * 1e3:12,.2f}{speed / 1e9:12,.2f}")
     tqdm.write(f"{'':32}{'ms a step':>12}{'tok/s':>12}{'times one':>11}{'loss':>8}{'GiB':>5}")
-    for what, speed, times, ms, change, peak in bench_devices.measure(our_training, rounds):
+    shape = dict(zip(("n_layer", "n_head", "n_embd", "block_size"), SHAPES[names[0]], strict=False),
+                 vocab_size=SHAPES[names[0]][5], **SHAPES[names[0]][6]) if shapes else bench_devices.SHAPE
+    for what, speed, times, ms, change, peak in bench_devices.measure(our_training, rounds, shape, ways, kinds):
         tqdm.write(f"{what:32}{ms:12,.2f}{speed:12,.0f}{times:11.2f}{change:8.0e}{peak:5.1f}")
 
 

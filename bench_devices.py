@@ -2,9 +2,9 @@
 
 First the sums and gathers alone: milliseconds, and the bus bandwidth, which is comparable between numbers of devices:
 bytes times 2 (n - 1) / n for a sum that all receive, (n - 1) / n for a gather. Then training as train.py does it, with
-AdamW and with Muon: on one device alone, with the whole batch on each ("weak") and with a share of it ("strong"); and
-by how much the loss after STEPS steps differs from that of one device. docs/devices.md says what a simulation of these
-steps expects.
+AdamW and with Muon, in each mode of parallel.py: on one device alone, with as many sequences for each of them ("weak"),
+and with as many for all of them together ("strong"); and by how much the loss after STEPS steps differs from that of
+one device. docs/devices.md says what a simulation of these steps expects.
 """
 import statistics
 import sys
@@ -15,6 +15,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from tqdm import tqdm
 
+from config import UserError
 from model import GPT, ON_CPU, GPTConfig
 
 SIZES = (2**26, 2**23, 2**20) if ON_CPU else (2**30, 2**25, 2**20)  # bytes
@@ -57,18 +58,27 @@ def collectives(dtype: mx.Dtype, rounds: int) -> Iterator[tuple[str, float, floa
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def measure(training: Callable, rounds: int) -> Iterator[tuple[str, float, float, float, float, float]]:
+def measure(training: Callable, rounds: int, shape: dict, modes: list[str],
+            optimizers: list[str]) -> Iterator[tuple[str, float, float, float, float, float]]:
     """What, tokens a second of all processes together, those over one process's, ms a step, the loss after STEPS less
-    that of one process which computes the whole batch, and the peak GiB of a process. training: bench.py's."""
+    that of one process which computes the whole batch, and the peak GiB of a process. training: bench.py's. shape: of
+    the model. modes: "data" or those of parallel.py."""
     world = mx.distributed.init()
     n, quiet = world.size(), True if world.rank() else None
-    for optimizer in ("adamw", "muon"):
+    ways = [("alone", BATCH, None), ("alone", BATCH * n, None)]
+    ways += [(f"{mode}, weak", BATCH * n, mode.replace("data", "")) for mode in modes]
+    ways += [(f"{mode}, strong", BATCH, "") for mode in modes if mode == "data"]
+    for optimizer in optimizers:
         alone, first = 0.0, {}
-        for what, batch, averaged in (("alone", BATCH, False), ("alone", BATCH * n, False), ("weak", BATCH * n, True),
-                                      ("strong", BATCH, True)):
+        for what, batch, mode in ways:
             mx.clear_cache()
-            model, group = GPT(GPTConfig(**SHAPE)), world if averaged else None
-            steps = training(model, dict(batch=batch, steps=5), muon=optimizer == "muon", group=group)
+            model, group = GPT(GPTConfig(**shape)), None if mode is None else world
+            task = dict(batch=batch, steps=5, micro=min(batch, 4 * n))
+            try:
+                steps = training(model, task, muon=optimizer == "muon", group=group, mode=mode or "")
+            except UserError as error:  # a shape that does not suit the mode
+                print(f"{optimizer}, {what}: {error}", file=sys.stderr)
+                continue
             for _ in range(STEPS // 5):
                 steps()
             loss = steps.loss.item()
@@ -83,7 +93,7 @@ def measure(training: Callable, rounds: int) -> Iterator[tuple[str, float, float
                 steps()
                 times.append((time.perf_counter() - began) / 5)
             seconds, peak = statistics.median(times), mx.get_peak_memory() / 2**30
-            speed = batch * SHAPE["block_size"] / seconds
+            speed = batch * shape["block_size"] / seconds
             alone = alone or speed
             yield f"{optimizer}, {what}", speed, speed / alone, seconds * 1e3, loss - first[batch], peak
             del steps, model
