@@ -56,11 +56,11 @@ class Shares:
     sends: bool                        # send
 
 
-def share(mode: str, model: GPT, opt: optim.Optimizer, world: mx.distributed.Group, slices: int = 0,
+def share(mode: str, model: GPT, opt: optim.Optimizer | None, world: mx.distributed.Group, slices: int = 0,
           dtype: mx.Dtype = mx.float32, overlap: bool = True) -> Shares:
     """Keep this process's share of a model and of its optimizer's state, in place, and train it as the mode says. They
-    were made as for one process. overlap: sum gradients during the backward pass. UserError for settings that the mode
-    does not know."""
+    were made as for one process; opt is None where nothing trains. overlap: sum gradients during the backward pass.
+    UserError for settings that the mode does not know."""
     n, names = world.size(), dict(tree_flatten(model.parameters()))
     if mode not in MODES:
         raise UserError(f"parallel={mode!r} is not one of {', '.join(MODES[1:])}")
@@ -71,7 +71,7 @@ def share(mode: str, model: GPT, opt: optim.Optimizer, world: mx.distributed.Gro
     if mode == "pipeline":
         others = Some(world, [world.rank()])
     shares = Shares(mode, model, model.config, group, others, dtype, {name: p.shape for name, p in names.items()},
-                    dict.fromkeys(names), dict(tree_flatten(opt.state)), *backend(world))
+                    dict.fromkeys(names), dict(tree_flatten(opt.state)) if opt else {}, *backend(world))
     if mode == "tensor":
         split_matrices(shares)
     elif mode == "pipeline":
@@ -87,6 +87,8 @@ def share(mode: str, model: GPT, opt: optim.Optimizer, world: mx.distributed.Gro
     for moe in (block.mlp for block in model.blocks if "router" in block.get("mlp", {})):
         if others.size() > 1 and moe.config.expert_balance == "loss":  # Switch's loss is a product of means of all rows
             moe.over_processes = lambda count: summed(count, others) / others.size()
+    if not opt:
+        return shares
     for muon in getattr(opt, "optimizers", [opt]):
         if isinstance(muon, Muon) and mode == "pipeline":
             muon.group = None  # each process has other matrices
@@ -448,6 +450,12 @@ def split_matrices(shares: Shares):
                             "it, or --slices")
     if getattr(config, "n_expert", 0) and config.bias:
         raise UserError("parallel=tensor does not know experts with biases: leave out --bias or --n_expert")
+    layers = {key.split(".")[0] for key in AXES} - {"sink"}
+    for path, module in model.named_modules():
+        known = plain.Linear, plain.Embedding, getattr(plain, "Experts", None)
+        if path.split(".")[-1] in layers and type(module) not in known:
+            raise UserError(f"parallel=tensor does not know {path}, a {type(module).__name__}: give a checkpoint "
+                            "that is neither packed nor an adapter")
     if getattr(model, "dropout", 0):
         raise UserError("parallel=tensor does not know dropout: leave out --dropout")
     for name in shares.shapes:

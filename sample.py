@@ -24,6 +24,8 @@ the file.
 --draft=CKPT names a small checkpoint with the same tokenizer, which drafts n_draft tokens that the large one then reads
 at once. The text is the large model's own, sooner where the drafts are often right.
 
+--parallel=tensor, under mlx.launch -n 2 -- python sample.py ..., lets two devices share out every matrix and the cache.
+
 --steer=FILE:STRENGTH adds a direction that steer.py or probe.py wrote, times the strength, to the model's states at all
 positions; FILE:remove takes it out of them. It can be given several times.
 
@@ -55,6 +57,11 @@ from speculative import check_draft, generate_by_draft
 from steering import steered
 from tokenizer import Tokenizer
 
+try:
+    import parallel as shared  # what several devices share out
+except ImportError:
+    shared = None
+
 # model
 checkpoint = "out/ckpt.safetensors"  # from train.py; or a checkpoint or an adapter of sft.py or dpo.py
 adapter = ()              # an adapter for it, PATH or PATH:WEIGHT; can be given several times
@@ -80,6 +87,7 @@ min_p = 0.0               # keep tokens with at least this share of the largest 
 repetition_penalty = 1.0  # above 1: tokens that are in the text already become less probable
 seed = 1337               # of the random draws
 kv_bits = 0               # 8 | 4: quantize the key/value cache to this many bits; 0: do not
+parallel = ""             # tensor: the processes of mlx.launch share out the model
 dtype = "auto"            # float32 | bfloat16 | float16; auto: bfloat16 on a GPU, float32 on a CPU
 
 settings = overrides(globals(), "checkpoint", "prompt")
@@ -103,6 +111,11 @@ if n_draft < 1:
 if batch_size < 1 or num_samples < 1:
     raise UserError("batch_size and num_samples must be 1 or more")
 
+if parallel not in ("", "tensor"):
+    raise UserError(f"parallel={parallel!r} is not tensor, the only mode in which devices write one text")
+if parallel and (draft or steer or not (prompt or prompts)):
+    raise UserError("--parallel goes with --prompt or --prompts, and with neither --draft nor --steer")
+
 model, meta = load_adapted(checkpoint, adapter)
 if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer to encode a prompt with: give another checkpoint")
@@ -117,6 +130,12 @@ if system and form != "none":
     encode_prompt(enc, [*opening, {"role": "user", "content": prompt}], form)  # UserError if it has no system message
 model.make_cache(kv_bits)  # UserError, before the prompt is printed, where head_dim does not suit kv_bits
 model.set_dtype(compute_dtype(dtype))
+if parallel:
+    if not shared:
+        raise UserError("--parallel needs parallel.py, which is missing: leave it out")
+    shared.share(parallel, model, None, mx.distributed.init())
+    if mx.distributed.init().rank():  # the first process writes
+        out, sys.stdout, sys.stderr = "", *[open(os.devnull, "w")] * 2
 mx.eval(model.parameters())
 if draft:
     drafting, its_meta = load_adapted(draft, ())

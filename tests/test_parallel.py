@@ -209,6 +209,36 @@ def test_parts(n):
         assert all(mx.array_equal(x, y) for x, y in zip(arrays, found, strict=True))
 
 
+@pytest.mark.parametrize("name", ["experts", "YOCO, window", "GPT-2", "soft MoD"])
+def test_writing(name):
+    """Two texts by cache, of four processes that share out the matrices, beside one process."""
+    def write(group):
+        model = GPT(GPTConfig(**SHAPE | VARIANTS[name]))
+        if group:
+            parallel.share("tensor", model, None, group)
+        model.eval()
+        cache, rows = model.make_cache(), mx.array([[1, 2, 3], [4, 5, 6]])
+        logits = [model(rows, cache=cache)]
+        for token in (7, 8):
+            logits.append(model(mx.full((2, 1), token), cache=cache))
+        return np.array(mx.concatenate(logits, axis=1)), cache.nbytes
+
+    (expected, nbytes), found = write(None), together(4, write)
+    for logits, own in found:
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+        assert own == nbytes / 4
+
+
+def test_packed_layers_are_refused():
+    def share(group):
+        model = GPT(GPTConfig(**SHAPE))
+        nn.quantize(model, 32, 4)
+        parallel.share("tensor", model, None, group)
+
+    with pytest.raises(UserError, match="a Quantized.*neither packed"):
+        together(2, share)
+
+
 # ---- real processes --------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +276,22 @@ def test_train_goes_on(data, tmp_path, one):  # noqa: F811
     np.testing.assert_allclose(column(tmp_path, "train_loss"), column(one, "train_loss"), rtol=1e-6)
 
 
+def test_sample(data, tmp_path):  # noqa: F811
+    """Two processes write the text of one, and a file of texts once."""
+    train(data, tmp_path, "--max_iters=2", "--n_head=2")
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    for more in (["--prompt=a"], [f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'texts.jsonl'}"]):
+        found = []
+        for n, mode in ((1, ""), (2, "tensor")):
+            done = subprocess.run([*launch(n), sys.executable, ROOT / "sample.py", tmp_path / "ckpt.safetensors",
+                                   "--max_new_tokens=8", f"--parallel={mode}", *more], capture_output=True, text=True)
+            assert not done.returncode and "rror" not in done.stderr, done.stderr
+            texts = tmp_path / "texts.jsonl"
+            found.append(done.stdout + (texts.read_text() if texts.exists() else ""))
+            texts.unlink(missing_ok=True)
+        assert found[0] == found[1] != ""
+
+
 @pytest.mark.parametrize("arguments, told", [
     (["--parallel=zero9"], "is not one of zero1"),
     (["--parallel=zero1", "--optimizer_bits=8"], "leave out --precision"), (["--slices=2"], "needs --parallel=tensor"),
@@ -275,7 +321,7 @@ def test_deletion(data, tmp_path):  # noqa: F811
         if path.name != "parallel.py":
             shutil.copy(path, tmp_path)
     users = [path.name for path in ROOT.glob("*.py") if re.search(r"^\s*import parallel\b", path.read_text(), re.M)]
-    assert sorted(users) == ["bench.py", "train.py"]
+    assert sorted(users) == ["bench.py", "sample.py", "train.py"]
     command = [sys.executable, "train.py", f"--data={data}", "--max_iters=2", "--n_layer=1", "--n_embd=32",
                "--block_size=16", "--sample_tokens=3", "--eval_windows=2", "--overwrite=True"]
     for more, status in ([], 0), (["--parallel=zero1"], 2):
