@@ -51,7 +51,7 @@ class Shares:
     dtype: mx.Dtype                    # of the gradients and parameters that are sent
     shapes: dict[str, tuple]           # of the whole parameters, by name
     axes: dict[str, int | str | None]  # along which a parameter is cut; None: each process has all of it
-    states: dict[str, mx.array]        # the optimizer's whole arrays, not computed, of which the shapes are used
+    states: dict[str, mx.array]        # zeros like the optimizer's whole arrays, which are never computed
     scatters: bool                     # whether the backend has sum_scatter, and
     sends: bool                        # send
 
@@ -71,7 +71,7 @@ def share(mode: str, model: GPT, opt: optim.Optimizer | None, world: mx.distribu
     if mode == "pipeline":
         others = Some(world, [world.rank()])
     shares = Shares(mode, model, model.config, group, others, dtype, {name: p.shape for name, p in names.items()},
-                    dict.fromkeys(names), dict(tree_flatten(opt.state)) if opt else {}, *backend(world))
+                    dict.fromkeys(names), {}, *backend(world))
     if mode == "tensor":
         split_matrices(shares)
     elif mode == "pipeline":
@@ -79,7 +79,7 @@ def share(mode: str, model: GPT, opt: optim.Optimizer | None, world: mx.distribu
     elif mode in ("zero1", "fsdp"):
         shares.axes.update(dict.fromkeys((name for name, _ in tree_flatten(model.trainable_parameters())), FLAT))
     if mode == "fsdp":
-        model.update(own(shares, model.trainable_parameters()))
+        model.update(alone(own(shares, model.trainable_parameters())))
         model.__class__ = GatheringGPT
     elif mode in ("", "zero1") and overlap and n > 1:
         model.__class__ = SummingGPT
@@ -94,7 +94,9 @@ def share(mode: str, model: GPT, opt: optim.Optimizer | None, world: mx.distribu
             muon.group = None  # each process has other matrices
         elif isinstance(muon, Muon) and mode:
             muon.whole, muon.own = partial(whole, shares), partial(own, shares)
+    shares.states = {name: mx.zeros(x.shape, x.dtype) for name, x in tree_flatten(opt.state)}
     opt.state = kept(opt.state, lambda name, x: own_part(x, shares.axes.get(name_of(name, shares)), group))
+    opt.state = alone(opt.state)
     return shares
 
 
@@ -182,6 +184,11 @@ def own_part(x: mx.array, axis: int | str | None, group) -> mx.array | None:
     if axis == ELSEWHERE:
         return None
     return x if axis is None else mx.split(x, n, axis=axis)[rank]
+
+
+def alone(parts: dict) -> dict:
+    """Copies of parts, so that they do not keep the memory of the whole arrays of which they are views."""
+    return tree_map(lambda part: part * mx.array(1, part.dtype), parts)
 
 
 def joined(pieces: mx.array, axis: int | str, shape: tuple) -> mx.array:
@@ -473,7 +480,7 @@ def split_matrices(shares: Shares):
         if kind:
             become(module, kind, group)
     become(model.embed, SplitEmbedding, group)
-    model.update(own(shares, model.parameters()))
+    model.update(alone(own(shares, model.parameters())))
     model.__class__ = SplitGPT
 
 

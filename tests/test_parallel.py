@@ -177,6 +177,27 @@ def test_what_a_process_keeps():
     assert kept.max() < 0.3 and kept.sum() == pytest.approx(1, abs=0.05)  # the embedding is at both ends
 
 
+@pytest.mark.parametrize("mode", ["fsdp", "tensor"])
+def test_memory(mode):
+    """Four processes together have one model and one state, and no whole arrays behind their parts."""
+    config = GPTConfig(**SHAPE | dict(n_embd=256, vocab_size=1024))
+
+    def share(group):
+        model, opt = GPT(config), optim.Adam(1e-3)
+        opt.init(model.trainable_parameters())
+        mx.eval(model.parameters(), opt.state)
+        if group:
+            parallel.share(mode, model, opt, group)
+            mx.eval(model.parameters(), opt.state)
+        return model, opt
+
+    before = mx.get_active_memory()
+    one = share(None)
+    size = mx.get_active_memory() - before
+    many = together(4, share)
+    assert mx.get_active_memory() - before - size < 1.1 * size, (one, many)
+
+
 @pytest.mark.parametrize("muon", [False, True])
 def test_other_processes_go_on(muon):
     """Steps of 4 processes under fsdp, 2 under zero1, 2 under tensor, 4 in a pipeline, and one: those of one."""
