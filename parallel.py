@@ -8,17 +8,12 @@ tensor    each keeps and computes a part of every matrix, for the whole batch (S
 pipeline  each keeps some of the blocks; the micro-steps of an update pass through them (Huang et al. 2019)
 
 Losses and weights are those of one process, and a checkpoint holds whole arrays, so that a run may go on with another
-number of processes, another mode, or one process. watch() ends all processes of a machine when one of them is killed.
-Deleting this file costs all of this, and sums gradients after the backward pass instead of during it.
+number of processes, another mode, or one process. Deleting this file costs all of this, and sums gradients after the
+backward pass instead of during it.
 """
-import hashlib
 import math
-import os
 import re
-import socket
 import sys
-import threading
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -694,40 +689,6 @@ def run_stage(shares: Shares, x: mx.array, y: mx.array, m: int, train: bool) -> 
 
 def loss_of(model: GPT, x: mx.array, targets: mx.array) -> mx.array:
     return chunked_loss(model, x.reshape(-1, x.shape[-1]), targets.reshape(-1), mx.ones(targets.size)) / targets.size
-
-
-# ---- processes that are killed ---------------------------------------------------------------------------------------
-
-
-def watch(group: mx.distributed.Group, seconds: float = 1.0) -> threading.Event:
-    """End this process, with status 2, when another one of this machine has ended: a sum would wait for that one for
-    ever. The first one that is left says so. It looks every so many seconds until the event is set."""
-    host = int(hashlib.sha256(socket.gethostname().encode()).hexdigest()[:7], 16)
-    everyone = mx.distributed.all_gather(mx.array([[host, os.getpid()]]), group=group).tolist()
-    here, over = [pid for machine, pid in everyone if machine == host], threading.Event()
-
-    def is_there(pid: int) -> bool:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # of another user
-            pass
-        return True
-
-    def look():
-        while not over.wait(seconds):
-            left = [pid for pid in here if is_there(pid)]
-            if len(left) < len(here) and not over.wait(seconds):  # it may be the end of training for all
-                if os.getpid() != left[0]:
-                    time.sleep(1)  # a launcher ends the first one, too, as soon as this one has ended
-                else:
-                    print(f"{os.path.basename(sys.argv[0])}: another process has ended: go on from the last checkpoint "
-                          "with --resume=True", file=sys.stderr, flush=True)
-                os._exit(2)
-
-    threading.Thread(target=look, daemon=True).start()
-    return over
 
 
 if __name__ == "__main__":

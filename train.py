@@ -86,6 +86,10 @@ try:
     import parallel as shared  # what several devices share out
 except ImportError:
     shared = None
+try:
+    import processes  # which end together
+except ImportError:
+    processes = None
 
 # data
 data = "stdlib"         # a folder of data.py, or any source it takes: a text file or folder, shakespeare, hf:NAME
@@ -156,6 +160,7 @@ dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16
 precision = ""          # fp8 | mxfp8 | nvfp4: the blocks multiply such numbers, simulated; "": those of dtype
 precision_off = ""      # choices of nvfp4 to leave out, with commas: stochastic, hadamard, square, last
 parallel = ""           # zero1 | fsdp | tensor | pipeline: what several devices share out, see parallel.py
+patience = 60.0         # with several processes: seconds without a sign of life from one, after which all end
 slices = 0              # devices that share each matrix under tensor, the others take other rows; 0: all share
 optimizer_bits = 32     # 8 | 4: keep the states of adamw and muon as integers of so many bits
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
@@ -252,6 +257,9 @@ elif init:
                     block_size=T, tokenizer=init)
     meta = {"tokenizer": meta["tokenizer"]}
 globals().update(settings)
+if "patience" in given and (n_ranks == 1 or not processes):
+    raise UserError("patience is for several processes, and needs processes.py: leave it out")
+watching = processes.watch(world, patience) if processes and n_ranks > 1 else None
 
 run_folder.check_settings(settings, resume)
 if not out_dir:
@@ -615,8 +623,6 @@ def evaluate_and_save(step: int):
         save(step, is_best)
 
 
-watching = shared.watch(world) if shared and n_ranks > 1 else None
-
 # Each pass of the loop first evaluates and saves, if it is time. Then it queues one update on the device: learning
 # rates, data, micro-steps, update. While the device works on it, finish() reads the figures of the update before.
 while True:
@@ -655,7 +661,8 @@ while True:
     figures = {"loss": loss, "stops": mx.array(float(stops()))}  # what finish() reads and logs
     if shared and (parallel or n_ranks > 1):
         grads = shared.average(shares, grads)
-        mx.async_eval(grads)  # so that all processes come to their sums in one order, though they have other parts
+        if parallel:
+            mx.async_eval(grads)  # so that all processes come to their sums in one order, though they have other parts
     elif n_ranks > 1:
         grads = nn.average_gradients(tree_map(lambda g: g.astype(working_dtype), grads))
         grads = tree_map(lambda g, p: g.astype(p.dtype), grads, model.trainable_parameters())
