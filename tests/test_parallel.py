@@ -94,11 +94,12 @@ def same_arrays(found: dict, expected: dict, most: float):
         assert off <= most * largest + 1e-8, (name, off, largest)
 
 
-RUNS = [(mode, n, 0) for mode in ("", "zero1", "fsdp", "tensor", "pipeline") for n in (2, 4)] + [("tensor", 4, 2)]
+RUNS = [(mode, 2, 0, optimizer) for mode in parallel.MODES for optimizer in ("adamw", "muon")]
+RUNS += [(mode, 4, slices, optimizer) for mode, _, slices, _ in [*RUNS[::2], ("tensor", 4, 2, "")]
+         for optimizer in ("adamw", "muon, 2 micro-steps")]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "muon, 2 micro-steps"])
-@pytest.mark.parametrize("mode, n, slices", RUNS)
+@pytest.mark.parametrize("mode, n, slices, optimizer", RUNS)
 def test_twenty_steps(mode, n, slices, optimizer):
     """20 clipped steps of 2 and 4 processes beside one process: losses to 1e-6, norms, and what a checkpoint has."""
     muon, accumulate = "muon" in optimizer, 2 if "micro" in optimizer else 1
