@@ -57,6 +57,15 @@ from model import GPT, LOSS_CHUNK, ON_CPU, VERSION, compute_dtype, cross_entropy
 from records import read_labelled, read_preferences, show, split, without
 from tokenizer import Tokenizer
 
+try:
+    import precision as low  # products of 8 or 4 bits
+except ImportError:
+    low = None
+try:
+    import packed_states  # optimizers' states of 8 or 4 bits
+except ImportError:
+    packed_states = None
+
 checkpoint = "out-sft/sft.safetensors"  # a checkpoint or an adapter; one of sft.py suits best
 # data
 data = ""               # .jsonl, .json, .csv or .parquet
@@ -97,6 +106,9 @@ dropout = 0.0           # share of the numbers dropped in training, at GPT-2's p
 eval_interval = 20      # updates between evaluations
 log_interval = 5        # updates between log lines
 dtype = "auto"          # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
+precision = ""          # fp8 | mxfp8 | nvfp4: the blocks multiply such numbers, simulated; "": those of dtype
+precision_off = ""      # choices of nvfp4 to leave out, with commas: stochastic, hadamard, square, last
+optimizer_bits = 32     # 8 | 4: keep the optimizer's states as integers of so many bits
 compile = not ON_CPU    # mx.compile the step
 overwrite = False       # replace the results of another run in OUT_DIR without asking
 log = ""                # send the rows of loss.csv also to tensorboard | wandb
@@ -195,7 +207,7 @@ SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 result, state_path = os.path.join(out_dir, "dpo.safetensors"), os.path.join(out_dir, "resume.safetensors")
 LASTING = ("checkpoint", "adapter", "data", "val_data", "val_share", "template", "block_size", "seed", "loss", "beta",
            "gamma", "label_smoothing", "desirable_weight", "undesirable_weight", "kind", "rank", "alpha", "targets",
-           "base_bits", "merge", "batch_size", "grad_accum")
+           "base_bits", "merge", "batch_size", "grad_accum", "optimizer_bits")
 start_step, trained, before = 0, {}, {}  # trained, before: the arrays and the header of the last step
 if resume:
     run_folder.check_maker(state_path, SCRIPT, out_dir)
@@ -216,6 +228,8 @@ if not beta > 0:
     raise UserError(f"beta={beta}: it must be more than 0")
 if min(desirable_weight, undesirable_weight) < 0 or not 0 <= label_smoothing < 0.5:
     raise UserError("desirable_weight and undesirable_weight must be 0 or more, label_smoothing from 0 up to 0.5")
+if optimizer_bits not in (32, 8, 4) or optimizer_bits < 32 and not packed_states:
+    raise UserError(f"optimizer_bits={optimizer_bits}: it must be 32, or with packed_states.py at hand 8 or 4")
 run_folder.check_settings(settings, resume)
 run_folder.check(out_dir, SCRIPT, overwrite, resume, [checkpoint, *adapter, data, val_data], "resume.safetensors")
 
@@ -316,12 +330,17 @@ else:
     model.set_dtype(working_dtype)
     quantize_base(model, base_bits)
     attach(model, targets, rank, alpha, kind, seed)
+if precision or precision_off:  # while it trains: the reference is computed without rounding, as every evaluation is
+    if not low:
+        raise UserError(f"precision={precision!r} needs precision.py, which is missing: leave it out")
+    low.convert(model, precision, low.parse(precision, precision_off))
 print(f"{sum(p.size for _, p in tree_flatten(model.trainable_parameters())) / 1e6:.2f}M parameters train")
 steps_an_epoch = math.ceil(len(train_rows["ids"]) / (batch_size * grad_accum))
 max_iters = epochs * steps_an_epoch
 if resume and start_step >= max_iters:
     raise UserError(f"{state_path} is at step {start_step} of {max_iters} already: give more --epochs")
-opt = optim.Adam(learning_rate, betas=[0.9, 0.95], bias_correction=True)
+make = optim.Adam if optimizer_bits == 32 else partial(packed_states.PackedAdam, bits=optimizer_bits)
+opt = make(learning_rate, betas=[0.9, 0.95], bias_correction=True)
 opt.init(model.trainable_parameters())
 
 

@@ -1,12 +1,13 @@
-"""The states of AdamW and Muon as integers of 8 or 4 bits: train.py --optimizer_bits=8 (Dettmers et al. 2021,
+"""The states of AdamW, Muon and Lion as integers of 8 or 4 bits: train.py --optimizer_bits=8 (Dettmers et al. 2021,
 2110.02861; Li et al. 2023, 2309.01507).
 
     opt = PackedAdam(1e-3, 8, betas=[0.9, 0.95], bias_correction=True)    # as mlx.optimizers.Adam
     opt = PackedMuon(0.05, 8)                                             # as muon.Muon
+    opt = PackedLion(1e-4, 8, betas=[0.9, 0.95])                          # as mlx.optimizers.Lion
 
-Adam keeps two float32 numbers for each parameter, the mean m of its gradients and that of their squares v; Muon keeps
-one mean. Here a state is  scale x table[code]:  a code of 8 or 4 bits a number, and a scale for many numbers. A step
-unpacks an array's states, updates them in float32, and packs them again with the nearest values of the table.
+Adam keeps two float32 numbers for each parameter, the mean m of its gradients and that of their squares v; Muon and
+Lion keep one mean. Here a state is  scale x table[code]:  a code of 8 or 4 bits a number, and a scale for many numbers.
+A step unpacks an array's states, updates them in float32, and packs them again with the nearest values of the table.
 
     bits   numbers a scale           table of m                      table of v
     8      256                       dynamic, signed                 dynamic, unsigned
@@ -123,14 +124,22 @@ class Packed:
         state.update(pack_all(state, self.bits, self.SIGNED))
 
 
-class PackedAdam(Packed, optim.Adam):
-    SIGNED = {"m": True, "v": False}
+class PackedSingle(Packed):
+    """One whose update of an array needs no other array."""
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         whole = unpack_all(state, self.bits, self.SIGNED, parameter.shape)
         updated = super().apply_single(gradient, parameter, whole)
         state.update(pack_all(whole, self.bits, self.SIGNED))
         return updated
+
+
+class PackedAdam(PackedSingle, optim.Adam):
+    SIGNED = {"m": True, "v": False}
+
+
+class PackedLion(PackedSingle, optim.Lion):
+    SIGNED = {"m": True}
 
 
 class PackedMuon(Packed, Muon):

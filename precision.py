@@ -4,7 +4,7 @@
 
     product = rounded_product("mxfp8")
     y = product(x, weight)                       # x (M, in), weight (out, in) -> (M, out)
-    convert(model, "nvfp4", without={"hadamard"})  # every linear layer of the blocks, of a GPT
+    convert(model, "nvfp4", without={"hadamard"})  # every linear layer of the blocks, of a GPT, and all experts
 
 A linear layer computes three products, and each rounds both of its inputs first:
 
@@ -22,6 +22,7 @@ without rounding. Deleting this file costs --precision and nothing else.
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -30,6 +31,11 @@ import mlx.nn as nn
 from config import UserError
 from model import GPT, Linear
 from quantized import replace_module
+
+try:
+    from model import ROWS, Experts, gather_mm
+except ImportError:  # without that variant
+    Experts = None
 
 FORMATS = "fp8", "mxfp8", "nvfp4"
 CHOICES = "stochastic", "hadamard", "square", "last"  # of nvfp4, which --precision_off leaves out
@@ -133,9 +139,9 @@ def in_hardware() -> bool:
     return mx.cuda.is_available() and mx.device_info(mx.gpu).get("compute_capability_major", 0) >= 10
 
 
-def rounded_product(precision: str, without: frozenset[str] = frozenset()) -> Callable:
-    """A function of x (M, in) and weight (out, in) -> x weight^T (M, out), whose three products, see above, are of
-    rounded numbers. without: choices of nvfp4 that are left out:
+def roundings(precision: str, without: frozenset[str]) -> tuple[Callable, Callable, Callable, Callable]:
+    """How inputs, weights and gradients are rounded, functions of a matrix and of the axis that a product sums over;
+    and how both inputs of dW are turned before. without: choices of nvfp4 that are left out:
 
     stochastic    gradients are rounded up or down at random, so that their mean stays; all else to the nearest number
     hadamard      both inputs of dW are turned by a random Hadamard matrix along their tokens
@@ -152,11 +158,19 @@ def rounded_product(precision: str, without: frozenset[str] = frozenset()) -> Ca
             return to_nvfp4(dy, axis, stochastic="stochastic" not in without)
         return to_fp8(dy, axis, gradient=True) if precision == "fp8" else to_mxfp8(dy, axis)
 
+    if precision == "nvfp4" and "hadamard" not in without:
+        return input_of, weight_of, gradient_of, partial(turned, matrix=signed_hadamard())
+    return input_of, weight_of, gradient_of, lambda x: x
+
+
+def rounded_product(precision: str, without: frozenset[str] = frozenset()) -> Callable:
+    """A function of x (M, in) and weight (out, in) -> x weight^T (M, out), whose three products, see above, are of
+    rounded numbers. without: see roundings()."""
+    input_of, weight_of, gradient_of, turn = roundings(precision, without)
+    fast = in_hardware() and (precision == "mxfp8" or precision == "nvfp4" and "square" in without)
+
     def transposed(parts):
         return parts[0].T, parts[1]
-
-    matrix = signed_hadamard() if precision == "nvfp4" and "hadamard" not in without else None
-    fast = in_hardware() and (precision == "mxfp8" or precision == "nvfp4" and "square" in without)
 
     @mx.custom_function
     def product(x, weight):
@@ -170,9 +184,41 @@ def rounded_product(precision: str, without: frozenset[str] = frozenset()) -> Ca
     def backward(primals, dy, _):
         x, weight = primals
         dx = multiply(gradient_of(dy, 1), weight_of(weight, 0), x.dtype)
-        a, b = (dy, x) if matrix is None else (turned(dy, matrix), turned(x, matrix))
-        dweight = multiply(transposed(gradient_of(a, 0)), input_of(b, 0), x.dtype)
+        dweight = multiply(transposed(gradient_of(turn(dy), 0)), input_of(turn(x), 0), x.dtype)
         return dx, dweight.astype(weight.dtype)
+
+    return product
+
+
+def rounded_experts(precision: str, without: frozenset[str] = frozenset()) -> Callable:
+    """The same for experts, as model.blocks_by_experts(): rows (n, in) in blocks of ROWS, weight (E, out, in), and the
+    expert of each block -> (n, out). Every expert's weight is a matrix of its own, and no block of numbers with a
+    scale holds rows of two experts; one factor is that of all rows."""
+    input_of, weight_of, gradient_of, turn = roundings(precision, without)
+
+    def of_each(weight, axis):
+        values, factors = zip(*[weight_of(w, axis) for w in weight], strict=True)
+        return mx.stack(values), mx.stack(factors)
+
+    def by_experts(x, weight, expert, dtype):
+        y = gather_mm(x[0].astype(dtype).reshape(-1, ROWS, x[0].shape[1]), weight[0].astype(dtype), expert, True)
+        return (y * (x[1] * weight[1][expert])[:, None, None]).astype(dtype).flatten(0, 1)
+
+    @mx.custom_function
+    def product(x, weight, expert, ends):
+        values, factors = of_each(weight, 1)
+        return by_experts(input_of(x, 1), (values.swapaxes(1, 2), factors), expert, x.dtype)
+
+    @product.vjp
+    def backward(primals, dy, _):
+        x, weight, expert, ends = primals
+        full = mx.arange(len(x)) < ends[mx.repeat(expert, ROWS), 1]  # the other rows of a block belong to no token
+        x, dy = mx.where(full[:, None], x, 0), mx.where(full[:, None], dy, 0)
+        dx = by_experts(gradient_of(dy, 1), of_each(weight, 0), expert, x.dtype)
+        (a, f), (b, g) = gradient_of(turn(dy), 0), input_of(turn(x), 0)
+        ends = mx.stack([ends[:, 0], (ends[:, 1] + (ROWS - 1)) // ROWS * ROWS], axis=1)  # turned rows fill their block
+        dweight = mx.segmented_mm(a.astype(x.dtype).T, b.astype(x.dtype), ends) * (f * g)
+        return dx, dweight.astype(weight.dtype), mx.zeros_like(expert), mx.zeros_like(primals[3])
 
     return product
 
@@ -185,6 +231,7 @@ class RoundedLinear(Linear):
         nn.Module.__init__(self)
         for name, parameter in linear.items():
             self[name] = parameter
+        self._no_grad = {*linear._no_grad}  # the base of an adapter stays frozen
         self._product = product  # "_": not a parameter
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -192,6 +239,26 @@ class RoundedLinear(Linear):
             return super().__call__(x)
         y = self._product(x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], -1)
         return y + self.bias.astype(x.dtype) if "bias" in self else y
+
+
+class RoundedExperts(Experts or nn.Module):
+    """Experts of a model that is in training, by rounded products."""
+
+    def __init__(self, experts: Experts, product: Callable, of_one: Callable):
+        nn.Module.__init__(self)
+        for name, parameter in experts.items():
+            self[name] = parameter
+        self._product, self._of_one = product, of_one
+
+    def __call__(self, x: mx.array, expert: mx.array, ends: mx.array | None) -> mx.array:
+        if not self.training:
+            return super().__call__(x, expert, ends)
+        if ends is None:  # a few rows, in no order
+            rows = (mx.where((expert == i)[:, None], x, 0) for i in range(len(self.weight)))
+            y = sum(self._of_one(part, weight) for part, weight in zip(rows, self.weight, strict=True))
+        else:
+            y, expert = self._product(x, self.weight, expert, ends), mx.repeat(expert, ROWS)
+        return y + self.bias[expert].astype(x.dtype) if "bias" in self else y  # empty rows are not read
 
 
 def parse(precision: str, off: str) -> frozenset[str]:
@@ -207,21 +274,28 @@ def parse(precision: str, off: str) -> frozenset[str]:
 
 
 def convert(model: GPT, precision: str, without: frozenset[str] = frozenset()):
-    """Replace the linear layers of a model's blocks. Under nvfp4 the last sixth of the blocks, at least one, keeps its
-    own, unless without has "last"."""
+    """Replace the linear layers and the experts of a model's blocks. Under nvfp4 the last sixth of the blocks, at least
+    one, keeps its own, unless without has "last". A frozen layer under an adapter is rounded as others are; the
+    adapter's own products are not."""
     config = model.config
-    if config.n_expert:  # their products are no linear layers
-        raise UserError(f"precision={precision} does not know n_expert={config.n_expert}: leave one of them out")
     kept = max(1, round(config.n_layer / 6)) if precision == "nvfp4" and "last" not in without else 0
     if kept == config.n_layer:
         raise UserError(f"precision={precision} keeps the last block as it is, and there is no other: give a larger "
                         "n_layer, or --precision_off=last")
-    product, last = rounded_product(precision, without), range(config.n_layer - kept, config.n_layer)
-    for path, module in model.named_modules():
-        if type(module) is not Linear or not path.startswith("blocks.") or int(path.split(".")[1]) in last:
+    product, of_experts = (make(precision, without) for make in (rounded_product, rounded_experts))
+    last, modules = range(config.n_layer - kept, config.n_layer), model.named_modules()
+    if any(getattr(module, "kind", "") == "dora" for _, module in modules):  # it computes norms of weights by products
+        raise UserError(f"precision={precision} would round the norms of kind=dora, too: take kind=lora")
+    if any("scales" in module for path, module in modules if path.startswith("blocks.")):
+        raise UserError(f"precision={precision} rounds float weights, and the model has packed ones: "
+                        "leave it out")
+    for path, module in modules:
+        if not path.startswith("blocks.") or int(path.split(".")[1]) in last:
             continue
-        if not re.search(r"router|predictor|value_gate|lam$", path):  # they choose a path, or compute a gate
-            replace_module(model, path, RoundedLinear(module, product))
+        if type(module) is Experts:
+            replace_module(model, path, RoundedExperts(module, of_experts, product))
+        elif type(module) is Linear and not re.search(r"router|predictor|value_gate|lam$", path):
+            replace_module(model, path, RoundedLinear(module, product))  # the others choose a path, or compute a gate
 
 
 if __name__ == "__main__":

@@ -67,6 +67,15 @@ from muon import Muon, by_muon
 from records import read_conversations, show, split, without
 from tokenizer import Tokenizer
 
+try:
+    import precision as low  # products of 8 or 4 bits
+except ImportError:
+    low = None
+try:
+    import packed_states  # optimizers' states of 8 or 4 bits
+except ImportError:
+    packed_states = None
+
 checkpoint = "out/ckpt.safetensors"  # from train.py, or a checkpoint or adapter of an earlier sft.py or dpo.py
 # data
 data = ""               # .jsonl, .json, .csv or .parquet
@@ -106,6 +115,9 @@ neftune = 0.0           # noise in the embeddings, over sqrt(tokens * width); 5 
 eval_interval = 20      # updates between evaluations
 log_interval = 5        # updates between log lines
 dtype = "auto"          # float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
+precision = ""          # fp8 | mxfp8 | nvfp4: the blocks multiply such numbers, simulated; "": those of dtype
+precision_off = ""      # choices of nvfp4 to leave out, with commas: stochastic, hadamard, square, last
+optimizer_bits = 32     # 8 | 4: keep the optimizer's states as integers of so many bits
 compile = not ON_CPU    # mx.compile the step
 samples = 2             # held-out prompts that are answered before and after
 sample_tokens = 60      # tokens of an answer at most
@@ -118,7 +130,7 @@ SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
 result, state_path = os.path.join(out_dir, "sft.safetensors"), os.path.join(out_dir, "resume.safetensors")
 LASTING = ("checkpoint", "adapter", "data", "val_data", "val_share", "template", "learn_prompts", "block_size",
            "packing", "seed", "kind", "rank", "alpha", "targets", "base_bits", "merge", "batch_size", "grad_accum",
-           "optimizer")
+           "optimizer", "optimizer_bits")
 
 # ---- resume: the settings of the run apply, except those on the command line -----------------------------------------
 
@@ -138,6 +150,8 @@ if kind == "full" and base_bits:
     raise UserError(f"base_bits={base_bits} with kind=full: packed weights do not train; take kind=lora")
 if optimizer not in ("adamw", "muon"):
     raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon")
+if optimizer_bits not in (32, 8, 4) or optimizer_bits < 32 and not packed_states:
+    raise UserError(f"optimizer_bits={optimizer_bits}: it must be 32, or with packed_states.py at hand 8 or 4")
 run_folder.check_settings(settings, resume)
 run_folder.check(out_dir, SCRIPT, overwrite, resume, [checkpoint, *adapter, data, val_data], "resume.safetensors")
 
@@ -202,6 +216,10 @@ else:
     model.set_dtype(working_dtype)
     quantize_base(model, base_bits)
     paths = attach(model, targets, rank, alpha, kind, seed)
+if precision or precision_off:
+    if not low:
+        raise UserError(f"precision={precision!r} needs precision.py, which is missing: leave it out")
+    low.convert(model, precision, low.parse(precision, precision_off))
 trainable = sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
 total = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
 print(f"{trainable / 1e6:.2f}M parameters train{'' if kind == 'full' else f' in {len(paths)} layers'}; "
@@ -211,9 +229,11 @@ steps_an_epoch = math.ceil(len(train_rows["idx"]) / (batch_size * grad_accum))
 max_iters = epochs * steps_an_epoch
 if resume and start_step >= max_iters:
     raise UserError(f"{state_path} is at step {start_step} of {max_iters} already: give more --epochs")
-opt = rest = optim.Adam(learning_rate, betas=[0.9, 0.95], bias_correction=True)
+make = optim.Adam if optimizer_bits == 32 else partial(packed_states.PackedAdam, bits=optimizer_bits)
+opt = rest = make(learning_rate, betas=[0.9, 0.95], bias_correction=True)
 if optimizer == "muon":
-    muon = Muon(muon_lr, dtype=working_dtype)
+    make = Muon if optimizer_bits == 32 else partial(packed_states.PackedMuon, bits=optimizer_bits)
+    muon = make(muon_lr, dtype=working_dtype)
     opt = optim.MultiOptimizer([muon, rest], [by_muon])
 opt.init(model.trainable_parameters())
 

@@ -244,10 +244,11 @@ def tokenizer_of(path: str) -> Tokenizer:
     return Tokenizer.from_dict(header["tokenizer"])
 
 
-def open_tokens(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
+def open_tokens(folder: str, part: tuple[int, int] = (0, 1)) -> tuple[dict, dict[str, np.ndarray]]:
     """Open a folder that data.py wrote: (meta.json, ids {"train": (N,), "val": (M,)}, which are mapped into memory).
     UserError, with the command that makes the folder again, if meta.json is not whole, a file is longer or shorter than
-    meta.json says, or an id is not in the tokenizer's vocabulary."""
+    meta.json says, or an id is not in the tokenizer's vocabulary. part (i, n): n processes share out the ids that are
+    checked, and this one is number i."""
     path, meta, tokens = os.path.join(folder, "meta.json"), {}, {}
     try:
         with open(path, encoding="utf-8") as file:
@@ -263,7 +264,7 @@ def open_tokens(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
             path, n = os.path.join(folder, f"{split}.bin"), meta[f"{split}_tokens"]
             if (size := os.path.getsize(path)) != n * dtype.itemsize:
                 raise ValueError(f"it has {size:,} bytes, not {n * dtype.itemsize:,} as meta.json says")
-            if (largest := largest_id(path, dtype)) >= n_vocab:
+            if (largest := largest_id(path, dtype, part)) >= n_vocab:
                 raise ValueError(f"it has the id {largest}, but the tokenizer has {n_vocab} tokens")
             tokens[split] = np.memmap(path, dtype, "r") if n else np.empty(0, dtype)  # an empty file cannot be mapped
     except (OSError, ValueError, RecursionError) as error:  # JSON that is nested too deeply ends in the last
@@ -272,12 +273,15 @@ def open_tokens(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
     return meta, tokens
 
 
-def largest_id(path: str, dtype: np.dtype) -> int:
-    """The largest id in a token file, -1 if it is empty. Read in parts, as a map of a large file would fill memory."""
-    largest = -1
+def largest_id(path: str, dtype: np.dtype, part: tuple[int, int]) -> int:
+    """The largest id in part i of n of a token file, -1 if that is empty. A million ids are read at a time, as a map of
+    a large file would fill memory."""
+    largest, total = -1, os.path.getsize(path) // dtype.itemsize
+    start, end = (total * i // part[1] for i in (part[0], part[0] + 1))
     with open(path, "rb") as file:
-        while len(ids := np.fromfile(file, dtype, count=2**20)):
-            largest = max(largest, int(ids.max()))
+        file.seek(start * dtype.itemsize)
+        while len(ids := np.fromfile(file, dtype, count=min(2**20, end - start))):
+            start, largest = start + len(ids), max(largest, int(ids.max()))
     return largest
 
 

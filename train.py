@@ -160,9 +160,9 @@ dtype = "auto"          # of the computation: float32 | bfloat16; auto: bfloat16
 precision = ""          # fp8 | mxfp8 | nvfp4: the blocks multiply such numbers, simulated; "": those of dtype
 precision_off = ""      # choices of nvfp4 to leave out, with commas: stochastic, hadamard, square, last
 parallel = ""           # zero1 | fsdp | tensor | pipeline: what several devices share out, see parallel.py
-patience = 60.0         # with several processes: seconds without a sign of life from one, after which all end
 slices = 0              # devices that share each matrix under tensor, the others take other rows; 0: all share
-optimizer_bits = 32     # 8 | 4: keep the states of adamw and muon as integers of so many bits
+patience = 60.0         # with several processes: seconds without a sign of life from one, after which all end
+optimizer_bits = 32     # 8 | 4: keep the optimizer's states as integers of so many bits
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
 compile = not ON_CPU    # mx.compile the step; on a CPU cpu_train.py is faster, which cannot be compiled
 sample_tokens = 200     # tokens of the sample that is printed at the end
@@ -186,22 +186,29 @@ def say(*words):
         sys.stdout.flush()
 
 
+def in_all_processes(function, *arguments):
+    """Call a function in every process, and return its result. If it ends the script in one of them, all end, and the
+    first such process tells why."""
+    result, error = None, None
+    try:
+        result = function(*arguments)
+    except (UserError, SystemExit) as reason:
+        error = reason
+    first = mx.distributed.all_min(mx.array(rank if error else n_ranks)).item()
+    if first < n_ranks:
+        end_with(error if rank == first else None, first)
+    return result
+
+
 def in_first_process(function, *arguments):
-    """Call a function in one process while the others wait. If it ends the script there, all processes end."""
-    error = None
-    if rank == 0:
-        try:
-            function(*arguments)
-        except (UserError, SystemExit) as reason:
-            error = reason
-    if mx.distributed.all_sum(mx.array(float(error is not None))).item():
-        end_with(error)
+    """The same in the first process alone, while the others wait."""
+    in_all_processes(function if rank == 0 else lambda *_: None, *arguments)
 
 
-def end_with(error: Exception | None):
+def end_with(error: Exception | None, first: int = 0):
     """End all processes with the error that the first one has. The others end a second later, since mlx.launch kills
     all as soon as one has ended."""
-    time.sleep(rank and 1)
+    time.sleep(rank != first)
     raise error or SystemExit(2)
 
 
@@ -288,11 +295,13 @@ def prepared(source: str) -> str:
             sys.exit(status)  # data.py has said why
 
     in_first_process(run_data)
+    found = os.path.exists(os.path.join(folder, "meta.json"))  # not on another machine, if its disk is its own
+    in_all_processes(lambda: found or run_data())
     return folder
 
 
 folder = prepared(data)
-data_meta, tokens = open_tokens(folder)
+data_meta, tokens = in_all_processes(open_tokens, folder, (rank, n_ranks))
 enc = Tokenizer.from_dict(data_meta["tokenizer"])
 if origin and meta["tokenizer"] != data_meta["tokenizer"]:
     raise UserError(f"{folder} has another tokenizer than {origin}: give the data that it was trained on, or other "
@@ -306,13 +315,19 @@ if len(tokens["train"]) <= block_size:
                     "give more text or a smaller block_size")
 if len(tokens["val"]) < 2:
     raise UserError(f"{data} has {len(tokens['val'])} validation tokens: give more text")
+# Windows are read, not taken from the map of the file: at each of its pages, a map reads ahead up to several megabytes,
+# which take time and count as memory of the process.
+token_files = {split: open(part.filename, "rb") for split, part in tokens.items()}
 
 
-def windows(split: str, n: int, T: int, key: list[int]) -> tuple[mx.array, mx.array]:
+def windows(split: str, n: int, T: int, key: list[int], own=slice(None)) -> tuple[mx.array, mx.array]:
     """n random windows of a split: tokens (n, T), and the token after each of them (n, T). The key alone determines the
-    windows. So the order of the data needs no saved state, and every process can draw the batch of all processes."""
-    starts = np.random.default_rng(key).integers(len(tokens[split]) - T, size=n)
-    rows = np.stack([tokens[split][i:i + T + 1] for i in starts]).astype(np.int32)
+    windows. So the order of the data needs no saved state, and every process can draw the batch of all processes; it
+    reads only its own windows of them."""
+    starts = np.random.default_rng(key).integers(len(tokens[split]) - T, size=n)[own]
+    size, dtype, file = tokens[split].itemsize, tokens[split].dtype, token_files[split].fileno()
+    rows = [np.frombuffer(os.pread(file, (T + 1) * size, int(i) * size), dtype) for i in starts]
+    rows = np.stack(rows).astype(np.int32)
     return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
 
 
@@ -346,15 +361,15 @@ if config.mod == "topk":  # mod
 # No optimizer here has a weight decay of its own: update() decays the matrices, which makes AdamW of Adam.
 if optimizer not in ("adamw", "muon", "lion"):
     raise UserError(f"optimizer={optimizer!r} is not one of adamw, muon, lion")
-if optimizer_bits not in (32, 8, 4) or optimizer_bits < 32 and (optimizer == "lion" or not packed_states):
-    raise UserError(f"optimizer_bits={optimizer_bits}: it must be 32, or with adamw and muon, and packed_states.py at "
-                    "hand, 8 or 4")
+if optimizer_bits not in (32, 8, 4) or optimizer_bits < 32 and not packed_states:
+    raise UserError(f"optimizer_bits={optimizer_bits}: it must be 32, or with packed_states.py at hand 8 or 4")
 if parallel and not shared:
     raise UserError(f"parallel={parallel!r} needs parallel.py, which is missing: leave it out")
 if parallel and (optimizer_bits < 32 or precision):
     raise UserError(f"parallel={parallel} shares out float32: leave out --precision and --optimizer_bits")
 if optimizer == "lion":  # Chen et al. 2023
-    opt = rest = optim.Lion(learning_rate, betas=[beta1, beta2], weight_decay=0.0)
+    make = optim.Lion if optimizer_bits == 32 else partial(packed_states.PackedLion, bits=optimizer_bits)
+    opt = rest = make(learning_rate, betas=[beta1, beta2], weight_decay=0.0)
 else:                    # Kingma & Ba 2015
     make = Adam if optimizer_bits == 32 else partial(packed_states.PackedAdam, bits=optimizer_bits)
     opt = rest = make(learning_rate, betas=[beta1, beta2], bias_correction=True)
@@ -646,12 +661,13 @@ while True:
         muon.learning_rate = rates["muon_lr"]
     if draws:  # a resumed run draws the numbers that an uninterrupted one would have drawn
         mx.random.seed(((seed * 2**32 + step) * n_ranks + rank) % 2**64)
-    x, y = windows("train", grad_accum * batch_size, block_size, [seed, step])
     loss, grads, own = 0.0, None, batch_size // parts
+    mine = np.arange(grad_accum * batch_size).reshape(grad_accum, parts, own)[:, part].reshape(-1)
+    x, y = windows("train", grad_accum * batch_size, block_size, [seed, step], mine)
     if parallel == "pipeline":
         loss, grads = shared.run_stage(shares, x, y, grad_accum, True)
     for micro in range(grad_accum if parallel != "pipeline" else 0):
-        share = slice((micro * parts + part) * own, (micro * parts + part + 1) * own)
+        share = slice(micro * own, (micro + 1) * own)
         now, new = gradients(x[share], y[share])
         loss, grads = loss + now / grad_accum, new if grads is None else tree_map(mx.add, grads, new)
         if micro + 1 < grad_accum:

@@ -53,7 +53,12 @@ ROWS = {  # name: settings, and the row that it is compared with
     "nvfp4-squ": ("--precision=nvfp4 --precision_off=square", "nvfp4"),
     "nvfp4-last": ("--precision=nvfp4 --precision_off=last", "nvfp4"),
     "a8": ("--optimizer_bits=8", "f32"), "a4": ("--optimizer_bits=4", "f32"), "m32": ("--optimizer=muon", "f32"),
-    "m8": ("--optimizer=muon --optimizer_bits=8", "m32"), "m4": ("--optimizer=muon --optimizer_bits=4", "m32")}
+    "m8": ("--optimizer=muon --optimizer_bits=8", "m32"), "m4": ("--optimizer=muon --optimizer_bits=4", "m32"),
+    "lion": ("--optimizer=lion --learning_rate=3e-4", "lion"),
+    "lion8": ("--optimizer=lion --learning_rate=3e-4 --optimizer_bits=8", "lion"),
+    "lion4": ("--optimizer=lion --learning_rate=3e-4 --optimizer_bits=4", "lion"),
+    "moe": ("--n_expert=4 --ffn_dim=128", "moe"),
+    **{f"moe-{kind}": (f"--n_expert=4 --ffn_dim=128 --precision={kind}", "moe") for kind in ("fp8", "mxfp8", "nvfp4")}}
 names = only.split(",") if only else [*ROWS]
 
 

@@ -145,6 +145,8 @@ def rows_of(out, split) -> list[dict]:
     (["--loss=dpo"], math.log(2)), (["--loss=ipo", "--kind=dora"], 1 / (4 * 0.1**2)), (["--loss=kto"], 0.5),
     (["--loss=dpo", "--label_smoothing=0.1", "--base_bits=8"], math.log(2)), (["--loss=simpo", "--beta=2"], None),
     (["--loss=orpo", "--kind=full", "--learning_rate=1e-3"], None),
+    (["--loss=dpo", "--precision=fp8", "--optimizer_bits=8"], None),
+    (["--loss=dpo", "--kind=full", "--learning_rate=1e-3", "--precision=nvfp4", "--optimizer_bits=4"], None),
 ], ids=lambda argument: argument[0][2:] if isinstance(argument, list) else "")
 def test_learns(folder, pairs, tmp_path, arguments, first):  # noqa: F811
     """It starts where the formula says, learns to prefer what it never saw, and leaves a file that does."""
@@ -267,7 +269,8 @@ def test_bad_lines(folder, tmp_path, line, says):  # noqa: F811
     (["--loss=ppo"], "loss='ppo'"), (["--beta=0"], "beta=0"), (["--kind=x"], "kind='x'"), (["--data="], "give --data"),
     (["--label_smoothing=0.5"], "label_smoothing"), (["--learning_rate=-1"], "learning_rate=-1.0"),
     (["--min_lr=1e-6"], "share of the peak"), (["--dropout=-0.1"], "dropout"), (["--grad_accum=0"], "grad_accum=0"),
- (["--kind=full", "--base_bits=4"], "packed weights"),
+    (["--kind=full", "--base_bits=4"], "packed weights"), (["--precision=fp4"], "precision='fp4'"),
+    (["--optimizer_bits=16"], "must be 32"),
 ], ids=str)
 def test_mistakes(folder, pairs, tmp_path, arguments, says):  # noqa: F811
     assert says in dpo(folder, pairs, tmp_path / "out", *arguments, status=2).stderr

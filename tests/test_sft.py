@@ -93,6 +93,8 @@ def tuned(folder, out) -> GPT:
 @pytest.mark.parametrize("arguments", [
     ["--kind=lora"], ["--kind=dora", "--base_bits=8"], ["--kind=full", "--learning_rate=3e-3", "--compile=True"],
     ["--kind=rslora", "--packing=False", "--neftune=1", "--epochs=6"],
+    ["--kind=lora", "--precision=mxfp8", "--optimizer_bits=8"],
+    ["--kind=full", "--learning_rate=3e-3", "--precision=nvfp4", "--optimizer_bits=4", "--optimizer=muon"],
 ], ids=lambda arguments: arguments[0][2:])
 def test_learns(folder, tmp_path, arguments):
     """The loss falls; and the last validation figure that was saved is, computed again, that of the file."""
@@ -231,7 +233,9 @@ def test_long_examples_are_cut_or_skipped_and_told(folder, tmp_path):
     (["--epochs=0"], "epochs=0"), (["--rank=0"], "rank=0"), (["--dtype=float16"], "float16"),
     (["--optimizer=lion"], "optimizer='lion'"), (["--learning_rate=-1e-3"], "learning_rate=-0.001"),
     (["--min_lr=6e-5"], "share of the peak"), (["--dropout=1"], "dropout"), (["--grad_accum=0"], "grad_accum=0"),
-    (["--resume=True"], "resume"),
+    (["--resume=True"], "resume"), (["--precision=fp4"], "precision='fp4'"), (["--optimizer_bits=16"], "must be 32"),
+    (["--precision=fp8", "--kind=dora"], "take kind=lora"), (["--precision=fp8", "--base_bits=4"], "packed ones"),
+    (["--precision_off=square"], "precision=''"),
 ], ids=lambda argument: str(argument)[:40])
 def test_mistakes(folder, tmp_path, arguments, says):
     done = sft(folder, tmp_path / "out", *arguments, status=2)
@@ -337,6 +341,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("arguments", [
     ["--kind=lora", "--dropout=0.2", "--neftune=2", "--grad_accum=2", "--epochs=8"], ["--kind=dora", "--base_bits=8"],
     ["--kind=full", "--optimizer=muon", "--weight_decay=0.1"],
+    ["--kind=full", "--optimizer_bits=8", "--precision=nvfp4"],
 ], ids=lambda arguments: arguments[0][2:])
 def test_resume_is_exact(folder, tmp_path, arguments):
     """Asked to stop in the middle, between evaluations and at one, and resumed, a run leaves what an unstopped one

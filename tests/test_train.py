@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 import prepared
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, launch, peak_memory
 from mlx.utils import tree_flatten, tree_map
 from safetensors import safe_open
 from test_variants import SOURCE, VARIANTS, without
@@ -256,6 +256,41 @@ def test_processes_that_differ(data, tmp_path, change, told):
     assert "rank 0 exited with code 2" in done.stderr, done.stderr  # mlx.launch itself returns 0
     assert done.stderr.count("differs between the processes") == 1 and told in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out" / "ckpt.safetensors").exists()
+
+
+def test_processes_with_disks_of_their_own(tmp_path):
+    """Each machine's first process makes the tokens there; together the processes check all ids, each its part."""
+    text = "".join(f"{i} is not {i + 1}\n" for i in range(3000))
+    (tmp_path / "a.txt").write_text(text)
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    line = shlex.join(command(tmp_path / "a.txt", "out", "--tokenizer=byte", "--max_iters=2", "--overwrite=True"))
+    together = [*launch(2), "sh", "-c", f"cd {shlex.quote(str(tmp_path))}/$MLX_RANK && exec {line}"]
+    done = subprocess.run(together, capture_output=True, text=True, timeout=100)
+    assert "step      2 | val" in done.stdout, done.stderr
+    one, two = ((tmp_path / rank / "data" / "a-byte" / "train.bin").read_bytes() for rank in "01")
+    assert one == two
+    for rank in "01":
+        with open(tmp_path / rank / "data" / "a-byte" / "train.bin", "r+b") as file:
+            file.seek(-2000, os.SEEK_END)  # the second process's part
+            file.write(b"\xff\xff")
+    line = line.replace(str(tmp_path / "a.txt"), "data/a-byte").replace(" --tokenizer=byte", "")
+    together[-1] = together[-1].rpartition("exec ")[0] + "exec " + line
+    done = subprocess.run(together, capture_output=True, text=True, timeout=100)
+    assert done.stderr.count("it has the id 65535, but the tokenizer has 257 tokens") == 1, done.stderr
+    assert "Traceback" not in done.stderr and "step      1" not in done.stdout
+
+
+def test_memory_does_not_grow_with_the_tokens(data, tmp_path):
+    """A gigabyte of tokens takes no more than a few hundred kilobytes of them."""
+    meta, large = json.loads((data / "meta.json").read_text()), tmp_path / "large"
+    shutil.copytree(data, large)
+    with open(large / "train.bin", "r+b") as file:  # zeros, which take no room on the disk
+        file.truncate(2**30)
+    (large / "meta.json").write_text(json.dumps({**meta, "train_tokens": 2**29}))
+    peaks = [peak_memory("train.py", *command(folder, tmp_path / "out", "--overwrite=True", "--batch_size=64",
+                                              "--max_iters=8")[2:]) for folder in (data, large)]
+    assert peaks[1] < peaks[0] + 40 * 2**20
 
 
 def test_expert_load_is_kept_and_drawn(data, tmp_path):
