@@ -97,7 +97,7 @@ def watch(group: mx.distributed.Group, patience: float) -> threading.Event:
         """The first process tells of an error that several have: while others wait for their turn, look() ends them.
         So it does after it has told why the ring of MLX broke: another process has ended."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        time.sleep(3 * BEAT * turn)
+        time.sleep(0 if over.is_set() else 3 * BEAT * turn)  # it is set where all know of the error
         if kind is RuntimeError and "connection to a peer was lost" in str(error):
             time.sleep(9 * BEAT)
             kind, error = UserError, UserError(f"a connection is lost: {GO_ON}")

@@ -208,6 +208,8 @@ def in_first_process(function, *arguments):
 def end_with(error: Exception | None, first: int = 0):
     """End all processes with the error that the first one has. The others end a second later, since mlx.launch kills
     all as soon as one has ended."""
+    if watching:
+        watching.set()
     time.sleep(rank != first)
     raise error or SystemExit(2)
 
