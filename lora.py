@@ -173,6 +173,20 @@ def merge(model: GPT):
         del module.whole
 
 
+@contextlib.contextmanager
+def without_adapters(model: GPT):
+    """Inside, the model computes without the adapters that attach() put on it: it is their base, packed or not, and so
+    the reference of a run that trains them. No weight is copied."""
+    adapters = {path: module for path, module in linear_layers(model).items() if isinstance(module, Adapter)}
+    for path, module in adapters.items():
+        replace_module(model, path, module.base)
+    try:
+        yield
+    finally:
+        for path, module in adapters.items():
+            replace_module(model, path, module)
+
+
 def whole_modules(model: GPT) -> dict[str, nn.Module]:
     """The modules, by path, that an adapter replaced as a whole (PEFT's modules_to_save)."""
     return {path: module for path, module in model.named_modules() if hasattr(module, "whole")}

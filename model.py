@@ -1910,12 +1910,12 @@ def load_arrays(path: str) -> tuple[dict[str, mx.array], dict]:
 
 def maker_of(path: str) -> str:
     """The script that writes a checkpoint or an adapter under a file name such as sft.safetensors."""
-    return {"sft.safetensors": "sft.py", "dpo.safetensors": "dpo.py"}.get(os.path.basename(path), "train.py")
+    return {f"{x}.safetensors": f"{x}.py" for x in ("sft", "dpo", "grpo")}.get(os.path.basename(path), "train.py")
 
 
 def give_one_of(folder: str) -> str:
     """The end of an error message: the checkpoints and adapters in a folder, by the names that the scripts use."""
-    paths = (os.path.join(folder, f"{name}.safetensors") for name in ("ckpt", "best", "sft", "dpo"))
+    paths = (os.path.join(folder, f"{name}.safetensors") for name in ("ckpt", "best", "sft", "dpo", "grpo"))
     found = [*filter(os.path.exists, paths)]
     return f"give {' or '.join(found)}" if found else "give a .safetensors file of train.py, sft.py or dpo.py"
 

@@ -68,6 +68,7 @@ SMALL = dict(max_iters=2, eval_interval=1, eval_windows=2, log_interval=1, sampl
 ARCHITECTURE = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))  # None: not given
 ROWS = dict(block_size=100)  # tokens: a conversation of bytes is longer than SMALL's windows
 NO_TEXT = dict.fromkeys(("data", "samples", "block_size"))
+SMALL_STEP = dict(data=None, block_size=None, prompts=2, group=2, eval_problems=2, pass_k=2, max_new_tokens=4)
 GO_ON = dict(resume="True", checkpoint=None, data=None, batch_size=None, block_size=None)
 BASES = {
     "train.py": [dict(data="tokens"), dict(),
@@ -78,6 +79,8 @@ BASES = {
     "dpo.py": [dict(ROWS, data="pairs.jsonl"), dict(ROWS, data="labelled.jsonl", loss="kto"),
                dict(ROWS, data="pairs.jsonl", checkpoint="sft/sft.safetensors"),
                dict(GO_ON, out_dir="dpo", epochs=2)],
+    "grpo.py": [dict(SMALL_STEP, task="copy"), dict(SMALL_STEP, data="own.jsonl"),
+                dict(GO_ON, out_dir="grpo", max_iters=3, max_new_tokens=None)],
     "magpie.py": [dict(ROWS, checkpoint="dpo/dpo.safetensors")],
     "sample.py": [dict(prompt="def f"), dict(checkpoint="dpo/dpo.safetensors", prompt="Hello")],
     "eval.py": [dict(), dict(data="tokens"), dict(adapter="sft/sft.safetensors")],
@@ -179,6 +182,7 @@ def make_world(world: Path):
                                                     {"role": "assistant", "content": f"It is {i}."}]})
     lines("pairs.jsonl", lambda i: {"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "no"})
     lines("labelled.jsonl", lambda i: {"prompt": f"Say {i}.", "completion": "yes", "label": i % 2 == 0})
+    lines("own.jsonl", lambda i: {"prompt": f"Say {i}.", "pattern": "[0-9]+"})
     lines("tasks.jsonl", lambda i: {"instruction": f"do {i}", "instances": [{"input": "", "output": "it is done now"}]})
     alpaca = [{"instruction": f"Say {i}.", "output": f"{i}", "text": f"text {i}"} for i in range(12)]
     (world / "alpaca.json").write_text(json.dumps(alpaca))
@@ -201,6 +205,8 @@ def make_world(world: Path):
     shutil.rmtree(world / "variant")
     run("sft.py", "model.safetensors", "messages.jsonl", "--out_dir=sft", "--epochs=1", "--samples=0")
     run("dpo.py", "sft/sft.safetensors", "pairs.jsonl", "--out_dir=dpo", "--epochs=1")
+    run("grpo.py", "model.safetensors", "copy", "--out_dir=grpo", "--max_iters=1", "--prompts=2", "--eval_problems=2",
+        "--samples=0")
     run("hqq.py", "model.safetensors", "--group_size=32", "--out=packed.safetensors")
     run("tuned_lens.py", "model.safetensors", "--data=text.txt", "--max_iters=1", "--eval_windows=1")
     run("hf_reader.py", "model.safetensors", "--export=hf")
