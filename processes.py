@@ -25,7 +25,7 @@ BEAT = 1.0  # seconds between two signs of life
 ALIVE, ENDS = b".", b"e"  # all that is sent; the second: "the reason is told, end yourself"
 
 
-def watch(group: mx.distributed.Group, patience: float) -> threading.Event:
+def watch(group: mx.distributed.Group, timeout: float) -> threading.Event:
     """From here on all processes end, with status 2, when one of them has ended, or gives no sign of life for so many
     seconds: a sum would wait for it for ever. One line tells which one it was. Set the event that is returned when the
     processes need each other no more.
@@ -81,8 +81,8 @@ def watch(group: mx.distributed.Group, patience: float) -> threading.Event:
                 try:
                     heard = other.recv(4096)
                 except BlockingIOError:
-                    if silent[r] > patience:
-                        tell(r, f"has given no sign of life for {patience:g} seconds", hangs=True)
+                    if silent[r] > timeout:
+                        tell(r, f"has given no sign of life for {timeout:g} seconds", hangs=True)
                     continue
                 except OSError:
                     heard = b""
@@ -116,8 +116,8 @@ def watch(group: mx.distributed.Group, patience: float) -> threading.Event:
         signal.signal(signal.SIGTERM, lambda *_: (time.sleep(3 * BEAT), sys.exit(2)))
         atexit.register(part)
         threading.Thread(target=look, daemon=True).start()
-    if not patience >= 3 * BEAT:
-        raise UserError(f"patience={patience:g}: it must be {3 * BEAT:g} seconds or more")
+    if not timeout >= 3 * BEAT:
+        raise UserError(f"timeout={timeout:g}: it must be {3 * BEAT:g} seconds or more")
     return over
 
 

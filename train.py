@@ -161,7 +161,7 @@ precision = ""          # fp8 | mxfp8 | nvfp4: the blocks multiply such numbers,
 precision_off = ""      # choices of nvfp4 to leave out, with commas: stochastic, hadamard, square, last
 parallel = ""           # zero1 | fsdp | tensor | pipeline: what several devices share out, see parallel.py
 slices = 0              # devices that share each matrix under tensor, the others take other rows; 0: all share
-patience = 60.0         # with several processes: seconds without a sign of life from one, after which all end
+timeout = 60.0          # with several processes: seconds without a sign of life from one, after which all end
 optimizer_bits = 32     # 8 | 4: keep the optimizer's states as integers of so many bits
 checkpoint_every = 0    # recompute every k-th block in the backward pass to save memory; 0: none, 1: every block
 compile = not ON_CPU    # mx.compile the step; on a CPU cpu_train.py is faster, which cannot be compiled
@@ -266,9 +266,9 @@ elif init:
                     block_size=T, tokenizer=init)
     meta = {"tokenizer": meta["tokenizer"]}
 globals().update(settings)
-if "patience" in given and (n_ranks == 1 or not processes):
-    raise UserError("patience is for several processes, and needs processes.py: leave it out")
-watching = processes.watch(world, patience) if processes and n_ranks > 1 else None
+if "timeout" in given and (n_ranks == 1 or not processes):
+    raise UserError("timeout is for several processes, and needs processes.py: leave it out")
+watching = processes.watch(world, timeout) if processes and n_ranks > 1 else None
 
 run_folder.check_settings(settings, resume)
 if not out_dir:

@@ -175,7 +175,7 @@ def test_ends(loops, name):
 
 def test_of_mlx_launch(data, tmp_path):  # noqa: F811
     """A run ends when its first process is stopped, and goes on from the last checkpoint."""
-    process = subprocess.Popen([*launch(2), *command(data, tmp_path, "--max_iters=20000", "--patience=4")],
+    process = subprocess.Popen([*launch(2), *command(data, tmp_path, "--max_iters=20000", "--timeout=4")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step      9"):
@@ -217,8 +217,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     (9, "", ["--learning_rate=1e38", "--grad_clip=0"], "train.py: step"),
     (9, "", ["--seed=RANK"], "train.py: seed differs between the processes"),
     (9, "", ["--data={data}RANK"], "train.py: data, its train tokens, differs between the processes"),
-    (9, "", ["--patience=2"], "train.py: patience=2: it must be 3 seconds or more"),
-], ids=["an error", "killed", "a full disk", "NaN", "settings", "data", "patience"])
+    (9, "", ["--timeout=2"], "train.py: timeout=2: it must be 3 seconds or more"),
+], ids=["an error", "killed", "a full disk", "NaN", "settings", "data", "timeout"])
 def test_of_train(nursery, data, tmp_path, rank, does, arguments, line):  # noqa: F811
     """All end with one line; what has been saved is whole, and one process goes on from there."""
     for i in range(2):
@@ -239,7 +239,7 @@ def test_of_train(nursery, data, tmp_path, rank, does, arguments, line):  # noqa
 
 
 def test_one_process(data, tmp_path):  # noqa: F811
-    assert "patience is for several processes" in train(data, tmp_path, "--patience=9", status=2).stderr
+    assert "timeout is for several processes" in train(data, tmp_path, "--timeout=9", status=2).stderr
 
 
 def test_deletion(data, tmp_path):  # noqa: F811
@@ -249,7 +249,7 @@ def test_deletion(data, tmp_path):  # noqa: F811
             shutil.copy(path, tmp_path)
     command = [sys.executable, "train.py", f"--data={data}", "--max_iters=2", "--n_layer=1", "--n_embd=32",
                "--block_size=16", "--sample_tokens=3", "--eval_windows=2", "--overwrite=True"]
-    for prefix, more, status in (launch(2), [], 0), ([], ["--patience=9"], 2):
+    for prefix, more, status in (launch(2), [], 0), ([], ["--timeout=9"], 2):
         done = subprocess.run([*prefix, *command, *more], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == status and (status or "rror" not in done.stderr), done.stderr
     assert "processes.py" in done.stderr
