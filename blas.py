@@ -188,8 +188,9 @@ def _load():
         print(f"BLAS: products are 20 times slower, as {' '.join(str(error).split())}: {REMEDY}", file=sys.stderr)
 
 
+if __name__ != "__main__":
+    _load()
+
 if __name__ == "__main__":
     print(f"{sys.argv[0]} has no command of its own: run train.py, which uses it", file=sys.stderr)
     sys.exit(2)
-
-_load()
