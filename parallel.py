@@ -126,15 +126,19 @@ def subgroups(world: mx.distributed.Group, slices: int) -> tuple:
 def backend(world: mx.distributed.Group) -> tuple[bool, bool]:
     """Whether this backend has sum_scatter, and send. Every process must call it."""
     n, rank, found = world.size(), world.rank(), []
-    for call in (lambda: mx.distributed.sum_scatter(mx.zeros(n), group=world),
-                 lambda: mx.distributed.send(mx.zeros(1), (rank + 1) % n, group=world) if rank % 2 == 0 and n % 2 == 0
-                 else mx.distributed.recv((1,), mx.float32, (rank - 1) % n, group=world)):
+
+    def send():  # each even rank to the next one, if there is one
+        if rank % 2:
+            return mx.distributed.recv((1,), mx.float32, rank - 1, group=world)
+        return mx.distributed.send(mx.zeros(1), rank + 1, group=world) if rank + 1 < n else mx.zeros(1)
+
+    for call in (lambda: mx.distributed.sum_scatter(mx.zeros(n), group=world), send):
         try:
             mx.eval(call())
             found.append(True)
         except (RuntimeError, ValueError):
             found.append(False)
-    return tuple(found)
+    return tuple(bool(x) for x in gathered(mx.array(found), world).min(0).tolist())  # the same ones for all
 
 
 def gathered(x: mx.array, group, stream=None) -> mx.array:

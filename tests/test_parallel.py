@@ -261,6 +261,21 @@ def test_packed_layers_are_refused():
         together(2, share)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_backend(monkeypatch, n):
+    """Every process that waits for a number gets one, and all come to the same answers."""
+    sent, awaited = [], []
+
+    def ask(group):
+        rank = group.rank()
+        monkeypatch.setattr(mx.distributed, "send", lambda x, to, group: sent.append((rank, to)) or x)
+        monkeypatch.setattr(mx.distributed, "recv", lambda shape, dtype, source, group: awaited.append(
+            (source, rank)) or mx.zeros(shape))
+        return parallel.backend(group)
+
+    assert together(n, ask) == [(False, True)] * n and sorted(sent) == sorted(awaited)
+
+
 # ---- real processes --------------------------------------------------------------------------------------------------
 
 
