@@ -620,6 +620,7 @@ def sum_of_ends(shares: Shares, gradients: dict) -> dict:
     if shares.config.tie and n > 1:
         own = gradients["embed"]["weight"] if shares.group.rank() in (0, n - 1) else mx.zeros(shape)
         total = summed(own, shares.group)
+        mx.async_eval(total)  # also between the ends, which do not use it: a sum waits for all processes
         if shares.group.rank() in (0, n - 1):
             gradients["embed"]["weight"] = total
     return gradients

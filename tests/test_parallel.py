@@ -304,6 +304,14 @@ def test_train(data, tmp_path, one, mode):  # noqa: F811
     close(tmp_path, one)
 
 
+def test_pipeline_of_three(data, tmp_path):  # noqa: F811
+    """The stage between the ends takes part in the sum of what only these have."""
+    same = ["--max_iters=2", "--n_layer=3", "--optimizer=adamw"]
+    train(data, tmp_path / "one", *same)
+    train(data, tmp_path / "three", *same, "--parallel=pipeline", prefix=launch(3))
+    close(tmp_path / "three", tmp_path / "one")
+
+
 def test_train_goes_on(data, tmp_path, one):  # noqa: F811
     """Updates of four processes, then of two in other modes, then of one: the windows and losses of one."""
     same = ["--decay_iters=12", "--grad_accum=2", "--batch_size=4"]
