@@ -172,7 +172,8 @@ def routed(moe: nn.Module, logits: mx.array) -> tuple[mx.array, mx.array, mx.arr
         _, chosen, _, count = outputs
         return run("route_backward", [logits, chosen, count, cotangents[0], size], blocks, [(N, E)], [logits.dtype])[0]
 
-    return forward(logits)[:3]
+    gates, *counted, _ = forward(logits)  # without stop_gradient, zeros would reach the kernel that sorts the choice
+    return gates, *map(mx.stop_gradient, counted)
 
 
 def by_matmuls(mlp: str, x: mx.array, gates: mx.array, up: mx.array, down: mx.array, chosen: mx.array) -> mx.array:

@@ -55,8 +55,19 @@ def on_cpu(monkeypatch) -> list[str]:
             'extern "C" void launch_it(int blocks, int threads, void** given) {',
             f"launch(blocks, threads, {shared}, body, given); }}"]))
 
-    def run(name, compiled_source, inputs, output_shapes, output_dtypes, scalars, grid, threadgroup, shared_memory,
-            ensure_row_contiguous):
+    def run(inputs, **given):
+        @mx.custom_function
+        def kernel(*inputs):
+            return computed(inputs=inputs, **given)
+
+        @kernel.vjp
+        def refused(*_):  # as MLX does: a gradient must not reach a kernel, not even one of zeros
+            raise ValueError(f"[Primitive::vjp] Not implemented for the kernel {given['name']}.")
+
+        return [*kernel(*inputs)]
+
+    def computed(name, compiled_source, inputs, output_shapes, output_dtypes, scalars, grid, threadgroup, shared_memory,
+                 ensure_row_contiguous):
         assert ensure_row_contiguous and grid[0] % threadgroup[0] == 0
         assert all(x == ctypes.c_float(x).value for x in scalars if isinstance(x, float))  # MLX refuses others
         made = [mx.full(shape, 99 if dtype in (mx.uint32, mx.int32) else np.nan, dtype)
