@@ -138,7 +138,7 @@ def backend(world: mx.distributed.Group) -> tuple[bool, bool]:
             found.append(True)
         except (RuntimeError, ValueError):
             found.append(False)
-    return tuple(bool(x) for x in gathered(mx.array(found), world).min(0).tolist())  # the same ones for all
+    return tuple(bool(x) for x in gathered(mx.array(found, mx.int32), world).min(0).tolist())  # the same ones for all
 
 
 def gathered(x: mx.array, group, stream=None) -> mx.array:

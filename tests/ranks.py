@@ -10,6 +10,8 @@ import blas  # noqa: F401  (before mlx)
 import greenlet
 import mlx.core as mx
 
+SENT = (mx.int8, mx.uint8, mx.int32, mx.uint32, mx.int64, mx.uint64, mx.float16, mx.bfloat16, mx.float32)  # by NCCL
+
 
 class Group:
     def __init__(self, n: int):
@@ -29,6 +31,7 @@ class Group:
         rank = self.rank()
         call = self.given.setdefault(self.calls[rank], {})
         self.calls[rank] += 1
+        assert x.dtype in SENT, f"NCCL does not send {x.dtype}"
         mx.eval(x)
         call[rank] = name, mx.stop_gradient(x)
         while len(call) < self.n:
