@@ -187,7 +187,8 @@ def our_training(model: GPT, task: dict, compile: bool = compile, muon: bool = F
                 value, grads = gradients(x, y)
             if group:
                 grads = parallel.average(shares, grads)
-                mx.async_eval(grads)
+                if mode:
+                    mx.async_eval(grads)
                 value = mx.distributed.all_sum(value, group=group) / group.size()
             length = update(grads)
             del grads

@@ -11,6 +11,7 @@ tokens a block gets. The plain form of all this is model.py, which computes wher
 settings, sizes and layers that are not known, another device. Deleting this file and gpu_train.cu costs speed and
 nothing else.
 """
+import math
 import sys
 from functools import cache
 
@@ -178,6 +179,41 @@ def moved(sources: list[mx.array], pieces: list[tuple], shapes: list, dtype: mx.
     cases = [f"x.from = source{i} + {first}; x.to = out{j} + {to};" for i, first, j, to, _ in pieces]
     return run_over("move", dtype, dict(FROM=sources[0].dtype, TO=dtype), "Place", cases, [n for *_, n in pieces],
                     parameters, sources, [(shape, dtype) for shape in shapes], [])
+
+
+def in_rows(arrays: list[mx.array], dtype: mx.Dtype, n: int) -> mx.array | None:
+    """parallel.in_rows() in one kernel, or None."""
+    if not (movable(arrays, n) and dtype in TYPES):
+        return None
+    starts, total = starts_of([x.size // n for x in arrays])
+    pieces = [(i, r * (x.size // n), 0, r * total + start, x.size // n)
+              for i, (x, start) in enumerate(zip(arrays, starts, strict=True)) for r in range(n)]
+    return moved(arrays, pieces, [(n, total)], dtype)[0]
+
+
+def from_rows(rows: mx.array, shapes: list[tuple], dtype: mx.Dtype) -> list[mx.array] | None:
+    """parallel.from_rows() by one kernel for every 16 arrays, since MLX's own work grows with the square of the outputs
+    of a kernel; or None."""
+    n, sizes = len(rows), [math.prod(shape) for shape in shapes]
+    if not movable([rows], n) or dtype not in TYPES or any(size % n for size in sizes):
+        return None
+    (starts, total), found = starts_of([size // n for size in sizes]), []
+    for at in (range(i, min(i + 16, len(shapes))) for i in range(0, len(shapes), 16)):
+        pieces = [(0, r * total + starts[i], i - at[0], r * (sizes[i] // n), sizes[i] // n) for i in at
+                  for r in range(n)]
+        found += moved([rows], pieces, [shapes[i] for i in at], dtype)
+    return found
+
+
+def movable(arrays: list[mx.array], n: int) -> bool:
+    """Whether moved() takes arrays, each in n parts."""
+    return (n * len(arrays) <= READ and len({x.dtype for x in arrays}) == 1 and usable(arrays[0])
+            and all(x.size and x.size % n == 0 and x.size < 2**31 for x in arrays))
+
+
+def starts_of(sizes: list[int]) -> tuple[list[int], int]:
+    """Where each of some arrays begins that lie one behind the other, and how many numbers they have together."""
+    return [sum(sizes[:i]) for i in range(len(sizes))], sum(sizes)
 
 
 def weights_of(block: nn.Module, dtype: mx.Dtype) -> dict:

@@ -1,6 +1,6 @@
 """Several devices that share out what one device would keep whole: mlx.launch -n 4 -- python train.py --parallel=fsdp.
 
-""        every process computes a part of the batch; gradients are summed while the backward pass runs (Li et al. 2020)
+""        every process computes a part of the batch; gradients are summed in buckets of 32 MiB (Li et al. 2020)
 zero1     and each keeps the optimizer's states for 1/n of every parameter (Rajbhandari et al. 2020, stage 1)
 fsdp      and 1/n of every parameter; a block's parameters are gathered when the block is computed (stage 3)
 tensor    each keeps and computes a part of every matrix, for the whole batch (Shoeybi et al. 2019). With --slices=t,
@@ -8,12 +8,16 @@ tensor    each keeps and computes a part of every matrix, for the whole batch (S
 pipeline  each keeps some of the blocks; the micro-steps of an update pass through them (Huang et al. 2019)
 
 Losses and weights are those of one process, and a checkpoint holds whole arrays, so that a run may go on with another
-number of processes, another mode, or one process. Deleting this file costs all of this, and sums gradients after the
-backward pass instead of during it.
+number of processes, another mode, or one process. Deleting this file leaves sums of gradients, in MLX's own buckets.
+
+Sums wait for the backward pass. A stream of their own would let them run beside it, but with several streams in one
+evaluation MLX signals by kernels and by memory whose release waits for the GPU. Between two cards that cost 6 ms a
+step, and the sums take 1.4.
 """
 import math
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,14 +29,13 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import model as plain
 from config import UserError
-from model import GPT, LOSS_CHUNK, ON_CPU, GPTConfig, check_known, chunked_loss, no_tap
+from model import GPT, LOSS_CHUNK, GPTConfig, check_known, chunked_loss, no_tap
 from muon import Muon
 
 MODES = ("", "zero1", "fsdp", "tensor", "pipeline")
 # Instead of an axis: FLAT cuts an array's numbers, in one row with zeros behind, into n equal parts. A process does not
 # keep what is ELSEWHERE.
 FLAT, ELSEWHERE = "flat", "elsewhere"
-STREAM = None if ON_CPU else mx.new_stream(mx.default_device())  # of the sums that go on while a GPU computes
 
 
 @dataclass
@@ -52,10 +55,10 @@ class Shares:
 
 
 def share(mode: str, model: GPT, opt: optim.Optimizer | None, world: mx.distributed.Group, slices: int = 0,
-          dtype: mx.Dtype = mx.float32, overlap: bool = True) -> Shares:
+          dtype: mx.Dtype = mx.float32) -> Shares:
     """Keep this process's share of a model and of its optimizer's state, in place, and train it as the mode says. They
-    were made as for one process; opt is None where nothing trains. overlap: sum gradients during the backward pass.
-    UserError for settings that the mode does not know."""
+    were made as for one process; opt is None where nothing trains. UserError for settings that
+    the mode does not know."""
     n, names = world.size(), dict(tree_flatten(model.parameters()))
     if mode not in MODES:
         raise UserError(f"parallel={mode!r} is not one of {', '.join(MODES[1:])}")
@@ -76,8 +79,6 @@ def share(mode: str, model: GPT, opt: optim.Optimizer | None, world: mx.distribu
     if mode == "fsdp":
         model.update(alone(own(shares, model.trainable_parameters())))
         model.__class__ = GatheringGPT
-    elif mode in ("", "zero1") and overlap and n > 1:
-        model.__class__ = SummingGPT
     model._shares = shares
     for moe in (block.mlp for block in model.blocks if "router" in block.get("mlp", {})):
         if others.size() > 1 and moe.config.expert_balance == "loss":  # Switch's loss is a product of means of all rows
@@ -141,20 +142,20 @@ def backend(world: mx.distributed.Group) -> tuple[bool, bool]:
     return tuple(bool(x) for x in gathered(mx.array(found, mx.int32), world).min(0).tolist())  # the same ones for all
 
 
-def gathered(x: mx.array, group, stream=None) -> mx.array:
+def gathered(x: mx.array, group) -> mx.array:
     """(...) of each process -> (n, ...). Its gradient is the own part of the cotangent."""
     if group.size() == 1:
         return x[None]
     if isinstance(group, Some):
-        return mx.distributed.all_gather(x[None], group=group.world, stream=stream)[mx.array(group.ranks)]
-    return mx.distributed.all_gather(x[None], group=group, stream=stream)
+        return mx.distributed.all_gather(x[None], group=group.world)[mx.array(group.ranks)]
+    return mx.distributed.all_gather(x[None], group=group)
 
 
-def summed(x: mx.array, group, stream=None) -> mx.array:
+def summed(x: mx.array, group) -> mx.array:
     """The sum over processes. Its gradient is the cotangent."""
     if group.size() == 1 or isinstance(group, Some):
-        return gathered(x, group, stream).sum(0)
-    return mx.distributed.all_sum(x, group=group, stream=stream)
+        return gathered(x, group).sum(0)
+    return mx.distributed.all_sum(x, group=group)
 
 
 def copied(x: mx.array, group) -> mx.array:
@@ -178,7 +179,7 @@ def own_part(x: mx.array, axis: int | str | None, group) -> mx.array | None:
     n, rank = group.size(), group.rank()
     if axis == FLAT:
         each = -(-x.size // n)
-        flat = mx.pad(x.reshape(-1), (0, each * n - x.size))
+        flat = x.reshape(-1) if x.size == each * n else mx.pad(x.reshape(-1), (0, each * n - x.size))
         return flat[rank * each:(rank + 1) * each].reshape(*[1] * (x.ndim - 1), each)
     if axis == ELSEWHERE:
         return None
@@ -190,10 +191,25 @@ def alone(parts: dict) -> dict:
     return tree_map(lambda part: part * mx.array(1, part.dtype), parts)
 
 
-def joined(pieces: mx.array, axis: int | str, shape: tuple) -> mx.array:
-    """The whole array of this shape from the parts of all processes, (n, size of a part)."""
-    if axis == FLAT:
-        return pieces.reshape(-1)[:math.prod(shape)].reshape(shape)
+def in_rows(arrays: list[mx.array], dtype: mx.Dtype, n: int = 1) -> mx.array:
+    """(n, numbers): row r has the r-th of n equal parts (FLAT) of each array, one behind the other, in a dtype."""
+    if plain.gpu_train and (rows := plain.gpu_train.in_rows(arrays, dtype, n)) is not None:
+        return rows
+    rows = [mx.pad(x.reshape(-1), (0, -x.size % n)) if x.size % n else x for x in arrays]
+    return mx.concatenate([x.astype(dtype).reshape(n, -1) for x in rows], axis=1)
+
+
+def from_rows(rows: mx.array, shapes: list[tuple], dtype: mx.Dtype) -> list[mx.array]:
+    """The arrays of these shapes that in_rows() put into rows."""
+    if plain.gpu_train and (arrays := plain.gpu_train.from_rows(rows, shapes, dtype)) is not None:
+        return arrays
+    pieces = in_pieces(rows, [-(-math.prod(shape) // len(rows)) for shape in shapes])
+    return [piece.reshape(-1)[:math.prod(shape)].astype(dtype).reshape(shape)
+            for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def joined(pieces: mx.array, axis: int, shape: tuple) -> mx.array:
+    """The whole array of this shape from the parts along an axis of all processes, (n, size of a part)."""
     part = [*shape[:axis], shape[axis] // len(pieces), *shape[axis + 1:]]
     return mx.moveaxis(pieces.reshape(len(pieces), *part), 0, axis).reshape(shape)
 
@@ -202,11 +218,17 @@ def joined_all(parts: list[mx.array], axes: list, shapes: list, group) -> list[m
     """The whole arrays of these shapes from this process's parts, in one gather for each dtype."""
     found = list(parts)
     for dtype in dict.fromkeys(part.dtype for part in parts):
-        at = [i for i, part in enumerate(parts) if part.dtype == dtype and axes[i] is not None]
-        if at:
-            pieces = gathered(mx.concatenate([parts[i].reshape(-1) for i in at]), group)
-            for i, piece in zip(at, in_pieces(pieces, [parts[i].size for i in at]), strict=True):
-                found[i] = joined(piece, axes[i], shapes[i])
+        flat, cut = ([i for i, part in enumerate(parts) if part.dtype == dtype and axes[i] is not None
+                      and (axes[i] == FLAT) == is_flat] for is_flat in (True, False))
+        for at in filter(None, (flat, cut)):
+            rows = gathered(in_rows([parts[i] for i in at], dtype)[0], group)
+            if at is flat:
+                arrays = from_rows(rows, [shapes[i] for i in at], dtype)
+            else:
+                pieces = in_pieces(rows, [parts[i].size for i in at])
+                arrays = [joined(piece, axes[i], shapes[i]) for i, piece in zip(at, pieces, strict=True)]
+            for i, array in zip(at, arrays, strict=True):
+                found[i] = array
     return found
 
 
@@ -276,32 +298,53 @@ def whole_state(shares: Shares, state: dict) -> dict:
 
 def average(shares: Shares, gradients: dict) -> dict:
     """What the backward pass has left to do: the means over the processes that computed other rows, and the sums over
-    those that computed other parts of the same rows."""
-    if isinstance(shares.model, (SummingGPT, GatheringGPT)):
+    those that computed other parts of the same rows. Under zero1, as under fsdp, this process's parts of the means."""
+    if shares.mode == "fsdp":
         return gradients
     if shares.mode == "pipeline":
         return sum_of_ends(shares, gradients)
     arrays = dict(tree_flatten(gradients))
     if shares.mode == "tensor":
         shared = [name for name in arrays if PARTIAL.search(name)]  # by the heads of every process
-        arrays.update(zip(shared, together([arrays[name] for name in shared], shares.group), strict=True))
-    n, dtypes = shares.others.size(), [g.dtype for g in arrays.values()]
-    sums = together([g.astype(shares.dtype) for g in arrays.values()], shares.others)
-    means = [(g / n).astype(dtype) for g, dtype in zip(sums, dtypes, strict=True)]
+        arrays.update(zip(shared, sums([arrays[name] for name in shared], shares.group), strict=True))
+    if shares.mode == "zero1":
+        means = [part for bucket in buckets([*arrays.values()], shares.dtype) for part in mean_parts(shares, bucket)]
+    else:
+        means = sums([*arrays.values()], shares.others, shares.dtype, mean=True)
     return tree_unflatten(list(zip(arrays, means, strict=True)))
 
 
-def together(arrays: list[mx.array], group, stream=None) -> list[mx.array]:
-    """The sums of arrays of one dtype over processes, by one call for every 32 MiB."""
-    found, rest = [], list(arrays)
-    while group.size() > 1 and rest:
-        n, size = 0, 0
-        while n < len(rest) and (n == 0 or size + rest[n].nbytes <= 2**25):
-            n, size = n + 1, size + rest[n].nbytes
-        now, rest = rest[:n], rest[n:]
-        total = summed(mx.concatenate([x.reshape(-1) for x in now]), group, stream)
-        found += [piece.reshape(x.shape) for piece, x in zip(in_pieces(total, [x.size for x in now]), now, strict=True)]
-    return found + rest
+def buckets(arrays: list[mx.array], dtype: mx.Dtype) -> Iterator[list[mx.array]]:
+    """The arrays in lists of 32 MiB, or of one larger array."""
+    bucket, size = [], 0
+    for x in arrays:
+        if bucket and size + x.size * dtype.size > 2**25:
+            yield bucket
+            bucket, size = [], 0
+        bucket, size = [*bucket, x], size + x.size * dtype.size
+    if bucket:
+        yield bucket
+
+
+def sums(arrays: list[mx.array], group, dtype: mx.Dtype = mx.float32, mean: bool = False) -> list[mx.array]:
+    """The sums of arrays over processes, or their means, in one call for each bucket, sent in a dtype."""
+    if group.size() == 1:
+        return arrays
+    found = []
+    for bucket in buckets(arrays, dtype):
+        total = summed(in_rows(bucket, dtype), group)
+        total = total / group.size() if mean else total
+        found += from_rows(total, [x.shape for x in bucket], bucket[0].dtype)
+    return found
+
+
+def mean_parts(shares: Shares, arrays: list[mx.array]) -> list[mx.array]:
+    """This process's parts (FLAT) of the means of arrays over the processes, in one call, float32."""
+    n, rows = shares.group.size(), in_rows(arrays, shares.dtype, shares.group.size())
+    row = mx.distributed.sum_scatter(rows, group=shares.group) if shares.scatters and n > 1 else (
+        summed(rows, shares.group)[shares.group.rank()][None])
+    shapes = [(*[1] * (x.ndim - 1), -(-x.size // n)) for x in arrays]
+    return from_rows(row / n, shapes, mx.float32)
 
 
 def norm(shares: Shares, gradients: dict) -> mx.array:
@@ -309,74 +352,27 @@ def norm(shares: Shares, gradients: dict) -> mx.array:
     rank, stages = shares.group.rank(), shares.group.size() if shares.mode == "pipeline" else 0
     counted = [g for name, g in tree_flatten(gradients) if shares.axes[name] is not None
                or rank == (holders(name, shares.config, stages)[0] if stages else 0)]
-    square = sum((g.astype(mx.float32).square().sum() for g in counted), mx.array(0.0))
+    if plain.gpu_train and (floats := plain.gpu_train.floats(counted)):
+        square = plain.gpu_train.squares(floats).sum()
+    else:
+        square = sum((g.astype(mx.float32).square().sum() for g in counted), mx.array(0.0))
     return mx.sqrt(summed(square, shares.group))
 
 
 def updated_parts(shares: Shares, gradients: dict) -> tuple[nn.Module, dict]:
-    """The module whose parameters an optimizer updates, and their gradients: under zero1 this process's parts."""
+    """The module whose parameters an optimizer updates, and their gradients, of average(): under zero1 this process's
+    parts."""
     if shares.mode != "zero1":
         return shares.model, gradients
     parts = nn.Module()
     dict.update(parts, own(shares, shares.model.trainable_parameters()))
-    return parts, own(shares, gradients)
+    return parts, gradients
 
 
 def join_updated(shares: Shares, parts: nn.Module):
     """Put what the processes have updated into the model."""
     if shares.mode == "zero1":
         shares.model.update(whole(shares, parts.parameters()))
-
-
-# ---- gradients are summed during the backward pass (""; zero1) -------------------------------------------------------
-
-
-class SummingGPT(GPT):
-    """Its gradients are means over the processes. Those of a block are sent as soon as they are computed."""
-
-    def run(self, block, x: mx.array, offset, cache, tap, carry: dict):
-        if not self.training:
-            return super().run(block, x, offset, cache, tap, carry)
-        parameters = block.trainable_parameters()
-        x, inside = meaned(self._shares, x, parameters)
-        block.update(inside)
-        after = super().run(block, x, offset, cache, tap, carry)
-        block.update(parameters)
-        return after
-
-    def loss(self, *arguments, **named) -> mx.array:
-        if not self.training:
-            return super().loss(*arguments, **named)
-        parameters = outside_of_blocks(self)
-        self.update(meaned(self._shares, mx.array(0.0), parameters)[1])
-        total = super().loss(*arguments, **named)
-        self.update(parameters)
-        return total
-
-
-def outside_of_blocks(model: GPT) -> dict:
-    return {name: value for name, value in model.trainable_parameters().items() if name != "blocks"}
-
-
-def meaned(shares: Shares, x: mx.array, parameters: dict) -> tuple[mx.array, dict]:
-    """x and parameters as they are. In the backward pass the gradients of the parameters become means over processes;
-    x's gradient waits for them, so that these sums begin before the blocks before this one are computed."""
-    names, arrays = zip(*tree_flatten(parameters), strict=True)
-
-    @mx.custom_function
-    def forward(x, *arrays):
-        return tuple(mx.stop_gradient(a) for a in (x, *arrays))
-
-    @forward.vjp
-    def backward(primals, cotangents, _):
-        dx, *gradients = cotangents
-        sums = together([g.astype(shares.dtype) for g in gradients], shares.others, STREAM)
-        n = shares.others.size()
-        return (mx.depends([dx], gradients)[0],
-                *((g / n).astype(p.dtype) for g, p in zip(sums, primals[1:], strict=True)))
-
-    x, *arrays = forward(x, *arrays)
-    return x, tree_unflatten(list(zip(names, arrays, strict=True)))
 
 
 # ---- fsdp ------------------------------------------------------------------------------------------------------------
@@ -408,28 +404,25 @@ class GatheringGPT(GPT):
         return total
 
 
+def outside_of_blocks(model: GPT) -> dict:
+    return {name: value for name, value in model.trainable_parameters().items() if name != "blocks"}
+
+
 def whole_parameters(shares: Shares, parts: dict, prefix: str = "") -> dict:
     """The whole parameters of one block, from the parts of all processes, in one gather. The gradient is this process's
     part of the mean over processes. prefix: of their names."""
     names, arrays = zip(*tree_flatten(parts), strict=True)
-    shapes, n = [shares.shapes[prefix + name] for name in names], shares.group.size()
+    shapes = [shares.shapes[prefix + name] for name in names]
 
     @mx.custom_function
     def forward(*parts):
-        pieces = gathered(mx.concatenate([part.reshape(-1).astype(shares.dtype) for part in parts]), shares.group)
-        pieces = in_pieces(pieces, [part.size for part in parts])
-        return tuple(joined(piece, FLAT, shape) for piece, shape in zip(pieces, shapes, strict=True))
+        rows = gathered(in_rows(parts, shares.dtype)[0], shares.group)
+        return tuple(from_rows(rows, shapes, shares.dtype))
 
     @forward.vjp
     def backward(parts, gradients, _):
         parts, gradients = ([a] if isinstance(a, mx.array) else a for a in (parts, gradients))
-        rows = [mx.pad(g.reshape(-1), (0, n * part.size - g.size)).reshape(n, -1)
-                for g, part in zip(gradients, parts, strict=True)]
-        rows = mx.concatenate(rows, axis=1)
-        sums = mx.distributed.sum_scatter(rows, group=shares.group)[0] if shares.scatters else (
-            summed(rows, shares.group)[shares.group.rank()])
-        sums = in_pieces(sums, [part.size for part in parts])
-        return tuple((g / n).astype(part.dtype).reshape(part.shape) for g, part in zip(sums, parts, strict=True))
+        return tuple(mean_parts(shares, gradients))
 
     whole = forward(*arrays)
     return tree_unflatten(list(zip(names, whole if isinstance(whole, tuple | list) else [whole], strict=True)))

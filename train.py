@@ -391,7 +391,7 @@ if resume:
     opt.state = tree_unflatten(list(arrays.items()))
 part, parts = rank, n_ranks  # of the rows of a batch: this process's, and their number
 if shared and (parallel or n_ranks > 1):
-    shares = shared.share(parallel, model, opt, world, slices, working_dtype, overlap=grad_accum == 1)
+    shares = shared.share(parallel, model, opt, world, slices, working_dtype)
     part, parts = shares.others.rank(), shares.others.size()
 elif slices:
     raise UserError(f"slices={slices} needs --parallel=tensor: leave it out")

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map
 import gpu_kernels
 import gpu_train
 import model as core
+import parallel
 from lora import attach
 from model import DOCUMENT, GPTConfig
 
@@ -207,6 +208,27 @@ def test_loss(monkeypatch):
     check(value, 0.5 * -(weights * np.log(p[np.arange(21), targets])).sum())
     check(dweight, 0.5 * g.T @ x)
     check(dx, 0.5 * g @ head)
+
+
+@compiles
+@pytest.mark.parametrize("n, dtype", [(1, mx.bfloat16), (2, mx.bfloat16), (3, mx.float32)], ids=str)
+def test_arrays_in_rows(monkeypatch, n, dtype):
+    """What processes send: the kernels' rows are those of MLX, and 18 arrays come back, of which 16 go in a kernel."""
+    shapes = [(6, 5), (24,), (3,), (2, 3, 35)] + [(6,)] * 14
+    if n == 2:
+        shapes[2] = (2,)
+    arrays = [mx.array(random(*shape, seed=i)).astype(mx.float32) for i, shape in enumerate(shapes)]
+    rows = gpu_train.in_rows(arrays, dtype, n)
+    assert gpu_train.in_rows([*arrays, mx.zeros(7 * n + 1)], dtype, n) is None or n == 1
+    back = gpu_train.from_rows(rows, shapes, mx.float32)
+    flat = np.concatenate([np.array(x).reshape(n, -1) for x in arrays], axis=1)
+    assert rows.dtype == dtype and np.array_equal(np.array(rows.astype(mx.float32)),
+                                                  np.array(mx.array(flat).astype(dtype).astype(mx.float32)))
+    for x, found in zip(arrays, back, strict=True):
+        assert mx.array_equal(x.astype(dtype).astype(mx.float32), found)
+    monkeypatch.setattr(core, "gpu_train", None)
+    assert mx.array_equal(parallel.in_rows(arrays, dtype, n), rows)
+    assert all(map(mx.array_equal, parallel.from_rows(rows, shapes, mx.float32), back))
 
 
 @compiles

@@ -38,7 +38,7 @@ def training(group, mode: str, steps: int, config: dict, muon: bool = False, acc
         model.update(tree_unflatten(list(state["weights"].items())))
         opt.state = tree_unflatten(list(state["states"].items()))
     if group:
-        shares = parallel.share(mode, model, opt, group, slices, overlap=accumulate == 1)
+        shares = parallel.share(mode, model, opt, group, slices)
         part, parts = shares.others.rank(), shares.others.size()
     model.train()
     for step in range(start + steps):
@@ -62,7 +62,7 @@ def training(group, mode: str, steps: int, config: dict, muon: bool = False, acc
             if mode == "pipeline":
                 like = dict(tree_flatten(GPT(shares.config).trainable_parameters()))
                 first = parallel.of_stages(shares, dict(tree_flatten(gradients)), like)
-            elif group and mode not in ("", "zero1"):
+            elif group and mode:
                 first = parallel.whole(shares, gradients)
         if group:
             changed, gradients = parallel.updated_parts(shares, gradients)
