@@ -24,8 +24,8 @@ import gpu_kernels
 from config import UserError
 
 KNOWN = """rope_scaling rope_pattern norm_bias out_bias head_bias embed_scale attn_scale logit_scale softcap
-attn_softcap sink_logits alibi sliding_window window_pattern sinks window_theta diff_attn diff_attn_version n_expert
-expert_top_k n_shared_expert expert_balance router_bias mod mod_capacity mod_every"""
+attn_softcap sink_logits bidirectional alibi sliding_window window_pattern sinks window_theta diff_attn
+diff_attn_version n_expert expert_top_k n_shared_expert expert_balance router_bias mod mod_capacity mod_every"""
 ACTIVATIONS = "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"  # as in gpu_train.cu
 TYPES = mx.bfloat16, mx.float16, mx.float32
 BLOCKS = 264          # thread blocks of a kernel that adds up rows: two for each multiprocessor of an H100

@@ -106,6 +106,7 @@ class GPTConfig:
     residual_scale: float = 1.0  # factor of what attention and MLP add to the residual stream (Granite)
     logit_scale: float = 1.0     # factor of the logits (Granite)
     sink_logits: bool = False    # a learned logit of each head joins the softmax of its scores (GPT-OSS)
+    bidirectional: bool = False  # a position reads the whole text, not what is before it: diffusion.py
     alibi: bool = False          # scores fall linearly with the distance; no other position signal  # alibi
     sliding_window: int = 0      # keys that a query sees, itself included; 0: all  # window
     window_pattern: str = "S"    # one letter a layer, repeated: S short (the window), L long (all keys)  # window
@@ -129,6 +130,7 @@ class GPTConfig:
 
     def __post_init__(self):
         check_numbers(self)
+        check_bidirectional(self)
         check_alibi(self)  # alibi
         check_yoco(self)  # yoco
         check_window(self)  # window
@@ -211,6 +213,19 @@ def check_needs(config: GPTConfig):
         value, found = getattr(config, name), getattr(config, other)
         if value != getattr(GPTConfig, name) and found != wanted:
             raise UserError(f"{name}={value!r} needs {other}={wanted}, not {other}={found}: change one of them")
+
+
+def check_bidirectional(config: GPTConfig):
+    """UserError for a variant that is made for positions which read those before them."""
+    for name in ("alibi", "sliding_window", "mod", "yoco"):
+        if config.bidirectional and getattr(config, name, None) not in (None, getattr(GPTConfig, name, None)):
+            raise UserError(f"bidirectional=True does not know {name}={getattr(config, name)!r}: leave one of them out")
+
+
+def check_reads_back(config: GPTConfig):
+    """UserError for a model that reads the tokens which it should predict from those before."""
+    if config.bidirectional:
+        raise UserError("this model reads its text in both directions (bidirectional=True): use diffusion.py")
 
 
 def check_known(config: GPTConfig, known: str, what: str):
@@ -334,9 +349,9 @@ def score_mask(config: GPTConfig, layer: int, T: int, offset: int | mx.array, ke
     places of the keys, (S,) or (B, S); None: 0, 1, ..., offset + T - 1, or those of the queries where offset is an
     array. in_order: the keys are those of the queries, of one document, in the order of their places. The baseline
     builds no array, which keeps MLX on its fused causal kernels."""
-    mask = "causal" if T > 1 else None
+    mask = "causal" if T > 1 and not config.bidirectional else None
     if not isinstance(offset, int) and not in_order:
-        mask = seen_mask(*score_places(T, offset, keys))
+        mask = seen_mask(*score_places(T, offset, keys), not config.bidirectional)
     if windowed(config, layer) and (T > 1 or not isinstance(offset, int)):  # window
         mask = window_mask(config, *score_places(T, offset, keys))  # window
     if config.alibi:  # alibi
@@ -352,10 +367,10 @@ def score_places(T: int, offset: int | mx.array, keys: mx.array | None) -> tuple
     return queries[:, None, :, None], keys.reshape(-1, 1, 1, keys.shape[-1])
 
 
-def seen_mask(queries: mx.array, keys: mx.array) -> mx.array:
+def seen_mask(queries: mx.array, keys: mx.array, causal: bool = True) -> mx.array:
     """0 where a query may attend to a key, -inf for the future and for other documents: (B, 1, T, S)."""
     near = (queries // DOCUMENT == keys // DOCUMENT) | (queries >= PADDING)
-    return mx.where(near & (queries >= keys), 0.0, -mx.inf)
+    return mx.where(near & (queries >= keys) if causal else near, 0.0, -mx.inf)
 
 
 # ---- variant alibi: attention with linear biases (Press et al. 2022) -------------------------------------------------
@@ -1624,6 +1639,7 @@ class GPT(nn.Module):
     def make_cache(self, bits: int = 0) -> Cache:
         """An empty key/value cache, which model(idx, cache=cache) fills, any number of tokens at a time. bits: quantize
         keys and values to so many bits; 0: do not."""
+        check_reads_back(self.config)
         room = quantized.packed_rows(bits, self.config.head_dim) if bits else mx.zeros
         if self.config.yoco:  # yoco
             return Cache([*self.blocks, self.shared], room)  # yoco
@@ -1635,6 +1651,7 @@ class GPT(nn.Module):
 
         It is cross_entropy(model(idx), targets), computed without all logits in memory at once.
         """
+        check_reads_back(self.config)
         x = self.norm(self.residual(idx, tap=tap, places=places))
         weights = mx.ones(targets.shape) if mask is None else mask.astype(mx.float32)
         total = chunked_loss(self, x.reshape(-1, x.shape[-1]), targets.reshape(-1), weights.reshape(-1))

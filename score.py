@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
-from model import GPT, LOSS_CHUNK, GPTConfig, cross_entropy, no_tap
+from model import GPT, LOSS_CHUNK, GPTConfig, check_reads_back, cross_entropy, no_tap
 from text_files import NotText, decoded
 from tokenizer import Tokenizer, open_tokens
 
@@ -99,6 +99,7 @@ def score(model: GPT, tokens: np.ndarray, start: list[int], block_size: int = 0,
     text follows `start`, from Tokenizer.start; if that is empty, nothing predicts the first token, which is left out.
     kv_bits: keys and values go through a cache of that many bits; 0: no cache. tap: of the model.
     """
+    check_reads_back(model.config)
     stream = np.concatenate([start, tokens]).astype(np.int32)
     n, block_size = len(stream) - 1, window_length(model.config, block_size)  # n tokens are predicted
     if n < 1:

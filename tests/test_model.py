@@ -220,7 +220,7 @@ def oracle(c: GPTConfig, parameters: dict, idx, drop=lambda x: x) -> np.ndarray:
         q, q_within = turn(q, at, layer), turn(q, within, layer)
         for t, h, j in np.ndindex(T, len(maps), len(k)):
             sink = short and at_k[j] < c.sinks
-            if at_k[j] > at[t] or short and not sink and at[t] - at_k[j] >= c.sliding_window:
+            if at_k[j] > at[t] and not c.bidirectional or short and not sink and at[t] - at_k[j] >= c.sliding_window:
                 continue
             score = (q_within if sink else q)[t, h] @ k[j, h * KV // len(maps)]
             score = score * c.attn_scale if c.attn_scale else score / math.sqrt(D)
