@@ -27,7 +27,8 @@ Writing begins with all new tokens masked, and takes `steps` steps:
     order=confidence  in each step the tokens whose draw the model holds most probable are shown, equally many a step
     --threshold=0.9   instead of a number of steps: all tokens that are at least so probable, and always one
     --block=32        from left to right in blocks, each of which takes its share of the steps (LLaDA)
-On a terminal the text is shown as it fills in; --watch=True prints it after every step.
+On a terminal the text is shown as it fills in; --watch=True prints it after every step; --page=fill.html writes a page
+on which it fills in again, each token coloured by its step.
 
     OUT_DIR/diffusion.safetensors  the step with the lowest bound held out, a checkpoint
     OUT_DIR/resume.safetensors     the last step, and the state of the optimizer
@@ -41,6 +42,7 @@ A log line shows: loss of the step's rows, as above; lr, norm and tok/s as in tr
 updates a line shows the bound held out, its standard error, and bits/byte.
 """
 import hashlib
+import html
 import math
 import os
 import re
@@ -90,6 +92,7 @@ threshold = 0.0         # show what is at least so probable, in place of a numbe
 block = 0               # tokens of a block; 0: all at once
 temperature = 1.0       # of the draws; 0: the most probable token
 watch = False           # print the text after every step
+page = ""               # an HTML page on which the text fills in; "": none
 # data
 data = ""               # a text, whose last tenth is held out, or a folder of data.py
 init = ""               # a checkpoint to begin with, of train.py or of this script; "": random weights
@@ -206,7 +209,7 @@ def shown(enc: Tokenizer, ids: np.ndarray, mask: int) -> str:
 TRAINS = ("data", "init", "out_dir", "resume", "block_size", "n_layer", "n_head", "n_embd", "mlp", "max_iters",
           "batch_size", "optimizer", "learning_rate", "muon_lr", "warmup_share", "min_lr", "weight_decay", "grad_clip",
           "eval_interval", "eval_rows", "samples", "log_interval", "overwrite", "log")
-WRITES = ("prompt", "tokens", "steps", "order", "threshold", "block", "temperature", "watch")
+WRITES = ("prompt", "tokens", "steps", "order", "threshold", "block", "temperature", "watch", "page")
 for name in WRITES if not checkpoint else TRAINS:
     if name in given:
         raise UserError(f"{name} has no effect " + ("when a model writes: leave it out" if checkpoint else
@@ -227,10 +230,49 @@ def opened(path: str) -> tuple[GPT, Tokenizer, dict]:
     return model, Tokenizer.from_dict(meta["tokenizer"]), meta
 
 
+FILLS = """<p><input type=range id=at min=0 max=LAST value=LAST style="width: 60%"> <button id=play>play</button> step
+<output id=n>LAST</output> of LAST</p><script>
+const at = document.getElementById("at"), tokens = document.querySelectorAll("pre span");
+function show() {
+  document.getElementById("n").value = at.value;
+  for (const token of tokens) token.classList.toggle("masked", +token.dataset.step > +at.value);
+}
+at.oninput = show;
+document.getElementById("play").onclick = () => {
+  at.value = 0;
+  const timer = setInterval(() => { show(); if (at.value === at.max) clearInterval(timer); else at.value++; }, 150);
+};
+</script><style>pre { white-space: pre-wrap } .masked { background: #ddd !important; color: transparent }</style>"""
+
+
+def check_page(path: str):
+    draw.check_folder(path)
+    if not path.endswith(".html"):
+        raise UserError(f"page={path!r}: let its name end in .html")
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if draw.PAGE.encode() not in file.read(1000):
+                raise UserError(f"{path} exists, and is no page of ours: give another name")
+
+
+def write_page(path: str, enc: Tokenizer, ids: np.ndarray, steps: np.ndarray):
+    """The text of token ids (L,), each coloured by the step in which it was shown (0: given)."""
+    last, start = int(steps.max()), len(enc.start)
+    spans = []
+    for token, step in zip(ids[start:], steps[start:].tolist(), strict=True):
+        colour = draw.colour_of(step / last, False) if step else "none"
+        spans.append(f"<span data-step={step} style='background:{colour}'>{html.escape(enc.decode([int(token)]))}</span>")
+    draw.page(path, f"{checkpoint}, {last} steps",
+              "The darker a token, the later it was shown. Tokens without a colour were given.",
+              FILLS.replace("LAST", str(last)), f"<pre>{''.join(spans)}</pre>")
+
+
 def write():
     model, enc, _ = opened(checkpoint)
     if not model.config.bidirectional:
         raise UserError(f"{checkpoint} reads in one direction: write with sample.py, or train it with --init")
+    if page:
+        check_page(page)
     model.set_dtype(compute_dtype(dtype))
     model.eval()
     mask, V = enc.n_vocab, enc.n_vocab
@@ -247,10 +289,11 @@ def write():
         return mx.softmax(logits / temperature, axis=-1)
 
     began, n, live = time.perf_counter(), 0, sys.stdout.isatty() and not watch
-    lines = 0
+    lines, when = 0, np.zeros(len(ids), int)
     for now in fill(lambda x: np.array(probabilities(mx.array(x)[None])), ids, mask, steps, order,
                     np.random.default_rng(seed), threshold, block):
         n += 1
+        when[(ids == mask) & (now != mask) & (when == 0)] = n
         if watch:
             print(f"--- {n}\n{shown(enc, now, mask)}")
         elif live:
@@ -263,6 +306,8 @@ def write():
         print(shown(enc, now, mask))
     seconds = time.perf_counter() - began
     print(f"[{n} steps, {n / seconds:.1f} a second]")
+    if page:
+        write_page(page, enc, now, when)
 
 
 if checkpoint:

@@ -233,6 +233,11 @@ def test_trains_and_writes(folder, tmp_path):
     checkpoint = out / "diffusion.safetensors"
     told = run("diffusion.py", checkpoint, "--prompt=To be {9}not", "--steps=3", "--watch=True").stdout
     assert told.count("--- ") == 3 and "To be " in told.split("--- 3")[1] and "not" in told.split("--- 3")[1]
+    page = tmp_path / "fill.html"
+    run("diffusion.py", checkpoint, "--prompt=<b>{5}", "--steps=2", f"--page={page}")
+    assert "data-step=0" in page.read_text() and page.read_text().count("<span") == 8 and "&lt;" in page.read_text()
+    page.write_text("my page")
+    assert "no page of ours" in run("diffusion.py", checkpoint, f"--page={page}", status=2).stderr
     begun = run("diffusion.py", checkpoint, "--prompt=To", "--tokens=7", "--temperature=0").stdout
     assert begun.startswith("To") and "[7 steps" in begun
     for command in (["sample.py", checkpoint, "--prompt=To"], ["eval.py", checkpoint, f"--data={folder / 'text.txt'}"]):
