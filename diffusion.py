@@ -261,7 +261,8 @@ def write_page(path: str, enc: Tokenizer, ids: np.ndarray, steps: np.ndarray):
     spans = []
     for token, step in zip(ids[start:], steps[start:].tolist(), strict=True):
         colour = draw.colour_of(step / last, False) if step else "none"
-        spans.append(f"<span data-step={step} style='background:{colour}'>{html.escape(enc.decode([int(token)]))}</span>")
+        text = html.escape(enc.decode([int(token)]))
+        spans.append(f"<span data-step={step} style='background:{colour}'>{text}</span>")
     draw.page(path, f"{checkpoint}, {last} steps",
               "The darker a token, the later it was shown. Tokens without a colour were given.",
               FILLS.replace("LAST", str(last)), f"<pre>{''.join(spans)}</pre>")
