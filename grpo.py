@@ -36,16 +36,12 @@ clipping, --dynamic and --overlong go with every loss for which they are given; 
 itself, but --dynamic and --overlong only if they are asked for. What --dynamic cannot fill within `refills` batches is
 filled with problems without a signal.
 """
-import contextlib
-import hashlib
-import itertools
 import math
 import os
 import shlex
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -56,23 +52,14 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 import draw
+import rollouts
 import run_folder
 import tasks
-from config import UserError, check_output, given, overrides
-from conversations import encode_prompt, ends_of_text, entries_to_keep, template_for_training
-from lora import (
-    KINDS,
-    attach,
-    base_fingerprint,
-    load_adapted,
-    quantize_base,
-    save_adapter,
-    save_merged,
-    save_peft,
-    without_adapters,
-)
-from lora import merge as merge_adapters
-from model import GPT, ON_CPU, VERSION, compute_dtype, cross_entropy, generate, gpu_train, load_arrays, save_arrays
+from config import UserError, check_output, overrides
+from conversations import entries_to_keep, template_for_training
+from lora import base_fingerprint, load_adapted, save_adapter, save_merged, save_peft
+from model import ON_CPU, VERSION, gpu_train, load_arrays, save_arrays
+from rollouts import arrays_of, as_reference, in_parts, log_probs, states
 from tokenizer import Tokenizer
 
 checkpoint = "out-sft/sft.safetensors"  # a checkpoint or an adapter; one of sft.py suits best
@@ -82,8 +69,8 @@ difficulty = ""         # of the task's problems, a number or a range such as 3-
 data = ""               # instead of a task: a file of problems, see tasks.py
 val_data = ""           # of data: a file of problems held out; "": val_share of data
 val_share = 0.1         # of data: the share of problems held out
-reward = ""             # a Python file with reward(prompt, answer) -> float, which is run; "": 1 for a right answer
-success = 1.0           # of that function: the reward from which an answer counts as right
+reward = ""             # a Python file with reward(prompt, answer) -> float, which is run, or a file of reward.py
+success = 1.0           # of that reward, with --data: from which on an answer counts as right
 partial_weight = 0.0    # weight of the partial score in the reward, beside right, which has 1
 system = ""             # the system message of every problem
 template = ""           # own | plain | alpaca | chatml | llama3; "": the checkpoint's, else chatml or llama3
@@ -190,19 +177,6 @@ def overlong_penalty(length: int, max_length: int, cache: int) -> float:
     return min(0, max_length - cache - length) / cache if cache else 0.0
 
 
-def log_probs(model: GPT, ids: mx.array, places: mx.array, targets: mx.array, temperature: float, n_vocab: int,
-              ) -> tuple[mx.array, mx.array]:
-    """Log-probabilities of answers' tokens at a temperature, and the entropies of the distributions that they were
-    drawn from (for which there is no gradient), both (N, A). ids (N, T): what is read; places (N, A): where the logits
-    for the targets (N, A) are. Only these are computed: A is smaller than T."""
-    hidden = model.norm(model.residual(ids))
-    hidden = mx.take_along_axis(hidden, places[:, :, None], axis=1).flatten(0, 1)
-    logits = model.project(hidden)[:, :n_vocab].astype(mx.float32) / temperature
-    nats, constant = cross_entropy(logits, targets.flatten()), mx.stop_gradient(logits)
-    entropy = mx.logsumexp(constant, axis=1) - (mx.softmax(constant, axis=1) * constant).sum(1)
-    return -nats.reshape(targets.shape), entropy.reshape(targets.shape)
-
-
 # ---- resume: the settings of the run apply, except those on the command line -----------------------------------------
 
 SCRIPT, source = os.path.basename(__file__), run_folder.read_source(__file__)
@@ -219,33 +193,18 @@ if resume:
     globals().update(settings)
     start_step = before["step"]
 
-if bool(task) == bool(data):
-    raise UserError("give --task=NAME or --data=FILE, one of them: " + ", ".join(tasks.TASKS))
 if loss not in LOSSES:
     raise UserError(f"loss={loss!r} is not one of {', '.join(LOSSES)}")
-if kind not in ("full", *KINDS):
-    raise UserError(f"kind={kind!r} is not one of full, {', '.join(KINDS)}")
-if kind == "full" and base_bits:
-    raise UserError(f"base_bits={base_bits} with kind=full: packed weights do not train; take kind=lora")
-for name, where, used in (
-        ("difficulty", "with --data", task), ("val_data", "without --data", data),
-        ("val_share", "without --data", data), ("val_share", "with --val_data", not val_data),
-        ("success", "without --reward", reward), ("partial_weight", "with --reward", not reward),
-        ("refills", "without --dynamic=True", dynamic),
-        ("clip_low", "with --loss=reinforce", loss != "reinforce"),
-        ("clip_high", "with --loss=reinforce", loss != "reinforce"),
-        *((name, "with --kind=full", kind != "full") for name in ("rank", "alpha", "targets", "merge", "peft"))):
-    if name in given and not used:
-        raise UserError(f"{name} has no effect {where}: leave it out")
-for name in ("prompts", "max_new_tokens", "refills", "rows", "passes", "minibatches", "eval_problems", "pass_k"):
-    if settings[name] < 1:
-        raise UserError(f"{name}={settings[name]}: it must be 1 or more")
+rollouts.check(settings)
+rollouts.refuse_idle(("refills", "without --dynamic=True", dynamic),
+                     ("clip_low", "with --loss=reinforce", loss != "reinforce"),
+                     ("clip_high", "with --loss=reinforce", loss != "reinforce"))
+if refills < 1:
+    raise UserError(f"refills={refills}: it must be 1 or more")
 if group < 2:
     raise UserError(f"group={group}: it must be 2 or more, as answers to one problem are compared")
 if not 0 <= overlong <= max_new_tokens:
     raise UserError(f"overlong={overlong}: it must be from 0 to max_new_tokens={max_new_tokens}")
-if not temperature > 0:
-    raise UserError(f"temperature={temperature}: it must be over 0")
 if min(kl, clip_low, clip_high, partial_weight) < 0 or clip_low >= 1:
     raise UserError("kl, clip_low, clip_high and partial_weight must be 0 or more, and clip_low less than 1")
 if minibatches > prompts * group:
@@ -259,24 +218,7 @@ low, high = clip_low or LOSSES[loss][0], clip_high or LOSSES[loss][1]
 
 # ---- problems --------------------------------------------------------------------------------------------------------
 
-reward_of = tasks.load_reward(reward) if reward else None
-levels = tasks.difficulties(task, difficulty) if task else range(0)
-if task:
-    known, held_out = [], tasks.problems(task, levels, seed, eval_problems, held_out=True)
-else:
-    known = tasks.read_problems(data, not reward)
-    if val_data:
-        held_out = tasks.read_problems(val_data, not reward)
-        texts = {one.prompt for one in held_out}
-    else:  # by prompts, so that none is on both sides
-        texts = sorted({one.prompt for one in known})
-        order = np.random.default_rng(seed).permutation(len(texts))
-        texts = {texts[i] for i in order[:max(1, round(val_share * len(texts)))]}
-        held_out = [one for one in known if one.prompt in texts]
-    known = [one for one in known if one.prompt not in texts]
-    if not known:
-        raise UserError(f"no problem of {data} is left for training: give more, or another --val_data")
-    held_out = held_out[:eval_problems]
+problems = rollouts.read(settings)
 model, meta = load_adapted(checkpoint, adapter)
 for path in (result, state_path):
     check_output(path, *meta["files"])  # the base of an adapter is an input, too
@@ -284,64 +226,24 @@ if not meta.get("tokenizer"):
     raise UserError(f"{checkpoint} holds no tokenizer: it cannot read problems")
 enc = Tokenizer.from_dict(meta["tokenizer"])
 form = template_for_training(meta, enc, template, before.get("started"))
-template, ends = getattr(form, "name", form), ends_of_text(enc, meta, form)
-opening = [{"role": "system", "content": system}] if system else []
-room = model.config.block_size - max_new_tokens
-
-
-def ids_of(one: tasks.Problem) -> list[int]:
-    """The tokens of a problem, up to where the answer begins."""
-    ids = encode_prompt(enc, [*opening, {"role": "user", "content": one.prompt}], form)
-    if len(ids) > room:
-        raise UserError(f"the prompt {one.prompt[:60]!r} has {len(ids)} tokens, and a context of "
-                        f"{model.config.block_size} with max_new_tokens={max_new_tokens} has room for {max(0, room)}")
-    return ids
-
-
-def problem_at(index: int) -> tasks.Problem:
-    """Of an endless series of problems for training; those of a file come in another order in every pass."""
-    if task:
-        return tasks.problem(task, levels, seed, index)
-    epoch, i = divmod(index, len(known))
-    return known[np.random.default_rng([seed, epoch]).permutation(len(known))[i]]
-
-
-def scores(one: tasks.Problem, text: str) -> tuple[float, float, float]:
-    """(reward, right, partial) of an answer."""
-    if reward_of:
-        found = reward_of(one.prompt, text)
-        return found, float(found >= success), found
-    right, share = tasks.check(one, text)
-    return right + partial_weight * share, right, share
-
-
-held_out_ids = [ids_of(one) for one in held_out]
-rows_hash = hashlib.sha256(repr((held_out, known, reward and Path(reward).read_bytes())).encode()).hexdigest()
-if resume and before["rows"] != rows_hash:
+template, writer = getattr(form, "name", form), rollouts.Writer(model, enc, meta, form, settings)
+for one in problems.held_out:
+    writer.ids_of(one)  # raises here, before training, if one is too long
+if resume and before["rows"] != problems.hash:
     changed = " or ".join(filter(None, (data or "tasks.py", reward)))
     raise UserError(f"{changed} has changed since {state_path} was written: begin anew in another --out_dir")
-print(f"{task or data}: {len(held_out)} problems held out" + (f", {len(known):,} for training" if data else "")
+print(f"{problems.name}: {len(problems.held_out)} problems held out"
+      + (f", {len(problems.known):,} for training" if data else "")
       + f"; a step has {prompts} problems with {group} answers of at most {max_new_tokens} tokens")
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 
-working_dtype = compute_dtype(dtype)
 fingerprint = meta.get("fingerprint") or base_fingerprint(model)
 if resume and before.get("base", fingerprint) != fingerprint:
     raise UserError(f"{checkpoint} has changed since {state_path} was written: put the old file back, or begin anew in "
                     "another --out_dir")
-merge_adapters(model)
-model.compute_dtype, reference = working_dtype, None
-if kind == "full":
-    if any("scales" in path for path, _ in tree_flatten(model.parameters())):
-        raise UserError(f"{checkpoint} has packed weights, which do not train: take --kind=lora")
-    model.unfreeze()
-    model.set_dtype(mx.float32)
-    reference = tree_map(mx.array, model.parameters()) if kl else None
-else:
-    model.set_dtype(working_dtype)
-    quantize_base(model, base_bits)
-    attach(model, targets, rank, alpha, kind, seed)
+rollouts.adapted(model, settings, checkpoint)
+reference = tree_map(mx.array, model.parameters()) if kind == "full" and kl else None
 print(f"{sum(p.size for _, p in tree_flatten(model.trainable_parameters())) / 1e6:.2f}M parameters train")
 if resume and start_step >= max_iters:
     raise UserError(f"{state_path} is at step {start_step} of {max_iters} already: give more --max_iters")
@@ -360,51 +262,20 @@ def learning_rate_at(step: int) -> float:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def key_of(*numbers: int) -> int:
-    """A number below 2^63 for random draws."""
-    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1, np.uint64)[0]) >> 1
-
-
-def answered(asked: list[list[int]], temperature: float, *numbers: int) -> list[list[int]]:
-    """An answer to each prompt, with the token that ends it if that comes within max_new_tokens. They are drawn `rows`
-    at a time, prompts of about one length together, as all begin where the shortest ends. The draws depend on the
-    numbers."""
-    model.eval()
-    order, found = sorted(range(len(asked)), key=lambda i: len(asked[i])), [[] for _ in asked]
-    for start in range(0, len(asked), rows):
-        which = order[start:start + rows]
-        open_rows = {*range(len(which))}
-        for tokens in generate(model, [asked[i] for i in which], max_new_tokens, temperature,
-                               seed=key_of(start, *numbers), n_vocab=enc.n_vocab):
-            for row in [*open_rows]:
-                if tokens[row] is not None:
-                    answer = found[which[row]]
-                    answer.append(tokens[row])
-                    if tokens[row] in ends or len(answer) == max_new_tokens:
-                        open_rows.discard(row)
-            if not open_rows:
-                break
-    model.train()
-    return found
-
-
-def text_of(answer: list[int]) -> str:
-    return enc.decode(itertools.takewhile(lambda token: token not in ends, answer))
-
-
-def rollouts(step: int) -> dict:
+def drawn_at(step: int) -> dict:
     """The problems of a step and their answers, as a dict of "asked" and "answers" (lists of tokens, N), and (P, G)
     "rewards", "right" and "partial"; with what the step cost: "drawn" answers, and "signal", the share of problems that
     teach something, both before --dynamic chooses."""
     kept, spare, drawn, signals = [], [], 0, 0
     for attempt in range(refills if dynamic else 1):
         first = (step * (refills if dynamic else 1) + attempt) * prompts
-        batch = [problem_at(first + i) for i in range(prompts)]
-        asked = [ids_of(one) for one in batch for _ in range(group)]
-        answers = answered(asked, temperature, 0, step, attempt)
-        for i, one in enumerate(batch):
-            part = slice(i * group, (i + 1) * group)
-            found = np.array([scores(one, text_of(answer)) for answer in answers[part]])
+        batch = [problems.at(first + i) for i in range(prompts) for _ in range(group)]
+        asked = [*map(writer.ids_of, batch)]
+        answers = writer.answered(asked, temperature, 0, step, attempt)
+        scores = problems.scores(batch, [*map(writer.text_of, answers)])
+        for start in range(0, len(batch), group):
+            part = slice(start, start + group)
+            found = scores[part]
             found[:, 0] += [overlong_penalty(len(answer), max_new_tokens, overlong) for answer in answers[part]]
             teaches = found[:, 0].max() > found[:, 0].min()
             signals += teaches
@@ -420,41 +291,7 @@ def rollouts(step: int) -> dict:
             "drawn": drawn, "signal": signals * group / drawn}
 
 
-def arrays_of(asked: list[list[int]], answers: list[list[int]]) -> dict[str, np.ndarray]:
-    """What log_probs() reads, and the mask, padded at the right. With mx.compile all steps have one shape."""
-    N, A = len(answers), max(map(len, answers)) if not compile else max_new_tokens
-    T = max(len(ids) + len(answer) for ids, answer in zip(asked, answers, strict=True)) - 1
-    T = T if not compile else min(-(-T // 64) * 64, model.config.block_size)
-    ids, mask = np.zeros((N, T), np.int32), np.zeros((N, A), np.float32)
-    places, targets = np.zeros((N, A), np.int32), np.zeros((N, A), np.int32)
-    for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
-        ids[i, :len(prompt) + len(answer) - 1] = [*prompt, *answer[:-1]]
-        places[i, :len(answer)] = np.arange(len(answer)) + len(prompt) - 1
-        targets[i, :len(answer)], mask[i, :len(answer)] = answer, 1
-    return {"ids": ids, "places": places, "targets": targets, "mask": mask}
-
-
-@contextlib.contextmanager
-def as_reference():
-    """Inside, the model is the one before training."""
-    if kind != "full":
-        with without_adapters(model):
-            yield
-        return
-    now = model.parameters()
-    model.update(reference)
-    try:
-        yield
-    finally:
-        model.update(now)
-
-
-def greedy() -> list[str]:
-    """The most probable answers to the first problems held out."""
-    return [text_of(answer) for answer in answered(held_out_ids[:samples], 0.0)] if samples else []
-
-
-untrained = greedy()
+untrained = writer.greedy(problems, samples)
 if resume:
     state = tree_unflatten(list(trained.items()))
     model.update(state["model"])
@@ -464,19 +301,18 @@ if resume:
 
 state = [model.state, opt.state]
 compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
-by_model = compiled(lambda ids, places, targets: log_probs(model, ids, places, targets, temperature, enc.n_vocab)[0])
 
 
-def by_model_of(batch: dict[str, np.ndarray], function) -> np.ndarray:
-    """Log-probabilities of all answers (N, A), a micro-batch at a time, 0 beyond an answer's end."""
-    parts = [function(*(mx.array(batch[name][start:start + batch_size]) for name in ("ids", "places", "targets")))
-             for start in range(0, len(batch["ids"]), batch_size)]
-    return np.array(mx.concatenate(parts)) * batch["mask"]
+def by_model(ids, places, targets) -> list[mx.array]:
+    return [log_probs(model, states(model, ids, places), targets, temperature, enc.n_vocab)[0]]
+
+
+by_model_now = compiled(by_model)
 
 
 def by_reference(batch: dict[str, np.ndarray]) -> np.ndarray:
-    with as_reference():
-        return by_model_of(batch, lambda *inputs: log_probs(model, *inputs, temperature, enc.n_vocab)[0])
+    with as_reference(model, reference):
+        return in_parts(batch, batch_size, by_model)[0]
 
 
 @compiled
@@ -484,7 +320,8 @@ def gradients(batch):
     """The sums over the tokens of a micro-batch, by name, and the gradients of their weighted loss."""
 
     def weighted_loss(batch):
-        pi, entropy = log_probs(model, batch["ids"], batch["places"], batch["targets"], temperature, enc.n_vocab)
+        pi, entropy = log_probs(model, states(model, batch["ids"], batch["places"]), batch["targets"], temperature,
+                                enc.n_vocab)
         mask = batch["mask"]
         pi = pi * mask  # else a number beyond an answer's end could become infinite, and infinity times 0 is none
         old = batch.get("old", mx.stop_gradient(pi))
@@ -512,9 +349,9 @@ def update(grads):
 
 def learn(step: int, made: dict) -> dict[str, float]:
     """The updates of a step, from its rollouts. Returns means over their tokens, and of the gradients' norms."""
-    batch = arrays_of(made["asked"], made["answers"])
+    batch = arrays_of(made["asked"], made["answers"], max_new_tokens * compile, model.config.block_size)
     if passes * minibatches > 1 or kl and loss in ("rloo", "reinforce"):
-        old = by_model_of(batch, by_model)
+        old = in_parts(batch, batch_size, by_model_now)[0]
         if passes * minibatches > 1:
             batch["old"] = old
     rewards = made["rewards"]
@@ -543,15 +380,6 @@ def learn(step: int, made: dict) -> dict[str, float]:
     count, updates = totals.pop("tokens"), passes * minibatches
     mean = {name: total / (updates if name == "loss" else count) for name, total in totals.items()}
     return mean | {"grad_norm": sum(norm.item() for norm in norms) / updates}
-
-
-def evaluate() -> dict[str, float]:
-    """Of the problems held out, each answered pass_k times, always with the same draws."""
-    answers = answered([ids for ids in held_out_ids for _ in range(pass_k)], temperature, 1)
-    found = np.array([scores(held_out[i // pass_k], text_of(answer)) for i, answer in enumerate(answers)])
-    right = found[:, 1].reshape(-1, pass_k)
-    return {"val_pass1": right.mean(), "val_passk": right.max(1).mean(), "val_partial": found[:, 2].mean(),
-            "val_reward": found[:, 0].mean(), "val_length": np.mean([*map(len, answers)])}
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------
@@ -584,7 +412,8 @@ def save_state(step: int):
     comes to the best step again."""
     arrays = dict(tree_flatten({"model": model.trainable_parameters(), "optimizer": opt.state}))
     save_arrays(state_path, arrays, {**facts(step), "version": VERSION, "losses": losses, "tokens": tokens,
-                                     "drawn": drawn, "evaluated": evaluated, "rows": rows_hash, "base": fingerprint})
+                                     "drawn": drawn, "evaluated": evaluated, "rows": problems.hash,
+                                     "base": fingerprint})
 
 
 def draw_curves():
@@ -593,7 +422,7 @@ def draw_curves():
                         "val_passk": f"pass@{pass_k} held out"},
               "share of problems": {"signal": "with a signal"}, "nats": {"entropy": "entropy of a token"},
               "tokens": {"length": "length, training", "val_length": "length held out"}}
-    title = f"{task or os.path.basename(data)}, {loss}, {kind}"
+    title = f"{os.path.basename(problems.name)}, {loss}, {kind}"
     draw.curves(os.path.join(out_dir, "loss.png"), rows_so_far, panels, title)
 
 
@@ -615,7 +444,7 @@ def diverged(what: str):
 
 
 def evaluate_and_best(number: int):
-    found = evaluate()
+    found = writer.evaluate(problems, pass_k, temperature)
     value = float(found["val_pass1"])
     if number == 0:
         losses["untrained"] = value
@@ -642,7 +471,7 @@ while True:
             break
     clock = time.perf_counter()
     opt.learning_rate = rate = learning_rate_at(number)
-    made = rollouts(number)
+    made = drawn_at(number)
     sampled = time.perf_counter()
     found = learn(number, made)
     learned = time.perf_counter()
@@ -651,7 +480,7 @@ while True:
         diverged(f"step {number}: the loss is {found['loss']}, the gradient's norm {found['grad_norm']}")
     lengths = [*map(len, made["answers"])]
     tokens, drawn = tokens + sum(lengths), drawn + made["drawn"]
-    cut = np.mean([answer[-1] not in ends for answer in made["answers"]])
+    cut = np.mean([answer[-1] not in writer.ends for answer in made["answers"]])
     row = {"reward": made["rewards"].mean(), "right": made["right"].mean(), "partial": made["partial"].mean(),
            "signal": made["signal"], "length": np.mean(lengths), "truncated": cut, **found}
     if number % log_interval == 0 or number in (1, max_iters):
@@ -670,7 +499,7 @@ if stopping:
 
 # ---- look at it ------------------------------------------------------------------------------------------------------
 
-for one, old, new in zip(held_out, untrained, greedy(), strict=False):
+for one, old, new in zip(problems.held_out, untrained, writer.greedy(problems, samples), strict=False):
     right = " (right)" if not reward and tasks.check(one, new)[0] == 1 else ""
     print(f"\n> {one.prompt}\nbefore: {old}\nafter:  {new}{right}")
 print(f"\n{result}: step {losses['best_step']}, pass@1 held out {losses['best']:.1%}, {losses['untrained']:.1%} before "
@@ -678,7 +507,7 @@ print(f"\n{result}: step {losses['best_step']}, pass@1 held out {losses['best']:
 if losses["best"] <= losses["untrained"]:
     print("NO STEP WAS BETTER than the model before training: tune it first with sft.py if it is never right, else try "
           "another learning_rate, or easier problems")
-print(f"next: python sample.py {shlex.quote(result)} --prompt={shlex.quote(held_out[0].prompt)}")
+print(f"next: python sample.py {shlex.quote(result)} --prompt={shlex.quote(problems.held_out[0].prompt)}")
 if kind != "full" and not merge:
     print(f"this adapter needs {meta['files'][0]} as it is; to have both in one file: python merge.py "
           f"{shlex.quote(result)} grpo-merged.safetensors")

@@ -244,11 +244,11 @@ def adapter_arrays(model: GPT) -> dict[str, mx.array]:
 
 
 def save_adapter(path: str, model: GPT, meta: dict | None = None, fingerprint: str | None = None,
-                 bases: Sequence[str] = ()):
+                 bases: Sequence[str] = (), more: dict[str, mx.array] | None = None):
     """Write the adapters alone, which must be of one kind, rank and alpha. meta: more for the header, as JSON, with
     "base_bits", the bits that the base was quantized to before. fingerprint: of the base, from base_fingerprint() or
     load_adapted(); None: of the model as it is. bases: the files by which load_adapted() finds the base: a checkpoint
-    or an adapter, and adapters for it as PATH or PATH:WEIGHT."""
+    or an adapter, and adapters for it as PATH or PATH:WEIGHT. more: further arrays."""
     adapters = [module for module in linear_layers(model).values() if isinstance(module, Adapter)]
     facts = {(module.kind, len(module.a), module.alpha) for module in adapters}
     if len(facts) != 1 or any(isinstance(module.base, Adapter) for module in adapters):
@@ -260,31 +260,32 @@ def save_adapter(path: str, model: GPT, meta: dict | None = None, fingerprint: s
         folder = os.path.realpath(os.path.dirname(path))
         real = [os.path.join(os.path.realpath(os.path.dirname(base)), os.path.basename(base)) for base in bases]
         header["bases"] = [os.path.relpath(base, folder) for base in real]
-    save_arrays(path, adapter_arrays(model), header)
+    save_arrays(path, adapter_arrays(model) | (more or {}), header)
 
 
-def save_merged(path: str, model: GPT, meta: dict):
-    """Write the model as a checkpoint with its adapters folded in. The model itself is unchanged."""
+def save_merged(path: str, model: GPT, meta: dict, more: dict[str, mx.array] | None = None):
+    """Write the model as a checkpoint with its adapters folded in. The model itself is unchanged. more: further
+    arrays."""
     layers = linear_layers(model)
     adapted = {path: module.merged() for path, module in layers.items() if isinstance(module, Adapter)}
     arrays = {name: p for name, p in tree_flatten(model.parameters())
               if not any(name.startswith(f"{layer}.") for layer in adapted)}
     arrays |= {f"{layer}.{name}": p for layer, linear in adapted.items() for name, p in linear.parameters().items()}
-    save_arrays(path, arrays, {**meta, "version": VERSION, "config": asdict(model.config)})
+    save_arrays(path, arrays | (more or {}), {**meta, "version": VERSION, "config": asdict(model.config)})
 
 
-def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
+def load_adapted(path: str, adapters: Sequence[str] = (), reward: bool = False) -> tuple[GPT, dict]:
     """A checkpoint with adapters attached: (model, meta). path: a checkpoint, or an adapter file, whose base is found
     through its header. adapters: more of them, each PATH or PATH:WEIGHT. Adapters with an equal base add up. Before an
     adapter that was trained on a model with adapters, these are merged.
 
     meta is the checkpoint's, with "template" and "chat" of the last adapter that names a template, "files", all paths
     that were read, and if there are adapters "fingerprint", which identifies this model as the base of another
-    adapter."""
+    adapter. reward: the file is one of reward.py, whose vector becomes meta["reward"]; else such a file is refused."""
     checkpoint, chain = chain_of(path)
     n_found = len(chain)
     chain += [path_and_weight(adapter) for adapter in adapters]
-    model, meta = load_checkpoint(checkpoint)
+    model, meta = load_checkpoint(checkpoint, reward and not n_found)
     check_finite(checkpoint, dict(tree_flatten(model.parameters())))
     if meta.get("tokenizer") and Tokenizer.from_dict(meta["tokenizer"]).n_vocab > model.config.vocab_size:
         raise UserError(f"{checkpoint} has a tokenizer with more tokens than its vocab_size={model.config.vocab_size}: "
@@ -292,7 +293,7 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
     meta["files"] = [checkpoint, *(path for path, _ in chain)]
     base = fingerprint = base_fingerprint(model) if chain else ""  # of the model without, and with, what is attached
     for i, (path, weight) in enumerate(chain):
-        modules, own = read_adapter(path, model, meta)
+        modules, own = read_adapter(path, model, meta, reward and i == n_found - 1)
         if own.get("base", base) != base:  # a folder of PEFT's does not identify its base
             if own["base"] != fingerprint:
                 raise UserError(another_base(path, own, i < n_found))
@@ -302,6 +303,8 @@ def load_adapted(path: str, adapters: Sequence[str] = ()) -> tuple[GPT, dict]:
         fingerprint = adapted_fingerprint(fingerprint, modules, own, weight)
         if own.get("template") not in (None, meta.get("template")):
             meta |= {"template": own["template"], "chat": own.get("chat")}  # the base's "chat" is of another template
+        if "reward" in own:
+            meta["reward"] = own["reward"]
     if chain:
         meta["fingerprint"] = fingerprint
     return model, meta
@@ -388,7 +391,7 @@ def adapted_fingerprint(fingerprint: str, modules: dict[str, dict], meta: dict, 
     return digest.hexdigest()
 
 
-def read_adapter(path: str, model: GPT, base: dict) -> tuple[dict[str, dict], dict]:
+def read_adapter(path: str, model: GPT, base: dict, reward: bool = False) -> tuple[dict[str, dict], dict]:
     """The arrays a, b, m and the alpha for each linear layer by path, and the meta, of an adapter file or a folder of
     PEFT's for a model, whose checkpoint has the header `base`."""
     if os.path.isdir(path):
@@ -400,6 +403,10 @@ def read_adapter(path: str, model: GPT, base: dict) -> tuple[dict[str, dict], di
         raise UserError(f"no adapter at {path}: train one with `python {script}`, or check the name")
     arrays, meta = load_arrays(path)
     check_finite(path, arrays)
+    if "reward" in meta and not reward:
+        raise UserError(other_kind(path, arrays, meta))
+    if "reward" in meta:
+        meta["reward"] = arrays.pop("reward.weight", None)
     if not meta.get("adapter"):
         raise UserError(f"{path} is a checkpoint, not an adapter: give it as --checkpoint" if "config" in meta else
                         other_kind(path, arrays, meta))

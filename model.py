@@ -1927,12 +1927,13 @@ def load_arrays(path: str) -> tuple[dict[str, mx.array], dict]:
 
 def maker_of(path: str) -> str:
     """The script that writes a checkpoint or an adapter under a file name such as sft.safetensors."""
-    return {f"{x}.safetensors": f"{x}.py" for x in ("sft", "dpo", "grpo")}.get(os.path.basename(path), "train.py")
+    names = ("sft", "dpo", "grpo", "ppo", "reward")
+    return {f"{x}.safetensors": f"{x}.py" for x in names}.get(os.path.basename(path), "train.py")
 
 
 def give_one_of(folder: str) -> str:
     """The end of an error message: the checkpoints and adapters in a folder, by the names that the scripts use."""
-    paths = (os.path.join(folder, f"{name}.safetensors") for name in ("ckpt", "best", "sft", "dpo", "grpo"))
+    paths = (os.path.join(folder, f"{name}.safetensors") for name in ("ckpt", "best", "sft", "dpo", "grpo", "ppo"))
     found = [*filter(os.path.exists, paths)]
     return f"give {' or '.join(found)}" if found else "give a .safetensors file of train.py, sft.py or dpo.py"
 
@@ -1954,6 +1955,8 @@ def other_kind(path: str, arrays: dict, header: dict) -> str:
         return f"{path} is a direction of steer.py, not a checkpoint: give the checkpoint that it was made for"
     if "sae" in header:
         return f"{path} is a dictionary of sae.py, not a checkpoint: give the checkpoint that it was trained on"
+    if "reward" in header:
+        return f"{path} is a reward model, which does not write: give the checkpoint that it was trained on"
     if any(name.endswith("learning_rate") for name in arrays):  # of an optimizer
         return f"{path} is the state from which a run resumes, not a checkpoint: {give_one_of(os.path.dirname(path))}"
     return f"{path} has no config in its header: copy or train it again"
@@ -1978,14 +1981,17 @@ def known_settings(config, path: str) -> dict:
     return {name: value for name, value in config.items() if name in known}
 
 
-def load_checkpoint(path: str) -> tuple[GPT, dict]:
-    """Read a checkpoint: (model, meta). UserError if the file is missing, cut short, or no checkpoint of model.py."""
+def load_checkpoint(path: str, reward: bool = False) -> tuple[GPT, dict]:
+    """Read a checkpoint: (model, meta). UserError if the file is missing, cut short, or no checkpoint of model.py.
+    reward: of reward.py, whose vector becomes meta["reward"]; else such a file is refused."""
     arrays, meta = load_arrays(path)
     if meta.get("adapter"):
         command = f"python merge.py {shlex.quote(path)} OUT"
         raise UserError(f"{path} is an adapter: give a checkpoint, or make one of it by `{command}`")
-    if "config" not in meta:
+    if "config" not in meta or "reward" in meta and not reward:
         raise UserError(other_kind(path, arrays, meta))
+    if "reward" in meta:
+        meta["reward"] = arrays.pop("reward.weight", None)
     settings = known_settings(meta["config"], path)
     try:
         model = GPT(GPTConfig(**settings), seed=None)

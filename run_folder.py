@@ -39,8 +39,8 @@ try:
 except ImportError:  # Windows has no such locks: two runs in one folder go unnoticed there
     fcntl = None
 
-RESULTS = ("ckpt", "best", "sft", "dpo", "grpo", "resume")
-OWN = (r"(loss|experts)\.(csv|png)|run\.(json|lock)|ckpt\.optimizer-\d+\.safetensors|source(-\d+)*"
+RESULTS = ("ckpt", "best", "sft", "dpo", "grpo", "ppo", "reward", "resume")
+OWN = (r"(loss|experts|calibration)\.(csv|png)|run\.(json|lock)|ckpt\.optimizer-\d+\.safetensors|source(-\d+)*"
        r"|peft|tensorboard|wandb")  # what else a run writes
 locks = {}  # open files by path: a lock is held until its file is closed, at the latest when the process ends
 allowed = {}  # by folder: the results, and their time, that check() allowed to replace

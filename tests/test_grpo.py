@@ -19,14 +19,15 @@ from mlx.utils import tree_flatten
 from test_sft import ON_PATH, STOPPED
 
 import lora
+import rollouts
 import tasks
 from conversations import encode, encode_prompt
-from model import GPT, GPTConfig, cross_entropy, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tokenizer import byte_tokenizer
 
 ENC = byte_tokenizer()
 SOURCE = (ROOT / "grpo.py").read_text()
-made = {"mx": mx, "np": np, "GPT": GPT, "cross_entropy": cross_entropy}
+made = {"mx": mx, "np": np}
 exec(SOURCE[SOURCE.index("# ---- losses"):SOURCE.index("# ---- resume")], made)  # the section stands by itself
 TRL = dict(np.load(ROOT / "tests" / "fixtures" / "grpo.npz"))
 NAMES = [name.removesuffix(".off.loss") for name in TRL if name.endswith(".off.loss")]
@@ -151,11 +152,9 @@ def test_log_probs_and_entropy():
     """Against softmax in float64, one answer at a time without padding: the end token counts, padding does not."""
     model = GPT(GPTConfig(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=32), seed=1).eval()
     asked, answers, n_vocab, t = [[256, 5, 6], [256, 7, 8, 9, 1]], [[65, 66, 256], [70, 256]], 257, 0.7
-    namespace = {"np": np, "compile": False}
-    exec(SOURCE[SOURCE.index("def arrays_of"):SOURCE.index("@contextlib.contextmanager\ndef as_ref")], namespace)
-    arrays = namespace["arrays_of"](asked, answers)
-    inputs = (mx.array(arrays[name]) for name in ("ids", "places", "targets"))
-    pi, entropy = made["log_probs"](model, *inputs, t, n_vocab)
+    arrays = rollouts.arrays_of(asked, answers)
+    ids, places, targets = (mx.array(arrays[name]) for name in ("ids", "places", "targets"))
+    pi, entropy = rollouts.log_probs(model, rollouts.states(model, ids, places), targets, t, n_vocab)
     for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
         assert arrays["mask"][i].tolist() == [1] * len(answer) + [0] * (3 - len(answer))
         for j, token in enumerate(answer):
