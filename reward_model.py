@@ -18,7 +18,7 @@ import numpy as np
 
 from config import UserError
 from conversations import encode, template_of
-from lora import load_adapted, merge
+from lora import load_adapted
 from model import GPT, compute_dtype
 from run_folder import read_header
 from tokenizer import Tokenizer
@@ -45,12 +45,13 @@ def load(path: str) -> Callable[[list[list[dict]], list[str]], list[float]]:
     header = read_header(path)
     if not os.path.exists(path):
         raise UserError(f"there is no reward model {path}: train one with reward.py")
-    if header and not header.get("reward"):
+    if header and "reward" not in header:
         raise UserError(f"{path} is no reward model: give one of reward.py")
     model, meta = load_adapted(path, reward=True)
-    enc, weight = Tokenizer.from_dict(meta["tokenizer"]), meta["reward"]
-    form = template_of(meta, enc, header.get("template", ""))
-    merge(model)
+    enc, weight = Tokenizer.from_dict(meta["tokenizer"]), meta.get("reward")
+    if not isinstance(weight, mx.array) or weight.shape != (model.config.n_embd,):
+        raise UserError(f"{path} has no vector reward.weight that fits its model: copy or train it again")
+    form = template_of(meta, enc)
     model.set_dtype(compute_dtype("auto"))
     model.eval()
 
