@@ -279,7 +279,8 @@ def start(out_dir: str, script: str, settings: dict, source: dict[str, bytes], s
     if path and allowed.get(out_dir) != (path, os.path.getmtime(path)):
         raise UserError(f"{out_dir} has got results of another run since this one began: give another --out_dir")
     for name in os.listdir(out_dir):
-        if re.fullmatch(r".+\.safetensors\.tmp\d+|(loss|experts)\.(csv|png)\.tmp\d*", name):  # of a killed run
+        # what a killed run left
+        if re.fullmatch(r".+\.safetensors\.tmp\d+|(loss|experts|calibration)\.(csv|png)\.tmp\d*", name):
             os.remove(os.path.join(out_dir, name))
     path = os.path.join(out_dir, "run.json")
     before = read_start(out_dir)

@@ -312,7 +312,8 @@ def state(out) -> dict[str, np.ndarray]:
     arrays = {f"{path.name} {name}": np.array(array) for path in out.glob("*.safetensors")
               for name, array in mx.load(str(path)).items()}
     with open(out / "loss.csv", newline="") as file:
-        rows = [[value for name, value in row.items() if name not in ("seconds", "tok_per_s", "peak_gib")]
+        rows = [[value for name, value in row.items() if name not in (
+            "seconds", "tok_per_s", "peak_gib", "sampling_s", "learning_s")]
                 for row in csv.DictReader(file)]
     return {**arrays, "loss.csv": np.array(rows)}
 
