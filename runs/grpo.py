@@ -1,11 +1,13 @@
 """Small models learn to sort and to add from rewards, by several losses; then the table and the picture of
-docs/grpo.md.
+docs/grpo.md, or of docs/rewards.md.
 
     python runs/grpo.py --seeds=3 --picture=docs/grpo.png
+    python runs/grpo.py --seeds=3 --names=sort --losses=grpo,ppo,grpo-2,ppo-2 --picture=docs/ppo.png
 
 For each task and seed a new model is tuned by sft.py on 2,000 problems with their answers, which leaves it right on a
-tenth to two fifths of the problems held out; then grpo.py goes on with each loss from there. The seed is that of the
-weights, of the problems, and of everything drawn. A run that is done is not done again.
+tenth to two fifths of the problems held out; then grpo.py goes on with each loss from there, or ppo.py, with as many
+answers and updates a step. ppo-2: with two passes over the answers of a step. The seed is that of the weights, of the
+problems, and of everything drawn. A run that is done is not done again.
 """
 import csv
 import math
@@ -25,7 +27,7 @@ from draw import COLOURS, write_figure  # noqa: E402
 
 out = "out-grpo-runs"   # the folder of the runs
 seeds = 3               # runs of each loss
-losses = "grpo,dr_grpo,dapo"  # of grpo.py, with commas
+losses = "grpo,dr_grpo,dapo"  # of grpo.py, or ppo, with commas; NAME-2: with 2 passes
 names = "sort,addition_reversed"  # the tasks, with commas
 n = 2000                # problems for sft.py
 max_iters = 0           # steps of a run of grpo.py; 0: 140 for sort, 240 for sums
@@ -37,9 +39,11 @@ EPOCHS = {"sort": 2, "addition_reversed": 10}  # of sft.py at least, and further
 LOW = {"sort": math.inf, "addition_reversed": 0.5}  # seeds leave the plateaus of a sum's loss at different times
 STEPS = {"sort": 140, "addition_reversed": 240}
 SIZE = ["--n_layer=2", "--n_embd=96", "--n_head=4", "--block_size=64", "--tokenizer=byte"]
-UPDATES = ["--kind=full", "--learning_rate=5e-4", "--prompts=64", "--group=8", "--minibatches=4", "--max_new_tokens=8",
-           "--eval_interval=20", "--log_interval=20", "--samples=0"]
-MORE = {"dapo": ["--dynamic=True", "--refills=4"]}
+UPDATES = ["--kind=full", "--learning_rate=5e-4", "--minibatches=4", "--max_new_tokens=8", "--eval_interval=20",
+           "--log_interval=20", "--samples=0"]
+GROUPS = ["--prompts=64", "--group=8"]  # of grpo.py: 512 answers
+MORE = {"dapo": [*GROUPS, "--loss=dapo", "--dynamic=True", "--refills=4"],
+        "ppo": ["--prompts=512", "--kl=0", "--value_weight=1"]}
 environment = {**os.environ, "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")}
 
 
@@ -86,8 +90,10 @@ for task, seed in todo:
         os.remove(os.path.join(tuned, "done"))
         run(tuned, "sft.py", "--resume=True", f"--epochs={epochs}")
     for loss in losses.split(","):
-        run(folder_of(task, loss, seed), "grpo.py", os.path.join(tuned, "sft.safetensors"), task, f"--loss={loss}",
-            f"--max_iters={max_iters or STEPS[task]}", *UPDATES, *MORE.get(loss, []), f"--seed={seed}")
+        name, _, passes = loss.partition("-")
+        run(folder_of(task, loss, seed), "ppo.py" if name == "ppo" else "grpo.py",
+            os.path.join(tuned, "sft.safetensors"), task, f"--max_iters={max_iters or STEPS[task]}", *UPDATES,
+            *MORE.get(name, [*GROUPS, f"--loss={name}"]), f"--passes={passes or 1}", f"--seed={seed}")
         bar.update(1)
 bar.close()
 
@@ -97,7 +103,7 @@ print("| task | loss | pass@1 before | pass@1 after, each seed | mean | pass@8 b
       "|---|---|---|---|---|---|---|---|")
 from matplotlib.figure import Figure  # noqa: E402
 
-figure = Figure(figsize=(11, 4), layout="constrained")
+figure = Figure(figsize=(5.5 * len(names.split(",")), 4), layout="constrained")
 for axes, task in zip(figure.subplots(1, len(names.split(",")), squeeze=False)[0], names.split(","), strict=True):
     for loss, colour in zip(losses.split(","), COLOURS, strict=False):
         runs = [rows_of(folder_of(task, loss, seed)) for seed in range(1, seeds + 1)]

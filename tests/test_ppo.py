@@ -55,7 +55,7 @@ def test_advantages_in_closed_form():
     rewards, values = rng.normal(size=(2, 4, 6))
     mask = (np.arange(6) < np.array([[6], [1], [3], [5]])).astype(float)
     for gamma, lam in ((1.0, 1.0), (0.9, 0.0), (0.9, 0.7)):
-        found = made["advantages"](rewards * mask, values * mask, mask, gamma, lam)
+        found = made["advantages"](rewards, values, mask, gamma, lam)
         for i, t in zip(*np.nonzero(mask), strict=True):
             end = int(mask[i].sum())
             v = [*values[i, :end], 0.0]
