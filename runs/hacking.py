@@ -32,8 +32,8 @@ from tokenizer import Tokenizer  # noqa: E402
 checkpoint = "out-grpo-runs/sort-sft-1/sft.safetensors"  # a model that sorts now and then
 out = "out-hacking"     # the folder of the runs
 n = 2000                # problems for preferences
-kls = "0,0.2,1,2"       # weights of the divergence, with commas
-max_iters = 80          # steps of ppo.py
+kls = "0,0.1,0.3,1"    # weights of the divergence, with commas
+max_iters = 60          # steps of ppo.py
 prompts = 256           # answers in a step
 picture = "reward_hacking.png"  # where the picture goes
 
@@ -89,7 +89,7 @@ run(os.path.dirname(judge), "reward.py", checkpoint, pairs, "--kind=full", "--le
 bar.update(1)
 for kl in kls.split(","):
     run(os.path.join(out, f"kl-{kl}"), "ppo.py", checkpoint, "sort", f"--reward={judge}", f"--kl={kl}", "--kind=full",
-        "--learning_rate=5e-4", f"--prompts={prompts}", "--minibatches=4", "--passes=1", "--value_weight=1",
+        "--learning_rate=5e-4", f"--prompts={prompts}", "--minibatches=4", "--passes=1",
         "--max_new_tokens=8", "--eval_interval=10", "--log_interval=10", f"--max_iters={max_iters}")
     bar.update(1)
 bar.close()

@@ -81,6 +81,8 @@ BASES = {
                dict(GO_ON, out_dir="dpo", epochs=2)],
     "grpo.py": [dict(SMALL_STEP, task="copy"), dict(SMALL_STEP, data="own.jsonl"),
                 dict(GO_ON, out_dir="grpo", max_iters=3, max_new_tokens=None)],
+    "ppo.py": [dict(SMALL_STEP, task="copy"), dict(SMALL_STEP, data="own.jsonl")],
+    "reward.py": [dict(ROWS, data="pairs.jsonl"), dict(ROWS, data="pairs.jsonl", checkpoint="sft/sft.safetensors")],
     "magpie.py": [dict(ROWS, checkpoint="dpo/dpo.safetensors")],
     "sample.py": [dict(prompt="def f"), dict(checkpoint="dpo/dpo.safetensors", prompt="Hello")],
     "eval.py": [dict(), dict(data="tokens"), dict(adapter="sft/sft.safetensors")],

@@ -49,8 +49,8 @@ def kill_and_resume(begin: list, go_on: list, begun, written, n: int, seed: int)
 @pytest.mark.parametrize("script, arguments, kills", [
     ("sft", ["--kind=lora", "--epochs=40", "--dropout=0.1", "--batch_size=2"], 4),
     ("dpo", ["--kind=full", "--epochs=25", "--learning_rate=1e-4", "--dropout=0.1", "--batch_size=2"], 3),
-    ("reward", ["--kind=lora", "--epochs=12", "--batch_size=4"], 3),
-    ("ppo", ["--kind=full", "--learning_rate=1e-4", "--max_iters=60", "--prompts=8", "--max_new_tokens=4",
+    ("reward", ["--kind=lora", "--epochs=8", "--batch_size=4"], 3),
+    ("ppo", ["--kind=full", "--learning_rate=1e-4", "--max_iters=36", "--prompts=4", "--max_new_tokens=4",
              "--minibatches=2", "--kl_target=0.1", "--eval_problems=4", "--pass_k=1", "--partial_weight=1"], 3)],
     ids=["sft", "dpo", "reward", "ppo"])
 def test_training(folder, pairs, tmp_path, script, arguments, kills):  # noqa: F811
