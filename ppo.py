@@ -449,7 +449,8 @@ while True:
     row = {**means, "length": np.mean(lengths), "truncated": cut.mean(), "kl_weight": kl_now, **found}
     if number % log_interval == 0 or number in (1, max_iters):
         tqdm.write(f"step {number:5d} | reward {row['reward']:6.3f} | right {row['right']:4.0%} | "
-                   f"KL {row['kl']:6.3f} | H {row['entropy']:5.3f} | V {row['explained']:5.2f}")
+                   + (f"KL {row['kl']:6.3f} | " if kl else "")
+                   + f"H {row['entropy']:5.3f} | V {row['explained']:5.2f}")
         row["train_loss"] = row.pop("loss")
         if not kl:
             del row["kl"]
