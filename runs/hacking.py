@@ -44,20 +44,31 @@ pairs = os.path.join(out, "pairs.jsonl")
 judge = os.path.join(out, "reward", "reward.safetensors")
 
 
+def answers_of(path: str, asked: list[tasks.Problem], draws: int) -> list[list[str]]:
+    """Eight answers of a model to each problem."""
+    model, meta = load_adapted(path)
+    enc, drawing = Tokenizer.from_dict(meta["tokenizer"]), {"system": "", "seed": 1, "rows": 256, "max_new_tokens": 8}
+    writer = rollouts.Writer(model, enc, meta, template_for_training(meta, enc), drawing)
+    answers = writer.answered([ids for ids in map(writer.ids_of, asked) for _ in range(8)], 1.0, draws)
+    return [[*map(writer.text_of, answers[i:i + 8])] for i in range(0, len(answers), 8)]
+
+
 def preferences() -> list[dict]:
     """Of each problem whose eight answers are not all right or all wrong: the first right and the first wrong one."""
-    model, meta = load_adapted(checkpoint)
-    enc, found = Tokenizer.from_dict(meta["tokenizer"]), []
-    drawing = {"system": "", "seed": 1, "rows": 256, "max_new_tokens": 8}
-    writer = rollouts.Writer(model, enc, meta, template_for_training(meta, enc), drawing)
-    asked = tasks.problems("sort", tasks.difficulties("sort"), 1001, n)  # another seed than ppo.py's
-    answers = writer.answered([ids for ids in map(writer.ids_of, asked) for _ in range(8)], 1.0, 0)
-    for i, one in enumerate(asked):
-        texts = [writer.text_of(answer) for answer in answers[8 * i:8 * i + 8]]
+    asked, found = tasks.problems("sort", tasks.difficulties("sort"), 1001, n), []  # another seed than ppo.py's
+    for one, texts in zip(asked, answers_of(checkpoint, asked, 0), strict=True):
         right, wrong = ([text for text in texts if text.strip() and tasks.check(one, text)[0] == yes] for yes in (1, 0))
         if right and wrong:
             found.append({"prompt": one.prompt, "chosen": right[0], "rejected": wrong[0]})
     return found
+
+
+def properties(path: str) -> str:
+    """The shares of a model's answers, to problems held out, that have six digits in order, and the prompt's digits."""
+    asked = tasks.problems("sort", tasks.difficulties("sort"), 1337, 128, held_out=True)
+    both = [(len(text) == 6 and text.isdigit() and sorted(text) == [*text], sorted(text) == sorted(one.answer))
+            for one, texts in zip(asked, answers_of(path, asked, 1), strict=True) for text in texts]
+    return " | ".join(f"{sum(some) / len(both):.1%}" for some in zip(*both, strict=True))
 
 
 def run(folder: str, script: str, *arguments: str):
@@ -101,8 +112,8 @@ best = min(held_out[1:], key=lambda row: row["val_loss"])
 with open(pairs) as file:
     print(f"{sum(1 for _ in file):,} pairs; held out the reward model is right about {best['accuracy']:.1%}, with a "
           f"calibration error of {best['ece']:.3f}\n\n"
-          "| `--kl` | reward before, after | right before | highest | after | KL after, nats an answer |\n"
-          "|---|---|---|---|---|---|")
+          "| `--kl` | reward before, after | right before | highest | after | KL after, nats an answer | "
+          "saved step: digits in order | the prompt's digits |\n|---|---|---|---|---|---|---|---|")
 from matplotlib.figure import Figure  # noqa: E402
 
 figure = Figure(figsize=(11, 4), layout="constrained")
@@ -116,7 +127,9 @@ for kl, colour in zip(kls.split(","), COLOURS, strict=False):
     first, last = rows[0], rows[-1]
     print(f"| {kl} | {first['val_reward']:.2f} {last['val_reward']:.2f} | {first['val_pass1']:.1%} | "
           f"{max(row['val_pass1'] for row in rows):.1%} | {last['val_pass1']:.1%} | "
-          + (f"{steps[-1]['kl']:.2f} |" if "kl" in steps[-1] else "not measured |"))
+          + (f"{steps[-1]['kl']:.2f} | " if "kl" in steps[-1] else "not measured | ")
+          + properties(os.path.join(folder, "ppo.safetensors")) + " |")
+print(f"before: {properties(checkpoint)}")
 for axes, title, label in zip(both, ("what PPO learns from", "what it should learn"),
                               ("reward model's mean reward, held out", "right answers, held out, %"), strict=True):
     axes.set(title=title, xlabel="thousands of rollouts", ylabel=label)
