@@ -538,6 +538,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const float* x
 }
 #endif
 
+#ifdef ADD_UP
+// out (n,): factor times the sums over PARTS arrays.
+__device__ void add_up(const T* const (&parts)[PARTS], float factor, float* out, int n) {
+  for (int i = (blockIdx.x * THREADS + threadIdx.x) * 8; i < n; i += gridDim.x * THREADS * 8) {
+    Eight<float> sums = {};
+    for (int p = 0; p < PARTS; p++) {
+      Eight<T> x = eight(parts[p] + i);
+      for (int j = 0; j < 8; j++) sums.x[j] += number(x.x[j]);
+    }
+    for (int j = 0; j < 8; j++) sums.x[j] *= factor;
+    *(Eight<float>*)(out + i) = sums;
+  }
+}
+#endif
+
 #ifdef TENSORS
 // Kernels of many arrays, which gpu_train.py lists in SIZES and ENDS: how many pieces of PIECE numbers an array and those
 // before it have. work(t, begin, n): the numbers begin to begin + n - 1 of array t. pick(t) tells where array t is.
