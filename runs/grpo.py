@@ -2,7 +2,7 @@
 docs/grpo.md, or of docs/rewards.md.
 
     python runs/grpo.py --seeds=3 --picture=docs/grpo.png
-    python runs/grpo.py --seeds=3 --names=sort --losses=grpo,ppo --picture=docs/ppo.png
+    python runs/grpo.py --seeds=3 --names=sort --losses=grpo,ppo,ppo-2 --picture=docs/ppo.png
 
 For each task and seed a new model is tuned by sft.py on 2,000 problems with their answers, which leaves it right on a
 tenth to two fifths of the problems held out; then grpo.py goes on with each loss from there, or ppo.py, with as many
