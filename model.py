@@ -1927,13 +1927,14 @@ def load_arrays(path: str) -> tuple[dict[str, mx.array], dict]:
 
 def maker_of(path: str) -> str:
     """The script that writes a checkpoint or an adapter under a file name such as sft.safetensors."""
-    names = ("sft", "dpo", "grpo", "ppo", "reward")
+    names = ("sft", "dpo", "grpo", "ppo", "reward", "distill", "diffusion")
     return {f"{x}.safetensors": f"{x}.py" for x in names}.get(os.path.basename(path), "train.py")
 
 
 def give_one_of(folder: str) -> str:
     """The end of an error message: the checkpoints and adapters in a folder, by the names that the scripts use."""
-    paths = (os.path.join(folder, f"{name}.safetensors") for name in ("ckpt", "best", "sft", "dpo", "grpo", "ppo"))
+    names = ("ckpt", "best", "sft", "dpo", "grpo", "ppo", "distill")
+    paths = (os.path.join(folder, f"{name}.safetensors") for name in names)
     found = [*filter(os.path.exists, paths)]
     return f"give {' or '.join(found)}" if found else "give a .safetensors file of train.py, sft.py or dpo.py"
 
@@ -1957,6 +1958,8 @@ def other_kind(path: str, arrays: dict, header: dict) -> str:
         return f"{path} is a dictionary of sae.py, not a checkpoint: give the checkpoint that it was trained on"
     if "reward" in header:
         return f"{path} is a reward model, which does not write: give the checkpoint that it was trained on"
+    if "top_k" in header:
+        return f"{path} holds a teacher's logits for distill.py, not a checkpoint: give the teacher"
     if any(name.endswith("learning_rate") for name in arrays):  # of an optimizer
         return f"{path} is the state from which a run resumes, not a checkpoint: {give_one_of(os.path.dirname(path))}"
     return f"{path} has no config in its header: copy or train it again"

@@ -39,7 +39,7 @@ try:
 except ImportError:  # Windows has no such locks: two runs in one folder go unnoticed there
     fcntl = None
 
-RESULTS = ("ckpt", "best", "sft", "dpo", "grpo", "ppo", "reward", "resume")
+RESULTS = ("ckpt", "best", "sft", "dpo", "grpo", "ppo", "reward", "distill", "diffusion", "resume")
 OWN = (r"(loss|experts|calibration)\.(csv|png)|run\.(json|lock)|ckpt\.optimizer-\d+\.safetensors|source(-\d+)*"
        r"|peft|tensorboard|wandb")  # what else a run writes
 locks = {}  # open files by path: a lock is held until its file is closed, at the latest when the process ends

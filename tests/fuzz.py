@@ -83,6 +83,11 @@ BASES = {
                 dict(GO_ON, out_dir="grpo", max_iters=3, max_new_tokens=None)],
     "ppo.py": [dict(SMALL_STEP, task="copy"), dict(SMALL_STEP, data="own.jsonl")],
     "reward.py": [dict(ROWS, data="pairs.jsonl"), dict(ROWS, data="pairs.jsonl", checkpoint="sft/sft.safetensors")],
+    "distill.py": [dict(teacher="model.safetensors"), dict(logits="model.logits", block_size=None),
+                   dict(teacher="model.safetensors", store="new.logits"),
+                   dict(GO_ON | ARCHITECTURE, out_dir="distill", max_iters=3, eval_windows=None)],
+    "diffusion.py": [dict(checkpoint=None, page=None), dict(checkpoint=None, page=None, init="model.safetensors",
+                                                            **ARCHITECTURE)],
     "magpie.py": [dict(ROWS, checkpoint="dpo/dpo.safetensors")],
     "sample.py": [dict(prompt="def f"), dict(checkpoint="dpo/dpo.safetensors", prompt="Hello")],
     "eval.py": [dict(), dict(data="tokens"), dict(adapter="sft/sft.safetensors")],
@@ -209,6 +214,8 @@ def make_world(world: Path):
     run("dpo.py", "sft/sft.safetensors", "pairs.jsonl", "--out_dir=dpo", "--epochs=1")
     run("grpo.py", "model.safetensors", "copy", "--out_dir=grpo", "--max_iters=1", "--prompts=2", "--eval_problems=2",
         "--samples=0")
+    run("distill.py", "model.safetensors", "text.txt", "--out_dir=distill", "--max_iters=1", "--eval_windows=2")
+    run("distill.py", "model.safetensors", "text.txt", "--store=model.logits")
     run("hqq.py", "model.safetensors", "--group_size=32", "--out=packed.safetensors")
     run("tuned_lens.py", "model.safetensors", "--data=text.txt", "--max_iters=1", "--eval_windows=1")
     run("hf_reader.py", "model.safetensors", "--export=hf")
