@@ -6,9 +6,10 @@
 
 The pairs may have any layout that records.py lists: prompt, chosen and rejected as texts or as messages, HH's strings,
 UltraFeedback's, Orca's, ... --loss=kto also takes single answers with a label. One of them is printed as the model sees
-it. The reference is the model before the first update. Its log-probabilities are computed once, so no second copy of
-the weights is needed. A checkpoint that is an adapter is merged into its base first. A pair that is longer than
-block_size tokens is left out.
+it. A row may have a "probability", from 0 to 1, that its chosen answer is the better one, as constitution.py writes it:
+then the loss is the expected one, of both orders of the pair. The reference is the model before the first update. Its
+log-probabilities are computed once, so no second copy of the weights is needed. A checkpoint that is an adapter is
+merged into its base first. A pair that is longer than block_size tokens is left out.
 
     OUT_DIR/dpo.safetensors      the step with the lowest validation loss: with --kind=full or --merge=True as a whole
                                  checkpoint, else as an adapter for the checkpoint that it was trained on
@@ -24,12 +25,14 @@ margin, the mean reward of the chosen answers minus that of the rejected ones; l
 the gradient before clipping. After every eval_interval updates a line shows the loss (val), acc and margin of the pairs
 held out, and logp, the mean log-probabilities of their chosen and rejected answers in nats: both can fall while their
 difference grows. Speed and memory are in loss.csv. The reward is beta times the log-probability of the answer minus the
-reference's (dpo, ipo, kto), or beta times the mean log-probability of its tokens (simpo, orpo). kto has no pairs: there
-acc is the share of answers whose reward is on the right side of z (see kto() below), and chosen and rejected are the
-desirable and the undesirable answers.
+reference's (dpo, robust, kto), or beta times the mean of this over the tokens (dpo_norm, ipo), or beta times the mean
+log-probability of a token (simpo, orpo). acc takes the answer with a probability over 1/2 as the chosen one. kto has no
+pairs: there acc is the share of answers whose reward is on the right side of z (see kto() below), and chosen and
+rejected are the desirable and the undesirable answers.
 
-Losses: dpo (Rafailov et al. 2023; label_smoothing: Mitchell 2023), ipo (Azar et al. 2023), simpo (Meng et al. 2024),
-orpo (Hong et al. 2024), kto (Ethayarajh et al. 2024).
+Losses: dpo (Rafailov et al. 2023; with label_smoothing Mitchell's cDPO), dpo_norm (by the token: Lambert et al. 2024),
+robust (Chowdhury et al. 2024), ipo (Azar et al. 2023, by the token as its authors computed it), kto (Ethayarajh et al.
+2024), and without a reference simpo (Meng et al. 2024) and orpo (Hong et al. 2024).
 """
 import hashlib
 import math
@@ -38,6 +41,7 @@ import shlex
 import sys
 import time
 from functools import partial
+from typing import NamedTuple
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -49,7 +53,7 @@ from tqdm import tqdm
 
 import draw
 import run_folder
-from config import UserError, check_output, overrides
+from config import UserError, check_output, given, overrides
 from conversations import encode, entries_to_keep, row_length, template_for_training, written
 from lora import KINDS, attach, base_fingerprint, load_adapted, quantize_base, save_adapter, save_merged, save_peft
 from lora import merge as merge_adapters
@@ -78,10 +82,10 @@ out_dir = "out-dpo"     # the folder of this run
 resume = False          # continue from OUT_DIR/resume.safetensors
 seed = 1337             # of the split, the order, the adapter and dropout
 # loss
-loss = "dpo"            # dpo | ipo | simpo | orpo | kto
-beta = 0.1              # scale of the reward (simpo: 2 is usual); orpo: weight of the odds
+loss = "dpo"            # dpo | dpo_norm | robust | ipo | simpo | orpo | kto
+beta = 0.1              # scale of the reward (dpo_norm: 5, simpo: 2 is usual); orpo: weight of the odds
 gamma = 1.0             # simpo: the target margin
-label_smoothing = 0.0   # dpo: assumed share of pairs with chosen and rejected swapped
+label_smoothing = 0.0   # dpo, dpo_norm, robust: assumed share of pairs with chosen and rejected swapped
 desirable_weight = 1.0    # kto: of the losses of desirable answers
 undesirable_weight = 1.0  # kto: of the losses of undesirable answers
 # adapter
@@ -116,36 +120,57 @@ log = ""                # send the rows of loss.csv also to tensorboard | wandb
 settings = overrides(globals(), "checkpoint", "data")
 
 # ---- losses: one number per pair, or per answer, from log-probabilities ----------------------------------------------
-#
-# pi_c, pi_r: the model's log-probabilities of the chosen and of the rejected answer, summed over tokens; ref_c, ref_r:
-# the reference's; n_c, n_r: the numbers of tokens.
+
+
+class Answers(NamedTuple):
+    """Of N answers, each (N,): log-probabilities by the model and by the reference, summed over tokens, and the numbers
+    of tokens."""
+    pi: mx.array
+    ref: mx.array
+    n: mx.array
 
 
 def log_sigmoid(x: mx.array) -> mx.array:
     return -mx.logaddexp(-x, 0)
 
 
-def dpo(pi_c, pi_r, ref_c, ref_r, beta: float, label_smoothing: float = 0.0) -> mx.array:
-    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h),   h = (pi_c - pi_r) - (ref_c - ref_r)."""
-    h = (pi_c - pi_r) - (ref_c - ref_r)
-    return -(1 - label_smoothing) * log_sigmoid(beta * h) - label_smoothing * log_sigmoid(-beta * h)
+def dpo(c: Answers, r: Answers, beta: float) -> mx.array:
+    """-log sigmoid(beta h),   h = log pi_c / ref_c - log pi_r / ref_r."""
+    return -log_sigmoid(beta * ((c.pi - c.ref) - (r.pi - r.ref)))
 
 
-def ipo(pi_c, pi_r, ref_c, ref_r, beta: float) -> mx.array:
-    """(h - 1 / (2 beta))^2,   h as in dpo."""
-    return mx.square((pi_c - pi_r) - (ref_c - ref_r) - 1 / (2 * beta))
+def dpo_norm(c: Answers, r: Answers, beta: float) -> mx.array:
+    """-log sigmoid(beta g),   g = log(pi_c / ref_c) / n_c - log(pi_r / ref_r) / n_r."""
+    return -log_sigmoid(beta * ((c.pi - c.ref) / c.n - (r.pi - r.ref) / r.n))
 
 
-def simpo(pi_c, pi_r, n_c, n_r, beta: float, gamma: float) -> mx.array:
+def robust(c: Answers, r: Answers, beta: float, flipped: float) -> mx.array:
+    """((1 - e) dpo(c, r) - e dpo(r, c)) / (1 - 2 e): where a share e of the pairs is swapped, its
+    expectation is dpo's on the pairs as they should be."""
+    return ((1 - flipped) * dpo(c, r, beta) - flipped * dpo(r, c, beta)) / (1 - 2 * flipped)
+
+
+def ipo(c: Answers, r: Answers, beta: float) -> mx.array:
+    """(g - 1 / (2 beta))^2,   g as in dpo_norm."""
+    return mx.square((c.pi - c.ref) / c.n - (r.pi - r.ref) / r.n - 1 / (2 * beta))
+
+
+def simpo(c: Answers, r: Answers, beta: float, gamma: float) -> mx.array:
     """-log sigmoid(beta pi_c / n_c - beta pi_r / n_r - gamma)."""
-    return -log_sigmoid(beta * (pi_c / n_c - pi_r / n_r) - gamma)
+    return -log_sigmoid(beta * (c.pi / c.n - r.pi / r.n) - gamma)
 
 
-def orpo(pi_c, pi_r, n_c, n_r, beta: float) -> mx.array:
+def orpo(c: Answers, r: Answers, beta: float) -> mx.array:
     """-pi_c / n_c - beta log sigmoid(log odds_c - log odds_r),   odds = p / (1 - p),   p = exp(pi / n)."""
-    mean_c, mean_r = (mx.minimum(pi / n, -1e-6) for pi, n in ((pi_c, n_c), (pi_r, n_r)))
+    mean_c, mean_r = (mx.minimum(a.pi / a.n, -1e-6) for a in (c, r))
     log_odds = mean_c - mean_r - (mx.log(-mx.expm1(mean_c)) - mx.log(-mx.expm1(mean_r)))
     return -mean_c - beta * log_sigmoid(log_odds)
+
+
+def expected(pair_loss, c: Answers, r: Answers, p: mx.array) -> mx.array:
+    """The loss of pairs whose c is the better answer with probability p (N,). For dpo this is the cross-entropy with a
+    soft label; with p = 1 - e for all, it is cDPO."""
+    return p * pair_loss(c, r) + (1 - p) * pair_loss(r, c)
 
 
 def kto_z(pi_other, ref_other, beta: float) -> mx.array:
@@ -156,9 +181,9 @@ def kto_z(pi_other, ref_other, beta: float) -> mx.array:
 
 def kto(pi, ref, label, z, beta: float, desirable_weight: float, undesirable_weight: float) -> mx.array:
     """w_d (1 - sigmoid(beta (pi - ref) - z)) for an answer whose label is 1, w_u (1 - sigmoid(z - beta (pi - ref)))
-    for one whose label is 0."""
+    for one whose label is 0; between both for a probability."""
     distance = beta * (pi - ref) - z
-    return mx.where(label == 1, desirable_weight * mx.sigmoid(-distance), undesirable_weight * mx.sigmoid(distance))
+    return label * desirable_weight * mx.sigmoid(-distance) + (1 - label) * undesirable_weight * mx.sigmoid(distance)
 
 
 def answer_log_probs(model: GPT, ids: mx.array, learned: mx.array) -> mx.array:
@@ -218,8 +243,16 @@ if resume:
 
 if not data:
     raise UserError("no pairs: give --data=FILE, a .jsonl, .json, .csv or .parquet")
-if loss not in ("dpo", "ipo", "simpo", "orpo", "kto"):
-    raise UserError(f"loss={loss!r} is not one of dpo, ipo, simpo, orpo, kto")
+OWN_SETTINGS = {"dpo": ["label_smoothing"], "dpo_norm": ["label_smoothing"], "robust": ["label_smoothing"], "ipo": [],
+                "simpo": ["gamma"], "orpo": [], "kto": ["desirable_weight", "undesirable_weight"]}  # beside beta
+if loss not in OWN_SETTINGS:
+    raise UserError(f"loss={loss!r} is not one of {', '.join(OWN_SETTINGS)}")
+for name in ("label_smoothing", "gamma", "desirable_weight", "undesirable_weight"):
+    if name in given and name not in OWN_SETTINGS[loss]:
+        users = ", ".join(other for other, names in OWN_SETTINGS.items() if name in names)
+        raise UserError(f"--loss={loss} has no {name}: leave it out, or take another loss ({users})")
+if loss == "robust" and not label_smoothing:
+    raise UserError("--loss=robust needs the assumed share of swapped pairs: give --label_smoothing=0.1, for example")
 if kind not in ("full", *KINDS):
     raise UserError(f"kind={kind!r} is not one of full, {', '.join(KINDS)}")
 if kind == "full" and base_bits:
@@ -233,9 +266,9 @@ if optimizer_bits not in (32, 8, 4) or optimizer_bits < 32 and not packed_states
 run_folder.check_settings(settings, resume)
 run_folder.check(out_dir, SCRIPT, overwrite, resume, [checkpoint, *adapter, data, val_data], "resume.safetensors")
 
-# ---- data: pairs (prompt, chosen, rejected), for kto answers (prompt, answer, whether it is desirable) ---------------
+# ---- data: pairs (prompt, chosen, rejected, probability); for kto answers (prompt, answer, label) --------------------
 
-read = read_labelled if loss == "kto" else read_preferences
+read = read_labelled if loss == "kto" else partial(read_preferences, soft=True)
 pairs = read(data, strict)
 if val_data:
     held_out = read(val_data, strict)
@@ -268,14 +301,14 @@ def answer_to_another(pairs: list, i: int) -> str:
 
 def both_rows(pairs: list, i: int) -> list[tuple[list[int], list[bool]]]:
     """Of the chosen and the rejected answer; for kto, of an answer and one to another prompt."""
-    prompt, answer, other = pairs[i]
+    prompt, answer, other = pairs[i][:3]
     return [encode_answer(prompt, text) for text in (answer, answer_to_another(pairs, i) if loss == "kto" else other)]
 
 
 def rows_of(pairs: list, what: str) -> tuple[list, dict[str, np.ndarray]]:
-    """The pairs that are learned, and "ids" and "learned" (pairs, 2, T + 1), padded to the longest row; for kto also
-    the "label" (pairs,). A pair that is longer than `longest` is left out, as an answer that is cut would be judged by
-    its beginning."""
+    """The pairs that are learned, and "ids" and "learned" (pairs, 2, T + 1), padded to the longest row; and "label"
+    (pairs,), the probability that the first answer is the better one, or for kto a desirable one. A pair that is longer
+    than `longest` is left out, as an answer that is cut would be judged by its beginning."""
     numbers, rows = written(range(len(pairs)), lambda i: both_rows(pairs, i), form, strict)
     found, left = [], []
     for i, both in zip(numbers, rows, strict=True):
@@ -293,15 +326,15 @@ def rows_of(pairs: list, what: str) -> tuple[list, dict[str, np.ndarray]]:
     for i, both in enumerate(found):
         for part, (row, yes) in enumerate(both):
             ids[i, part, :len(row)], learned[i, part, :len(row)] = row, yes
-    labels = [other for _, _, other in left]
-    counted = f"answers, {sum(labels)} desirable" if loss == "kto" else "pairs"
+    labels = np.array([pair[-1] for pair in left], np.float32)
+    counted = (f"answers, {(labels > 0.5).sum()} desirable" if loss == "kto" else
+               f"pairs, of mean probability {labels.mean():.3f}" if labels.min() < 1 else "pairs")
     print(f"{what}: {len(found)} {counted}, at most {T - 1} tokens"
           f"{f'; {skipped} SKIPPED, over {longest} tokens' if skipped else ''}")
     if what == "training":
         for row, yes in found[0][:1 if loss == "kto" else 2]:
             show(enc, row, yes)
-    return left, {"ids": ids, "learned": learned,
-                  **({"label": np.array(labels, np.float32)} if loss == "kto" else {})}
+    return left, {"ids": ids, "learned": learned, "label": labels}
 
 
 longest = row_length(1024, model.config.block_size, block_size)
@@ -393,30 +426,29 @@ state = [model.state, opt.state, mx.random.state]
 compiled = partial(mx.compile, inputs=state, outputs=state) if compile else lambda f: f
 
 
+PAIR_LOSSES = {"dpo": partial(dpo, beta=beta), "dpo_norm": partial(dpo_norm, beta=beta),
+               "robust": partial(robust, beta=beta, flipped=label_smoothing), "ipo": partial(ipo, beta=beta),
+               "simpo": partial(simpo, beta=beta, gamma=gamma), "orpo": partial(orpo, beta=beta)}
+
+
 def loss_and_figures(batch) -> tuple[mx.array, dict[str, mx.array]]:
     """The mean loss of a batch, and its figures by name: each a sum, and the number of what was summed."""
-    ids, learned = side_by_side(batch["ids"]), side_by_side(batch["learned"])
+    ids, learned, label = side_by_side(batch["ids"]), side_by_side(batch["learned"]), batch["label"]
     pi = answer_log_probs(model, ids, learned).reshape(2, -1)
     ref, n = batch["reference"].T, learned[:, 1:].sum(1).reshape(2, -1)
-    rewards = beta * (pi / n if loss in ("simpo", "orpo") else pi - ref)
-    chosen, rejected, first, second = mx.ones(pi.shape[1]), mx.ones(pi.shape[1]), 0, 1  # weights, rows of pi
-    right = (mx.sign(rewards[0] - rewards[1]) + 1) / 2
-    if loss == "dpo":
-        losses = dpo(pi[0], pi[1], ref[0], ref[1], beta, label_smoothing)
-    elif loss == "ipo":
-        losses = ipo(pi[0], pi[1], ref[0], ref[1], beta)
-    elif loss == "simpo":
-        losses = simpo(pi[0], pi[1], n[0], n[1], beta, gamma)
-    elif loss == "orpo":
-        losses = orpo(pi[0], pi[1], n[0], n[1], beta)
-    else:
+    rewards = beta * (pi - ref) / (1 if loss in ("dpo", "robust", "kto") else n)  # ref is 0 for simpo and orpo
+    if loss == "kto":
         z = kto_z(pi[1], ref[1], beta)
-        losses = kto(pi[0], ref[0], batch["label"], z, beta, desirable_weight, undesirable_weight)
-        right = (mx.sign((2 * batch["label"] - 1) * (rewards[0] - z)) + 1) / 2
-        chosen, rejected, second = batch["label"], 1 - batch["label"], 0
+        losses = kto(pi[0], ref[0], label, z, beta, desirable_weight, undesirable_weight)
+        above, chosen, rejected, second = rewards[0] - z, label, 1 - label, 0  # second: row of pi
+    else:
+        p = label if loss == "robust" else (1 - label_smoothing) * label + label_smoothing * (1 - label)
+        losses = expected(PAIR_LOSSES[loss], Answers(pi[0], ref[0], n[0]), Answers(pi[1], ref[1], n[1]), p)
+        above, chosen, rejected, second = rewards[0] - rewards[1], mx.ones(label.shape), mx.ones(label.shape), 1
+    right = (mx.sign(label - 0.5) * mx.sign(above) + 1) / 2
     figures = {"loss": (losses, mx.ones(losses.shape)), "accuracy": (right, mx.ones(losses.shape)),
-               "reward_chosen": (rewards[first], chosen), "reward_rejected": (rewards[second], rejected),
-               "chosen": (pi[first], chosen), "rejected": (pi[second], rejected)}
+               "reward_chosen": (rewards[0], chosen), "reward_rejected": (rewards[second], rejected),
+               "chosen": (pi[0], chosen), "rejected": (pi[second], rejected)}
     return losses.mean(), {name: mx.stack([(x * w).sum(), w.sum()]) for name, (x, w) in figures.items()}
 
 
@@ -559,7 +591,7 @@ def evaluate_and_best(number: int):
         losses["untrained"] = value
     is_best = number > 0 and (losses["best"] is None or value < losses["best"])
     mark = " | best" if is_best and value < losses["untrained"] else ""
-    tqdm.write(f"step {number:6d} | val  {value:6.4f} | acc {figures['accuracy']:4.0%} | "
+    tqdm.write(f"step {number:6d} | val {value:7.4f} | acc {figures['accuracy']:4.0%} | "
                f"margin {figures['margin']:6.3f} | logp {figures['chosen']:6.4g} {figures['rejected']:6.4g}{mark}")
     record(step=number, tokens=tokens, val_loss=value, **finite(figures))
     if is_best:

@@ -2,7 +2,8 @@
 
     conversations = read_conversations("alpaca.json")     # [[{"role", "content"}, ...], ...]
     pairs = read_preferences("hh.jsonl.gz")               # [(messages of the prompt, chosen text, rejected text), ...]
-    labelled = read_labelled("kto.parquet")               # [(messages of the prompt, text, whether it is good), ...]
+    pairs = read_preferences("judged.jsonl", soft=True)   # [(..., probability that the chosen one is better), ...]
+    labelled = read_labelled("kto.parquet")               # [(messages of the prompt, text, 1 good or 0 bad), ...]
     training, held_out = split(conversations, 0.1, seed=1337)
     show(enc, *encode(enc, training[0], "chatml"))        # one example as the model sees it
 
@@ -18,6 +19,7 @@ and counted, if it has an answer without text, a role that the templates lack (s
 an image.
 """
 import itertools
+import math
 import os
 import re
 import sys
@@ -212,6 +214,23 @@ def to_pairs(row: dict) -> tuple[str, list[str], list[tuple[list[dict], str, str
     return layout, fields, [(talks[0][:-1], talks[0][-1]["content"], talks[1][-1]["content"])]
 
 
+def probability(row: dict) -> float:
+    """That the chosen answer is the better one: 1 if the row does not say it."""
+    try:
+        found = float(row.get("probability", 1))
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise ValueError(f"probability is {str(row['probability'])[:30]!r}, not a number from 0 to 1")
+    return found
+
+
+def to_soft_pairs(row: dict) -> tuple[str, list[str], list[tuple[list[dict], str, str, float]]]:
+    """to_pairs(), with the probability of each pair."""
+    layout, fields, [pair] = to_pairs(row)
+    return layout, fields + ["probability"] * ("probability" in row), [(*pair, probability(row))]
+
+
 def with_prompt(prompt: list[dict], answer: list[dict], is_text: bool) -> list[dict]:
     """The messages of prompt and answer. The answer may repeat the end of the prompt; if that is a text, all of it."""
     both = next((n for n in range(min(len(prompt), len(answer)), 0, -1) if prompt[-n:] == answer[:n]), 0)
@@ -229,18 +248,18 @@ def without_prompt(chosen: str, rejected: str) -> tuple[str, list[list[dict]]]:
         for text in (chosen, rejected)]
 
 
-def to_labelled(row: dict) -> tuple[str, list[str], list[tuple[list[dict], str, bool]]]:
+def to_labelled(row: dict) -> tuple[str, list[str], list[tuple[list[dict], str, float]]]:
     """(layout, fields that are read, labelled answers) of a row: one, or the two of a pair."""
     field = next((name for name in LABELS if name in row), None)
     if field is None or "chosen" in row:
-        layout, fields, [(prompt, chosen, rejected)] = to_pairs(row)
-        return layout, fields, [(prompt, chosen, True), (prompt, rejected, False)]
+        layout, fields, [(prompt, chosen, rejected, p)] = to_soft_pairs(row)
+        return layout, fields, [(prompt, chosen, p), (prompt, rejected, 1 - p)]
     label = str(row[field]).strip().lower().removesuffix(".0")
     if label not in GOOD + BAD:
         raise ValueError(f"{field} is {label[:30]!r}, not true or false")
     layout, fields, talks = to_conversations({name: value for name, value in row.items() if name != field})
     return f"labelled {layout}", [*fields, field], [
-        (talk[:-1], talk[-1]["content"], label in GOOD) for talk in map(answered, talks)]
+        (talk[:-1], talk[-1]["content"], float(label in GOOD)) for talk in map(answered, talks)]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -257,16 +276,17 @@ def read_conversations(path: str, strict: bool = False) -> list[list[dict]]:
     return talks
 
 
-def read_preferences(path: str, strict: bool = False) -> list[tuple[list[dict], str, str]]:
-    """The pairs of a file: (messages of the prompt, chosen text, rejected text). The rest as read_conversations."""
-    found, line = read_examples(path, strict, to_pairs, PREFERENCES, "pairs")
+def read_preferences(path: str, strict: bool = False, soft: bool = False) -> list[tuple]:
+    """The pairs of a file: (messages of the prompt, chosen text, rejected text). soft: with the probability that the
+    chosen answer is the better one, as a fourth item. The rest as read_conversations."""
+    found, line = read_examples(path, strict, to_soft_pairs if soft else to_pairs, PREFERENCES, "pairs")
     print(line)
     return found
 
 
-def read_labelled(path: str, strict: bool = False) -> list[tuple[list[dict], str, bool]]:
-    """The labelled answers of a file, of which a pair gives two: (messages of the prompt, text, whether it is good).
-    The rest as read_conversations."""
+def read_labelled(path: str, strict: bool = False) -> list[tuple[list[dict], str, float]]:
+    """The labelled answers of a file, of which a pair gives two: (messages of the prompt, text, probability that it is
+    good: 1 or 0 but for pairs with a probability). The rest as read_conversations."""
     layouts = {"labelled answers": "prompt completion label", **PREFERENCES}
     found, line = read_examples(path, strict, to_labelled, layouts, "labelled answers")
     print(line)

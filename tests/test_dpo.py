@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
+from typing import NamedTuple
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -26,53 +28,83 @@ from tokenizer import byte_tokenizer
 ENC = byte_tokenizer()
 SOURCE = (ROOT / "dpo.py").read_text()
 START, END = SOURCE.index("# ---- losses"), SOURCE.index("# ---- resume")
-made = {"mx": mx, "GPT": GPT, "cross_entropy": cross_entropy, "tree_map": tree_map, "LOSS_CHUNK": LOSS_CHUNK}
+made = {"mx": mx, "GPT": GPT, "NamedTuple": NamedTuple, "cross_entropy": cross_entropy, "tree_map": tree_map,
+        "LOSS_CHUNK": LOSS_CHUNK}
 exec(SOURCE[START:END], made)  # the section of the losses stands by itself
-
-RNG = np.random.default_rng(0)
-PI, REF = -RNG.uniform(5, 60, (3, 16)), -RNG.uniform(5, 60, (3, 16))
-N = RNG.integers(3, 30, (2, 16)).astype(float)
-LABEL = RNG.integers(0, 2, 16).astype(float)
+TRL = dict(np.load(ROOT / "tests" / "fixtures" / "dpo.npz"))  # beta 0.3, of simpo 2
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def formula(name: str, beta: float) -> np.ndarray:
-    """From the papers, float64."""
-    h = (PI[0] - PI[1]) - (REF[0] - REF[1])
-    mean = PI[:2] / N
-    odds = np.exp(mean) / (1 - np.exp(mean))
-    z = max(0, (PI[2] - REF[2]).mean()) * beta
-    return {
-        "dpo": -np.log(sigmoid(beta * h)),
-        "cdpo": -0.8 * np.log(sigmoid(beta * h)) - 0.2 * np.log(sigmoid(-beta * h)),
-        "ipo": (h - 1 / (2 * beta)) ** 2,
-        "simpo": -np.log(sigmoid(beta * mean[0] - beta * mean[1] - 0.7)),
-        "orpo": -mean[0] - beta * np.log(sigmoid(np.log(odds[0] / odds[1]))),
-        "kto": np.where(LABEL == 1, 1.5 * (1 - sigmoid(beta * (PI[0] - REF[0]) - z)),
-                        0.5 * (1 - sigmoid(z - beta * (PI[0] - REF[0])))),
-    }[name]
+def losses_of(name: str, pi, p=1.0) -> mx.array:
+    """Of the answers of the fixture, as dpo.py calls it."""
+    ref, n, other, label = (mx.array(TRL[key].astype(np.float32)) for key in ("ref", "n", "other", "label"))
+    if name == "kto":
+        z = made["kto_z"](other, ref[1], 0.3)
+        return made["kto"](pi[0], ref[0], label, z, 0.3, 1.5, 0.5)
+    settings = {"robust": {"flipped": 0.2}, "simpo": {"beta": 2.0, "gamma": 0.7}}.get(name, {})
+    loss = partial(made[name.partition(".")[0]], **{"beta": 0.3, **settings})
+    chosen, rejected = (made["Answers"](pi[i], ref[i], n[i]) for i in (0, 1))
+    return made["expected"](loss, chosen, rejected, mx.array(0.8 if name == "dpo.smooth" else p))
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
-@pytest.mark.parametrize("name", ["dpo", "cdpo", "ipo", "simpo", "orpo", "kto"])
-def test_formula(name, beta):
-    pi, ref, n, label = (mx.array(x.astype(np.float32)) for x in (PI, REF, N, LABEL))
-    f, z = made["dpo" if name == "cdpo" else name], made["kto_z"](pi[2], ref[2], beta)
-    found = {"dpo": lambda: f(*pi[:2], *ref[:2], beta), "cdpo": lambda: f(*pi[:2], *ref[:2], beta, 0.2),
-             "ipo": lambda: f(*pi[:2], *ref[:2], beta), "simpo": lambda: f(*pi[:2], *n, beta, 0.7),
-             "orpo": lambda: f(*pi[:2], *n, beta), "kto": lambda: f(pi[0], ref[0], label, z, beta, 1.5, 0.5)}[name]()
-    np.testing.assert_allclose(np.array(found), formula(name, beta), rtol=2e-4, atol=2e-5)
+@pytest.mark.parametrize("name", [name[:-5] for name in TRL if name.endswith(".loss")])
+def test_losses_of_trl(name):
+    """Loss and gradient."""
+    pi = mx.array(TRL["pi"].astype(np.float32))
+    found, gradient = mx.value_and_grad(lambda pi: losses_of(name, pi).mean())(pi)
+    assert found.item() == pytest.approx(float(TRL[f"{name}.loss"]), rel=1e-5)
+    np.testing.assert_allclose(np.array(gradient), TRL[f"{name}.gradient"], rtol=2e-4, atol=1e-6)
+
+
+def formula(name: str, p: np.ndarray) -> np.ndarray:
+    """From the papers, float64; beta 0.3, of simpo 2."""
+    pi, ref, n, label = (TRL[key].astype(np.float64) for key in ("pi", "ref", "n", "label"))
+    ratio, mean = pi - ref, pi / n
+    h, g, odds = ratio[0] - ratio[1], ratio[0] / n[0] - ratio[1] / n[1], np.exp(mean) / (1 - np.exp(mean))
+    z = max(0, (TRL["other"] - ref[1]).mean()) * 0.3
+    good, bad = -np.log(sigmoid(0.3 * h)), -np.log(sigmoid(-0.3 * h))
+    return {"dpo": p * good + (1 - p) * bad,
+            "dpo_norm": -p * np.log(sigmoid(0.3 * g)) - (1 - p) * np.log(sigmoid(-0.3 * g)),
+            "robust": (p * (0.8 * good - 0.2 * bad) + (1 - p) * (0.8 * bad - 0.2 * good)) / 0.6,
+            "ipo": (g - (2 * p - 1) / 0.6) ** 2 + (1 - (2 * p - 1) ** 2) / 0.36,
+            "simpo": -p * np.log(sigmoid(2 * (mean[0] - mean[1]) - 0.7)) - (1 - p) * np.log(
+                sigmoid(2 * (mean[1] - mean[0]) - 0.7)),
+            "orpo": -p * mean[0] - (1 - p) * mean[1] - 0.3 * p * np.log(sigmoid(np.log(odds[0] / odds[1])))
+            - 0.3 * (1 - p) * np.log(sigmoid(np.log(odds[1] / odds[0]))),
+            "kto": np.where(label == 1, 1.5 * (1 - sigmoid(0.3 * ratio[0] - z)),
+                            0.5 * (1 - sigmoid(z - 0.3 * ratio[0])))}[name]
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo_norm", "robust", "ipo", "simpo", "orpo", "kto"])
+def test_formula(name):
+    """With a probability of its own for each pair."""
+    p = np.linspace(0, 1, 12)
+    found = losses_of(name, mx.array(TRL["pi"].astype(np.float32)), mx.array(p.astype(np.float32)))
+    np.testing.assert_allclose(np.array(found), formula(name, p), rtol=2e-4, atol=2e-5)
+
+
+def test_robust_is_unbiased():
+    """With the share of swapped pairs that it assumes, it is DPO's loss in expectation."""
+    pi = mx.array(TRL["pi"].astype(np.float32))
+    np.testing.assert_allclose(np.array(losses_of("robust", pi, 0.8)), np.array(losses_of("dpo", pi)), atol=2e-5)
+
+
+def test_a_soft_label_is_fitted():
+    """The gradient is 0 where the model's own probability of the preference is the label: sigmoid(beta h) = p."""
+    h = np.log(0.7 / 0.3) / 0.3
+    pi = mx.array(TRL["ref"].astype(np.float32)) + mx.array([[h], [0.0]])
+    gradient = mx.grad(lambda pi: losses_of("dpo", pi, 0.7).sum())(pi)
+    np.testing.assert_allclose(np.array(gradient), 0, atol=1e-5)
 
 
 def test_divergence_of_kto_is_a_constant():
-    pi = mx.array(PI.astype(np.float32))
-    ref, label = pi - mx.array([[1.0], [9.0], [3.0]]), mx.ones(16)
+    pi, other = mx.array(TRL["pi"].astype(np.float32)), mx.array(TRL["other"].astype(np.float32))
     gradient = mx.grad(lambda other: made["kto"](
-        pi[0], ref[0], label, made["kto_z"](other, ref[2], 0.1), 0.1, 1.0, 1.0).sum())(pi[2])
-    assert mx.array_equal(gradient, mx.zeros(16))
+        pi[0], pi[0] - 1, mx.ones(12), made["kto_z"](other, other - 3, 0.1), 0.1, 1.0, 1.0).sum())(other)
+    assert mx.array_equal(gradient, mx.zeros(12))
 
 
 def test_log_probs_are_a_plain_sum():
@@ -143,7 +175,7 @@ def rows_of(out, split) -> list[dict]:
 
 @pytest.mark.parametrize("arguments, first", [
     (["--loss=dpo"], math.log(2)), (["--loss=ipo", "--kind=dora"], 1 / (4 * 0.1**2)), (["--loss=kto"], 0.5),
-    (["--loss=dpo", "--label_smoothing=0.1", "--base_bits=8"], math.log(2)), (["--loss=simpo", "--beta=2"], None),
+    (["--loss=robust", "--label_smoothing=0.1", "--base_bits=8"], math.log(2)), (["--loss=simpo", "--beta=2"], None),
     (["--loss=orpo", "--kind=full", "--learning_rate=1e-3"], None),
     (["--loss=dpo", "--precision=fp8", "--optimizer_bits=8"], None),
     (["--loss=dpo", "--kind=full", "--learning_rate=1e-3", "--precision=nvfp4", "--optimizer_bits=4"], None),
@@ -180,7 +212,7 @@ def test_learns(folder, pairs, tmp_path, arguments, first):  # noqa: F811
         if "--loss=simpo" in arguments or "--loss=orpo" in arguments:
             rewards[good].append((2 if "--beta=2" in arguments else 0.1) * pi / learned.sum().item())
         else:
-            rewards[good].append(0.1 * (pi - ref))
+            rewards[good].append(0.1 * (pi - ref) / (learned.sum().item() if "--loss=ipo" in arguments else 1))
         sums[good].append(pi)
     assert len(answers) == 8 and meta["losses"]["chosen"] == best["chosen"]
     assert np.mean(sums[True]) == pytest.approx(best["chosen"], rel=1e-3)
@@ -214,6 +246,22 @@ def test_labelled_answers(folder, tmp_path):  # noqa: F811
     assert rows[-1]["margin"] > 0.2 and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["chosen"] > rows[0]["chosen"] and rows[-1]["rejected"] < rows[0]["rejected"]
     assert "no known layout" in dpo(folder, path, tmp_path / "b", "--loss=dpo", status=2).stderr
+
+
+def test_soft_labels(folder, tmp_path):  # noqa: F811
+    """With the probability 0.2 for all pairs the "rejected" answers win, up to odds of 4."""
+    path = tmp_path / "soft.jsonl"
+    with open(path, "w") as file:
+        for i in range(40):
+            word = "abcdefgh"[i % 8] * 3
+            print(json.dumps({"prompt": f"{i} {word}", "chosen": word.upper(), "rejected": word, "probability": 0.2}),
+                  file=file)
+    done = dpo(folder, path, tmp_path / "out", "--loss=dpo_norm", "--beta=5")
+    rows = rows_of(tmp_path / "out", "val")
+    assert "probability)" in done.stdout and "of mean probability 0.200" in done.stdout
+    assert rows[-1]["accuracy"] == 1 and rows[-1]["margin"] == pytest.approx(-math.log(4), abs=0.4)
+    entropy = -0.2 * math.log(0.2) - 0.8 * math.log(0.8)
+    assert entropy - 1e-4 < rows[-1]["loss"] < entropy + 0.05
 
 
 def test_chain(folder, pairs, tmp_path):  # noqa: F811
@@ -255,6 +303,7 @@ def test_merged(folder, pairs, tmp_path):  # noqa: F811
     ({"prompt": "x", "chosen": "y"}, "no known layout"), ({"chosen": "x", "rejected": "y"}, "do not answer one prompt"),
     ({"prompt": "x", "chosen": "y", "rejected": "y"}, "are equal"), ("{", "no JSON"), ("[] ", "is empty"),
     ({"prompt": "x", "chosen": " ", "rejected": "y"}, "chosen has no answer"),
+    ({"prompt": "x", "chosen": "y", "rejected": "z", "probability": 1.5}, "not a number from 0 to 1"),
     ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "x", "rejected": "y"}, "role 'bot' is not"),
     ({"prompt": "x", "chosen": [{"role": "assistant", "content": ""}], "rejected": "y"}, "chosen has no answer"),
 ], ids=str)
@@ -270,7 +319,8 @@ def test_bad_lines(folder, tmp_path, line, says):  # noqa: F811
     (["--label_smoothing=0.5"], "label_smoothing"), (["--learning_rate=-1"], "learning_rate=-1.0"),
     (["--min_lr=1e-6"], "share of the peak"), (["--dropout=-0.1"], "dropout"), (["--grad_accum=0"], "grad_accum=0"),
     (["--kind=full", "--base_bits=4"], "packed weights"), (["--precision=fp4"], "precision='fp4'"),
-    (["--optimizer_bits=16"], "must be 32"),
+    (["--optimizer_bits=16"], "must be 32"), (["--loss=ipo", "--label_smoothing=0.1"], "ipo has no label_smoothing"),
+    (["--gamma=1"], "take another loss (simpo)"), (["--loss=robust"], "needs the assumed share"),
 ], ids=str)
 def test_mistakes(folder, pairs, tmp_path, arguments, says):  # noqa: F811
     assert says in dpo(folder, pairs, tmp_path / "out", *arguments, status=2).stderr
