@@ -5,6 +5,7 @@
         page.goto(page.server.url)                       # the playground itself
 """
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -55,32 +56,69 @@ def chromium():
         browser.close()
 
 
+idle = {}  # browser: profiles, each an empty window of it, that no test has at the moment
+
+
+@contextlib.contextmanager
+def profile(browser, server: Server, **options):
+    """A profile: with options a new one, else one that an earlier page had and whose data are deleted, because a new
+    window takes 0.7 s of the processor for the browser's own buttons."""
+    free = idle.setdefault(browser, [])
+    if options or not free:
+        context = browser.new_context(**{"service_workers": "block"} | options)
+        context.empty = None if options else context.new_page()  # it keeps the window open
+    else:
+        context = free.pop()
+    try:
+        yield context
+    except BaseException:
+        options = {"failed": True}
+        raise
+    finally:
+        if options:
+            context.close()
+    if not options:
+        for opened in context.pages:
+            if opened is not context.empty:
+                opened.close()
+        context.unroute_all()
+        context.clear_permissions()
+        session = context.new_cdp_session(context.empty)
+        session.send("Storage.clearDataForOrigin", {"origin": server.url, "storageTypes": "all"})
+        session.send("Network.clearBrowserCache")
+        session.detach()
+        free.append(context)
+
+
 @contextlib.contextmanager
 def page(browser, server: Server, first_text: int | None = None, **options):
-    """An empty page of the server's, in a profile of its own. It fails the test on an uncaught error, an error in the
+    """An empty page of the server's, in a profile without data. It fails the test on an uncaught error, an error in the
     console and a request to any other server, all of which page.problems holds: a test may clear them that it expects.
     first_text: tokens that the page writes when it opens, which are 200 else and slow other tests down in software.
     options: of Playwright's new_context, such as viewport and color_scheme. Unless service_workers is "allow", the page
     has none: route() would not see its requests."""
-    context = browser.new_context(**{"service_workers": "block"} | options)
-    if first_text:
-        kept = json.dumps({"length": str(first_text)})
-        context.add_init_script(f"try {{ localStorage['tinygpt.fields'] ??= '{kept}' }} catch {{}}")
-    opened, problems = context.new_page(), []
-    opened.server, opened.problems = server, problems
-    opened.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))
-    opened.on("crash", lambda _: problems.append("the page crashed"))
-    opened.on("console", lambda message: message.type == "error" and problems.append(f"console: {message.text}"))
-    ours = (server.url + "/", "data:", "blob:")
-    context.on("request", lambda asked: asked.url.startswith(ours) or problems.append(f"it asked {asked.url}"))
-    empty = "<!doctype html><html lang=en><title>empty</title><link rel=icon href='data:,'>"
-    opened.route(f"{server.url}/empty.html", lambda route: route.fulfill(body=empty, content_type="text/html"))
-    opened.goto(f"{server.url}/empty.html")
-    try:
+    with profile(browser, server, **options) as context:
+        opened, problems = context.new_page(), []
+        opened.server, opened.problems = server, problems
+        if first_text:
+            kept = json.dumps({"length": str(first_text)})
+            opened.add_init_script(f"try {{ localStorage['tinygpt.fields'] ??= '{kept}' }} catch {{}}")
+        opened.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))
+        opened.on("crash", lambda _: problems.append("the page crashed"))
+        opened.on("console", lambda message: message.type == "error" and problems.append(f"console: {message.text}"))
+        ours = (server.url + "/", "data:", "blob:")
+
+        def asked(request):
+            request.url.startswith(ours) or problems.append(f"it asked {request.url}")
+
+        context.on("request", asked)
+        empty = "<!doctype html><html lang=en><title>empty</title><link rel=icon href='data:,'>"
+        opened.route(f"{server.url}/empty.html", lambda route: route.fulfill(body=empty, content_type="text/html"))
+        opened.goto(f"{server.url}/empty.html")
+        opened.wait_for_function = functools.partial(opened.wait_for_function, polling=50)  # ms; else at each frame
         yield opened
-    finally:
-        context.close()
-    assert not problems, problems
+        context.remove_listener("request", asked)
+        assert not problems, problems
 
 
 def js(page, function: str, *arguments):
