@@ -86,6 +86,14 @@ def page(chromium, server):
         yield opened
 
 
+@pytest.fixture(scope="session")
+def opened(chromium, server):
+    """An empty page for tests that only call functions of the page's modules. Its device compiles each kernel once for
+    all of them. A test that leaves the device or the page changed takes `page`."""
+    with browser.page(chromium, server) as found:
+        yield found
+
+
 def load_adapter(model, path: str, weight: float = 1.0, header: dict | None = None) -> dict:
     """Put a saved adapter onto a model, whatever its base was; header: of its checkpoint. Returns the adapter's
     header."""

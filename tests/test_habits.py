@@ -3,7 +3,6 @@ on checkpoints; heads whose habit is known; the visible keys of every variant.""
 import re
 
 import blas  # noqa: F401  (before mlx)
-import browser
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -27,12 +26,6 @@ IN_PAGE = """async (maps, ids, window) => {
         [name, share, chance, rows, far(habits[name])]));
     return [told, most && [heads.indexOf(most.head), most.name]];
 }"""
-
-
-@pytest.fixture(scope="module")
-def opened(chromium, server):
-    with browser.page(chromium, server) as page:
-        yield page
 
 
 def written_out(weights, ids, window: int) -> dict:

@@ -4,7 +4,6 @@ import zlib
 from functools import partial
 
 import blas  # noqa: F401  (before mlx)
-import browser
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -19,12 +18,6 @@ import patching
 import tuned_lens
 from model import GPT, PackedExperts, generate, load_checkpoint, save_checkpoint
 from quantized import Factored, dense_weight, replace_module
-
-
-@pytest.fixture(scope="module")
-def opened(chromium, server):
-    with browser.page(chromium, server) as page:
-        yield page
 
 
 def shaken(model: GPT) -> GPT:

@@ -9,7 +9,6 @@ import random
 import sys
 import unicodedata
 
-import browser
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -21,12 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 from model import GPT, GPTConfig, load_arrays, load_checkpoint, save_arrays, save_checkpoint
 from tokenizer import DIGITS_ALONE, EOT, GPT2_PATTERN, PATTERN, Tokenizer, byte_tokenizer, char_tokenizer
-
-
-@pytest.fixture(scope="module")
-def opened(chromium, server):
-    with browser.page(chromium, server) as page:
-        yield page
 
 
 @pytest.fixture

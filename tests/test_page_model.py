@@ -7,7 +7,6 @@ import re
 from dataclasses import asdict
 
 import blas  # noqa: F401  (before mlx)
-import browser
 import gguf
 import mlx.core as mx
 import mlx.nn as nn
@@ -69,13 +68,6 @@ const last = async (steps) => { let found; for await (found of steps); return fo
 """
 
 
-@pytest.fixture(scope="module")
-def opened(chromium, server):
-    """A page of these tests, whose device compiles each kernel once. A test that changes the device takes `page`."""
-    with browser.page(chromium, server) as page:
-        yield page
-
-
 def in_page(page, name: str, body: str, *arguments, parameters: str = ""):
     """The result of a function's body, in which `model` is the model of a checkpoint and `gpu` the device."""
     found = js(page, f"async ({parameters}) => {{ {LOAD.replace('NAME', json.dumps(name))} {body} }}", *arguments)
@@ -125,20 +117,35 @@ def test_logits_and_text(name, opened, server):
     assert text == list(generate(model, IDS, 30, temperature=0, n_vocab=257))
 
 
-WITH_LIMIT = """async (bytes) => {
-    const { GPU } = await import("/gpu.js");
-    globalThis.gpu = await GPU.open();
-    gpu.info.limits = { buffer: bytes, binding: bytes };
-}"""
+@pytest.fixture
+def limited(opened):
+    """The page of these tests, and a function that lets its device have buffers of so many bytes only, until the end of
+    the test."""
+    set_limits = """async (limits) => {
+        const { GPU } = await import("/gpu.js");
+        globalThis.gpu ??= await GPU.open();
+        const before = gpu.info.limits;
+        gpu.info.limits = limits;
+        return before;
+    }"""
+    before = []
+
+    def to(bytes: int):
+        before.append(js(opened, set_limits, {"buffer": bytes, "binding": bytes}))
+
+    yield opened, to
+    for limits in before:
+        js(opened, set_limits, limits)
 
 
 @pytest.mark.parametrize("name, bytes, slices", [("half", 70_000, 2), ("phi", 70_000, 4), ("4-bit", 20_000, 2)])
-def test_matrices_beyond_the_limit(name, bytes, slices, page, server, monkeypatch):
+def test_matrices_beyond_the_limit(name, bytes, slices, limited, server, monkeypatch):
     """Embedding and head are held in slices of rows where a buffer cannot have all of them: logits and text are those
     of the whole matrices."""
     monkeypatch.setitem(FLAVOURS, name, FLAVOURS[name] | {"vocab_size": 1000})
     path, model = flavour(server, name)
-    js(page, WITH_LIMIT, bytes)
+    page, limit = limited
+    limit(bytes)
     ids = IDS[:4]
     sizes, logits, text = in_page(page, path, """
         const text = [], sizes = model.made.map(({ size }) => size);
@@ -151,10 +158,11 @@ def test_matrices_beyond_the_limit(name, bytes, slices, page, server, monkeypatc
     assert text == list(generate(model, ids, 12, temperature=0, n_vocab=257))
 
 
-def test_too_large_for_the_device(page, server):
+def test_too_large_for_the_device(limited, server):
     """Keys and values, attention maps and a batch that do not fit are told, with what to do."""
     path, _ = flavour(server, "default")
-    js(page, WITH_LIMIT, 2**20)
+    page, limit = limited
+    limit(2**20)
     said = in_page(page, path, """
         const { attention } = await import("/inside.js"), { Trainer } = await import("/train.js"), said = [];
         const tries = async (bytes, work) => {
@@ -632,14 +640,14 @@ LEARNED = {  # flavours whose parts a backward pass has
 
 
 @pytest.mark.parametrize("name, T, tiles", [*((name, 16, []) for name in LEARNED), ("gemma", 40, [TILES])])
-def test_gradients_of(name, T, tiles, page, server):
+def test_gradients_of(name, T, tiles, opened, server):
     """The gradient of each parameter is that of MLX, also with the kernels in tiles."""
     model = small(n_layer=2, block_size=T, **LEARNED[name])
     model.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape, key=mx.random.key(p.size)), model.parameters()))
     path = save(server, f"learned-{name}.safetensors", model)
     ids = [i % 257 for i in RNG.integers(0, 257, 140).tolist()]
     starts = [3, 20]
-    found, loss = in_page(page, path, """
+    found, loss = in_page(opened, path, """
         gpu.paths.tiles = tiles;
         const { Trainer } = await import("/train.js");
         const trainer = await Trainer.create(gpu, { model, ids, batch_size: 2, learning_rate: 1e-9 });
@@ -647,6 +655,7 @@ def test_gradients_of(name, T, tiles, page, server):
         const all = new Float32Array(await gpu.read(trainer.gradients));
         for (const [name, { at, size }] of trainer.places) found[name] = Array.from(all.subarray(at, at + size));
         trainer.destroy();
+        gpu.paths.tiles = [];
         return [found, loss];""", ids, starts, tiles, parameters="ids, starts, tiles")
     windows = mx.array([ids[start:start + T + 1] for start in starts])
 

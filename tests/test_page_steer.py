@@ -21,12 +21,6 @@ from tokenizer import Tokenizer
 IDS, OTHER, AT = [*range(7, 37)], [*range(90, 105)], 3  # a prompt, another one, and a position in it
 
 
-@pytest.fixture(scope="module")
-def opened(chromium, server):
-    with browser.page(chromium, server) as page:
-        yield page
-
-
 def together(*taps):
     """A tap that calls all of these."""
     def tap(site, layer, x):

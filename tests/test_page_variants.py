@@ -164,12 +164,6 @@ IDEAS = {
 
 
 @pytest.fixture(scope="module")
-def opened(chromium, server):
-    with browser.page(chromium, server) as page:
-        yield page
-
-
-@pytest.fixture(scope="module")
 def checkpoint(server):
     """A function of an idea's name: a checkpoint, and its model."""
     made = {}
