@@ -43,12 +43,13 @@ def pytest_make_collect_report(collector):
     return unless_explained(report, collector.config, reason)
 
 
-def launch(n: int) -> list[str]:
-    """What begins a command that n processes run together. Each process of the tests takes ports of its own, or two
-    tests at a time would mix theirs up."""
-    port = 10_000 + os.getpid() * 8 % 20_000
-    launcher = os.path.join(os.path.dirname(sys.executable), "mlx.launch")
-    return [launcher, "-n", str(n), "-p", str(port), "--"] if n > 1 else []
+def launch(n: int, by_mlx: bool = False) -> list[str]:
+    """What begins a command that n processes run together: launch.py, or mlx.launch where a test is about how it ends
+    them. Each process of the tests takes ports of its own, or two tests at a time would mix theirs up."""
+    port = str(10_000 + os.getpid() * 8 % 20_000)
+    if by_mlx:
+        return [os.path.join(os.path.dirname(sys.executable), "mlx.launch"), "-n", str(n), "-p", port, "--"]
+    return [sys.executable, str(ROOT / "tests" / "launch.py"), str(n), port] if n > 1 else []
 
 
 def run(script: str, *arguments, status: int = 0) -> subprocess.CompletedProcess:

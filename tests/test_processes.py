@@ -175,7 +175,7 @@ def test_ends(loops, name):
 
 def test_of_mlx_launch(data, tmp_path):  # noqa: F811
     """A run ends when its first process is stopped, and goes on from the last checkpoint."""
-    process = subprocess.Popen([*launch(2), *command(data, tmp_path, "--max_iters=20000", "--timeout=4")],
+    process = subprocess.Popen([*launch(2, by_mlx=True), *command(data, tmp_path, "--max_iters=20000", "--timeout=4")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step      9"):
