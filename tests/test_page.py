@@ -83,6 +83,17 @@ def wait_for_run(page, kept: bool, timeout: int = LONG):
     pytest.fail("no run is stored" if kept else "a run is still stored")
 
 
+def slow_down(page):
+    """Each update of a training run waits a tenth of a second: a run without an end leaves the processor to others."""
+    js(page, """async () => {
+        const { Trainer } = await import("/train.js"), { step } = Trainer.prototype;
+        Trainer.prototype.step = async function (...given) {
+            await new Promise((resolve) => setTimeout(resolve, 100));
+            return step.apply(this, given);
+        };
+    }""")
+
+
 def write(page, length: int) -> str:
     """Press the button, wait for this many tokens, and return the text."""
     says(page, "write", "Write")
@@ -507,6 +518,7 @@ def test_destroyed_device(page, files):
     """If the device is lost soon after the start of a training run, the page offers the stored run on the new device,
     and no message about the loss is left."""
     begin(page, files)
+    slow_down(page)
     page.click("#tab-train")
     page.fill("#text", "the cat sat on the mat. a dog ran to the cat. " * 40)
     for name, value in dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=1, max_iters=100000).items():

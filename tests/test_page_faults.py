@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_page
 from browser import js
-from test_page import LONG, MESSAGES, SECOND, begin, panel, says, write
+from test_page import LONG, MESSAGES, SECOND, begin, panel, says, slow_down, write
 
 import tuned_lens
 from lora import base_fingerprint
@@ -392,6 +392,7 @@ def test_two_tabs(page, files):
     other.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
     for each in page, other:
         each.bring_to_front()
+        slow_down(each)
         each.click("#tab-train")
         each.fill("#text", "the cat sat on the mat. " * 20)
         for name, value in dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=1, max_iters=9999).items():

@@ -20,13 +20,6 @@ from tokenizer import Tokenizer
 from tuned_lens import logit_lens
 
 
-@pytest.fixture
-def page(chromium, server):
-    """A page as visitors see it, which writes 200 tokens when it opens."""
-    with browser.page(chromium, server) as opened:
-        yield opened
-
-
 @pytest.fixture(scope="module")
 def playground(chromium, server, files):  # noqa: F811
     """The playground with the tiny checkpoint, opened through a link."""
@@ -104,7 +97,8 @@ def test_models(page):
     assert page.get_attribute("#models [data-model=english]", "aria-pressed") == "true"
     page.click("#copy-link")
     link = js(page, "() => location.hash")
-    assert link == "#panel=lens&model=english&prompt=Once+upon+a+time&look-prompt=She+opened+the+door+and+went+into+the"
+    assert link == ("#panel=lens&model=english&prompt=Once+upon+a+time&length=20"
+                    "&look-prompt=She+opened+the+door+and+went+into+the")
     page.click("#models [data-model=python]")
     says(page, "card-name", "demo.safetensors")
     says(page, "sheet", "^class")
@@ -165,7 +159,7 @@ def demo():
 @pytest.fixture(scope="module")
 def opened(chromium, server):
     """The playground with its own model."""
-    with browser.page(chromium, server, viewport=LAPTOP) as page:
+    with browser.page(chromium, server, first_text=20, viewport=LAPTOP) as page:
         page.goto(page.server.url)
         page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
         yield page
@@ -265,7 +259,7 @@ def test_tour(opened):
     page.set_viewport_size(LAPTOP)
     page.keyboard.press("Escape")
     assert page.locator(".tour").count() == 0 and js(page, "() => document.activeElement.id") == "tour"
-    assert values(page, "prompt", "length", "temperature", "look-prompt") == ["import ", "200", "0.8", "mine"]
+    assert values(page, "prompt", "length", "temperature", "look-prompt") == ["import ", "20", "0.8", "mine"]
     assert page.inner_text("#tour") == "Go on with the tour, at step 6"
     page.click("#tour")
     page.wait_for_selector(".tour:has-text('Step 6 of 6')")
@@ -273,7 +267,7 @@ def test_tour(opened):
     page.wait_for_selector("#sheet .t", state="attached", timeout=LONG)
     page.click("#tour")
     page.click(".tour >> text=End the tour")
-    assert values(page, "prompt", "length", "look-prompt") == ["import ", "200", "mine"]
+    assert values(page, "prompt", "length", "look-prompt") == ["import ", "20", "mine"]
     assert page.inner_text("#tour") == "Take the tour again"
 
 
