@@ -40,8 +40,9 @@ def test_lost_connection(page, files):
     says(page, "train-wrong", r"lost the connection to its server \(\w+.js")
     page.click("#tab-speed")
     page.fill("#length", "7")
+    page.unroute_all(behavior="wait")
+    page.wait_for_timeout(SECOND / 2)  # until the console has told of the last one
     page.problems.clear()  # the expected failures
-    page.unroute_all()
     assert page.input_value("#prompt") == "ab" and page.input_value("#text") == ""
     write(page, 7)
     page.click("#measure")
