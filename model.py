@@ -217,8 +217,13 @@ def check_needs(config: GPTConfig):
 
 def check_bidirectional(config: GPTConfig):
     """UserError for a variant that is made for positions which read those before them."""
-    for name in ("alibi", "sliding_window", "mod", "yoco"):
-        if config.bidirectional and getattr(config, name, None) not in (None, getattr(GPTConfig, name, None)):
+    on = {}
+    on["alibi"] = config.alibi  # alibi
+    on["sliding_window"] = config.sliding_window  # window
+    on["mod"] = config.mod != "none"  # mod
+    on["yoco"] = config.yoco  # yoco
+    for name in on:
+        if config.bidirectional and on[name]:
             raise UserError(f"bidirectional=True does not know {name}={getattr(config, name)!r}: leave one of them out")
 
 

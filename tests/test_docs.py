@@ -17,7 +17,7 @@ from model import GPT, GPTConfig, save_checkpoint
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-MADE_UP = {"norms.py"}  # an example's name in CONTRIBUTING.md
+MADE_UP = {"norms.py", "fill.html"}  # examples' names in CONTRIBUTING.md and diffusion.md
 VALUES = {bool: "True|False", int: r"-?\d+", float: r"-?[\d.]+(e-?\d+)?"}  # of settings, as texts; of other types: any
 
 
