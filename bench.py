@@ -187,7 +187,7 @@ def our_training(model: GPT, task: dict, compile: bool = compile, muon: bool = F
                 value, grads = gradients(x, y)
             if group:
                 grads = parallel.average(shares, grads)
-                if mode:
+                if mode:  # as in train.py: the processes have other parts, and must come to their sums in one order
                     mx.async_eval(grads)
                 value = mx.distributed.all_sum(value, group=group) / group.size()
             length = update(grads)

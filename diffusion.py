@@ -76,6 +76,7 @@ from model import (
     gpu_train,
     load_arrays,
     load_checkpoint,
+    rebalance,  # moe
     save_arrays,
 )
 from muon import Muon, by_muon
@@ -100,7 +101,7 @@ out_dir = "out-diffusion"  # the folder of this run
 resume = False          # continue from OUT_DIR/resume.safetensors
 seed = 1337             # of the weights, the order of the rows, the masks and the draws
 # model
-block_size = 256        # tokens of a row; with --init at most the checkpoint's, and 0: that
+block_size = 256        # tokens of a row; with --init at most the checkpoint's context
 n_layer = 4             # blocks
 n_head = 2              # heads
 n_embd = 128            # width
@@ -128,6 +129,7 @@ log = ""                # send the rows of loss.csv also to tensorboard | wandb
 settings = overrides(globals(), "checkpoint")
 
 EPS = 1e-3  # the least probability of a mask
+GAP = r"\{(\d+)\}"  # in a prompt: so many tokens to fill in
 
 # ---- masks and losses ------------------------------------------------------------------------------------------------
 
@@ -189,11 +191,10 @@ def fill(probs_of: Callable, ids: np.ndarray, mask: int, steps: int, order: str,
 
 def masked_ids(enc: Tokenizer, text: str, tokens: int, mask: int) -> np.ndarray:
     """The ids of a prompt, with `mask` for each token to fill in: {n} in the text, or `tokens` after it."""
-    pieces = re.split(r"\{(\d+)\}", text)
     found = [*enc.start]
-    for i, piece in enumerate(pieces):
+    for i, piece in enumerate(re.split(GAP, text) if re.search(GAP, text) else (text, tokens)):
         found += [mask] * int(piece) if i % 2 else enc.encode(piece).tolist()
-    return np.array(found + [mask] * tokens * (len(pieces) == 1), np.int32)
+    return np.array(found, np.int32)
 
 
 def shown(enc: Tokenizer, ids: np.ndarray, mask: int) -> str:
@@ -221,6 +222,8 @@ if min(tokens, steps, block, temperature) < 0 or not 0 <= threshold <= 1:
 for name in ("steps", "order"):
     if name in given and threshold:
         raise UserError(f"{name} has no effect with --threshold: leave one of them out")
+if "tokens" in given and re.search(GAP, prompt):
+    raise UserError("tokens has no effect where the prompt has gaps such as {20}: leave it out")
 
 
 def opened(path: str) -> tuple[GPT, Tokenizer, dict]:
@@ -352,7 +355,8 @@ if init:
     check_output(state_path, init)
     if any("scales" in name for name, _ in tree_flatten(model.parameters())):
         raise UserError(f"{init} has packed weights, which do not train: give the file that it was made from")
-    block_size = block_size if "block_size" in given else min(model.config.block_size, 256)
+    if not resume and "block_size" not in given:
+        block_size = min(block_size, model.config.block_size)
     if not 1 <= block_size <= model.config.block_size:
         raise UserError(f"block_size={block_size}: it must be from 1 to {model.config.block_size}, as {init} has it")
     if enc.n_vocab == model.config.vocab_size:
@@ -559,6 +563,8 @@ while True:
         muon.learning_rate = rates["muon_lr"] = learning_rate_at(number, muon_lr)
     loss, grads = gradients(*batch_at(number))
     figures = {"loss": loss, "norm": update(grads)}
+    if model.config.n_expert:  # moe
+        rebalance(model)  # moe
     mx.async_eval(figures, state)
     number += 1
     if pending:

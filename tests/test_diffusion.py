@@ -20,6 +20,7 @@ import gpu_train
 import model as core
 from config import UserError
 from model import DOCUMENT, GPT, GPTConfig
+from tokenizer import byte_tokenizer
 
 SOURCE = (ROOT / "diffusion.py").read_text()
 made = {"np": np, "math": math, "EPS": 0.0, "Callable": object, "Iterator": list, "Tokenizer": object, "re": None}
@@ -243,9 +244,24 @@ def test_trains_and_writes(folder, tmp_path):
     for command in (["sample.py", checkpoint, "--prompt=To"], ["eval.py", checkpoint, f"--data={folder / 'text.txt'}"]):
         done = run(*command, status=2)
         assert "use diffusion.py" in done.stderr and "Traceback" not in done.stderr
-    more = diffusion(folder, tmp_path / "more", f"--init={checkpoint}", "--block_size=32", "--batch_size=4",
-                     "--eval_rows=4", "--samples=2", "--max_iters=2", "--learning_rate=1e-3").stdout
+    assert "tokens has no effect" in run("diffusion.py", checkpoint, "--prompt=a{2}", "--tokens=3", status=2).stderr
+    settings = ["--batch_size=4", "--eval_rows=4", "--samples=2", "--learning_rate=1e-3"]
+    more = diffusion(folder, tmp_path / "more", f"--init={checkpoint}", *settings, "--max_iters=1").stdout
     assert float(more.split("val  ")[1][:6]) == pytest.approx(bounds[-1], abs=0.05)
+    short = tmp_path / "short"  # a run with --init goes on with its own rows
+    told = diffusion(folder, short, f"--init={checkpoint}", "--block_size=8", *settings, "--max_iters=1").stdout
+    again = run("diffusion.py", f"--out_dir={short}", "--resume=True", "--max_iters=2").stdout
+    assert "rows of 8 tokens" in told and "rows of 8 tokens" in again
+
+
+def test_experts(folder, tmp_path):
+    """Biases of experts, which spread tokens evenly, change with every update."""
+    model = GPT(GPTConfig(n_layer=1, n_embd=32, n_head=1, vocab_size=320, block_size=32, n_expert=3, ffn_dim=32,
+                          expert_balance="bias"))
+    core.save_checkpoint(str(tmp_path / "a.safetensors"), model, {"tokenizer": byte_tokenizer().to_dict()})
+    diffusion(folder, tmp_path / "out", f"--init={tmp_path / 'a.safetensors'}", "--max_iters=2", "--batch_size=4",
+              "--eval_rows=2", "--samples=1")
+    assert mx.load(str(tmp_path / "out" / "diffusion.safetensors"))["blocks.0.mlp.balance"].any()
 
 
 def test_resume_is_exact(folder, tmp_path):

@@ -200,7 +200,7 @@ def test_worked_example_is_the_code():
 
 def test_deletion_by_the_command_of_the_docs(tmp_path):
     command = re.search(r"^sed .*\\\n.*$", DOCS, re.M)[0]
-    names = ("model.py", "train.py", "distill.py", "sample.py", "bench.py", "bench_growth.py")
+    names = ("model.py", "train.py", "distill.py", "diffusion.py", "sample.py", "bench.py", "bench_growth.py")
     assert all(name in command for name in names)
     for variant in VARIANTS:
         for name in names:
